@@ -1,0 +1,17 @@
+"""The system's clocks, as the rest of the broker sees them: integers, in microseconds."""
+
+import time
+
+from broker.model import Clock
+
+
+class SystemClock(Clock):
+    """`time.monotonic` and `time.time`."""
+
+    def mono(self) -> int:
+        """Microseconds since some fixed moment; never goes back."""
+        return time.monotonic_ns() // 1000
+
+    def wall(self) -> int:
+        """Microseconds since 1970; may step."""
+        return time.time_ns() // 1000

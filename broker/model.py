@@ -1,0 +1,171 @@
+"""The nouns.  Parsed at the rim, frozen, and without anything of HTTP in them.
+
+Values that live as long as a token are `msgspec.Struct`s with `gc=False`: they hold only
+strings, bytes and numbers, so the garbage collector has no business visiting a million of them.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from enum import Enum
+from typing import Protocol
+
+from typing_extensions import override
+
+from msgspec import Struct
+
+SEPARATOR = "\x1f"
+"""Joins the parts of a key.  No part can contain it: agents are ASCII words, fingerprints and
+models printable, client names checked at load.  So two keys are equal only if every part is."""
+
+
+AGENT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""Agent codes look like A78WKV4515 today; older ones do not, so this is kept loose."""
+
+AGENT_RULE = "1 to 64 of A-Z a-z 0-9 _ -"
+"""`AGENT_ID` in words."""
+
+
+class Secret:
+    """A string that masks itself wherever it could be printed by accident."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        """Return the secret itself: for the one place that needs it."""
+        return self._value
+
+    def digest(self) -> bytes:
+        """SHA-256 of the secret, the form in which secrets are compared."""
+        return hashlib.sha256(self._value.encode()).digest()
+
+    @override
+    def __repr__(self) -> str:
+        return "Secret('**********')"
+
+    @override
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other.digest() == self.digest()
+
+    @override
+    def __hash__(self) -> int:
+        return hash(self.digest())
+
+
+class Ask(Struct, frozen=True, gc=False):
+    """One visitor's request for a token, as a known client made it.
+
+    `fingerprint` is opaque: checked, never changed, because the vendor keys a visitor's memory
+    by its exact bytes.  `model` None means "the agent's default" and is a key of its own.
+    """
+
+    client: str
+    agent: str
+    fingerprint: str
+    model: str | None = None
+    fresh: bool = False
+
+    @property
+    def visitor(self) -> str:
+        """Key of what is counted for one visitor of one client."""
+        return f"{self.client}{SEPARATOR}{self.fingerprint}"
+
+    @property
+    def key(self) -> str:
+        """Key under which this ask's token is reused: client, agent, fingerprint, model."""
+        model = "" if self.model is None else self.model
+        return SEPARATOR.join((self.client, self.agent, self.fingerprint, model))
+
+    @override
+    def __repr__(self) -> str:
+        return f"Ask(client={self.client!r}, agent={self.agent!r}, model={self.model!r})"
+
+
+class Minted(Struct, frozen=True):
+    """What an issuer gives: the token and what came with it.
+
+    `lifetime` is in microseconds and counts from the moment the mint was started;
+    `expires_at` is the token's own `exp` (Unix seconds); `extra` are further fields of the
+    vendor's `data` object that callers get unchanged.
+    """
+
+    token: str
+    session_id: str
+    expires_at: int
+    lifetime: int
+    extra: Mapping[str, object] = {}
+
+    @override
+    def __repr__(self) -> str:
+        return f"Minted(token={name_of(self.token)}, lifetime={self.lifetime})"
+
+
+class EmbedToken(Struct, frozen=True, gc=False):
+    """A token that is held for reuse: the ready answer and four numbers.
+
+    `body` is the JSON answer, byte for byte; the token is not held a second time.  `dies_mono`
+    and `dies_wall` are the microsecond of expiry on the monotonic and on the wall clock;
+    `lifetime` and `mark` (life left at which it asks for a successor) are microseconds.
+    """
+
+    body: bytes
+    dies_mono: int
+    dies_wall: int
+    lifetime: int
+    mark: int
+
+    def left(self, mono: int, wall: int) -> int:
+        """Microseconds of life left; of the two clocks the one that leaves less decides."""
+        by_mono = self.dies_mono - mono
+        by_wall = self.dies_wall - wall
+        return by_mono if by_mono < by_wall else by_wall
+
+    @override
+    def __repr__(self) -> str:
+        return f"EmbedToken(dies_wall={self.dies_wall}, lifetime={self.lifetime})"
+
+
+class Outcome(Enum):
+    """How a request ended; the label of the request metrics and of the canonical log event."""
+
+    __hash__ = object.__hash__  # Enum's own is Python code, and every request looks one up
+
+    MINTED = "minted"
+    REUSED = "reused"
+    COALESCED = "coalesced"
+    LIMITED = "limited"
+    INVALID = "invalid"
+    UNAUTHORIZED = "unauthorized"
+    FORBIDDEN = "forbidden"
+    SHED = "shed"
+    FAILED = "failed"
+
+
+class LimitName(Enum):
+    """The limits that can refuse a request; also the label of the rejection metrics."""
+
+    FINGERPRINT = "fingerprint"
+    FINGERPRINT_MINTS = "fingerprint_mints"
+    AGENT = "agent"
+    CLIENT = "client"
+    AUTH = "auth"
+
+
+class Clock(Protocol):
+    """Two clocks in microseconds: one that never steps, one that knows the date."""
+
+    def mono(self) -> int:
+        """Microseconds since some fixed moment; never goes back."""
+        ...
+
+    def wall(self) -> int:
+        """Microseconds since 1970 (Unix time); may step."""
+        ...
+
+
+def name_of(token: str) -> str:
+    """Name a token without showing it: the start of its SHA-256, enough to match two log lines."""
+    return hashlib.sha256(token.encode()).hexdigest()[:12]
