@@ -1,0 +1,113 @@
+"""The JSON that goes out, as types: what callers read, what the API document is built from.
+
+The success body has two vendor generations' shapes at once (`success` with `session_id`, and
+`status` with `sid`), so clients of either work unchanged.  Bytes are made once, when a token is
+stored, not when it is handed out.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from broker.errors import BrokerError
+from broker.model import Minted
+
+ErrorCode = Annotated[
+    str, Meta(pattern="^[A-Z][A-Z0-9_]*$", description="What failed, for programs")
+]
+
+
+class TokenData(Struct, frozen=True):
+    """The token and the session it opens.  Fields that the vendor adds pass through."""
+
+    token: Annotated[str, Meta(description="The embed token, a JWT")]
+    session_id: Annotated[str, Meta(description="Names the visitor's session from mint to expiry")]
+    sid: Annotated[str, Meta(description="The same as `session_id`")]
+    expires_at: Annotated[int, Meta(description="The token's `exp`: Unix seconds")]
+
+
+class TokenAnswer(Struct, frozen=True):
+    """A token was minted or reused."""
+
+    success: Literal[True]
+    status: Literal["success"]
+    status_code: Literal[200]
+    data: TokenData
+
+
+class ErrorDetail(Struct, frozen=True):
+    """What failed."""
+
+    code: ErrorCode
+    message: Annotated[str, Meta(description="What failed and what to do, for people")]
+    httpStatus: Annotated[int, Meta(ge=400, le=599)]  # noqa: N815 - the vendor's spelling
+
+
+class ErrorAnswer(Struct, frozen=True):
+    """Every failure has this shape; all three numbers equal the HTTP status."""
+
+    success: Literal[False]
+    status: Literal["error"]
+    status_code: Annotated[int, Meta(ge=400, le=599)]
+    error: ErrorDetail
+
+
+class ValidAnswer(Struct, frozen=True):
+    """Whether the client secret of the request is a known one."""
+
+    valid: bool
+
+
+class HealthAnswer(Struct, frozen=True):
+    """`ok`, or the reason why not."""
+
+    status: Literal["ok", "draining"]
+
+
+_encode = msgspec.json.Encoder().encode
+
+
+def success_body(minted: Minted) -> bytes:
+    """Return the ready 200 body of a token."""
+    data: dict[str, object] = {
+        **minted.extra,
+        "token": minted.token,
+        "session_id": minted.session_id,
+        "sid": minted.session_id,
+        "expires_at": minted.expires_at,
+    }
+    return _encode({"success": True, "status": "success", "status_code": 200, "data": data})
+
+
+def error_body(status: int, code: str, message: str) -> bytes:
+    """Return the ready body of a failure."""
+    detail = ErrorDetail(code=code, message=message, httpStatus=status)
+    return _encode(ErrorAnswer(success=False, status="error", status_code=status, error=detail))
+
+
+def error_body_of(error: BrokerError) -> bytes:
+    """Return the ready body of this error."""
+    return error_body(error.status, error.code, error.message)
+
+
+def plain_body(answer: Struct | Mapping[str, object]) -> bytes:
+    """Return any other answer as JSON."""
+    return _encode(answer)
+
+
+class _TokenOnly(Struct):
+    token: str
+
+
+class _DataOnly(Struct):
+    data: _TokenOnly
+
+
+_decode_data = msgspec.json.Decoder(_DataOnly).decode
+
+
+def token_in(body: bytes) -> str:
+    """Read the token back out of a ready success body: for logs and snapshots, not per request."""
+    return _decode_data(body).data.token

@@ -1,0 +1,307 @@
+"""THE STORY of a request, from a known client's ask to an answer.
+
+    ask -> store: limits of every request, and is there a token?
+        -> a good one: answer it (and renew it in the background when its mark has passed)
+        -> otherwise join the flight of this key; its leader alone
+           meets the mint limits -> takes a slot of the budget -> mints -> stores
+        -> answer; if the mint failed for a passing reason, an ageing token is still an answer
+
+Everything that decides is elsewhere and pure; everything that touches the world is passed in.
+Refusals by a limit are values, because a flood of them must stay cheap; what can go wrong in a
+mint is an exception of `broker.errors`.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+
+import structlog
+from cachetools import TTLCache
+from msgspec import Struct
+
+from broker import errors
+from broker.answers import success_body
+from broker.flight import Flight, Flights
+from broker.issuers.base import Issuer
+from broker.metrics import MintMetrics
+from broker.model import Ask, Clock, EmbedToken, Minted, Outcome
+from broker.pacer import Pacer, Urgency
+from broker.rules import reuse
+from broker.rules.backoff import full_jitter
+from broker.rules.bucket import Verdict
+from broker.rules.reuse import Life
+from broker.stores.base import Denial, Store
+
+log = structlog.get_logger()
+
+BACKOFF_BASE, BACKOFF_CAP = 250_000, 5_000_000
+"""Microseconds: a key whose mint failed waits up to 0.25 s, then twice that, never over 5 s."""
+
+BACKOFF_MEMORY = 60
+"""Seconds after its last failure in which a key is still treated as a failing one."""
+
+BACKOFF_KEYS = 10_000
+"""Failing keys remembered; under more, the least recent ones merely lose their patience."""
+
+
+class ReusePolicy(Struct, frozen=True):
+    """When tokens are reused: microseconds of life left; `enabled` False mints for every ask."""
+
+    enabled: bool
+    ahead: int
+    floor: int
+    outage: int
+
+    def marks(self, lifetime: int) -> reuse.Floors:
+        """Fit the configured marks to a token of this lifetime."""
+        return reuse.floors(lifetime, self.ahead, self.floor, self.outage)
+
+
+class _Failing(Struct):
+    """A key whose mints fail: how often in a row, and when (monotonic us) to try again."""
+
+    failures: int
+    not_before: int
+
+
+class Handout(Struct, frozen=True, gc=False):
+    """A token for the visitor, how it came about, and the visitor's limit for the headers."""
+
+    token: EmbedToken
+    outcome: Outcome
+    left: int
+    verdict: Verdict | None
+
+
+class Refusal(Struct, frozen=True, gc=False):
+    """A limit said no."""
+
+    denial: Denial
+
+
+class TokenDesk:
+    """Answers asks.
+
+    `mint_timeout` is how many seconds a mint may take, its turn in the budget included; it may
+    outlive its callers, its token is then cached.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        issuer: Issuer,
+        pacer: Pacer,
+        policy: ReusePolicy,
+        clock: Clock,
+        metrics: MintMetrics,
+        mint_timeout: float,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._store = store
+        self._issuer = issuer
+        self._pacer = pacer
+        self._policy = policy
+        self._clock = clock
+        self._metrics = metrics
+        self._mint_timeout = mint_timeout
+        self._draw = draw
+        self.flights: Flights[EmbedToken] = Flights()
+        self._failing: TTLCache[str, _Failing] = TTLCache(
+            BACKOFF_KEYS, BACKOFF_MEMORY * reuse.SECOND, timer=clock.mono
+        )
+
+    async def issue(self, ask: Ask, patience: float) -> Handout | Refusal:
+        """Answer one ask within `patience` seconds; raises what a mint raises."""
+        key = ask.key
+        visit = await self._store.visit(ask, key)
+        if visit.denial is not None:
+            return Refusal(visit.denial)
+        held = visit.token if self._policy.enabled else None
+        if held is None or ask.fresh:
+            return await self._mint_for(ask, key, held, visit.verdict, patience)
+        left = held.left(self._clock.mono(), self._clock.wall())
+        match reuse.life(left, held.mark, self._policy.marks(held.lifetime)):
+            case Life.FRESH:
+                return Handout(held, Outcome.REUSED, left, visit.verdict)
+            case Life.RENEW:
+                self._renew_ahead(ask, key, held)
+                return Handout(held, Outcome.REUSED, left, visit.verdict)
+            case Life.STALE:
+                return await self._renew_now(ask, key, held, visit.verdict, patience)
+            case Life.DEAD:
+                return await self._mint_for(ask, key, None, visit.verdict, patience)
+
+    async def _mint_for(
+        self,
+        ask: Ask,
+        key: str,
+        held: EmbedToken | None,
+        verdict: Verdict | None,
+        patience: float,
+    ) -> Handout:
+        """Start or join the mint of this key; with `held` it is a renewal."""
+        urgency = Urgency.FIRST if held is None or ask.fresh else Urgency.MANDATORY
+
+        async def mint(flight: Flight[EmbedToken]) -> EmbedToken:
+            return await self._mint(flight, ask, key, held, urgency)
+
+        try:
+            async with asyncio.timeout(patience):
+                token, leader = await self.flights.join(key, mint)
+        except TimeoutError as error:
+            raise errors.UpstreamTimeout("no token was minted before the deadline") from error
+        left = self._require_life(token, held)
+        return Handout(token, Outcome.MINTED if leader else Outcome.COALESCED, left, verdict)
+
+    async def _renew_now(
+        self, ask: Ask, key: str, held: EmbedToken, verdict: Verdict | None, patience: float
+    ) -> Handout:
+        """Below the floor: mint, and fall back on what is held if that fails for a passing reason."""
+        try:
+            return await self._mint_for(ask, key, held, verdict, patience)
+        except errors.BrokerError as error:
+            left = held.left(self._clock.mono(), self._clock.wall())
+            if not error.transient or left < self._policy.marks(held.lifetime).outage:
+                raise
+            return Handout(held, Outcome.REUSED, left, verdict)
+
+    def _renew_ahead(self, ask: Ask, key: str, held: EmbedToken) -> None:
+        """Past its mark: mint the successor in the background, unless that failed just now."""
+        if self._backed_off(key):
+            return
+
+        async def mint(flight: Flight[EmbedToken]) -> EmbedToken:
+            return await self._mint(flight, ask, key, held, Urgency.AHEAD)
+
+        self.flights.start_background(key, mint)
+
+    async def _mint(
+        self,
+        flight: Flight[EmbedToken],
+        ask: Ask,
+        key: str,
+        held: EmbedToken | None,
+        urgency: Urgency,
+    ) -> EmbedToken:
+        """The flight of one key: what only its leader meets, once for all who wait."""
+        try:
+            async with asyncio.timeout(self._mint_timeout):
+                await self._wait_out_failures(key)
+                newer = await self._look_again(key, held)
+                if newer is not None:
+                    return newer
+                denial = await self._store.admit_mint(ask)
+                if denial is not None:
+                    raise errors.RateLimited(denial.limit, denial.verdict)
+                await self._pacer.turn(urgency, ask.client)
+                flight.sent = True
+                token = await self._make(ask, key, held)
+        except (TimeoutError, errors.BrokerError) as error:
+            self._count_refresh(ask, held, urgency, "failed")
+            if flight.background:
+                log.warning("broker.renewal_failed", error=_code(error), client=ask.client)
+            if isinstance(error, TimeoutError):
+                self._note_failure(key)
+                raise errors.UpstreamTimeout("the mint did not finish in time") from error
+            raise
+        self._count_refresh(ask, held, urgency, "same" if token is held else "renewed")
+        return token
+
+    async def _make(self, ask: Ask, key: str, held: EmbedToken | None) -> EmbedToken:
+        """Call the issuer and hold what it made."""
+        mono, wall = self._clock.mono(), self._clock.wall()
+        try:
+            minted = await self._timed(self._issuer.mint(ask))
+        except errors.VendorError as error:
+            if error.transient:
+                self._note_failure(key)
+            raise
+        if held is not None and minted.token.encode() in held.body:
+            self._note_failure(key)
+            return held
+        token = self._ready(minted, mono, wall)
+        if self._left(token) < self._policy.marks(token.lifetime).floor or token.lifetime <= 0:
+            self._note_failure(key)
+            raise errors.UpstreamUnavailable("the token had expired, or nearly, when it arrived")
+        self._failing.pop(key, None)
+        if self._policy.enabled:
+            await self._store.keep(key, token)
+        return token
+
+    async def _timed(self, mint: Awaitable[Minted]) -> Minted:
+        started = time.perf_counter()
+        outcome = "failed"
+        try:
+            minted = await mint
+            outcome = "minted"
+        except errors.UpstreamRefused:
+            outcome = "refused"
+            raise
+        finally:
+            self._metrics.duration[outcome].observe(time.perf_counter() - started)
+        return minted
+
+    def _ready(self, minted: Minted, mono: int, wall: int) -> EmbedToken:
+        """Make the answer's bytes and draw the renewal mark, once for the life of the token."""
+        return EmbedToken(
+            body=success_body(minted),
+            dies_mono=mono + minted.lifetime,
+            dies_wall=wall + minted.lifetime,
+            lifetime=minted.lifetime,
+            mark=reuse.renewal_mark(self._policy.marks(minted.lifetime), self._draw),
+        )
+
+    async def _look_again(self, key: str, held: EmbedToken | None) -> EmbedToken | None:
+        """A token that arrived since this flight's first asker looked, if it is a good one."""
+        if not self._policy.enabled:
+            return None
+        found = await self._store.look(key)
+        if found is None or (held is not None and found.body == held.body):
+            return None
+        return found if self._left(found) >= self._policy.marks(found.lifetime).floor else None
+
+    def _require_life(self, token: EmbedToken, held: EmbedToken | None) -> int:
+        """Return the life left at this moment; raises if the answer would come too late."""
+        left = self._left(token)
+        marks = self._policy.marks(token.lifetime)
+        if left <= 0 or left < (marks.outage if token is held else marks.floor):
+            raise errors.UpstreamUnavailable("the token expired before it could be handed out")
+        return left
+
+    def _left(self, token: EmbedToken) -> int:
+        return token.left(self._clock.mono(), self._clock.wall())
+
+    def _note_failure(self, key: str) -> None:
+        """Double this key's patience."""
+        known = self._failing.get(key)
+        failures = known.failures + 1 if known else 1
+        wait = full_jitter(failures, BACKOFF_BASE, BACKOFF_CAP, self._draw)
+        self._failing[key] = _Failing(failures, self._clock.mono() + wait)
+
+    def _backed_off(self, key: str) -> int:
+        """Microseconds until this key may be tried again; 0 for now."""
+        known = self._failing.get(key)
+        if known is None:
+            return 0
+        return min(max(known.not_before - self._clock.mono(), 0), BACKOFF_CAP)
+
+    async def _wait_out_failures(self, key: str) -> None:
+        wait = self._backed_off(key)
+        if wait:
+            await asyncio.sleep(wait / reuse.SECOND)
+
+    def _count_refresh(
+        self, ask: Ask, held: EmbedToken | None, urgency: Urgency, outcome: str
+    ) -> None:
+        if held is None:
+            return
+        if ask.fresh:
+            reason = "fresh"
+        else:
+            reason = "ahead" if urgency is Urgency.AHEAD else "floor"
+        self._metrics.refreshes[reason, outcome].inc()
+
+
+def _code(error: BaseException) -> str:
+    return error.code if isinstance(error, errors.BrokerError) else "UPSTREAM_TIMEOUT"

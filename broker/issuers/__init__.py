@@ -1,0 +1,1 @@
+"""Where tokens come from: one file an issuer, all of them behind `base.Issuer`."""

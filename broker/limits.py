@@ -1,0 +1,48 @@
+"""The limits as they are configured: which bucket a request meets, how large, and whether it bites."""
+
+from collections.abc import Mapping
+
+from msgspec import Struct
+
+from broker.model import LimitName
+from broker.rules.bucket import Limit
+
+
+class Rule(Struct, frozen=True, gc=False):
+    """One limit, and whether it only rehearses (`dry_run`: decide and count, never deny)."""
+
+    limit: Limit
+    dry_run: bool = False
+
+
+class LimitSet(Struct, frozen=True):
+    """One kind of limit with its exceptions by agent.
+
+    `keyed_by` says in one word whose requests share a bucket, for error messages.
+    """
+
+    name: LimitName
+    rule: Rule
+    overrides: Mapping[str, Rule]
+
+    def for_agent(self, agent: str) -> Rule:
+        """Return the rule that holds for this agent."""
+        if not self.overrides:
+            return self.rule
+        return self.overrides.get(agent, self.rule)
+
+    @property
+    def horizon(self) -> int:
+        """Microseconds after which every bucket of this kind is full again, untouched."""
+        rules = (self.rule, *self.overrides.values())
+        return max(rule.limit.depth for rule in rules)
+
+
+class Limits(Struct, frozen=True):
+    """Every limit in force; `client` is off unless configured."""
+
+    fingerprint: LimitSet
+    fingerprint_mints: LimitSet
+    agent: LimitSet
+    client: LimitSet | None
+    max_tracked: int

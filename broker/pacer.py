@@ -1,0 +1,306 @@
+"""The budget: no more mints than the vendor allows, each in its turn.
+
+Theory of operation.  aiolimiter's AsyncLimiter decides *when* a slot is free; a queue in front
+of it decides *whose* it is.  The limiter alone will not do: it starts full (so every restart
+would add a burst), lets newcomers overtake, and its waiters are unbounded.
+
+- It is drained once at the start, so slots come one by one from the first second on.
+- Who cannot be served within `max_wait` is refused at arrival with the true time, not after
+  having waited for nothing.  Refused callers are given times one slot apart, so those who come
+  back when they were told find their slot instead of each other.
+- Order: urgency first, then the clients in turn (round robin), then arrival.  A client that asks
+  a hundred times as much waits behind itself, not in front of the others.
+- A renewal ahead of time never queues: it takes a slot only if nobody waits and half the burst
+  is left, because every slot it takes is one that a first visitor may need.
+- A slot whose taker went away in the same moment is passed on; if nobody waits, it is kept for
+  the next one (at most one, so the worst window grows by one call).
+
+All times are seconds of the event loop's clock, which is the clock the limiter runs on.
+"""
+
+import asyncio
+import random
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from enum import Enum
+from typing import Protocol
+
+from aiolimiter import AsyncLimiter
+from msgspec import Struct
+from typing_extensions import override
+
+from broker.errors import BudgetExhausted, ServiceUnavailable
+
+MAX_PROMISE = 300.0
+"""Seconds: nobody is told to come back later than this; the vendor's own pauses end here too."""
+
+JITTER = 0.1
+"""Share of the predicted time that is added at random to Retry-After."""
+
+
+class Urgency(Enum):
+    """Why a mint is wanted, most urgent first."""
+
+    FIRST = "first"
+    """The visitor has nothing to show."""
+    MANDATORY = "mandatory"
+    """The visitor's token is below the floor; it still works for a while."""
+    AHEAD = "ahead"
+    """The token is good; its successor would only be convenient."""
+
+
+class Budget(Struct, frozen=True):
+    """`rate` calls every `per` seconds, `burst` of them at once; wait `max_wait` seconds at most."""
+
+    rate: float
+    per: float
+    burst: int
+    max_wait: float
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two slots."""
+        return self.per / self.rate
+
+
+class Pacer(Protocol):
+    """Hands out slots."""
+
+    async def turn(self, urgency: Urgency, client: str) -> None:
+        """Return when the caller may make one call to the vendor.
+
+        Raises `ServiceUnavailable` with the predicted time when that would take too long.
+        """
+        ...
+
+
+class Unpaced(Pacer):
+    """No budget: for an issuer that costs nothing."""
+
+    @override
+    async def turn(self, urgency: Urgency, client: str) -> None:
+        return
+
+    @override
+    def __repr__(self) -> str:
+        return "Unpaced()"
+
+
+class _Place:
+    """One waiting caller."""
+
+    __slots__ = ("client", "granted", "urgency")
+
+    def __init__(self, urgency: Urgency, client: str, granted: "asyncio.Future[None]") -> None:
+        self.urgency = urgency
+        self.client = client
+        self.granted = granted
+
+
+class _Line:
+    """Those who wait with one urgency: a FIFO for each client, the clients in turn."""
+
+    def __init__(self) -> None:
+        self._by_client: OrderedDict[str, deque[_Place]] = OrderedDict()
+
+    def join(self, place: _Place) -> None:
+        self._by_client.setdefault(place.client, deque()).append(place)
+
+    def leave(self, place: _Place) -> None:
+        fifo = self._by_client.get(place.client)
+        if fifo is not None and place in fifo:
+            fifo.remove(place)
+            if not fifo:
+                del self._by_client[place.client]
+
+    def next(self) -> _Place | None:
+        """Take out the first of the client whose turn it is, and send that client to the back."""
+        if not self._by_client:
+            return None
+        client, fifo = self._by_client.popitem(last=False)
+        place = fifo.popleft()
+        if fifo:
+            self._by_client[client] = fifo
+        return place
+
+    def ahead_of(self, client: str) -> int:
+        """How many go before a newcomer of this client, if nobody else comes."""
+        own = len(self._by_client.get(client, ()))
+        others = (
+            min(len(fifo), own + 1) for name, fifo in self._by_client.items() if name != client
+        )
+        return own + sum(others)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_client.values()))
+
+
+class Paced(Pacer):
+    """A budget on aiolimiter.  Between `start` and `close` it owns a task.
+
+    `waited` is called with the seconds that each granted caller waited.
+    """
+
+    def __init__(self, budget: Budget, waited: Callable[[float], object]) -> None:
+        self._budget = budget
+        self._waited = waited
+        self._depth = budget.burst * budget.interval
+        self._limiter = AsyncLimiter(budget.burst, self._depth)
+        self._full_at = 0.0
+        self._paused_until = 0.0
+        self._promised = 0.0
+        self._spare = False
+        self._lines = {Urgency.FIRST: _Line(), Urgency.MANDATORY: _Line()}
+        self._wanted = asyncio.Event()
+        self._server: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Drain the limiter, so that a restart does not add a burst, and begin to serve."""
+        self._loop = asyncio.get_running_loop()
+        await self._limiter.acquire(self._budget.burst)
+        self._full_at = self._loop.time() + self._depth
+        self._server = self._loop.create_task(self._serve())
+
+    async def close(self) -> None:
+        """Stop serving; whoever waits is told that the broker stops."""
+        if self._server is not None:
+            self._server.cancel()
+            await asyncio.wait([self._server])
+        for line in self._lines.values():
+            while place := line.next():
+                if not place.granted.done():
+                    place.granted.set_exception(
+                        ServiceUnavailable("the broker is stopping", 1_000_000)
+                    )
+
+    @override
+    async def turn(self, urgency: Urgency, client: str) -> None:
+        if urgency is Urgency.AHEAD:
+            await self._take_if_plenty()
+        elif not self.depth and self._is_free():
+            await self._take()
+            self._waited(0.0)
+        else:
+            await self._queue(urgency, client)
+
+    def pause(self, seconds: float) -> None:
+        """Give out nothing for this long (the vendor said so), and no burst afterwards."""
+        now = self._loop.time()
+        until = now + min(seconds, MAX_PROMISE)
+        if until <= self._paused_until:
+            return
+        self._paused_until = until
+        self._spare = False
+
+    @property
+    def depth(self) -> int:
+        """How many wait."""
+        return sum(map(len, self._lines.values()))
+
+    @property
+    def remaining(self) -> int:
+        """Slots that could be taken at this moment."""
+        now = self._loop.time()
+        if now < self._paused_until:
+            return 0
+        spare = self._depth - max(self._full_at - now, 0.0)
+        return int(spare / self._budget.interval + 1e-9)
+
+    @property
+    def plenty(self) -> bool:
+        """Whether a renewal ahead of time may take a slot: nobody waits, half the burst is left."""
+        return not self.depth and self.remaining * 2 >= self._budget.burst
+
+    async def _queue(self, urgency: Urgency, client: str) -> None:
+        ahead = self._ahead_of(urgency, client)
+        predicted = self._predict(ahead)
+        if predicted > self._budget.max_wait:
+            raise BudgetExhausted("the vendor's budget is used up", self._promise(predicted))
+        place = _Place(urgency, client, self._loop.create_future())
+        arrived = self._loop.time()
+        self._lines[urgency].join(place)
+        self._wanted.set()
+        try:
+            async with asyncio.timeout(self._budget.max_wait):
+                await place.granted
+        except TimeoutError as error:
+            self._give_up(place)
+            wait = self._promise(self._predict(self._ahead_of(urgency, client)))
+            raise BudgetExhausted("the vendor's budget is used up", wait) from error
+        except BaseException:
+            self._give_up(place)
+            raise
+        self._waited(self._loop.time() - arrived)
+
+    def _ahead_of(self, urgency: Urgency, client: str) -> int:
+        first = self._lines[Urgency.FIRST]
+        if urgency is Urgency.FIRST:
+            return first.ahead_of(client)
+        return len(first) + self._lines[urgency].ahead_of(client)
+
+    def _predict(self, ahead: int) -> float:
+        """Seconds until a newcomer with so many before it gets a slot."""
+        now = self._loop.time()
+        start = max(now, self._paused_until)
+        level = max(self._full_at, start)
+        slots = ahead + 1 - self._spare
+        return max(level + slots * self._budget.interval - self._depth, start) - now
+
+    def _promise(self, predicted: float) -> int:
+        """Choose a time to come back, one slot after the last one promised; in microseconds."""
+        now = self._loop.time()
+        self._promised = max(self._promised + self._budget.interval, now + predicted)
+        self._promised = min(self._promised, now + MAX_PROMISE)
+        wait = self._promised - now
+        return int((wait + wait * JITTER * random.random()) * 1_000_000)  # noqa: S311 - spreads callers, guards nothing
+
+    async def _take_if_plenty(self) -> None:
+        if not self.plenty:
+            raise BudgetExhausted("the vendor's budget is needed elsewhere", 1_000_000)
+        await self._take()
+
+    def _is_free(self) -> bool:
+        if self._loop.time() < self._paused_until:
+            return False
+        return self._spare or self._limiter.has_capacity()
+
+    async def _take(self) -> None:
+        """Take a slot; waits only if none is free."""
+        if self._spare:
+            self._spare = False
+            return
+        await self._limiter.acquire()
+        self._full_at = max(self._full_at, self._loop.time()) + self._budget.interval
+
+    async def _serve(self) -> None:
+        while True:
+            await self._wanted.wait()
+            await self._sleep_out_pause()
+            await self._take()
+            self._pass_on()
+            if not self.depth:
+                self._wanted.clear()
+
+    async def _sleep_out_pause(self) -> None:
+        while (left := self._paused_until - self._loop.time()) > 0:
+            await asyncio.sleep(left)
+
+    def _pass_on(self) -> None:
+        """Give the slot at hand to whoever is next; keep it if nobody is."""
+        for line in self._lines.values():
+            while place := line.next():
+                if not place.granted.done():
+                    place.granted.set_result(None)
+                    return
+        self._spare = True
+
+    def _give_up(self, place: _Place) -> None:
+        """Leave the queue; a slot that was granted in the same moment goes to the next."""
+        self._lines[place.urgency].leave(place)
+        granted = place.granted
+        if granted.done() and not granted.cancelled() and granted.exception() is None:
+            self._pass_on()
+
+    @override
+    def __repr__(self) -> str:
+        return f"Paced(waiting={self.depth}, remaining={self.remaining})"

@@ -1,0 +1,1 @@
+"""What requests share: buckets, tokens, refusals.  One file a store, all behind `base.Store`."""

@@ -1,0 +1,93 @@
+"""The embedded store: everything in this process.
+
+One process, one broker: nothing here survives a restart by itself (see `snapshot`) and nothing
+is shared with a second instance.
+"""
+
+from typing_extensions import override
+
+from broker.limits import Limits, LimitSet, Rule
+from broker.model import Ask, Clock, EmbedToken, LimitName
+from broker.rules.bucket import Verdict
+from broker.stores.base import Denial, Store, Visit
+from broker.stores.buckets import TokenBucket
+from broker.stores.tokens import TokenCache
+
+
+class MemoryStore(Store):
+    """Buckets and tokens of one process.
+
+    Limits can be replaced at any time (`use_limits`); what was spent stays spent.
+    """
+
+    def __init__(self, limits: Limits, tokens: TokenCache, clock: Clock) -> None:
+        self._clock = clock
+        self.tokens = tokens
+        self._limits = limits
+        now = clock.mono()
+        self.buckets = {
+            limit_set.name: TokenBucket(limits.max_tracked, limit_set.horizon, now)
+            for limit_set in (limits.fingerprint, limits.fingerprint_mints, limits.agent)
+        }
+        self.buckets[LimitName.CLIENT] = TokenBucket(
+            limits.max_tracked, limits.client.horizon if limits.client else 1, now
+        )
+        self._fingerprint = self.buckets[LimitName.FINGERPRINT]
+
+    def use_limits(self, limits: Limits) -> None:
+        """Put other limits in force, for the next request on."""
+        now = self._clock.mono()
+        for limit_set in (
+            limits.fingerprint,
+            limits.fingerprint_mints,
+            limits.agent,
+            limits.client,
+        ):
+            if limit_set is not None:
+                self.buckets[limit_set.name].adjust(limit_set.horizon, limits.max_tracked, now)
+        self._limits = limits
+
+    @override
+    async def visit(self, ask: Ask, key: str) -> Visit:
+        now = self._clock.mono()
+        limits = self._limits
+        if limits.client is not None:
+            denial = self._charge(limits.client, ask.client, ask.agent, now)
+            if denial is not None:
+                return Visit(None, denial, None)
+        rule = limits.fingerprint.for_agent(ask.agent)
+        verdict = self._fingerprint.take(ask.visitor, rule.limit, now, dry_run=rule.dry_run)
+        if not verdict.allowed and not rule.dry_run:
+            return Visit(verdict, Denial(LimitName.FINGERPRINT, verdict), None)
+        return Visit(verdict, None, self.tokens.get(key))
+
+    @override
+    async def admit_mint(self, ask: Ask) -> Denial | None:
+        now = self._clock.mono()
+        return self._charge(
+            self._limits.fingerprint_mints, ask.visitor, ask.agent, now
+        ) or self._charge(self._limits.agent, ask.agent, ask.agent, now)
+
+    @override
+    async def look(self, key: str) -> EmbedToken | None:
+        return self.tokens.get(key)
+
+    @override
+    async def keep(self, key: str, token: EmbedToken) -> None:
+        self.tokens[key] = token
+
+    def tidy(self) -> None:
+        """Give back what has expired: call it about once a second, so that no request has to."""
+        now = self._clock.mono()
+        self.tokens.expire(now)
+        for bucket in self.buckets.values():
+            bucket.tidy(now)
+
+    def _charge(self, limit_set: LimitSet, key: str, agent: str, now: int) -> Denial | None:
+        rule: Rule = limit_set.for_agent(agent)
+        verdict: Verdict = self.buckets[limit_set.name].take(
+            key, rule.limit, now, dry_run=rule.dry_run
+        )
+        if verdict.allowed or rule.dry_run:
+            return None
+        return Denial(limit_set.name, verdict)

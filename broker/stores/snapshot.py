@@ -1,0 +1,138 @@
+"""A sealed snapshot: what a restart would otherwise forget.
+
+Without it a deploy is an outage: at 106 mints a minute, the visitors of an hour need an hour to be
+served again.  The file holds tokens, so it is encrypted and authenticated (ChaCha20-Poly1305,
+RFC 8439; its key is derived from the configured one by HKDF-SHA256, RFC 5869), readable by its
+owner only, and taken away when it is read: a crash later must not bring back what was spent or
+ended in between.
+
+Times in it are spans at the moment of writing; the wall clock says how long ago that was.  The
+budget is not in it: a budget starts empty, which is right after any pause.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+from secrets import token_bytes
+
+import msgspec
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from msgspec import Struct
+
+from broker.model import Clock, EmbedToken, LimitName, Secret
+from broker.stores.memory import MemoryStore
+
+_MAGIC = b"embed-token-broker snapshot 1\n"
+_NONCE = 12
+
+MAX_CLOCK_SKEW = 60_000_000
+"""Microseconds by which a snapshot may seem to come from the future."""
+
+
+class SnapshotIgnored(Exception):  # noqa: N818 - not an error: the broker starts without it
+    """A snapshot that is not used; the message says why."""
+
+
+class _HeldToken(Struct, frozen=True, array_like=True):
+    key: str
+    body: bytes
+    left: int
+    lifetime: int
+    mark: int
+
+
+class _Content(Struct, frozen=True, array_like=True):
+    written: int
+    tokens: list[_HeldToken]
+    buckets: dict[str, dict[str, int]]
+
+
+def save(path: Path, key: Secret, store: MemoryStore, clock: Clock) -> int:
+    """Seal the store's state into `path`, replacing it atomically; returns the tokens saved."""
+    content = _collect(store, clock)
+    nonce = token_bytes(_NONCE)
+    sealed = _cipher(key).encrypt(nonce, msgspec.msgpack.encode(content), _MAGIC)
+    _write(path, _MAGIC + nonce + sealed)
+    return len(content.tokens)
+
+
+def load(path: Path, key: Secret, store: MemoryStore, clock: Clock, max_age: int) -> int:
+    """Restore the state in `path` and remove the file; returns the tokens restored.
+
+    Raises SnapshotIgnored, with nothing restored, for a file that is absent, foreign, damaged or
+    older than `max_age` microseconds.
+    """
+    try:
+        raw = path.read_bytes()
+        path.unlink()
+    except FileNotFoundError:
+        raise SnapshotIgnored("there is none") from None
+    except OSError as error:
+        raise SnapshotIgnored(f"cannot be read: {error.strerror}") from None
+    content = _open(raw, key)
+    age = clock.wall() - content.written
+    if not -MAX_CLOCK_SKEW <= age <= max_age:
+        raise SnapshotIgnored(f"written {age // 1_000_000} s ago")
+    return _restore(content, store, clock, max(age, 0))
+
+
+def _collect(store: MemoryStore, clock: Clock) -> _Content:
+    mono, wall = clock.mono(), clock.wall()
+    tokens = [
+        _HeldToken(key, token.body, token.left(mono, wall), token.lifetime, token.mark)
+        for key, token in store.tokens.items()
+    ]
+    buckets = {name.value: bucket.entries(mono) for name, bucket in store.buckets.items()}
+    return _Content(written=wall, tokens=tokens, buckets=buckets)
+
+
+def _restore(content: _Content, store: MemoryStore, clock: Clock, age: int) -> int:
+    mono, wall = clock.mono(), clock.wall()
+    for held in content.tokens:
+        left = min(held.left, held.lifetime) - age
+        if left > 0:
+            store.tokens[held.key] = EmbedToken(
+                body=held.body,
+                dies_mono=mono + left,
+                dies_wall=wall + left,
+                lifetime=held.lifetime,
+                mark=held.mark,
+            )
+    for name, entries in content.buckets.items():
+        aged = {key: wait - age for key, wait in entries.items()}
+        store.buckets[LimitName(name)].restore(aged, mono)
+    return len(store.tokens)
+
+
+def _open(raw: bytes, key: Secret) -> _Content:
+    if not raw.startswith(_MAGIC):
+        raise SnapshotIgnored("not a snapshot of this version")
+    start = len(_MAGIC)
+    nonce, sealed = raw[start : start + _NONCE], raw[start + _NONCE :]
+    try:
+        plain = _cipher(key).decrypt(nonce, sealed, _MAGIC)
+        return msgspec.msgpack.decode(plain, type=_Content)
+    except (InvalidTag, ValueError, msgspec.DecodeError):
+        raise SnapshotIgnored("damaged, or sealed with another key") from None
+
+
+def _cipher(key: Secret) -> ChaCha20Poly1305:
+    derived = HKDF(SHA256(), 32, salt=None, info=_MAGIC).derive(key.reveal().encode())
+    return ChaCha20Poly1305(derived)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write for the owner only; a crash leaves the old file or the new one, never half of it."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
