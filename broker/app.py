@@ -1,0 +1,293 @@
+"""Builds everything, opens and closes the outside world.
+
+Start: settings -> parts -> snapshot -> listeners.  Stop: readiness turns, requests are still taken
+for `drain_lead` (a balancer needs that long to look away), the listener closes, what is under way
+ends, the snapshot is sealed.  Reload: everything is built from the new settings first and swapped
+in only if all of it could be built.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import structlog
+from aiohttp import web
+
+from broker import logs, parts
+from broker.clock import SystemClock
+from broker.config import ConfigError
+from broker.health import Health
+from broker.issue import TokenDesk
+from broker.issuers.local import LocalIssuer
+from broker.listen import CannotListen, listen
+from broker.metrics import Metrics
+from broker.model import LimitName
+from broker.pacer import Paced, Pacer, Unpaced
+from broker.pauses import PauseKeeper
+from broker.settings import Settings
+from broker.stores import snapshot
+from broker.stores.buckets import TokenBucket
+from broker.stores.memory import MemoryStore
+from broker.stores.tokens import TokenCache
+from broker.web import admin
+from broker.web.door import Door
+from broker.web.routes import Routes
+from broker.web.server import BACKLOG, DataServer
+
+log = structlog.get_logger()
+
+HOUSEKEEPING = 0.5
+"""Seconds between rounds of housekeeping; also how fast a changed secret file is noticed."""
+
+MINT_GRACE = 10.0
+"""Seconds that a mint may take beyond its wait for the budget: it may outlive its callers, whose
+patience is `deadline`, because its token is worth caching."""
+
+
+class App:
+    """One broker process.  `load` reads the settings anew, for a reload; it raises ConfigError."""
+
+    def __init__(
+        self, settings: Settings, load: Callable[[], Settings], *, dev: bool = False
+    ) -> None:
+        self._settings = settings
+        self._load = load
+        self._dev = dev
+        self._clock = SystemClock()
+        self._health = Health()
+        self._stopping = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._build()
+
+    def _build(self) -> None:
+        settings, clock = self._settings, self._clock
+        now = clock.mono()
+        policy = parts.reuse(settings)
+        self.metrics = Metrics(settings.issuer.kind)
+        self._sealing_key = parts.sealing_key(settings)
+        self._tokens = TokenCache(
+            settings.reuse.max_tokens,
+            keep_until=lambda token: token.dies_mono - policy.marks(token.lifetime).outage,
+            mono=clock.mono,
+        )
+        self.store = MemoryStore(parts.limits(settings), self._tokens, clock)
+        self.issuer = LocalIssuer(
+            parts.keyring(settings),
+            settings.issuer.local.issuer,
+            settings.issuer.local.audience,
+            clock,
+        )
+        budget = parts.budget(settings)
+        self._paced = None if budget is None else Paced(budget, self.metrics.queue_wait.observe)
+        pacer: Pacer = self._paced or Unpaced()
+        self.desk = TokenDesk(
+            self.store,
+            self.issuer,
+            pacer,
+            policy,
+            clock,
+            self.metrics.mints,
+            mint_timeout=MINT_GRACE + (budget.max_wait if budget else 0.0),
+        )
+        self.door = Door(parts.clients(settings), parts.trusted_proxies(settings), now)
+        self._files = _SecretFiles(settings)
+
+    async def start(self) -> None:
+        """Open everything; raises CannotListen with nothing left open."""
+        self._loop = asyncio.get_running_loop()
+        self._restore_snapshot()
+        if self._paced is not None:
+            await self._paced.start()
+        self._watch_metrics()
+        self._pauses = PauseKeeper()
+        self._pauses.start()
+        try:
+            await self._open_admin()
+            await self._open_data()
+        except CannotListen:
+            await self._close_outside()
+            raise
+        self._tasks.add(self._loop.create_task(self._keep_house()))
+        log.info("broker.started", url=self.url, admin_url=self.admin_url, issuer=self.issuer.name)
+
+    async def run(self) -> None:
+        """Serve until `stop` is called, then drain."""
+        await self._stopping.wait()
+        await self._drain()
+
+    def stop(self) -> None:
+        """Begin to drain."""
+        self._stopping.set()
+
+    def reload(self) -> bool:
+        """Read the settings again; all of it takes effect, or nothing does."""
+        try:
+            settings = self._load()
+            clients, limits = parts.clients(settings), parts.limits(settings)
+            keyring = parts.keyring(settings)
+        except ConfigError as error:
+            self.metrics.reloads.labels("failure").inc()
+            log.error("broker.reload_failed", error=str(error))
+            return False
+        self.door.use_clients(clients)
+        self.store.use_limits(limits)
+        self.issuer.keyring = keyring
+        logs.configure(settings.log)
+        self._routes.debug = settings.log.level == "debug"
+        self._files = _SecretFiles(settings)
+        self.metrics.reloads.labels("success").inc()
+        log.info("broker.reloaded", needs_restart=_needs_restart(self._settings, settings))
+        return True
+
+    async def _open_admin(self) -> None:
+        self._admin = web.AppRunner(
+            admin.build(self.metrics.registry, self._health), access_log=None, handle_signals=False
+        )
+        await self._admin.setup()
+        server = self._admin.server
+        assert server is not None  # set by setup()
+        self._admin_listener, self.admin_url = await listen(
+            server, self._settings.admin.listen, "admin.listen", BACKLOG
+        )
+
+    async def _open_data(self) -> None:
+        settings = self._settings
+        self._routes = Routes(
+            self.door,
+            self.desk,
+            self.metrics,
+            self._clock,
+            self._health,
+            deadline=settings.server.deadline.seconds,
+            any_fingerprint=settings.limits.fingerprint_format == "any",
+            admin_url=self.admin_url,
+        )
+        self._routes.debug = settings.log.level == "debug"
+        self._server = DataServer(self._routes, self._routes.error_head)
+        self._listener, self.url = await listen(
+            self._server, settings.server.listen, "server.listen", BACKLOG
+        )
+        self._add_pages()
+
+    def _add_pages(self) -> None:
+        """Pages for people: imported only where they are served."""
+        if not self._settings.server.docs:
+            return
+        from broker.web import docs  # noqa: PLC0415 - rare, and keeps the start short
+
+        docs.add(self._routes, self.url)
+        if self._dev:
+            docs.add_development(self._routes, self.metrics.registry, self.url)
+            self.door.trust_origins(docs.own_origins(self.url))
+
+    def _watch_metrics(self) -> None:
+        paced = self._paced
+        self.metrics.watch(
+            buckets=lambda: {**self.store.buckets, LimitName.AUTH: self.door.failures},
+            tokens=self._tokens,
+            in_flight=lambda: len(self.desk.flights),
+            budget=None if paced is None else lambda: (paced.remaining, paced.depth),
+        )
+
+    async def _drain(self) -> None:
+        server = self._settings.server
+        ends = time.monotonic() + server.drain.seconds
+        self._health.draining = True
+        log.info("broker.draining", lead_s=server.drain_lead.seconds, drain_s=server.drain.seconds)
+        await asyncio.sleep(server.drain_lead.seconds)
+        self._listener.close()
+        self._server.pre_shutdown()
+        await self._server.shutdown(timeout=max(ends - time.monotonic(), 0.1))
+        await self._close_outside()
+        self._save_snapshot()
+        log.info("broker.stopped")
+
+    async def _close_outside(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.desk.flights.close()
+        if self._paced is not None:
+            await self._paced.close()
+        await self._admin.cleanup()
+        if hasattr(self, "_admin_listener"):
+            self._admin_listener.close()
+        self._pauses.stop()
+
+    def _restore_snapshot(self) -> None:
+        store = self._settings.store
+        if store.snapshot_file is None or self._sealing_key is None:
+            return
+        try:
+            count = snapshot.load(
+                Path(store.snapshot_file),
+                self._sealing_key,
+                self.store,
+                self._clock,
+                store.snapshot_max_age.us,
+            )
+        except snapshot.SnapshotIgnored as reason:
+            log.warning("broker.snapshot_ignored", reason=str(reason))
+        else:
+            log.info("broker.snapshot_loaded", tokens=count)
+
+    def _save_snapshot(self) -> None:
+        path = self._settings.store.snapshot_file
+        if path is None or self._sealing_key is None:
+            return
+        try:
+            count = snapshot.save(Path(path), self._sealing_key, self.store, self._clock)
+        except OSError as error:
+            log.error("broker.snapshot_failed", reason=error.strerror)
+        else:
+            log.info("broker.snapshot_saved", tokens=count)
+
+    async def _keep_house(self) -> None:
+        """Expire, measure the loop, notice changed secrets: so that no request has to."""
+        loop = self._loop
+        while True:
+            due = loop.time() + HOUSEKEEPING
+            await asyncio.sleep(HOUSEKEEPING)
+            self.metrics.loop_lag.observe(max(loop.time() - due, 0.0))
+            self.store.tidy()
+            self.door.failures.tidy(self._clock.mono())
+            self._routes.refusals.flush(self._clock.mono())
+            self._pauses.tidy()
+            if self._files.changed():
+                log.info("broker.secret_files_changed")
+                self.reload()
+
+
+class _SecretFiles:
+    """Notices that a secret file was replaced or rewritten."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._paths: Sequence[Path] = [Path(file) for _, file in parts.secret_files(settings)]
+        self._seen = self._look()
+
+    def changed(self) -> bool:
+        """Whether any file differs from when this was last asked."""
+        seen = self._look()
+        changed, self._seen = seen != self._seen, seen
+        return changed
+
+    def _look(self) -> list[tuple[int, int, int] | None]:
+        return [_signature(path) for path in self._paths]
+
+
+def _signature(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino, status.st_size
+
+
+def _needs_restart(old: Settings, new: Settings) -> list[str]:
+    """Sections that differ and are not taken over by a reload."""
+    fixed = ("server", "admin", "reuse", "store")
+    names = [name for name in fixed if getattr(old, name) != getattr(new, name)]
+    if old.issuer.budget != new.issuer.budget:
+        names.append("issuer.budget")
+    return names

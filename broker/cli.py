@@ -1,0 +1,226 @@
+"""The command line: start here.
+
+Exit codes follow sysexits.h where it has one: 0 done, 1 the answer is no, 64 wrong usage, 69 an
+address or a service is unavailable, 78 the configuration cannot be used.  A second signal while
+draining ends the process at once with 128 + its number.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import secrets
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from typing_extensions import override
+
+from broker import config
+from broker.config import ConfigError
+from broker.settings import Settings
+from broker.version import VERSION
+
+EX_OK, EX_NO, EX_USAGE, EX_UNAVAILABLE, EX_CONFIG = 0, 1, 64, 69, 78
+
+NOTHING_CONFIGURED = (
+    "no configuration: pass --config FILE, set BROKER_CONFIG, or try `broker serve --dev`,"
+    " which needs none"
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    @override
+    def error(self, message: str) -> NoReturn:
+        self.exit(EX_USAGE, f"{self.prog}: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return command(arguments)
+    except ConfigError as error:
+        print(f"broker: {error}", file=sys.stderr)
+        return EX_CONFIG
+    except BrokenPipeError:
+        return EX_OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="broker", description="Mints, reuses and rate-limits embed tokens.")
+    parser.add_argument("--version", action="version", version=f"embed-token-broker {VERSION}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    serve = commands.add_parser("serve", help="answer requests until stopped")
+    _config_flag(serve)
+    serve.add_argument(
+        "--dev", action="store_true", help="no configuration needed: keys and secret are made"
+    )
+    serve.add_argument("--listen", metavar="H:P", help="instead of [server] listen")
+    serve.add_argument("--admin-listen", metavar="H:P", help="instead of [admin] listen")
+    serve.set_defaults(run=_serve)
+
+    check = commands.add_parser("check", help="check a configuration and say what is wrong")
+    _config_flag(check)
+    check.set_defaults(run=_check)
+
+    show = (
+        commands.add_parser("config", help="the configuration in force")
+        .add_subparsers(required=True, metavar="show", parser_class=_Parser)
+        .add_parser("show", help="print it, secrets masked")
+    )
+    _config_flag(show)
+    show.set_defaults(run=_config_show)
+
+    mint = commands.add_parser("mint", help="make one token, signed here or asked of a broker")
+    _config_flag(mint)
+    mint.add_argument("agent", metavar="AGENT")
+    mint.add_argument(
+        "--fingerprint", required=True, metavar="F", help="hex string of the visitor's device"
+    )
+    mint.add_argument(
+        "--url",
+        metavar="U",
+        help="ask this broker; the client secret is read from BROKER_API_SECRET",
+    )
+    mint.add_argument("--iframe", action="store_true", help="print the iframe instead of the token")
+    mint.set_defaults(run=_mint)
+
+    verify = commands.add_parser(
+        "verify", help="verify the token on standard input with the local keys"
+    )
+    _config_flag(verify)
+    verify.set_defaults(run=_verify)
+
+    generate = (
+        commands.add_parser("keys", help="signing keys")
+        .add_subparsers(required=True, metavar="generate", parser_class=_Parser)
+        .add_parser("generate", help="make a key: 32 random bytes as text")
+    )
+    generate.add_argument(
+        "--out",
+        metavar="FILE",
+        help="write it there (mode 0600, never over a file) instead of printing it",
+    )
+    generate.set_defaults(run=_keys_generate)
+    return parser
+
+
+def _config_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="instead of BROKER_CONFIG or /etc/embed-token-broker/broker.toml",
+    )
+
+
+def _settings(arguments: argparse.Namespace, flags: Mapping[str, Any] | None = None) -> Settings:
+    """Load the settings of a command that needs a configuration."""
+    path = config.find_file(arguments.config, os.environ)
+    if path is None and not any(name.startswith("BROKER_") and "__" in name for name in os.environ):
+        raise ConfigError(NOTHING_CONFIGURED)
+    return config.load(path, os.environ, flags or {})
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    flags: dict[str, Any] = {}
+    if arguments.listen:
+        flags["server"] = {"listen": arguments.listen}
+    if arguments.admin_listen:
+        flags["admin"] = {"listen": arguments.admin_listen}
+    if not arguments.dev:
+        return _run(lambda: _settings(arguments, flags), dev=False)
+    from broker import dev  # noqa: PLC0415 - only here
+
+    defaults = dev.defaults()
+    path = config.find_file(arguments.config, os.environ) if _names_file(arguments) else None
+    return _run(lambda: config.load(path, os.environ, flags, defaults), dev=True)
+
+
+def _names_file(arguments: argparse.Namespace) -> bool:
+    """Development mode reads a file only if one is named, never the packaged one."""
+    return bool(arguments.config or os.environ.get("BROKER_CONFIG"))
+
+
+def _run(load: Callable[[], Settings], *, dev: bool) -> int:
+    from broker import logs  # noqa: PLC0415 - the server's imports are slow and other commands need none
+    from broker.serve import serve  # noqa: PLC0415 - as above
+
+    settings = load()
+    logs.configure(settings.log)
+    return serve(settings, load, dev=dev)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from broker import parts  # noqa: PLC0415 - as in _run
+
+    settings = _settings(arguments)
+    missing = parts.missing_files(settings)
+    if not missing:
+        parts.check(settings)
+    for name, file in missing:
+        print(
+            f"note: {name}: {file} is not here; it must be where the broker runs", file=sys.stderr
+        )
+    print("configuration ok")
+    return EX_OK
+
+
+def _config_show(arguments: argparse.Namespace) -> int:
+    print(config.show(_settings(arguments)), end="")
+    return EX_OK
+
+
+def _mint(arguments: argparse.Namespace) -> int:
+    from broker import mint  # noqa: PLC0415 - as in _run
+
+    try:
+        if arguments.url:
+            secret = os.environ.get("BROKER_API_SECRET", "")
+            token = mint.ask(arguments.url, secret, arguments.agent, arguments.fingerprint)
+        else:
+            token = mint.sign(_settings(arguments), arguments.agent, arguments.fingerprint)
+    except mint.CannotMint as error:
+        print(f"broker: {error}", file=sys.stderr)
+        return EX_UNAVAILABLE
+    print(mint.iframe(arguments.agent, token) if arguments.iframe else token)
+    return EX_OK
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from broker import parts  # noqa: PLC0415 - as in _run
+    from broker.issuers.keyring import BadToken  # noqa: PLC0415 - as in _run
+
+    settings = _settings(arguments)
+    local = settings.issuer.local
+    try:
+        claims = parts.keyring(settings).verify(
+            sys.stdin.read().strip(), local.issuer, local.audience
+        )
+    except BadToken as error:
+        print(f"not valid: {error}", file=sys.stderr)
+        return EX_NO
+    print(json.dumps(claims, indent=2))
+    return EX_OK
+
+
+def _keys_generate(arguments: argparse.Namespace) -> int:
+    key = secrets.token_urlsafe(32)
+    if not arguments.out:
+        print(key)
+        return EX_OK
+    try:
+        handle = os.open(arguments.out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        print(f"broker: cannot write {arguments.out}: {error.strerror}", file=sys.stderr)
+        return EX_NO
+    with os.fdopen(handle, "w") as file:
+        file.write(key + "\n")
+    return EX_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

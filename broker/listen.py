@@ -1,0 +1,59 @@
+"""Opening listeners: TCP or a Unix socket, with an error that an operator can act on."""
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from broker.config import parse_address
+
+SOCKET_MODE = 0o660
+"""Who may connect to a Unix socket: owner and group.  The secret is still required."""
+
+
+class CannotListen(Exception):  # noqa: N818 - reads as what it is
+    """An address that cannot be listened on; exit code 69 (EX_UNAVAILABLE)."""
+
+
+async def listen(
+    factory: Callable[[], asyncio.Protocol], address: str, setting: str, backlog: int
+) -> tuple[asyncio.Server, str]:
+    """Listen on `address`; returns the server and the URL under which it answers.
+
+    `setting` names the key that holds the address, for the error.  Raises CannotListen.
+    """
+    loop = asyncio.get_running_loop()
+    where = parse_address(address)
+    try:
+        if isinstance(where, str):
+            _remove_stale(Path(where))
+            server = await loop.create_unix_server(factory, where, backlog=backlog)
+            Path(where).chmod(SOCKET_MODE)
+            return server, f"unix:{where}"
+        host, port = where
+        server = await loop.create_server(factory, host, port, backlog=backlog)
+    except OSError as error:
+        raise CannotListen(_reason(setting, address, error)) from None
+    port = server.sockets[0].getsockname()[1]
+    return server, f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove a socket that a killed process left; one that answers is somebody's."""
+    if not path.exists() or not stat.S_ISSOCK(path.stat().st_mode):
+        return
+    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(ConnectionRefusedError):
+        probe.connect(str(path))
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    path.unlink()
+
+
+def _reason(setting: str, address: str, error: OSError) -> str:
+    in_use = error.errno == errno.EADDRINUSE or "in use" in str(error)
+    remedy = "; stop the other process or choose another port" if in_use else ""
+    reason = "in use" if in_use else (error.strerror or str(error))
+    return f"{setting}: cannot listen on {address}: {reason}{remedy}"

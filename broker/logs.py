@@ -1,0 +1,115 @@
+"""What operators read: one canonical event per request, escaped, and a flood of refusals counted.
+
+Everything goes to standard error; standard output belongs to commands.  Secrets never get here:
+a token is named by the start of its SHA-256, a fingerprint by a keyed hash that only this process
+can repeat.
+"""
+
+import json
+import logging
+import os
+import secrets
+import sys
+from collections.abc import MutableMapping
+from hashlib import blake2b
+from typing import Any, TextIO
+
+import structlog
+from structlog.typing import EventDict, Processor
+
+from broker.settings import Log
+
+SUMMARY_INTERVAL = 60_000_000
+"""Microseconds: how often refusals that were not written one by one are summed up."""
+
+_hash_key = secrets.token_bytes(32)
+
+
+def configure(settings: Log, stream: TextIO | None = None) -> None:
+    """Set format and level; can be called again to change them while running."""
+    out = stream if stream is not None else sys.stderr
+    level = logging.getLevelNamesMapping()[settings.level.upper()]
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *_renderers(settings.format, out),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.WriteLoggerFactory(file=out),
+        cache_logger_on_first_use=False,
+    )
+    logging.basicConfig(handlers=[_Bridge()], level=logging.WARNING, force=True)
+
+
+def _renderers(form: str, out: TextIO) -> list[Processor]:
+    if form == "json":
+        return [structlog.processors.dict_tracebacks, _drop_locals, _as_json]
+    return [
+        _escape,
+        structlog.dev.ConsoleRenderer(colors=out.isatty() and "NO_COLOR" not in os.environ),
+    ]
+
+
+def _as_json(_logger: object, _name: str, event: EventDict) -> str:
+    """One line of ASCII: control, ANSI and bidi characters come out as \\u escapes."""
+    return json.dumps({"event": event.pop("event"), **event}, default=repr)
+
+
+def _drop_locals(_logger: object, _name: str, event: EventDict) -> EventDict:
+    """Local variables of a traceback may hold a token: keep the lines, drop the values."""
+    for trace in event.get("exception", ()):
+        for frame in trace.get("frames", ()):
+            frame.pop("locals", None)
+    return event
+
+
+def _escape(_logger: object, _name: str, event: EventDict) -> EventDict:
+    for key, value in event.items():
+        if isinstance(value, str) and not (value.isascii() and value.isprintable()):
+            event[key] = value.encode("unicode_escape").decode("ascii")
+    return event
+
+
+class _Bridge(logging.Handler):
+    """Brings warnings of libraries into our format; their arguments may quote input and stay out."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        kind = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else None
+        log = structlog.get_logger()
+        log.warning("broker.library", logger=record.name, text=str(record.msg)[:200], error=kind)
+
+
+def visitor_hash(fingerprint: str) -> str:
+    """Name a visitor in the log of this process without showing the fingerprint."""
+    return blake2b(fingerprint.encode(), key=_hash_key, digest_size=6).hexdigest()
+
+
+class RefusalLog:
+    """Writes the first refusal of each kind in a minute, and counts the others.
+
+    A flood of refusals must not become a flood of lines: it is the logging that would fall over.
+    """
+
+    def __init__(self) -> None:
+        self._seen: MutableMapping[str, int] = {}
+        self._next = 0
+
+    def first(self, kind: str, now: int) -> bool:
+        """Count one refusal (`now` in us); True if this one is to be written."""
+        self.flush(now)
+        count = self._seen.get(kind, 0)
+        self._seen[kind] = count + 1
+        return count == 0
+
+    def flush(self, now: int) -> None:
+        """Once a minute, write how many were not written, and begin anew."""
+        if now < self._next:
+            return
+        self._next = now + SUMMARY_INTERVAL
+        log = structlog.get_logger()
+        for kind, count in self._seen.items():
+            if count > 1:
+                log.info("broker.refusals", kind=kind, unwritten=count - 1)
+        self._seen.clear()

@@ -1,0 +1,68 @@
+"""Runs an `App` in this process: event loop, signals, exit code."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from broker.app import App
+from broker.listen import CannotListen
+from broker.settings import Settings
+
+EX_UNAVAILABLE = 69
+
+
+def serve(settings: Settings, load: Callable[[], Settings], *, dev: bool) -> int:
+    """Serve until a signal; returns the exit code."""
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(_serve(settings, load, dev=dev))
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop where there is one; asyncio's own loop elsewhere."""
+    try:
+        import uvloop  # noqa: PLC0415 - optional by platform
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+async def _serve(settings: Settings, load: Callable[[], Settings], *, dev: bool) -> int:
+    app = App(settings, load, dev=dev)
+    try:
+        await app.start()
+    except CannotListen as error:
+        print(f"broker: {error}", file=sys.stderr)
+        return EX_UNAVAILABLE
+    _obey_signals(app)
+    if dev:
+        _introduce(app, settings)
+    await app.run()
+    return 0
+
+
+def _obey_signals(app: App) -> None:
+    loop = asyncio.get_running_loop()
+    asked: list[int] = []
+
+    def stop(number: int) -> None:
+        if asked:
+            os._exit(128 + number)
+        asked.append(number)
+        app.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number)
+    loop.add_signal_handler(signal.SIGHUP, app.reload)
+
+
+def _introduce(app: App, settings: Settings) -> None:
+    """Tell programs (first line) and people (second) how to get a first token."""
+    from broker import dev  # noqa: PLC0415 - development only
+
+    secret = next((c.secret for c in settings.clients.values() if c.secret is not None), None)
+    shown = secret.reveal() if secret is not None else ""
+    print(json.dumps({"url": app.url, "admin_url": app.admin_url, "api_secret": shown}))
+    print(dev.curl_line(app.url, shown), flush=True)

@@ -1,0 +1,296 @@
+"""The settings tree: what can be configured, its default, and why that is the default.
+
+Values only.  Where they come from (file, environment, flags) and how errors read is `config`'s
+affair; `[section] key` in the file is the attribute of the same name here.  Unknown keys are
+errors, because a misspelt limit would otherwise be no limit.
+
+Secrets are given inline or, better, as `..._file`; files are read again when they change.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct, field
+from typing_extensions import override
+
+from broker.model import Secret
+
+_Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+
+
+class Duration:
+    """A span of time, written "500ms", "12s", "5m" or "1h"; held in microseconds."""
+
+    __slots__ = ("us",)
+
+    def __init__(self, us: int) -> None:
+        self.us = us
+
+    @property
+    def seconds(self) -> float:
+        """The span in seconds."""
+        return self.us / 1_000_000
+
+    @override
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Duration) and other.us == self.us
+
+    @override
+    def __hash__(self) -> int:
+        return hash(self.us)
+
+    @override
+    def __repr__(self) -> str:
+        return str(self)
+
+    @override
+    def __str__(self) -> str:
+        for unit, size in (("h", 3_600_000_000), ("m", 60_000_000), ("s", 1_000_000)):
+            if self.us and self.us % size == 0:
+                return f"{self.us // size}{unit}"
+        return f"{self.us / 1000:g}ms"
+
+
+def _seconds(count: int) -> Duration:
+    return Duration(count * 1_000_000)
+
+
+class _Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A table of the configuration file."""
+
+
+class Server(_Section, frozen=True):
+    """The data listener."""
+
+    listen: str = "127.0.0.1:8080"
+    """`HOST:PORT` or `unix:/path`.  Loopback: a sidecar is reached by its own host only."""
+    deadline: Duration = _seconds(12)
+    """One request, start to answer: longer than any wait for the budget plus one mint, shorter
+    than the 15 s at which common HTTP clients and proxies give up."""
+    drain: Duration = _seconds(15)
+    """Time from the signal to the end: half of the 30 s that Kubernetes grants by default."""
+    drain_lead: Duration = _seconds(3)
+    """Part of `drain` in which /readyz already says 503 and requests are still taken, so that a
+    balancer notices first; probes commonly run every second or two."""
+    trusted_proxies: tuple[str, ...] = ()
+    """Addresses or networks whose `X-Forwarded-For` counts.  None: a header that anybody can
+    send must not choose whose failed logins are throttled."""
+    docs: bool = False
+    """Serve /openapi.json and /docs.  Off: a production sidecar needs no pages (`--dev` turns it on)."""
+
+
+class Admin(_Section, frozen=True):
+    """The admin listener: metrics and probes."""
+
+    listen: str = "127.0.0.1:9464"
+    """`HOST:PORT` or `unix:/path`.  Loopback: metrics tell a competitor more than one thinks."""
+
+
+class Client(_Section, frozen=True):
+    """Somebody who may ask for tokens."""
+
+    secret: Secret | None = None
+    """The client secret, at least 16 characters; prefer `secret_file`."""
+    secret_file: str | None = None
+    """File with the client secret (one trailing newline is dropped)."""
+    agents: tuple[str, ...] = ()
+    """Agents this client may use; `["*"]` for all.  Empty allows none: access is granted, not assumed."""
+    allow_origin_header: bool = False
+    """Accept this client's secret together with an `Origin` header, for a proxy that adds the
+    secret to browsers' requests.  Off: that pair normally means the secret leaked into a page."""
+
+
+class Key(_Section, frozen=True):
+    """A signing or verifying key."""
+
+    secret: Secret | None = None
+    """The key, at least 32 random bytes as text; prefer `secret_file`."""
+    secret_file: str | None = None
+    """File with the key; `broker keys generate` makes one."""
+
+
+class LocalIssuer(_Section, frozen=True):
+    """Tokens signed here."""
+
+    issuer: str = "embed-token-broker"
+    """The claim `iss`."""
+    audience: str = "embed"
+    """The claim `aud`; a verifier that expects another one refuses the token."""
+    keys: Mapping[_Name, Key] = {}
+    """Keys by `kid`: one signs, all verify."""
+    signing_key: str = ""
+    """The `kid` that signs; may be left out while there is only one key."""
+
+
+class Budget(_Section, frozen=True):
+    """How many mints the vendor is sent: `rate` per `per`, `burst` at once."""
+
+    rate: float = 106
+    """Below the vendor's 120: in the worst window the burst comes on top, and a slow connection
+    bunches a few more (106 + 8 + 5 = 119)."""
+    per: Duration = _seconds(60)
+    """The window of `rate`."""
+    burst: int = 8
+    """Enough for a page with a few visitors in the same second; each one is taken off the rate."""
+    max_wait: Duration = _seconds(8)
+    """Who would wait longer is told so at once: a visitor rather retries than stares."""
+
+
+class Issuer(_Section, frozen=True):
+    """Where tokens come from."""
+
+    kind: Literal["local"] = "local"
+    """`local` signs here."""
+    local: LocalIssuer = field(default_factory=LocalIssuer)
+    """Settings of the local issuer."""
+    budget: Budget | None = None
+    """Pace of mints.  Absent for `local`: a signature costs nobody anything."""
+
+
+class Reuse(_Section, frozen=True):
+    """How long a token is handed out again."""
+
+    enabled: bool = True
+    """Off mints for every request (a vendor would refuse a busy site within a second)."""
+    floor: Duration = _seconds(300)
+    """No token is handed out with less life left: a visitor's call should not end in mid-sentence."""
+    floor_in_outage: Duration = _seconds(60)
+    """The floor while no new token can be had: a short call is better than none."""
+    refresh_ahead: Duration = _seconds(900)
+    """From here to expiry the next request renews in the background; renewal costs capacity, so
+    this is a quarter of a life and not half."""
+    max_tokens: Annotated[int, Meta(ge=1)] = 200_000
+    """Tokens held, about 1.5 KB each; beyond it the least recently used one goes."""
+
+
+class Limit(_Section, frozen=True):
+    """`rate` requests per `per`, up to `burst` at once; refilled continuously."""
+
+    rate: float
+    """Tokens per `per`, more than 0; leave a limit out to have none."""
+    burst: int
+    """At least 1."""
+    per: Duration = _seconds(60)
+    """The window of `rate`."""
+    dry_run: bool = False
+    """Decide and count, but never deny: to try a limit on live traffic."""
+
+
+class AgentOverride(_Section, frozen=True):
+    """What differs for one agent; fields left out are inherited."""
+
+    rate: float | None = None
+    """Instead of the limit's rate."""
+    per: Duration | None = None
+    """Instead of the limit's per."""
+    burst: int | None = None
+    """Instead of the limit's burst."""
+    dry_run: bool | None = None
+    """Instead of the limit's dry_run."""
+
+
+class FingerprintLimit(_Section, frozen=True):
+    """Every request of a visitor (client and fingerprint)."""
+
+    rate: float = 60
+    """Tokens per `per`: a page that reloads once a second is still served."""
+    burst: int = 20
+    """A few tabs at once; a script that loops is stopped within its first second."""
+    per: Duration = _seconds(60)
+    """The window of `rate`."""
+    dry_run: bool = False
+    """Decide and count, but never deny."""
+    overrides: Mapping[str, AgentOverride] = {}
+    """Exceptions by agent id."""
+
+
+class FingerprintMintsLimit(_Section, frozen=True):
+    """Mints started for a visitor: joiners and reuse are free."""
+
+    rate: float = 6
+    """Tokens per `per`: a visitor needs one an hour; the rest is for several agents and models."""
+    burst: int = 6
+    """A page with several avatars; not a generator of tokens."""
+    per: Duration = _seconds(60)
+    """The window of `rate`."""
+    dry_run: bool = False
+    """Decide and count, but never deny."""
+    overrides: Mapping[str, AgentOverride] = {}
+    """Exceptions by agent id."""
+
+
+class AgentLimit(_Section, frozen=True):
+    """Mints on an agent, over all clients."""
+
+    rate: float = 6000
+    """Tokens per `per`: far above a vendor's budget, so that it only stops a runaway agent."""
+    burst: int = 1000
+    """A launch announcement's first second."""
+    per: Duration = _seconds(60)
+    """The window of `rate`."""
+    dry_run: bool = False
+    """Decide and count, but never deny."""
+    overrides: Mapping[str, AgentOverride] = {}
+    """Exceptions by agent id."""
+
+
+class Limits(_Section, frozen=True):
+    """Inbound limits."""
+
+    fingerprint_format: Literal["hex", "any"] = "hex"
+    """`hex`: 4 to 128 hex digits, as the vendor documents; constants such as "anonymous", which
+    make strangers share a memory, are caught.  `any`: 1 to 256 printable characters."""
+    max_tracked: Annotated[int, Meta(ge=1000)] = 1_000_000
+    """Buckets kept per limit, about 200 bytes each; beyond it newcomers share overflow buckets."""
+    fingerprint: FingerprintLimit = field(default_factory=FingerprintLimit)
+    """Every request of a visitor."""
+    fingerprint_mints: FingerprintMintsLimit = field(default_factory=FingerprintMintsLimit)
+    """Mints started for a visitor."""
+    agent: AgentLimit = field(default_factory=AgentLimit)
+    """Mints on an agent."""
+    client: Limit | None = None
+    """All requests of one client.  Off: a busy backend is one client."""
+
+
+class Store(_Section, frozen=True):
+    """What requests share, and what survives a restart."""
+
+    snapshot_file: str | None = None
+    """Where tokens and buckets are sealed on drain and found again at the start.  Off: no file
+    appears that nobody asked for; without it a restart mints anew for every visitor."""
+    snapshot_max_age: Duration = _seconds(600)
+    """An older snapshot is ignored: limits have refilled, and a deploy takes minutes, not hours."""
+    encryption_key: Secret | None = None
+    """Seals what is stored, at least 32 random bytes as text; prefer `encryption_key_file`."""
+    encryption_key_file: str | None = None
+    """File with that key; required with `snapshot_file`."""
+
+
+class Log(_Section, frozen=True):
+    """What is written to standard error."""
+
+    format: Literal["json", "console"] = "json"
+    """`json` for machines, `console` for people (`--dev`)."""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """`info` writes mints and failures; reuse, which is most of the traffic, needs `debug`."""
+
+
+class Settings(_Section, frozen=True):
+    """The whole tree."""
+
+    server: Server = field(default_factory=Server)
+    """The data listener."""
+    admin: Admin = field(default_factory=Admin)
+    """The admin listener."""
+    clients: Mapping[_Name, Client] = {}
+    """Who may ask, by name; the name appears in logs."""
+    issuer: Issuer = field(default_factory=Issuer)
+    """Where tokens come from."""
+    reuse: Reuse = field(default_factory=Reuse)
+    """How long a token is handed out again."""
+    limits: Limits = field(default_factory=Limits)
+    """Inbound limits."""
+    store: Store = field(default_factory=Store)
+    """What requests share."""
+    log: Log = field(default_factory=Log)
+    """What is written."""

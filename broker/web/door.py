@@ -1,0 +1,175 @@
+"""Who is asking?  The server door: a client secret, never from a browser.
+
+Secrets are compared as SHA-256 digests: the look-up by digest tells an attacker's stopwatch
+nothing about the secret, and the comparison itself takes constant time.  Failures of one address
+are throttled; a valid secret always passes, so nobody can lock a client out by failing for it.
+"""
+
+import hashlib
+import hmac
+import ipaddress
+from collections.abc import Mapping, Sequence
+
+from aiohttp.hdrs import AUTHORIZATION, ORIGIN
+from aiohttp.web_request import BaseRequest
+from msgspec import Struct
+from multidict import CIMultiDictProxy, istr
+
+from broker.errors import (
+    AgentNotAllowed,
+    Invalid,
+    MissingAuth,
+    RateLimited,
+    SecretInBrowser,
+    Unauthorized,
+)
+from broker.model import LimitName
+from broker.rules import bucket
+from broker.stores.buckets import TokenBucket
+
+API_SECRET = istr("api-secret")
+_FORWARDED_FOR = istr("X-Forwarded-For")
+
+FAILED_AUTH_LIMIT = bucket.limit(rate=30, per=60_000_000, burst=30)
+"""The vendor's own figure: enough for a deploy with a wrong secret, useless for guessing."""
+
+MAX_TRACKED_ADDRESSES = 100_000
+"""Failing addresses remembered; further ones share overflow buckets."""
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class KnownClient(Struct, frozen=True):
+    """A client as the door knows it: `agents` None means all."""
+
+    name: str
+    digest: bytes
+    agents: frozenset[str] | None
+    allow_origin: bool
+
+    def require_agent(self, agent: str) -> None:
+        """Raise AgentNotAllowed unless this client may use the agent."""
+        if self.agents is not None and agent not in self.agents:
+            raise AgentNotAllowed("agent_id: this client may not use this agent; ask the operator")
+
+
+class Door:
+    """Identifies clients."""
+
+    def __init__(
+        self,
+        clients: Sequence[KnownClient],
+        trusted_proxies: Sequence[Network],
+        now: int,
+    ) -> None:
+        self._trusted = tuple(trusted_proxies)
+        self._own_origins: frozenset[str] = frozenset()
+        self.failures = TokenBucket(MAX_TRACKED_ADDRESSES, FAILED_AUTH_LIMIT.depth, now)
+        self.use_clients(clients)
+
+    def use_clients(self, clients: Sequence[KnownClient]) -> None:
+        """Replace all clients, from the next request on."""
+        self._clients: Mapping[bytes, KnownClient] = {c.digest: c for c in clients}
+
+    def trust_origins(self, origins: frozenset[str]) -> None:
+        """Exempt these origins from the browser rule."""
+        self._own_origins = origins
+
+    def identify(self, request: BaseRequest, now: int) -> KnownClient:
+        """Return the client whose secret the request bears; `now` is monotonic microseconds.
+
+        Raises MissingAuth, Unauthorized, RateLimited (an address that keeps failing),
+        SecretInBrowser, or Invalid for two secrets in one request.
+        """
+        headers = request.headers
+        try:
+            client = self.recognise(headers)
+        except MissingAuth:
+            self._throttle(request, now)
+            raise
+        if client is None:
+            self._throttle(request, now)
+            raise Unauthorized("unknown client secret: check it against the broker's [clients]")
+        if ORIGIN in headers and not client.allow_origin:
+            self._refuse_browser(headers)
+        return client
+
+    def is_valid(self, request: BaseRequest, now: int) -> bool:
+        """Whether the secret is a known one; failures count as in `identify`."""
+        try:
+            self.identify(request, now)
+        except Unauthorized:
+            return False
+        return True
+
+    def recognise(self, headers: "CIMultiDictProxy[str]") -> KnownClient | None:
+        """Return the client of this secret, None if nobody has it."""
+        digest = hashlib.sha256(secret_of(headers).encode("utf-8", "surrogateescape")).digest()
+        client = self._clients.get(digest)
+        if client is None or not hmac.compare_digest(client.digest, digest):
+            return None
+        return client
+
+    def _throttle(self, request: BaseRequest, now: int) -> None:
+        address = self.address_of(request.headers, request.remote)
+        verdict = self.failures.take(address, FAILED_AUTH_LIMIT, now)
+        if not verdict.allowed:
+            raise RateLimited(LimitName.AUTH, verdict)
+
+    def _refuse_browser(self, headers: "CIMultiDictProxy[str]") -> None:
+        if headers.get(ORIGIN) not in self._own_origins:
+            raise SecretInBrowser(
+                "a client secret came with an Origin header, so from a browser: it has leaked into"
+                " a page; replace it, and request tokens from your backend"
+            )
+
+    def address_of(self, headers: "CIMultiDictProxy[str]", peer: str | None) -> str:
+        """Name whose failures are counted: an IPv4 address or an IPv6 /64.
+
+        `X-Forwarded-For` is walked from the right, only as long as the one who says so is trusted.
+        """
+        address = _parse(peer)
+        if address is None:
+            return "local"
+        hops = [
+            hop.strip() for value in headers.getall(_FORWARDED_FOR, ()) for hop in value.split(",")
+        ]
+        while hops and any(address in network for network in self._trusted):
+            hop = _parse(hops.pop())
+            if hop is None:
+                break
+            address = hop
+        if address.version == 6:  # noqa: PLR2004 - the version of IP
+            return str(ipaddress.ip_network((address, 64), strict=False))
+        return str(address)
+
+
+def secret_of(headers: "CIMultiDictProxy[str]") -> str:
+    """Return the secret of the request; raises MissingAuth, or Invalid for two of them."""
+    given = headers.getall(API_SECRET, None)
+    if given is None:
+        return _bearer(headers)
+    if len(given) > 1:
+        raise Invalid("api-secret: sent twice; send the header once")
+    if not given[0]:
+        raise MissingAuth("api-secret: empty; send the client secret")
+    return given[0]
+
+
+def _bearer(headers: "CIMultiDictProxy[str]") -> str:
+    values = headers.getall(AUTHORIZATION, ())
+    if len(values) > 1:
+        raise Invalid("authorization: sent twice; send the header once")
+    scheme, _, token = values[0].partition(" ") if values else ("", "", "")
+    if scheme.lower() != "bearer" or not token.strip():
+        raise MissingAuth("api-secret: missing; send the client secret in this header")
+    return token.strip()
+
+
+def _parse(text: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        address = ipaddress.ip_address(text or "")
+    except ValueError:
+        return None
+    mapped = getattr(address, "ipv4_mapped", None)
+    return mapped or address

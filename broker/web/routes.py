@@ -1,0 +1,297 @@
+"""The routes of the data listener: a dictionary of exact paths, and what they answer."""
+
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from email.utils import formatdate
+from itertools import count
+
+import structlog
+from aiohttp import web
+from aiohttp.web_request import BaseRequest
+from multidict import istr
+
+from broker import errors
+from broker.answers import HealthAnswer, ValidAnswer, error_body_of, plain_body, token_in
+from broker.health import Health
+from broker.issue import Handout, Refusal, TokenDesk
+from broker.logs import RefusalLog, visitor_hash
+from broker.metrics import BUDGET, Metrics
+from broker.model import Ask, Clock, LimitName, Outcome, name_of
+from broker.web import body, wire
+from broker.web.answer import (
+    JSON_TYPE,
+    ReadyAnswer,
+    head,
+    limit_headers,
+    retry_after_seconds,
+)
+from broker.web.door import Door, KnownClient
+
+log = structlog.get_logger()
+
+TOKEN_PATH = "/v1/embed-tokens/request"  # noqa: S105 - a path, not a password
+
+_REQUEST_ID = istr("X-Request-Id")
+_ID_ALPHABET = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
+_ID_MAX = 64
+
+_CACHE_STATUS = {
+    Outcome.REUSED: "Cache-Status: embed-token-broker; hit\r\n",
+    Outcome.MINTED: "Cache-Status: embed-token-broker; fwd=miss\r\n",
+    Outcome.COALESCED: "Cache-Status: embed-token-broker; fwd=miss; collapsed\r\n",
+}
+
+Handler = Callable[[BaseRequest, str], Awaitable[web.StreamResponse]]
+"""Answers a request; the second argument is its request id."""
+
+_COUNTED = frozenset({Outcome.LIMITED, Outcome.SHED, Outcome.INVALID, Outcome.UNAUTHORIZED})
+"""Outcomes that anybody can cause in any number: the first of a minute is written, the rest counted."""
+
+_CLOSING = frozenset({408, 413})
+"""After these the rest of the body is still on its way: it must not be read as a request."""
+
+_OK = plain_body(HealthAnswer("ok"))
+_DRAINING = plain_body(HealthAnswer("draining"))
+
+
+class Routes:
+    """Answers the data listener; give it to `DataServer`.
+
+    `table` maps exact paths to handlers by method; pages of development mode are added to it.
+    `deadline` is how many seconds a request may take; `debug` says whether each hand-out is written: kept here so that a hit need not ask.
+    """
+
+    def __init__(
+        self,
+        door: Door,
+        desk: TokenDesk,
+        metrics: Metrics,
+        clock: Clock,
+        health: Health,
+        *,
+        deadline: float,
+        any_fingerprint: bool,
+        admin_url: str,
+    ) -> None:
+        self._door = door
+        self._desk = desk
+        self._metrics = metrics
+        self._clock = clock
+        self._health = health
+        self._admin_url = admin_url
+        self._deadline = deadline
+        self.any_fingerprint = any_fingerprint
+        self.debug = False
+        self.refusals = RefusalLog()
+        self._id_prefix = secrets.token_hex(4)
+        self._id_count = count(1)
+        self._date = ""
+        self._date_until = 0
+        live = {"GET": self._live, "HEAD": self._live}
+        ready = {"GET": self._ready, "HEAD": self._ready}
+        self.table: dict[str, Mapping[str, Handler]] = {
+            TOKEN_PATH: {"POST": self._token},
+            "/v1/validate": {"POST": self._validate},
+            "/livez": live,
+            "/health": live,
+            "/healthz": live,
+            "/readyz": ready,
+        }
+
+    async def __call__(self, request: BaseRequest) -> web.StreamResponse:
+        """Answer one request; a defect is answered and logged, never raised."""
+        request_id = self._request_id(request)
+        try:
+            handler = self._find(request)
+            return await handler(request, request_id)
+        except errors.BrokerError as error:
+            return self._error(error, request_id)
+        except Exception:
+            log.exception("broker.defect", request_id=request_id)
+            return self._error(errors.Internal(), request_id)
+
+    def page(self, content_type: str, content: bytes, headers: str = "") -> Handler:
+        """Make a handler that answers fixed bytes; `headers` are ready lines with their CRLF."""
+
+        async def answer(_request: BaseRequest, request_id: str) -> web.StreamResponse:
+            return self._answer(200, content, request_id, headers, content_type)
+
+        return answer
+
+    def error_head(self) -> tuple[str, str]:
+        """Return a request id and the date, for requests that could not be parsed."""
+        return self._new_id(), self._http_date(self._clock.wall())
+
+    async def _token(self, request: BaseRequest, request_id: str) -> web.StreamResponse:
+        started = time.perf_counter()
+        client: KnownClient | None = None
+        ask: Ask | None = None
+        try:
+            client = self._door.identify(request, self._clock.mono())
+            content = await body.read(request, wire.MAX_BODY)
+            ask = wire.parse(content, client.name, any_fingerprint=self.any_fingerprint)
+            client.require_agent(ask.agent)
+            patience = self._deadline - (time.perf_counter() - started)
+            result = await self._desk.issue(ask, patience)
+        except errors.BrokerError as error:
+            return self._refuse(error, request_id, started, client, ask)
+        except Exception:
+            log.exception("broker.defect", request_id=request_id)
+            return self._refuse(errors.Internal(), request_id, started, client, ask)
+        if isinstance(result, Refusal):
+            denial = result.denial
+            limited = errors.RateLimited(denial.limit, denial.verdict)
+            return self._refuse(limited, request_id, started, client, ask)
+        return self._hand_out(result, request_id, started, ask)
+
+    def _hand_out(
+        self, handout: Handout, request_id: str, started: float, ask: Ask
+    ) -> web.StreamResponse:
+        outcome = handout.outcome
+        wall = self._clock.wall()
+        headers = _CACHE_STATUS[outcome]
+        if handout.verdict is not None:
+            headers += limit_headers(LimitName.FINGERPRINT, handout.verdict, wall)
+        answer = self._answer(200, handout.token.body, request_id, headers)
+        self._metrics.remaining.observe(handout.left / 1_000_000)
+        seconds = time.perf_counter() - started
+        self._metrics.requests[outcome].observe(seconds)
+        if outcome is Outcome.MINTED or self.debug:
+            self._log_handout(handout, request_id, seconds, ask)
+        return answer
+
+    def _refuse(
+        self,
+        error: errors.BrokerError,
+        request_id: str,
+        started: float,
+        client: KnownClient | None,
+        ask: Ask | None,
+    ) -> web.StreamResponse:
+        """Answer and count a token request that failed."""
+        seconds = time.perf_counter() - started
+        self._metrics.requests[error.outcome].observe(seconds)
+        kind = error.code
+        if isinstance(error, errors.RateLimited):
+            kind = error.limit.value
+            self._metrics.rejections[kind] += 1
+        elif isinstance(error, errors.BudgetExhausted):
+            kind = BUDGET
+            self._metrics.rejections[BUDGET] += 1
+        counted = error.outcome in _COUNTED
+        if not counted or self.debug or self.refusals.first(kind, self._clock.mono()):
+            _log_failure(error, kind, request_id, seconds, client, ask)
+        return self._error(error, request_id)
+
+    async def _validate(self, request: BaseRequest, request_id: str) -> web.StreamResponse:
+        valid = self._door.is_valid(request, self._clock.mono())
+        return self._answer(200, plain_body(ValidAnswer(valid)), request_id)
+
+    async def _live(self, _request: BaseRequest, request_id: str) -> web.StreamResponse:
+        return self._answer(200, _OK, request_id)
+
+    async def _ready(self, _request: BaseRequest, request_id: str) -> web.StreamResponse:
+        if self._health.ready:
+            return self._answer(200, _OK, request_id)
+        return self._answer(503, _DRAINING, request_id)
+
+    def _find(self, request: BaseRequest) -> Handler:
+        path = request.raw_path
+        methods = self.table.get(path)
+        if methods is None:
+            methods = self.table.get(path.partition("?")[0])
+        if methods is None:
+            if path.partition("?")[0] == "/metrics":
+                raise errors.NotFound(
+                    f"metrics are on the admin listener: {self._admin_url}/metrics"
+                )
+            raise errors.NotFound("no such route: tokens are at POST " + TOKEN_PATH)
+        handler = methods.get(request.method)
+        if handler is None:
+            raise errors.MethodNotAllowed(", ".join(sorted(methods)))
+        return handler
+
+    def _error(self, error: errors.BrokerError, request_id: str) -> web.StreamResponse:
+        headers = ""
+        if isinstance(error, errors.RateLimited):
+            headers = limit_headers(error.limit, error.verdict, self._clock.wall())
+        elif isinstance(error, errors.MethodNotAllowed):
+            headers = f"Allow: {error.allow}\r\n"
+        elif error.status == 401:  # noqa: PLR2004 - RFC 9110 section 15.5.2 requires the challenge
+            headers = "WWW-Authenticate: Bearer\r\n"
+        if error.retry_after is not None:
+            headers += f"Retry-After: {retry_after_seconds(error.retry_after)}\r\n"
+        return self._answer(error.status, error_body_of(error), request_id, headers)
+
+    def _answer(
+        self,
+        status: int,
+        content: bytes,
+        request_id: str,
+        headers: str = "",
+        content_type: str = JSON_TYPE,
+    ) -> web.StreamResponse:
+        date = self._http_date(self._clock.wall())
+        text = head(status, len(content), content_type, request_id, date)
+        close = self._health.draining or status in _CLOSING
+        return ReadyAnswer(status, text + headers, content, close=close)
+
+    def _request_id(self, request: BaseRequest) -> str:
+        """Keep a well-formed inbound id, else make one: unique, and cheap."""
+        given = request.headers.get(_REQUEST_ID)
+        if given and len(given) <= _ID_MAX and _ID_ALPHABET.issuperset(given):
+            return given
+        return self._new_id()
+
+    def _new_id(self) -> str:
+        return f"{self._id_prefix}-{next(self._id_count):x}"
+
+    def _http_date(self, wall: int) -> str:
+        """The date, formatted once a second."""
+        if not self._date_until - 1_000_000 <= wall < self._date_until:
+            second = wall // 1_000_000
+            self._date = formatdate(second, usegmt=True)
+            self._date_until = (second + 1) * 1_000_000
+        return self._date
+
+    def _log_handout(self, handout: Handout, request_id: str, seconds: float, ask: Ask) -> None:
+        write = log.info if handout.outcome is Outcome.MINTED else log.debug
+        write(
+            "broker.embed_token",
+            outcome=handout.outcome.value,
+            request_id=request_id,
+            client=ask.client,
+            agent=ask.agent,
+            visitor=visitor_hash(ask.fingerprint),
+            token=name_of(token_in(handout.token.body)),
+            left_s=handout.left // 1_000_000,
+            duration_ms=round(seconds * 1000, 3),
+        )
+
+
+def _log_failure(
+    error: errors.BrokerError,
+    kind: str,
+    request_id: str,
+    seconds: float,
+    client: KnownClient | None,
+    ask: Ask | None,
+) -> None:
+    fields: dict[str, object] = {
+        "request_id": request_id,
+        "status": error.status,
+        "code": error.code,
+    }
+    if kind != error.code:
+        fields["limit"] = kind
+    if client is not None:
+        fields["client"] = client.name
+    if ask is not None:
+        fields |= {"agent": ask.agent, "visitor": visitor_hash(ask.fingerprint)}
+    log.warning(
+        "broker.embed_token",
+        outcome=error.outcome.value,
+        **fields,
+        duration_ms=round(seconds * 1000, 3),
+    )
