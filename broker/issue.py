@@ -120,7 +120,9 @@ class TokenDesk:
         held = visit.token if self._policy.enabled else None
         if held is None or ask.fresh:
             return await self._mint_for(ask, key, held, visit.verdict, patience)
-        left = held.left(self._clock.mono(), self._clock.wall())
+        left = self._left(held)
+        if left > held.mark:  # most requests end here; a mark never lies below the floor
+            return Handout(held, Outcome.REUSED, left, visit.verdict)
         match reuse.life(left, held.mark, self._policy.marks(held.lifetime)):
             case Life.FRESH:
                 return Handout(held, Outcome.REUSED, left, visit.verdict)

@@ -147,6 +147,8 @@ class Outcome(Enum):
 class LimitName(Enum):
     """The limits that can refuse a request; also the label of the rejection metrics."""
 
+    __hash__ = object.__hash__  # as in Outcome
+
     FINGERPRINT = "fingerprint"
     FINGERPRINT_MINTS = "fingerprint_mints"
     AGENT = "agent"

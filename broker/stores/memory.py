@@ -59,7 +59,7 @@ class MemoryStore(Store):
         verdict = self._fingerprint.take(ask.visitor, rule.limit, now, dry_run=rule.dry_run)
         if not verdict.allowed and not rule.dry_run:
             return Visit(verdict, Denial(LimitName.FINGERPRINT, verdict), None)
-        return Visit(verdict, None, self.tokens.get(key))
+        return Visit(verdict, None, self.tokens.find(key))
 
     @override
     async def admit_mint(self, ask: Ask) -> Denial | None:
@@ -70,7 +70,7 @@ class MemoryStore(Store):
 
     @override
     async def look(self, key: str) -> EmbedToken | None:
-        return self.tokens.get(key)
+        return self.tokens.find(key)
 
     @override
     async def keep(self, key: str, token: EmbedToken) -> None:

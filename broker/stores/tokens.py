@@ -21,6 +21,13 @@ class TokenCache(TLRUCache[str, EmbedToken]):
         self.evicted = 0
         self.expired = 0
 
+    def find(self, key: str) -> EmbedToken | None:
+        """Return what is held under this key: `get` at half its cost, which asks twice."""
+        try:
+            return self[key]
+        except KeyError:
+            return None
+
     @override
     def popitem(self) -> tuple[str, EmbedToken]:
         self.evicted += 1

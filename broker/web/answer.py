@@ -5,6 +5,7 @@ known parts, which is a third of the work.  Nothing that a caller sent gets into
 request id of a fixed alphabet, so there is nothing to escape.
 """
 
+from functools import lru_cache
 from http import HTTPStatus
 
 from aiohttp import ClientConnectionResetError, web
@@ -13,7 +14,7 @@ from aiohttp.web_request import BaseRequest
 from typing_extensions import override
 
 from broker.model import LimitName
-from broker.rules.bucket import Verdict
+from broker.rules.bucket import Limit, Verdict
 
 MAX_UNSENT = 64 * 1024
 """Bytes that may wait for a client that pipelines and does not read, before we stop answering it."""
@@ -85,20 +86,30 @@ def limit_headers(name: LimitName, verdict: Verdict, wall: int) -> str:
     The vendor's `X-RateLimit-*` (Reset: Unix seconds when full) and the IETF's `RateLimit` and
     `RateLimit-Policy` (draft-ietf-httpapi-ratelimit-headers: w in seconds, t until one more).
     """
-    limit = verdict.limit
-    window = -(-limit.burst * limit.interval // 1_000_000)
-    reset = -(-(wall + verdict.full_in) // 1_000_000)
-    if verdict.allowed:
-        wait = -(-verdict.next_in // 1_000_000)
+    lines, opening = _policy(name, verdict.limit)
+    remaining, full_in = verdict.remaining, verdict.full_in
+    if not verdict.allowed:
+        tail = f";t={retry_after_seconds(verdict.retry_after)}"
+    elif full_in:
+        tail = f";t={-(-verdict.next_in // 1_000_000)}"
     else:
-        wait = retry_after_seconds(verdict.retry_after)
-    tail = f";t={wait}" if wait else ""
+        tail = ""
     return (
-        f"X-RateLimit-Limit: {limit.burst}\r\nX-RateLimit-Remaining: {verdict.remaining}\r\n"
-        f"X-RateLimit-Reset: {reset}\r\n"
-        f'RateLimit-Policy: "{name.value}";q={limit.burst};w={window}\r\n'
-        f'RateLimit: "{name.value}";r={verdict.remaining}{tail}\r\n'
+        f"{lines}X-RateLimit-Remaining: {remaining}\r\n"
+        f"X-RateLimit-Reset: {-(-(wall + full_in) // 1_000_000)}\r\n"
+        f"{opening}{remaining}{tail}\r\n"
     )
+
+
+@lru_cache(maxsize=1024)
+def _policy(name: LimitName, limit: Limit) -> tuple[str, str]:
+    """What depends on the configuration only: whole lines, and the start of the RateLimit line."""
+    window = -(-limit.depth // 1_000_000)
+    lines = (
+        f"X-RateLimit-Limit: {limit.burst}\r\n"
+        f'RateLimit-Policy: "{name.value}";q={limit.burst};w={window}\r\n'
+    )
+    return lines, f'RateLimit: "{name.value}";r='
 
 
 def retry_after_seconds(wait: int) -> int:

@@ -12,30 +12,32 @@ BODY_TIMEOUT = 5.0
 """Seconds for 8 KiB from a backend: generous for any network, short for a socket that trickles."""
 
 
-async def read(request: BaseRequest, limit: int) -> bytes:
-    """Return the whole body.
+def arrived(request: BaseRequest, limit: int) -> bytes | None:
+    """Return the body if all of it came with the head, which small ones do; None if not.
 
-    Raises PayloadTooLarge as soon as `limit` bytes are exceeded, RequestTimeout when it does not
-    arrive, UnsupportedType for a content encoding, Invalid for broken framing.
+    Raises UnsupportedType for a content encoding, PayloadTooLarge, Invalid for broken framing.
     """
     headers = request.headers
     if CONTENT_ENCODING in headers and headers[CONTENT_ENCODING].lower() != "identity":
         raise UnsupportedType("content-encoding: send the body as it is, without compression")
     content = request.content
-    if content.is_eof():
-        try:
-            body = content.read_nowait()
-        except RequestPayloadError:
-            raise _broken() from None
-    else:
-        body = await _read_slowly(request, limit)
+    if not content.is_eof():
+        return None
+    try:
+        body = content.read_nowait()
+    except RequestPayloadError:
+        raise _broken() from None
     if len(body) > limit:
         raise _too_large(limit)
     return body
 
 
-async def _read_slowly(request: BaseRequest, limit: int) -> bytes:
-    """Read what has not arrived with the head."""
+async def read(request: BaseRequest, limit: int) -> bytes:
+    """Wait for a body that has not `arrived` with the head, and return all of it.
+
+    Raises PayloadTooLarge as soon as `limit` bytes are exceeded, RequestTimeout when it does not
+    come in time, Invalid for broken framing.
+    """
     if request.headers.get(EXPECT, "").lower() == "100-continue" and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     body = bytearray()

@@ -88,28 +88,34 @@ class Routes:
         self._id_count = count(1)
         self._date = ""
         self._date_until = 0
-        live = {"GET": self._live, "HEAD": self._live}
-        ready = {"GET": self._ready, "HEAD": self._ready}
-        self.table: dict[str, Mapping[str, Handler]] = {
-            TOKEN_PATH: {"POST": self._token},
-            "/v1/validate": {"POST": self._validate},
-            "/livez": live,
-            "/health": live,
-            "/healthz": live,
-            "/readyz": ready,
-        }
+        self.table: dict[str, dict[str, Handler]] = {TOKEN_PATH: {"POST": self._token}}
+        self.add("/v1/validate", "POST", self._validate)
+        for path in ("/livez", "/health", "/healthz"):
+            self.add(path, "GET", self._live)
+        self.add("/readyz", "GET", self._ready)
 
-    async def __call__(self, request: BaseRequest) -> web.StreamResponse:
-        """Answer one request; a defect is answered and logged, never raised."""
-        request_id = self._request_id(request)
-        try:
-            handler = self._find(request)
-            return await handler(request, request_id)
-        except errors.BrokerError as error:
-            return self._error(error, request_id)
-        except Exception:
-            log.exception("broker.defect", request_id=request_id)
-            return self._error(errors.Internal(), request_id)
+    def __call__(self, request: BaseRequest) -> Awaitable[web.StreamResponse]:
+        """Answer one request; what goes wrong is answered and logged, never raised."""
+        methods = self.table.get(request.raw_path)
+        handler = None if methods is None else methods.get(request.method)
+        return (handler or self._off_route)(request, self._request_id(request))
+
+    def add(self, path: str, method: str, handler: Handler) -> None:
+        """Add a route whose failures are answered like everything else's."""
+
+        async def guarded(request: BaseRequest, request_id: str) -> web.StreamResponse:
+            try:
+                return await handler(request, request_id)
+            except errors.BrokerError as error:
+                return self._error(error, request_id)
+            except Exception:
+                log.exception("broker.defect", request_id=request_id)
+                return self._error(errors.Internal(), request_id)
+
+        methods = self.table.setdefault(path, {})
+        methods[method] = guarded
+        if method == "GET":
+            methods["HEAD"] = guarded
 
     def page(self, content_type: str, content: bytes, headers: str = "") -> Handler:
         """Make a handler that answers fixed bytes; `headers` are ready lines with their CRLF."""
@@ -129,7 +135,9 @@ class Routes:
         ask: Ask | None = None
         try:
             client = self._door.identify(request, self._clock.mono())
-            content = await body.read(request, wire.MAX_BODY)
+            content = body.arrived(request, wire.MAX_BODY)
+            if content is None:
+                content = await body.read(request, wire.MAX_BODY)
             ask = wire.parse(content, client.name, any_fingerprint=self.any_fingerprint)
             client.require_agent(ask.agent)
             patience = self._deadline - (time.perf_counter() - started)
@@ -148,12 +156,14 @@ class Routes:
     def _hand_out(
         self, handout: Handout, request_id: str, started: float, ask: Ask
     ) -> web.StreamResponse:
-        outcome = handout.outcome
+        outcome, verdict = handout.outcome, handout.verdict
         wall = self._clock.wall()
-        headers = _CACHE_STATUS[outcome]
-        if handout.verdict is not None:
-            headers += limit_headers(LimitName.FINGERPRINT, handout.verdict, wall)
-        answer = self._answer(200, handout.token.body, request_id, headers)
+        limits = "" if verdict is None else limit_headers(LimitName.FINGERPRINT, verdict, wall)
+        content = handout.token.body
+        text = head(200, len(content), JSON_TYPE, request_id, self._http_date(wall))
+        answer = ReadyAnswer(
+            200, f"{text}{_CACHE_STATUS[outcome]}{limits}", content, close=self._health.draining
+        )
         self._metrics.remaining.observe(handout.left / 1_000_000)
         seconds = time.perf_counter() - started
         self._metrics.requests[outcome].observe(seconds)
@@ -196,21 +206,18 @@ class Routes:
             return self._answer(200, _OK, request_id)
         return self._answer(503, _DRAINING, request_id)
 
-    def _find(self, request: BaseRequest) -> Handler:
-        path = request.raw_path
+    async def _off_route(self, request: BaseRequest, request_id: str) -> web.StreamResponse:
+        """What is not in the table to the letter: a query string, another method, nothing at all."""
+        path = request.raw_path.partition("?")[0]
         methods = self.table.get(path)
         if methods is None:
-            methods = self.table.get(path.partition("?")[0])
-        if methods is None:
-            if path.partition("?")[0] == "/metrics":
-                raise errors.NotFound(
-                    f"metrics are on the admin listener: {self._admin_url}/metrics"
-                )
-            raise errors.NotFound("no such route: tokens are at POST " + TOKEN_PATH)
+            where = f"metrics are on the admin listener: {self._admin_url}/metrics"
+            other = f"no such route: tokens are at POST {TOKEN_PATH}"
+            return self._error(errors.NotFound(where if path == "/metrics" else other), request_id)
         handler = methods.get(request.method)
         if handler is None:
-            raise errors.MethodNotAllowed(", ".join(sorted(methods)))
-        return handler
+            return self._error(errors.MethodNotAllowed(", ".join(sorted(methods))), request_id)
+        return await handler(request, request_id)
 
     def _error(self, error: errors.BrokerError, request_id: str) -> web.StreamResponse:
         headers = ""
