@@ -1,0 +1,54 @@
+"""An issuer whose mints happen when, and fail as, a test wants."""
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+
+from typing_extensions import override
+
+from broker.issuers.base import Issuer
+from broker.model import Ask, Minted
+from broker.rules.reuse import DEFAULT_LIFETIME, SECOND
+
+
+class FakeIssuer(Issuer):
+    """Makes unsigned tokens that name their visitor, so that one that crossed is noticed.
+
+    `delay` is seconds a mint takes; `fail` is called before each mint with the ask and may raise;
+    `lifetime` is microseconds; `same` makes it return the last token of that visitor again.
+    `asks` lists every mint that was started.
+    """
+
+    name = "local"
+
+    def __init__(self, *, delay: float = 0.0, lifetime: int = DEFAULT_LIFETIME) -> None:
+        self.delay = delay
+        self.lifetime = lifetime
+        self.fail: Callable[[Ask], None] | None = None
+        self.same = False
+        self.asks: list[Ask] = []
+        self._last: dict[str, Minted] = {}
+
+    @override
+    async def mint(self, ask: Ask) -> Minted:
+        self.asks.append(ask)
+        number = len(self.asks)
+        if self.delay:
+            await asyncio.sleep(self.delay)
+        if self.fail is not None:
+            self.fail(ask)
+        if self.same and ask.key in self._last:
+            return self._last[ask.key]
+        minted = Minted(
+            token=f"token-{visitor_mark(ask)}-{number}",
+            session_id=f"{visitor_mark(ask)}-{number}",
+            expires_at=self.lifetime // SECOND,
+            lifetime=self.lifetime,
+        )
+        self._last[ask.key] = minted
+        return minted
+
+
+def visitor_mark(ask: Ask) -> str:
+    """What a token's session id begins with: a name of the whole key."""
+    return hashlib.sha256(ask.key.encode()).hexdigest()[:16]
