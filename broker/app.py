@@ -8,7 +8,7 @@ in only if all of it could be built.
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import structlog
@@ -20,8 +20,11 @@ from broker.config import ConfigError
 from broker.health import Health
 from broker.issue import TokenDesk
 from broker.issuers.local import LocalIssuer
+from broker.issuers.upstream import UpstreamIssuer
+from broker.issuers.vendor_client import VendorClient
+from broker.issuers.vendor_replies import Reason
 from broker.listen import CannotListen, listen
-from broker.metrics import Metrics
+from broker.metrics import Metrics, UpstreamMetrics
 from broker.model import LimitName
 from broker.pacer import Paced, Pacer, Unpaced
 from broker.pauses import PauseKeeper
@@ -49,10 +52,16 @@ class App:
     """One broker process.  `load` reads the settings anew, for a reload; it raises ConfigError."""
 
     def __init__(
-        self, settings: Settings, load: Callable[[], Settings], *, dev: bool = False
+        self,
+        settings: Settings,
+        load: Callable[[], Settings],
+        environ: Mapping[str, str],
+        *,
+        dev: bool = False,
     ) -> None:
         self._settings = settings
         self._load = load
+        self._environ = environ
         self._dev = dev
         self._clock = SystemClock()
         self._health = Health()
@@ -72,15 +81,11 @@ class App:
             mono=clock.mono,
         )
         self.store = MemoryStore(parts.limits(settings), self._tokens, clock)
-        self.issuer = LocalIssuer(
-            parts.keyring(settings),
-            settings.issuer.local.issuer,
-            settings.issuer.local.audience,
-            clock,
-        )
         budget = parts.budget(settings)
         self._paced = None if budget is None else Paced(budget, self.metrics.queue_wait.observe)
+        self._upstream = UpstreamMetrics(reason.value for reason in Reason)
         pacer: Pacer = self._paced or Unpaced()
+        self.issuer = self._build_issuer()
         self.desk = TokenDesk(
             self.store,
             self.issuer,
@@ -90,8 +95,30 @@ class App:
             self.metrics.mints,
             mint_timeout=MINT_GRACE + (budget.max_wait if budget else 0.0),
         )
-        self.door = Door(parts.clients(settings), parts.trusted_proxies(settings), now)
+        self.door = Door(
+            parts.clients(settings, self._environ), parts.trusted_proxies(settings), now
+        )
         self._files = _SecretFiles(settings)
+
+    def _build_issuer(self) -> LocalIssuer | UpstreamIssuer:
+        settings = self._settings
+        if settings.issuer.kind == "local":
+            local = settings.issuer.local
+            return LocalIssuer(parts.keyring(settings), local.issuer, local.audience, self._clock)
+        assert self._paced is not None  # the relay always has a budget
+        upstream = settings.issuer.upstream
+        issuer = UpstreamIssuer(
+            VendorClient(upstream.base_url, upstream.timeout.seconds),
+            parts.vendor_keys(settings, self._environ),
+            self._paced,
+            self._clock,
+            self._upstream,
+        )
+        self._upstream.breakers = lambda: {
+            "credentials": issuer.credentials.is_open,
+            "health": issuer.health.is_open,
+        }
+        return issuer
 
     async def start(self) -> None:
         """Open everything; raises CannotListen with nothing left open."""
@@ -124,21 +151,30 @@ class App:
         """Read the settings again; all of it takes effect, or nothing does."""
         try:
             settings = self._load()
-            clients, limits = parts.clients(settings), parts.limits(settings)
-            keyring = parts.keyring(settings)
+            clients, limits = parts.clients(settings, self._environ), parts.limits(settings)
+            use_keys = self._new_keys(settings)
         except ConfigError as error:
             self.metrics.reloads.labels("failure").inc()
             log.error("broker.reload_failed", error=str(error))
             return False
         self.door.use_clients(clients)
         self.store.use_limits(limits)
-        self.issuer.keyring = keyring
+        use_keys()
         logs.configure(settings.log)
         self._routes.debug = settings.log.level == "debug"
         self._files = _SecretFiles(settings)
         self.metrics.reloads.labels("success").inc()
         log.info("broker.reloaded", needs_restart=_needs_restart(self._settings, settings))
         return True
+
+    def _new_keys(self, settings: Settings) -> Callable[[], None]:
+        """Read the issuer's keys; returns what puts them in force."""
+        issuer = self.issuer
+        if isinstance(issuer, UpstreamIssuer):
+            keys = parts.vendor_keys(settings, self._environ)
+            return lambda: issuer.use_keys(keys)
+        keyring = parts.keyring(settings)
+        return lambda: issuer.use_keyring(keyring)
 
     async def _open_admin(self) -> None:
         self._admin = web.AppRunner(
@@ -188,6 +224,7 @@ class App:
             tokens=self._tokens,
             in_flight=lambda: len(self.desk.flights),
             budget=None if paced is None else lambda: (paced.remaining, paced.depth),
+            upstream=self._upstream if isinstance(self.issuer, UpstreamIssuer) else None,
         )
 
     async def _drain(self) -> None:
@@ -210,6 +247,8 @@ class App:
         await self.desk.flights.close()
         if self._paced is not None:
             await self._paced.close()
+        if isinstance(self.issuer, UpstreamIssuer):
+            await self.issuer.close()
         await self._admin.cleanup()
         if hasattr(self, "_admin_listener"):
             self._admin_listener.close()
@@ -288,6 +327,6 @@ def _needs_restart(old: Settings, new: Settings) -> list[str]:
     """Sections that differ and are not taken over by a reload."""
     fixed = ("server", "admin", "reuse", "store")
     names = [name for name in fixed if getattr(old, name) != getattr(new, name)]
-    if old.issuer.budget != new.issuer.budget:
-        names.append("issuer.budget")
+    if old.issuer.budget != new.issuer.budget or old.issuer.kind != new.issuer.kind:
+        names.append("issuer")
     return names

@@ -19,14 +19,15 @@ from typing_extensions import override
 
 from broker import config
 from broker.config import ConfigError
+from broker.model import Secret
 from broker.settings import Settings
 from broker.version import VERSION
 
 EX_OK, EX_NO, EX_USAGE, EX_UNAVAILABLE, EX_CONFIG = 0, 1, 64, 69, 78
 
 NOTHING_CONFIGURED = (
-    "no configuration: pass --config FILE, set BROKER_CONFIG, or try `broker serve --dev`,"
-    " which needs none"
+    "no configuration: pass --config FILE, set BROKER_CONFIG, set BITHUMAN_API_SECRET for a relay,"
+    " or try `broker serve --dev`, which needs none"
 )
 
 
@@ -41,12 +42,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.run
     try:
-        return command(arguments)
+        code = command(arguments)
+        sys.stdout.flush()
     except ConfigError as error:
-        print(f"broker: {error}", file=sys.stderr)
+        print(f"broker: {_one_line(error)}", file=sys.stderr)
         return EX_CONFIG
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader has seen enough; Python would complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EX_OK
+    return code
+
+
+def _one_line(error: Exception) -> str:
+    """Escape what would end the line or move the cursor: names in a file may hold anything."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,6 +104,19 @@ def _parser() -> argparse.ArgumentParser:
     _config_flag(verify)
     verify.set_defaults(run=_verify)
 
+    doctor = commands.add_parser("doctor", help="examine the relay: keys, clock, TLS, files")
+    _config_flag(doctor)
+    doctor.set_defaults(run=_doctor)
+
+    fake = commands.add_parser("fake-vendor", help="a vendor for tests: its limits, no real tokens")
+    fake.add_argument(
+        "--listen", metavar="H:P", default="127.0.0.1:8090", help="default %(default)s"
+    )
+    fake.add_argument(
+        "--latency", type=float, default=0.0, metavar="S", help="seconds an answer takes"
+    )
+    fake.set_defaults(run=_fake_vendor)
+
     generate = (
         commands.add_parser("keys", help="signing keys")
         .add_subparsers(required=True, metavar="generate", parser_class=_Parser)
@@ -120,9 +142,14 @@ def _config_flag(parser: argparse.ArgumentParser) -> None:
 def _settings(arguments: argparse.Namespace, flags: Mapping[str, Any] | None = None) -> Settings:
     """Load the settings of a command that needs a configuration."""
     path = config.find_file(arguments.config, os.environ)
-    if path is None and not any(name.startswith("BROKER_") and "__" in name for name in os.environ):
+    if path is not None:
+        return config.load(path, os.environ, flags or {})
+    if any(os.environ.get(name) for name in config.VENDOR_VARIABLES):
+        relay = {"issuer": {"kind": "upstream"}}
+        return config.load(None, os.environ, flags or {}, relay)
+    if not any(name.startswith("BROKER_") and "__" in name for name in os.environ):
         raise ConfigError(NOTHING_CONFIGURED)
-    return config.load(path, os.environ, flags or {})
+    return config.load(None, os.environ, flags or {})
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -135,9 +162,11 @@ def _serve(arguments: argparse.Namespace) -> int:
         return _run(lambda: _settings(arguments, flags), dev=False)
     from broker import dev  # noqa: PLC0415 - only here
 
-    defaults = dev.defaults()
+    made = dev.Made()
     path = config.find_file(arguments.config, os.environ) if _names_file(arguments) else None
-    return _run(lambda: config.load(path, os.environ, flags, defaults), dev=True)
+    return _run(
+        lambda: made.complete(config.load(path, os.environ, flags, made.defaults())), dev=True
+    )
 
 
 def _names_file(arguments: argparse.Namespace) -> bool:
@@ -159,8 +188,8 @@ def _check(arguments: argparse.Namespace) -> int:
 
     settings = _settings(arguments)
     missing = parts.missing_files(settings)
-    if not missing:
-        parts.check(settings)
+    made_up = parts.make_up(settings, lambda _name: Secret(secrets.token_urlsafe(48)))
+    parts.check(made_up, os.environ)
     for name, file in missing:
         print(
             f"note: {name}: {file} is not here; it must be where the broker runs", file=sys.stderr
@@ -190,6 +219,43 @@ def _mint(arguments: argparse.Namespace) -> int:
     return EX_OK
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    from broker import doctor  # noqa: PLC0415 - as in _run
+
+    findings = doctor.examine(_settings(arguments), os.environ)
+    for finding in findings:
+        print(finding)
+    return EX_OK if all(finding.ok for finding in findings) else EX_NO
+
+
+def _fake_vendor(arguments: argparse.Namespace) -> int:
+    from broker.testing import FakeVendor, VendorSettings, serve_forever  # noqa: PLC0415 - as in _run
+
+    try:
+        where = config.parse_address(arguments.listen)
+    except ValueError as error:
+        raise ConfigError(f"--listen: {error}") from None
+    if isinstance(where, str):
+        raise ConfigError("--listen: the fake vendor needs HOST:PORT")
+    secret = os.environ.get("BITHUMAN_API_SECRET") or secrets.token_urlsafe(24)
+
+    def introduce(vendor: FakeVendor) -> None:
+        print(json.dumps({"url": vendor.url, "api_secret": secret}), flush=True)
+
+    settings = VendorSettings(latency=arguments.latency)
+    try:
+        asyncio.run(serve_forever(*where, started=introduce, settings=settings, secrets=[secret]))
+    except KeyboardInterrupt:
+        return EX_OK
+    except OSError as error:
+        print(
+            f"broker: --listen: cannot listen on {arguments.listen}: {error.strerror}",
+            file=sys.stderr,
+        )
+        return EX_UNAVAILABLE
+    return EX_OK
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from broker import parts  # noqa: PLC0415 - as in _run
     from broker.issuers.keyring import BadToken  # noqa: PLC0415 - as in _run
@@ -198,7 +264,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     local = settings.issuer.local
     try:
         claims = parts.keyring(settings).verify(
-            sys.stdin.read().strip(), local.issuer, local.audience
+            sys.stdin.buffer.read().decode("utf-8", "replace").strip(), local.issuer, local.audience
         )
     except BadToken as error:
         print(f"not valid: {error}", file=sys.stderr)

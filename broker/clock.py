@@ -2,16 +2,20 @@
 
 import time
 
+from typing_extensions import override
+
 from broker.model import Clock
 
 
 class SystemClock(Clock):
     """`time.monotonic` and `time.time`."""
 
+    @override
     def mono(self) -> int:
         """Microseconds since some fixed moment; never goes back."""
         return time.monotonic_ns() // 1000
 
+    @override
     def wall(self) -> int:
         """Microseconds since 1970; may step."""
         return time.time_ns() // 1000

@@ -10,14 +10,15 @@ import ipaddress
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Struct
+from yarl import URL
 
 from broker.model import AGENT_ID, AGENT_RULE, Secret
 from broker.rules import bucket
@@ -29,10 +30,27 @@ DEFAULT_PATH = Path("/etc/embed-token-broker/broker.toml")
 ENV_PREFIX = "BROKER_"
 """Variables with this prefix and a double underscore override keys of the file."""
 
+VENDOR_VARIABLES = ("BITHUMAN_API_SECRET", "BITHUMAN_API_KEY")
+"""Environment variables in which the vendor's own examples keep the key: the usual, the old."""
+
+MAX_VENDOR_KEYS = 4
+"""Keys in the vendor's list: a rotation needs two."""
+
 MIN_CLIENT_SECRET = 16
 """Characters: below it a secret can be guessed at the rate that failed logins are throttled to."""
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(us|ms|s|m|h)")
+_WORDS = {
+    " | null": "",
+    "`object`": "a table",
+    "Object missing": "the table lacks the",
+    "`array`": "a list",
+    "`str` matching regex": "names matching",
+    "`": "",
+}
+"""What the decoder says, in the words of a TOML file."""
+
+_PORT = re.compile(r"[0-9]{1,5}")
 _UNITS = {"us": 1, "ms": 1000, "s": 1_000_000, "m": 60_000_000, "h": 3_600_000_000}
 _MAX_DURATION = 366 * 24 * _UNITS["h"]
 
@@ -54,8 +72,8 @@ def load(
     tree: dict[str, Any] = {}
     _merge(tree, defaults or {})
     _merge(tree, _read_file(path) if path is not None else {})
-    for dotted, value in _from_environment(environ):
-        _put(tree, dotted, value)
+    for name, parts in _from_environment(environ):
+        _put(tree, name, parts, environ[name])
     _merge(tree, flags)
     return from_tree(tree)
 
@@ -66,7 +84,7 @@ def from_tree(tree: Mapping[str, Any]) -> Settings:
     try:
         settings = msgspec.convert(tree, Settings, strict=False, dec_hook=_decode)
     except msgspec.ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError(_explain(Settings, tree, (), error)) from None
     _check(settings)
     return settings
 
@@ -77,7 +95,7 @@ def find_file(flag: str | None, environ: Mapping[str, str]) -> Path | None:
         return Path(flag)
     if environ.get("BROKER_CONFIG"):
         return Path(environ["BROKER_CONFIG"])
-    return DEFAULT_PATH if DEFAULT_PATH.exists() else None
+    return DEFAULT_PATH if os.path.lexists(DEFAULT_PATH) else None
 
 
 def read_secret(name: str, inline: Secret | None, file: str | None) -> Secret | None:
@@ -88,7 +106,7 @@ def read_secret(name: str, inline: Secret | None, file: str | None) -> Secret | 
         return inline
     try:
         text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{name}_file: cannot read {file}: {_os_reason(error)}") from None
     secret = text.removesuffix("\n").removesuffix("\r")
     if not secret:
@@ -127,39 +145,49 @@ def _toml_key(key: str) -> str:
 def _read_file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {_os_reason(error)}") from None
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError, too
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 
 def _os_reason(error: Exception) -> str:
-    return error.strerror or "error" if isinstance(error, OSError) else "not UTF-8"
+    if isinstance(error, OSError):
+        return error.strerror or "error"
+    return "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not a path"
 
 
-def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[list[str], Any]]:
-    """Yield the keys that the environment overrides, in a stable order."""
-    for name in sorted(environ):
-        if not name.startswith(ENV_PREFIX) or "__" not in name:
-            continue
-        parts = name.removeprefix(ENV_PREFIX).split("__")
-        yield [parts[0].lower(), *parts[1:]], environ[name]
+def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the variables that override keys, and their path, in a stable order."""
+    names = [name for name in environ if name.startswith(ENV_PREFIX) and "__" in name]
+    for name in sorted(names):
+        yield name, name.removeprefix(ENV_PREFIX).split("__")
+    for name in names:
+        if name.endswith("_FILE") and name.removesuffix("_FILE") in names:
+            raise ConfigError(f"{name.removesuffix('_FILE')} and {name} are both set: keep one")
 
 
-def _put(tree: dict[str, Any], parts: list[str], text: str) -> None:
+def _put(tree: dict[str, Any], variable: str, parts: list[str], text: str) -> None:
     """Set one key from the environment; sections and keys are found without regard to case."""
     kind: Any = Settings
     node: Any = tree
-    for position, part in enumerate(parts):
-        name, kind = _step(kind, node, part)
-        if position == len(parts) - 1:
-            node[name] = _parse_value(kind, text)
-            return
-        node = node.setdefault(name, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"{ENV_PREFIX}{'__'.join(parts).upper()}: {name} is not a section")
+    path: list[str] = []
+    for part in parts:
+        if node is not None and not isinstance(node, Mapping):
+            raise ConfigError(f"{variable}: {'.'.join(path)} is not a section")
+        name, kind = _step(kind, node or {}, part)
+        node = (node or {}).get(name)
+        path.append(name)
+    over: Any = _parse_value(kind, text)
+    for name in reversed(path):
+        over = {name: over}
+    try:
+        _refuse_unknown(Settings, over, ())
+    except ConfigError as error:
+        raise ConfigError(f"{variable}: {error}") from None
+    _merge(tree, over)
 
 
 def _step(kind: Any, node: Mapping[str, Any], part: str) -> tuple[str, Any]:
@@ -185,8 +213,14 @@ def _parse_value(kind: Any, text: str) -> Any:
 
 
 def _merge(tree: dict[str, Any], over: Mapping[str, Any]) -> None:
-    """Lay one tree over another; neither keeps a part of the other."""
+    """Lay one tree over another; neither keeps a part of the other.
+
+    A secret and its `..._file` are one setting in two forms: the source that comes later decides.
+    """
     for key, value in over.items():
+        for twin in (f"{key}_file", key.removesuffix("_file")):
+            if twin not in over:
+                tree.pop(twin, None)
         if not isinstance(value, Mapping):
             tree[key] = value
             continue
@@ -249,18 +283,35 @@ def _duration(value: object) -> Duration:
     match = _DURATION.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ValueError('a duration needs a number and a unit (us, ms, s, m, h), such as "12s"')
-    us = int(float(match[1]) * _UNITS[match[2]])
+    us = float(match[1]) * _UNITS[match[2]]
     if us > _MAX_DURATION:
         raise ValueError("a duration of more than a year")
-    return Duration(us)
+    return Duration(round(us))
 
 
-def _explain(error: msgspec.ValidationError) -> str:
-    """Turn "Expected `int`, got `str` - at `$.reuse.max_tokens`" into our one line."""
-    text, _, where = str(error).partition(" - at ")
-    where = where.replace("key` in `", "").strip("`")
-    path = where.removeprefix("$.").replace("[...]", "")
-    return f"{path or 'configuration'}: {text[:1].lower()}{text[1:]}"
+def _explain(kind: Any, value: object, path: tuple[str, ...], error: Exception) -> str:
+    """Say in one line which value does not fit: the innermost one, by its whole path."""
+    for name, inner, entry in _entries(kind, value):
+        try:
+            msgspec.convert(entry, inner, strict=False, dec_hook=_decode)
+        except msgspec.ValidationError as reason:
+            return _explain(inner, entry, (*path, name), reason)
+    text = str(error).partition(" - at ")[0]
+    for theirs, ours in _WORDS.items():
+        text = text.replace(theirs, ours)
+    if get_origin(_bare(kind)) is Literal:
+        text = f"must be {' or '.join(get_args(_bare(kind)))}"
+    return f"{'.'.join(path) or 'configuration'}: {text[:1].lower()}{text[1:]}"
+
+
+def _entries(kind: Any, value: object) -> Iterator[tuple[str, Any, object]]:
+    """Name, type and value of what a table holds."""
+    if not isinstance(value, Mapping):
+        return
+    kind = _bare(kind)
+    fields = _fields(kind)
+    for name, entry in value.items():
+        yield name, fields.get(name) or get_args(kind)[1], entry
 
 
 def _check(settings: Settings) -> None:
@@ -272,6 +323,9 @@ def _check(settings: Settings) -> None:
         _check_rate("issuer.budget", budget.rate, budget.per, budget.burst)
         if budget.max_wait.us <= 0:
             raise ConfigError("issuer.budget.max_wait: must be longer than 0")
+    for name, client in settings.clients.items():
+        _check_agents(f"clients.{name}.agents", client.agents)
+    _check_upstream(settings)
     _check_reuse(settings)
     _check_server(settings)
     _check_snapshot(settings)
@@ -292,6 +346,12 @@ def _check_limit(path: str, limit: Any) -> None:
         )
 
 
+def _check_agents(path: str, agents: Iterable[str]) -> None:
+    for agent in agents:
+        if agent != "*" and not AGENT_ID.fullmatch(agent):
+            raise ConfigError(f'{path}: {agent!r} is neither "*" nor an agent id ({AGENT_RULE})')
+
+
 def _check_rate(path: str, rate: float, per: Duration, burst: int) -> None:
     try:
         bucket.limit(rate, per.us, burst)
@@ -299,6 +359,37 @@ def _check_rate(path: str, rate: float, per: Duration, burst: int) -> None:
         raise ConfigError(
             f"{path}: {error}; no number switches a limit off: raise it, or set dry_run = true"
         ) from None
+
+
+def _check_upstream(settings: Settings) -> None:
+    upstream = settings.issuer.upstream
+    try:
+        url = URL(upstream.base_url)
+    except ValueError:
+        url = URL()
+    if url.scheme not in ("http", "https") or not url.host or url.query_string or url.user:
+        raise ConfigError(
+            'issuer.upstream.base_url: expected "https://HOST", without query or user'
+        )
+    if url.scheme == "http" and not is_loopback(url.host):
+        raise ConfigError(
+            "issuer.upstream.base_url: http would show the key to the network; use https"
+        )
+    if len(upstream.api_secret_files) > MAX_VENDOR_KEYS:
+        raise ConfigError(
+            f"issuer.upstream.api_secret_files: more than {MAX_VENDOR_KEYS}; each refused key is"
+            " tried twice a minute, and the vendor allows 30 failures"
+        )
+    if upstream.timeout.us <= 0:
+        raise ConfigError("issuer.upstream.timeout: must be longer than 0")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this host is this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _check_reuse(settings: Settings) -> None:
@@ -345,10 +436,13 @@ def parse_address(text: str) -> tuple[str, int] | str:
     """
     if text.startswith("unix:"):
         path = text.removeprefix("unix:")
-        if not os.path.isabs(path):
+        if not os.path.isabs(path) or not path.isprintable():
             raise ValueError("a Unix socket needs an absolute path, such as unix:/run/broker.sock")
         return path
     host, colon, port = text.rpartition(":")
-    if not colon or not port.isdigit() or int(port) > 65535 or not host:
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not colon or not bare or not _PORT.fullmatch(port) or int(port) > 65535:
         raise ValueError('expected "HOST:PORT" (0 chooses a port) or "unix:/path"')
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    if bare == host and ":" in host:
+        raise ValueError('an IPv6 address needs brackets, such as "[::1]:8080"')
+    return bare, int(port)

@@ -4,20 +4,39 @@ import os
 import secrets
 from typing import Any
 
+from broker import parts
+from broker.model import Secret
+from broker.settings import Settings
 
-def defaults() -> dict[str, Any]:
-    """Return the tree that `--dev` puts below file, environment and flags."""
-    return {
-        "server": {"docs": True, "drain": "2s", "drain_lead": "0s"},
-        "clients": {
-            "dev": {
-                "secret": os.environ.get("BROKER_DEV_SECRET") or secrets.token_urlsafe(24),
-                "agents": ["*"],
-            }
-        },
-        "issuer": {"local": {"keys": {"dev": {"secret": secrets.token_urlsafe(48)}}}},
-        "log": {"format": "console"},
-    }
+CLIENT = "dev"
+"""Name of the client whose secret is printed, and of the key that signs."""
+
+
+class Made:
+    """The secrets of one development run: reloads find the same ones again."""
+
+    def __init__(self) -> None:
+        secret = os.environ.get("BROKER_DEV_SECRET") or secrets.token_urlsafe(24)
+        self._secrets = {f"clients.{CLIENT}.secret": Secret(secret)}
+
+    def secret(self, name: str) -> Secret:
+        """Return the secret that was made for this setting."""
+        return self._secrets.setdefault(name, Secret(secrets.token_urlsafe(48)))
+
+    def defaults(self) -> dict[str, Any]:
+        """Return the tree that `--dev` puts below file, environment and flags."""
+        secret = self.secret(f"clients.{CLIENT}.secret").reveal()
+        key = self.secret(f"issuer.local.keys.{CLIENT}.secret").reveal()
+        return {
+            "server": {"docs": True, "drain": "2s", "drain_lead": "0s"},
+            "clients": {CLIENT: {"secret": secret, "agents": ["*"]}},
+            "issuer": {"local": {"keys": {CLIENT: {"secret": key}}, "signing_key": CLIENT}},
+            "log": {"format": "console"},
+        }
+
+    def complete(self, settings: Settings) -> Settings:
+        """Make a secret for every secret file that is not here, so that any configuration runs."""
+        return parts.make_up(settings, self.secret)
 
 
 def curl_line(url: str, secret: str) -> str:

@@ -19,6 +19,8 @@ from collections.abc import Awaitable, Callable
 from contextvars import Context
 from typing import Generic, TypeVar
 
+from typing_extensions import override
+
 from broker.errors import ServiceUnavailable
 
 T = TypeVar("T")
@@ -136,6 +138,7 @@ class Flights(Generic[T]):
     def __len__(self) -> int:
         return len(self._tasks)
 
+    @override
     def __repr__(self) -> str:
         return f"Flights(under_way={len(self._tasks)})"
 

@@ -3,7 +3,7 @@
     ask -> store: limits of every request, and is there a token?
         -> a good one: answer it (and renew it in the background when its mark has passed)
         -> otherwise join the flight of this key; its leader alone
-           meets the mint limits -> takes a slot of the budget -> mints -> stores
+           meets the mint limits -> mints, in its turn of the budget -> stores
         -> answer; if the mint failed for a passing reason, an ageing token is still an answer
 
 Everything that decides is elsewhere and pure; everything that touches the world is passed in.
@@ -160,17 +160,20 @@ class TokenDesk:
         self, ask: Ask, key: str, held: EmbedToken, verdict: Verdict | None, patience: float
     ) -> Handout:
         """Below the floor: mint, and fall back on what is held if that fails for a passing reason."""
+        left = self._left(held)
+        if self._backed_off(key):
+            return Handout(held, Outcome.REUSED, left, verdict)
         try:
             return await self._mint_for(ask, key, held, verdict, patience)
         except errors.BrokerError as error:
-            left = held.left(self._clock.mono(), self._clock.wall())
+            left = self._left(held)
             if not error.transient or left < self._policy.marks(held.lifetime).outage:
                 raise
             return Handout(held, Outcome.REUSED, left, verdict)
 
     def _renew_ahead(self, ask: Ask, key: str, held: EmbedToken) -> None:
-        """Past its mark: mint the successor in the background, unless that failed just now."""
-        if self._backed_off(key):
+        """Past its mark: mint the successor in the background, if that is cheap at this moment."""
+        if self._backed_off(key) or not self._pacer.plenty:
             return
 
         async def mint(flight: Flight[EmbedToken]) -> EmbedToken:
@@ -193,14 +196,15 @@ class TokenDesk:
                 newer = await self._look_again(key, held)
                 if newer is not None:
                     return newer
+                self._issuer.check(ask)
                 denial = await self._store.admit_mint(ask)
                 if denial is not None:
                     raise errors.RateLimited(denial.limit, denial.verdict)
-                await self._pacer.turn(urgency, ask.client)
-                flight.sent = True
-                token = await self._make(ask, key, held)
+                token = await self._make(flight, ask, key, held, urgency)
         except (TimeoutError, errors.BrokerError) as error:
             self._count_refresh(ask, held, urgency, "failed")
+            if flight.background and not isinstance(error, errors.VendorError):
+                self._note_failure(key)  # or each access to the token would try again at once
             if flight.background:
                 log.warning("broker.renewal_failed", error=_code(error), client=ask.client)
             if isinstance(error, TimeoutError):
@@ -210,11 +214,18 @@ class TokenDesk:
         self._count_refresh(ask, held, urgency, "same" if token is held else "renewed")
         return token
 
-    async def _make(self, ask: Ask, key: str, held: EmbedToken | None) -> EmbedToken:
+    async def _make(
+        self,
+        flight: Flight[EmbedToken],
+        ask: Ask,
+        key: str,
+        held: EmbedToken | None,
+        urgency: Urgency,
+    ) -> EmbedToken:
         """Call the issuer and hold what it made."""
-        mono, wall = self._clock.mono(), self._clock.wall()
+        turn = _Turn(self._pacer, urgency, ask.client, flight, self._clock)
         try:
-            minted = await self._timed(self._issuer.mint(ask))
+            minted = await self._timed(self._issuer.mint(ask, turn), turn)
         except errors.VendorError as error:
             if error.transient:
                 self._note_failure(key)
@@ -222,7 +233,7 @@ class TokenDesk:
         if held is not None and minted.token.encode() in held.body:
             self._note_failure(key)
             return held
-        token = self._ready(minted, mono, wall)
+        token = self._ready(minted, turn.mono, turn.wall)
         if self._left(token) < self._policy.marks(token.lifetime).floor or token.lifetime <= 0:
             self._note_failure(key)
             raise errors.UpstreamUnavailable("the token had expired, or nearly, when it arrived")
@@ -231,7 +242,8 @@ class TokenDesk:
             await self._store.keep(key, token)
         return token
 
-    async def _timed(self, mint: Awaitable[Minted]) -> Minted:
+    async def _timed(self, mint: Awaitable[Minted], turn: "_Turn") -> Minted:
+        """Measure what the issuer took, without the wait for its turns."""
         started = time.perf_counter()
         outcome = "failed"
         try:
@@ -241,7 +253,7 @@ class TokenDesk:
             outcome = "refused"
             raise
         finally:
-            self._metrics.duration[outcome].observe(time.perf_counter() - started)
+            self._metrics.duration[outcome].observe(time.perf_counter() - started - turn.waited)
         return minted
 
     def _ready(self, minted: Minted, mono: int, wall: int) -> EmbedToken:
@@ -303,6 +315,34 @@ class TokenDesk:
         else:
             reason = "ahead" if urgency is Urgency.AHEAD else "floor"
         self._metrics.refreshes[reason, outcome].inc()
+
+
+class _Turn:
+    """A mint's turns in the budget: marks the flight as sent and the moment life is counted from."""
+
+    def __init__(
+        self,
+        pacer: Pacer,
+        urgency: Urgency,
+        client: str,
+        flight: Flight[EmbedToken],
+        clock: Clock,
+    ) -> None:
+        self._take = pacer.turn
+        self._urgency = urgency
+        self._client = client
+        self._flight = flight
+        self._clock = clock
+        self.waited = 0.0
+        self.mono = self.wall = 0
+
+    async def __call__(self) -> None:
+        began = time.perf_counter()
+        self._flight.sent = False
+        await self._take(self._urgency, self._client)
+        self._flight.sent = True
+        self.waited += time.perf_counter() - began
+        self.mono, self.wall = self._clock.mono(), self._clock.wall()
 
 
 def _code(error: BaseException) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
-from broker.model import LimitName
+from broker.model import SEPARATOR, Ask, LimitName
 from broker.rules.bucket import Limit
 
 
@@ -30,6 +30,16 @@ class LimitSet(Struct, frozen=True):
         if not self.overrides:
             return self.rule
         return self.overrides.get(agent, self.rule)
+
+    def visitor_key(self, ask: Ask) -> str:
+        """Return whose bucket this ask meets: its visitor's.
+
+        On an agent with an override the visitor has one of their own: limits of two depths on one
+        bucket would undo each other, because the shallow one cuts what the deep one has exhausted.
+        """
+        if self.overrides and ask.agent in self.overrides:
+            return f"{ask.visitor}{SEPARATOR}{ask.agent}"
+        return ask.visitor
 
     @property
     def horizon(self) -> int:

@@ -1,7 +1,6 @@
 """Opening listeners: TCP or a Unix socket, with an error that an operator can act on."""
 
 import asyncio
-import contextlib
 import errno
 import os
 import socket
@@ -44,16 +43,25 @@ async def listen(
 
 def _remove_stale(path: Path) -> None:
     """Remove a socket that a killed process left; one that answers is somebody's."""
-    if not path.exists() or not stat.S_ISSOCK(path.stat().st_mode):
+    if not path.exists():
         return
-    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(ConnectionRefusedError):
-        probe.connect(str(path))
-        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    if not stat.S_ISSOCK(path.stat().st_mode):
+        raise OSError(errno.EEXIST, "there is a file that is not a socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)  # one whose queue is full is somebody's, too
+        if probe.connect_ex(str(path)) != errno.ECONNREFUSED:
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
     path.unlink()
 
 
+_REMEDIES = {
+    errno.EADDRINUSE: "in use; stop the other process or choose another",
+    errno.EADDRNOTAVAIL: "this machine has no such address",
+    errno.EACCES: "permission denied; choose a port above 1023 or a folder of the broker's own",
+    errno.ENOENT: "no such folder",
+}
+
+
 def _reason(setting: str, address: str, error: OSError) -> str:
-    in_use = error.errno == errno.EADDRINUSE or "in use" in str(error)
-    remedy = "; stop the other process or choose another port" if in_use else ""
-    reason = "in use" if in_use else (error.strerror or str(error))
-    return f"{setting}: cannot listen on {address}: {reason}{remedy}"
+    text = _REMEDIES.get(error.errno or 0) or error.strerror or str(error)
+    return f"{setting}: cannot listen on {address}: {text}"

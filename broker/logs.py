@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 import structlog
 from structlog.typing import EventDict, Processor
+from typing_extensions import override
 
 from broker.settings import Log
 
@@ -75,6 +76,7 @@ def _escape(_logger: object, _name: str, event: EventDict) -> EventDict:
 class _Bridge(logging.Handler):
     """Brings warnings of libraries into our format; their arguments may quote input and stay out."""
 
+    @override
     def emit(self, record: logging.LogRecord) -> None:
         kind = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else None
         log = structlog.get_logger()

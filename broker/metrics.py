@@ -21,6 +21,7 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
+    disable_created_metrics,
 )
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -66,6 +67,27 @@ LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 WAIT_BUCKETS = (0.0, 0.01, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Seconds in the budget's queue; the default longest wait is 8 s."""
+
+
+_STATUSES = (
+    "200",
+    "400",
+    "401",
+    "402",
+    "403",
+    "404",
+    "409",
+    "410",
+    "422",
+    "429",
+    "500",
+    "502",
+    "503",
+    "504",
+)
+"""Statuses that the vendor documents; the label must not grow with its imagination."""
+
+_OTHER, _NONE = "other", "none"
 
 
 class PlainHistogram:
@@ -144,10 +166,52 @@ class MintMetrics:
         }
 
 
+class UpstreamMetrics:
+    """What calls to the vendor report: plain numbers, read at scrape time."""
+
+    def __init__(self, reasons: Iterable[str]) -> None:
+        self.requests = dict.fromkeys((*_STATUSES, _OTHER, _NONE), 0)
+        self.errors = dict.fromkeys(reasons, 0)
+        self.breakers: Callable[[], dict[str, bool]] = dict
+
+    def count_status(self, status: int | None) -> None:
+        """Count one call by the HTTP status of its answer; None if there was no answer."""
+        label = _NONE if status is None else str(status)
+        self.requests[label if label in self.requests else _OTHER] += 1
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the families of these numbers."""
+        requests = CounterMetricFamily(
+            "broker_upstream_requests",
+            "Calls to the vendor by the status of its answer; none: there was no answer",
+            labels=("status",),
+        )
+        for status, count in self.requests.items():
+            requests.add_metric((status,), count)
+        yield requests
+        errors = CounterMetricFamily(
+            "broker_upstream_errors",
+            "Calls to the vendor that gave no token, by what went wrong",
+            labels=("reason",),
+        )
+        for reason, count in self.errors.items():
+            errors.add_metric((reason,), count)
+        yield errors
+        breakers = GaugeMetricFamily(
+            "broker_breaker_open",
+            "1 while this breaker stops calls to the vendor",
+            labels=("breaker",),
+        )
+        for breaker, is_open in self.breakers().items():
+            breakers.add_metric((breaker,), int(is_open))
+        yield breakers
+
+
 class Metrics:
     """All metrics of one broker, on a registry of their own."""
 
     def __init__(self, issuer: str) -> None:
+        disable_created_metrics()  # a second series beside each, which nobody asked for
         self.registry = CollectorRegistry()
         self.requests = {outcome: PlainHistogram(REQUEST_BUCKETS) for outcome in Outcome}
         self.remaining = PlainHistogram(REMAINING_BUCKETS)
@@ -180,9 +244,12 @@ class Metrics:
         tokens: TokenStats,
         in_flight: Callable[[], int],
         budget: "Callable[[], tuple[int, int]] | None",
+        upstream: UpstreamMetrics | None = None,
     ) -> None:
         """Begin to report the state of these parts; `budget` tells slots left and callers waiting."""
         self.registry.register(_Hot(self, buckets, tokens, in_flight, budget))
+        if upstream is not None:
+            self.registry.register(_Upstream(upstream))
 
 
 class _Hot(Collector):
@@ -302,6 +369,21 @@ class _Hot(Collector):
             "Time that a mint waited for its slot in the budget",
             self._metrics.queue_wait,
         )
+
+
+class _Upstream(Collector):
+    """Makes the vendor's numbers a collector of their own: they exist with that issuer only."""
+
+    def __init__(self, metrics: UpstreamMetrics) -> None:
+        self._metrics = metrics
+
+    def describe(self) -> Iterable[Metric]:
+        """Name nothing, as above."""
+        return ()
+
+    @override
+    def collect(self) -> Iterator[Metric]:
+        return self._metrics.collect()
 
 
 def _histogram(name: str, text: str, histogram: PlainHistogram) -> Metric:

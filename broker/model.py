@@ -67,6 +67,10 @@ class Ask(Struct, frozen=True, gc=False):
     fingerprint: str
     model: str | None = None
     fresh: bool = False
+    request_id: str = ""
+    """Passed on to the vendor, so that one id leads through both logs."""
+    traceparent: str = ""
+    """W3C Trace Context of the caller, passed on; empty if there is none."""
 
     @property
     def visitor(self) -> str:

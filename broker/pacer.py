@@ -66,6 +66,11 @@ class Budget(Struct, frozen=True):
 class Pacer(Protocol):
     """Hands out slots."""
 
+    @property
+    def plenty(self) -> bool:
+        """Whether a renewal ahead of time may take a slot now."""
+        ...
+
     async def turn(self, urgency: Urgency, client: str) -> None:
         """Return when the caller may make one call to the vendor.
 
@@ -76,6 +81,11 @@ class Pacer(Protocol):
 
 class Unpaced(Pacer):
     """No budget: for an issuer that costs nothing."""
+
+    @property
+    @override
+    def plenty(self) -> bool:
+        return True
 
     @override
     async def turn(self, urgency: Urgency, client: str) -> None:
@@ -147,6 +157,7 @@ class Paced(Pacer):
         self._depth = budget.burst * budget.interval
         self._limiter = AsyncLimiter(budget.burst, self._depth)
         self._full_at = 0.0
+        self._paused = False
         self._paused_until = 0.0
         self._promised = 0.0
         self._spare = False
@@ -185,12 +196,19 @@ class Paced(Pacer):
 
     def pause(self, seconds: float) -> None:
         """Give out nothing for this long (the vendor said so), and no burst afterwards."""
-        now = self._loop.time()
-        until = now + min(seconds, MAX_PROMISE)
-        if until <= self._paused_until:
-            return
-        self._paused_until = until
+        until = self._loop.time() + min(seconds, MAX_PROMISE)
+        self._paused_until = max(until, self._paused_until)
+        self._paused = True
         self._spare = False
+        self._wanted.set()
+
+    async def correct(self, remaining: int) -> None:
+        """Believe the vendor when it says that fewer calls are left than we think."""
+        excess = self.remaining - max(remaining, 0)
+        if excess > 0 and not self._spare and self._limiter.has_capacity(excess):
+            await self._limiter.acquire(excess)
+            self._full_at = max(self._full_at, self._loop.time())
+            self._full_at += excess * self._budget.interval
 
     @property
     def depth(self) -> int:
@@ -200,15 +218,16 @@ class Paced(Pacer):
     @property
     def remaining(self) -> int:
         """Slots that could be taken at this moment."""
-        now = self._loop.time()
-        if now < self._paused_until:
+        if self._paused:
             return 0
+        now = self._loop.time()
         spare = self._depth - max(self._full_at - now, 0.0)
         return int(spare / self._budget.interval + 1e-9)
 
     @property
+    @override
     def plenty(self) -> bool:
-        """Whether a renewal ahead of time may take a slot: nobody waits, half the burst is left."""
+        """Whether nobody waits and half the burst is left."""
         return not self.depth and self.remaining * 2 >= self._budget.burst
 
     async def _queue(self, urgency: Urgency, client: str) -> None:
@@ -242,7 +261,7 @@ class Paced(Pacer):
         """Seconds until a newcomer with so many before it gets a slot."""
         now = self._loop.time()
         start = max(now, self._paused_until)
-        level = max(self._full_at, start)
+        level = start + self._depth if self._paused else max(self._full_at, start)
         slots = ahead + 1 - self._spare
         return max(level + slots * self._budget.interval - self._depth, start) - now
 
@@ -260,7 +279,7 @@ class Paced(Pacer):
         await self._take()
 
     def _is_free(self) -> bool:
-        if self._loop.time() < self._paused_until:
+        if self._paused:
             return False
         return self._spare or self._limiter.has_capacity()
 
@@ -276,14 +295,23 @@ class Paced(Pacer):
         while True:
             await self._wanted.wait()
             await self._sleep_out_pause()
-            await self._take()
-            self._pass_on()
-            if not self.depth:
+            if self.depth:
+                await self._take()
+                await self._sleep_out_pause()
+                self._pass_on()
+            if not self.depth and not self._paused:
                 self._wanted.clear()
 
     async def _sleep_out_pause(self) -> None:
+        """Wait until the vendor's pause is over, then start as drained as after a start."""
+        if not self._paused:
+            return
         while (left := self._paused_until - self._loop.time()) > 0:
             await asyncio.sleep(left)
+        self._paused = False
+        if free := self.remaining:
+            await self._limiter.acquire(free)
+        self._full_at = self._loop.time() + self._depth
 
     def _pass_on(self) -> None:
         """Give the slot at hand to whoever is next; keep it if nobody is."""

@@ -6,10 +6,22 @@ checked the start.
 """
 
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from broker.config import MIN_CLIENT_SECRET, ConfigError, read_secret
+from msgspec import Struct
+from msgspec.structs import replace
+
+from broker import settings as settings_tree
+from broker.config import (
+    MIN_CLIENT_SECRET,
+    VENDOR_VARIABLES,
+    ConfigError,
+    is_loopback,
+    parse_address,
+    read_secret,
+)
 from broker.issue import ReusePolicy
 from broker.issuers.keyring import BadKey, Keyring, check_key
 from broker.limits import Limits, LimitSet, Rule
@@ -27,18 +39,25 @@ from broker.settings import (
 from broker.web.door import KnownClient, Network
 
 
-def clients(settings: Settings) -> list[KnownClient]:
-    """Return the known clients; raises ConfigError for none, a short secret, or a shared one."""
+def clients(settings: Settings, environ: Mapping[str, str]) -> list[KnownClient]:
+    """Return the known clients; raises ConfigError for none, a short secret, or a shared one.
+
+    A relay without [clients] is a private one: whoever has the vendor's key may use it, because
+    they could ask the vendor themselves.  That holds on this machine only.
+    """
     if not settings.clients:
-        raise ConfigError(
-            "clients: nobody may ask for tokens; add [clients.NAME] with secret_file and agents"
-        )
+        return _holders_of_vendor_keys(settings, environ)
     known: dict[bytes, KnownClient] = {}
     for name, client in settings.clients.items():
         path = f"clients.{name}.secret"
         secret = read_secret(path, client.secret, client.secret_file)
         if secret is None:
             raise ConfigError(f"{path}_file: required; a client is known by its secret")
+        if not secret.reveal().isprintable() or secret.reveal().strip() != secret.reveal():
+            raise ConfigError(
+                f"{path}: has a line break, a control character or blanks around it, which no"
+                " header can carry; keep it on one line"
+            )
         if len(secret.reveal()) < MIN_CLIENT_SECRET:
             raise ConfigError(
                 f"{path}: shorter than {MIN_CLIENT_SECRET} characters;"
@@ -52,6 +71,43 @@ def clients(settings: Settings) -> list[KnownClient]:
         agents = None if "*" in client.agents else frozenset(client.agents)
         known[digest] = KnownClient(name, digest, agents, client.allow_origin_header)
     return list(known.values())
+
+
+def _holders_of_vendor_keys(settings: Settings, environ: Mapping[str, str]) -> list[KnownClient]:
+    if settings.issuer.kind != "upstream":
+        raise ConfigError(
+            "clients: nobody may ask for tokens; add [clients.NAME] with secret_file and agents"
+        )
+    where = parse_address(settings.server.listen)
+    if not isinstance(where, str) and not is_loopback(where[0]):
+        raise ConfigError(
+            "clients: required when server.listen is not on loopback; without them anybody with"
+            " the vendor's key may use the broker, which must not leave this machine"
+        )
+    return [
+        KnownClient("vendor-key", key.digest(), None, allow_origin=False)
+        for key in vendor_keys(settings, environ)
+    ]
+
+
+def vendor_keys(settings: Settings, environ: Mapping[str, str]) -> list[Secret]:
+    """Return the vendor's keys in order; raises ConfigError for none, or an unusable one."""
+    upstream = settings.issuer.upstream
+    name = "issuer.upstream.api_secret"
+    if upstream.api_secret is not None and upstream.api_secret_files:
+        raise ConfigError(f"{name} and {name}_files are both set: keep one")
+    found = [read_secret(name, None, file) for file in upstream.api_secret_files]
+    keys: list[Secret | None] = [upstream.api_secret, *found]
+    if not any(keys):
+        given = next((environ[name] for name in VENDOR_VARIABLES if environ.get(name)), None)
+        keys = [Secret(given) if given else None]
+    usable = [key for key in keys if key is not None]
+    if not usable:
+        raise ConfigError(f"{name}_files: no vendor key; set it, or BITHUMAN_API_SECRET")
+    for key in usable:
+        if not key.reveal().isascii() or not key.reveal().isprintable() or " " in key.reveal():
+            raise ConfigError(f"{name}: not a key: it holds blanks or unprintable characters")
+    return list(dict.fromkeys(usable))
 
 
 def keyring(settings: Settings) -> Keyring:
@@ -102,6 +158,8 @@ def reuse(settings: Settings) -> ReusePolicy:
 def budget(settings: Settings) -> Budget | None:
     """Return the budget, None for an issuer that needs no pace."""
     section = settings.issuer.budget
+    if section is None and settings.issuer.kind == "upstream":
+        section = settings_tree.Budget()
     if section is None:
         return None
     return Budget(section.rate, section.per.seconds, section.burst, section.max_wait.seconds)
@@ -124,10 +182,13 @@ def trusted_proxies(settings: Settings) -> list[Network]:
     return [ipaddress.ip_network(text) for text in settings.server.trusted_proxies]
 
 
-def check(settings: Settings) -> None:
+def check(settings: Settings, environ: Mapping[str, str]) -> None:
     """Build every part once; raises ConfigError for the first that cannot be built."""
-    clients(settings)
-    keyring(settings)
+    clients(settings, environ)
+    if settings.issuer.kind == "upstream":
+        vendor_keys(settings, environ)
+    else:
+        keyring(settings)
     sealing_key(settings)
     limits(settings)
 
@@ -140,6 +201,10 @@ def secret_files(settings: Settings) -> list[tuple[str, str]]:
             (f"issuer.local.keys.{kid}.secret_file", key.secret_file)
             for kid, key in settings.issuer.local.keys.items()
         ),
+        *(
+            ("issuer.upstream.api_secret_files", file)
+            for file in settings.issuer.upstream.api_secret_files
+        ),
         ("store.encryption_key_file", settings.store.encryption_key_file),
     ]
     return [(name, file) for name, file in files if file]
@@ -147,7 +212,47 @@ def secret_files(settings: Settings) -> list[tuple[str, str]]:
 
 def missing_files(settings: Settings) -> list[tuple[str, str]]:
     """Return the secret files that are not on this machine."""
-    return [(name, file) for name, file in secret_files(settings) if not Path(file).exists()]
+    return [(name, file) for name, file in secret_files(settings) if is_missing(file)]
+
+
+def is_missing(file: str) -> bool:
+    """Whether there is no such file; one that may not be read is there."""
+    try:
+        Path(file).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
+
+
+def make_up(settings: Settings, make: Callable[[str], Secret]) -> Settings:
+    """Return the settings with a secret from `make` for each file that is not on this machine.
+
+    `make` is given the name of the setting, such as "clients.web.secret".
+    """
+    made: Settings = _make_up(settings, make, "")
+    upstream = made.issuer.upstream
+    if any(is_missing(file) for file in upstream.api_secret_files):
+        secret = make("issuer.upstream.api_secret")
+        upstream = replace(upstream, api_secret=secret, api_secret_files=())
+    return replace(made, issuer=replace(made.issuer, upstream=upstream))
+
+
+def _make_up(node: Any, make: Callable[[str], Secret], path: str) -> Any:  # noqa: ANN401 - any node
+    if isinstance(node, Mapping):
+        return {name: _make_up(entry, make, f"{path}{name}.") for name, entry in node.items()}
+    if not isinstance(node, Struct):
+        return node
+    fields = {
+        name: _make_up(getattr(node, name), make, f"{path}{name}.")
+        for name in node.__struct_fields__
+    }
+    for name in node.__struct_fields__:
+        file = fields.get(f"{name}_file")
+        if file is not None and is_missing(file):
+            fields |= {name: make(path + name), f"{name}_file": None}
+    return replace(node, **fields)
 
 
 def _limit_set(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 from broker.app import App
+from broker.config import read_secret
 from broker.listen import CannotListen
 from broker.settings import Settings
 
@@ -30,13 +31,13 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 async def _serve(settings: Settings, load: Callable[[], Settings], *, dev: bool) -> int:
-    app = App(settings, load, dev=dev)
+    app = App(settings, load, os.environ, dev=dev)
+    _obey_signals(app)  # first: a signal that meets the start must not kill half a process
     try:
         await app.start()
     except CannotListen as error:
         print(f"broker: {error}", file=sys.stderr)
         return EX_UNAVAILABLE
-    _obey_signals(app)
     if dev:
         _introduce(app, settings)
     await app.run()
@@ -62,7 +63,8 @@ def _introduce(app: App, settings: Settings) -> None:
     """Tell programs (first line) and people (second) how to get a first token."""
     from broker import dev  # noqa: PLC0415 - development only
 
-    secret = next((c.secret for c in settings.clients.values() if c.secret is not None), None)
+    client = settings.clients[dev.CLIENT]
+    secret = read_secret(f"clients.{dev.CLIENT}.secret", client.secret, client.secret_file)
     shown = secret.reveal() if secret is not None else ""
     print(json.dumps({"url": app.url, "admin_url": app.admin_url, "api_secret": shown}))
     print(dev.curl_line(app.url, shown), flush=True)

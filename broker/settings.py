@@ -122,6 +122,22 @@ class LocalIssuer(_Section, frozen=True):
     """The `kid` that signs; may be left out while there is only one key."""
 
 
+class UpstreamIssuer(_Section, frozen=True):
+    """Tokens relayed from the vendor, or from anything that speaks its API."""
+
+    base_url: str = "https://api.bithuman.ai"
+    """Where the vendor answers; the path of the mint call is added.  HTTPS, except on loopback."""
+    api_secret: Secret | None = None
+    """The vendor key; prefer `api_secret_files`.  The variable BITHUMAN_API_SECRET (or its old name
+    BITHUMAN_API_KEY) is used when neither is set."""
+    api_secret_files: tuple[str, ...] = ()
+    """Files with vendor keys, up to 4.  The first good one is used: to rotate without a gap, put
+    the new key in front, then revoke the old one."""
+    timeout: Duration = _seconds(10)
+    """One call, connecting included: within the 12 s of a request, with room for a retry of what
+    fails fast."""
+
+
 class Budget(_Section, frozen=True):
     """How many mints the vendor is sent: `rate` per `per`, `burst` at once."""
 
@@ -139,12 +155,15 @@ class Budget(_Section, frozen=True):
 class Issuer(_Section, frozen=True):
     """Where tokens come from."""
 
-    kind: Literal["local"] = "local"
-    """`local` signs here."""
+    kind: Literal["local", "upstream"] = "local"
+    """`local` signs here; `upstream` relays from the vendor."""
     local: LocalIssuer = field(default_factory=LocalIssuer)
     """Settings of the local issuer."""
+    upstream: UpstreamIssuer = field(default_factory=UpstreamIssuer)
+    """Settings of the relay."""
     budget: Budget | None = None
-    """Pace of mints.  Absent for `local`: a signature costs nobody anything."""
+    """Pace of mints.  Absent for `local`: a signature costs nobody anything.  `upstream` always has
+    one; left out, its defaults hold."""
 
 
 class Reuse(_Section, frozen=True):

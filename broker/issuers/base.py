@@ -1,12 +1,17 @@
 """What every issuer promises.
 
 An issuer makes one token for one ask.  It knows nothing of reuse, limits or flights: whoever
-calls it has already decided that a token must be made and has taken its slot in the budget.
+calls it has already decided that a token must be made.
 """
 
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from broker.model import Ask, Minted
+
+Turn = Callable[[], Awaitable[None]]
+"""Waits for a slot in the budget.  Awaited before every call that costs somebody something: a
+retry or a second key is a call like the first.  Raises `errors.BudgetExhausted`."""
 
 
 class Issuer(Protocol):
@@ -15,7 +20,11 @@ class Issuer(Protocol):
     name: str
     """Label of `broker_mint_duration_seconds`: `local` or `upstream`."""
 
-    async def mint(self, ask: Ask) -> Minted:
+    def check(self, ask: Ask) -> None:
+        """Raise at once if a mint for this ask is known to fail: before any limit is charged."""
+        ...
+
+    async def mint(self, ask: Ask, turn: Turn) -> Minted:
         """Make a token for this visitor.
 
         Raises `errors.VendorError` or `errors.ServiceUnavailable`, never a foreign exception.

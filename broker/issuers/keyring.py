@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import jwt
 from jwt.exceptions import InvalidTokenError
+from typing_extensions import override
 
 ALGORITHM = "HS256"
 
@@ -100,6 +101,7 @@ class Keyring:
             raise BadToken("unknown kid")
         return [self._keys[kid]]
 
+    @override
     def __repr__(self) -> str:
         return f"Keyring(kids={sorted(self._keys)}, signing={self.signing!r})"
 

@@ -5,7 +5,9 @@ Knows keys and claims.  Does not know who asks for a token or how often.
 
 import secrets
 
-from broker.issuers.base import Issuer
+from typing_extensions import override
+
+from broker.issuers.base import Issuer, Turn
 from broker.issuers.keyring import Keyring
 from broker.model import Ask, Clock, Minted
 from broker.rules.reuse import SECOND
@@ -29,8 +31,18 @@ class LocalIssuer(Issuer):
         self._audience = audience
         self._clock = clock
 
-    async def mint(self, ask: Ask) -> Minted:
-        """Sign a token; never fails and never waits."""
+    def use_keyring(self, keyring: Keyring) -> None:
+        """Sign and verify with other keys from now on."""
+        self.keyring = keyring
+
+    @override
+    def check(self, ask: Ask) -> None:
+        """Nothing stops a signature."""
+
+    @override
+    async def mint(self, ask: Ask, turn: Turn) -> Minted:
+        """Sign a token; never fails, and waits for nothing but its turn."""
+        await turn()
         issued = self._clock.wall() // SECOND - BACKDATED_SECONDS
         expires = issued + LIFETIME_SECONDS
         session = secrets.token_hex(16)

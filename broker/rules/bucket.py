@@ -17,6 +17,9 @@ MAX_RATE = 1_000_000
 MAX_BURST = 2**31 - 1
 """A larger burst is a typing error, and with long intervals it would leave 64-bit integers."""
 
+MAX_DEPTH = 2**63 - 1
+"""Microseconds from empty to full that a 64-bit integer can express."""
+
 
 class Limit(Struct, frozen=True, gc=False):
     """At most `burst` tokens at once, one more every `interval` microseconds.
@@ -70,7 +73,10 @@ def limit(rate: float, per: int, burst: int) -> Limit:
         raise ValueError(f"burst must be between 1 and {MAX_BURST}")
     if rate * 1_000_000 > MAX_RATE * per:
         raise ValueError(f"rate must not exceed {MAX_RATE} a second")
-    return Limit(burst=burst, interval=int(-(-per // rate)))
+    interval = -(-per // rate)
+    if not interval * burst <= MAX_DEPTH:
+        raise ValueError("rate is too low for this burst: it would take ages to refill")
+    return Limit(burst=burst, interval=int(interval))
 
 
 def spend(full_at: int, limit: Limit, now: int) -> tuple[int, Verdict]:

@@ -7,11 +7,15 @@ absent one: so forgetting never resets a limit that is exhausted.
 
 At `max_tracked` *new* keys share a fixed number of overflow buckets, by hash: strangers may
 then be refused for each other's sake, but nobody escapes, and who is tracked stays tracked.
+A key that is tracked when there is room again starts from what its overflow bucket says: it may
+have spent there.
 
 An entry is one integer under one string: objects with a lock and a timestamp each (aiolimiter's
 AsyncLimiter among them) cost five to ten times the memory and time, and wait where an inbound
 limit must answer.
 """
+
+from typing_extensions import override
 
 from broker.rules.bucket import Limit, Verdict, peek, spend
 
@@ -38,6 +42,7 @@ class TokenBucket:
         self._overflow = [0] * OVERFLOW_BUCKETS
         self._max_tracked = max_tracked
         self._horizon = horizon
+        self._deepest = horizon
         self._rotate_at = now + horizon
         self.near = 0
         self.rehearsed = 0
@@ -68,7 +73,7 @@ class TokenBucket:
         """Say what `take` would say, and take nothing."""
         full_at = self._young.get(key) or self._old.get(key)
         if full_at is None:
-            full_at = self._overflow[hash(key) % OVERFLOW_BUCKETS] if self._is_full() else 0
+            full_at = self._overflow[hash(key) % OVERFLOW_BUCKETS]
         return peek(full_at, limit, now)
 
     def _take_unknown(self, key: str, limit: Limit, now: int) -> tuple[int, Verdict]:
@@ -79,7 +84,7 @@ class TokenBucket:
                 self._swept.popitem()
             if self._is_full():
                 return self._take_overflow(key, limit, now)
-            full_at = 0
+            full_at = self._overflow[hash(key) % OVERFLOW_BUCKETS]
         full_at, verdict = spend(full_at, limit, now)
         self._young[key] = full_at
         return full_at, verdict
@@ -87,8 +92,10 @@ class TokenBucket:
     def _take_overflow(self, key: str, limit: Limit, now: int) -> tuple[int, Verdict]:
         self.overflowed += 1
         place = hash(key) % OVERFLOW_BUCKETS
-        full_at, verdict = spend(self._overflow[place], limit, now)
-        self._overflow[place] = full_at
+        before = self._overflow[place]
+        full_at, verdict = spend(before, limit, now)
+        # `spend` cuts to its own limit's depth; a deeper one may have been exhausted here
+        self._overflow[place] = max(full_at, min(before, now + self._deepest))
         return full_at, verdict
 
     def _is_full(self) -> bool:
@@ -109,11 +116,15 @@ class TokenBucket:
         for _ in range(min(batch, len(self._swept))):
             self._swept.popitem()
 
-    def adjust(self, horizon: int, max_tracked: int, now: int) -> None:
+    def adjust(self, horizon: int, max_tracked: int) -> None:
         """Follow changed limits.  The horizon only grows: a shorter one would give up buckets
-        that the old limit had exhausted for longer."""
+        that the old limit had exhausted for longer.
+
+        The next rotation stays where it is: what it gives up was spent under the old horizon, and
+        reloads that follow each other must not put it off for ever.
+        """
         self._horizon = max(self._horizon, horizon)
-        self._rotate_at = max(self._rotate_at, now + horizon)
+        self._deepest = horizon
         self._max_tracked = max_tracked
 
     def entries(self, now: int) -> dict[str, int]:
@@ -122,15 +133,18 @@ class TokenBucket:
         return {key: full_at - now for key, full_at in both.items() if full_at > now}
 
     def restore(self, entries: dict[str, int], now: int) -> None:
-        """Take over what `entries` gave to a snapshot, as far as there is room."""
+        """Take over what `entries` gave to a snapshot; without room, into the overflow buckets."""
         for key, wait in entries.items():
+            full_at = now + min(wait, self._horizon)
             if self._is_full():
-                break
-            if wait > 0:
-                self._young[key] = now + min(wait, self._horizon)
+                place = hash(key) % OVERFLOW_BUCKETS
+                self._overflow[place] = max(self._overflow[place], full_at)
+            elif wait > 0:
+                self._young[key] = full_at
 
     def __len__(self) -> int:
         return len(self._young) + len(self._old)
 
+    @override
     def __repr__(self) -> str:
         return f"TokenBucket(tracked={len(self)}, overflowed={self.overflowed})"

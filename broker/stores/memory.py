@@ -36,7 +36,6 @@ class MemoryStore(Store):
 
     def use_limits(self, limits: Limits) -> None:
         """Put other limits in force, for the next request on."""
-        now = self._clock.mono()
         for limit_set in (
             limits.fingerprint,
             limits.fingerprint_mints,
@@ -44,7 +43,7 @@ class MemoryStore(Store):
             limits.client,
         ):
             if limit_set is not None:
-                self.buckets[limit_set.name].adjust(limit_set.horizon, limits.max_tracked, now)
+                self.buckets[limit_set.name].adjust(limit_set.horizon, limits.max_tracked)
         self._limits = limits
 
     @override
@@ -56,7 +55,9 @@ class MemoryStore(Store):
             if denial is not None:
                 return Visit(None, denial, None)
         rule = limits.fingerprint.for_agent(ask.agent)
-        verdict = self._fingerprint.take(ask.visitor, rule.limit, now, dry_run=rule.dry_run)
+        verdict = self._fingerprint.take(
+            limits.fingerprint.visitor_key(ask), rule.limit, now, dry_run=rule.dry_run
+        )
         if not verdict.allowed and not rule.dry_run:
             return Visit(verdict, Denial(LimitName.FINGERPRINT, verdict), None)
         return Visit(verdict, None, self.tokens.find(key))
@@ -64,9 +65,10 @@ class MemoryStore(Store):
     @override
     async def admit_mint(self, ask: Ask) -> Denial | None:
         now = self._clock.mono()
-        return self._charge(
-            self._limits.fingerprint_mints, ask.visitor, ask.agent, now
-        ) or self._charge(self._limits.agent, ask.agent, ask.agent, now)
+        mints, agent = self._limits.fingerprint_mints, self._limits.agent
+        return self._charge(mints, mints.visitor_key(ask), ask.agent, now) or self._charge(
+            agent, ask.agent, ask.agent, now
+        )
 
     @override
     async def look(self, key: str) -> EmbedToken | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from typing_extensions import override
 
-from broker.issuers.base import Issuer
+from broker.issuers.base import Issuer, Turn
 from broker.model import Ask, Minted
 from broker.rules.reuse import DEFAULT_LIFETIME, SECOND
 
@@ -16,7 +16,7 @@ class FakeIssuer(Issuer):
 
     `delay` is seconds a mint takes; `fail` is called before each mint with the ask and may raise;
     `lifetime` is microseconds; `same` makes it return the last token of that visitor again.
-    `asks` lists every mint that was started.
+    `closed` is raised by `check`, as by an open breaker.  `asks` lists every mint that was started.
     """
 
     name = "local"
@@ -25,12 +25,19 @@ class FakeIssuer(Issuer):
         self.delay = delay
         self.lifetime = lifetime
         self.fail: Callable[[Ask], None] | None = None
+        self.closed: Exception | None = None
         self.same = False
         self.asks: list[Ask] = []
         self._last: dict[str, Minted] = {}
 
     @override
-    async def mint(self, ask: Ask) -> Minted:
+    def check(self, ask: Ask) -> None:
+        if self.closed is not None:
+            raise self.closed
+
+    @override
+    async def mint(self, ask: Ask, turn: Turn) -> Minted:
+        await turn()
         self.asks.append(ask)
         number = len(self.asks)
         if self.delay:

@@ -33,6 +33,7 @@ log = structlog.get_logger()
 TOKEN_PATH = "/v1/embed-tokens/request"  # noqa: S105 - a path, not a password
 
 _REQUEST_ID = istr("X-Request-Id")
+_TRACEPARENT = istr("traceparent")
 _ID_ALPHABET = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
 _ID_MAX = 64
 
@@ -138,7 +139,13 @@ class Routes:
             content = body.arrived(request, wire.MAX_BODY)
             if content is None:
                 content = await body.read(request, wire.MAX_BODY)
-            ask = wire.parse(content, client.name, any_fingerprint=self.any_fingerprint)
+            ask = wire.parse(
+                content,
+                client.name,
+                any_fingerprint=self.any_fingerprint,
+                request_id=request_id,
+                traceparent=request.headers.get(_TRACEPARENT, ""),
+            )
             client.require_agent(ask.agent)
             patience = self._deadline - (time.perf_counter() - started)
             result = await self._desk.issue(ask, patience)

@@ -22,6 +22,7 @@ FINGERPRINT_ANY_MAX = 256
 MODEL_MAX = 64
 """Characters of a model name."""
 
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _HEX = re.compile(r"[0-9A-Fa-f]{4,128}|[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 
 
@@ -70,8 +71,19 @@ class TokenRequest(Struct, frozen=True, gc=False):
 _decode = msgspec.json.Decoder(TokenRequest).decode
 
 
-def parse(body: bytes, client: str, *, any_fingerprint: bool) -> Ask:
-    """Read one request body; raises MissingParam or Invalid."""
+def parse(
+    body: bytes,
+    client: str,
+    *,
+    any_fingerprint: bool,
+    request_id: str = "",
+    traceparent: str = "",
+) -> Ask:
+    """Read one request body; raises MissingParam or Invalid.
+
+    `request_id` and `traceparent` accompany the ask; a malformed traceparent is dropped, as W3C
+    Trace Context asks.
+    """
     try:
         request = _decode(body)
     except msgspec.ValidationError as error:
@@ -93,7 +105,9 @@ def parse(body: bytes, client: str, *, any_fingerprint: bool) -> Ask:
         model = None
     elif model is not None:
         _check_model(model)
-    return Ask(client, agent, fingerprint, model, request.fresh)
+    if traceparent and _TRACEPARENT.fullmatch(traceparent) is None:
+        traceparent = ""
+    return Ask(client, agent, fingerprint, model, request.fresh, request_id, traceparent)
 
 
 def _check_any_fingerprint(fingerprint: str, *, any_fingerprint: bool) -> None:

@@ -1,0 +1,127 @@
+"""Examines the way to the vendor, so that an operator need not guess.
+
+Costs the vendor one cheap call per key and no token.  Each finding is one line: ok, or a problem
+with its remedy.
+"""
+
+import asyncio
+import stat
+from collections.abc import Mapping
+from http import HTTPStatus
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+from typing_extensions import override
+
+from broker import parts
+from broker.clock import SystemClock
+from broker.issuers.vendor_client import Answer, CallFailed, VendorClient
+from broker.issuers.vendor_headers import vendor_date
+from broker.issuers.vendor_replies import Reason
+from broker.model import Secret
+from broker.rules.reuse import SECOND
+from broker.settings import Settings
+
+MAX_SKEW = 30 * SECOND
+"""Microseconds: half of the minute that verifiers commonly forgive."""
+
+_REMEDIES = {
+    Reason.DNS: "the name is not known: check base_url and the resolver",
+    Reason.TLS: "no trusted TLS: check base_url, the CA certificates, and proxies in between",
+    Reason.CONNECT: "no connection: check the firewall and egress rules",
+    Reason.TIMEOUT: "no answer in time: check the network; raise issuer.upstream.timeout if it is slow",
+}
+
+
+class Finding(Struct, frozen=True):
+    """One examined thing; `text` has the remedy if it is not ok."""
+
+    ok: bool
+    name: str
+    text: str
+
+    @override
+    def __str__(self) -> str:
+        return f"{'ok     ' if self.ok else 'problem'}  {self.name}: {self.text}"
+
+
+class _Reply(Struct):
+    valid: bool = False
+
+
+def examine(settings: Settings, environ: Mapping[str, str]) -> list[Finding]:
+    """Return every finding; raises ConfigError for a configuration that cannot be used."""
+    parts.check(settings, environ)
+    findings = [_file(name, Path(file)) for name, file in parts.secret_files(settings)]
+    if settings.issuer.kind == "upstream":
+        findings += asyncio.run(_vendor(settings, parts.vendor_keys(settings, environ)))
+    return findings or [
+        Finding(ok=True, name="configuration", text="complete; nothing else to examine")
+    ]
+
+
+async def _vendor(settings: Settings, keys: list[Secret]) -> list[Finding]:
+    upstream = settings.issuer.upstream
+    client = VendorClient(upstream.base_url, upstream.timeout.seconds)
+    findings: list[Finding] = []
+    try:
+        for number, key in enumerate(keys, 1):
+            try:
+                answer = await client.validate(key)
+            except CallFailed as failed:
+                remedy = _REMEDIES.get(failed.reason, f"the call failed: {failed.reason.value}")
+                return [*findings, Finding(ok=False, name=upstream.base_url, text=remedy)]
+            if number == 1:
+                findings += [_reached(upstream.base_url, answer), _skew(answer)]
+            findings.append(_key(number, answer))
+    finally:
+        await client.close()
+    return findings
+
+
+def _reached(base_url: str, answer: Answer) -> Finding:
+    if HTTPStatus.MULTIPLE_CHOICES <= answer.status < HTTPStatus.BAD_REQUEST:
+        target = answer.headers.get("Location", "somewhere else")[:200]
+        text = (
+            f"redirects to {target!r}, which is never followed: put the final address into base_url"
+        )
+        return Finding(ok=False, name=base_url, text=text)
+    secure = "TLS is trusted" if base_url.startswith("https:") else "plain HTTP on this machine"
+    return Finding(ok=True, name=base_url, text=f"answers without a redirect, {secure}")
+
+
+def _skew(answer: Answer) -> Finding:
+    now = SystemClock().wall()
+    theirs = vendor_date(answer.headers, now)
+    if theirs is None:
+        return Finding(ok=True, name="clock", text="the vendor sent no Date to compare with")
+    skew = abs(theirs - now)
+    seconds = skew // SECOND
+    if skew <= MAX_SKEW:
+        return Finding(ok=True, name="clock", text=f"within {seconds + 1} s of the vendor's")
+    return Finding(
+        ok=False, name="clock", text=f"{seconds} s off the vendor's: synchronize it (chrony, NTP)"
+    )
+
+
+def _key(number: int, answer: Answer) -> Finding:
+    name = f"vendor key {number}"
+    try:
+        valid = msgspec.json.decode(answer.body, type=_Reply).valid
+    except msgspec.DecodeError:
+        valid = False
+    if answer.status == HTTPStatus.OK and valid:
+        return Finding(ok=True, name=name, text="the vendor accepts it")
+    if answer.status in (HTTPStatus.OK, HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        text = "the vendor refuses it: make a new one in the vendor's dashboard"
+        return Finding(ok=False, name=name, text=text)
+    return Finding(ok=False, name=name, text=f"cannot tell: the vendor answered {answer.status}")
+
+
+def _file(name: str, path: Path) -> Finding:
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        text = f"{path} has mode {mode:04o}, others can read it: chmod 600 {path}"
+        return Finding(ok=False, name=name, text=text)
+    return Finding(ok=True, name=name, text=f"{path} is readable by its owner only")

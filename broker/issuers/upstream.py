@@ -1,0 +1,299 @@
+"""Tokens relayed from the vendor: every mint it allows, none that it does not.
+
+Around one call (`vendor_client`) and its meaning (`vendor_api`), in this order:
+
+    remembered refusal? -> breakers: a ticket each -> a turn in the budget -> call -> settle
+    -> next key, or one retry -> remember, pause, or hand the token on
+
+Theory of operation.  A ticket is taken before the turn, so that while a breaker probes, one call
+queues and all others are refused at once; a ticket whose call was never sent goes back as
+abandoned.  Keys are an ordered list: the first good one is used, one that the vendor refuses is
+passed over until the list is replaced or all of them were refused.  A retry and a second key take a turn like the first call,
+because the vendor counts them like the first call.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import assert_never
+
+import structlog
+from cachetools import TTLCache
+from typing_extensions import override
+
+from broker import errors
+from broker.issuers.base import Issuer, Turn
+from broker.issuers.vendor_api import build_request, read_answer
+from broker.issuers.vendor_client import CallFailed, VendorClient
+from broker.issuers.vendor_headers import rate_limit_hint
+from broker.issuers.vendor_replies import (
+    BadKey,
+    Broken,
+    Granted,
+    Reason,
+    Refused,
+    Reply,
+    Scope,
+    Throttled,
+    reason_of,
+)
+from broker.metrics import UpstreamMetrics
+from broker.model import Ask, Clock, Minted, Secret
+from broker.pacer import Paced
+from broker.rules.backoff import full_jitter
+from broker.rules.breaker import Credentials, Health, KeyOutcome, Outcome, Ticket
+from broker.rules.reuse import SECOND
+
+log = structlog.get_logger()
+
+ACCOUNT_MEMORY, AGENT_MEMORY = 15, 30
+"""Seconds that a refusal is remembered: for the whole account shortly, because a top-up should be
+felt at once; for an agent and model longer, because generating one takes minutes."""
+
+AGENTS_REMEMBERED = 10_000
+"""Agent and model pairs whose refusal is remembered; a random one is refused by the vendor anew."""
+
+DEFAULT_PAUSE = 5 * SECOND
+"""Microseconds that the budget pauses after a 429 that does not say for how long."""
+
+RETRY_BASE = 250_000
+"""Microseconds: the one retry comes after up to this long, at random."""
+
+_RETRIED = frozenset({Reason.STATUS_5XX, Reason.CONNECT, Reason.DNS, Reason.RESET})
+"""What a second try may cure within a visitor's patience.  A time-out has used that up."""
+
+
+class _Account(Enum):
+    """The key of the one entry that the account-wide memory can have."""
+
+    ALL = "all"
+
+
+class UpstreamIssuer(Issuer):
+    """Relays mints to a vendor-compatible API.  Owns its client: `close` it."""
+
+    name = "upstream"
+
+    def __init__(
+        self,
+        client: VendorClient,
+        keys: Sequence[Secret],
+        pacer: Paced,
+        clock: Clock,
+        metrics: UpstreamMetrics,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._client = client
+        self._pacer = pacer
+        self._clock = clock
+        self._metrics = metrics
+        self._draw = draw
+        self._keys = list(keys)
+        self._passed_over: set[Secret] = set()
+        self._reported: set[Secret] = set()
+        self.health = Health()
+        self.credentials = Credentials()
+        self._account_refusals: TTLCache[_Account, Refused] = TTLCache(
+            1, ACCOUNT_MEMORY * SECOND, timer=clock.mono
+        )
+        self._agent_refusals: TTLCache[tuple[str, str | None], Refused] = TTLCache(
+            AGENTS_REMEMBERED, AGENT_MEMORY * SECOND, timer=clock.mono
+        )
+
+    async def close(self) -> None:
+        """Close the connections to the vendor."""
+        await self._client.close()
+
+    def use_keys(self, keys: Sequence[Secret]) -> None:
+        """Replace the list of keys; if it differs, a broken key is forgiven at once."""
+        if list(keys) == self._keys:
+            return
+        self._keys = list(keys)
+        self._passed_over.clear()
+        self._reported.clear()
+        self._account_refusals.clear()
+        self.credentials = self.credentials.keys_changed(self._clock.mono())
+
+    @override
+    def check(self, ask: Ask) -> None:
+        now = self._clock.mono()
+        if self.credentials.wait(now):
+            raise _our_key_is_bad()
+        if wait := self.health.wait(now):
+            raise _vendor_is_unwell(wait)
+        refused = self._account_refusals.get(_Account.ALL) or self._agent_refusals.get(
+            (ask.agent, ask.model)
+        )
+        if refused is not None:
+            raise _refusal(refused)
+
+    @override
+    async def mint(self, ask: Ask, turn: Turn) -> Minted:
+        key = self._key
+        reply = await self._attempt(ask, key, turn)
+        if self._deserves_another(reply, key):
+            if isinstance(reply, Broken):
+                await asyncio.sleep(full_jitter(1, RETRY_BASE, RETRY_BASE, self._draw) / SECOND)
+            reply = await self._attempt(ask, self._key, turn)
+        return self._conclude(ask, reply)
+
+    @property
+    def _key(self) -> Secret:
+        """The first key that the vendor has not refused."""
+        return next(key for key in self._keys if key not in self._passed_over)
+
+    def _deserves_another(self, reply: Reply, used: Secret) -> bool:
+        match reply:
+            case Broken(reason):
+                return reason in _RETRIED and not self.health.is_open
+            case BadKey():
+                return self._key != used
+            case Throttled():
+                return not self.credentials.rejected
+            case Granted() | Refused():
+                return False
+            case _:
+                assert_never(reply)
+
+    async def _attempt(self, ask: Ask, key: Secret, turn: Turn) -> Reply:
+        """Make one call: tickets, turn, call, settlement."""
+        key_ticket, health_ticket = self._enter()
+        sent = False
+        try:
+            await turn()
+            sent = True
+            reply = await self._call(ask, key)
+        except BaseException:
+            lost = KeyOutcome.UNKNOWN if sent else KeyOutcome.ABANDONED
+            self._settle(key_ticket, lost, health_ticket, Outcome.ABANDONED)
+            raise
+        await self._learn(reply, key, key_ticket, health_ticket)
+        return reply
+
+    def _enter(self) -> tuple[Ticket, Ticket]:
+        """Take a ticket of each breaker; raises if one has none to give."""
+        now = self._clock.mono()
+        self.credentials, key_ticket = self.credentials.allow(now)
+        if key_ticket is None:
+            raise _our_key_is_bad()
+        self.health, health_ticket = self.health.allow(now)
+        if health_ticket is None:
+            self.credentials = self.credentials.settle(key_ticket, KeyOutcome.ABANDONED, now)
+            raise _vendor_is_unwell(self.health.wait(now))
+        return key_ticket, health_ticket
+
+    async def _call(self, ask: Ask, key: Secret) -> Reply:
+        headers = {"X-Request-Id": ask.request_id} if ask.request_id else {}
+        if ask.traceparent:
+            headers["traceparent"] = ask.traceparent
+        try:
+            answer = await self._client.mint(key, build_request(ask), headers)
+        except CallFailed as failed:
+            self._metrics.count_status(None)
+            return Broken(failed.reason)
+        self._metrics.count_status(answer.status)
+        wall = self._clock.wall()
+        hint = rate_limit_hint(answer.headers, wall)
+        if hint is not None:
+            await self._pacer.correct(hint.remaining)
+        private = (key.reveal(), ask.fingerprint)
+        return read_answer(answer.status, answer.headers, answer.body, wall, private)
+
+    async def _learn(
+        self, reply: Reply, key: Secret, key_ticket: Ticket, health_ticket: Ticket
+    ) -> None:
+        """Let both breakers, the key list and the budget draw their conclusions."""
+        reason = reason_of(reply)
+        if reason is not None:
+            self._metrics.errors[reason.value] += 1
+        health = Outcome.FAILED if isinstance(reply, Broken) else Outcome.SUCCEEDED
+        match reply:
+            case Granted() | Refused():
+                outcome = KeyOutcome.ACCEPTED
+                self._reported.discard(key)
+            case BadKey(code):
+                outcome = self._pass_over(key, code)
+            case Throttled(retry_after):
+                outcome = KeyOutcome.THROTTLED
+                if not self.credentials.rejected:
+                    self._pacer.pause((retry_after or DEFAULT_PAUSE) / SECOND)
+            case Broken():
+                outcome = KeyOutcome.UNKNOWN
+            case _:
+                assert_never(reply)
+        self._settle(key_ticket, outcome, health_ticket, health)
+
+    def _pass_over(self, key: Secret, code: str) -> KeyOutcome:
+        """Go on to the next key.  When all were refused, the next probe goes through all again."""
+        if key not in self._keys:
+            return KeyOutcome.ROTATED
+        if key not in self._reported:
+            self._reported.add(key)
+            log.error("broker.upstream_key_refused", key=self._keys.index(key) + 1, code=code)
+        self._passed_over.add(key)
+        if len(self._passed_over) < len(self._keys):
+            return KeyOutcome.ROTATED
+        self._passed_over.clear()
+        return KeyOutcome.REJECTED
+
+    def _settle(
+        self, key_ticket: Ticket, key: KeyOutcome, health_ticket: Ticket, health: Outcome
+    ) -> None:
+        now = self._clock.mono()
+        self.credentials = self.credentials.settle(key_ticket, key, now)
+        was_open = self.health.is_open
+        self.health = self.health.settle(health_ticket, health, now, self._draw)
+        if self.health.is_open and not was_open:
+            log.error("broker.upstream_unwell", wait_s=self.health.wait(now) / SECOND)
+
+    def _conclude(self, ask: Ask, reply: Reply) -> Minted:
+        """Return the token, or raise what the caller gets."""
+        match reply:
+            case Granted(minted):
+                return minted
+            case BadKey():
+                raise _our_key_is_bad()
+            case Refused(scope=scope):
+                self._remember(ask, reply, scope)
+                raise _refusal(reply)
+            case Throttled(retry_after):
+                if self.credentials.rejected:
+                    raise _our_key_is_bad()
+                wait = retry_after or DEFAULT_PAUSE
+                raise errors.BudgetExhausted("the vendor asked us to slow down", wait)
+            case Broken(Reason.TIMEOUT):
+                raise errors.UpstreamTimeout("the vendor did not answer in time")
+            case Broken(reason):
+                raise errors.UpstreamUnavailable(f"no token from the vendor: {reason.value}")
+            case _:
+                assert_never(reply)
+
+    def _remember(self, ask: Ask, refused: Refused, scope: Scope) -> None:
+        match scope:
+            case Scope.ACCOUNT:
+                self._account_refusals[_Account.ALL] = refused
+            case Scope.AGENT_MODEL:
+                self._agent_refusals[ask.agent, ask.model] = refused
+            case Scope.NEVER:
+                pass
+            case _:
+                assert_never(scope)
+
+    @override
+    def __repr__(self) -> str:
+        return f"UpstreamIssuer(keys={len(self._keys)}, passed_over={len(self._passed_over)})"
+
+
+def _our_key_is_bad() -> errors.UpstreamUnavailable:
+    return errors.UpstreamUnavailable(
+        "the vendor refuses the broker's own key; its operator is told"
+    )
+
+
+def _vendor_is_unwell(wait: int) -> errors.ServiceUnavailable:
+    return errors.ServiceUnavailable("the vendor keeps failing; no call is made for now", wait)
+
+
+def _refusal(refused: Refused) -> errors.UpstreamRefused:
+    return errors.UpstreamRefused(refused.status, refused.code, refused.message)

@@ -1,0 +1,117 @@
+"""The vendor over HTTP: one call, bounded in time and size.  Thin on purpose.
+
+Redirects are not followed (the key would go along), bodies are not decompressed (a small one can
+unfold to gigabytes), and at most as much is read as an answer can have.  What comes back is
+status, headers and bytes: `vendor_api` says what they mean.
+"""
+
+import asyncio
+from collections.abc import Mapping
+
+import aiohttp
+from msgspec import Struct
+from yarl import URL
+
+from broker.issuers.vendor_api import MAX_BODY
+from broker.issuers.vendor_replies import Reason
+from broker.model import Secret
+from broker.version import VERSION
+
+MINT_PATH = "/v1/embed-tokens/request"
+VALIDATE_PATH = "/v1/validate"
+
+CONNECT_TIMEOUT = 3.0
+"""Seconds: calls that hang while connecting arrive together when the hang ends, on top of the
+budget's worst window; three seconds' worth is what the default budget leaves room for."""
+
+DNS_TTL = 60
+"""Seconds that an address is remembered; a vendor that moves is found again within a minute."""
+
+CONNECTIONS = 64
+"""To one host at once: a slow vendor at the full default rate needs twenty."""
+
+USER_AGENT = f"embed-token-broker/{VERSION}"
+
+
+class CallFailed(Exception):  # noqa: N818 - reads as what it is
+    """There was no complete answer; `reason` says how it failed."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason.value)
+        self.reason = reason
+
+
+class Answer(Struct, frozen=True):
+    """What came back: `headers` are a multidict, `body` at most one byte more than the bound."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class VendorClient:
+    """One pooled session to `base_url`; `timeout` is seconds for one call, connecting included."""
+
+    def __init__(self, base_url: str, timeout: float) -> None:
+        base = URL(base_url.rstrip("/"))
+        self._mint_url = base.joinpath(MINT_PATH[1:])
+        self._validate_url = base.joinpath(VALIDATE_PATH[1:])
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=CONNECTIONS, ttl_dns_cache=DNS_TTL),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=timeout, connect=CONNECT_TIMEOUT),
+            headers={"User-Agent": USER_AGENT, "Accept": "application/json"},
+            skip_auto_headers={"Accept-Encoding"},
+            auto_decompress=False,
+        )
+
+    async def mint(self, key: Secret, body: bytes, headers: Mapping[str, str]) -> Answer:
+        """Ask for one token; raises CallFailed."""
+        return await self._post(self._mint_url, key, body, headers)
+
+    async def validate(self, key: Secret) -> Answer:
+        """Ask whether the key is good, which costs the vendor little; raises CallFailed."""
+        return await self._post(self._validate_url, key, b"{}", {})
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._session.close()
+
+    async def _post(self, url: URL, key: Secret, body: bytes, headers: Mapping[str, str]) -> Answer:
+        try:
+            async with self._session.post(
+                url,
+                data=body,
+                headers={"api-secret": key.reveal(), "Content-Type": "application/json", **headers},
+                allow_redirects=False,
+            ) as response:
+                return Answer(response.status, response.headers, await _read(response))
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise CallFailed(_reason(error)) from error
+
+
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    """Read up to one byte beyond the bound: enough to see that it is exceeded."""
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > MAX_BODY:
+            response.close()
+            break
+    return bytes(body[: MAX_BODY + 1])
+
+
+def _reason(error: Exception) -> Reason:
+    match error:
+        case asyncio.TimeoutError():  # aiohttp's own time-outs are of this class, too
+            return Reason.TIMEOUT
+        case aiohttp.ClientConnectorDNSError():
+            return Reason.DNS
+        case aiohttp.ClientSSLError() | aiohttp.ClientConnectorCertificateError():
+            return Reason.TLS
+        case aiohttp.ClientConnectorError():
+            return Reason.CONNECT
+        case aiohttp.ClientResponseError():
+            return Reason.NOT_JSON
+        case _:
+            return Reason.RESET
