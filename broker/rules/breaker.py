@@ -1,0 +1,249 @@
+"""Circuit breakers as states: no clock, no tasks, no I/O.  Microseconds and integers.
+
+A breaker is asked before a call to the vendor and told how the call ended.  `Health` stops
+calls while the vendor is unwell, `Credentials` while our key is bad: the vendor counts failed
+authentication against our address, so a dead key must not be tried at the rate of the traffic.
+Does not know what a call is, nor which answers count as failures: its caller sorts them.
+
+                 too many failures,                 the moment has come:
+                 or a bad key                       one call, the probe
+        CLOSED ----------------------->  OPEN  ------------------------->  PROBING
+           ^                               ^                                |   |
+           |                               +--------------------------------+   |
+           |                                 failed, or told us nothing         |
+           +--------------------------------------------------------------------+
+                                         succeeded
+
+Theory of operation.  `allow` hands out a ticket, which comes back with the outcome.  Every change
+of phase begins a new epoch, and a ticket counts only in the epoch in which it was given.  So
+the thousand calls that an outage left behind cannot disturb the probe, a slow failure of
+yesterday's outage cannot open today's breaker, and a probe of the old key says nothing about
+the new one.
+
+Invariants: while a breaker is not closed, at most one ticket is valid; whatever is cancelled,
+lost or left unsaid, a call is let through again after `LONGEST_PAUSE` at the latest.  `until`
+is cut to that on each refusal, so a clock that stepped back locks nobody out for longer.
+"""
+
+from collections.abc import Callable
+from enum import Enum
+from typing import NewType, Self, assert_never
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from broker.rules.reuse import SECOND
+
+WINDOW = 30 * SECOND
+"""Failures are weighed over this time; kept by the second, so a call counts for 29 to 30."""
+
+MIN_CALLS = 10
+"""Calls in the window below which no ratio means anything."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 5 * SECOND, 60 * SECOND
+"""Microseconds that calls stop: first 5 s, doubled by each probe that fails, never over 60 s."""
+
+JITTER = 0.2
+"""Share of a pause that a draw may take away, so that replicas do not probe in step."""
+
+KEY_PAUSE = 30 * SECOND
+"""Microseconds between two tries of a bad key: two a minute, where the vendor allows 30."""
+
+UNLEARNED_PAUSE = 10 * SECOND
+"""Microseconds after a probe of the key that told nothing.  It may have been counted as a failed
+authentication all the same, so six a minute at most."""
+
+PROBE_RETRY = SECOND
+"""Microseconds that those are told to wait who come while a probe is out."""
+
+Ticket = NewType("Ticket", int)
+"""Leave to make one call; returned with its outcome."""
+
+
+class Phase(Enum):
+    """What a breaker does with calls."""
+
+    CLOSED = "closed"
+    """Lets them through."""
+    OPEN = "open"
+    """Stops them until its moment has come, then lets one through."""
+    PROBING = "probing"
+    """Stops them while that one is under way."""
+
+
+class Outcome(Enum):
+    """How a call ended, as far as the vendor's health goes."""
+
+    SUCCEEDED = "succeeded"
+    """An answer; a refusal is one too."""
+    FAILED = "failed"
+    """No answer, or none to build on."""
+    ABANDONED = "abandoned"
+    """Given up on our side before it could tell."""
+
+
+class KeyOutcome(Enum):
+    """How a call ended, as far as our key goes."""
+
+    ACCEPTED = "accepted"
+    """An answer that only a good key gets."""
+    REJECTED = "rejected"
+    """The key is bad and no other is left."""
+    ROTATED = "rotated"
+    """The key is bad, and the next one takes its place."""
+    THROTTLED = "throttled"
+    """429: after a bad key it is the throttle for failed authentication."""
+    UNKNOWN = "unknown"
+    """Nothing about the key: no answer, or not one of the vendor's own."""
+    ABANDONED = "abandoned"
+    """Given up on our side before it was sent."""
+
+
+class Breaker(Struct, frozen=True):
+    """What both breakers share: the phases, and one probe at a time.
+
+    `until` is the microsecond at which the next probe may go: in OPEN the end of the pause, in
+    PROBING the moment at which the probe under way is taken for lost.
+    """
+
+    phase: Phase = Phase.CLOSED
+    epoch: int = 0
+    until: int = 0
+
+    def allow(self, now: int) -> tuple[Self, Ticket | None]:
+        """Ask for leave to make a call at `now`; without a ticket it must not be made."""
+        if self.phase is Phase.CLOSED:
+            return self, Ticket(self.epoch)
+        if now < self.until:
+            return replace(self, until=min(self.until, now + LONGEST_PAUSE)), None
+        probing = self._enter(Phase.PROBING, now + LONGEST_PAUSE)
+        return probing, Ticket(probing.epoch)
+
+    def wait(self, now: int) -> int:
+        """Return the microseconds after which a call may be let through; 0 for at once."""
+        if self.phase is Phase.CLOSED:
+            return 0
+        left = min(max(self.until - now, 0), LONGEST_PAUSE)
+        return min(left, PROBE_RETRY) if self.phase is Phase.PROBING else left
+
+    @property
+    def is_open(self) -> bool:
+        """Whether calls are being stopped."""
+        return self.phase is not Phase.CLOSED
+
+    def _enter(self, phase: Phase, until: int) -> Self:
+        return replace(self, phase=phase, epoch=self.epoch + 1, until=until)
+
+
+class Tally(Struct, frozen=True, gc=False):
+    """The calls that ended within one second; `second` is that second's number."""
+
+    second: int
+    calls: int
+    failures: int
+
+
+class Health(Breaker, frozen=True):
+    """Stops calls while half of them or more fail.
+
+    `window` holds the tallies of the last 30 s, oldest first; `pause` is how long the present
+    opening was meant to last, 0 while closed.
+    """
+
+    window: tuple[Tally, ...] = ()
+    pause: int = 0
+
+    def settle(self, ticket: Ticket, outcome: Outcome, now: int, draw: Callable[[], float]) -> Self:
+        """Take a ticket back; `draw` returns a number in [0, 1) that may shorten a pause."""
+        if ticket != self.epoch:
+            return self
+        if self.phase is Phase.CLOSED:
+            return self._weigh(outcome, now, draw)
+        match outcome:
+            case Outcome.SUCCEEDED:
+                return replace(self._enter(Phase.CLOSED, 0), pause=0)
+            case Outcome.FAILED:
+                return self._open(now, 2 * self.pause, draw)
+            case Outcome.ABANDONED:
+                return self._enter(Phase.OPEN, now)
+            case _:
+                assert_never(outcome)
+
+    def _weigh(self, outcome: Outcome, now: int, draw: Callable[[], float]) -> Self:
+        """Count a call; only a failure opens, so a pause always begins at one."""
+        if outcome is Outcome.ABANDONED:
+            return self
+        failed = outcome is Outcome.FAILED
+        window = _count(self.window, now, failed=failed)
+        calls = sum(tally.calls for tally in window)
+        failures = sum(tally.failures for tally in window)
+        if failed and calls >= MIN_CALLS and 2 * failures >= calls:
+            return self._open(now, FIRST_PAUSE, draw)
+        return replace(self, window=window)
+
+    def _open(self, now: int, pause: int, draw: Callable[[], float]) -> Self:
+        pause = min(pause, LONGEST_PAUSE)
+        until = now + pause - int(pause * JITTER * draw())
+        return replace(self._enter(Phase.OPEN, until), window=(), pause=pause)
+
+
+class Credentials(Breaker, frozen=True):
+    """Stops calls while no key is good.
+
+    `rejected` says that the last answer about a key was a refusal.  It outlives a change of the
+    key file: until a key was accepted, a 429 is the throttle for failed authentication.
+    """
+
+    rejected: bool = False
+
+    def settle(self, ticket: Ticket, outcome: KeyOutcome, now: int) -> Self:  # noqa: PLR0911 - a line an outcome
+        """Take a ticket back."""
+        if ticket != self.epoch:
+            return self
+        match outcome:
+            case KeyOutcome.ACCEPTED:
+                return self._accept()
+            case KeyOutcome.REJECTED:
+                return self._reject(now + KEY_PAUSE)
+            case KeyOutcome.ROTATED:
+                return self._next_key(now, rejected=True)
+            case KeyOutcome.THROTTLED:
+                return self._throttle(now)
+            case KeyOutcome.UNKNOWN:
+                return self._learned_nothing(now + UNLEARNED_PAUSE)
+            case KeyOutcome.ABANDONED:
+                return self._learned_nothing(now)
+            case _:
+                assert_never(outcome)
+
+    def keys_changed(self, now: int) -> Self:
+        """Take note of new keys: tickets of the old ones are void, and a probe may go at once."""
+        return self._next_key(now, rejected=self.rejected)
+
+    def _accept(self) -> Self:
+        closed = self._enter(Phase.CLOSED, 0) if self.is_open else self
+        return replace(closed, rejected=False)
+
+    def _reject(self, until: int) -> Self:
+        return replace(self._enter(Phase.OPEN, until), rejected=True)
+
+    def _throttle(self, now: int) -> Self:
+        if self.rejected:
+            return self._reject(now + KEY_PAUSE)
+        return self._learned_nothing(now + UNLEARNED_PAUSE)
+
+    def _next_key(self, now: int, *, rejected: bool) -> Self:
+        """Begin anew with a key of which nothing is known; once open, it has to pass a probe."""
+        phase = Phase.OPEN if self.is_open else Phase.CLOSED
+        return replace(self._enter(phase, now), rejected=rejected)
+
+    def _learned_nothing(self, until: int) -> Self:
+        return self._enter(Phase.OPEN, until) if self.is_open else self
+
+
+def _count(window: tuple[Tally, ...], now: int, *, failed: bool) -> tuple[Tally, ...]:
+    """Add a call to the tally of its second; drop those that have left the window."""
+    second = now // SECOND
+    kept = [tally for tally in window if 0 <= second - tally.second < WINDOW // SECOND]
+    last = kept.pop() if kept and kept[-1].second == second else Tally(second, 0, 0)
+    return (*kept, Tally(second, last.calls + 1, last.failures + failed))
