@@ -30,7 +30,6 @@ from broker.pacer import Paced, Pacer, Unpaced
 from broker.pauses import PauseKeeper
 from broker.settings import Settings
 from broker.stores import snapshot
-from broker.stores.buckets import TokenBucket
 from broker.stores.memory import MemoryStore
 from broker.stores.tokens import TokenCache
 from broker.web import admin
@@ -66,12 +65,15 @@ class App:
         self._clock = SystemClock()
         self._health = Health()
         self._stopping = asyncio.Event()
+        self._started = False
+        self._restored = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._build()
 
     def _build(self) -> None:
         settings, clock = self._settings, self._clock
         now = clock.mono()
+        self._files = _SecretFiles(settings)
         policy = parts.reuse(settings)
         self.metrics = Metrics(settings.issuer.kind)
         self._sealing_key = parts.sealing_key(settings)
@@ -84,6 +86,9 @@ class App:
         budget = parts.budget(settings)
         self._paced = None if budget is None else Paced(budget, self.metrics.queue_wait.observe)
         self._upstream = UpstreamMetrics(reason.value for reason in Reason)
+        self.door = Door(
+            parts.clients(settings, self._environ), parts.trusted_proxies(settings), now
+        )
         pacer: Pacer = self._paced or Unpaced()
         self.issuer = self._build_issuer()
         self.desk = TokenDesk(
@@ -95,10 +100,6 @@ class App:
             self.metrics.mints,
             mint_timeout=MINT_GRACE + (budget.max_wait if budget else 0.0),
         )
-        self.door = Door(
-            parts.clients(settings, self._environ), parts.trusted_proxies(settings), now
-        )
-        self._files = _SecretFiles(settings)
 
     def _build_issuer(self) -> LocalIssuer | UpstreamIssuer:
         settings = self._settings
@@ -107,9 +108,10 @@ class App:
             return LocalIssuer(parts.keyring(settings), local.issuer, local.audience, self._clock)
         assert self._paced is not None  # the relay always has a budget
         upstream = settings.issuer.upstream
+        keys = parts.vendor_keys(settings, self._environ)  # before the client, which must be closed
         issuer = UpstreamIssuer(
             VendorClient(upstream.base_url, upstream.timeout.seconds),
-            parts.vendor_keys(settings, self._environ),
+            keys,
             self._paced,
             self._clock,
             self._upstream,
@@ -134,8 +136,11 @@ class App:
             await self._open_data()
         except CannotListen:
             await self._close_outside()
+            if self._restored:  # loading took the file away: the next start needs it, too
+                self._save_snapshot()
             raise
         self._tasks.add(self._loop.create_task(self._keep_house()))
+        self._started = True
         log.info("broker.started", url=self.url, admin_url=self.admin_url, issuer=self.issuer.name)
 
     async def run(self) -> None:
@@ -149,8 +154,12 @@ class App:
 
     def reload(self) -> bool:
         """Read the settings again; all of it takes effect, or nothing does."""
+        if not self._started:
+            log.info("broker.reload_skipped", reason="the start has just read everything")
+            return False
         try:
             settings = self._load()
+            files = _SecretFiles(settings)  # before they are read: a change in between is noticed
             clients, limits = parts.clients(settings, self._environ), parts.limits(settings)
             use_keys = self._new_keys(settings)
         except ConfigError as error:
@@ -161,8 +170,9 @@ class App:
         self.store.use_limits(limits)
         use_keys()
         logs.configure(settings.log)
-        self._routes.debug = settings.log.level == "debug"
-        self._files = _SecretFiles(settings)
+        self._routes.use_log(debug=settings.log.level == "debug")
+        self._routes.any_fingerprint = settings.limits.fingerprint_format == "any"
+        self._files = files
         self.metrics.reloads.labels("success").inc()
         log.info("broker.reloaded", needs_restart=_needs_restart(self._settings, settings))
         return True
@@ -199,7 +209,7 @@ class App:
             any_fingerprint=settings.limits.fingerprint_format == "any",
             admin_url=self.admin_url,
         )
-        self._routes.debug = settings.log.level == "debug"
+        self._routes.use_log(debug=settings.log.level == "debug")
         self._server = DataServer(self._routes, self._routes.error_head)
         self._listener, self.url = await listen(
             self._server, settings.server.listen, "server.listen", BACKLOG
@@ -269,6 +279,7 @@ class App:
         except snapshot.SnapshotIgnored as reason:
             log.warning("broker.snapshot_ignored", reason=str(reason))
         else:
+            self._restored = True
             log.info("broker.snapshot_loaded", tokens=count)
 
     def _save_snapshot(self) -> None:
@@ -289,13 +300,20 @@ class App:
             due = loop.time() + HOUSEKEEPING
             await asyncio.sleep(HOUSEKEEPING)
             self.metrics.loop_lag.observe(max(loop.time() - due, 0.0))
-            self.store.tidy()
-            self.door.failures.tidy(self._clock.mono())
-            self._routes.refusals.flush(self._clock.mono())
-            self._pauses.tidy()
-            if self._files.changed():
-                log.info("broker.secret_files_changed")
-                self.reload()
+            try:
+                self._tidy()
+            except Exception:
+                log.exception("broker.defect")  # the next round comes all the same
+
+    def _tidy(self) -> None:
+        now = self._clock.mono()
+        self.store.tidy()
+        self.door.failures.tidy(now)
+        self._routes.refusals.flush(now)
+        self._pauses.tidy()
+        if self._files.changed():
+            log.info("broker.secret_files_changed")
+            self.reload()
 
 
 class _SecretFiles:
@@ -329,4 +347,11 @@ def _needs_restart(old: Settings, new: Settings) -> list[str]:
     names = [name for name in fixed if getattr(old, name) != getattr(new, name)]
     if old.issuer.budget != new.issuer.budget or old.issuer.kind != new.issuer.kind:
         names.append("issuer")
-    return names
+    before, after = old.issuer, new.issuer
+    fixed_parts = {
+        "local.issuer": before.local.issuer != after.local.issuer,
+        "local.audience": before.local.audience != after.local.audience,
+        "upstream.base_url": before.upstream.base_url != after.upstream.base_url,
+        "upstream.timeout": before.upstream.timeout != after.upstream.timeout,
+    }
+    return names + [f"issuer.{name}" for name, differs in fixed_parts.items() if differs]

@@ -12,7 +12,6 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from typing_extensions import override

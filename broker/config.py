@@ -165,8 +165,9 @@ def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, list[st
     for name in sorted(names):
         yield name, name.removeprefix(ENV_PREFIX).split("__")
     for name in names:
-        if name.endswith("_FILE") and name.removesuffix("_FILE") in names:
-            raise ConfigError(f"{name.removesuffix('_FILE')} and {name} are both set: keep one")
+        for form in (f"{name}_FILE", f"{name}_FILES"):
+            if form in names:
+                raise ConfigError(f"{name} and {form} are both set: keep one")
 
 
 def _put(tree: dict[str, Any], variable: str, parts: list[str], text: str) -> None:
@@ -175,7 +176,7 @@ def _put(tree: dict[str, Any], variable: str, parts: list[str], text: str) -> No
     node: Any = tree
     path: list[str] = []
     for part in parts:
-        if node is not None and not isinstance(node, Mapping):
+        if not isinstance(node or {}, Mapping) or not (kind is None or _is_table(kind)):
             raise ConfigError(f"{variable}: {'.'.join(path)} is not a section")
         name, kind = _step(kind, node or {}, part)
         node = (node or {}).get(name)
@@ -218,7 +219,7 @@ def _merge(tree: dict[str, Any], over: Mapping[str, Any]) -> None:
     A secret and its `..._file` are one setting in two forms: the source that comes later decides.
     """
     for key, value in over.items():
-        for twin in (f"{key}_file", key.removesuffix("_file")):
+        for twin in _twins(key):
             if twin not in over:
                 tree.pop(twin, None)
         if not isinstance(value, Mapping):
@@ -227,6 +228,12 @@ def _merge(tree: dict[str, Any], over: Mapping[str, Any]) -> None:
         if not isinstance(tree.get(key), dict):
             tree[key] = {}
         _merge(tree[key], value)
+
+
+def _twins(key: str) -> tuple[str, ...]:
+    """Other forms of a secret: inline, one file, several files."""
+    stem = key.removesuffix("_files").removesuffix("_file")
+    return stem, f"{stem}_file", f"{stem}_files"
 
 
 def _refuse_unknown(kind: Any, tree: object, path: tuple[str, ...]) -> None:
@@ -239,6 +246,8 @@ def _refuse_unknown(kind: Any, tree: object, path: tuple[str, ...]) -> None:
             _refuse_unknown(get_args(kind)[1], entry, (*path, name))
         return
     fields = _fields(kind)
+    if not fields:
+        return  # a table where a value belongs: told with its type
     for name, entry in tree.items():
         if name not in fields:
             near = get_close_matches(name, fields, n=1)
@@ -252,6 +261,10 @@ def _fields(kind: Any) -> dict[str, Any]:
     if isinstance(kind, type) and issubclass(kind, Struct):
         return {field.name: field.type for field in msgspec.structs.fields(kind)}
     return {}
+
+
+def _is_table(kind: Any) -> bool:
+    return bool(_fields(_bare(kind))) or get_origin(_bare(kind)) in (dict, Mapping)
 
 
 def _bare(kind: Any) -> Any:

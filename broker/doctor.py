@@ -30,7 +30,7 @@ _REMEDIES = {
     Reason.DNS: "the name is not known: check base_url and the resolver",
     Reason.TLS: "no trusted TLS: check base_url, the CA certificates, and proxies in between",
     Reason.CONNECT: "no connection: check the firewall and egress rules",
-    Reason.TIMEOUT: "no answer in time: check the network; raise issuer.upstream.timeout if it is slow",
+    Reason.TIMEOUT: "no answer in time: check the network, or raise issuer.upstream.timeout",
 }
 
 

@@ -15,7 +15,7 @@
     │   ├── UnsupportedType         415 UNSUPPORTED_TYPE
     │   └── RateLimited             429 RATE_LIMITED
     ├── VendorError                 what stands behind us failed or refused
-    │   ├── UpstreamRefused         the vendor's status and code: its verdict on agent, model, account
+    │   ├── UpstreamRefused         the vendor's status and code: on agent, model, account
     │   ├── UpstreamUnavailable     502 UPSTREAM_UNAVAILABLE
     │   └── UpstreamTimeout         504 UPSTREAM_TIMEOUT
     └── OurError                    we cannot take the request now

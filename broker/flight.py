@@ -41,19 +41,32 @@ class Flight(Generic[T]):
         self.background = background
         self._waiters: set[asyncio.Future[T]] = set()
 
-    async def wait(self) -> T:
-        """Wait for the outcome; raises what the mint raised."""
-        waiter: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+    async def wait(self, patience: float | None = None) -> T:
+        """Wait for the outcome; raises what the mint raised, or TimeoutError after `patience` s.
+
+        A timer on the waiter's own future costs a quarter of `asyncio.timeout`, and a mint may
+        well be quicker than that.
+        """
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[T] = loop.create_future()
         self._waiters.add(waiter)
+        timer = None if patience is None else loop.call_later(patience, _give_up, waiter)
         try:
             return await waiter
         finally:
             self._waiters.discard(waiter)
+            if timer is not None:
+                timer.cancel()
+
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody waits at this moment."""
+        return bool(self._waiters)
 
     @property
     def deserted(self) -> bool:
         """Whether nobody needs the outcome any more."""
-        return not self._waiters and not self.background
+        return not self.awaited and not self.background
 
     def land(self, task: asyncio.Task[T]) -> None:
         """Hand the outcome to everybody who waits."""
@@ -74,14 +87,22 @@ class Flights(Generic[T]):
         self._by_key: dict[str, Flight[T]] = {}
         self._tasks: set[asyncio.Task[T]] = set()
 
-    async def join(self, key: str, mint: Callable[[Flight[T]], Awaitable[T]]) -> tuple[T, bool]:
-        """Return the outcome of this key's mint and whether this call started it."""
+    async def join(
+        self,
+        key: str,
+        mint: Callable[[Flight[T]], Awaitable[T]],
+        patience: float | None = None,
+    ) -> tuple[T, bool]:
+        """Return the outcome of this key's mint and whether this call started it.
+
+        Raises what the mint raised, or TimeoutError if it takes longer than `patience` seconds.
+        """
         flight = self._by_key.get(key)
         leader = flight is None
         if flight is None:
             flight = self._start(key, mint, background=False)
         try:
-            return await flight.wait(), leader
+            return await flight.wait(patience), leader
         finally:
             if flight.deserted:
                 self._abandon(key, flight)
@@ -141,6 +162,11 @@ class Flights(Generic[T]):
     @override
     def __repr__(self) -> str:
         return f"Flights(under_way={len(self._tasks)})"
+
+
+def _give_up(waiter: "asyncio.Future[T]") -> None:
+    if not waiter.done():
+        waiter.set_exception(TimeoutError())
 
 
 def _failure(task: "asyncio.Task[T]") -> BaseException | None:

@@ -124,9 +124,7 @@ class TokenDesk:
         if left > held.mark:  # most requests end here; a mark never lies below the floor
             return Handout(held, Outcome.REUSED, left, visit.verdict)
         match reuse.life(left, held.mark, self._policy.marks(held.lifetime)):
-            case Life.FRESH:
-                return Handout(held, Outcome.REUSED, left, visit.verdict)
-            case Life.RENEW:
+            case Life.FRESH | Life.RENEW:
                 self._renew_ahead(ask, key, held)
                 return Handout(held, Outcome.REUSED, left, visit.verdict)
             case Life.STALE:
@@ -143,14 +141,13 @@ class TokenDesk:
         patience: float,
     ) -> Handout:
         """Start or join the mint of this key; with `held` it is a renewal."""
-        urgency = Urgency.FIRST if held is None or ask.fresh else Urgency.MANDATORY
+        urgency = Urgency.FIRST if held is None else Urgency.MANDATORY
 
         async def mint(flight: Flight[EmbedToken]) -> EmbedToken:
             return await self._mint(flight, ask, key, held, urgency)
 
         try:
-            async with asyncio.timeout(patience):
-                token, leader = await self.flights.join(key, mint)
+            token, leader = await self.flights.join(key, mint, patience)
         except TimeoutError as error:
             raise errors.UpstreamTimeout("no token was minted before the deadline") from error
         left = self._require_life(token, held)
@@ -159,7 +156,7 @@ class TokenDesk:
     async def _renew_now(
         self, ask: Ask, key: str, held: EmbedToken, verdict: Verdict | None, patience: float
     ) -> Handout:
-        """Below the floor: mint, and fall back on what is held if that fails for a passing reason."""
+        """Below the floor: mint; fall back on what is held if that fails for a passing reason."""
         left = self._left(held)
         if self._backed_off(key):
             return Handout(held, Outcome.REUSED, left, verdict)
@@ -203,12 +200,11 @@ class TokenDesk:
                 token = await self._make(flight, ask, key, held, urgency)
         except (TimeoutError, errors.BrokerError) as error:
             self._count_refresh(ask, held, urgency, "failed")
-            if flight.background and not isinstance(error, errors.VendorError):
+            if flight.background or _says_wait(error):
                 self._note_failure(key)  # or each access to the token would try again at once
             if flight.background:
                 log.warning("broker.renewal_failed", error=_code(error), client=ask.client)
             if isinstance(error, TimeoutError):
-                self._note_failure(key)
                 raise errors.UpstreamTimeout("the mint did not finish in time") from error
             raise
         self._count_refresh(ask, held, urgency, "same" if token is held else "renewed")
@@ -224,18 +220,12 @@ class TokenDesk:
     ) -> EmbedToken:
         """Call the issuer and hold what it made."""
         turn = _Turn(self._pacer, urgency, ask.client, flight, self._clock)
-        try:
-            minted = await self._timed(self._issuer.mint(ask, turn), turn)
-        except errors.VendorError as error:
-            if error.transient:
-                self._note_failure(key)
-            raise
+        minted = await self._timed(self._issuer.mint(ask, turn), turn)
         if held is not None and minted.token.encode() in held.body:
             self._note_failure(key)
             return held
         token = self._ready(minted, turn.mono, turn.wall)
         if self._left(token) < self._policy.marks(token.lifetime).floor or token.lifetime <= 0:
-            self._note_failure(key)
             raise errors.UpstreamUnavailable("the token had expired, or nearly, when it arrived")
         self._failing.pop(key, None)
         if self._policy.enabled:
@@ -310,15 +300,17 @@ class TokenDesk:
     ) -> None:
         if held is None:
             return
+        reason = "ahead" if urgency is Urgency.AHEAD else "floor"
         if ask.fresh:
             reason = "fresh"
-        else:
-            reason = "ahead" if urgency is Urgency.AHEAD else "floor"
         self._metrics.refreshes[reason, outcome].inc()
 
 
 class _Turn:
-    """A mint's turns in the budget: marks the flight as sent and the moment life is counted from."""
+    """A mint's turns in the budget.
+
+    Marks the flight as sent, and notes the moment from which the token's life is counted.
+    """
 
     def __init__(
         self,
@@ -334,15 +326,30 @@ class _Turn:
         self._flight = flight
         self._clock = clock
         self.waited = 0.0
-        self.mono = self.wall = 0
+        self.mono, self.wall = clock.mono(), clock.wall()
 
     async def __call__(self) -> None:
         began = time.perf_counter()
         self._flight.sent = False
-        await self._take(self._urgency, self._client)
+        await self._take(self._present_urgency, self._client)
         self._flight.sent = True
         self.waited += time.perf_counter() - began
         self.mono, self.wall = self._clock.mono(), self._clock.wall()
+
+
+    @property
+    def _present_urgency(self) -> Urgency:
+        """A renewal ahead of time that a visitor has joined may no longer be put off."""
+        if self._urgency is Urgency.AHEAD and self._flight.awaited:
+            return Urgency.MANDATORY
+        return self._urgency
+
+
+def _says_wait(error: BaseException) -> bool:
+    """Whether this failure of a mint is the vendor's, and a passing one: the key backs off."""
+    return isinstance(error, TimeoutError) or (
+        isinstance(error, errors.VendorError) and error.transient
+    )
 
 
 def _code(error: BaseException) -> str:

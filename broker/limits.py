@@ -1,4 +1,4 @@
-"""The limits as they are configured: which bucket a request meets, how large, and whether it bites."""
+"""The limits as configured: which bucket a request meets, how large, and whether it bites."""
 
 from collections.abc import Mapping
 

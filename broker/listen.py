@@ -14,7 +14,7 @@ SOCKET_MODE = 0o660
 """Who may connect to a Unix socket: owner and group.  The secret is still required."""
 
 
-class CannotListen(Exception):  # noqa: N818 - reads as what it is
+class CannotListen(Exception):
     """An address that cannot be listened on; exit code 69 (EX_UNAVAILABLE)."""
 
 

@@ -12,7 +12,7 @@ import secrets
 import sys
 from collections.abc import MutableMapping
 from hashlib import blake2b
-from typing import Any, TextIO
+from typing import TextIO
 
 import structlog
 from structlog.typing import EventDict, Processor
@@ -49,12 +49,15 @@ def _renderers(form: str, out: TextIO) -> list[Processor]:
         return [structlog.processors.dict_tracebacks, _drop_locals, _as_json]
     return [
         _escape,
-        structlog.dev.ConsoleRenderer(colors=out.isatty() and "NO_COLOR" not in os.environ),
+        structlog.dev.ConsoleRenderer(
+            colors=out.isatty() and "NO_COLOR" not in os.environ,
+            exception_formatter=structlog.dev.plain_traceback,  # rich's would print local variables
+        ),
     ]
 
 
 def _as_json(_logger: object, _name: str, event: EventDict) -> str:
-    """One line of ASCII: control, ANSI and bidi characters come out as \\u escapes."""
+    """One line of ASCII: control, ANSI and bidi characters come out as escapes."""
     return json.dumps({"event": event.pop("event"), **event}, default=repr)
 
 

@@ -211,7 +211,8 @@ class Metrics:
     """All metrics of one broker, on a registry of their own."""
 
     def __init__(self, issuer: str) -> None:
-        disable_created_metrics()  # a second series beside each, which nobody asked for
+        # A second series beside each, which nobody asked for.
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # has no annotations
         self.registry = CollectorRegistry()
         self.requests = {outcome: PlainHistogram(REQUEST_BUCKETS) for outcome in Outcome}
         self.remaining = PlainHistogram(REMAINING_BUCKETS)
@@ -246,7 +247,7 @@ class Metrics:
         budget: "Callable[[], tuple[int, int]] | None",
         upstream: UpstreamMetrics | None = None,
     ) -> None:
-        """Begin to report the state of these parts; `budget` tells slots left and callers waiting."""
+        """Begin to report these parts; `budget` tells slots left and callers waiting."""
         self.registry.register(_Hot(self, buckets, tokens, in_flight, budget))
         if upstream is not None:
             self.registry.register(_Upstream(upstream))

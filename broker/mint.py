@@ -2,15 +2,18 @@
 
 import asyncio
 import html
+import json
 from urllib.parse import quote
 
 import aiohttp
 
 from broker import parts
 from broker.clock import SystemClock
+from broker.errors import BrokerError
 from broker.issuers.local import LocalIssuer
 from broker.model import Ask
 from broker.settings import Settings
+from broker.web import wire
 
 EMBED_ORIGIN = "https://www.bithuman.ai"
 """Where the vendor serves the viewer; it redirects to its present host by itself."""
@@ -19,7 +22,7 @@ TIMEOUT = 15.0
 """Seconds; longer than the broker's own deadline, so that its answer is seen."""
 
 
-class CannotMint(Exception):  # noqa: N818 - reads as what it is
+class CannotMint(Exception):
     """No token was made; the message says why and what to do."""
 
 
@@ -31,7 +34,17 @@ def sign(settings: Settings, agent: str, fingerprint: str) -> str:
     async def at_once() -> None:
         """The command line has no budget: a person mints one token."""
 
-    return asyncio.run(issuer.mint(Ask("cli", agent, fingerprint), at_once)).token
+    return asyncio.run(issuer.mint(_checked(settings, agent, fingerprint), at_once)).token
+
+
+def _checked(settings: Settings, agent: str, fingerprint: str) -> Ask:
+    """Hold the command line to the rules of the wire."""
+    body = json.dumps({"agent_id": agent, "fingerprint": fingerprint}).encode()
+    any_fingerprint = settings.limits.fingerprint_format == "any"
+    try:
+        return wire.parse(body, "cli", any_fingerprint=any_fingerprint)
+    except BrokerError as error:
+        raise CannotMint(error.message) from None
 
 
 def ask(url: str, secret: str, agent: str, fingerprint: str) -> str:
@@ -56,12 +69,14 @@ async def _ask(url: str, secret: str, body: dict[str, str]) -> str:
             answer = await response.json(content_type=None)
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
         raise CannotMint(f"no answer from {url}: {type(error).__name__}") from error
-    if not isinstance(answer, dict) or not answer.get("success"):
-        detail = answer.get("error") if isinstance(answer, dict) else None
+    answer = answer if isinstance(answer, dict) else {}
+    data = answer.get("data")
+    if not isinstance(data, dict) or not isinstance(data.get("token"), str):
+        detail = answer.get("error")
         raise CannotMint(
             f"{url} refused: {detail.get('message') if isinstance(detail, dict) else response.status}"
         )
-    return str(answer["data"]["token"])
+    return str(data["token"])
 
 
 def iframe(agent: str, token: str) -> str:

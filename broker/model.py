@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Protocol
 
-from typing_extensions import override
-
 from msgspec import Struct
+from typing_extensions import override
 
 SEPARATOR = "\x1f"
 """Joins the parts of a key.  No part can contain it: agents are ASCII words, fingerprints and
@@ -125,7 +124,7 @@ class EmbedToken(Struct, frozen=True, gc=False):
         """Microseconds of life left; of the two clocks the one that leaves less decides."""
         by_mono = self.dies_mono - mono
         by_wall = self.dies_wall - wall
-        return by_mono if by_mono < by_wall else by_wall
+        return min(by_wall, by_mono)
 
     @override
     def __repr__(self) -> str:

@@ -37,6 +37,10 @@ MAX_PROMISE = 300.0
 JITTER = 0.1
 """Share of the predicted time that is added at random to Retry-After."""
 
+LATENESS = 0.1
+"""Seconds by which a slot may come later than predicted: timers fire late, and whoever was let
+into the queue for a wait of just `max_wait` must not be turned away at its end."""
+
 
 class Urgency(Enum):
     """Why a mint is wanted, most urgent first."""
@@ -44,13 +48,13 @@ class Urgency(Enum):
     FIRST = "first"
     """The visitor has nothing to show."""
     MANDATORY = "mandatory"
-    """The visitor's token is below the floor; it still works for a while."""
+    """The visitor has a token that works for a while: it is below the floor, or not `fresh`."""
     AHEAD = "ahead"
     """The token is good; its successor would only be convenient."""
 
 
 class Budget(Struct, frozen=True):
-    """`rate` calls every `per` seconds, `burst` of them at once; wait `max_wait` seconds at most."""
+    """`rate` calls every `per` seconds, `burst` at once; nobody waits over `max_wait` seconds."""
 
     rate: float
     per: float
@@ -180,9 +184,7 @@ class Paced(Pacer):
         for line in self._lines.values():
             while place := line.next():
                 if not place.granted.done():
-                    place.granted.set_exception(
-                        ServiceUnavailable("the broker is stopping", 1_000_000)
-                    )
+                    place.granted.set_exception(_stopping())
 
     @override
     async def turn(self, urgency: Urgency, client: str) -> None:
@@ -231,6 +233,8 @@ class Paced(Pacer):
         return not self.depth and self.remaining * 2 >= self._budget.burst
 
     async def _queue(self, urgency: Urgency, client: str) -> None:
+        if self._server is None or self._server.done():
+            raise _stopping()
         ahead = self._ahead_of(urgency, client)
         predicted = self._predict(ahead)
         if predicted > self._budget.max_wait:
@@ -240,7 +244,7 @@ class Paced(Pacer):
         self._lines[urgency].join(place)
         self._wanted.set()
         try:
-            async with asyncio.timeout(self._budget.max_wait):
+            async with asyncio.timeout(self._budget.max_wait + LATENESS):
                 await place.granted
         except TimeoutError as error:
             self._give_up(place)
@@ -269,7 +273,7 @@ class Paced(Pacer):
         """Choose a time to come back, one slot after the last one promised; in microseconds."""
         now = self._loop.time()
         self._promised = max(self._promised + self._budget.interval, now + predicted)
-        self._promised = min(self._promised, now + MAX_PROMISE)
+        self._promised = min(self._promised, now + MAX_PROMISE / (1 + JITTER))
         wait = self._promised - now
         return int((wait + wait * JITTER * random.random()) * 1_000_000)  # noqa: S311 - spreads callers, guards nothing
 
@@ -306,7 +310,7 @@ class Paced(Pacer):
         """Wait until the vendor's pause is over, then start as drained as after a start."""
         if not self._paused:
             return
-        while (left := self._paused_until - self._loop.time()) > 0:
+        while (left := self._paused_until - self._loop.time()) > 0:  # noqa: ASYNC110 - may be extended
             await asyncio.sleep(left)
         self._paused = False
         if free := self.remaining:
@@ -332,3 +336,7 @@ class Paced(Pacer):
     @override
     def __repr__(self) -> str:
         return f"Paced(waiting={self.depth}, remaining={self.remaining})"
+
+
+def _stopping() -> ServiceUnavailable:
+    return ServiceUnavailable("the broker is stopping", 1_000_000)

@@ -17,7 +17,7 @@ YOUNG_THRESHOLD = 10_000
 of 700 would run one every dozen requests for nothing."""
 
 MIDDLE_THRESHOLD = 5
-"""Young collections between middle ones: a middle one then visits 50,000 objects at most, 2-3 ms."""
+"""Young collections between middle ones, which then visit 50,000 objects at most: 2-3 ms."""
 
 FREEZE_AFTER = 2
 """Middle collections between freezes: bounds a full collection to 100,000 objects, about 10 ms."""

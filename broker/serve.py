@@ -22,7 +22,7 @@ def serve(settings: Settings, load: Callable[[], Settings], *, dev: bool) -> int
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop where there is one; asyncio's own loop elsewhere."""
+    """Uvloop where there is one; asyncio's own loop elsewhere."""
     try:
         import uvloop  # noqa: PLC0415 - optional by platform
     except ImportError:

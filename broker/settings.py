@@ -48,7 +48,7 @@ class Duration:
         for unit, size in (("h", 3_600_000_000), ("m", 60_000_000), ("s", 1_000_000)):
             if self.us and self.us % size == 0:
                 return f"{self.us // size}{unit}"
-        return f"{self.us / 1000:g}ms"
+        return f"{self.us}us" if self.us % 1000 else f"{self.us // 1000}ms"
 
 
 def _seconds(count: int) -> Duration:
@@ -76,7 +76,7 @@ class Server(_Section, frozen=True):
     """Addresses or networks whose `X-Forwarded-For` counts.  None: a header that anybody can
     send must not choose whose failed logins are throttled."""
     docs: bool = False
-    """Serve /openapi.json and /docs.  Off: a production sidecar needs no pages (`--dev` turns it on)."""
+    """Serve /openapi.json and /docs.  Off: a production sidecar needs no pages (`--dev` has them)."""
 
 
 class Admin(_Section, frozen=True):
@@ -94,7 +94,7 @@ class Client(_Section, frozen=True):
     secret_file: str | None = None
     """File with the client secret (one trailing newline is dropped)."""
     agents: tuple[str, ...] = ()
-    """Agents this client may use; `["*"]` for all.  Empty allows none: access is granted, not assumed."""
+    """Agents this client may use; `["*"]` for all.  Empty allows none: access is granted."""
     allow_origin_header: bool = False
     """Accept this client's secret together with an `Origin` header, for a proxy that adds the
     secret to browsers' requests.  Off: that pair normally means the secret leaked into a page."""
@@ -172,7 +172,7 @@ class Reuse(_Section, frozen=True):
     enabled: bool = True
     """Off mints for every request (a vendor would refuse a busy site within a second)."""
     floor: Duration = _seconds(300)
-    """No token is handed out with less life left: a visitor's call should not end in mid-sentence."""
+    """No token is handed out with less life left: a call should not end in mid-sentence."""
     floor_in_outage: Duration = _seconds(60)
     """The floor while no new token can be had: a short call is better than none."""
     refresh_ahead: Duration = _seconds(900)

@@ -8,7 +8,10 @@ library, and we issue none of it.
 from collections.abc import Mapping
 
 import jwt
+import msgspec
+from jwt.algorithms import HMACAlgorithm
 from jwt.exceptions import InvalidTokenError
+from jwt.utils import base64url_encode
 from typing_extensions import override
 
 ALGORITHM = "HS256"
@@ -26,14 +29,16 @@ MAX_TOKEN_CHARS = 4096
 LEEWAY = 60
 """Seconds by which the clocks of signer and verifier may differ."""
 
+_HS256 = HMACAlgorithm(HMACAlgorithm.SHA256)
+
 _HEADER_NAMES = frozenset({"alg", "typ", "kid"})
 
 
-class BadKey(ValueError):  # noqa: N818 - reads as what it is: "BadKey: ..."
+class BadKey(ValueError):
     """A key that must not sign; the message says why and what to do."""
 
 
-class BadToken(ValueError):  # noqa: N818 - as above
+class BadToken(ValueError):
     """A token that is not good; the message says why, without quoting it."""
 
 
@@ -50,13 +55,20 @@ class Keyring:
         for kid, key in keys.items():
             check_key(kid, key)
         self._keys = dict(keys)
-        self._header = {"kid": signing} if len(keys) > 1 else None
+        header = {"alg": ALGORITHM, "typ": "JWT"} | ({"kid": signing} if len(keys) > 1 else {})
+        self._header = base64url_encode(msgspec.json.encode(header)) + b"."
         self._signing_key = keys[signing]
         self.signing = signing
 
     def sign(self, claims: Mapping[str, object]) -> str:
-        """Return the compact JWS of these claims."""
-        return jwt.encode(dict(claims), self._signing_key, ALGORITHM, headers=self._header)
+        """Return the compact JWS of these claims.
+
+        `jwt.encode` makes an equal token, but examines the key anew for every token, which takes
+        three times as long as signing it.
+        """
+        signed = self._header + base64url_encode(msgspec.json.encode(claims))
+        signature = _HS256.sign(signed, self._signing_key)
+        return f"{signed.decode()}.{base64url_encode(signature).decode()}"
 
     def verify(self, token: str, issuer: str, audience: str) -> dict[str, object]:
         """Return the claims of a good token; raises BadToken for any other.

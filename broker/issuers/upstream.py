@@ -8,8 +8,8 @@ Around one call (`vendor_client`) and its meaning (`vendor_api`), in this order:
 Theory of operation.  A ticket is taken before the turn, so that while a breaker probes, one call
 queues and all others are refused at once; a ticket whose call was never sent goes back as
 abandoned.  Keys are an ordered list: the first good one is used, one that the vendor refuses is
-passed over until the list is replaced or all of them were refused.  A retry and a second key take a turn like the first call,
-because the vendor counts them like the first call.
+passed over until the list is replaced or all of them were refused.  A retry and a second key take
+a turn like the first call, because the vendor counts them like the first call.
 """
 
 import asyncio

@@ -33,7 +33,7 @@ CONNECTIONS = 64
 USER_AGENT = f"embed-token-broker/{VERSION}"
 
 
-class CallFailed(Exception):  # noqa: N818 - reads as what it is
+class CallFailed(Exception):
     """There was no complete answer; `reason` says how it failed."""
 
     def __init__(self, reason: Reason) -> None:

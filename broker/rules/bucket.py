@@ -101,7 +101,7 @@ def spend(full_at: int, limit: Limit, now: int) -> tuple[int, Verdict]:
 
 
 def peek(full_at: int, limit: Limit, now: int) -> Verdict:
-    """What `spend` would say at `now`, with nothing taken: `remaining` counts the token not taken."""
+    """Say what `spend` would say at `now`; nothing is taken, so `remaining` counts one more."""
     wait = min(max(full_at - now, 0), limit.depth)
     spare = limit.depth - wait
     remaining = spare // limit.interval

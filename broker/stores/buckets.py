@@ -117,11 +117,11 @@ class TokenBucket:
             self._swept.popitem()
 
     def adjust(self, horizon: int, max_tracked: int) -> None:
-        """Follow changed limits.  The horizon only grows: a shorter one would give up buckets
-        that the old limit had exhausted for longer.
+        """Follow changed limits.
 
-        The next rotation stays where it is: what it gives up was spent under the old horizon, and
-        reloads that follow each other must not put it off for ever.
+        The horizon only grows: a shorter one would give up buckets that the old limit had exhausted
+        for longer.  The next rotation stays where it is: what it gives up was spent under the old
+        horizon, and reloads that follow each other must not put it off for ever.
         """
         self._horizon = max(self._horizon, horizon)
         self._deepest = horizon

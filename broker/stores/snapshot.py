@@ -32,7 +32,7 @@ MAX_CLOCK_SKEW = 60_000_000
 """Microseconds by which a snapshot may seem to come from the future."""
 
 
-class SnapshotIgnored(Exception):  # noqa: N818 - not an error: the broker starts without it
+class SnapshotIgnored(Exception):
     """A snapshot that is not used; the message says why."""
 
 

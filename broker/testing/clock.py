@@ -100,5 +100,5 @@ def run_virtual(main: Callable[[FakeClock], Coroutine[Any, Any, T]]) -> T:
     """Run `main` on a virtual loop; it is given the clock that follows the loop's time."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         loop = runner.get_loop()
-        assert isinstance(loop, VirtualLoop)  # noqa: S101 - the factory above made it
+        assert isinstance(loop, VirtualLoop)
         return runner.run(main(loop.clock))

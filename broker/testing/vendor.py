@@ -42,7 +42,7 @@ class FakeVendor:
     moves along with `monotonic` from the present on.  With `tls` the server speaks HTTPS.
     """
 
-    def __init__(  # noqa: PLR0913 - the knobs of a test tool, all of them optional
+    def __init__(
         self,
         settings: VendorSettings | None = None,
         *,
@@ -112,7 +112,7 @@ class FakeVendor:
         else:
             self._mint.know(secret, says)
 
-    def fail(  # noqa: PLR0913 - as `plan.Aim`
+    def fail(
         self,
         fault: Fault,
         *,
@@ -182,7 +182,7 @@ class FakeVendor:
         return f"FakeVendor({self.url!r}, {self.journal!r}, {self._plan!r})"
 
 
-async def serve_forever(  # noqa: PLR0913 - what the command line offers
+async def serve_forever(
     host: str,
     port: int,
     *,

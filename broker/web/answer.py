@@ -17,7 +17,7 @@ from broker.model import LimitName
 from broker.rules.bucket import Limit, Verdict
 
 MAX_UNSENT = 64 * 1024
-"""Bytes that may wait for a client that pipelines and does not read, before we stop answering it."""
+"""Bytes that may wait for a client that pipelines and does not read; then we stop answering it."""
 
 _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus

@@ -2,8 +2,8 @@
 
 import asyncio
 
-from aiohttp.web import RequestPayloadError
 from aiohttp.hdrs import CONTENT_ENCODING, EXPECT
+from aiohttp.web import RequestPayloadError
 from aiohttp.web_request import BaseRequest
 
 from broker.errors import Invalid, PayloadTooLarge, RequestTimeout, UnsupportedType

@@ -75,7 +75,8 @@ code {{ overflow-wrap: anywhere; }}
 <li><a href="/metrics">/metrics</a>: what Prometheus would scrape</li>
 <li><a href="/readyz">/readyz</a>, <a href="/livez">/livez</a>: probes</li>
 </ul>
-<p>The line for a first token was printed when the broker started: <code>curl {url}/v1/embed-tokens/request ...</code></p>
+<p>The line for a first token was printed when the broker started:
+<code>curl {url}/v1/embed-tokens/request ...</code></p>
 </body>
 </html>
 """
@@ -83,7 +84,8 @@ code {{ overflow-wrap: anywhere; }}
 
 def add(routes: Routes, url: str) -> None:
     """Serve /openapi.json and /docs."""
-    api = msgspec.json.encode(document(url if url.startswith("http") else "/"))
+    base = url if url.startswith("http") else "/"
+    api = msgspec.json.encode(document(base, any_fingerprint=routes.any_fingerprint))
     routes.add("/openapi.json", "GET", routes.page("application/json", api))
     routes.add("/docs", "GET", routes.page(_HTML, _DOCS_PAGE.encode(), _POLICY))
     routes.add(
@@ -121,7 +123,7 @@ def _add_asset(routes: Routes, name: str, content_type: str) -> None:
             raise NotFound(
                 "the pages' files are not installed: pip install 'embed-token-broker[docs]'"
             )
-        content = (folder / name).read_bytes()  # noqa: ASYNC240 - development pages, local files
+        content = (folder / name).read_bytes()
         return await routes.page(content_type, content)(request, request_id)
 
     routes.add(f"/docs/{name}", "GET", asset)

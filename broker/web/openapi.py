@@ -7,12 +7,12 @@ import msgspec
 
 from broker.answers import ErrorAnswer, HealthAnswer, TokenAnswer, ValidAnswer
 from broker.version import VERSION
-from broker.web.wire import TokenRequest
+from broker.web.wire import HEX, TokenRequest
 
 _REF = "#/components/schemas/{name}"
 
 _TOKEN_ERRORS: Mapping[int, str] = {
-    400: "A field is absent or wrong; the message names field, rule and remedy. Also the vendor's 400",
+    400: "A field is absent or wrong; the message names field, rule and remedy. Or the vendor's 400",
     401: "No client secret, or an unknown one",
     403: "The client may not use this agent, the secret came from a browser, or the vendor refused",
     404: "The vendor knows no such agent",
@@ -35,12 +35,14 @@ _VALIDATE_ERRORS: Mapping[int, str] = {
 }
 
 
-def document(server_url: str) -> dict[str, Any]:
-    """Return the document for a broker that answers at `server_url`."""
+def document(server_url: str, *, any_fingerprint: bool = False) -> dict[str, Any]:
+    """Return the document for a broker that answers at `server_url` and takes such fingerprints."""
     types = (TokenRequest, TokenAnswer, ErrorAnswer, ValidAnswer, HealthAnswer)
     references, schemas = msgspec.json.schema_components(types, ref_template=_REF)
     reference = {kind.__name__: ref for kind, ref in zip(types, references, strict=True)}
     _require(schemas["TokenRequest"], ("agent_id", "fingerprint"))
+    if not any_fingerprint:
+        schemas["TokenRequest"]["properties"]["fingerprint"]["pattern"] = f"^(?:{HEX})$"
     return {
         "openapi": "3.1.0",
         "info": {

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from email.utils import formatdate
 from itertools import count
 
@@ -47,7 +47,7 @@ Handler = Callable[[BaseRequest, str], Awaitable[web.StreamResponse]]
 """Answers a request; the second argument is its request id."""
 
 _COUNTED = frozenset({Outcome.LIMITED, Outcome.SHED, Outcome.INVALID, Outcome.UNAUTHORIZED})
-"""Outcomes that anybody can cause in any number: the first of a minute is written, the rest counted."""
+"""Outcomes that anybody can cause in any number: one a minute is written, the rest counted."""
 
 _CLOSING = frozenset({408, 413})
 """After these the rest of the body is still on its way: it must not be read as a request."""
@@ -60,7 +60,7 @@ class Routes:
     """Answers the data listener; give it to `DataServer`.
 
     `table` maps exact paths to handlers by method; pages of development mode are added to it.
-    `deadline` is how many seconds a request may take; `debug` says whether each hand-out is written: kept here so that a hit need not ask.
+    `deadline` is how many seconds a request may take.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Routes:
         self._admin_url = admin_url
         self._deadline = deadline
         self.any_fingerprint = any_fingerprint
-        self.debug = False
+        self.use_log(debug=False)
         self.refusals = RefusalLog()
         self._id_prefix = secrets.token_hex(4)
         self._id_count = count(1)
@@ -101,6 +101,14 @@ class Routes:
         handler = None if methods is None else methods.get(request.method)
         return (handler or self._off_route)(request, self._request_id(request))
 
+    def use_log(self, *, debug: bool) -> None:
+        """Follow a change of the log's level; `debug` writes every hand-out.
+
+        The bound logger is kept: to make one takes as long as to write a line.
+        """
+        self._log = structlog.get_logger().bind()
+        self.debug = debug
+
     def add(self, path: str, method: str, handler: Handler) -> None:
         """Add a route whose failures are answered like everything else's."""
 
@@ -108,6 +116,8 @@ class Routes:
             try:
                 return await handler(request, request_id)
             except errors.BrokerError as error:
+                if isinstance(error, errors.RateLimited):
+                    self._metrics.rejections[error.limit.value] += 1
                 return self._error(error, request_id)
             except Exception:
                 log.exception("broker.defect", request_id=request_id)
@@ -214,7 +224,7 @@ class Routes:
         return self._answer(503, _DRAINING, request_id)
 
     async def _off_route(self, request: BaseRequest, request_id: str) -> web.StreamResponse:
-        """What is not in the table to the letter: a query string, another method, nothing at all."""
+        """What is not in the table to the letter: a query, another method, nothing at all."""
         path = request.raw_path.partition("?")[0]
         methods = self.table.get(path)
         if methods is None:
@@ -270,7 +280,7 @@ class Routes:
         return self._date
 
     def _log_handout(self, handout: Handout, request_id: str, seconds: float, ask: Ask) -> None:
-        write = log.info if handout.outcome is Outcome.MINTED else log.debug
+        write = self._log.info if handout.outcome is Outcome.MINTED else log.debug
         write(
             "broker.embed_token",
             outcome=handout.outcome.value,

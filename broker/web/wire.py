@@ -23,7 +23,13 @@ MODEL_MAX = 64
 """Characters of a model name."""
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-_HEX = re.compile(r"[0-9A-Fa-f]{4,128}|[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
+HEX = "[0-9A-Fa-f]{4,128}|[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"
+"""A fingerprint as the vendor documents it, or a UUID; also a pattern of the API document."""
+
+_HEX = re.compile(HEX)
+
+_PRINTABLE = r"^(?:[^\p{C}\p{Z}]| )+$"
+"""`str.isprintable` as a JSON Schema pattern (ECMA-262, Unicode)."""
 
 
 class TokenRequest(Struct, frozen=True, gc=False):
@@ -47,7 +53,11 @@ class TokenRequest(Struct, frozen=True, gc=False):
                 description="Stable per-device hex string, made once and persisted. Opaque: passed on"
                 " byte for byte, since the visitor's memory is kept under it",
                 examples=["9f86d081884c7d659a2feaa0c55ad015"],
-                extra_json_schema={"minLength": 1, "maxLength": FINGERPRINT_ANY_MAX},
+                extra_json_schema={
+                    "minLength": 1,
+                    "maxLength": FINGERPRINT_ANY_MAX,
+                    "pattern": _PRINTABLE,
+                },
             ),
         ]
         | UnsetType
@@ -57,7 +67,7 @@ class TokenRequest(Struct, frozen=True, gc=False):
             str,
             Meta(
                 description="The agent's model; part of the key under which a token is reused",
-                extra_json_schema={"minLength": 1, "maxLength": MODEL_MAX},
+                extra_json_schema={"minLength": 1, "maxLength": MODEL_MAX, "pattern": _PRINTABLE},
             ),
         ]
         | None
