@@ -8,7 +8,7 @@ in only if all of it could be built.
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import structlog
@@ -32,6 +32,7 @@ from broker.settings import Settings
 from broker.stores import snapshot
 from broker.stores.memory import MemoryStore
 from broker.stores.tokens import TokenCache
+from broker.watch import SecretFiles
 from broker.web import admin
 from broker.web.door import Door
 from broker.web.routes import Routes
@@ -73,7 +74,7 @@ class App:
     def _build(self) -> None:
         settings, clock = self._settings, self._clock
         now = clock.mono()
-        self._files = _SecretFiles(settings)
+        self._files = SecretFiles(file for _, file in parts.secret_files(settings))
         policy = parts.reuse(settings)
         self.metrics = Metrics(settings.issuer.kind)
         self._sealing_key = parts.sealing_key(settings)
@@ -159,7 +160,7 @@ class App:
             return False
         try:
             settings = self._load()
-            files = _SecretFiles(settings)  # before they are read: a change in between is noticed
+            files = SecretFiles(file for _, file in parts.secret_files(settings))  # before they are read: a change in between is noticed
             clients, limits = parts.clients(settings, self._environ), parts.limits(settings)
             use_keys = self._new_keys(settings)
         except ConfigError as error:
@@ -314,31 +315,6 @@ class App:
         if self._files.changed():
             log.info("broker.secret_files_changed")
             self.reload()
-
-
-class _SecretFiles:
-    """Notices that a secret file was replaced or rewritten."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._paths: Sequence[Path] = [Path(file) for _, file in parts.secret_files(settings)]
-        self._seen = self._look()
-
-    def changed(self) -> bool:
-        """Whether any file differs from when this was last asked."""
-        seen = self._look()
-        changed, self._seen = seen != self._seen, seen
-        return changed
-
-    def _look(self) -> list[tuple[int, int, int] | None]:
-        return [_signature(path) for path in self._paths]
-
-
-def _signature(path: Path) -> tuple[int, int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_ino, status.st_size
 
 
 def _needs_restart(old: Settings, new: Settings) -> list[str]:

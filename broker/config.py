@@ -319,7 +319,7 @@ def _explain(kind: Any, value: object, path: tuple[str, ...], error: Exception) 
 
 def _entries(kind: Any, value: object) -> Iterator[tuple[str, Any, object]]:
     """Name, type and value of what a table holds."""
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or not _is_table(kind):
         return
     kind = _bare(kind)
     fields = _fields(kind)

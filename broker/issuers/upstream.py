@@ -2,14 +2,16 @@
 
 Around one call (`vendor_client`) and its meaning (`vendor_api`), in this order:
 
-    remembered refusal? -> breakers: a ticket each -> a turn in the budget -> call -> settle
-    -> next key, or one retry -> remember, pause, or hand the token on
+    remembered refusal, open breaker? -> a turn in the budget -> breakers: a ticket each -> call
+    -> settle -> next key, or one retry -> remember, pause, or hand the token on
 
-Theory of operation.  A ticket is taken before the turn, so that while a breaker probes, one call
-queues and all others are refused at once; a ticket whose call was never sent goes back as
-abandoned.  Keys are an ordered list: the first good one is used, one that the vendor refuses is
-passed over until the list is replaced or all of them were refused.  A retry and a second key take
-a turn like the first call, because the vendor counts them like the first call.
+Theory of operation.  Breakers are asked twice: before the turn, so that nobody queues for a call
+that will not be made, and after it, where the ticket is taken and the key is chosen.  So what
+happened in the queue counts: mints that waited while the key was refused do not try it one by one,
+and the probe is whoever gets a turn first, not somebody who still waits for one.  Keys are an
+ordered list: the first good one is used, one that the vendor refuses is passed over until the list
+is replaced or all of them were refused.  A retry and a second key take a turn like the first call,
+because the vendor counts them like the first call.
 """
 
 import asyncio
@@ -117,11 +119,7 @@ class UpstreamIssuer(Issuer):
 
     @override
     def check(self, ask: Ask) -> None:
-        now = self._clock.mono()
-        if self.credentials.wait(now):
-            raise _our_key_is_bad()
-        if wait := self.health.wait(now):
-            raise _vendor_is_unwell(wait)
+        self._check_breakers()
         refused = self._account_refusals.get(_Account.ALL) or self._agent_refusals.get(
             (ask.agent, ask.model)
         )
@@ -130,12 +128,11 @@ class UpstreamIssuer(Issuer):
 
     @override
     async def mint(self, ask: Ask, turn: Turn) -> Minted:
-        key = self._key
-        reply = await self._attempt(ask, key, turn)
+        reply, key = await self._attempt(ask, turn)
         if self._deserves_another(reply, key):
             if isinstance(reply, Broken):
                 await asyncio.sleep(full_jitter(1, RETRY_BASE, RETRY_BASE, self._draw) / SECOND)
-            reply = await self._attempt(ask, self._key, turn)
+            reply, _ = await self._attempt(ask, turn)
         return self._conclude(ask, reply)
 
     @property
@@ -156,20 +153,27 @@ class UpstreamIssuer(Issuer):
             case _:
                 assert_never(reply)
 
-    async def _attempt(self, ask: Ask, key: Secret, turn: Turn) -> Reply:
-        """Make one call: tickets, turn, call, settlement."""
+    async def _attempt(self, ask: Ask, turn: Turn) -> tuple[Reply, Secret]:
+        """Make one call: turn, tickets, call, settlement; returns the key that was used, too."""
+        self._check_breakers()
+        await turn()
         key_ticket, health_ticket = self._enter()
-        sent = False
+        key = self._key
         try:
-            await turn()
-            sent = True
             reply = await self._call(ask, key)
         except BaseException:
-            lost = KeyOutcome.UNKNOWN if sent else KeyOutcome.ABANDONED
-            self._settle(key_ticket, lost, health_ticket, Outcome.ABANDONED)
+            self._settle(key_ticket, KeyOutcome.UNKNOWN, health_ticket, Outcome.ABANDONED)
             raise
         await self._learn(reply, key, key_ticket, health_ticket)
-        return reply
+        return reply, key
+
+    def _check_breakers(self) -> None:
+        """Raise if no call may be made now; takes nothing."""
+        now = self._clock.mono()
+        if self.credentials.wait(now):
+            raise _our_key_is_bad()
+        if wait := self.health.wait(now):
+            raise _vendor_is_unwell(wait)
 
     def _enter(self) -> tuple[Ticket, Ticket]:
         """Take a ticket of each breaker; raises if one has none to give."""

@@ -60,7 +60,6 @@ MAX_EXTRA_DEPTH = 4
 OURS = frozenset({"token", "session_id", "sid", "expires_at"})
 """Fields of `data` that the broker writes itself; the vendor's do not pass through."""
 
-
 _BARE = "Unauthorized"
 """All that an older revision said of a bad key, `{"error": "Unauthorized"}`, with 401 or 200.
 Read as the code UNAUTHORIZED: were it a passing fault, a dead key would be tried until the
@@ -70,8 +69,11 @@ _IN_PLACE = "the vendor refused this request"
 """The message where the vendor sent none, or none that may be shown."""
 
 _FAILURES = range(400, 600)
+"""The statuses of RFC 9110 sections 15.5 and 15.6."""
 
 _CODE = re.compile(r"[A-Z][A-Z0-9_]{1,39}")
+"""What looks like a code: short, capitals; the shape that callers are promised."""
+
 _WORD = re.compile(r"[\w.~+/=:%@-]+")
 
 _encode = msgspec.json.Encoder().encode
@@ -159,9 +161,7 @@ def _code_in(status: int, error: object) -> str:
 
 def _failing(number: object) -> int | None:
     """Return a status found in a body if it is that of a failure."""
-    if not isinstance(number, int) or isinstance(number, bool):
-        return None
-    return number if number in _FAILURES else None
+    return number if isinstance(number, int) and number in _FAILURES else None
 
 
 def _classify(failure: _Failure, headers: Headers, now: int, private: Iterable[str]) -> Reply:

@@ -82,7 +82,9 @@ def _token_operation(reference: Mapping[str, Any]) -> dict[str, Any]:
         "security": [{"apiSecret": []}, {"bearer": []}],
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": reference["TokenRequest"]}},
+            "content": {
+                "application/json": {"schema": reference["TokenRequest"], "example": _EXAMPLE}
+            },
         },
         "responses": {
             "200": {
@@ -150,6 +152,8 @@ def _json(schema: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
 def _header(text: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     return {"description": text, "schema": dict(schema)}
 
+
+_EXAMPLE = {"agent_id": "A78WKV4515", "fingerprint": "9f86d081884c7d659a2feaa0c55ad015"}
 
 _COMMON_HEADERS = {
     "X-Request-Id": _header("Names this request in the log", {"type": "string"}),

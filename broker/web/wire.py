@@ -9,6 +9,7 @@ from typing import Annotated
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
+from typing_extensions import override
 
 from broker.errors import BrokerError, Invalid, MissingParam
 from broker.model import AGENT_ID, AGENT_RULE, Ask
@@ -76,6 +77,10 @@ class TokenRequest(Struct, frozen=True, gc=False):
     fresh: Annotated[
         bool, Meta(description="Ask for a new token instead of the one held for reuse")
     ] = False
+
+    @override
+    def __repr__(self) -> str:
+        return "TokenRequest(...)"  # nothing of it has been checked yet: it may be a secret
 
 
 _decode = msgspec.json.Decoder(TokenRequest).decode

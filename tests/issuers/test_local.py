@@ -1,0 +1,135 @@
+"""Tokens signed here: every claim, and row T6 (a verifier whose clock is behind)."""
+
+import base64
+import json
+import secrets
+import time
+
+import jwt
+import pytest
+
+from broker.issuers.keyring import LEEWAY, BadToken, Keyring
+from broker.issuers.local import LocalIssuer
+from broker.model import Ask
+from broker.rules.reuse import SECOND
+from broker.testing import FakeClock
+
+ISSUER, AUDIENCE = "embed-token-broker", "embed"
+AGENT, VISITOR = "A78WKV4515", "D3adBeef-0001"
+
+
+def new_ring() -> Keyring:
+    """Return a ring of one new key."""
+    return Keyring({"2026-01": secrets.token_bytes(32)}, "2026-01")
+
+
+def local(clock: FakeClock, ring: Keyring | None = None) -> LocalIssuer:
+    """Return an issuer with a key of its own, unless one is given."""
+    return LocalIssuer(ring or new_ring(), ISSUER, AUDIENCE, clock)
+
+
+async def no_budget() -> None:
+    """Be a turn that comes at once."""
+
+
+def part(token: str, number: int) -> dict[str, object]:
+    """Read the header (0) or the claims (1) with no library's help."""
+    text = token.split(".")[number]
+    return json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
+
+
+@pytest.mark.parametrize("model", [None, "essence"])
+async def test_every_claim_of_a_token(model: str | None) -> None:
+    """The header and the claims, whole; the visitor's own bytes; the answer agrees with them."""
+    clock = FakeClock(wall=1_800_000_000_900_000)
+    minted = await local(clock).mint(Ask("web", AGENT, VISITOR, model), no_budget)
+    assert part(minted.token, 0) == {"alg": "HS256", "typ": "JWT"}
+    issued = 1_800_000_000 - 5
+    assert part(minted.token, 1) == {
+        "iss": ISSUER,
+        "aud": AUDIENCE,
+        "sub": AGENT,
+        "agent_id": AGENT,
+        "fingerprint": VISITOR,
+        "sid": minted.session_id,
+        "jti": minted.session_id,
+        "iat": issued,
+        "nbf": issued,
+        "exp": issued + 3600,
+        **({} if model is None else {"model": model}),
+    }
+    assert len(minted.session_id) == 32
+    assert int(minted.session_id, 16) >= 0
+    assert minted.expires_at == issued + 3600
+    assert dict(minted.extra) == ({} if model is None else {"model": model})
+
+
+async def test_the_life_told_never_ends_after_the_token_s_own() -> None:
+    """Counted from the start of the mint, also late in a second, it is over by `exp`."""
+    for fraction in (0, 1, 500_000, 999_999):
+        clock = FakeClock(wall=1_800_000_000 * SECOND + fraction)
+        minted = await local(clock).mint(Ask("web", AGENT, VISITOR), no_budget)
+        ends = clock.wall() + minted.lifetime
+        assert minted.expires_at * SECOND <= ends < (minted.expires_at + 1) * SECOND
+
+
+async def test_every_mint_opens_a_session_of_its_own() -> None:
+    """Also for one visitor in one moment."""
+    issuer = local(FakeClock())
+    minted = [await issuer.mint(Ask("web", AGENT, VISITOR), no_budget) for _ in range(100)]
+    assert len({one.session_id for one in minted}) == 100
+    assert len({one.token for one in minted}) == 100
+
+
+async def test_it_takes_one_turn_of_the_budget_before_it_signs() -> None:
+    """The pace holds for this issuer, too, and the token is dated after the wait."""
+    clock = FakeClock()
+    turns = []
+
+    async def turn() -> None:
+        turns.append(clock.wall())
+        clock.advance(8)
+
+    minted = await local(clock).mint(Ask("web", AGENT, VISITOR), turn)
+    assert len(turns) == 1
+    assert minted.expires_at == clock.wall() // SECOND - 5 + 3600
+
+
+def _now() -> FakeClock:
+    """A clock at today's date: verification asks the system's."""
+    return FakeClock(wall=time.time_ns() // 1000)
+
+
+async def test_T6_a_token_is_good_at_once_and_for_verifiers_that_are_behind() -> None:
+    """`nbf` lies 5 s in the past: a verifier without any leeway, its clock behind, accepts it."""
+    ring = new_ring()
+    clock = _now()
+    clock.step_wall(4)  # the signer is ahead, that is, the verifier is behind
+    minted = await local(clock, ring).mint(Ask("web", AGENT, VISITOR), no_budget)
+    jwt.decode(
+        minted.token, ring._signing_key, algorithms=["HS256"], audience=AUDIENCE, issuer=ISSUER
+    )
+
+
+async def test_T6_our_own_verifier_takes_a_minute_of_difference_either_way() -> None:
+    """Within the leeway a token counts; beyond it, it is not valid yet, or expired."""
+    for step, good in (
+        (LEEWAY, True),
+        (LEEWAY + 20, False),
+        (-3590, True),
+        (-3600 - LEEWAY, False),
+    ):
+        clock = _now()
+        clock.step_wall(step)
+        issuer = local(clock)
+        minted = await issuer.mint(Ask("web", AGENT, VISITOR), no_budget)
+        if good:
+            assert issuer.verify(minted.token)["sid"] == minted.session_id
+        else:
+            with pytest.raises(BadToken, match=r"^(not valid yet|expired)$"):
+                issuer.verify(minted.token)
+
+
+async def test_nothing_stops_a_signature() -> None:
+    """There is no reason to refuse before the limits are charged."""
+    local(FakeClock()).check(Ask("web", AGENT, VISITOR))
