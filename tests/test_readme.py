@@ -1,0 +1,728 @@
+"""The README is held to the code: its blocks run or parse, its tables say what is there."""
+
+import argparse
+import ast
+import asyncio
+import html
+import json
+import os
+import re
+import secrets
+import shlex
+import signal
+import subprocess
+import sys
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import msgspec
+import pytest
+
+from broker import answers, cli, config, errors, mint, parts, settings
+from broker.issuers.vendor_failures import BY_CODE
+from broker.issuers.vendor_replies import Reason, Scope
+from broker.metrics import Metrics, UpstreamMetrics
+from broker.model import LimitName, Minted, Outcome
+from broker.rules import bucket
+from broker.stores.buckets import TokenBucket
+from broker.stores.tokens import TokenCache
+from broker.web import wire
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+PATIENCE = 60.0
+"""Seconds after which a process is taken to hang, on a machine that is busy with other tests."""
+
+
+class Block(NamedTuple):
+    """A fenced block: its language, its text, and the heading under which it stands."""
+
+    language: str
+    text: str
+    heading: str
+
+
+def read_blocks() -> list[Block]:
+    """Return all fenced blocks, in order."""
+    found = []
+    heading, lines, language = "", [], None
+    for line in README.splitlines():
+        if language is None and line.startswith("```"):
+            language, lines = line[3:], []
+        elif language is not None and line == "```":
+            found.append(Block(language, "\n".join(lines) + "\n", heading))
+            language = None
+        elif language is not None:
+            lines.append(line)
+        elif line.startswith("#"):
+            heading = line.lstrip("# ")
+    assert language is None, f"a block under {heading!r} does not end"
+    return found
+
+
+BLOCKS = read_blocks()
+
+
+def of(language: str) -> list[Block]:
+    """Return the blocks of one language; there must be some, or a test would prove nothing."""
+    found = [block for block in BLOCKS if block.language == language]
+    assert found
+    return found
+
+
+def table(first_column: str, heading: str) -> list[list[str]]:
+    """Return the rows of the one table under `heading` whose first column is called so."""
+    section = re.split(r"(?m)^#+ ", README)
+    text = next(part for part in section if part.startswith(heading + "\n"))
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    start = next(n for n, line in enumerate(lines) if line.startswith(f"| {first_column} |"))
+    rows = []
+    for line in lines[start + 2 :]:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if set(cells[0]) <= {"-", ":"}:  # the rule below the head of the next table
+            rows.pop()
+            break
+        rows.append(cells)
+    assert rows
+    return rows
+
+
+def code_in(cell: str) -> list[str]:
+    """Return what a cell shows as code."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def commands() -> Iterator[list[str]]:
+    """Yield every command of every shell block as words, variables before it dropped."""
+    for block in of("sh"):
+        for line in block.text.splitlines():
+            for command in line.split(" && "):
+                words = shlex.split(command, comments=True)
+                while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                    words = words[1:]
+                if words:
+                    yield words
+
+
+# -- blocks
+
+
+def test_every_block_has_a_language_that_is_tested() -> None:
+    """A block of another kind would be one that nothing holds to the code."""
+    assert {block.language for block in BLOCKS} == {
+        "html",
+        "js",
+        "json",
+        "python",
+        "sh",
+        "text",
+        "toml",
+    }
+
+
+def test_every_broker_command_is_understood() -> None:
+    """What the README tells people to type is accepted as it stands."""
+    parser = cli._parser()
+    seen = [words[1:] for words in commands() if Path(words[0]).name == "broker"]
+    assert seen
+    for arguments in seen:
+        assert parser.parse_args(arguments).run
+
+
+def test_every_other_command_is_a_known_one() -> None:
+    """A new kind of command needs a test here."""
+    others = {words[0] for words in commands() if Path(words[0]).name != "broker"}
+    assert others == {
+        ".cache/venv/bin/python",
+        ".venv/bin/pip",
+        "export",
+        "pip",
+        "pytest",
+        "python3",
+        "tests/load/run",
+        "tests/run",
+    }
+
+
+@pytest.mark.parametrize(
+    "program", ["tests/load/run", "tests/bench/cpu.py", "tests/bench/memory.py"]
+)
+def test_every_flag_of_a_load_test_exists(program: str) -> None:
+    """Its own help text lists each."""
+    (words,) = [words for words in commands() if program in words]
+    done = subprocess.run(
+        [sys.executable, program, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+    )
+    flags = [word for word in words if word.startswith("--")]
+    assert flags
+    assert set(flags) <= set(re.findall(r"--[a-z]+", done.stdout))
+
+
+def test_every_file_that_is_mentioned_is_there() -> None:
+    """Links, paths in code, and paths in commands lead somewhere."""
+    links = re.findall(r"\]\((?!#|https?:)([^)]+)\)", README)
+    folders = "broker|config|grafana|tests"
+    paths = re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./-]*\w|pyproject\.toml)", README)
+    named = {*links, *paths}
+    assert len(named) > 20
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_links_within_the_page_lead_to_a_heading() -> None:
+    """GitHub's anchors: lower case, hyphens for blanks."""
+    headings = re.findall(r"(?m)^#+ (.+)$", README)
+    anchors = {re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings}
+    links = re.findall(r"\]\(#([^)]+)\)", README)
+    assert links
+    assert set(links) <= anchors
+
+
+def test_extras_that_are_installed_exist() -> None:
+    """`pip install '.[x]'` warns about an unknown extra, and installs nothing."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = set(re.findall(r"\.\[(\w+)\]", README))
+    assert asked == {"dev", "docs"}
+    assert asked <= project["optional-dependencies"].keys()
+
+
+@pytest.mark.parametrize("block", of("toml"), ids=lambda block: block.heading)
+def test_every_toml_block_is_a_valid_configuration(block: Block) -> None:
+    """Keys, units and values are accepted, and every part can be built from them."""
+    tree = tomllib.loads(block.text)
+    config.from_tree(tree)
+    runnable = {
+        "clients": {"any": {"secret": secrets.token_urlsafe(24), "agents": ["*"]}},
+        "issuer": {"local": {"keys": {"any": {"secret": secrets.token_urlsafe(48)}}}},
+    }
+    if "clients" in tree:
+        del runnable["clients"]
+    if tree.get("issuer", {}).get("local"):
+        del runnable["issuer"]
+    config._merge(runnable, tree)
+    built = parts.make_up(
+        config.from_tree(runnable), lambda _name: settings.Secret(secrets.token_urlsafe(48))
+    )
+    parts.check(built, {"BITHUMAN_API_SECRET": secrets.token_urlsafe(24)})
+
+
+def test_the_answer_has_exactly_the_fields_of_a_success() -> None:
+    """Whoever reads the example reads the real thing."""
+    shown = json.loads(of("json")[0].text)
+    minted = Minted(token="t", session_id="s", expires_at=1, lifetime=1)
+    real = json.loads(answers.success_body(minted))
+    assert list(shown) == list(real)
+    assert list(shown["data"]) == list(real["data"])
+    assert msgspec.convert(shown, answers.TokenAnswer)
+    assert shown["data"]["sid"] == shown["data"]["session_id"]
+
+
+def test_the_error_is_the_one_that_is_sent() -> None:
+    """Byte for byte, but for white space."""
+    shown = json.loads(of("json")[1].text)
+    limit = bucket.limit(1, 1_000_000, 1)
+    _, verdict = bucket.spend(1_000_000, limit, 0)
+    error = errors.RateLimited(LimitName.FINGERPRINT, verdict)
+    assert shown == json.loads(answers.error_body_of(error))
+
+
+def test_the_iframe_is_the_one_that_the_command_prints() -> None:
+    """The snippet in the page and `broker mint --iframe` cannot drift apart."""
+    (block,) = of("html")
+    assert " ".join(block.text.split()) == mint.iframe("A78WKV4515", "TOKEN")
+    assert html.unescape(block.text).count("TOKEN") == 1
+
+
+@pytest.mark.parametrize("number", range(len(of("python"))))
+def test_every_python_block_runs(number: int) -> None:
+    """As a program of its own, with warnings as errors."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", of("python")[number].text],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# -- tables
+
+
+def test_error_codes_are_those_of_the_code() -> None:
+    """Every class of `broker.errors` with its status, and nothing else."""
+    documented = {(int(row[0]), code_in(row[1])[0]) for row in table("status", "The wire")}
+    classes = [errors.BrokerError]
+    for kind in classes:  # grows while it is read: the whole tree
+        classes += kind.__subclasses__()
+    assert documented == {
+        (kind.status, kind.code) for kind in classes if kind is not errors.UpstreamRefused
+    }
+
+
+def test_statuses_of_the_vendor_are_those_that_pass() -> None:
+    """The vendor's verdicts are listed by status: all that can reach a caller."""
+    sentence = re.search(r"pass through with their own code and status \(([^)]*)\)", README)
+    assert sentence is not None
+    listed = {int(number) for number in re.findall(r"\d{3}", sentence[1])}
+    passing = {status for status, meaning in BY_CODE.values() if isinstance(meaning, Scope)}
+    assert listed == passing | {410, 422}
+
+
+def test_what_is_remembered_is_said() -> None:
+    """The codes named for the account and for an agent are those that are remembered."""
+    sentence = re.search(
+        r"A refusal is remembered only where(.*?)for the agent and model", README, re.DOTALL
+    )
+    assert sentence is not None
+    remembered = {
+        code
+        for code, (_, meaning) in BY_CODE.items()
+        if meaning in {Scope.ACCOUNT, Scope.AGENT_MODEL}
+    }
+    assert set(code_in(sentence[1])) == remembered - {"INSUFFICIENT_BALANCE"}  # said as 402
+
+
+def test_fields_of_a_request_are_those_that_are_read() -> None:
+    """No more, no fewer."""
+    documented = [code_in(row[0])[0] for row in table("field", "The wire")]
+    assert documented == list(wire.TokenRequest.__struct_fields__)
+
+
+def test_commands_are_those_of_the_command_line() -> None:
+    """Each command with every flag that it has."""
+    documented = {}
+    for row in table("command", "Commands"):
+        (usage,) = code_in(row[0])
+        words = re.findall(r"[\w-]+", usage)
+        name = " ".join(usage.split(" [")[0].split()[1:])
+        name = re.sub(r" (?:AGENT|--).*", "", name)
+        documented[name] = {f"--{word[2:]}" for word in words if word.startswith("--")}
+    assert documented == dict(commands_of(cli._parser(), ()))
+
+
+def commands_of(
+    parser: argparse.ArgumentParser, path: tuple[str, ...]
+) -> Iterator[tuple[str, set[str]]]:
+    """Yield each command and its long flags."""
+    nested = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    if not nested:
+        flags = {flag for action in parser._actions for flag in action.option_strings}
+        yield " ".join(path), {flag for flag in flags if flag.startswith("--")} - {"--help"}
+    for action in nested:
+        for name, child in action.choices.items():
+            yield from commands_of(child, (*path, name))
+
+
+def test_exit_codes_are_those_of_the_command_line() -> None:
+    """And the one of a second signal."""
+    documented = [row[0] for row in table("exit code", "Configuration")]
+    codes = [cli.EX_OK, cli.EX_NO, cli.EX_USAGE, cli.EX_UNAVAILABLE, cli.EX_CONFIG]
+    assert documented == [*map(str, codes), "128 + n"]
+
+
+def all_metrics() -> Metrics:
+    """Metrics of a relay: every part that can report does."""
+    metrics = Metrics("upstream")
+    limit = bucket.limit(1, 1_000_000, 1)
+    buckets = {name: TokenBucket(1, limit.depth, 0) for name in LimitName}
+    tokens = TokenCache(1, keep_until=lambda _token: 0, mono=lambda: 0)
+    upstream = UpstreamMetrics(reason.value for reason in Reason)
+    upstream.breakers = lambda: {"credentials": False, "health": False}
+    metrics.watch(lambda: {**buckets}, tokens, lambda: 0, lambda: (0, 0), upstream)
+    return metrics
+
+
+def test_metrics_are_those_that_are_reported() -> None:
+    """Name, type and labels of each, and none that is gone."""
+    documented = {
+        code_in(row[0])[0]: (row[1], set(code_in(row[2]))) for row in table("metric", "Metrics")
+    }
+    reported = {}
+    for family in all_metrics().registry.collect():
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = {label for sample in family.samples for label in sample.labels}
+        if name.startswith("broker_"):
+            reported[name] = (family.type, labels - {"le"})
+    assert documented == reported
+
+
+def test_outcomes_are_those_that_are_counted() -> None:
+    """The row of `broker_requests_total` lists every value of its label."""
+    row = next(row for row in table("metric", "Metrics") if "broker_requests_total" in row[0])
+    assert set(code_in(row[3])) == {outcome.value for outcome in Outcome}
+
+
+def test_metrics_that_are_named_elsewhere_exist() -> None:
+    """Also in prose, such as the proposals for alerts."""
+    reported = {
+        sample.name for family in all_metrics().registry.collect() for sample in family.samples
+    } | {family.name for family in all_metrics().registry.collect()}
+    named = set(re.findall(r"\bbroker_[a-z_]+[a-z]\b", README)) - {"broker_web"}  # a secret's file
+    assert {name for name in named if not name.startswith("broker_web")} <= reported
+
+
+def logged_events() -> dict[str, tuple[set[str], set[str]]]:
+    """Return levels and fields of every event that the source writes, by its name."""
+    levels = {"debug", "info", "warning", "error", "exception"}
+    found: defaultdict[str, tuple[set[str], set[str]]] = defaultdict(lambda: (set(), set()))
+    for path in sorted((ROOT / "broker").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call) or not node.args:
+                continue
+            event = node.args[0]
+            if not isinstance(event, ast.Constant) or not str(event.value).startswith("broker."):
+                continue
+            seen_levels, fields = found[str(event.value)]
+            fields |= {word.arg for word in node.keywords if word.arg} - {"exc_info"}
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else "write"
+            if name in levels:
+                seen_levels.add("error" if name == "exception" else name)
+            else:
+                seen_levels |= {"info", "debug"}
+    return dict(found)
+
+
+def test_log_events_are_those_of_the_source() -> None:
+    """Event, levels and fields of each."""
+    documented = {
+        code_in(row[0])[0]: (set(row[1].split(", ")), set(code_in(row[2])))
+        for row in table("event", "Log events")
+    }
+    found = logged_events()
+    assert len(found) > 10
+    assert documented.keys() == found.keys()
+    for event, (levels, fields) in documented.items():
+        if event == "broker.embed_token":
+            fields -= {"status", "code", "limit"}  # of a failure only: put into a dict first
+        assert (levels, fields) == found[event], event
+
+
+def test_limits_are_the_defaults() -> None:
+    """The figures in the table are those that hold when nothing is configured."""
+    limits = settings.Limits()
+    shown = {code_in(row[0])[0]: row[3] for row in table("limit", "Limits")}
+    assert set(shown) == {*(name.value for name in LimitName), "budget"}
+    real = {name: getattr(limits, name) for name in ("fingerprint", "fingerprint_mints", "agent")}
+    for name, limit in {**real, "budget": settings.Budget()}.items():
+        assert limit.per.seconds == 60
+        assert shown[name] == f"{limit.rate:,.0f} a minute, burst {limit.burst:,}"
+    assert limits.client is None
+    assert shown["client"] == "off"
+
+
+def test_the_budget_s_arithmetic_is_right() -> None:
+    """Every figure of the chapter follows from the default budget and the default floors."""
+    budget, reuse = settings.Budget(), settings.Reuse()
+    delayed = int(budget.rate * 3 / 60)
+    worst = budget.rate + budget.burst + delayed
+    assert worst == 119
+    assert f"{budget.rate} refilled + {budget.burst} of the burst + {delayed} that" in README
+    waiting = int(budget.max_wait.seconds * budget.rate / budget.per.seconds)
+    assert f"*At once*: {budget.burst + waiting} first visitors" in README
+    assert f"{budget.burst} of the burst, and {waiting} who" in README
+    for margin in (reuse.floor, reuse.refresh_ahead):
+        minutes = 60 - int(margin.seconds / 60)
+        assert (
+            f"{budget.rate} \N{MULTIPLICATION SIGN} {minutes} = {budget.rate * minutes:,}" in README
+        )
+    for row in table("new visitors an hour, evenly", "The budget"):
+        visitors, mints = int(row[0].replace(",", "")), int(row[1])
+        assert mints == visitors / 60
+        share = f"{mints / budget.rate * 100:.0f} %" if mints <= budget.rate else None
+        assert row[2] == (share or "two egress addresses")
+
+
+def test_default_reuse_marks_are_those_in_the_table() -> None:
+    """The marks by name, with the value that holds when nothing is configured."""
+    reuse = settings.Reuse()
+    for name in ("floor", "floor_in_outage", "refresh_ahead"):
+        minutes = getattr(reuse, name).seconds / 60
+        assert f"`{name}` ({minutes:.0f} min)" in README
+
+
+def test_tests_that_are_named_exist() -> None:
+    """A failure's row names the file of its test, and the numbers that the test bears."""
+    rows = table("what fails", "When something fails")
+    for row in rows:
+        for reference in row[-1].split("; "):
+            if reference in {"", "-"}:
+                continue
+            *numbers, name = reference.split(" ")
+            source = (ROOT / "tests" / code_in(name)[0]).read_text(encoding="utf-8")
+            for number in numbers:
+                assert re.search(rf"def test_(?:[A-Z]\d+_)*{number}_", source), (reference, row)
+            assert numbers or "def test_" in source
+    tested = [row for row in rows if row[-1] not in {"", "-"}]
+    assert len(tested) > len(rows) / 2
+
+
+def test_settings_that_are_named_exist() -> None:
+    """`[section] key` in prose is a section and a key that can be configured."""
+    found = re.findall(r"`\[([a-z._]+)\](?: ([a-z_]+))?(?: = [^`]*)?`", README)
+    assert len(found) > 10
+    for section, key in found:
+        if section == "section":  # in the rule for names of variables
+            continue
+        kind: Any = settings.Settings
+        for part in section.split("."):
+            kind = config._bare(config._fields(kind)[part])
+        assert not key or key in config._fields(kind), f"[{section}] {key}"
+
+
+def test_variables_that_are_shown_are_understood() -> None:
+    """Each override of the prose and of the commands, all of them at once."""
+    shown = re.findall(r"\b(BROKER_\w+?__\w+)=([^\s`]+)", README)
+    assert len(shown) > 2
+    read = config.load(None, dict(shown), {})
+    assert read != settings.Settings()
+
+
+def test_nothing_is_left_to_be_filled_in() -> None:
+    """Capital letters on a line of their own were places for tables."""
+    assert not re.search(r"(?m)^[A-Z]{4,}$", README)
+    assert "TODO" not in README
+
+
+# -- running
+
+
+class Dev(NamedTuple):
+    """A development broker, and what it printed."""
+
+    url: str
+    secret: str
+    lines: list[str]
+
+
+@contextmanager
+def development_broker(folder: Path) -> Iterator[Dev]:
+    """Run the README's command on free ports."""
+    (command,) = [words for words in commands() if words[1:] == ["serve", "--dev"]]
+    arguments = [*command[1:], "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("BROKER_")}
+    with (
+        (folder / "log").open("w") as log,
+        subprocess.Popen(
+            [sys.executable, "-m", "broker", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+        ) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            lines = [process.stdout.readline(), process.stdout.readline()]
+            first = json.loads(lines[0])
+            yield Dev(first["url"], first["api_secret"], lines)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dev]:
+    """One broker for all tests that need one."""
+    with development_broker(tmp_path_factory.mktemp("readme")) as dev:
+        yield dev
+
+
+def post(running: Dev, body: bytes) -> tuple[str, dict[str, Any]]:
+    """Ask for a token; returns `Cache-Status` and the answer."""
+    connection = HTTPConnection(urlsplit(running.url).netloc, timeout=PATIENCE)
+    try:
+        connection.request("POST", "/v1/embed-tokens/request", body, {"api-secret": running.secret})
+        answer = connection.getresponse()
+        return answer.getheader("Cache-Status", ""), json.load(answer)
+    finally:
+        connection.close()
+
+
+def test_the_printed_lines_are_those_in_the_page(running: Dev) -> None:
+    """Word for word, but for ports and secret."""
+    block = next(block for block in of("text") if "api_secret" in block.text)
+
+    def bare(text: str) -> str:
+        return re.sub(r"127\.0\.0\.1:\d+", "ADDRESS", text)
+
+    assert bare(block.text) == bare("".join(running.lines)).replace(running.secret, "CLIENT_SECRET")
+
+
+def test_the_first_token_is_as_shown_and_then_reused(running: Dev) -> None:
+    """The curl line's body gets the shown answer; again it is the same, and a hit."""
+    line = shlex.split(running.lines[1])
+    body = line[line.index("-d") + 1].encode()
+    before, first = post(running, body)
+    after, second = post(running, body)
+    shown = json.loads(of("json")[0].text)
+    assert list(first["data"]) == list(shown["data"])
+    assert first["data"]["token"].startswith(shown["data"]["token"].removesuffix("..."))
+    assert (before, after) == (
+        "embed-token-broker; fwd=miss",
+        "embed-token-broker; hit",
+    )
+    assert "Cache-Status: embed-token-broker; hit" in README
+    assert second == first
+
+
+def test_the_iframe_command_prints_the_shown_iframe(running: Dev) -> None:
+    """The two lines under the answer, with this broker's address and secret."""
+    (words,) = [words for words in commands() if "--iframe" in words]
+    arguments = [word.replace("http://127.0.0.1:8080", running.url) for word in words[1:]]
+    done = subprocess.run(
+        [sys.executable, "-m", "broker", *arguments],
+        env={**os.environ, "BROKER_API_SECRET": running.secret},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+    )
+    (block,) = of("html")
+    shown = re.sub(r"token=[^\"]+", "token=TOKEN", done.stdout)
+    assert shown.split() == block.text.split()
+
+
+@pytest.mark.parts
+class TestJavaScript:
+    """Run by Node, for which a browser's `localStorage` is made up."""
+
+    STORAGE = """
+    globalThis.crypto ??= require("node:crypto").webcrypto;
+    const stored = new Map();
+    globalThis.localStorage = {
+      getItem: (key) => stored.has(key) ? stored.get(key) : null,
+      setItem: (key, value) => stored.set(key, String(value)),
+    };
+    """
+
+    def test_a_device_keeps_its_fingerprint_and_no_two_share_one(self) -> None:
+        """32 hex digits, the same on the next page view, others on another device."""
+        (block,) = [block for block in of("js") if "localStorage" in block.text]
+        assert len(block.text.splitlines()) == 5
+        view = f"(() => {{ {block.text}; return fingerprint; }})()"
+        script = f"{self.STORAGE} const views = [{view}, {view}]; stored.clear();"
+        first, again, other = json.loads(
+            self.node(f"{script} console.log(JSON.stringify([...views, {view}]));")
+        )
+        assert first == again != other
+        for fingerprint in (first, other):
+            assert re.fullmatch(r"[0-9a-f]{32}", fingerprint)
+            body = json.dumps({"agent_id": "A78WKV4515", "fingerprint": fingerprint}).encode()
+            assert wire.parse(body, "web", any_fingerprint=False).fingerprint == fingerprint
+
+    def test_the_backend_s_call_gets_a_token(self, running: Dev) -> None:
+        """The documented function, against a real broker."""
+        _, answer = post(running, b'{"agent_id": "A1", "fingerprint": "beefbeef"}')
+        assert self.call(running, "A1", "beefbeef").strip() == answer["data"]["token"]
+
+    def test_the_backend_s_call_tells_a_refusal(self, running: Dev) -> None:
+        """An error names the code; nothing else could be acted on."""
+        assert self.call(running, "A1", "anonymous").startswith("VALIDATION_ERROR, ")
+
+    def call(self, running: Dev, *arguments: str) -> str:
+        (block,) = [block for block in of("js") if "fetch(" in block.text]
+        words = ", ".join(json.dumps(word) for word in (running.url, running.secret, *arguments))
+        return self.node(
+            f"{block.text}\nembedToken({words})"
+            ".then(console.log, (error) => console.log(error.message));"
+        )
+
+    def node(self, script: str) -> str:
+        return subprocess.run(
+            ["node", "-e", script], capture_output=True, text=True, timeout=PATIENCE, check=True
+        ).stdout
+
+
+@pytest.mark.parts
+def test_the_printed_curl_line_works_in_a_shell(running: Dev) -> None:
+    """Pasted as it was printed."""
+    done = subprocess.run(
+        ["bash", "-c", running.lines[1]],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+    )
+    assert json.loads(done.stdout)["success"] is True
+
+
+def test_the_relay_s_commands_relay(tmp_path: Path) -> None:
+    """A fake vendor and a broker in front of it, started as the page says."""
+    key = secrets.token_urlsafe(24)
+    (fake,) = [words for words in commands() if "fake-vendor" in words]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("BROKER_")}
+    environment["BITHUMAN_API_SECRET"] = key
+
+    async def scenario() -> None:
+        arguments = [re.sub(r":\d+$", ":0", word) for word in fake[1:]]
+        vendor = await start(*arguments, environment=environment)
+        try:
+            line = await asyncio.wait_for(vendor.stdout.readline(), PATIENCE)
+            url = json.loads(line)["url"]
+            environment["BROKER_ISSUER__UPSTREAM__BASE_URL"] = url
+            socket = tmp_path / "s"
+            broker = await start(
+                "serve",
+                "--listen",
+                f"unix:{socket}",
+                "--admin-listen",
+                "127.0.0.1:0",
+                environment=environment,
+            )
+            try:
+                line = await asyncio.wait_for(broker.stderr.readline(), PATIENCE)
+                assert json.loads(line)["event"] == "broker.started"
+                status, answer = await over_socket(socket, key)
+                assert status == b"200"
+                assert answer["data"]["supported_models"] == ["fake-model"]
+            finally:
+                broker.kill()
+                await broker.communicate()
+        finally:
+            vendor.kill()
+            await vendor.communicate()
+
+    asyncio.run(scenario())
+
+
+async def start(*arguments: str, environment: dict[str, str]) -> Any:
+    """Start a command of the broker."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "broker",
+        *arguments,
+        env=environment,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
+async def over_socket(path: Path, secret: str) -> tuple[bytes, dict[str, Any]]:
+    """Ask for a token over a Unix socket; returns status and answer."""
+    body = b'{"agent_id": "A78WKV4515", "fingerprint": "9f86d081884c7d65"}'
+    reader, writer = await asyncio.open_unix_connection(str(path))
+    try:
+        writer.write(
+            b"POST /v1/embed-tokens/request HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            b"api-secret: %b\r\nContent-Length: %d\r\n\r\n%b" % (secret.encode(), len(body), body)
+        )
+        head, _, text = (await asyncio.wait_for(reader.read(), PATIENCE)).partition(b"\r\n\r\n")
+        return head.split()[1], json.loads(text)
+    finally:
+        writer.close()
+        await writer.wait_closed()
