@@ -160,7 +160,9 @@ class App:
             return False
         try:
             settings = self._load()
-            files = SecretFiles(file for _, file in parts.secret_files(settings))  # before they are read: a change in between is noticed
+            files = SecretFiles(
+                file for _, file in parts.secret_files(settings)
+            )  # before they are read: a change in between is noticed
             clients, limits = parts.clients(settings, self._environ), parts.limits(settings)
             use_keys = self._new_keys(settings)
         except ConfigError as error:
@@ -195,7 +197,7 @@ class App:
         server = self._admin.server
         assert server is not None  # set by setup()
         self._admin_listener, self.admin_url = await listen(
-            server, self._settings.admin.listen, "admin.listen", BACKLOG
+            admin.connections(server), self._settings.admin.listen, "admin.listen", BACKLOG
         )
 
     async def _open_data(self) -> None:
@@ -245,8 +247,7 @@ class App:
         log.info("broker.draining", lead_s=server.drain_lead.seconds, drain_s=server.drain.seconds)
         await asyncio.sleep(server.drain_lead.seconds)
         self._listener.close()
-        self._server.pre_shutdown()
-        await self._server.shutdown(timeout=max(ends - time.monotonic(), 0.1))
+        await self._server.drain(max(ends - time.monotonic(), 0.1))
         await self._close_outside()
         self._save_snapshot()
         log.info("broker.stopped")

@@ -4,6 +4,8 @@ import os
 import secrets
 from typing import Any
 
+from msgspec.structs import replace
+
 from broker import parts
 from broker.model import Secret
 from broker.settings import Settings
@@ -30,12 +32,16 @@ class Made:
         return {
             "server": {"docs": True, "drain": "2s", "drain_lead": "0s"},
             "clients": {CLIENT: {"secret": secret, "agents": ["*"]}},
-            "issuer": {"local": {"keys": {CLIENT: {"secret": key}}, "signing_key": CLIENT}},
+            "issuer": {"local": {"keys": {CLIENT: {"secret": key}}}},
             "log": {"format": "console"},
         }
 
     def complete(self, settings: Settings) -> Settings:
         """Make a secret for every secret file that is not here, so that any configuration runs."""
+        local = settings.issuer.local
+        if not local.signing_key:  # a file may leave it empty, because it knows of one key only
+            local = replace(local, signing_key=CLIENT)
+            settings = replace(settings, issuer=replace(settings.issuer, local=local))
         return parts.make_up(settings, self.secret)
 
 

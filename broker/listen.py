@@ -29,7 +29,7 @@ async def listen(
     where = parse_address(address)
     try:
         if isinstance(where, str):
-            _remove_stale(Path(where))
+            _require_free(Path(where))
             server = await loop.create_unix_server(factory, where, backlog=backlog)
             Path(where).chmod(SOCKET_MODE)
             return server, f"unix:{where}"
@@ -41,8 +41,11 @@ async def listen(
     return server, f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def _remove_stale(path: Path) -> None:
-    """Remove a socket that a killed process left; one that answers is somebody's."""
+def _require_free(path: Path) -> None:
+    """Raise OSError unless the path is free, or a socket that a killed process left.
+
+    The loop itself removes a socket file before it binds, without asking whether it is in use.
+    """
     if not path.exists():
         return
     if not stat.S_ISSOCK(path.stat().st_mode):
@@ -51,7 +54,6 @@ def _remove_stale(path: Path) -> None:
         probe.setblocking(False)  # one whose queue is full is somebody's, too
         if probe.connect_ex(str(path)) != errno.ECONNREFUSED:
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-    path.unlink()
 
 
 _REMEDIES = {

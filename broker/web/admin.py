@@ -1,6 +1,9 @@
 """The admin listener: a scrape every few seconds, so comfort goes before speed here."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
+from email.utils import formatdate
+from secrets import token_hex
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry
@@ -9,6 +12,7 @@ from prometheus_client.exposition import choose_encoder
 from broker.answers import HealthAnswer, error_body, plain_body
 from broker.health import Health
 from broker.web.answer import JSON_TYPE
+from broker.web.server import KEEP_ALIVE, LINGER, DataConnection
 
 
 def build(registry: CollectorRegistry, health: Health) -> web.Application:
@@ -19,6 +23,17 @@ def build(registry: CollectorRegistry, health: Health) -> web.Application:
         app.router.add_get(path, _live)
     app.router.add_get("/readyz", _ready(health))
     return app
+
+
+def connections(server: web.Server) -> Callable[[], web.RequestHandler]:
+    """Make connections that answer what is not HTTP as the data listener's do, unquoted."""
+    return lambda: DataConnection(
+        server,
+        loop=asyncio.get_running_loop(),
+        keepalive_timeout=KEEP_ALIVE,
+        lingering_time=LINGER,
+        access_log=None,  # type: ignore[arg-type]  # aiohttp's own documentation: None disables it
+    ).attach(lambda: (f"admin-{token_hex(4)}", formatdate(usegmt=True)))
 
 
 def render(registry: CollectorRegistry, accept: str) -> tuple[str, bytes]:

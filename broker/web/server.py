@@ -11,6 +11,7 @@ default and a public listener must not:
   handler here answers the one envelope and logs nothing of the input.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 import structlog
@@ -30,6 +31,9 @@ is them who close it, never we under a request that is on its way."""
 LINGER = 1.0
 """Seconds in which the rest of a refused body is read, so that the client sees our answer."""
 
+DRAIN_POLL = 0.02
+"""Seconds between looks at what is still busy, while draining."""
+
 BACKLOG = 1024
 """Connections the kernel may hold for us: a page going viral arrives as a burst of connects, and
 the usual 128 would reset some of them."""
@@ -46,6 +50,11 @@ class DataConnection(web.RequestHandler):
         """Set where request ids and dates come from; returns the connection itself."""
         self._error_head = error_head
         return self
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request has begun and is not answered yet."""
+        return bool(self._request_in_progress)
 
     @override
     def handle_error(
@@ -84,6 +93,28 @@ class DataServer(web.Server):
     def __init__(self, handler: Handler, error_head: Callable[[], tuple[str, str]]) -> None:
         super().__init__(handler, handler_cancellation=True)
         self._error_head = error_head
+
+    async def drain(self, seconds: float) -> None:
+        """Close what is idle, let each request that has begun be answered, then close the rest.
+
+        aiohttp's `shutdown` reads nothing more from any connection, so a request whose body is
+        still on its way would be cut off.  Answers close their connections while draining.
+        """
+        ends = self._loop.time() + seconds
+        while self._close_idle() and self._loop.time() < ends:  # noqa: ASYNC110 - aiohttp tells nobody
+            await asyncio.sleep(DRAIN_POLL)
+        self.pre_shutdown()
+        await self.shutdown(DRAIN_POLL)
+
+    def _close_idle(self) -> int:
+        """Close connections without a request; returns how many have one."""
+        busy = 0
+        for connection in self.connections:
+            if isinstance(connection, DataConnection) and connection.is_busy:
+                busy += 1
+            else:
+                connection.close()
+        return busy
 
     @override
     def __call__(self) -> web.RequestHandler:

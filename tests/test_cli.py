@@ -1,0 +1,455 @@
+"""The command line as a shell sees it: output, errors, exit codes."""
+
+import html
+import json
+import secrets
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import jwt
+import pytest
+from processes import (
+    AGENT,
+    Broker,
+    Tree,
+    environment,
+    good,
+    merged,
+    put,
+    run,
+    secret_file,
+    secret_in,
+    toml,
+    write,
+)
+
+VISITOR = "9f86d081884c7d65"
+NOTHING = (
+    b"broker: no configuration: pass --config FILE, set BROKER_CONFIG, set BITHUMAN_API_SECRET for"
+    b" a relay, or try `broker serve --dev`, which needs none\n"
+)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    """A configuration that serves."""
+    return good(tmp_path)
+
+
+@pytest.fixture
+def path(tmp_path: Path, tree: Tree) -> str:
+    """The file it is in."""
+    return write(tmp_path / "broker.toml", toml(tree))
+
+
+IN_USE = "in use; stop the other process or choose another"
+
+ALL_IN_ONE = """
+import contextlib, io, json, sys
+from broker.cli import main
+
+told = []
+for command, path in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([*command, "--config", path])
+    told.append([code, out.getvalue(), err.getvalue()])
+json.dump(told, sys.stdout)
+"""
+"""Runs commands one after the other in one process: sixty starts would take half a minute."""
+
+
+def run_each(*commands: tuple[list[str], str]) -> list[list[object]]:
+    """Return exit code, output and errors of each command."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", ALL_IN_ONE],
+        input=json.dumps(commands).encode(),
+        capture_output=True,
+        env=environment(),
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    told: list[list[object]] = json.loads(done.stdout)
+    return told
+
+
+def bad_files(folder: Path, tree: Tree) -> dict[str, str]:
+    """Write a configuration of every bad kind; returns their paths by kind."""
+    web = tree["clients"]["web"]["secret_file"]
+    short, same = write(folder / "short", "k" * 8), write(folder / "same", "k" * 64)
+    closed = write(folder / "folder.toml", "")
+    Path(closed).unlink()
+    Path(closed).mkdir()
+    trees = {
+        "unknown section": put(tree, "limit", {}),
+        "unknown key": put(tree, "server.lisen", "x"),
+        "unknown key, deep": put(tree, "issuer.local.keys.one.secert", "x"),
+        "unknown key, deepest": put(tree, "limits.agent.overrides.A1.brust", 1),
+        "unknown key that breaks lines": put(tree, "clients", {"a\n\x1b[31mb": {"x": 1}}),
+        "unit": put(tree, "server.deadline", "12 parsecs"),
+        "no unit": put(tree, "server.deadline", 12),
+        "type": put(tree, "reuse.max_tokens", "many"),
+        "choice": put(tree, "log.level", "loud"),
+        "short client secret": put(tree, "clients.web.secret_file", short),
+        "short key": put(tree, "issuer.local.keys.one.secret_file", short),
+        "repeated key": put(tree, "issuer.local.keys.one.secret_file", same),
+        "repeated sealing key": put(tree, "store.encryption_key_file", same),
+        "secret file is a folder": put(tree, "clients.web.secret_file", str(folder)),
+        "no clients": put(tree, "clients", {}),
+        "no keys": put(tree, "issuer.local.keys", {}),
+        "two keys": put(tree, "issuer.local.keys.two.secret_file", web),
+        "shared secrets": put(tree, "clients.shop", {"secret_file": web, "agents": []}),
+        "client without secret": put(tree, "clients.shop", {"agents": ["*"]}),
+        "snapshot without key": put(tree, "store.snapshot_file", "/x"),
+        "listen": put(tree, "server.listen", "8080"),
+        "admin listen": put(tree, "admin.listen", "unix:relative"),
+        "proxies": put(tree, "server.trusted_proxies", ["10.0.0.1/8"]),
+        "rate 0": put(tree, "limits.agent.rate", 0),
+        "rate NaN": put(tree, "limits.agent.rate", float("nan")),
+        "rate negative": put(tree, "limits.agent.rate", -1),
+        "burst 0": put(tree, "limits.agent.burst", 0),
+        "burst 2^40": put(tree, "limits.agent.burst", 2**40),
+        "override": put(tree, "limits.agent.overrides.A1.rate", 0),
+        "budget": put(tree, "issuer.budget.rate", 0),
+    }
+    files = {name: write(folder / name, toml(bad)) for name, bad in trees.items()}
+    return files | {
+        "missing": f"{folder}/nowhere.toml",
+        "folder": closed,
+        "not TOML": write(folder / "not toml", "[server\n"),
+        "no number": write(folder / "digits", "a = " + "9" * 5000),
+    }
+
+
+class TestBadConfiguration:
+    def test_of_every_kind_is_one_line_and_exit_78(self, tmp_path: Path, tree: Tree) -> None:
+        """`check` and `serve` say the same, whole: no traceback, no second line, no output."""
+        files = bad_files(tmp_path, tree)
+        checks = run_each(*((["check"], path) for path in files.values()))
+        serves = run_each(*((["serve"], path) for path in files.values()))
+        for kind, (check, serve) in zip(files, zip(checks, serves, strict=True), strict=True):
+            assert check == serve, kind
+            code, out, err = check
+            assert (code, out) == (78, ""), kind
+            assert isinstance(err, str)
+            assert err.startswith("broker: "), kind
+            assert err.endswith("\n"), kind
+            assert err[:-1].isprintable(), f"{kind}: {err!r}"
+
+    def test_in_a_secret_file_is_found_by_the_start(self, tmp_path: Path, tree: Tree) -> None:
+        """What `check` only notes, because it may be elsewhere, `serve` cannot do without."""
+        bad = put(tree, "clients.web.secret_file", "/nowhere/web")
+        path = write(tmp_path / "broker.toml", toml(bad))
+        done = run("serve", "--config", path)
+        assert (done.returncode, done.stdout) == (78, b"")
+        assert done.stderr == (
+            b"broker: clients.web.secret_file: cannot read /nowhere/web:"
+            b" No such file or directory\n"
+        )
+
+    @pytest.mark.parametrize("command", ["serve", "check", "verify"])
+    def test_that_is_none_names_the_mode_that_needs_none(self, command: str) -> None:
+        """The first thing that a newcomer sees is what to do next."""
+        done = run(command)
+        assert (done.returncode, done.stdout, done.stderr) == (78, b"", NOTHING)
+
+    def test_in_development_mode_is_told_the_same_way(self) -> None:
+        """A client secret that is too short, from the environment."""
+        done = run("serve", "--dev", BROKER_DEV_SECRET="short")
+        assert (done.returncode, done.stdout) == (78, b"")
+        assert done.stderr == (
+            b"broker: clients.dev.secret: shorter than 16 characters; make one with `broker keys"
+            b" generate`\n"
+        )
+
+    def test_of_an_address_in_use_is_one_line_and_exit_69(self, tmp_path: Path, tree: Tree) -> None:
+        """Port and socket, data and admin listener: setting, address, remedy; and it ends."""
+        unix = tmp_path / "s"
+        with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as other:
+            other.bind(str(unix))
+            other.listen(1)
+            port = f"127.0.0.1:{tcp.getsockname()[1]}"
+            used = [
+                ("server", port),
+                ("server", f"unix:{unix}"),
+                ("admin", port),
+                ("admin", f"unix:{unix}"),
+            ]
+            quiet = put(tree, "log.level", "error")
+            paths = [
+                write(tmp_path / f"{n}.toml", toml(put(quiet, f"{section}.listen", address)))
+                for n, (section, address) in enumerate(used)
+            ]
+            told = run_each(*((["serve"], path) for path in paths))
+        assert told == [
+            [
+                69,
+                "",
+                f"broker: {section}.listen: cannot listen on {address}: {IN_USE}\n",
+            ]
+            for section, address in used
+        ]
+
+
+class TestUsage:
+    @pytest.mark.parametrize(
+        ("arguments", "told"),
+        [
+            ([], "broker: the following arguments are required: COMMAND"),
+            (["serv"], "broker: argument COMMAND: invalid choice: 'serv' (choose from"),
+            (["serve", "--prot", "1"], "broker: unrecognized arguments: --prot 1"),
+            (["mint", AGENT], "broker mint: the following arguments are required: --fingerprint"),
+            (["config"], "broker config: the following arguments are required: show"),
+            (["keys"], "broker keys: the following arguments are required: generate"),
+        ],
+    )
+    def test_that_is_wrong_is_one_line_and_exit_64(self, arguments: list[str], told: str) -> None:
+        """EX_USAGE of sysexits.h."""
+        done = run(*arguments)
+        assert (done.returncode, done.stdout) == (64, b"")
+        assert done.stderr.decode().startswith(told)
+        assert done.stderr.count(b"\n") == 1
+
+    def test_module_equals_the_installed_command(self) -> None:
+        """`python -m broker` and `broker` give the same answers."""
+        command = Path(sys.executable).with_name("broker")
+        assert command.exists(), "the package is not installed beside this Python"
+        for arguments in (["--version"], ["--help"], ["check"], ["keys"]):
+            by_name = subprocess.run(
+                [command, *arguments], capture_output=True, env=environment(), check=False
+            )
+            by_module = run(*arguments)
+            assert by_name.returncode == by_module.returncode
+            assert (by_name.stdout, by_name.stderr) == (by_module.stdout, by_module.stderr)
+
+    def test_reader_that_has_seen_enough_is_no_error(self, path: str) -> None:
+        """`broker config show | head -1` ends without a word."""
+        read, to_nobody = socket.socketpair()
+        read.close()
+        done = subprocess.run(
+            [sys.executable, "-m", "broker", "config", "show", "--config", path],
+            stdout=to_nobody,
+            stderr=subprocess.PIPE,
+            env=environment(),
+            check=False,
+        )
+        to_nobody.close()
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
+class TestCheck:
+    def test_says_that_all_is_well(self, path: str) -> None:
+        """One line on standard output, exit 0."""
+        done = run("check", "--config", path)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"configuration ok\n", b"")
+
+    def test_notes_secret_files_that_are_elsewhere(self, tmp_path: Path, tree: Tree) -> None:
+        """A configuration is checked where it is written; its secrets are where it runs."""
+        tree = put(tree, "clients.web.secret_file", "/nowhere/web")
+        done = run("check", "--config", write(tmp_path / "broker.toml", toml(tree)))
+        assert (done.returncode, done.stdout) == (0, b"configuration ok\n")
+        assert done.stderr == (
+            b"note: clients.web.secret_file: /nowhere/web is not here; it must be where the broker"
+            b" runs\n"
+        )
+
+    def test_sees_other_errors_beside_a_missing_file(self, tmp_path: Path, tree: Tree) -> None:
+        """A note must not hide that a key is weak or that nobody may ask."""
+        away = put(tree, "issuer.local.keys.one.secret_file", "/nowhere/one")
+        done = run("check", "--config", write(tmp_path / "f", toml(put(away, "clients", {}))))
+        assert (done.returncode, done.stdout) == (78, b"")
+        assert done.stderr.startswith(b"broker: clients: nobody may ask for tokens")
+
+    def test_opens_nothing(self, tmp_path: Path, tree: Tree) -> None:
+        """It can be run beside the broker whose configuration it checks."""
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            used = put(tree, "server.listen", f"127.0.0.1:{other.getsockname()[1]}")
+            done = run("check", "--config", write(tmp_path / "broker.toml", toml(used)))
+        assert done.returncode == 0
+
+
+class TestConfigShow:
+    def test_G7_masks_what_is_secret(self, path: str) -> None:
+        """Canaries in the environment are in force, and not in the output."""
+        canaries = [secrets.token_urlsafe(32) for _ in range(3)]
+        done = run(
+            "config",
+            "show",
+            "--config",
+            path,
+            BROKER_CLIENTS__WEB__SECRET=canaries[0],
+            BROKER_ISSUER__LOCAL__KEYS__one__SECRET=canaries[1],
+            BROKER_STORE__ENCRYPTION_KEY=canaries[2],
+            BROKER_SERVER__DEADLINE="7s",
+        )
+        shown = done.stdout.decode()
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert [canary for canary in canaries if canary in shown] == []
+        assert shown.count('= "**********"') == len(canaries)
+        assert 'deadline = "7s"' in shown
+
+
+class TestKeysGenerate:
+    def test_prints_a_new_key_each_time(self) -> None:
+        """32 random bytes as text, on one line."""
+        first, second = run("keys", "generate"), run("keys", "generate")
+        assert first.stdout != second.stdout
+        for done in (first, second):
+            assert (done.returncode, done.stderr) == (0, b"")
+            assert len(done.stdout.strip()) == 43
+            assert done.stdout.endswith(b"\n")
+
+    def test_writes_it_for_the_owner_only(self, tmp_path: Path, tree: Tree) -> None:
+        """Mode 0600 whatever the umask; the file is good for signing."""
+        path = tmp_path / "key"
+        done = subprocess.run(
+            f"umask 0; {sys.executable} -m broker keys generate --out {path}",
+            shell=True,
+            capture_output=True,
+            env=environment(),
+            check=False,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        tree = put(tree, "issuer.local.keys.one.secret_file", str(path))
+        assert run("check", "--config", write(tmp_path / "f", toml(tree))).returncode == 0
+
+    @pytest.mark.parametrize("kind", ["file", "link", "folder"])
+    def test_never_writes_over_anything(self, tmp_path: Path, kind: str) -> None:
+        """A key that is lost cannot be had again."""
+        path = tmp_path / "key"
+        kept = tmp_path / "kept"
+        kept.write_text("mine", encoding="utf-8")
+        if kind == "file":
+            shutil.copy(kept, path)
+        elif kind == "link":
+            path.symlink_to(kept)
+        else:
+            path.mkdir()
+        done = run("keys", "generate", "--out", str(path))
+        assert (done.returncode, done.stdout) == (1, b"")
+        assert done.stderr == f"broker: cannot write {path}: File exists\n".encode()
+        assert kept.read_text(encoding="utf-8") == "mine"
+        assert kind == "folder" or path.read_text(encoding="utf-8") == "mine"
+
+
+class TestMintAndVerify:
+    def test_signed_here_is_verified_here(self, path: str) -> None:
+        """The token alone on standard output; `verify` prints its claims."""
+        minted = run("mint", AGENT, "--fingerprint", VISITOR, "--config", path)
+        assert (minted.returncode, minted.stderr) == (0, b"")
+        assert minted.stdout.count(b"\n") == 1
+        done = run("verify", "--config", path, stdin=minted.stdout)
+        assert (done.returncode, done.stderr) == (0, b"")
+        claims = json.loads(done.stdout)
+        assert (claims["sub"], claims["fingerprint"]) == (AGENT, VISITOR)
+        assert claims["exp"] - claims["iat"] == 3600
+
+    def test_says_no_to_what_is_not_good(self, tmp_path: Path, path: str, tree: Tree) -> None:
+        """Tampered, expired, for somebody else, no token: exit 1 and the reason."""
+        key = secret_in(tree["issuer"]["local"]["keys"]["one"]["secret_file"])
+        now = int(time.time())
+        claims = {
+            "iss": "embed-token-broker",
+            "aud": "embed",
+            "sub": AGENT,
+            "nbf": now - 10,
+            "exp": now + 600,
+        }
+
+        def sign(changes: Tree) -> str:
+            return jwt.encode(claims | changes, key, "HS256")
+
+        good_token = sign({})
+        head, _, signature = good_token.split(".")
+        other = jwt.encode({**claims, "sub": "B2"}, key, "HS256").split(".")[1]
+        told = {
+            good_token: (0, ""),
+            f"{head}.{other}.{signature}": (1, "not valid: no key fits\n"),
+            sign({"exp": now - 61}): (1, "not valid: expired\n"),
+            sign({"aud": "others"}): (1, "not valid: made by or for somebody else\n"),
+            "": (1, "not valid: not a JWT\n"),
+        }
+        found = {}
+        for token in told:
+            done = run("verify", "--config", path, stdin=f"{token}\n".encode())
+            found[token] = (done.returncode, done.stderr.decode())
+            assert bool(done.stdout) == (done.returncode == 0)
+        assert found == told
+
+    def test_reads_bytes_that_are_no_text(self, path: str) -> None:
+        """Whatever comes in on standard input is at worst no token."""
+        done = run("verify", "--config", path, stdin=b"\xff\xfe\x00\n")
+        assert (done.returncode, done.stderr) == (1, b"not valid: not a JWT\n")
+
+    @pytest.mark.parametrize(
+        ("agent", "fingerprint", "field"),
+        [("a b", VISITOR, "agent_id: must be"), (AGENT, "xyz", "fingerprint: must be")],
+    )
+    def test_holds_to_the_rules_of_the_wire(
+        self, path: str, agent: str, fingerprint: str, field: str
+    ) -> None:
+        """No token is signed that the broker itself would have refused."""
+        done = run("mint", agent, "--fingerprint", fingerprint, "--config", path)
+        assert (done.returncode, done.stdout) == (69, b"")
+        assert done.stderr.decode().startswith(f"broker: {field}")
+
+    def test_prints_an_iframe(self, path: str) -> None:
+        """What a page needs to show the avatar, with the permissions that its viewer needs."""
+        done = run("mint", AGENT, "--fingerprint", VISITOR, "--iframe", "--config", path)
+        text = done.stdout.decode()
+        assert text.startswith('<iframe src="https://')
+        assert 'allow="microphone *; camera *; autoplay *"' in text
+        source = urlsplit(html.unescape(text.split('"')[1]))
+        assert source.path == f"/embed/{AGENT}"
+        token = parse_qs(source.query)["token"][0]
+        assert run("verify", "--config", path, stdin=token.encode()).returncode == 0
+
+    def test_asks_a_running_broker(self, tmp_path: Path, tree: Tree, path: str) -> None:
+        """`--url`: its token is the one that the broker then reuses; errors are its words."""
+        secret = secret_in(tree["clients"]["web"]["secret_file"])
+        limited = merged(tree, {"limits.fingerprint": {"rate": 1, "per": "1h", "burst": 2}})
+        with Broker.configured(tmp_path, limited) as broker:
+            ask = ["mint", AGENT, "--fingerprint", VISITOR, "--url"]
+            first, second, third = (
+                run(*ask, broker.url, BROKER_API_SECRET=secret) for _ in range(3)
+            )
+            stranger = run(*ask, broker.url, BROKER_API_SECRET=secrets.token_urlsafe(24))
+            nobody = run(*ask, broker.url)
+            elsewhere = run(*ask, broker.admin_url, BROKER_API_SECRET=secret)
+        assert (first.returncode, first.stderr, second.stdout) == (0, b"", first.stdout)
+        assert run("verify", "--config", path, stdin=first.stdout).returncode == 0
+        assert third.returncode == stranger.returncode == nobody.returncode == 69
+        assert b"fingerprint" in third.stderr
+        assert b"unknown client secret" in stranger.stderr
+        assert nobody.stderr == (
+            b"broker: BROKER_API_SECRET is not set: it must hold the client secret\n"
+        )
+        assert (
+            elsewhere.stderr
+            == (
+                f"broker: {broker.admin_url} refused: admin listener: /metrics, /livez, /readyz\n"
+            ).encode()
+        )
+        gone = run(*ask, broker.url, BROKER_API_SECRET=secret)
+        assert (gone.returncode, gone.stdout) == (69, b"")
+        assert gone.stderr.startswith(f"broker: no answer from {broker.url}: ".encode())
+
+    def test_rotated_key_still_verifies(self, tmp_path: Path, path: str, tree: Tree) -> None:
+        """A token from before the rotation is good while its key is kept, and not after."""
+        old = run("mint", AGENT, "--fingerprint", VISITOR, "--config", path).stdout
+        keys = {**tree["issuer"]["local"]["keys"]}
+        keys["two"] = {"secret_file": secret_file(tmp_path / "two")}
+        both = merged(tree, {"issuer.local.keys": keys, "issuer.local.signing_key": "two"})
+        rotated = write(tmp_path / "rotated.toml", toml(both))
+        assert run("verify", "--config", rotated, stdin=old).returncode == 0
+        new = run("mint", AGENT, "--fingerprint", VISITOR, "--config", rotated).stdout
+        assert run("verify", "--config", path, stdin=new).returncode == 1
+        assert run("verify", "--config", rotated, stdin=new).returncode == 0

@@ -1,0 +1,286 @@
+"""From settings to parts: what is read from files, and what is refused before anything is open."""
+
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from processes import Tree, good, merged, put, secret_file, secret_in, write
+
+from broker import config, parts
+from broker.config import ConfigError
+from broker.model import LimitName, Secret
+from broker.settings import Settings
+
+NOTHING: Mapping[str, str] = {}
+
+
+def settings(tree: Tree) -> Settings:
+    """Check a tree."""
+    return config.from_tree(tree)
+
+
+def refusal(tree: Tree) -> str:
+    """Return what the operator is told about parts that cannot be built."""
+    with pytest.raises(ConfigError) as caught:
+        parts.check(settings(tree), NOTHING)
+    return str(caught.value)
+
+
+def key_tree(path: str) -> Tree:
+    """Return the table of keys with one key."""
+    return {"one": {"secret_file": path}}
+
+
+class TestClients:
+    def test_are_known_by_the_digest_of_their_secret(self, tmp_path: Path) -> None:
+        """Name, digest, agents (None for all) and the browser rule; the secret itself is gone."""
+        tree = merged(
+            good(tmp_path),
+            {
+                "clients.shop.secret_file": secret_file(tmp_path / "shop"),
+                "clients.shop.agents": ["A1", "B2"],
+                "clients.shop.allow_origin_header": True,
+            },
+        )
+        web, shop = parts.clients(settings(tree), NOTHING)
+        secret = secret_in(tree["clients"]["web"]["secret_file"])
+        assert (web.name, web.agents, web.allow_origin) == ("web", None, False)
+        assert (shop.name, shop.agents, shop.allow_origin) == ("shop", {"A1", "B2"}, True)
+        assert web.digest == Secret(secret).digest() != shop.digest
+        assert secret not in repr(web)
+
+    def test_without_agents_may_use_none(self, tmp_path: Path) -> None:
+        """Unset never means allowed."""
+        tree = put(good(tmp_path), "clients.web.agents", [])
+        assert parts.clients(settings(tree), NOTHING)[0].agents == frozenset()
+
+    def test_none_at_all_is_refused(self, tmp_path: Path) -> None:
+        """A broker that nobody may use is a mistake."""
+        assert refusal(put(good(tmp_path), "clients", {})) == (
+            "clients: nobody may ask for tokens; add [clients.NAME] with secret_file and agents"
+        )
+
+    def test_without_a_secret_are_refused(self, tmp_path: Path) -> None:
+        """Nobody could be told from anybody."""
+        tree = put(good(tmp_path), "clients.web", {"agents": ["*"]})
+        told = "clients.web.secret_file: required; a client is known by its secret"
+        assert refusal(tree) == told
+
+    def test_with_a_short_secret_are_refused(self, tmp_path: Path) -> None:
+        """15 characters are too few, 16 are enough."""
+        tree = good(tmp_path)
+        write(tmp_path / "web", secrets.token_hex(8)[:15] + "\n")
+        assert refusal(tree) == (
+            "clients.web.secret: shorter than 16 characters; make one with `broker keys generate`"
+        )
+        write(tmp_path / "web", secrets.token_hex(8) + "\n")
+        parts.check(settings(tree), NOTHING)
+
+    @pytest.mark.parametrize("spoil", ["{}\n\n", " {}", "{} ", "{}\nmore", "\t{}", "a\x00{}"])
+    def test_with_a_secret_that_no_header_carries_are_refused(
+        self, tmp_path: Path, spoil: str
+    ) -> None:
+        """A second line or a blank around it: no request could ever match it."""
+        tree = good(tmp_path)
+        write(tmp_path / "web", spoil.format(secrets.token_urlsafe(24)))
+        assert refusal(tree) == (
+            "clients.web.secret: has a line break, a control character or blanks around it, which"
+            " no header can carry; keep it on one line"
+        )
+
+    def test_that_share_a_secret_are_refused(self, tmp_path: Path) -> None:
+        """Secrets name clients: two with the same could not be told apart."""
+        tree = good(tmp_path)
+        path = tree["clients"]["web"]["secret_file"]
+        tree = put(tree, "clients.shop", {"secret_file": path, "agents": ["A1"]})
+        told = "clients.shop.secret: the same as that of 'web'; secrets name clients"
+        assert refusal(tree) == told
+
+
+class TestKeys:
+    def test_none_at_all_is_refused(self, tmp_path: Path) -> None:
+        """The remedy is a command, or the mode that needs none."""
+        assert refusal(put(good(tmp_path), "issuer.local.keys", {})) == (
+            "issuer.local.keys: no key to sign with; make one with `broker keys generate`, or try"
+            " `broker serve --dev`"
+        )
+
+    def test_without_a_secret_are_refused(self, tmp_path: Path) -> None:
+        """A table that names a key and does not have it."""
+        tree = put(good(tmp_path), "issuer.local.keys", {"one": {}})
+        assert refusal(tree) == "issuer.local.keys.one: needs secret_file"
+
+    @pytest.mark.parametrize(
+        ("make", "told"),
+        [
+            (
+                lambda: secrets.token_urlsafe(32)[:31],
+                "key 'one' has 31 bytes, at least 32 random ones are needed",
+            ),
+            (lambda: "k" * 64, "key 'one' repeats the same few bytes and is not random"),
+            (lambda: "abcabc" * 10, "key 'one' repeats the same few bytes and is not random"),
+        ],
+        ids=["short", "one byte", "few bytes"],
+    )
+    @pytest.mark.parametrize("place", ["issuer.local.keys", "store"])
+    def test_O2_that_are_weak_are_refused(
+        self, tmp_path: Path, make: Callable[[], str], told: str, place: str
+    ) -> None:
+        """Below 32 bytes, or typed instead of drawn: nothing is signed or sealed with it."""
+        path = write(tmp_path / "weak", make() + "\n")
+        told += ": make one with `broker keys generate`"
+        if place == "store":
+            tree = put(good(tmp_path), "store.encryption_key_file", path)
+            told = "store.encryption_key_file: " + told.replace("'one'", "'store.encryption_key'")
+        else:
+            tree = put(good(tmp_path), "issuer.local.keys", key_tree(path))
+            told = f"issuer.local.keys: {told}"
+        assert refusal(tree) == told
+
+    def test_that_are_two_need_to_be_told_apart(self, tmp_path: Path) -> None:
+        """With more than one, signing_key says which; and it has to be one of them."""
+        path = secret_file(tmp_path / "two")
+        tree = put(good(tmp_path), "issuer.local.keys.two.secret_file", path)
+        told = "issuer.local.signing_key: required with more than one key"
+        assert refusal(tree) == told
+        wrong = put(tree, "issuer.local.signing_key", "three")
+        assert refusal(wrong) == (
+            "issuer.local.keys: signing_key names 'three', which is not among the keys"
+        )
+        right = put(tree, "issuer.local.signing_key", "two")
+        assert parts.keyring(settings(right)).signing == "two"
+
+    def test_that_are_one_need_no_name(self, tmp_path: Path) -> None:
+        """The only key signs."""
+        assert parts.keyring(settings(good(tmp_path))).signing == "one"
+
+
+class TestLimits:
+    def test_have_the_defaults_as_buckets(self) -> None:
+        """Burst and interval of each kind; the client's is off."""
+        limits = parts.limits(Settings())
+        found = {
+            s.name: (s.rule.limit.burst, s.rule.limit.interval, s.rule.dry_run, dict(s.overrides))
+            for s in (limits.fingerprint, limits.fingerprint_mints, limits.agent)
+        }
+        assert found == {
+            LimitName.FINGERPRINT: (20, 1_000_000, False, {}),
+            LimitName.FINGERPRINT_MINTS: (6, 10_000_000, False, {}),
+            LimitName.AGENT: (1000, 10_000, False, {}),
+        }
+        assert (limits.client, limits.max_tracked) == (None, 1_000_000)
+
+    @pytest.mark.parametrize("kind", ["fingerprint", "fingerprint_mints", "agent"])
+    @pytest.mark.parametrize(
+        ("override", "expected"),
+        [
+            ({}, (7, 2_000_000, True)),
+            ({"rate": 60}, (7, 1_000_000, True)),
+            ({"burst": 9}, (9, 2_000_000, True)),
+            ({"per": "30s"}, (7, 1_000_000, True)),
+            ({"dry_run": False}, (7, 2_000_000, False)),
+        ],
+    )
+    def test_of_an_agent_inherit_what_is_left_out(
+        self, kind: str, override: Tree, expected: tuple[int, int, bool]
+    ) -> None:
+        """An override changes what it says and nothing else; other agents are not touched."""
+        section = {"rate": 30, "burst": 7, "dry_run": True, "overrides": {"A1": override}}
+        limit_set = getattr(parts.limits(settings({"limits": {kind: section}})), kind)
+        rule, other = limit_set.for_agent("A1"), limit_set.for_agent("B2")
+        assert (rule.limit.burst, rule.limit.interval, rule.dry_run) == expected
+        assert (other.limit.burst, other.limit.interval, other.dry_run) == (7, 2_000_000, True)
+
+    def test_of_a_client_are_there_when_configured(self) -> None:
+        """All requests of one client, without exceptions by agent."""
+        tree: Tree = {"limits": {"client": {"rate": 2, "burst": 3, "per": "1s", "dry_run": True}}}
+        client = parts.limits(settings(tree)).client
+        assert client is not None
+        assert (client.name, client.rule.limit.burst) == (LimitName.CLIENT, 3)
+        assert (client.rule.limit.interval, client.rule.dry_run) == (500_000, True)
+
+
+class TestBudget:
+    def test_of_a_local_issuer_is_none(self) -> None:
+        """A signature costs nobody anything."""
+        assert parts.budget(Settings()) is None
+
+    def test_that_is_configured_holds_for_any_issuer(self) -> None:
+        """In seconds, as the pacer counts."""
+        budget = parts.budget(settings({"issuer": {"budget": {"rate": 5, "per": "1m"}}}))
+        assert budget is not None
+        assert (budget.rate, budget.per, budget.burst, budget.max_wait) == (5, 60, 8, 8)
+
+    def test_of_an_upstream_issuer_is_there_without_being_asked_for(self) -> None:
+        """G4: no configuration relays without a budget."""
+        budget = parts.budget(settings({"issuer": {"kind": "upstream"}}))
+        assert budget is not None
+        assert (budget.rate, budget.per, budget.burst, budget.max_wait) == (106, 60, 8, 8)
+
+
+class TestMissingFiles:
+    def test_are_those_that_are_not_there(self, tmp_path: Path) -> None:
+        """By setting and path; a file that is there is not named, whatever is in it."""
+        tree = merged(
+            good(tmp_path),
+            {
+                "clients.shop.secret_file": "/nowhere/shop",
+                "issuer.local.keys.two.secret_file": f"{tmp_path}/web/two",
+                "store.encryption_key_file": "/nowhere/key",
+            },
+        )
+        assert parts.missing_files(settings(tree)) == [
+            ("clients.shop.secret_file", "/nowhere/shop"),
+            ("issuer.local.keys.two.secret_file", f"{tmp_path}/web/two"),
+            ("store.encryption_key_file", "/nowhere/key"),
+        ]
+
+    def test_are_not_those_that_may_not_be_seen(self, tmp_path: Path) -> None:
+        """A closed folder hides whether the file is there: reading it says what is wrong."""
+        folder = tmp_path / "closed"
+        folder.mkdir()
+        folder.chmod(0)
+        before = os.geteuid()
+        if before == 0:
+            os.seteuid(65534)
+        try:
+            missing = parts.is_missing(str(folder / "secret"))
+        finally:
+            os.seteuid(before)
+            folder.chmod(0o700)
+        assert not missing
+        assert not parts.is_missing("a\0b")
+
+    def test_are_made_up_so_that_everything_else_is_checked(self, tmp_path: Path) -> None:
+        """A secret in place of each missing file, by its setting; what is there stays."""
+        tree = merged(
+            good(tmp_path),
+            {
+                "clients.shop": {"secret_file": "/nowhere/shop", "agents": ["A1"]},
+                "issuer.local.keys.two.secret_file": "/nowhere/two",
+                "issuer.local.signing_key": "two",
+                "issuer.upstream.api_secret_files": ["/nowhere/vendor"],
+                "store.encryption_key_file": "/nowhere/key",
+            },
+        )
+        asked: list[str] = []
+
+        def make(name: str) -> Secret:
+            asked.append(name)
+            return Secret(name + secrets.token_urlsafe(32))
+
+        before = settings(tree)
+        made = parts.make_up(before, make)
+        assert sorted(asked) == [
+            "clients.shop.secret",
+            "issuer.local.keys.two.secret",
+            "issuer.upstream.api_secret",
+            "store.encryption_key",
+        ]
+        assert parts.missing_files(made) == []
+        assert made.clients["web"] == before.clients["web"]
+        assert made.clients["shop"].agents == ("A1",)
+        assert before == settings(tree)
+        parts.check(made, NOTHING)

@@ -1,0 +1,626 @@
+"""The life of a process: started, signalled, reloaded, drained and started again, under load.
+
+Real processes and real sockets.  Nothing here depends on how fast the machine is: where something
+takes its time, the test waits until it has happened.
+"""
+
+import asyncio
+import json
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import jwt
+import pytest
+from processes import (
+    AGENT,
+    PATIENCE,
+    Broker,
+    Caller,
+    Tree,
+    environment,
+    good,
+    merged,
+    put,
+    run,
+    secret_file,
+    secret_in,
+    toml,
+    until,
+    until_true,
+    write,
+)
+
+CONFIG = Path(__file__).parent.parent / "config"
+MINTED = 'broker_mint_duration_seconds_count{issuer="local",outcome="minted"}'
+ROOMY: Tree = {"rate": 1_000_000, "burst": 1_000_000}
+"""A limit that no test meets by accident."""
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    """A configuration that serves, with limits that are far away."""
+    kinds = ("fingerprint", "fingerprint_mints", "agent")
+    return merged(good(tmp_path), {f"limits.{kind}": ROOMY for kind in kinds})
+
+
+def client_secret(tree: Tree, name: str = "web") -> str:
+    """Return the secret of a client."""
+    return secret_in(tree["clients"][name]["secret_file"])
+
+
+def visitor(number: int) -> str:
+    """Name a visitor."""
+    return f"{number:016x}"
+
+
+def start_dev(folder: Path, *arguments: str, **variables: str) -> Broker:
+    """Start development mode on free ports."""
+    free = ("--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0")
+    return Broker("--dev", *free, *arguments, logs=folder, **variables)
+
+
+def introduction(broker: Broker) -> tuple[dict[str, str], str]:
+    """Return the two lines that development mode prints."""
+    out = broker.process.stdout
+    assert out is not None
+    return json.loads(out.readline()), out.readline().decode().rstrip("\n")
+
+
+class Load:
+    """Visitors who ask over and over; what did not go well is kept."""
+
+    def __init__(self, ask: Callable[[int], Any], visitors: int = 8) -> None:
+        self._ask = ask
+        self.answered = [0] * visitors
+        self.failed: list[str] = []
+        self.stopping = False
+
+    async def _visit(self, number: int) -> None:
+        while not self.stopping:
+            try:
+                status = await self._ask(number)
+            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                self.failed.append(repr(error))
+                return
+            if status is None:
+                return
+            if status != 200:
+                self.failed.append(f"status {status}")
+                return
+            self.answered[number] += 1
+
+    async def more(self, count: int = 4) -> None:
+        """Wait until each visitor was answered so many times more: what was under way is over."""
+        goals = [answered + count for answered in self.answered]
+        await until(
+            lambda: (
+                bool(self.failed)
+                or all(a >= goal for a, goal in zip(self.answered, goals, strict=True))
+            )
+        )
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["Load"]:
+        """Keep them asking meanwhile."""
+        async with asyncio.TaskGroup() as group:
+            for number in range(len(self.answered)):
+                group.create_task(self._visit(number))
+            try:
+                yield self
+            finally:
+                self.stopping = True
+
+
+class TestDevelopmentMode:
+    async def test_introduces_itself_to_programs_and_people(self, tmp_path: Path) -> None:
+        """First line: JSON with both addresses and the secret.  Second: curl for a first token."""
+        with start_dev(tmp_path) as broker:
+            said, line = introduction(broker)
+            assert set(said) == {"url", "admin_url", "api_secret"}
+            assert (said["url"], said["admin_url"]) == (broker.url, broker.admin_url)
+            command = shlex.split(line)
+            assert command[:3] == ["curl", "-s", f"{broker.url}/v1/embed-tokens/request"]
+            assert command[3:5] == ["-H", f"api-secret: {said['api_secret']}"]
+            assert command[5] == "-d"
+            assert len(command) == 7
+            asked = json.loads(command[6])
+            async with Caller(broker, said["api_secret"]) as caller:
+                token = await caller.token(asked["fingerprint"], agent=asked["agent_id"])
+                assert await caller.token(asked["fingerprint"]) == token
+                async with caller.http.get(f"{broker.url}/docs") as docs:
+                    assert docs.status == 200
+            assert said["api_secret"] not in broker.log()
+            print(f"\n{broker.seconds_to_start * 1000:.0f} ms from exec to the first request")
+            assert broker.end(signal.SIGINT) == 0
+
+    @pytest.mark.parts
+    def test_prints_a_line_that_a_shell_can_run(self, tmp_path: Path) -> None:
+        """Pasted as it is, it answers with a token."""
+        with start_dev(tmp_path) as broker:
+            _, line = introduction(broker)
+            done = subprocess.run(line, shell=True, capture_output=True, check=True)
+            answer = json.loads(done.stdout)
+        assert (answer["success"], answer["status_code"]) == (True, 200)
+
+    async def test_takes_its_secret_from_the_environment(self, tmp_path: Path) -> None:
+        """BROKER_DEV_SECRET: for scripts that start it more than once."""
+        secret = secret_in(secret_file(tmp_path / "s"))
+        with start_dev(tmp_path, BROKER_DEV_SECRET=secret) as broker:
+            assert introduction(broker)[0]["api_secret"] == secret
+            async with Caller(broker, secret) as caller:
+                await caller.token(visitor(1))
+                assert broker.reload()["event"] == "broker.reloaded"
+                await caller.token(visitor(1))
+
+    @pytest.mark.parametrize("name", ["broker.toml", "dev.toml", "load.toml"])
+    async def test_runs_every_configuration_that_ships(self, tmp_path: Path, name: str) -> None:
+        """Secrets whose files are not here are made up; the printed one gets a token.
+
+        Flags come before the file: it listens where the flag says.
+        """
+        with start_dev(
+            tmp_path, "--config", str(CONFIG / name), BROKER_LOG__LEVEL="info"
+        ) as broker:
+            said, _ = introduction(broker)
+            assert said["url"] != "http://127.0.0.1:8080"
+            async with Caller(broker, said["api_secret"]) as caller:
+                await caller.token(visitor(1))
+            assert broker.reload()["event"] == "broker.reloaded"
+
+    def test_starts_in_time(self) -> None:
+        """How long the imports take and the start beyond them, printed: 300 ms are the aim."""
+        code = "import broker.cli, broker.logs, broker.serve, broker.dev"
+        times = []
+        for _ in range(2):
+            started = time.perf_counter()
+            subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
+            times.append(time.perf_counter() - started)
+        print(f"\n{min(times) * 1000:.0f} ms for Python and the imports")
+
+
+async def turned(caller: Caller) -> bool:
+    """Whether readiness says no."""
+    return await caller.ready() == 503
+
+
+async def connect_and_stop_half_way(broker: Broker, secret: str) -> tuple[Any, Any, bytes]:
+    """Send a request but for its last bytes; returns the connection and these bytes."""
+    host, port = broker.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    body = json.dumps({"agent_id": AGENT, "fingerprint": visitor(77)}).encode()
+    head = (
+        f"POST /v1/embed-tokens/request HTTP/1.1\r\nHost: b\r\napi-secret: {secret}\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    writer.write(head.encode() + body[:-5])
+    await writer.drain()
+    return reader, writer, body[-5:]
+
+
+class TestDrain:
+    async def test_O6_loses_no_request(self, tmp_path: Path, tree: Tree) -> None:
+        """SIGTERM under load: readiness turns first, requests are still taken, then it ends.
+
+        Callers do as balancers do: they look away when readiness turns or an answer says
+        `Connection: close`.  None of their requests fails, a half-sent one is finished, exit 0.
+        """
+        slow = merged(tree, {"server.drain_lead": "1500ms", "server.drain": "20s"})
+        secret = client_secret(tree)
+        looked_away = 0
+        with Broker.configured(tmp_path, slow) as broker:
+            async with Caller(broker, secret) as caller:
+
+                async def ask(number: int) -> int | None:
+                    nonlocal looked_away
+                    status, _, answer = await caller.ask(visitor(number), fresh=number % 2 == 0)
+                    if answer.headers.get("Connection") == "close" and status == 200:
+                        looked_away += 1
+                        return None
+                    return status
+
+                load = Load(ask)
+                async with load.running():
+                    await load.more()
+                    assert await caller.ready() == 200
+                    reader, writer, rest = await connect_and_stop_half_way(broker, secret)
+                    broker.send(signal.SIGTERM)
+                    await until_true(lambda: turned(caller))
+                    status, _, answer = await caller.ask(visitor(78))
+                    assert (status, answer.headers.get("Connection")) == (200, "close")
+                assert load.failed == []
+                assert looked_away == 8
+                await until(lambda: not accepts(broker))
+                writer.write(rest)
+                answer_bytes = await asyncio.wait_for(reader.read(), PATIENCE)
+                assert answer_bytes.startswith(b"HTTP/1.1 200 OK\r\n")
+                assert b"Connection: close\r\n" in answer_bytes
+                writer.close()
+            assert await asyncio.to_thread(broker.wait) == 0
+            names = [e["event"] for e in broker.events() if e["event"] != "broker.embed_token"]
+            assert names == ["broker.started", "broker.draining", "broker.stopped"]
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    async def test_O6_ends_at_once_at_a_second_signal(
+        self, tmp_path: Path, tree: Tree, number: signal.Signals
+    ) -> None:
+        """Who cannot wait asks twice: exit code 128 + the number, long before the drain is over."""
+        slow = merged(tree, {"server.drain_lead": "10m", "server.drain": "10m"})
+        with Broker.configured(tmp_path, slow) as broker:
+            broker.send(number)
+            broker.wait_for(lambda: broker.events("broker.draining"))
+            assert broker.end(number) == 128 + number
+            assert broker.events("broker.stopped") == []
+
+    async def test_obeys_a_signal_that_meets_the_start(self, tmp_path: Path, tree: Tree) -> None:
+        """Whoever has read "started" may signal: no signal finds its default in force."""
+        with Broker.configured(tmp_path, tree) as broker:
+            broker.send(signal.SIGHUP)
+            assert broker.end() == 0
+
+
+def accepts(broker: Broker) -> bool:
+    """Whether the data listener takes connections."""
+    host, port = broker.url.removeprefix("http://").split(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
+
+
+RELOADS = 'broker_config_reloads_total{{outcome="{}"}}'
+
+
+async def reloaded(broker: Broker, to: Tree | str) -> dict[str, Any]:
+    """Replace the configuration and reload; returns the event that says how it went."""
+    path = broker.folder / "broker.toml"
+    write(path, to if isinstance(to, str) else toml(to))
+    return await asyncio.to_thread(broker.reload)
+
+
+class TestReload:
+    async def test_O7_loses_no_request(self, tmp_path: Path, tree: Tree) -> None:
+        """SIGHUP under load: clients and keys rotate without a gap, and every token verifies."""
+        in_use = [client_secret(tree)]
+        keys = {name: secret_file(tmp_path / name) for name in ("k1", "k2")}
+        tables = {name: {"secret_file": path} for name, path in keys.items()}
+        second = {"secret_file": secret_file(tmp_path / "second"), "agents": ["*"]}
+        tokens: set[str] = set()
+        current = merged(tree, {"issuer.local.keys.k1": tables["k1"]})
+        current = put(current, "issuer.local.signing_key", "k1")
+        with Broker.configured(tmp_path, current) as broker:
+            async with Caller(broker, "") as caller:
+
+                async def ask(number: int) -> int:
+                    status, body, _ = await caller.ask(
+                        visitor(number), secret=in_use[0], fresh=True
+                    )
+                    if status == 200:
+                        tokens.add(body["data"]["token"])
+                    return status
+
+                load = Load(ask)
+                async with load.running():
+                    await load.more()
+                    current = put(current, "clients.second", second)
+                    await reloaded(broker, current)
+                    in_use[0] = secret_in(second["secret_file"])
+                    await load.more()
+                    current = put(current, "clients", {"second": second})
+                    await reloaded(broker, current)
+                    assert not await caller.valid(client_secret(tree))
+                    current = put(current, "issuer.local.keys.k2", tables["k2"])
+                    await reloaded(broker, current)
+                    await load.more()
+                    current = put(current, "issuer.local.signing_key", "k2")
+                    assert (await reloaded(broker, current))["needs_restart"] == []
+                    await load.more()
+                assert load.failed == []
+                assert await caller.metric(RELOADS.format("success")) == 4
+        by_key: dict[str, set[str]] = {name: set() for name in keys}
+        for token in tokens:
+            kid = jwt.get_unverified_header(token)["kid"]
+            claims = jwt.decode(token, secret_in(keys[kid]), ["HS256"], audience="embed")
+            by_key[kid].add(claims["sub"])
+        assert by_key == {"k1": {AGENT}, "k2": {AGENT}}
+
+    async def test_O7_changes_nothing_when_the_file_is_broken(
+        self, tmp_path: Path, tree: Tree
+    ) -> None:
+        """All or nothing: good parts of a bad file are not used; counted, and one line each."""
+        secret = client_secret(tree)
+        other = {"secret_file": secret_file(tmp_path / "other"), "agents": ["*"]}
+        with Broker.configured(tmp_path, tree) as broker:
+            async with Caller(broker, secret) as caller:
+
+                async def ask(number: int) -> int:
+                    return (await caller.ask(visitor(number), fresh=True))[0]
+
+                load = Load(ask)
+                bad = put(put(tree, "clients", {"other": other}), "limits.agent.rate", 0)
+                weak = put(put(tree, "clients", {"other": other}), "issuer.local.keys", {})
+                async with load.running():
+                    told = [
+                        await reloaded(broker, bad),
+                        await reloaded(broker, weak),
+                        await reloaded(broker, "[server\n"),
+                    ]
+                    await load.more()
+                    assert await caller.valid(secret)
+                    assert not await caller.valid(secret_in(other["secret_file"]))
+                assert load.failed == []
+                assert await caller.metric(RELOADS.format("success")) == 0
+                assert await caller.metric(RELOADS.format("failure")) == 3
+            assert [event["level"] for event in told] == ["error"] * 3
+            assert told[0]["error"].startswith("limits.agent: rate must be")
+            assert told[1]["error"].startswith("issuer.local.keys: no key to sign with")
+            assert "is not valid TOML" in told[2]["error"]
+            assert broker.events("broker.reload_failed") == told
+
+    async def test_L11_puts_other_limits_in_force_at_once(self, tmp_path: Path, tree: Tree) -> None:
+        """Raised, lowered, broken: the next request shows what holds; what was spent stays so."""
+        per_hour = {"rate": 1, "per": "1h"}
+
+        def with_burst(burst: int) -> str:
+            limited = put(tree, "limits.fingerprint", {**per_hour, "burst": burst})
+            return write(tmp_path / "broker.toml", toml(limited))
+
+        with Broker("--config", with_burst(2), logs=tmp_path) as broker:
+            async with Caller(broker, client_secret(tree)) as caller:
+
+                async def ask() -> tuple[int, str, str]:
+                    status, _, answer = await caller.ask(visitor(1))
+                    head = answer.headers
+                    return status, head["X-RateLimit-Limit"], head["X-RateLimit-Remaining"]
+
+                assert [await ask() for _ in range(3)] == [
+                    (200, "2", "1"),
+                    (200, "2", "0"),
+                    (429, "2", "0"),
+                ]
+                with_burst(4)
+                broker.reload()
+                assert [await ask() for _ in range(3)] == [
+                    (200, "4", "1"),
+                    (200, "4", "0"),
+                    (429, "4", "0"),
+                ]
+                with_burst(0)
+                assert broker.reload()["event"] == "broker.reload_failed"
+                assert await ask() == (429, "4", "0")
+                with_burst(1)
+                broker.reload()
+                status, _, answer = await caller.ask(visitor(1))
+                assert (status, answer.headers["X-RateLimit-Limit"]) == (429, "1")
+                assert 3500 < int(answer.headers["Retry-After"]) <= 3600
+
+    async def test_follows_the_format_of_fingerprints(self, tmp_path: Path, tree: Tree) -> None:
+        """It is among the limits, so it follows a reload, too."""
+        with Broker.configured(tmp_path, tree) as broker:
+            async with Caller(broker, client_secret(tree)) as caller:
+                assert (await caller.ask("alice"))[0] == 400
+                loose = put(tree, "limits.fingerprint_format", "any")
+                write(tmp_path / "broker.toml", toml(loose))
+                broker.reload()
+                assert (await caller.ask("alice"))[0] == 200
+
+    async def test_names_what_needs_a_restart(self, tmp_path: Path, tree: Tree) -> None:
+        """Sections that a running process cannot follow are in the event, and left as they were."""
+        with Broker.configured(tmp_path, tree) as broker:
+            changed = merged(
+                tree,
+                {
+                    "server.deadline": "7s",
+                    "reuse.enabled": False,
+                    "issuer.local.audience": "others",
+                    "log.level": "debug",
+                },
+            )
+            write(tmp_path / "broker.toml", toml(changed))
+            assert broker.reload()["needs_restart"] == [
+                "server",
+                "reuse",
+                "issuer.local.audience",
+            ]
+            async with Caller(broker, client_secret(tree)) as caller:
+                token = await caller.token(visitor(1))
+                assert await caller.token(visitor(1)) == token
+            assert [e["level"] for e in broker.events("broker.embed_token")] == ["info", "debug"]
+
+    async def test_O7_happens_by_itself_when_a_secret_changes(
+        self, tmp_path: Path, tree: Tree
+    ) -> None:
+        """A rotated file is in force within about a second, without a signal.
+
+        While the new file is half written, the old secret stays in force.
+        """
+        file = Path(tree["clients"]["web"]["secret_file"])
+        old = secret_in(str(file))
+        with Broker.configured(tmp_path, tree) as broker:
+            async with Caller(broker, old) as caller:
+                truncate(file)
+                broker.wait_for(lambda: broker.events("broker.reload_failed"))
+                assert await caller.valid(old)
+                new = secret_in(secret_file(file))
+                changed = time.monotonic()
+                await until_true(lambda: caller.valid(new))
+                print(f"\nin force after {time.monotonic() - changed:.2f} s")
+                assert not await caller.valid(old)
+            events = [e["event"] for e in broker.events() if e["event"] != "broker.embed_token"]
+            assert events == [
+                "broker.started",
+                "broker.secret_files_changed",
+                "broker.reload_failed",
+                "broker.secret_files_changed",
+                "broker.reloaded",
+            ]
+
+
+def truncate(file: Path) -> None:
+    """Begin to write a file anew, as an editor does."""
+    file.write_bytes(b"")
+
+
+@pytest.fixture
+def lasting(tmp_path: Path, tree: Tree) -> Tree:
+    """A configuration with a snapshot, and an agent whose visitors get two requests an hour."""
+    return merged(
+        tree,
+        {
+            "store.snapshot_file": str(tmp_path / "snapshot"),
+            "store.encryption_key_file": secret_file(tmp_path / "sealing"),
+            "limits.fingerprint.overrides.SCARCE": {"rate": 1, "per": "1h", "burst": 2},
+        },
+    )
+
+
+class TestSnapshot:
+    async def test_V12_restart_under_load_mints_nothing_anew(
+        self, tmp_path: Path, lasting: Tree
+    ) -> None:
+        """The same tokens after it, no mint, and an exhausted bucket stays exhausted."""
+        secret = client_secret(lasting)
+        visitors = 40
+        held: dict[int, str] = {}
+        changed: list[int] = []
+        with Broker.configured(tmp_path, lasting) as before:
+            async with Caller(before, secret) as caller:
+                for number in range(visitors):
+                    held[number] = await caller.token(visitor(number))
+                for expected in (200, 200, 429):
+                    assert (await caller.ask(visitor(1), agent="SCARCE"))[0] == expected
+
+                async def ask(number: int) -> int | None:
+                    status, body, answer = await caller.ask(visitor(number))
+                    if status == 200 and body["data"]["token"] != held[number]:
+                        changed.append(number)
+                    return None if answer.headers.get("Connection") == "close" else status
+
+                load = Load(ask)
+                async with load.running():
+                    await load.more()
+                    assert await asyncio.to_thread(before.end) == 0
+            assert before.events("broker.snapshot_saved")[0]["tokens"] == visitors + 1
+        assert (tmp_path / "snapshot").stat().st_mode & 0o777 == 0o600
+        sealed = (tmp_path / "snapshot").read_bytes()
+        assert [t for t in held.values() if t.encode() in sealed] == []
+        with Broker.configured(tmp_path, lasting) as after:
+            async with Caller(after, secret) as caller:
+                for number in range(visitors):
+                    assert await caller.token(visitor(number)) == held[number]
+                assert (await caller.ask(visitor(1), agent="SCARCE"))[0] == 429
+                assert (await caller.ask(visitor(2), agent="SCARCE"))[0] == 200
+                assert await caller.metric(MINTED) == 1
+            assert after.events("broker.snapshot_loaded")[0]["tokens"] == visitors + 1
+        assert changed == []
+        assert not (tmp_path / "snapshot").exists()
+
+    async def test_is_ignored_with_one_line_when_it_is_not_good(
+        self, tmp_path: Path, lasting: Tree
+    ) -> None:
+        """Tampered, foreign, too old, no snapshot at all: the broker starts without it."""
+        secret = client_secret(lasting)
+        with Broker.configured(tmp_path, lasting) as broker:
+            async with Caller(broker, secret) as caller:
+                old = await caller.token(visitor(1))
+            assert broker.end() == 0
+        snapshot = tmp_path / "snapshot"
+        good_bytes = snapshot.read_bytes()
+        tampered = good_bytes[:-1] + bytes([good_bytes[-1] ^ 1])
+        foreign = put(lasting, "store.encryption_key_file", secret_file(tmp_path / "other"))
+        aged = put(lasting, "store.snapshot_max_age", "1us")
+        cases = [
+            (tampered, lasting, "damaged, or sealed with another key"),
+            (good_bytes, foreign, "damaged, or sealed with another key"),
+            (good_bytes, aged, "written "),
+            (b"hello", lasting, "not a snapshot of this version"),
+        ]
+        for content, tree, reason in cases:
+            snapshot.write_bytes(content)
+            with Broker.configured(tmp_path, tree) as broker:
+                assert [e["event"] for e in broker.events()] == [
+                    "broker.snapshot_ignored",
+                    "broker.started",
+                ]
+                assert broker.events()[0]["reason"].startswith(reason)
+                async with Caller(broker, secret) as caller:
+                    assert await caller.token(visitor(1)) != old
+
+    async def test_outlives_a_start_that_failed(self, tmp_path: Path, lasting: Tree) -> None:
+        """A start whose port is taken gives the snapshot back: the next one finds it."""
+        secret = client_secret(lasting)
+        with Broker.configured(tmp_path, lasting) as broker:
+            async with Caller(broker, secret) as caller:
+                token = await caller.token(visitor(1))
+            assert broker.end() == 0
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            port = other.getsockname()[1]
+            taken = put(lasting, "server.listen", f"127.0.0.1:{port}")
+            path = write(tmp_path / "taken.toml", toml(taken))
+            assert run("serve", "--config", path).returncode == 69
+        with Broker.configured(tmp_path, lasting) as broker:
+            async with Caller(broker, secret) as caller:
+                assert await caller.token(visitor(1)) == token
+
+
+class TestUnixSocket:
+    async def test_serves_and_survives_a_kill(self, tmp_path: Path, tree: Tree) -> None:
+        """After kill -9 the next start takes the stale socket's place; a live one is left alone."""
+        path = tmp_path / "s"
+        unix = put(tree, "server.listen", f"unix:{path}")
+        secret = client_secret(tree)
+        with Broker.configured(tmp_path, unix) as broker:
+            assert broker.url == f"unix:{path}"
+            async with Caller(broker, secret) as caller:
+                await caller.token(visitor(1))
+                second = run("serve", "--config", str(tmp_path / "broker.toml"))
+                assert second.returncode == 69
+                assert b"in use; stop the other process" in second.stderr
+                await caller.token(visitor(2))
+            assert broker.end(signal.SIGKILL) == -signal.SIGKILL
+        assert path.is_socket()
+        with Broker.configured(tmp_path, unix) as broker:
+            async with Caller(broker, secret) as caller:
+                await caller.token(visitor(1))
+            assert broker.end() == 0
+
+    def test_is_in_the_curl_line_of_development_mode(self, tmp_path: Path) -> None:
+        """The line works there as well."""
+        path = tmp_path / "s"
+        with Broker(
+            "--dev", "--listen", f"unix:{path}", "--admin-listen", "127.0.0.1:0", logs=tmp_path
+        ) as broker:
+            said, line = introduction(broker)
+        assert said["url"] == f"unix:{path}"
+        assert shlex.split(line)[2:5] == [
+            "--unix-socket",
+            str(path),
+            "http://localhost/v1/embed-tokens/request",
+        ]
+
+
+def command_line(number: int) -> str:
+    """Return what every user of the machine sees of a process."""
+    line = Path(f"/proc/{number}/cmdline")
+    return line.read_text(encoding="utf-8") if line.exists() else ""
+
+
+async def test_G7_process_list_shows_no_secret(tmp_path: Path, tree: Tree) -> None:
+    """Neither the command line nor the log of a working broker has a secret, key or token."""
+    loud = put(tree, "log.level", "debug")
+    secret = client_secret(tree)
+    key = secret_in(tree["issuer"]["local"]["keys"]["one"]["secret_file"])
+    with Broker.configured(tmp_path, loud) as broker:
+        async with Caller(broker, secret) as caller:
+            token = await caller.token(visitor(0xCAFE))
+            await caller.token(visitor(0xCAFE))
+        seen = broker.log() + command_line(broker.process.pid)
+    canaries = {"secret": secret, "key": key, "token": token, "visitor": visitor(0xCAFE)}
+    assert [name for name, canary in canaries.items() if canary in seen] == []
+    assert len(broker.events("broker.embed_token")) == 2
