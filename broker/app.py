@@ -16,7 +16,6 @@ from aiohttp import web
 
 from broker import logs, parts
 from broker.clock import SystemClock
-from broker.config import ConfigError
 from broker.health import Health
 from broker.issue import TokenDesk
 from broker.issuers.local import LocalIssuer
@@ -28,6 +27,7 @@ from broker.metrics import Metrics, UpstreamMetrics
 from broker.model import LimitName
 from broker.pacer import Paced, Pacer, Unpaced
 from broker.pauses import PauseKeeper
+from broker.schema import ConfigError
 from broker.settings import Settings
 from broker.stores import snapshot
 from broker.stores.memory import MemoryStore

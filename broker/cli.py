@@ -16,9 +16,9 @@ from typing import Any, NoReturn
 
 from typing_extensions import override
 
-from broker import config
-from broker.config import ConfigError
+from broker import checks, config, schema
 from broker.model import Secret
+from broker.schema import ConfigError
 from broker.settings import Settings
 from broker.version import VERSION
 
@@ -198,7 +198,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _config_show(arguments: argparse.Namespace) -> int:
-    print(config.show(_settings(arguments)), end="")
+    print(schema.show(_settings(arguments)), end="")
     return EX_OK
 
 
@@ -231,7 +231,7 @@ def _fake_vendor(arguments: argparse.Namespace) -> int:
     from broker.testing import FakeVendor, VendorSettings, serve_forever  # noqa: PLC0415 - as in _run
 
     try:
-        where = config.parse_address(arguments.listen)
+        where = checks.parse_address(arguments.listen)
     except ValueError as error:
         raise ConfigError(f"--listen: {error}") from None
     if isinstance(where, str):

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from broker.config import parse_address
+from broker.checks import parse_address
 
 SOCKET_MODE = 0o660
 """Who may connect to a Unix socket: owner and group.  The secret is still required."""
@@ -31,7 +31,7 @@ async def listen(
         if isinstance(where, str):
             _require_free(Path(where))
             server = await loop.create_unix_server(factory, where, backlog=backlog)
-            Path(where).chmod(SOCKET_MODE)
+            Path(where).chmod(SOCKET_MODE)  # noqa: ASYNC240 - once, at the start
             return server, f"unix:{where}"
         host, port = where
         server = await loop.create_server(factory, host, port, backlog=backlog)
@@ -51,7 +51,7 @@ def _require_free(path: Path) -> None:
     if not stat.S_ISSOCK(path.stat().st_mode):
         raise OSError(errno.EEXIST, "there is a file that is not a socket")
     with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)  # one whose queue is full is somebody's, too
+        probe.settimeout(0)  # one whose queue is full is somebody's, too
         if probe.connect_ex(str(path)) != errno.ECONNREFUSED:
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 

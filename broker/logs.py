@@ -51,7 +51,8 @@ def _renderers(form: str, out: TextIO) -> list[Processor]:
         _escape,
         structlog.dev.ConsoleRenderer(
             colors=out.isatty() and "NO_COLOR" not in os.environ,
-            exception_formatter=structlog.dev.plain_traceback,  # rich's would print local variables
+            # not rich's, which would print local variables where rich is installed
+            exception_formatter=structlog.dev.plain_traceback,
         ),
     ]
 
@@ -77,7 +78,7 @@ def _escape(_logger: object, _name: str, event: EventDict) -> EventDict:
 
 
 class _Bridge(logging.Handler):
-    """Brings warnings of libraries into our format; their arguments may quote input and stay out."""
+    """Brings warnings of libraries into our format; arguments may quote input and stay out."""
 
     @override
     def emit(self, record: logging.LogRecord) -> None:

@@ -73,9 +73,8 @@ async def _ask(url: str, secret: str, body: dict[str, str]) -> str:
     data = answer.get("data")
     if not isinstance(data, dict) or not isinstance(data.get("token"), str):
         detail = answer.get("error")
-        raise CannotMint(
-            f"{url} refused: {detail.get('message') if isinstance(detail, dict) else response.status}"
-        )
+        reason = detail.get("message") if isinstance(detail, dict) else response.status
+        raise CannotMint(f"{url} refused: {reason}")
     return str(data["token"])
 
 

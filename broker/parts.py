@@ -14,20 +14,15 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from broker import settings as settings_tree
-from broker.config import (
-    MIN_CLIENT_SECRET,
-    VENDOR_VARIABLES,
-    ConfigError,
-    is_loopback,
-    parse_address,
-    read_secret,
-)
+from broker.checks import is_loopback, parse_address
+from broker.config import MIN_CLIENT_SECRET, VENDOR_VARIABLES, read_secret
 from broker.issue import ReusePolicy
 from broker.issuers.keyring import BadKey, Keyring, check_key
 from broker.limits import Limits, LimitSet, Rule
 from broker.model import LimitName, Secret
 from broker.pacer import Budget
 from broker.rules import bucket
+from broker.schema import ConfigError
 from broker.settings import (
     AgentLimit,
     AgentOverride,

@@ -76,7 +76,7 @@ class Server(_Section, frozen=True):
     """Addresses or networks whose `X-Forwarded-For` counts.  None: a header that anybody can
     send must not choose whose failed logins are throttled."""
     docs: bool = False
-    """Serve /openapi.json and /docs.  Off: a production sidecar needs no pages (`--dev` has them)."""
+    """Serve /openapi.json and /docs.  Off: a sidecar in production needs none; `--dev` has it."""
 
 
 class Admin(_Section, frozen=True):

@@ -16,9 +16,9 @@ from msgspec import Struct
 from msgspec.structs import fields
 from processes import Tree, good, merged, put, toml, write
 
-from broker import config
-from broker.config import ConfigError
+from broker import checks, config, schema
 from broker.model import Secret
+from broker.schema import ConfigError
 from broker.settings import Duration, Settings
 
 Value = str | int | float | bool | list[str]
@@ -34,7 +34,7 @@ def refusal(tree: Mapping[str, Any]) -> str:
 def keys(kind: type[Struct] = Settings, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
     """Every single value of the tree by its path; tables with free names are given one."""
     for field in fields(kind):
-        bare = config._bare(field.type)
+        bare = schema.bare(field.type)
         here = (*path, field.name)
         if get_origin(bare) in (dict, Mapping):
             yield from keys(get_args(bare)[1], (*here, "A78WKV4515"))
@@ -539,7 +539,7 @@ class TestShow:
         )
         tree["clients"]["wei.rd"] = {"secret_file": '/a"b', "agents": []}
         settings = config.from_tree(tree)
-        path = Path(write(tmp_path / "shown.toml", config.show(settings)))
+        path = Path(write(tmp_path / "shown.toml", schema.show(settings)))
         assert config.load(path, {}, {}) == settings
 
     def test_G7_masks_every_secret(self) -> None:
@@ -547,7 +547,7 @@ class TestShow:
         canary = secrets.token_urlsafe(32)
         names = [name for name, kind in keys() if kind is Secret]
         tree = merged({}, dict.fromkeys(names, canary))
-        shown = config.show(config.from_tree(tree))
+        shown = schema.show(config.from_tree(tree))
         assert canary not in shown
         assert shown.count('= "**********"') == len(names) >= 4
 
@@ -564,4 +564,4 @@ class TestAddress:
     )
     def test_is_host_and_port_or_a_path(self, text: str, where: object) -> None:
         """The three forms of a place to listen."""
-        assert config.parse_address(text) == where
+        assert checks.parse_address(text) == where

@@ -15,7 +15,7 @@ from msgspec import NODEFAULT, Struct
 from msgspec.structs import FieldInfo, fields
 from processes import environment
 
-from broker import cli, config, metrics
+from broker import cli, config, metrics, schema
 from broker.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -38,11 +38,11 @@ def reference(*, everything: bool) -> dict[str, Any]:
 
 def told(tree: Mapping[str, Any], kind: Any = Settings, path: str = "") -> Iterator[str]:
     """Every key of a tree by its path; entries of free tables under `*`."""
-    kind = config._bare(kind)
+    kind = schema.bare(kind)
     for name, value in tree.items():
         free = get_origin(kind) in (dict, Mapping)
         here = f"{path}{'*' if free else name}"
-        inner = get_args(kind)[1] if free else config._fields(kind).get(name)
+        inner = get_args(kind)[1] if free else schema.fields_of(kind).get(name)
         if isinstance(value, Mapping) and inner is not None:
             yield from told(value, inner, f"{here}.")
         else:
@@ -52,7 +52,7 @@ def told(tree: Mapping[str, Any], kind: Any = Settings, path: str = "") -> Itera
 def settings(kind: Any = Settings, path: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every setting there is by its path; entries of free tables under `*`."""
     for field in fields(kind):
-        bare = config._bare(field.type)
+        bare = schema.bare(field.type)
         if get_origin(bare) in (dict, Mapping):
             yield from settings(get_args(bare)[1], f"{path}{field.name}.*.")
         elif isinstance(bare, type) and issubclass(bare, Struct):
@@ -93,9 +93,9 @@ class TestReferenceConfiguration:
                 assert value_at(reference(everything=True), path) is not None, path
             else:
                 assert said is not None, f"{path} is not there"
-                shown = config._encode(default) if not isinstance(said, int | float) else default
+                shown = schema.encode(default) if not isinstance(said, int | float) else default
                 plain = list(default) if isinstance(default, tuple) else default
-                same = said in (plain, shown) or config._duration(said) == default
+                same = said in (plain, shown) or schema.duration(said) == default
                 assert same, f"{path} is {said!r}, its default {default!r}"
 
     def test_means_the_defaults(self) -> None:

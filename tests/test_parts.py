@@ -9,8 +9,8 @@ import pytest
 from processes import Tree, good, merged, put, secret_file, secret_in, write
 
 from broker import config, parts
-from broker.config import ConfigError
 from broker.model import LimitName, Secret
+from broker.schema import ConfigError
 from broker.settings import Settings
 
 NOTHING: Mapping[str, str] = {}

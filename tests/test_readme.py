@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import msgspec
 import pytest
 
-from broker import answers, cli, config, errors, mint, parts, settings
+from broker import answers, cli, config, errors, mint, parts, schema, settings
 from broker.issuers.vendor_failures import BY_CODE
 from broker.issuers.vendor_replies import Reason, Scope
 from broker.metrics import Metrics, UpstreamMetrics
@@ -478,8 +478,8 @@ def test_settings_that_are_named_exist() -> None:
             continue
         kind: Any = settings.Settings
         for part in section.split("."):
-            kind = config._bare(config._fields(kind)[part])
-        assert not key or key in config._fields(kind), f"[{section}] {key}"
+            kind = schema.bare(schema.fields_of(kind)[part])
+        assert not key or key in schema.fields_of(kind), f"[{section}] {key}"
 
 
 def test_variables_that_are_shown_are_understood() -> None:

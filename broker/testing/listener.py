@@ -97,7 +97,7 @@ class Listener:
             except OSError:
                 bound.close()
                 raise
-            bound.setblocking(False)
+            bound.settimeout(0)
             self.port = bound.getsockname()[1]
             self._socket = bound
         return self._socket
@@ -105,7 +105,7 @@ class Listener:
     def _filler(self, listening: socket.socket) -> socket.socket:
         """Return a connection of our own that takes a place in the backlog."""
         filler = socket.socket(listening.family, socket.SOCK_STREAM)
-        filler.setblocking(False)
+        filler.settimeout(0)
         filler.connect_ex(listening.getsockname())
         return filler
 

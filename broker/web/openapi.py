@@ -12,7 +12,7 @@ from broker.web.wire import HEX, TokenRequest
 _REF = "#/components/schemas/{name}"
 
 _TOKEN_ERRORS: Mapping[int, str] = {
-    400: "A field is absent or wrong; the message names field, rule and remedy. Or the vendor's 400",
+    400: "A field is absent or wrong; the message names field, rule, remedy. Or the vendor's 400",
     401: "No client secret, or an unknown one",
     403: "The client may not use this agent, the secret came from a browser, or the vendor refused",
     404: "The vendor knows no such agent",

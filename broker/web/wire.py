@@ -51,8 +51,8 @@ class TokenRequest(Struct, frozen=True, gc=False):
         Annotated[
             str,
             Meta(
-                description="Stable per-device hex string, made once and persisted. Opaque: passed on"
-                " byte for byte, since the visitor's memory is kept under it",
+                description="Stable per-device hex string, made once and persisted. Opaque:"
+                " passed on byte for byte, since the visitor's memory is kept under it",
                 examples=["9f86d081884c7d659a2feaa0c55ad015"],
                 extra_json_schema={
                     "minLength": 1,
@@ -71,8 +71,8 @@ class TokenRequest(Struct, frozen=True, gc=False):
                 extra_json_schema={"minLength": 1, "maxLength": MODEL_MAX, "pattern": _PRINTABLE},
             ),
         ]
-        | None
         | UnsetType
+        | None
     ) = UNSET
     fresh: Annotated[
         bool, Meta(description="Ask for a new token instead of the one held for reuse")

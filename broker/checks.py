@@ -1,0 +1,159 @@
+"""Rules that no type can express: between settings, and about addresses, limits and URLs.
+
+Each failure is one line that names the key, the rule and the remedy.
+"""
+
+import ipaddress
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from yarl import URL
+
+from broker.model import AGENT_ID, AGENT_RULE
+from broker.rules import bucket
+from broker.schema import ConfigError
+from broker.settings import Duration, Settings
+
+MAX_VENDOR_KEYS = 4
+"""Keys in the vendor's list: a rotation needs two."""
+
+MAX_PORT = 2**16 - 1
+"""TCP has no more."""
+
+_PORT = re.compile(r"[0-9]{1,5}")
+
+
+def check(settings: Settings) -> None:
+    """Rules that span more than one value."""
+    for section in ("fingerprint", "fingerprint_mints", "agent", "client"):
+        _check_limit(f"limits.{section}", getattr(settings.limits, section))
+    budget = settings.issuer.budget
+    if budget is not None:
+        _check_rate("issuer.budget", budget.rate, budget.per, budget.burst)
+        if budget.max_wait.us <= 0:
+            raise ConfigError("issuer.budget.max_wait: must be longer than 0")
+    for name, client in settings.clients.items():
+        _check_agents(f"clients.{name}.agents", client.agents)
+    _check_upstream(settings)
+    _check_reuse(settings)
+    _check_server(settings)
+    _check_snapshot(settings)
+
+
+def _check_limit(path: str, limit: Any) -> None:
+    if limit is None:
+        return
+    _check_rate(path, limit.rate, limit.per, limit.burst)
+    for agent, override in getattr(limit, "overrides", {}).items():
+        if not AGENT_ID.fullmatch(agent):
+            raise ConfigError(f"{path}.overrides: {agent!r} is not an agent id ({AGENT_RULE})")
+        _check_rate(
+            f"{path}.overrides.{agent}",
+            limit.rate if override.rate is None else override.rate,
+            limit.per if override.per is None else override.per,
+            limit.burst if override.burst is None else override.burst,
+        )
+
+
+def _check_agents(path: str, agents: Iterable[str]) -> None:
+    for agent in agents:
+        if agent != "*" and not AGENT_ID.fullmatch(agent):
+            raise ConfigError(f'{path}: {agent!r} is neither "*" nor an agent id ({AGENT_RULE})')
+
+
+def _check_rate(path: str, rate: float, per: Duration, burst: int) -> None:
+    try:
+        bucket.limit(rate, per.us, burst)
+    except ValueError as error:
+        raise ConfigError(
+            f"{path}: {error}; no number switches a limit off: raise it, or set dry_run = true"
+        ) from None
+
+
+def _check_upstream(settings: Settings) -> None:
+    upstream = settings.issuer.upstream
+    try:
+        url = URL(upstream.base_url)
+    except ValueError:
+        url = URL()
+    if url.scheme not in ("http", "https") or not url.host or url.query_string or url.user:
+        raise ConfigError(
+            'issuer.upstream.base_url: expected "https://HOST", without query or user'
+        )
+    if url.scheme == "http" and not is_loopback(url.host):
+        raise ConfigError(
+            "issuer.upstream.base_url: http would show the key to the network; use https"
+        )
+    if len(upstream.api_secret_files) > MAX_VENDOR_KEYS:
+        raise ConfigError(
+            f"issuer.upstream.api_secret_files: more than {MAX_VENDOR_KEYS}; each refused key is"
+            " tried twice a minute, and the vendor allows 30 failures"
+        )
+    if upstream.timeout.us <= 0:
+        raise ConfigError("issuer.upstream.timeout: must be longer than 0")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this host is this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_reuse(settings: Settings) -> None:
+    reuse = settings.reuse
+    if reuse.floor_in_outage.us > reuse.floor.us:
+        raise ConfigError("reuse.floor_in_outage: must not be longer than reuse.floor")
+    if reuse.refresh_ahead.us < reuse.floor.us:
+        raise ConfigError("reuse.refresh_ahead: must not be shorter than reuse.floor")
+
+
+def _check_server(settings: Settings) -> None:
+    server = settings.server
+    if server.deadline.us <= 0:
+        raise ConfigError("server.deadline: must be longer than 0")
+    if server.drain_lead.us > server.drain.us:
+        raise ConfigError("server.drain_lead: must not be longer than server.drain")
+    for path, listen in (("server", server.listen), ("admin", settings.admin.listen)):
+        try:
+            parse_address(listen)
+        except ValueError as error:
+            raise ConfigError(f"{path}.listen: {error}") from None
+    for network in server.trusted_proxies:
+        try:
+            ipaddress.ip_network(network)
+        except ValueError:
+            raise ConfigError(
+                f"server.trusted_proxies: {network!r} is neither an address nor a network"
+            ) from None
+
+
+def _check_snapshot(settings: Settings) -> None:
+    store = settings.store
+    if store.snapshot_file and not (store.encryption_key or store.encryption_key_file):
+        raise ConfigError(
+            "store.encryption_key_file: required with store.snapshot_file, because it holds"
+            " tokens; make one with `broker keys generate`"
+        )
+
+
+def parse_address(text: str) -> tuple[str, int] | str:
+    """Read `HOST:PORT`, `[V6]:PORT` or `unix:/path`; raises ValueError.
+
+    Returns (host, port), or the path of a Unix socket.
+    """
+    if text.startswith("unix:"):
+        path = text.removeprefix("unix:")
+        if not Path(path).is_absolute() or not path.isprintable():
+            raise ValueError("a Unix socket needs an absolute path, such as unix:/run/broker.sock")
+        return path
+    host, colon, port = text.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not colon or not bare or not _PORT.fullmatch(port) or int(port) > MAX_PORT:
+        raise ValueError('expected "HOST:PORT" (0 chooses a port) or "unix:/path"')
+    if bare == host and ":" in host:
+        raise ValueError('an IPv6 address needs brackets, such as "[::1]:8080"')
+    return bare, int(port)
