@@ -38,3 +38,7 @@ class TokenCache(TLRUCache[str, EmbedToken]):
         gone = list(super().expire(time))
         self.expired += len(gone)
         return gone
+
+    @override
+    def __repr__(self) -> str:
+        return f"TokenCache(held={len(self)}, evicted={self.evicted})"  # keys hold fingerprints

@@ -1,0 +1,482 @@
+"""What every store does: one body, run on each of them.
+
+A store's test module subclasses `StoreContract` and gives it the fixture `open_store`.  Time passes
+when the contract says so; how a store arranges that is the fixture's affair.
+"""
+
+import asyncio
+import random
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Protocol
+
+import pytest
+
+from broker.limits import Limits, LimitSet, Rule
+from broker.model import Ask, EmbedToken, LimitName
+from broker.rules import bucket
+from broker.rules.bucket import Limit, Verdict
+from broker.stores.base import Denial, Store, Visit
+
+SECOND = 1_000_000
+HOUR = 3600 * SECOND
+AGENT, OTHER_AGENT = "A78WKV4515", "A02XYZ9981"
+
+WIDE = Limit(burst=100_000, interval=1)
+"""A limit that no test meets."""
+
+
+class Opened(Protocol):
+    """A store that is open, and what a test needs beside it."""
+
+    store: Store
+
+    def moments(self) -> tuple[int, int]:
+        """Return the monotonic and the wall clock's microsecond, as tokens are stamped."""
+        ...
+
+    async def pass_time(self, us: int) -> None:
+        """Let microseconds pass, for the store too."""
+        ...
+
+    def use_limits(self, limits: Limits) -> None:
+        """Put other limits in force."""
+        ...
+
+
+OpenStore = Callable[[Limits], Awaitable[Opened]]
+
+
+def limits_of(
+    fingerprint: Limit = WIDE,
+    mints: Limit = WIDE,
+    agent: Limit = WIDE,
+    client: Limit | None = None,
+    *,
+    overrides: Mapping[LimitName, Mapping[str, Limit]] | None = None,
+    dry_run: frozenset[LimitName] = frozenset(),
+) -> Limits:
+    """Make limits of which only those given can be met."""
+
+    def rule(name: LimitName, limit: Limit) -> Rule:
+        return Rule(limit, name in dry_run)
+
+    def limit_set(name: LimitName, limit: Limit) -> LimitSet:
+        others = (overrides or {}).get(name, {})
+        return LimitSet(name, rule(name, limit), {a: rule(name, o) for a, o in others.items()})
+
+    return Limits(
+        fingerprint=limit_set(LimitName.FINGERPRINT, fingerprint),
+        fingerprint_mints=limit_set(LimitName.FINGERPRINT_MINTS, mints),
+        agent=limit_set(LimitName.AGENT, agent),
+        client=None if client is None else limit_set(LimitName.CLIENT, client),
+        max_tracked=1_000_000,
+    )
+
+
+def ask_of(fingerprint: str | None = None, client: str = "web", agent: str = AGENT) -> Ask:
+    """Make an ask, of a visitor never seen before unless one is named."""
+    return Ask(client=client, agent=agent, fingerprint=fingerprint or secrets.token_hex(16))
+
+
+def token_at(opened: Opened, lifetime: int = HOUR) -> EmbedToken:
+    """Make a token whose mint begins now."""
+    mono, wall = opened.moments()
+    return EmbedToken(
+        body=secrets.token_bytes(300),
+        dies_mono=mono + lifetime,
+        dies_wall=wall + lifetime,
+        lifetime=lifetime,
+        mark=lifetime // 5,
+    )
+
+
+async def visit(opened: Opened, ask: Ask) -> Visit:
+    """Ask as the story does."""
+    return await opened.store.visit(ask, ask.key)
+
+
+async def admitted(opened: Opened, ask: Ask, times: int) -> int:
+    """Count the visits that pass of this many, one after the other."""
+    return sum([(await visit(opened, ask)).denial is None for _ in range(times)])
+
+
+async def minted(opened: Opened, ask: Ask, times: int) -> int:
+    """Count the mints that are admitted of this many."""
+    return sum([await opened.store.admit_mint(ask) is None for _ in range(times)])
+
+
+def refused_by(denial: Denial | None) -> tuple[LimitName, int] | None:
+    """Name the limit and its wait, None where nothing was refused."""
+    return None if denial is None else (denial.limit, denial.verdict.retry_after)
+
+
+class StoreContract:
+    """The behaviours."""
+
+    # --- tokens
+
+    async def test_an_unknown_visitor_is_admitted_and_has_no_token(
+        self, open_store: OpenStore
+    ) -> None:
+        """The verdict is the fingerprint limit's, whole."""
+        limit = Limit(burst=20, interval=SECOND)
+        opened = await open_store(limits_of(limit))
+        verdict = Verdict(True, 19, SECOND, 0, limit)
+        assert await visit(opened, ask_of()) == Visit(verdict, None, None)
+
+    async def test_a_token_that_is_kept_is_found(self, open_store: OpenStore) -> None:
+        """By `visit` and by `look`, unchanged, again and again."""
+        opened, ask = await open_store(limits_of()), ask_of()
+        token = token_at(opened)
+        await opened.store.keep(ask.key, token)
+        for _ in range(3):
+            assert await opened.store.look(ask.key) == token
+            assert (await visit(opened, ask)).token == token
+
+    async def test_a_later_token_replaces_the_one_before(self, open_store: OpenStore) -> None:
+        """A renewal leaves one token under the key: its own."""
+        opened, ask = await open_store(limits_of()), ask_of()
+        await opened.store.keep(ask.key, token_at(opened))
+        later = token_at(opened)
+        await opened.store.keep(ask.key, later)
+        assert await opened.store.look(ask.key) == later
+
+    async def test_T5_a_dead_token_is_not_found(self, open_store: OpenStore) -> None:
+        """At its last microsecond at the latest it is gone, or says itself that it is over."""
+        opened, ask = await open_store(limits_of()), ask_of()
+        await opened.store.keep(ask.key, token_at(opened, lifetime=60 * SECOND))
+        await opened.pass_time(59 * SECOND)
+        held = await opened.store.look(ask.key)
+        assert held is not None
+        assert held.left(*opened.moments()) == SECOND
+        await opened.pass_time(SECOND)
+        gone = await opened.store.look(ask.key)
+        assert gone is None or gone.left(*opened.moments()) <= 0
+
+    async def test_G8_a_token_is_found_under_its_own_key_only(self, open_store: OpenStore) -> None:
+        """F7: another client, agent, fingerprint, model, or the same text cut elsewhere."""
+        opened = await open_store(limits_of())
+        asks = [
+            Ask("web", AGENT, "abcd", None),
+            Ask("web", AGENT, "abcd", "m"),
+            Ask("web", AGENT, "abcdm", None),
+            Ask("web", AGENT, "ABCD", None),
+            Ask("web", AGENT, "abc", "dm"),
+            Ask("web", f"{AGENT}a", "bcd", None),
+            Ask("web", AGENT.lower(), "abcd", None),
+            Ask("webA", AGENT[1:], "abcd", None),
+            Ask("shop", AGENT, "abcd", None),
+            Ask("web", AGENT, "caf\u00e9", None),
+            Ask("web", AGENT, "cafe\u0301", None),
+            Ask("web", AGENT, f"abcd|{AGENT}", None),
+            Ask("web", AGENT, "abcd", "|"),
+        ]
+        tokens = [token_at(opened) for _ in asks]
+        for ask, token in zip(asks, tokens, strict=True):
+            assert (await visit(opened, ask)).token is None
+            await opened.store.keep(ask.key, token)
+        assert [(await visit(opened, ask)).token for ask in asks] == tokens
+
+    async def test_looking_charges_nothing(self, open_store: OpenStore) -> None:
+        """Neither limit of visits nor limit of mints."""
+        opened, ask = await open_store(limits_of(Limit(1, HOUR), Limit(1, HOUR))), ask_of()
+        for _ in range(10):
+            await opened.store.look(ask.key)
+            await opened.store.keep(ask.key, token_at(opened))
+        assert await admitted(opened, ask, 2) == 1
+        assert await minted(opened, ask, 2) == 1
+
+    async def test_a_refused_visitor_is_not_shown_a_token(self, open_store: OpenStore) -> None:
+        """The denial names limit and wait; the token stays for the next visit that passes."""
+        limit = Limit(burst=1, interval=60 * SECOND)
+        opened, ask = await open_store(limits_of(limit)), ask_of()
+        token = token_at(opened)
+        await opened.store.keep(ask.key, token)
+        await visit(opened, ask)
+        verdict = Verdict(False, 0, 60 * SECOND, 60 * SECOND, limit)
+        denial = Denial(LimitName.FINGERPRINT, verdict)
+        assert await visit(opened, ask) == Visit(verdict, denial, None)
+        await opened.pass_time(60 * SECOND)
+        assert (await visit(opened, ask)).token == token
+
+    # --- limits
+
+    @pytest.mark.parametrize(
+        ("rate", "burst"), [(0.05, 1), (0.5, 4), (3, 1), (50, 7), (2_000, 3), (100_000, 50)]
+    )
+    async def test_L1_no_window_admits_more_than_burst_and_refill(
+        self, open_store: OpenStore, rate: float, burst: int
+    ) -> None:
+        """Under a schedule drawn at random, between any two admissions."""
+        limit = bucket.limit(rate, SECOND, burst)
+        opened, ask = await open_store(limits_of(limit)), ask_of()
+        chance = random.Random(f"{rate} {burst}")
+        times, now = [], 0
+        for _ in range(300):
+            gap = chance.choice([0, 0, limit.interval // 3, limit.interval, 2 * limit.depth])
+            gap = chance.randint(0, gap)
+            now += gap
+            await opened.pass_time(gap)
+            if (await visit(opened, ask)).denial is None:
+                times.append(now)
+        for first, start in enumerate(times):
+            for last in range(first, len(times)):
+                window = times[last] - start
+                assert last - first + 1 <= burst + window // limit.interval
+
+    async def test_L2_a_bucket_that_refills_in_a_millisecond_still_limits(
+        self, open_store: OpenStore
+    ) -> None:
+        """Sixty requests of one moment, one passes."""
+        opened = await open_store(limits_of(bucket.limit(1000, SECOND, 1)))
+        assert await admitted(opened, ask_of(), 60) == 1
+
+    async def test_L3_idling_for_less_than_the_refill_gives_less_than_the_burst(
+        self, open_store: OpenStore
+    ) -> None:
+        """One token an interval gone by, none for a part of one."""
+        limit = Limit(burst=5, interval=SECOND)
+        opened, ask = await open_store(limits_of(limit)), ask_of()
+        for idle, expected in [(0, 5), (SECOND - 1, 0), (1, 1), (4 * SECOND - 1, 3), (HOUR, 5)]:
+            await opened.pass_time(idle)
+            assert await admitted(opened, ask, 7) == expected
+
+    async def test_L5_a_refusal_charges_nothing(self, open_store: OpenStore) -> None:
+        """Who hammers waits no longer than who waits."""
+        opened, ask = await open_store(limits_of(Limit(burst=1, interval=SECOND))), ask_of()
+        await visit(opened, ask)
+        for _ in range(9):
+            await opened.pass_time(SECOND // 10)
+            assert await admitted(opened, ask, 5) == 0
+        await opened.pass_time(SECOND // 10)
+        assert await admitted(opened, ask, 1) == 1
+
+    async def test_L5_a_refusal_by_an_earlier_limit_charges_no_later_one(
+        self, open_store: OpenStore
+    ) -> None:
+        """client before fingerprint; fingerprint_mints before agent."""  # noqa: D403 - limits' names
+        opened = await open_store(
+            limits_of(Limit(2, HOUR), Limit(1, HOUR), Limit(2, HOUR), Limit(1, HOUR))
+        )
+        ask = ask_of()
+        assert refused_by((await visit(opened, ask)).denial) is None
+        for _ in range(5):
+            assert refused_by((await visit(opened, ask)).denial) == (LimitName.CLIENT, HOUR)
+        other = ask_of(ask.fingerprint, client="web2")
+        assert refused_by((await visit(opened, other)).denial) is None
+        assert refused_by(await opened.store.admit_mint(ask)) is None
+        for _ in range(5):
+            refusal = refused_by(await opened.store.admit_mint(ask))
+            assert refusal == (LimitName.FINGERPRINT_MINTS, HOUR)
+        assert refused_by(await opened.store.admit_mint(ask_of())) is None
+        assert refused_by(await opened.store.admit_mint(ask_of())) == (LimitName.AGENT, HOUR)
+        opened.use_limits(limits_of(Limit(2, HOUR)))
+        told = [refused_by((await visit(opened, ask)).denial) for _ in range(2)]
+        assert told == [None, (LimitName.FINGERPRINT, HOUR)]
+
+    async def test_L5_what_an_earlier_limit_admitted_stays_charged(
+        self, open_store: OpenStore
+    ) -> None:
+        """The agent's limit refuses: the visitor's mint is spent all the same."""
+        opened = await open_store(limits_of(mints=Limit(2, HOUR), agent=Limit(1, HOUR)))
+        await opened.store.admit_mint(ask_of())
+        ask = ask_of()
+        told = [refused_by(await opened.store.admit_mint(ask)) for _ in range(3)]
+        assert told == [
+            (LimitName.AGENT, HOUR),
+            (LimitName.AGENT, HOUR),
+            (LimitName.FINGERPRINT_MINTS, HOUR),
+        ]
+
+    async def test_visits_charge_no_mints_and_mints_no_visits(self, open_store: OpenStore) -> None:
+        """So reuse never eats an agent's budget."""
+        opened = await open_store(limits_of(Limit(3, HOUR), Limit(2, HOUR), Limit(10, HOUR)))
+        ask = ask_of()
+        assert await admitted(opened, ask, 5) == 3
+        assert await minted(opened, ask, 5) == 2
+        assert await minted(opened, ask_of(), 5) == 2
+
+    async def test_who_shares_a_bucket(self, open_store: OpenStore) -> None:
+        """Visits and mints: client and fingerprint; agent: all clients; client: all visitors."""
+        opened = await open_store(
+            limits_of(Limit(1, HOUR), Limit(1, HOUR), Limit(3, HOUR), Limit(4, HOUR))
+        )
+        ask = ask_of()
+        elsewhere = ask_of(ask.fingerprint, agent=OTHER_AGENT)
+        foreign = ask_of(ask.fingerprint, client="shop")
+        told = [
+            refused_by((await visit(opened, who)).denial)
+            for who in (ask, elsewhere, foreign, ask_of(), ask_of(), ask_of())
+        ]
+        spent, client = (LimitName.FINGERPRINT, HOUR), (LimitName.CLIENT, HOUR)
+        assert told == [None, spent, None, None, None, client]
+        mints = [
+            refused_by(await opened.store.admit_mint(who))
+            for who in (ask, elsewhere, foreign, ask_of(), ask_of(), ask_of(agent=OTHER_AGENT))
+        ]
+        spent, agent = (LimitName.FINGERPRINT_MINTS, HOUR), (LimitName.AGENT, HOUR)
+        assert mints == [None, spent, None, None, agent, None]
+
+    @pytest.mark.parametrize("burst", [1, 30])
+    async def test_L6_of_many_at_once_exactly_the_burst_passes(
+        self, open_store: OpenStore, burst: int
+    ) -> None:
+        """A thousand concurrent visits of one visitor, a thousand mints on one agent."""
+        opened = await open_store(limits_of(Limit(burst, HOUR), agent=Limit(burst, HOUR)))
+        ask = ask_of()
+        visits = await asyncio.gather(*(visit(opened, ask) for _ in range(1000)))
+        assert sum(seen.denial is None for seen in visits) == burst
+        mints = await asyncio.gather(*(opened.store.admit_mint(ask_of()) for _ in range(1000)))
+        assert sum(denial is None for denial in mints) == burst
+
+    @pytest.mark.parametrize("rate", [0.01, 3, 7_000])
+    async def test_L9_waiting_exactly_retry_after_succeeds_a_tick_less_fails(
+        self, open_store: OpenStore, rate: float
+    ) -> None:
+        """Of each limit that can refuse."""
+        limit = bucket.limit(rate, SECOND, 2)
+        for limits, mints in [
+            (limits_of(limit), False),
+            (limits_of(client=limit), False),
+            (limits_of(mints=limit), True),
+            (limits_of(agent=limit), True),
+        ]:
+            opened, ask = await open_store(limits), ask_of()
+
+            async def refusal(
+                opened: Opened = opened, ask: Ask = ask, *, mints: bool = mints
+            ) -> int:
+                denial = (
+                    await opened.store.admit_mint(ask)
+                    if mints
+                    else (await visit(opened, ask)).denial
+                )
+                return 0 if denial is None else denial.verdict.retry_after
+
+            assert [await refusal(), await refusal()] == [0, 0]
+            wait = await refusal()
+            assert wait >= 1
+            await opened.pass_time(wait - 1)
+            assert await refusal() == 1
+            await opened.pass_time(1)
+            assert await refusal() == 0
+
+    async def test_L10_remaining_agrees_with_what_follows(self, open_store: OpenStore) -> None:
+        """It counts down to zero, and then the next one is refused."""
+        opened, ask = await open_store(limits_of(Limit(burst=4, interval=SECOND))), ask_of()
+        told = [await visit(opened, ask) for _ in range(6)]
+        assert [seen.verdict and seen.verdict.remaining for seen in told] == [3, 2, 1, 0, 0, 0]
+        assert [seen.denial is None for seen in told] == [True] * 4 + [False] * 2
+
+    async def test_overrides_hold_for_their_agent_only(self, open_store: OpenStore) -> None:
+        """More or less than the others have."""
+        opened = await open_store(
+            limits_of(
+                Limit(2, HOUR),
+                Limit(2, HOUR),
+                Limit(2, HOUR),
+                overrides={
+                    LimitName.FINGERPRINT: {OTHER_AGENT: Limit(5, HOUR)},
+                    LimitName.FINGERPRINT_MINTS: {OTHER_AGENT: Limit(1, HOUR)},
+                    LimitName.AGENT: {OTHER_AGENT: Limit(3, HOUR)},
+                },
+            )
+        )
+        assert await admitted(opened, ask_of(), 9) == 2
+        assert await admitted(opened, ask_of(agent=OTHER_AGENT), 9) == 5
+        assert await minted(opened, ask_of(), 9) == 2
+        assert [await minted(opened, ask_of(agent=OTHER_AGENT), 9) for _ in range(5)] == [
+            *[1] * 3,
+            0,
+            0,
+        ]
+
+    async def test_G6_a_shallow_override_gives_a_deep_limit_nothing_back(
+        self, open_store: OpenStore
+    ) -> None:
+        """Asking on another agent, with quicker tokens, must not open the door that was closed."""
+        quick = {OTHER_AGENT: Limit(burst=1, interval=SECOND)}
+        opened = await open_store(
+            limits_of(
+                Limit(3, HOUR),
+                Limit(3, HOUR),
+                overrides={LimitName.FINGERPRINT: quick, LimitName.FINGERPRINT_MINTS: quick},
+            )
+        )
+        ask = ask_of()
+        quicker = ask_of(ask.fingerprint, agent=OTHER_AGENT)
+        assert await admitted(opened, ask, 9) == 3
+        assert await minted(opened, ask, 9) == 3
+        for _ in range(5):
+            assert await admitted(opened, quicker, 2) == 1
+            assert await minted(opened, quicker, 2) == 1
+            assert await admitted(opened, ask, 2) == 0
+            assert await minted(opened, ask, 2) == 0
+            await opened.pass_time(SECOND)
+
+    async def test_L11_other_limits_hold_from_the_next_request_on(
+        self, open_store: OpenStore
+    ) -> None:
+        """Raised: the difference is there at once; lowered: nobody waits by the old interval."""
+        opened, ask = await open_store(limits_of(Limit(2, SECOND))), ask_of()
+        assert await admitted(opened, ask, 9) == 2
+        opened.use_limits(limits_of(Limit(20, SECOND)))
+        assert await admitted(opened, ask, 30) == 18
+        opened.use_limits(limits_of(Limit(20, HOUR)))
+        assert await admitted(opened, ask, 30) == 19
+        opened.use_limits(limits_of(Limit(5, SECOND)))
+        denial = (await visit(opened, ask)).denial
+        assert refused_by(denial) == (LimitName.FINGERPRINT, SECOND)
+        await opened.pass_time(SECOND)
+        assert await admitted(opened, ask, 9) == 1
+
+    async def test_L11_the_clients_limit_can_come_and_go(self, open_store: OpenStore) -> None:
+        """It is off by default; a reload turns it on, and another one off."""
+        opened, ask = await open_store(limits_of()), ask_of()
+        assert await admitted(opened, ask, 9) == 9
+        opened.use_limits(limits_of(client=Limit(2, HOUR)))
+        assert await admitted(opened, ask, 9) == 2
+        opened.use_limits(limits_of())
+        assert await admitted(opened, ask, 9) == 9
+        opened.use_limits(limits_of(client=Limit(2, HOUR)))
+        assert await admitted(opened, ask, 9) == 0
+
+    async def test_L12_a_dry_run_denies_nobody(self, open_store: OpenStore) -> None:
+        """The verdict says what would have been; the limits beside it bite as ever."""
+        limit = Limit(1, HOUR)
+        rehearsed = frozenset(LimitName)
+        opened = await open_store(limits_of(limit, limit, limit, limit, dry_run=rehearsed))
+        ask = ask_of()
+        told = [await visit(opened, ask) for _ in range(3)]
+        assert [seen.denial for seen in told] == [None] * 3
+        assert [seen.verdict and seen.verdict.allowed for seen in told] == [True, False, False]
+        assert await minted(opened, ask, 5) == 5
+        opened.use_limits(
+            limits_of(limit, limit, limit, dry_run=frozenset({LimitName.FINGERPRINT_MINTS}))
+        )
+        assert refused_by(await opened.store.admit_mint(ask)) == (LimitName.AGENT, HOUR)
+
+    async def test_L13_hostile_names_are_limited_each_on_its_own(
+        self, open_store: OpenStore
+    ) -> None:
+        """Empty, huge, braces, colons, NUL, right-to-left: one token each, and none for another."""
+        opened = await open_store(limits_of(Limit(1, HOUR), Limit(1, HOUR)))
+        names = [
+            *("", " ", "{}", "{", "}", "{a}", "{a}b", ":", "::", "a:b", "a", "b", "\x00", "a\x00"),
+            *("\u202ea", "\u202e", "a\u202e", "%s", "*", "?", "[a]", "\r\n", "\n", "None", "0"),
+            *("\u00e9", "e\u0301", "\ud800", "x" * 65_536, "x" * 65_537, "-1", "__proto__"),
+        ]
+        asks = [Ask("web", AGENT, name) for name in names]
+        for count in (admitted, minted):
+            assert [await count(opened, ask, 3) for ask in asks] == [1] * len(asks)
+            assert [await count(opened, ask, 1) for ask in asks] == [0] * len(asks)
+
+    async def test_T5_time_that_stands_still_admits_no_more_than_the_burst(
+        self, open_store: OpenStore
+    ) -> None:
+        """A clock that stalls refills nothing, and refuses for as long as it stalls."""
+        opened, ask = await open_store(limits_of(Limit(burst=3, interval=1))), ask_of()
+        assert await admitted(opened, ask, 1000) == 3
+        await opened.pass_time(1)
+        assert await admitted(opened, ask, 1000) == 1

@@ -1,0 +1,108 @@
+"""Every store keeps the contract; beside it, what only the store in memory can show."""
+
+import pytest
+
+pytest.register_assert_rewrite("store_contract")
+
+from store_contract import Opened, OpenStore, StoreContract, ask_of, limits_of, token_at  # noqa: E402 - rewritten first
+
+from broker.limits import Limits  # noqa: E402
+from broker.model import LimitName  # noqa: E402
+from broker.rules.bucket import Limit  # noqa: E402
+from broker.stores.memory import MemoryStore  # noqa: E402
+from broker.stores.tokens import TokenCache  # noqa: E402
+from broker.testing import FakeClock  # noqa: E402
+
+SECOND = 1_000_000
+HOUR = 3600 * SECOND
+
+
+class OpenedMemory(Opened):
+    """The store in memory, on a clock that stands still."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.clock = FakeClock()
+        tokens = TokenCache(1000, keep_until=lambda token: token.dies_mono, mono=self.clock.mono)
+        self.store: MemoryStore = MemoryStore(limits, tokens, self.clock)
+
+    def moments(self) -> tuple[int, int]:
+        return self.clock.mono(), self.clock.wall()
+
+    async def pass_time(self, us: int) -> None:
+        self.clock.advance(us / SECOND)
+
+    def use_limits(self, limits: Limits) -> None:
+        self.store.use_limits(limits)
+
+
+class TestMemoryStore(StoreContract):
+    """The contract, in memory."""
+
+    @pytest.fixture
+    def open_store(self) -> OpenStore:
+        async def opened(limits: Limits) -> Opened:
+            return OpenedMemory(limits)
+
+        return opened
+
+
+async def test_M1_tidying_gives_back_what_is_over() -> None:
+    """Tokens and buckets of visitors who left: an hour later nothing is tracked or held."""
+    opened = OpenedMemory(limits_of(*[Limit(5, 60 * SECOND)] * 4))
+    for _ in range(200):
+        ask = ask_of()
+        await opened.store.visit(ask, ask.key)
+        await opened.store.admit_mint(ask)
+        await opened.store.keep(ask.key, token_at(opened, HOUR))
+    sizes = {name: len(bucket) for name, bucket in opened.store.buckets.items()}
+    assert sizes == {
+        LimitName.FINGERPRINT: 5,
+        LimitName.FINGERPRINT_MINTS: 200,
+        LimitName.AGENT: 1,
+        LimitName.CLIENT: 1,
+    }
+    assert len(opened.store.tokens) == 200
+    for _ in range(60):
+        await opened.pass_time(60 * SECOND)
+        opened.store.tidy()
+    assert [len(bucket) for bucket in opened.store.buckets.values()] == [0] * 4
+    assert opened.store.tokens.expired == 200
+    assert len(opened.store.tokens) == 0
+
+
+async def test_L12_a_dry_run_is_counted_by_limit() -> None:
+    """Each refusal that was spared, under the limit that would have refused; the others stay 0."""
+    limit = Limit(2, HOUR)
+    opened = OpenedMemory(limits_of(limit, limit, dry_run=frozenset({LimitName.FINGERPRINT})))
+    ask = ask_of()
+    for _ in range(7):
+        await opened.store.visit(ask, ask.key)
+        await opened.store.admit_mint(ask)
+    counted = {name: bucket.rehearsed for name, bucket in opened.store.buckets.items()}
+    assert counted == {
+        LimitName.FINGERPRINT: 5,
+        LimitName.FINGERPRINT_MINTS: 0,
+        LimitName.AGENT: 0,
+        LimitName.CLIENT: 0,
+    }
+
+
+async def test_L7_a_flood_over_the_bound_leaves_an_exhausted_visitor_exhausted() -> None:
+    """G6: more visitors than are tracked, in every limit; the gauges stop at the bound."""
+    limits = limits_of(Limit(2, HOUR), Limit(1, HOUR))
+    opened = OpenedMemory(limits)
+    opened.use_limits(
+        Limits(limits.fingerprint, limits.fingerprint_mints, limits.agent, None, max_tracked=1000)
+    )
+    victim = ask_of()
+    for _ in range(3):
+        await opened.store.visit(victim, victim.key)
+        await opened.store.admit_mint(victim)
+    for _ in range(20_000):
+        ask = ask_of()
+        await opened.store.visit(ask, ask.key)
+        await opened.store.admit_mint(ask)
+    assert (await opened.store.visit(victim, victim.key)).denial is not None
+    assert await opened.store.admit_mint(victim) is not None
+    visitors = opened.store.buckets[LimitName.FINGERPRINT]
+    assert (len(visitors), visitors.overflowed) == (1000, 19_001)

@@ -1,0 +1,396 @@
+"""What survives a restart, and what must not be believed."""
+
+import asyncio
+import os
+import resource
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from broker.limits import Limits, LimitSet, Rule
+from broker.model import Ask, EmbedToken, LimitName, Secret
+from broker.rules.bucket import Limit
+from broker.stores import snapshot
+from broker.stores.memory import MemoryStore
+from broker.stores.snapshot import MAX_CLOCK_SKEW, SnapshotIgnored
+from broker.stores.tokens import TokenCache
+from broker.testing import FakeClock
+
+SECOND = 1_000_000
+HOUR = 3600 * SECOND
+MAX_AGE = 600 * SECOND
+AGENT = "A78WKV4515"
+
+
+def new_key() -> Secret:
+    """Make a sealing key."""
+    return Secret(secrets.token_hex(32))
+
+
+def limit_set(name: LimitName, burst: int, interval: int) -> LimitSet:
+    """Make a limit without exceptions."""
+    return LimitSet(name, Rule(Limit(burst=burst, interval=interval)), {})
+
+
+LIMITS = Limits(
+    fingerprint=limit_set(LimitName.FINGERPRINT, 5, 60 * SECOND),
+    fingerprint_mints=limit_set(LimitName.FINGERPRINT_MINTS, 2, 600 * SECOND),
+    agent=limit_set(LimitName.AGENT, 3, 600 * SECOND),
+    client=limit_set(LimitName.CLIENT, 100, 60 * SECOND),
+    max_tracked=1000,
+)
+
+
+def store_of(clock: FakeClock, limits: Limits = LIMITS, max_tokens: int = 1000) -> MemoryStore:
+    """Build an empty store."""
+    tokens = TokenCache(max_tokens, keep_until=lambda token: token.dies_mono, mono=clock.mono)
+    return MemoryStore(limits, tokens, clock)
+
+
+def restarted(clock: FakeClock, down: float = 0.0) -> FakeClock:
+    """Return the clock of a new process on a machine that was off meanwhile."""
+    return FakeClock(mono=secrets.randbelow(10**9) + 1, wall=clock.wall() + round(down * SECOND))
+
+
+def some_ask(agent: str = AGENT) -> Ask:
+    """Make the ask of a visitor never seen before."""
+    return Ask(client="web", agent=agent, fingerprint=secrets.token_hex(16))
+
+
+def some_token(clock: FakeClock, lifetime: int = HOUR) -> EmbedToken:
+    """Make a token whose mint begins now."""
+    return EmbedToken(
+        body=b'{"token": "%b"}' % secrets.token_urlsafe(200).encode(),
+        dies_mono=clock.mono() + lifetime,
+        dies_wall=clock.wall() + lifetime,
+        lifetime=lifetime,
+        mark=secrets.randbelow(lifetime),
+    )
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    """Give the process before the restart its clock."""
+    return FakeClock()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Name a file in a directory of its own."""
+    return tmp_path / "snapshot"
+
+
+def lived_in(clock: FakeClock) -> tuple[MemoryStore, Ask, EmbedToken]:
+    """Return a store with one token and a visitor who has used up their mints."""
+    store, ask, token = store_of(clock), some_ask(), some_token(clock)
+
+    async def live() -> None:
+        await store.keep(ask.key, token)
+        await store.visit(ask, ask.key)
+        while await store.admit_mint(ask) is None:
+            pass
+
+    asyncio.run(live())
+    return store, ask, token
+
+
+def assert_ignored(path: Path, key: Secret, clock: FakeClock, reason: str) -> None:
+    """Loading says why not, restores nothing at all, and leaves no file behind."""
+    store = store_of(clock)
+    with pytest.raises(SnapshotIgnored, match=reason) as ignored:
+        snapshot.load(path, key, store, clock, MAX_AGE)
+    assert ignored.value.__cause__ is None
+    assert len(store.tokens) == 0
+    assert [len(bucket) for bucket in store.buckets.values()] == [0] * 4
+    assert list(path.parent.iterdir()) == []
+
+
+# --- what comes back
+
+
+async def test_the_same_tokens_are_found_after_a_restart(clock: FakeClock, path: Path) -> None:
+    """Byte for byte, with the mark once drawn and the life that is really left."""
+    store, key, asks = store_of(clock), new_key(), [some_ask() for _ in range(50)]
+    kept = {ask.key: some_token(clock, (n + 1) * 60 * SECOND) for n, ask in enumerate(asks)}
+    for name, token in kept.items():
+        await store.keep(name, token)
+    clock.advance(30)
+    assert snapshot.save(path, key, store, clock) == 50
+    after = restarted(clock, down=45)
+    new = store_of(after)
+    assert snapshot.load(path, key, new, after, MAX_AGE) == 49
+    assert await new.look(asks[0].key) is None
+    for ask in asks[1:]:
+        left = kept[ask.key].lifetime - 75 * SECOND
+        assert await new.look(ask.key) == msgspec.structs.replace(
+            kept[ask.key], dies_mono=after.mono() + left, dies_wall=after.wall() + left
+        )
+
+
+async def test_exhausted_buckets_stay_exhausted(clock: FakeClock, path: Path) -> None:
+    """Of every limit; the time the broker was down counts as waiting, to the microsecond."""
+    store, key, ask = store_of(clock), new_key(), some_ask()
+    other = some_ask(agent="another")
+    for _ in range(5):
+        assert (await store.visit(ask, ask.key)).denial is None
+    while await store.admit_mint(ask) is None:
+        pass
+    while await store.admit_mint(some_ask()) is None:
+        pass
+    snapshot.save(path, key, store, clock)
+    after = restarted(clock, down=59.999_999)
+    new = store_of(after)
+    snapshot.load(path, key, new, after, MAX_AGE)
+    denial = (await new.visit(ask, ask.key)).denial
+    assert denial is not None
+    assert (denial.limit, denial.verdict.retry_after) == (LimitName.FINGERPRINT, 1)
+    after.advance(0.000_001)
+    assert (await new.visit(ask, ask.key)).denial is None
+    mints, agent = await new.admit_mint(ask), await new.admit_mint(some_ask())
+    assert mints is not None
+    assert (mints.limit, mints.verdict.retry_after) == (
+        LimitName.FINGERPRINT_MINTS,
+        540 * SECOND,
+    )
+    assert agent is not None
+    assert (agent.limit, agent.verdict.retry_after) == (LimitName.AGENT, 540 * SECOND)
+    assert await new.admit_mint(other) is None
+
+
+async def test_half_spent_buckets_and_strangers_come_back_as_they_were(
+    clock: FakeClock, path: Path
+) -> None:
+    """Two of five spent: three are left; who was never seen has all; a full bucket is not saved."""
+    store, key, ask = store_of(clock), new_key(), some_ask()
+    for _ in range(2):
+        await store.visit(ask, ask.key)
+    snapshot.save(path, key, store, clock)
+    after = restarted(clock)
+    new = store_of(after)
+    snapshot.load(path, key, new, after, MAX_AGE)
+    verdicts = [(await new.visit(who, who.key)).verdict for who in (ask, some_ask())]
+    assert [verdict and verdict.remaining for verdict in verdicts] == [2, 4]
+    full = restarted(clock, down=599)
+    later = store_of(full)
+    snapshot.save(path, key, new, after)
+    snapshot.load(path, key, later, full, MAX_AGE)
+    assert len(later.buckets[LimitName.FINGERPRINT]) == 0
+
+
+def test_T5_a_token_is_restored_by_the_clock_that_leaves_less(clock: FakeClock, path: Path) -> None:
+    """The machine slept for half an hour: only the wall clock knows, and the snapshot with it."""
+    store, ask, _ = lived_in(clock)
+    clock.step_wall(1800)
+    key = new_key()
+    snapshot.save(path, key, store, clock)
+    after = restarted(clock)
+    new = store_of(after)
+    snapshot.load(path, key, new, after, MAX_AGE)
+    token = new.tokens.find(ask.key)
+    assert token is not None
+    assert token.left(after.mono(), after.wall()) == HOUR - 1800 * SECOND
+
+
+def test_T5_a_wall_clock_set_back_meanwhile_gives_no_token_more_than_its_life(
+    clock: FakeClock, path: Path
+) -> None:
+    """Within the allowed skew the snapshot counts as written this moment, not in the future."""
+    store, ask, token = lived_in(clock)
+    key = new_key()
+    snapshot.save(path, key, store, clock)
+    after = restarted(clock, down=-MAX_CLOCK_SKEW / SECOND)
+    new = store_of(after)
+    assert snapshot.load(path, key, new, after, MAX_AGE) == 1
+    restored = new.tokens.find(ask.key)
+    assert restored is not None
+    assert restored.left(after.mono(), after.wall()) == token.lifetime
+
+
+async def test_more_tokens_than_fit_are_restored_up_to_the_bound(
+    clock: FakeClock, path: Path
+) -> None:
+    """`max_tokens` was lowered: memory obeys the new bound."""
+    store, key = store_of(clock), new_key()
+    for _ in range(20):
+        await store.keep(some_ask().key, some_token(clock))
+    snapshot.save(path, key, store, clock)
+    after = restarted(clock)
+    new = store_of(after, max_tokens=8)
+    assert snapshot.load(path, key, new, after, MAX_AGE) == 8
+
+
+async def test_an_empty_store_makes_a_snapshot_too(clock: FakeClock, path: Path) -> None:
+    """Nothing to remember is no failure."""
+    key = new_key()
+    assert snapshot.save(path, key, store_of(clock), clock) == 0
+    assert snapshot.load(path, key, store_of(clock), clock, MAX_AGE) == 0
+
+
+# --- what is not believed
+
+
+def test_no_snapshot_is_no_failure(clock: FakeClock, path: Path) -> None:
+    """The first start ever."""
+    assert_ignored(path, new_key(), clock, r"^there is none$")
+
+
+def test_a_snapshot_is_used_once(clock: FakeClock, path: Path) -> None:
+    """The file goes when it is read: a crash later brings back nothing that was spent since."""
+    store, _, _ = lived_in(clock)
+    key = new_key()
+    snapshot.save(path, key, store, clock)
+    snapshot.load(path, key, store_of(clock), clock, MAX_AGE)
+    assert_ignored(path, key, clock, r"^there is none$")
+
+
+def test_a_tampered_snapshot_is_ignored(clock: FakeClock, path: Path) -> None:
+    """Whichever byte is changed, header and nonce included."""
+    store, _, _ = lived_in(clock)
+    key = new_key()
+    snapshot.save(path, key, store, clock)
+    good = path.read_bytes()
+    for place in range(len(good)):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        assert_ignored(path, key, clock, r"^(not a snapshot of this version|damaged)")
+
+
+def test_a_truncated_or_extended_snapshot_is_ignored(clock: FakeClock, path: Path) -> None:
+    """A full disk, a copy that broke off, a line feed at the end."""
+    store, _, _ = lived_in(clock)
+    key = new_key()
+    snapshot.save(path, key, store, clock)
+    good = path.read_bytes()
+    for end in range(len(good)):
+        path.write_bytes(good[:end])
+        assert_ignored(path, key, clock, r"^(not a snapshot of this version|damaged)")
+    path.write_bytes(good + b"\n")
+    assert_ignored(path, key, clock, r"^damaged, or sealed with another key$")
+
+
+def test_a_foreign_snapshot_is_ignored(clock: FakeClock, path: Path) -> None:
+    """Sealed with another key, or no snapshot at all."""
+    store, _, _ = lived_in(clock)
+    snapshot.save(path, new_key(), store, clock)
+    assert_ignored(path, new_key(), clock, r"^damaged, or sealed with another key$")
+    path.write_bytes(secrets.token_bytes(500))
+    assert_ignored(path, new_key(), clock, r"^not a snapshot of this version$")
+    path.write_bytes(b"")
+    assert_ignored(path, new_key(), clock, r"^not a snapshot of this version$")
+
+
+@pytest.mark.parametrize(
+    ("down", "reason"),
+    [
+        (MAX_AGE / SECOND + 0.000_001, r"^written 600 s ago$"),
+        (86_400, r"^written 86400 s ago$"),
+        (-MAX_CLOCK_SKEW / SECOND - 0.000_001, r"^written -61 s ago$"),
+        (-86_400, r"^written -86400 s ago$"),
+    ],
+)
+def test_a_snapshot_that_is_old_or_from_the_future_is_ignored(
+    clock: FakeClock, path: Path, down: float, reason: str
+) -> None:
+    """A microsecond over the age or the skew that is allowed, or a day."""
+    store, _, _ = lived_in(clock)
+    key = new_key()
+    snapshot.save(path, key, store, clock)
+    assert_ignored(path, key, restarted(clock, down), reason)
+
+
+@pytest.mark.parametrize("down", [MAX_AGE / SECOND, 0.0, -MAX_CLOCK_SKEW / SECOND])
+def test_a_snapshot_at_the_edge_of_its_age_is_used(
+    clock: FakeClock, path: Path, down: float
+) -> None:
+    """Exactly the age that is allowed, and exactly the skew."""
+    store, ask, _ = lived_in(clock)
+    key = new_key()
+    snapshot.save(path, key, store, clock)
+    after = restarted(clock, down)
+    new = store_of(after)
+    assert snapshot.load(path, key, new, after, MAX_AGE) == 1
+    denial = asyncio.run(new.admit_mint(ask))
+    assert (denial is None) == (down == MAX_AGE / SECOND)
+
+
+def test_something_that_is_not_a_file_is_ignored(clock: FakeClock, path: Path) -> None:
+    """A directory in its place is named as the reason, without a path in it."""
+    path.mkdir()
+    with pytest.raises(SnapshotIgnored, match=r"^cannot be read: Is a directory$"):
+        snapshot.load(path, new_key(), store_of(clock), clock, MAX_AGE)
+
+
+# --- the file
+
+
+def test_G7_a_snapshot_tells_nothing_to_who_finds_it(clock: FakeClock, path: Path) -> None:
+    """Neither token nor fingerprint nor agent can be read; equal stores make unequal files."""
+    store, ask, token = lived_in(clock)
+    key = new_key()
+    snapshot.save(path, key, store, clock)
+    raw = path.read_bytes()
+    for text in (ask.fingerprint.encode(), AGENT.encode(), token.body[11:30]):
+        assert text not in raw
+    snapshot.save(path, key, store, clock)
+    assert path.read_bytes() != raw
+
+
+@pytest.fixture
+def careless_umask() -> Iterator[None]:
+    """Let files be made for everybody."""
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("careless_umask")
+def test_only_the_owner_can_read_a_snapshot(clock: FakeClock, path: Path) -> None:
+    """Mode 0600 under any umask, also where a file with another mode was."""
+    store, _, _ = lived_in(clock)
+    path.write_bytes(b"old")
+    path.chmod(0o666)
+    snapshot.save(path, new_key(), store, clock)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_snapshot_is_replaced_and_never_overwritten(clock: FakeClock, path: Path) -> None:
+    """Who has the old one open still reads all of it; no other file is left behind."""
+    store, _, _ = lived_in(clock)
+    key = new_key()
+    snapshot.save(path, key, store, clock)
+    before = path.read_bytes()
+    with path.open("rb") as reader:
+        snapshot.save(path, key, store, clock)
+        assert reader.read() == before
+    assert path.read_bytes() != before
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """Let no file of this process grow over a hundred bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_write_that_fails_leaves_the_old_snapshot(
+    clock: FakeClock, path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The disk fills half-way: the error is raised, the old file is whole, no half one is left."""
+    store, ask, _ = lived_in(clock)
+    key = new_key()
+    snapshot.save(path, key, store, clock)
+    before = path.read_bytes()
+    request.getfixturevalue("full_disk")
+    with pytest.raises(OSError, match="too large"):
+        snapshot.save(path, key, store, clock)
+    assert list(path.parent.iterdir()) == [path]
+    assert path.read_bytes() == before
+    new = store_of(clock)
+    assert snapshot.load(path, key, new, clock, MAX_AGE) == 1
+    assert new.tokens.find(ask.key) is not None

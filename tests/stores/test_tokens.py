@@ -1,0 +1,195 @@
+"""Tokens held for reuse: bounded, gone when dead, and counted truthfully."""
+
+import random
+import secrets
+import tracemalloc
+
+import pytest
+
+from broker.answers import success_body
+from broker.model import Ask, EmbedToken, Minted
+from broker.stores.tokens import TokenCache
+from broker.testing import FakeClock
+
+SECOND = 1_000_000
+OUTAGE = 60 * SECOND
+HOUR = 3600 * SECOND
+
+
+def held(clock: FakeClock, lifetime: int = HOUR, body: bytes = b"{}") -> EmbedToken:
+    """Make a token whose mint begins now."""
+    return EmbedToken(
+        body=body,
+        dies_mono=clock.mono() + lifetime,
+        dies_wall=clock.wall() + lifetime,
+        lifetime=lifetime,
+        mark=lifetime // 8,
+    )
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    """Give the cache its time."""
+    return FakeClock()
+
+
+def cache_of(clock: FakeClock, maxsize: int = 100) -> TokenCache:
+    """Make a cache that keeps tokens as the broker does: down to the floor in an outage."""
+    return TokenCache(maxsize, keep_until=lambda token: token.dies_mono - OUTAGE, mono=clock.mono)
+
+
+def test_what_is_held_is_found_unchanged(clock: FakeClock) -> None:
+    """The very object, as often as it is asked for; of another key nothing."""
+    cache, token = cache_of(clock), held(clock)
+    cache["Key"] = token
+    assert cache.find("Key") is token
+    assert cache.find("Key") is token
+    assert cache.find("key") is None
+    assert cache.find("") is None
+
+
+def test_T8_a_token_is_found_to_the_last_microsecond_it_may_be_kept(clock: FakeClock) -> None:
+    """One tick before the floor in an outage it is there, at it it is not."""
+    cache = cache_of(clock)
+    cache["key"] = held(clock)
+    clock.advance(3540 - 0.000_001)
+    assert cache.find("key") is not None
+    clock.advance(0.000_001)
+    assert cache.find("key") is None
+    assert len(cache) == 0
+    assert (cache.evicted, cache.expired) == (0, 1)
+
+
+@pytest.mark.parametrize("lifetime", [0, 1, SECOND, OUTAGE])
+def test_T7_a_token_that_is_dead_on_arrival_is_not_held(clock: FakeClock, lifetime: int) -> None:
+    """It is no error, takes no room and pushes nobody out."""
+    cache = cache_of(clock, maxsize=1)
+    cache["key"] = living = held(clock)
+    cache["other"] = held(clock, lifetime)
+    assert cache.find("other") is None
+    assert cache.find("key") is living
+    assert (len(cache), cache.evicted, cache.expired) == (1, 0, 0)
+
+
+def test_M2_at_capacity_overwriting_evicts_nobody(clock: FakeClock) -> None:
+    """A renewal takes the place of its own predecessor, ten times over."""
+    cache = cache_of(clock, maxsize=3)
+    for key in "abc":
+        cache[key] = held(clock)
+    for number in range(10):
+        cache["b"] = held(clock, body=str(number).encode())
+    assert [cache.find(key) is not None for key in "abc"] == [True] * 3
+    found = cache.find("b")
+    assert found is not None
+    assert found.body == b"9"
+    assert (len(cache), cache.evicted, cache.expired) == (3, 0, 0)
+
+
+def test_at_capacity_the_least_recently_used_one_goes(clock: FakeClock) -> None:
+    """Asking for a token keeps it; who has not been asked for longest makes room, counted."""
+    cache = cache_of(clock, maxsize=3)
+    for key in "abc":
+        cache[key] = held(clock)
+    cache.find("a")
+    cache["d"] = held(clock)
+    cache["e"] = held(clock)
+    assert [cache.find(key) is not None for key in "abcde"] == [True, False, False, True, True]
+    assert (len(cache), cache.evicted, cache.expired) == (3, 2, 0)
+
+
+def test_M2_the_dead_make_room_before_the_living(clock: FakeClock) -> None:
+    """A full cache of expired tokens evicts nobody; they are counted by their age."""
+    cache = cache_of(clock, maxsize=3)
+    for key in "abc":
+        cache[key] = held(clock, OUTAGE + SECOND)
+    clock.advance(1)
+    for key in "def":
+        cache[key] = held(clock)
+    assert [cache.find(key) is not None for key in "abcdef"] == [False] * 3 + [True] * 3
+    assert (len(cache), cache.evicted, cache.expired) == (3, 0, 3)
+
+
+def test_T5_neither_clock_makes_a_token_outlive_its_hour(clock: FakeClock) -> None:
+    """What the cache still holds when the monotonic clock stalled says itself that it is over.
+
+    A wall clock that goes back an hour changes nothing: the cache lets go in time.
+    """
+    cache = cache_of(clock)
+    cache["key"] = held(clock)
+    clock.step_wall(-3600)
+    clock.advance(3540)
+    assert cache.find("key") is None
+    cache["key"] = held(clock)
+    clock.step_wall(3600)
+    stalled = cache.find("key")
+    assert stalled is not None
+    assert stalled.left(clock.mono(), clock.wall()) == 0
+
+
+def test_M1_the_gauges_equal_the_truth_after_random_operations(clock: FakeClock) -> None:
+    """Two hundred thousand finds, renewals, floods and pauses against a model that is naive."""
+    chance = random.Random(5)
+    bound = 400
+    cache = cache_of(clock, maxsize=bound)
+    model: dict[str, EmbedToken] = {}
+    evicted = expired = 0
+    for number in range(200_000):
+        if number % 97 == 0:
+            clock.advance(chance.choice([0, 0.1, 1, 5, 40]))
+            dead = [key for key, token in model.items() if clock.mono() >= token.dies_mono - OUTAGE]
+            expired += len(dead)
+            for key in dead:
+                del model[key]
+        key = f"key{int(1500 * chance.random() * chance.random())}"
+        if chance.random() < 0.6:
+            token = model.pop(key, None)
+            assert cache.find(key) is token
+            if token is not None:
+                model[key] = token
+        else:
+            token = held(clock, OUTAGE + chance.randrange(1, 900) * SECOND)
+            cache[key] = token
+            if model.pop(key, None) is None and len(model) == bound:
+                del model[next(iter(model))]
+                evicted += 1
+            model[key] = token
+        if number % 1009 == 0:
+            assert len(cache) == len(model)
+    assert (len(cache), cache.evicted, cache.expired) == (len(model), evicted, expired)
+    assert dict(cache.items()) == model
+    assert evicted > 1000
+    assert expired > 1000
+
+
+def test_M1_an_answer_takes_no_more_memory_than_its_bytes() -> None:
+    """Whatever its length: no buffer of an encoder stays behind it."""
+    minted = [
+        Minted(secrets.token_urlsafe(length), secrets.token_hex(16), 1_800_000_000, HOUR)
+        for length in range(100, 1100)
+    ]
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        answers = [success_body(one) for one in minted]
+        allocated = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert allocated < sum(answer.__sizeof__() for answer in answers) + 16_000
+
+
+def test_M1_a_held_token_costs_at_most_600_bytes_beyond_its_answer(clock: FakeClock) -> None:
+    """Key, numbers, its places in the cache's tables: all that is allocated."""
+    count, answers = 20_000, 0
+    cache = cache_of(clock, count)
+    tracemalloc.start()
+    try:
+        for _ in range(count):
+            clock.advance(0.000_001)
+            token = held(clock, body=secrets.token_bytes(660))
+            answers += token.body.__sizeof__()
+            cache[Ask("web", "A78WKV4515", secrets.token_hex(16)).key] = token
+        allocated, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(cache) == count
+    assert 300 < (allocated - answers) / count < 600
