@@ -336,7 +336,6 @@ class _Turn:
         self.waited += time.perf_counter() - began
         self.mono, self.wall = self._clock.mono(), self._clock.wall()
 
-
     @property
     def _present_urgency(self) -> Urgency:
         """A renewal ahead of time that a visitor has joined may no longer be put off."""

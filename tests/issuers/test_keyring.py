@@ -89,20 +89,9 @@ def test_the_forger_of_these_tests_makes_good_tokens() -> None:
 
 def test_O2_a_foreign_algorithm_is_refused_whatever_seals_it() -> None:
     """`none` in every case, stronger HMACs, and public-key algorithms."""
-    names = [
-        "none",
-        "None",
-        "NONE",
-        "nOnE",
-        "HS384",
-        "HS512",
-        "RS256",
-        "ES256",
-        "PS256",
-        "EdDSA",
-        "hs256",
-    ]
-    for alg in (*names, "HS256 ", "", None, 256, ["HS256"], {"HS256": 1}, True):
+    shy, strong = ["none", "None", "NONE", "nOnE"], ["HS384", "HS512", "hs256", "HS256 "]
+    foreign = ["RS256", "ES256", "PS256", "EdDSA"]
+    for alg in (*shy, *strong, *foreign, "", None, 256, ["HS256"], {"HS256": 1}, True):
         for seal in (True, False):
             refused(forged({"alg": alg, "typ": "JWT"}, seal=seal))
     refused(forged({"typ": "JWT"}))

@@ -1,0 +1,151 @@
+"""A token desk over memory and a fake issuer, with everything in reach that a test may turn.
+
+For tests of the story: they run it in virtual time (`broker.testing.run_virtual`).
+"""
+
+import asyncio
+import random
+from collections.abc import Callable
+
+import msgspec
+from prometheus_client import CollectorRegistry
+
+from broker.issue import Handout, Refusal, ReusePolicy, TokenDesk
+from broker.limits import Limits, LimitSet, Rule
+from broker.metrics import MintMetrics
+from broker.model import Ask, EmbedToken, LimitName
+from broker.pacer import Pacer, Unpaced
+from broker.rules import bucket
+from broker.rules.reuse import SECOND
+from broker.stores.memory import MemoryStore
+from broker.stores.tokens import TokenCache
+from broker.testing import FakeClock, FakeIssuer
+from broker.testing.issuer import visitor_mark
+
+MINUTE = 60 * SECOND
+
+POLICY = ReusePolicy(enabled=True, ahead=15 * MINUTE, floor=5 * MINUTE, outage=MINUTE)
+"""The marks that ship."""
+
+AGENT = "A78WKV4515"
+VISITOR = "d3adbeef"
+PATIENCE = 12.0
+"""Seconds: the deadline that ships."""
+
+Numbers = tuple[float, int]
+"""Of a limit: tokens a minute, and burst."""
+
+ROOMY: Numbers = (60_000, 1_000_000)
+"""A limit that no test meets by accident."""
+
+
+def limits(
+    fingerprint: Numbers = ROOMY,
+    mints: Numbers = ROOMY,
+    agent: Numbers = ROOMY,
+    client: Numbers | None = None,
+) -> Limits:
+    """Limits of which only the interesting one needs to be said."""
+
+    def limit_set(name: LimitName, numbers: Numbers) -> LimitSet:
+        rate, burst = numbers
+        return LimitSet(name, Rule(bucket.limit(rate, MINUTE, burst)), {})
+
+    return Limits(
+        fingerprint=limit_set(LimitName.FINGERPRINT, fingerprint),
+        fingerprint_mints=limit_set(LimitName.FINGERPRINT_MINTS, mints),
+        agent=limit_set(LimitName.AGENT, agent),
+        client=None if client is None else limit_set(LimitName.CLIENT, client),
+        max_tracked=1_000_000,
+    )
+
+
+class Desk:
+    """A desk and its surroundings."""
+
+    def __init__(
+        self,
+        clock: FakeClock,
+        *,
+        limits: Limits = limits(),  # noqa: B008 - frozen
+        pacer: Pacer | None = None,
+        policy: ReusePolicy = POLICY,
+        mint_timeout: float = 20.0,
+        max_tokens: int = 200_000,
+        draw: Callable[[], float] | None = None,
+    ) -> None:
+        self.clock = clock
+        self.limits = limits
+        self.issuer = FakeIssuer()
+        self.tokens = TokenCache(
+            max_tokens,
+            keep_until=lambda token: token.dies_mono - policy.marks(token.lifetime).outage,
+            mono=clock.mono,
+        )
+        self.store = MemoryStore(limits, self.tokens, clock)
+        self.metrics = MintMetrics(CollectorRegistry(), "local")
+        self.desk = TokenDesk(
+            self.store,
+            self.issuer,
+            Unpaced() if pacer is None else pacer,
+            policy,
+            clock,
+            self.metrics,
+            mint_timeout,
+            draw or random.Random(20).random,
+        )
+
+    async def issue(self, ask: Ask, patience: float = PATIENCE) -> Handout | Refusal:
+        return await self.desk.issue(ask, patience)
+
+    async def hand_out(self, ask: Ask, patience: float = PATIENCE) -> Handout:
+        """Issue a token that no limit refuses."""
+        answer = await self.desk.issue(ask, patience)
+        assert isinstance(answer, Handout)
+        return answer
+
+    def begin(self, ask: Ask, patience: float = PATIENCE) -> "asyncio.Task[Handout]":
+        """Let somebody ask, and go on."""
+        return asyncio.get_running_loop().create_task(self.hand_out(ask, patience))
+
+    @property
+    def mints(self) -> int:
+        """Calls of the issuer so far."""
+        return len(self.issuer.asks)
+
+    def charged(self, name: LimitName, key: str) -> int:
+        """Tokens that this bucket has given and not yet got back."""
+        limit_set = getattr(self.limits, name.value)
+        verdict = self.store.buckets[name].peek(key, limit_set.rule.limit, self.clock.mono())
+        return limit_set.rule.limit.burst - verdict.remaining
+
+    def refreshes(self, reason: str, outcome: str) -> int:
+        """Renewals counted so."""
+        return int(self.metrics.refreshes[reason, outcome]._value.get())
+
+    async def settled(self) -> None:
+        """Wait until nothing is under way, and see that nothing was left behind."""
+        await self.desk.flights.drained()
+        assert not self.desk.flights._by_key
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+def visitor(  # noqa: D103 - an ask of which only the interesting part needs to be said
+    fingerprint: str = VISITOR,
+    *,
+    agent: str = AGENT,
+    model: str | None = None,
+    client: str = "web",
+    fresh: bool = False,
+) -> Ask:
+    return Ask(client, agent, fingerprint, model, fresh)
+
+
+def session_of(token: EmbedToken) -> str:
+    """Read the session back out of a ready answer."""
+    return msgspec.json.decode(token.body)["data"]["session_id"]
+
+
+def belongs_to(token: EmbedToken, ask: Ask) -> bool:
+    """Whether this token was minted for exactly this client, agent, fingerprint and model."""
+    return session_of(token).startswith(visitor_mark(ask) + "-")
