@@ -75,7 +75,7 @@ class App:
         settings, clock = self._settings, self._clock
         now = clock.mono()
         self._files = SecretFiles(file for _, file in parts.secret_files(settings))
-        policy = parts.reuse(settings)
+        policy = self._policy = parts.reuse(settings)
         self.metrics = Metrics(settings.issuer.kind)
         self._sealing_key = parts.sealing_key(settings)
         self._tokens = TokenCache(
@@ -276,7 +276,11 @@ class App:
                 self._sealing_key,
                 self.store,
                 self._clock,
-                store.snapshot_max_age.us,
+                snapshot.Terms(
+                    self.issuer.origins,
+                    store.snapshot_max_age.us,
+                    lambda lifetime: self._policy.marks(lifetime).floor,
+                ),
             )
         except snapshot.SnapshotIgnored as reason:
             log.warning("broker.snapshot_ignored", reason=str(reason))
@@ -289,7 +293,9 @@ class App:
         if path is None or self._sealing_key is None:
             return
         try:
-            count = snapshot.save(Path(path), self._sealing_key, self.store, self._clock)
+            count = snapshot.save(
+                Path(path), self._sealing_key, self.store, self._clock, self.issuer.origin
+            )
         except OSError as error:
             log.error("broker.snapshot_failed", reason=error.strerror)
         else:

@@ -20,6 +20,16 @@ class Issuer(Protocol):
     name: str
     """Label of `broker_mint_duration_seconds`: `local` or `upstream`."""
 
+    @property
+    def origin(self) -> str:
+        """Name what signs new tokens, for a snapshot; tells nothing of a key."""
+        ...
+
+    @property
+    def origins(self) -> frozenset[str]:
+        """Every `origin` whose tokens are still good."""
+        ...
+
     def check(self, ask: Ask) -> None:
         """Raise at once if a mint for this ask is known to fail: before any limit is charged."""
         ...

@@ -5,6 +5,7 @@ may carry (`jwk`, `jku`, `x5u`, `crit` and so on) has let somebody bring a key o
 library, and we issue none of it.
 """
 
+import hashlib
 from collections.abc import Mapping
 
 import jwt
@@ -59,6 +60,15 @@ class Keyring:
         self._header = base64url_encode(msgspec.json.encode(header)) + b"."
         self._signing_key = keys[signing]
         self.signing = signing
+
+    @property
+    def kids(self) -> frozenset[str]:
+        """Every key by its id."""
+        return frozenset(self._keys)
+
+    def name_of(self, kid: str) -> str:
+        """Name a key without showing it: ids can be given to another key, this cannot."""
+        return hashlib.sha256(b"key name" + self._keys[kid]).hexdigest()[:16]
 
     def sign(self, claims: Mapping[str, object]) -> str:
         """Return the compact JWS of these claims.

@@ -35,6 +35,19 @@ class LocalIssuer(Issuer):
         """Sign and verify with other keys from now on."""
         self.keyring = keyring
 
+    @property
+    @override
+    def origin(self) -> str:
+        return self._origin_of(self.keyring.signing)
+
+    @property
+    @override
+    def origins(self) -> frozenset[str]:
+        return frozenset(self._origin_of(kid) for kid in self.keyring.kids)
+
+    def _origin_of(self, kid: str) -> str:
+        return f"local {self._issuer} {self._audience} {self.keyring.name_of(kid)}"
+
     @override
     def check(self, ask: Ask) -> None:
         """Nothing stops a signature."""

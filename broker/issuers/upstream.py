@@ -117,6 +117,16 @@ class UpstreamIssuer(Issuer):
         self._account_refusals.clear()
         self.credentials = self.credentials.keys_changed(self._clock.mono())
 
+    @property
+    @override
+    def origin(self) -> str:
+        return f"upstream {self._client.base_url}"
+
+    @property
+    @override
+    def origins(self) -> frozenset[str]:
+        return frozenset({self.origin})
+
     @override
     def check(self, ask: Ask) -> None:
         self._check_breakers()
@@ -255,6 +265,7 @@ class UpstreamIssuer(Issuer):
         """Return the token, or raise what the caller gets."""
         match reply:
             case Granted(minted):
+                self._forget_refusals(ask)
                 return minted
             case BadKey():
                 raise _our_key_is_bad()
@@ -283,6 +294,11 @@ class UpstreamIssuer(Issuer):
                 pass
             case _:
                 assert_never(scope)
+
+    def _forget_refusals(self, ask: Ask) -> None:
+        """Let a success that was under way put right what was remembered meanwhile."""
+        self._account_refusals.pop(_Account.ALL, None)
+        self._agent_refusals.pop((ask.agent, ask.model), None)
 
     @override
     def __repr__(self) -> str:

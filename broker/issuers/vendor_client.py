@@ -53,7 +53,8 @@ class VendorClient:
     """One pooled session to `base_url`; `timeout` is seconds for one call, connecting included."""
 
     def __init__(self, base_url: str, timeout: float) -> None:
-        base = URL(base_url.rstrip("/"))
+        self.base_url = base_url.rstrip("/")
+        base = URL(self.base_url)
         self._mint_url = base.joinpath(MINT_PATH[1:])
         self._validate_url = base.joinpath(VALIDATE_PATH[1:])
         self._session = aiohttp.ClientSession(

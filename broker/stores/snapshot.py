@@ -12,6 +12,7 @@ budget is not in it: a budget starts empty, which is right after any pause.
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from secrets import token_bytes
 
@@ -36,6 +37,20 @@ class SnapshotIgnored(Exception):
     """A snapshot that is not used; the message says why."""
 
 
+class Terms(Struct, frozen=True):
+    """What a snapshot has to agree with.
+
+    `origins` name the issuers whose tokens are good: those of another one, or of a key that was
+    taken out, must not come back.
+    `max_age` is microseconds; `floor` gives the floor in force for a token of some lifetime, in
+    case it was raised in between.
+    """
+
+    origins: frozenset[str]
+    max_age: int
+    floor: Callable[[int], int]
+
+
 class _HeldToken(Struct, frozen=True, array_like=True):
     key: str
     body: bytes
@@ -46,24 +61,29 @@ class _HeldToken(Struct, frozen=True, array_like=True):
 
 class _Content(Struct, frozen=True, array_like=True):
     written: int
+    origin: str
     tokens: list[_HeldToken]
     buckets: dict[str, dict[str, int]]
 
 
-def save(path: Path, key: Secret, store: MemoryStore, clock: Clock) -> int:
-    """Seal the store's state into `path`, replacing it atomically; returns the tokens saved."""
-    content = _collect(store, clock)
+def save(path: Path, key: Secret, store: MemoryStore, clock: Clock, origin: str) -> int:
+    """Seal the store's state into `path`, replacing it atomically; returns the tokens saved.
+
+    `origin` names the issuer whose tokens these are.
+    """
+    content = _collect(store, clock, origin)
     nonce = token_bytes(_NONCE)
-    sealed = _cipher(key).encrypt(nonce, msgspec.msgpack.encode(content), _MAGIC)
+    plain = msgspec.msgpack.encode(content)
+    sealed = _cipher(key).encrypt(nonce, plain, _MAGIC)
     _write(path, _MAGIC + nonce + sealed)
     return len(content.tokens)
 
 
-def load(path: Path, key: Secret, store: MemoryStore, clock: Clock, max_age: int) -> int:
+def load(path: Path, key: Secret, store: MemoryStore, clock: Clock, terms: Terms) -> int:
     """Restore the state in `path` and remove the file; returns the tokens restored.
 
-    Raises SnapshotIgnored, with nothing restored, for a file that is absent, foreign, damaged or
-    older than `max_age` microseconds.
+    Raises SnapshotIgnored, with nothing restored, for a file that is absent, foreign, damaged, of
+    another origin, or too old.
     """
     try:
         raw = path.read_bytes()
@@ -74,22 +94,30 @@ def load(path: Path, key: Secret, store: MemoryStore, clock: Clock, max_age: int
         raise SnapshotIgnored(f"cannot be read: {error.strerror}") from None
     content = _open(raw, key)
     age = clock.wall() - content.written
-    if not -MAX_CLOCK_SKEW <= age <= max_age:
-        raise SnapshotIgnored(f"written {age // 1_000_000} s ago")
-    return _restore(content, store, clock, max(age, 0))
+    if not -MAX_CLOCK_SKEW <= age <= terms.max_age:
+        raise SnapshotIgnored(f"written {age // 1_000_000} s ago: store.snapshot_max_age")
+    if content.origin not in terms.origins:
+        raise SnapshotIgnored("of another issuer, or of a key that was taken out")
+    return _restore(content, store, clock, max(age, 0), terms.floor)
 
 
-def _collect(store: MemoryStore, clock: Clock) -> _Content:
+def _collect(store: MemoryStore, clock: Clock, origin: str) -> _Content:
     mono, wall = clock.mono(), clock.wall()
     tokens = [
         _HeldToken(key, token.body, token.left(mono, wall), token.lifetime, token.mark)
         for key, token in store.tokens.items()
     ]
     buckets = {name.value: bucket.entries(mono) for name, bucket in store.buckets.items()}
-    return _Content(written=wall, tokens=tokens, buckets=buckets)
+    return _Content(written=wall, origin=origin, tokens=tokens, buckets=buckets)
 
 
-def _restore(content: _Content, store: MemoryStore, clock: Clock, age: int) -> int:
+def _restore(
+    content: _Content,
+    store: MemoryStore,
+    clock: Clock,
+    age: int,
+    floor: Callable[[int], int],
+) -> int:
     mono, wall = clock.mono(), clock.wall()
     for held in content.tokens:
         left = min(held.left, held.lifetime) - age
@@ -99,7 +127,7 @@ def _restore(content: _Content, store: MemoryStore, clock: Clock, age: int) -> i
                 dies_mono=mono + left,
                 dies_wall=wall + left,
                 lifetime=held.lifetime,
-                mark=held.mark,
+                mark=max(held.mark, floor(held.lifetime)),
             )
     for name, entries in content.buckets.items():
         aged = {key: wait - age for key, wait in entries.items()}

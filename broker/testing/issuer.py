@@ -30,6 +30,16 @@ class FakeIssuer(Issuer):
         self.asks: list[Ask] = []
         self._last: dict[str, Minted] = {}
 
+    @property
+    @override
+    def origin(self) -> str:
+        return "fake"
+
+    @property
+    @override
+    def origins(self) -> frozenset[str]:
+        return frozenset({"fake"})
+
     @override
     def check(self, ask: Ask) -> None:
         if self.closed is not None:
