@@ -10,12 +10,13 @@ import logging
 import os
 import secrets
 import sys
+import traceback
 from collections.abc import MutableMapping
 from hashlib import blake2b
 from typing import TextIO
 
 import structlog
-from structlog.typing import EventDict, Processor
+from structlog.typing import EventDict, ExcInfo, Processor
 from typing_extensions import override
 
 from broker.settings import Log
@@ -46,13 +47,12 @@ def configure(settings: Log, stream: TextIO | None = None) -> None:
 
 def _renderers(form: str, out: TextIO) -> list[Processor]:
     if form == "json":
-        return [structlog.processors.dict_tracebacks, _drop_locals, _as_json]
+        return [structlog.processors.dict_tracebacks, _drop_values, _as_json]
     return [
         _escape,
         structlog.dev.ConsoleRenderer(
             colors=out.isatty() and "NO_COLOR" not in os.environ,
-            # not rich's, which would print local variables where rich is installed
-            exception_formatter=structlog.dev.plain_traceback,
+            exception_formatter=_lines_only,
         ),
     ]
 
@@ -62,9 +62,16 @@ def _as_json(_logger: object, _name: str, event: EventDict) -> str:
     return json.dumps({"event": event.pop("event"), **event}, default=repr)
 
 
-def _drop_locals(_logger: object, _name: str, event: EventDict) -> EventDict:
-    """Local variables of a traceback may hold a token: keep the lines, drop the values."""
+def _lines_only(out: TextIO, error: ExcInfo) -> None:
+    """Print where a defect happened and its type, as `_drop_values` does, for people."""
+    out.write("".join(traceback.format_tb(error[2])) + error[0].__name__)
+
+
+def _drop_values(_logger: object, _name: str, event: EventDict) -> EventDict:
+    """Messages and local variables may hold a token: keep types and lines, drop the values."""
     for trace in event.get("exception", ()):
+        trace.pop("exc_value", None)
+        trace.pop("exc_notes", None)
         for frame in trace.get("frames", ()):
             frame.pop("locals", None)
     return event

@@ -5,6 +5,7 @@ known parts, which is a third of the work.  Nothing that a caller sent gets into
 request id of a fixed alphabet, so there is nothing to escape.
 """
 
+import asyncio
 from functools import lru_cache
 from http import HTTPStatus
 
@@ -18,6 +19,10 @@ from broker.rules.bucket import Limit, Verdict
 
 MAX_UNSENT = 64 * 1024
 """Bytes that may wait for a client that pipelines and does not read; then we stop answering it."""
+
+UNSENT_TIMEOUT = 30.0
+"""Seconds that it may wait: a client that reads at all takes 64 KiB in less, and one that does not
+would hold its connection for ever."""
 
 _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus
@@ -59,7 +64,7 @@ class ReadyAnswer(web.StreamResponse):
         payload = b"" if request.method == "HEAD" else self._payload
         transport.write((self._head + connection).encode("latin-1") + payload)
         if transport.get_write_buffer_size() > MAX_UNSENT:
-            await request.writer.drain()
+            await _catch_up(request, transport)
         return None
 
     @override
@@ -69,6 +74,16 @@ class ReadyAnswer(web.StreamResponse):
     @override
     def __repr__(self) -> str:
         return f"ReadyAnswer({self._status}, {len(self._payload)} bytes)"
+
+
+async def _catch_up(request: BaseRequest, transport: asyncio.Transport) -> None:
+    """Wait for a client that does not read; raises ConnectionError once it has had its time."""
+    try:
+        async with asyncio.timeout(UNSENT_TIMEOUT):
+            await request.writer.drain()
+    except TimeoutError:
+        transport.abort()
+        raise ClientConnectionResetError("the client does not read") from None
 
 
 def head(status: int, length: int, content_type: str, request_id: str, date: str) -> str:

@@ -46,7 +46,9 @@ _CACHE_STATUS = {
 Handler = Callable[[BaseRequest, str], Awaitable[web.StreamResponse]]
 """Answers a request; the second argument is its request id."""
 
-_COUNTED = frozenset({Outcome.LIMITED, Outcome.SHED, Outcome.INVALID, Outcome.UNAUTHORIZED})
+_COUNTED = frozenset(
+    {Outcome.LIMITED, Outcome.SHED, Outcome.INVALID, Outcome.UNAUTHORIZED, Outcome.FORBIDDEN}
+)
 """Outcomes that anybody can cause in any number: one a minute is written, the rest counted."""
 
 _CLOSING = frozenset({408, 413})
@@ -224,8 +226,12 @@ class Routes:
         return self._answer(503, _DRAINING, request_id)
 
     async def _off_route(self, request: BaseRequest, request_id: str) -> web.StreamResponse:
-        """What is not in the table to the letter: a query, another method, nothing at all."""
-        path = request.raw_path.partition("?")[0]
+        """What is not in the table to the letter: a query, another method, nothing at all.
+
+        Also the absolute form of a target, which proxies may send (RFC 9112 section 3.2.2).
+        """
+        absolute = request.raw_path.startswith(("http://", "https://"))
+        path = request.path if absolute else request.raw_path.partition("?")[0]
         methods = self.table.get(path)
         if methods is None:
             where = f"metrics are on the admin listener: {self._admin_url}/metrics"

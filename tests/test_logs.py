@@ -1,0 +1,426 @@
+"""What operators read: whole records, one line each, and never what must stay secret."""
+
+import gc
+import hashlib
+import io
+import json
+import logging
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from hypothesis import given
+from hypothesis import strategies as st
+from web.edge import (
+    AGENT,
+    TOKEN_PATH,
+    Edge,
+    logging_to,
+    raise_file_limit,
+    request,
+    serving,
+    visitor,
+)
+
+from broker import errors
+from broker.logs import SUMMARY_INTERVAL, RefusalLog, visitor_hash
+from broker.settings import Log, Settings
+
+FORMS = ["json", "console"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _many_files() -> None:
+    raise_file_limit()
+
+
+@pytest.fixture
+def log() -> Iterator[io.StringIO]:
+    """What is logged, as JSON, from debug on."""
+    stream = io.StringIO()
+    with logging_to(stream, Settings(log=Log(level="debug"))):
+        yield stream
+
+
+def records(log: io.StringIO) -> list[dict[str, Any]]:
+    """Read JSON lines."""
+    return [json.loads(line) for line in log.getvalue().splitlines()]
+
+
+class TestCanonicalEvents:
+    """One event per request; whole records, so that a field that appears is noticed."""
+
+    async def test_a_mint(self) -> None:
+        """Token and visitor by name, life left, duration; written at `info`."""
+        async with serving(level="info") as edge:
+            fingerprint = visitor()
+            reply = await edge.ask(fingerprint, headers=[("X-Request-Id", "req-1")])
+            (event,) = edge.events("broker.embed_token")
+            assert event.pop("timestamp").endswith("Z")
+            assert 0 <= event.pop("duration_ms") < 60_000
+            assert event == {
+                "event": "broker.embed_token",
+                "level": "info",
+                "outcome": "minted",
+                "request_id": "req-1",
+                "client": "web",
+                "agent": AGENT,
+                "visitor": visitor_hash(fingerprint),
+                "token": hashlib.sha256(reply.token.encode()).hexdigest()[:12],
+                "left_s": 3595,
+            }
+
+    async def test_a_reuse_is_written_at_debug_only(self) -> None:
+        """It is most of the traffic."""
+        for level, outcomes in (("info", ["minted"]), ("debug", ["minted", "reused"])):
+            async with serving(level=level) as edge:
+                fingerprint = visitor()
+                await edge.ask(fingerprint)
+                await edge.ask(fingerprint)
+                events = edge.events("broker.embed_token")
+                assert [event["outcome"] for event in events] == outcomes
+                assert {e["visitor"] for e in events} == {visitor_hash(fingerprint)}
+                assert [event["level"] for event in events] == ["info", "debug"][: len(outcomes)]
+
+    async def test_a_refusal_by_a_limit(self) -> None:
+        """The code and the limit that refused."""
+        limits = {"fingerprint": {"rate": 1, "per": "1h", "burst": 1}}
+        async with serving({"limits": limits}, level="info") as edge:
+            fingerprint = visitor()
+            await edge.ask(fingerprint)
+            await edge.ask(fingerprint, headers=[("X-Request-Id", "req-2")])
+            event = edge.events("broker.embed_token")[-1]
+            del event["timestamp"], event["duration_ms"]
+            assert event == {
+                "event": "broker.embed_token",
+                "level": "warning",
+                "outcome": "limited",
+                "request_id": "req-2",
+                "status": 429,
+                "code": "RATE_LIMITED",
+                "limit": "fingerprint",
+                "client": "web",
+                "agent": AGENT,
+                "visitor": visitor_hash(fingerprint),
+            }
+
+    async def test_a_stranger(self) -> None:
+        """Nothing is known of it, so nothing is said."""
+        async with serving(level="info") as edge:
+            await edge.fail_to_log_in()
+            (event,) = edge.events("broker.embed_token")
+            del event["timestamp"], event["duration_ms"], event["request_id"]
+            assert event == {
+                "event": "broker.embed_token",
+                "level": "warning",
+                "outcome": "unauthorized",
+                "status": 401,
+                "code": "UNAUTHORIZED",
+            }
+
+    async def test_failures_are_always_written(self) -> None:
+        """Every one, not only the first of a minute."""
+        async with serving(level="info") as edge:
+
+            async def fail(*_args: object) -> Any:
+                raise errors.UpstreamRefused(402, "NO_CREDIT", "the vendor says: pay")
+
+            edge.app.issuer.mint = fail  # type: ignore[method-assign]
+            for _ in range(5):
+                await edge.ask()
+            events = edge.events("broker.embed_token")
+            assert [(e["outcome"], e["status"], e["code"]) for e in events] == [
+                ("failed", 402, "NO_CREDIT")
+            ] * 5
+
+
+class TestRefusals:
+    async def test_a_flood_writes_one_line_a_minute_and_sums_up(self) -> None:
+        """A thousand 429s: one line; the next minute says how many there were besides."""
+        limits = {"fingerprint": {"rate": 1, "per": "1h", "burst": 1}}
+        async with serving({"limits": limits}, level="info") as edge:
+            fingerprint = visitor()
+            await edge.ask(fingerprint)
+            before = len(edge.events())
+            replies = await edge.all_at_once([edge.asking(fingerprint)] * 1000)
+            assert {reply.status for reply in replies} == {429}
+            assert len(edge.events()) == before + 1
+            edge.time.advance(60)
+            await edge.ask(fingerprint)
+            summary, first = edge.events()[before + 1 :]
+            del summary["timestamp"]
+            assert summary == {
+                "event": "broker.refusals",
+                "level": "info",
+                "kind": "fingerprint",
+                "unwritten": 999,
+            }
+            assert first["outcome"] == "limited"
+
+    async def test_each_kind_has_a_first_line_of_its_own(self) -> None:
+        """A flood of one kind does not hide another."""
+        async with serving(level="info") as edge:
+            for _ in range(20):
+                await edge.fail_to_log_in()
+                await edge.post(b"{")
+                await edge.post(b"")
+            kinds = [event["code"] for event in edge.events("broker.embed_token")]
+            assert sorted(kinds) == ["MISSING_PARAM", "UNAUTHORIZED", "VALIDATION_ERROR"]
+
+    async def test_at_debug_every_refusal_is_written(self) -> None:
+        """Whoever asks for debug gets it."""
+        async with serving(level="debug") as edge:
+            for _ in range(5):
+                await edge.post(b"")
+            assert len(edge.events("broker.embed_token")) == 5
+
+    @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, SUMMARY_INTERVAL))))
+    def test_no_refusal_is_lost_or_counted_twice(self, steps: list[tuple[str, int]]) -> None:
+        """Written lines and sums add up to what happened, for each kind."""
+        stream = io.StringIO()
+        with logging_to(stream, Settings(log=Log(level="info"))):
+            refusals, now, written = RefusalLog(), 5, dict.fromkeys("abc", 0)
+            for kind, gap in steps:
+                now += gap
+                written[kind] += refusals.first(kind, now)
+            refusals.flush(now + SUMMARY_INTERVAL)
+            refusals.flush(now + 3 * SUMMARY_INTERVAL)
+        for event in records(stream):
+            written[event["kind"]] += event["unwritten"]
+        assert written == {kind: [k for k, _ in steps].count(kind) for kind in "abc"}
+
+    def test_a_quiet_minute_says_nothing(self, log: io.StringIO) -> None:
+        """One refusal a minute is written as it comes; there is nothing to sum up."""
+        refusals = RefusalLog()
+        assert all(refusals.first("agent", n * SUMMARY_INTERVAL) for n in range(1, 10))
+        refusals.flush(20 * SUMMARY_INTERVAL)
+        assert log.getvalue() == ""
+
+
+class TestEscaping:
+    @pytest.mark.parametrize("form", FORMS)
+    @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+    def test_O9_any_text_is_one_line_of_printable_ascii(self, form: Any, text: str) -> None:
+        """In every field, whatever the characters."""
+        stream = io.StringIO()
+        with logging_to(stream, Settings(log=Log(format=form))):
+            structlog.get_logger().info("broker.example", field=text, other=text)
+        line, end, rest = stream.getvalue().partition("\n")
+        assert (end, rest) == ("\n", "")
+        assert line.isascii()
+        assert line.isprintable()
+
+    @given(text=st.text(max_size=60))
+    def test_json_loses_nothing(self, text: str) -> None:
+        """Escaped, not replaced: a program reads what there was."""
+        stream = io.StringIO()
+        with logging_to(stream, Settings(log=Log())):
+            structlog.get_logger().info("broker.example", field=text)
+        assert records(stream)[0]["field"] == text
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_libraries_speak_our_format_and_their_arguments_stay_out(self, form: Any) -> None:
+        """Both aiohttp and asyncio use `logging`; what they interpolate may be input."""
+        stream = io.StringIO()
+        canary = secrets.token_hex(8)
+        with logging_to(stream, Settings(log=Log(format=form))):
+            logging.getLogger("aiohttp.server").error("request %s\nfailed", canary)
+            logging.getLogger("aiohttp.server").info("not interesting")
+        written = stream.getvalue()
+        assert canary not in written
+        assert written.count("\n") == 1
+        assert "request %s" in written
+        assert "aiohttp.server" in written
+
+    def test_levels(self, log: io.StringIO) -> None:
+        """Below the level nothing is written."""
+        stream = io.StringIO()
+        with logging_to(stream, Settings(log=Log(level="error"))):
+            logger = structlog.get_logger()
+            for write in (logger.debug, logger.info, logger.warning, logger.error):
+                write("broker.example")
+        assert [record["level"] for record in records(stream)] == ["error"]
+        assert log.getvalue() == ""
+
+
+class TestVisitorHash:
+    def test_it_names_and_does_not_tell(self) -> None:
+        """The same visitor, the same name; no plain hash that a table of fingerprints reverses."""
+        fingerprint = visitor()
+        name = visitor_hash(fingerprint)
+        assert name == visitor_hash(fingerprint) != visitor_hash(visitor())
+        assert name not in hashlib.blake2b(fingerprint.encode(), digest_size=6).hexdigest()
+        assert name not in hashlib.sha256(fingerprint.encode()).hexdigest()
+
+
+class _Canaries:
+    """Everything that must not be seen, made at run time and collected on the way."""
+
+    def __init__(self) -> None:
+        self.secret = secrets.token_urlsafe(24)
+        self.other_secret = secrets.token_urlsafe(24)
+        self.key = secrets.token_urlsafe(48)
+        self.sealing_key = secrets.token_urlsafe(48)
+        self.wrong_secret = secrets.token_urlsafe(24)
+        self.fingerprint = secrets.token_hex(32)
+        self.tokens: set[str] = set()
+
+    def tree(self, folder: Path, form: str) -> dict[str, Any]:
+        """Settings that bring every kind of secret, inline and in files."""
+        other = folder / "other"
+        other.write_text(self.other_secret)
+        return {
+            "clients": {
+                "canary": {"secret": self.secret, "agents": ["*"]},
+                "other": {"secret_file": str(other), "agents": [AGENT]},
+            },
+            "issuer": {"local": {"keys": {"c": {"secret": self.key}}, "signing_key": "c"}},
+            "store": {
+                "snapshot_file": str(folder / "snapshot"),
+                "encryption_key": self.sealing_key,
+            },
+            "limits": {"fingerprint": {"rate": 1, "per": "1h", "burst": 12}},
+            "log": {"format": form, "level": "debug"},
+        }
+
+    def found_in(self, text: str) -> list[str]:
+        """Name what is in a text: whole, or the half of a token that is its proof."""
+        everything = {**vars(self)}
+        for n, token in enumerate(everything.pop("tokens")):
+            everything |= {f"token {n}": token, f"signature {n}": token.rpartition(".")[2]}
+        return [name for name, value in everything.items() if value in text]
+
+
+async def _exercise(edge: Edge, canaries: _Canaries) -> str:
+    """Bring the canaries to every place that a caller can reach; return the errors' text."""
+    own: dict[str, Any] = {"secret": canaries.secret}
+    fingerprint = canaries.fingerprint
+    replies = []
+    for fields in ({}, {}, {"fresh": True}, {"model": "essence"}):
+        reply = await edge.ask(fingerprint, **own, **fields)
+        canaries.tokens.add(reply.token)
+    canaries.tokens.add((await edge.ask(fingerprint, secret=canaries.other_secret)).token)
+    known = [*canaries.tokens, canaries.secret, canaries.key, fingerprint]
+    for value in known:
+        field = value[:200]
+        replies += [
+            await edge.ask(fingerprint, secret=canaries.wrong_secret),
+            await edge.ask(fingerprint, agent=f"{field}/", **own),
+            await edge.ask(f"{field}-", **own),
+            await edge.ask(fingerprint, fresh=value, **own),
+            await edge.ask(model=f"{field}\n", **own),
+            await edge.post(f'{{"agent_id":"{value}'.encode(), **own),
+            await edge.get(f"/{value}"),
+            await edge.get(f"/livez?{value}", "POST"),
+            await edge.ask(fingerprint, secret=value[:-1]),
+            await edge.ask(fingerprint, headers=[("Origin", value)], **own),
+            await edge.ask(fingerprint, headers=[("api-secret", value)], **own),
+            await edge.ask(fingerprint, headers=[("X-Request-Id", f"{value}!")], **own),
+            await edge.raw(b"GET /\x1b" + value.encode() + b" HTTP/1.1\r\nHost: a\r\n\r\n"),
+            await edge.raw(request("GET", "/livez", [("X-\x1b", value)])),
+            await edge.admin(f"/{value}"),
+        ]
+    for _ in range(12):
+        reply = await edge.ask(fingerprint, **own)
+        replies += [reply] if reply.status == 429 else []
+    replies += [await edge.post(b"", path="/v1/validate", secret=v[:-1]) for v in known]
+    replies += [await edge.ask(agent="other", secret=canaries.other_secret)]
+    await _cause_a_defect(edge, own)
+    assert edge.app.reload() is True
+    assert {reply.status for reply in replies} >= {400, 401, 403, 404, 405, 429}
+    return "\n".join(reply.text for reply in replies if reply.status != 200)
+
+
+async def _cause_a_defect(edge: Edge, own: dict[str, Any]) -> None:
+    """Let a mint fail in a way that nobody foresaw, with secrets in its local variables."""
+
+    async def fail(ask: object, *_args: object) -> Any:
+        local = {"ask": ask, "own": own, "key": edge.key}
+        raise RuntimeError(f"out of {len(local)} ideas")
+
+    edge.defects_expected = True
+    kept, edge.app.issuer.mint = edge.app.issuer.mint, fail  # type: ignore[method-assign]
+    assert (await edge.ask(**own)).status == 500
+    edge.app.issuer.mint = kept  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_O1_G7_no_canary_is_seen_anywhere(
+    tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not one canary shows, whatever was done with it.
+
+    Secrets, keys, tokens and fingerprints go through a whole broker at debug level, a defect, a
+    reload, a drain with its snapshot and the start after it: nothing of them in logs, metrics,
+    error answers, the repr of any object of ours, or the process list.
+    """
+    canaries = _Canaries()
+    tree = canaries.tree(tmp_path, form)
+    async with serving(tree, form=form) as edge:
+        errors_seen = await _exercise(edge, canaries)
+        scrapes = [
+            (await edge.admin("/metrics", Accept=accept)).text
+            for accept in ("text/plain", "application/openmetrics-text")
+        ]
+        reprs = list(_reprs_of_ours(edge.app))
+    async with serving(tree, form=form) as again:
+        reused = await again.ask(canaries.fingerprint, secret=canaries.other_secret)
+        assert reused.token in canaries.tokens
+    after_reload = capsys.readouterr()
+    written = edge.log.getvalue() + after_reload.err + after_reload.out + again.log.getvalue()
+    assert written.count("broker.embed_token") > 50
+    assert "broker.defect" in written
+    assert "RuntimeError" in written
+    assert "broker.snapshot_saved" in written
+    assert len(reprs) > 50
+    assert canaries.found_in(written) == []
+    assert canaries.found_in("\n".join(scrapes)) == []
+    assert canaries.found_in(errors_seen) == []
+    assert canaries.found_in("\n".join(reprs)) == []
+    assert canaries.found_in(_read("/proc/self/cmdline")) == []
+    assert canaries.found_in(_read(tmp_path / "snapshot")) == []
+
+
+def _read(path: Path | str) -> str:
+    return Path(path).read_bytes().decode("latin-1")
+
+
+def _reprs_of_ours(root: object) -> Iterator[str]:
+    """Yield the repr of every object of our own types that can be reached from here."""
+    seen: set[int] = set()
+    stack = [root]
+    while stack:
+        one = stack.pop()
+        if id(one) in seen or isinstance(one, type) or type(one).__name__ == "module":
+            continue
+        seen.add(id(one))
+        if type(one).__module__.startswith("broker."):
+            yield repr(one)
+            stack += [getattr(one, name, None) for name in getattr(one, "__struct_fields__", ())]
+        stack += gc.get_referents(one)
+
+
+async def test_G7_reprs_of_what_passes_through(tmp_path: Path) -> None:
+    """Values that live for one request mask themselves too: tracebacks may show them."""
+    from broker.model import Ask, Minted, Secret
+    from broker.web.wire import TokenRequest
+
+    canary = secrets.token_hex(16)
+    values = [
+        Ask("web", AGENT, canary),
+        Minted(canary, "session", 1, 1),
+        Secret(canary),
+        TokenRequest(agent_id=AGENT, fingerprint=canary),
+        errors.Invalid("field: rule"),
+    ]
+    assert [value for value in values if canary in repr(value)] == []
+
+
+def test_the_route_of_this_file_is_the_real_one() -> None:
+    """Guards the helpers: a renamed route would make every canary a 404."""
+    from broker.web.routes import TOKEN_PATH as REAL
+
+    assert REAL == TOKEN_PATH

@@ -1,0 +1,142 @@
+"""Answers as bytes: heads, limits in two generations of headers, and who does not read them."""
+
+import asyncio
+import re
+import socket
+
+import pytest
+from edge import Edge, request, visitor
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker.model import LimitName
+from broker.rules.bucket import Limit, peek, spend
+from broker.web.answer import MAX_UNSENT, ReadyAnswer, limit_headers, retry_after_seconds
+from broker.web.server import DataServer
+
+LIMITS = st.builds(Limit, st.integers(1, 2**31 - 1), st.integers(1, 3_600_000_000))
+NOW = 1_800_000_000_000_000
+
+
+def parsed(text: str) -> dict[str, str]:
+    """Read header lines."""
+    lines = text.removesuffix("\r\n").split("\r\n")
+    return dict(line.split(": ", 1) for line in lines)
+
+
+class TestRetryAfter:
+    @given(st.integers(-(10**12), 10**12))
+    def test_L9_whole_seconds_rounded_up_never_0(self, wait: int) -> None:
+        """Who waits that long has waited long enough, and nobody is told to come at once."""
+        seconds = retry_after_seconds(wait)
+        assert seconds >= 1
+        assert seconds * 1_000_000 >= wait
+        assert seconds == 1 or (seconds - 1) * 1_000_000 < wait
+
+
+class TestLimitHeaders:
+    @given(LIMITS, st.integers(0, 10**16), st.sampled_from(LimitName))
+    def test_L10_both_generations_say_the_same(
+        self, limit: Limit, wait: int, name: LimitName
+    ) -> None:
+        """Limit, remaining and times agree with each other and with the next decision."""
+        full_at, verdict = spend(NOW + wait, limit, NOW)
+        headers = parsed(limit_headers(name, verdict, NOW))
+        assert list(headers) == [
+            "X-RateLimit-Limit",
+            "RateLimit-Policy",
+            "X-RateLimit-Remaining",
+            "X-RateLimit-Reset",
+            "RateLimit",
+        ]
+        remaining = int(headers["X-RateLimit-Remaining"])
+        assert int(headers["X-RateLimit-Limit"]) == limit.burst
+        assert 0 <= remaining <= limit.burst
+        assert remaining == peek(full_at, limit, NOW).remaining
+        window = -(-limit.burst * limit.interval // 1_000_000)
+        assert headers["RateLimit-Policy"] == f'"{name.value}";q={limit.burst};w={window}'
+        found = re.fullmatch(r'"(\w+)";r=(\d+);t=(\d+)', headers["RateLimit"])
+        assert found is not None
+        assert found[1] == name.value
+        assert int(found[2]) == remaining
+        reset = int(headers["X-RateLimit-Reset"])
+        assert peek(full_at, limit, reset * 1_000_000).remaining == limit.burst
+        later = NOW + int(found[3]) * 1_000_000
+        assert peek(full_at, limit, later).remaining > remaining or remaining == limit.burst
+        if not verdict.allowed:
+            assert int(found[3]) == retry_after_seconds(verdict.retry_after)
+            assert spend(full_at, limit, later)[1].allowed
+
+    def test_a_full_bucket_has_no_next_token(self) -> None:
+        """`t` is left out, as the draft has it, rather than 0."""
+        headers = limit_headers(LimitName.CLIENT, peek(0, Limit(5, 1_000_000), NOW), NOW)
+        assert parsed(headers)["RateLimit"] == '"client";r=5'
+
+
+class TestReadyAnswer:
+    async def test_head_has_no_body_and_the_length_of_the_get(self, edge: Edge) -> None:
+        """Also for errors; the next request on the connection is read rightly."""
+        line = await edge.connect()
+        for path in ("/livez", "/nowhere"):
+            line.send(request("HEAD", path))
+            reply = await line.answer(bodyless=True)
+            assert int(reply.header("Content-Length") or "") > 0
+        line.send(request("GET", "/livez"))
+        assert (await line.answer()).json == {"status": "ok"}
+        await line.close()
+
+    async def test_one_write_for_one_answer(self, edge: Edge) -> None:
+        """Head and body leave together: a second packet would wait for the first one's ACK."""
+        line = await edge.connect()
+        line.send(edge.asking())
+        data = await line.reader.read(65536)
+        assert data.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert data.endswith(b"}}")
+        await line.close()
+
+    async def test_G6_who_pipelines_and_does_not_read_is_no_longer_answered(
+        self, edge: Edge, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its answers do not pile up here, and after a while it is cut off (O4)."""
+        monkeypatch.setattr("broker.web.answer.UNSENT_TIMEOUT", 0.3)
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", edge.port))
+        assert (await edge.get("/livez")).status == 200  # by now the first one is accepted
+        server = edge.app._server
+        transport = await _transport_of(server, client.getsockname())
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        sending = asyncio.create_task(
+            asyncio.get_running_loop().sock_sendall(client, request("GET", "/livez") * 5000)
+        )
+        seen, quiet = 0, 0
+        while quiet < 20:
+            await asyncio.sleep(0.002)
+            quiet = quiet + 1 if server.requests_count == seen else 0
+            seen = server.requests_count
+        assert seen < 2500
+        assert 0 < transport.get_write_buffer_size() < MAX_UNSENT + 4096
+        assert (await edge.ask()).status == 200
+        async with asyncio.timeout(30):
+            while server.connections:  # noqa: ASYNC110 - what is waited for has no event
+                await asyncio.sleep(0.002)
+        sending.cancel()
+        await asyncio.wait([sending])
+        client.close()
+        assert transport.is_closing()
+
+    def test_its_repr_tells_size_and_status_and_not_what_is_inside(self) -> None:
+        """G7: the payload is a token."""
+        body = visitor().encode()
+        answer = ReadyAnswer(200, "HTTP/1.1 200 OK\r\n", body, close=False)
+        assert repr(answer) == f"ReadyAnswer(200, {len(body)} bytes)"
+
+
+async def _transport_of(server: DataServer, peer: tuple[str, int]) -> asyncio.Transport:
+    """Find the broker's end of a connection."""
+    for connection in server.connections:
+        transport = connection.transport
+        if isinstance(transport, asyncio.Transport) and connection.peername == peer:
+            return transport
+    raise AssertionError(f"nobody is connected from {peer}")
