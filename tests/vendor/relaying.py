@@ -1,0 +1,412 @@
+"""The relay before a vendor that fails on request: real sockets, generated secrets.
+
+`Relay` is the story without its front door (desk, budget, issuer, HTTP client) on a clock that a
+test may move; the vendor's clock is the same one.  `broker_before` is the whole application and
+somebody who asks it over HTTP.
+"""
+
+import asyncio
+import io
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import aiohttp
+import msgspec
+import structlog
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+from broker import config, logs
+from broker.app import App
+from broker.errors import BrokerError
+from broker.issue import Handout, ReusePolicy, TokenDesk
+from broker.issuers.upstream import UpstreamIssuer
+from broker.issuers.vendor_client import VendorClient
+from broker.issuers.vendor_replies import Reason
+from broker.limits import Limits, LimitSet, Rule
+from broker.metrics import MintMetrics, UpstreamMetrics
+from broker.model import Ask, LimitName, Secret
+from broker.pacer import Budget, Paced
+from broker.rules import bucket
+from broker.rules.reuse import SECOND
+from broker.settings import Settings
+from broker.stores.memory import MemoryStore
+from broker.stores.tokens import TokenCache
+from broker.testing import FakeClock, FakeVendor, VendorSettings
+from broker.testing.mint import visitor_mark
+
+AGENT = "A78WKV4515"
+TOKEN_PATH = "/v1/embed-tokens/request"
+MINUTE = 60 * SECOND
+
+POLICY = ReusePolicy(enabled=True, ahead=15 * MINUTE, floor=5 * MINUTE, outage=MINUTE)
+"""The marks that ship."""
+
+RAISED = Budget(rate=600_000, per=60, burst=100, max_wait=5)
+"""For tests that are not about the pace; a slot each 0.1 ms."""
+
+IMPATIENT = Budget(rate=600_000, per=60, burst=100, max_wait=0.5)
+"""The same, but nobody waits out a pause: the shortest one has a second."""
+
+UNLIMITED = VendorSettings(ip=None)
+"""A vendor that fails only where a test says so."""
+
+
+def visitor() -> str:
+    """Make a new visitor's fingerprint."""
+    return secrets.token_hex(16)
+
+
+def roomy() -> Limits:
+    """Limits that no test meets."""
+
+    def limit_set(name: LimitName) -> LimitSet:
+        return LimitSet(name, Rule(bucket.limit(60_000, MINUTE, 1_000_000)), {})
+
+    return Limits(
+        fingerprint=limit_set(LimitName.FINGERPRINT),
+        fingerprint_mints=limit_set(LimitName.FINGERPRINT_MINTS),
+        agent=limit_set(LimitName.AGENT),
+        client=None,
+        max_tracked=1_000_000,
+    )
+
+
+class Relay:
+    """Desk, budget, issuer and HTTP client before `vendor`."""
+
+    def __init__(
+        self,
+        vendor: FakeVendor,
+        clock: FakeClock,
+        *,
+        budget: Budget = RAISED,
+        keys: list[Secret] | None = None,
+        timeout: float = 5.0,
+        base_url: str | None = None,
+        policy: ReusePolicy = POLICY,
+        draw: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self.vendor = vendor
+        self.clock = clock
+        self.upstream = UpstreamMetrics(reason.value for reason in Reason)
+        self.metrics = MintMetrics(CollectorRegistry(), "upstream")
+        self.waits: list[float] = []
+        self.pacer = Paced(budget, self.waits.append)
+        self.issuer = UpstreamIssuer(
+            VendorClient(base_url or vendor.url, timeout),
+            keys or [vendor.secret],
+            self.pacer,
+            clock,
+            self.upstream,
+            draw,
+        )
+        self.tokens = TokenCache(
+            200_000,
+            keep_until=lambda token: token.dies_mono - policy.marks(token.lifetime).outage,
+            mono=clock.mono,
+        )
+        self.store = MemoryStore(roomy(), self.tokens, clock)
+        self.desk = TokenDesk(
+            self.store, self.issuer, self.pacer, policy, clock, self.metrics, 18.0, draw
+        )
+
+    async def open(self) -> None:
+        await self.pacer.start()
+        burst = self.pacer._budget.burst
+        if self.pacer._depth < 0.02:
+            await until(lambda: self.pacer.remaining == burst, "a whole burst")
+
+    async def close(self) -> None:
+        await self.desk.flights.close()
+        await self.pacer.close()
+        await self.issuer.close()
+
+    async def ask(
+        self,
+        fingerprint: str | None = None,
+        *,
+        agent: str = AGENT,
+        model: str | None = None,
+        fresh: bool = False,
+        client: str = "web",
+        patience: float = 12.0,
+    ) -> Handout:
+        """Ask for a token; a fingerprint left out is a new visitor's."""
+        ask = Ask(client, agent, fingerprint or visitor(), model, fresh)
+        answer = await self.desk.issue(ask, patience)
+        assert isinstance(answer, Handout)
+        return answer
+
+    def begin(self, fingerprint: str | None = None, **how: Any) -> "asyncio.Task[Handout]":
+        """Let somebody ask, and go on."""
+        return asyncio.get_running_loop().create_task(self.ask(fingerprint, **how))
+
+    async def failure(self, fingerprint: str | None = None, **how: Any) -> BrokerError:
+        """Ask in vain; returns what the caller is told."""
+        try:
+            answer = await self.ask(fingerprint, **how)
+        except BrokerError as error:
+            return error
+        raise AssertionError(f"a token: {answer!r}")
+
+    async def settled(self) -> None:
+        """Wait until no mint is under way."""
+        await self.desk.flights.drained()
+
+    async def arrived(self, count: int) -> None:
+        """Return when that many mint calls have reached the vendor."""
+        async with asyncio.timeout(10):
+            await self.vendor.journal.arrived(count)
+
+    @property
+    def calls(self) -> int:
+        """Mint calls that have reached the vendor."""
+        return len(self.vendor.journal.calls)
+
+    @property
+    def errors(self) -> dict[str, int]:
+        """The counted upstream errors that are not 0."""
+        return {reason: count for reason, count in self.upstream.errors.items() if count}
+
+    @property
+    def statuses(self) -> dict[str, int]:
+        """The counted upstream statuses that are not 0."""
+        return {status: count for status, count in self.upstream.requests.items() if count}
+
+    def refreshes(self, reason: str, outcome: str) -> int:
+        """Renewals counted so."""
+        return int(self.metrics.refreshes[reason, outcome]._value.get())
+
+    @property
+    def paused_for(self) -> float:
+        """Seconds for which the budget gives out nothing."""
+        left = self.pacer._paused_until - asyncio.get_running_loop().time()
+        return left if self.pacer._paused else 0.0
+
+
+def vendor_on(clock: FakeClock, settings: VendorSettings = UNLIMITED) -> FakeVendor:
+    """Make a vendor whose clocks are this clock."""
+    return FakeVendor(
+        settings,
+        seed=1,
+        monotonic=lambda: clock.mono() / SECOND,
+        wall=lambda: clock.wall() / SECOND,
+    )
+
+
+@asynccontextmanager
+async def relaying(
+    settings: VendorSettings = UNLIMITED, *, clock: FakeClock | None = None, **how: Any
+) -> AsyncIterator[Relay]:
+    """Run a vendor and a relay before it; nothing may be left under way."""
+    clock = clock or FakeClock()
+    async with vendor_on(clock, settings) as vendor:
+        relay = Relay(vendor, clock, **how)
+        await relay.open()
+        try:
+            yield relay
+        finally:
+            await relay.close()
+        assert len(relay.desk.flights) == 0
+
+
+def session_of(handout: Handout) -> str:
+    """Read the session back out of the ready answer."""
+    session: str = msgspec.json.decode(handout.token.body)["data"]["session_id"]
+    return session
+
+
+def token_of(handout: Handout) -> str:
+    """Read the token back out of the ready answer."""
+    token: str = msgspec.json.decode(handout.token.body)["data"]["token"]
+    return token
+
+
+def belongs_to(
+    handout: Handout, fingerprint: str, agent: str = AGENT, model: str | None = None
+) -> bool:
+    """Whether the vendor made this token for exactly this agent, visitor and model."""
+    return session_of(handout).startswith(visitor_mark(agent, fingerprint, model) + "-")
+
+
+class Reply(msgspec.Struct):
+    """What the broker answered, and after how many seconds."""
+
+    status: int
+    headers: Any
+    body: bytes
+    seconds: float
+
+    @property
+    def json(self) -> Any:
+        return msgspec.json.decode(self.body)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        assert self.status == 200, self.body
+        data: dict[str, Any] = self.json["data"]
+        return data
+
+    @property
+    def token(self) -> str:
+        token: str = self.data["token"]
+        return token
+
+    @property
+    def code(self) -> str:
+        """The error's code; the whole envelope is checked on the way."""
+        error = self.json["error"]
+        assert self.json == {
+            "success": False,
+            "status": "error",
+            "status_code": self.status,
+            "error": {
+                "code": error["code"],
+                "message": error["message"],
+                "httpStatus": self.status,
+            },
+        }
+        code: str = error["code"]
+        return code
+
+    @property
+    def reused(self) -> bool:
+        hit: bool = self.headers["Cache-Status"] == "embed-token-broker; hit"
+        return hit
+
+    @property
+    def retry_after(self) -> int:
+        return int(self.headers["Retry-After"])
+
+
+class House:
+    """A running broker before `vendor`, and a backend that asks it; `secret` is the backend's."""
+
+    def __init__(self, app: App, vendor: FakeVendor, log: io.StringIO, secret: str) -> None:
+        self.app = app
+        self.vendor = vendor
+        self.log = log
+        self.secret = secret
+        self.http = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=60)
+        )
+
+    async def ask(
+        self,
+        fingerprint: str | None = None,
+        *,
+        agent: str = AGENT,
+        secret: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        **fields: object,
+    ) -> Reply:
+        """Ask for a token; a fingerprint left out is a new visitor's."""
+        body = {"agent_id": agent, "fingerprint": fingerprint or visitor(), **fields}
+        own = {"api-secret": secret or self.secret, **(headers or {})}
+        began = time.perf_counter()
+        async with self.http.post(
+            self.app.url + TOKEN_PATH, data=msgspec.json.encode(body), headers=own
+        ) as response:
+            content = await response.read()
+            took = time.perf_counter() - began
+            return Reply(response.status, response.headers, content, took)
+
+    async def arrived(self, count: int) -> None:
+        """Return when that many mint calls have reached the vendor."""
+        async with asyncio.timeout(10):
+            await self.vendor.journal.arrived(count)
+
+    async def scrape_text(self) -> str:
+        async with self.http.get(f"{self.app.admin_url}/metrics") as response:
+            return await response.text()
+
+    async def scrape(self) -> dict[str, float]:
+        """Read the metrics, as `name{label="value"}`."""
+        return {
+            _series(sample.name, sample.labels): sample.value
+            for family in text_string_to_metric_families(await self.scrape_text())
+            for sample in family.samples
+        }
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """What was logged under this name."""
+        lines = [msgspec.json.decode(line) for line in self.log.getvalue().splitlines()]
+        return [event for event in lines if event["event"] == name]
+
+
+def _series(name: str, labels: Mapping[str, str]) -> str:
+    inner = ",".join(f'{key}="{value}"' for key, value in labels.items())
+    return f"{name}{{{inner}}}" if inner else name
+
+
+def relay_tree(vendor: FakeVendor) -> dict[str, Any]:
+    """Settings of a relay on free ports whose pace no test meets."""
+    return {
+        "server": {"listen": "127.0.0.1:0", "drain": "1s", "drain_lead": "0s"},
+        "admin": {"listen": "127.0.0.1:0"},
+        "issuer": {
+            "kind": "upstream",
+            "upstream": {"base_url": vendor.url, "api_secret": vendor.secret.reveal()},
+            "budget": {"rate": 600_000, "burst": 1000, "max_wait": "5s"},
+        },
+        "limits": {
+            "fingerprint": {"rate": 600_000, "burst": 100_000},
+            "fingerprint_mints": {"rate": 600_000, "burst": 100_000},
+        },
+        "log": {"level": "debug"},
+    }
+
+
+@asynccontextmanager
+async def broker_before(
+    vendor: FakeVendor, tree: Mapping[str, Any] | None = None
+) -> AsyncIterator[House]:
+    """Run a broker with these settings on top of `relay_tree`; no defect may be in its log."""
+    secret = secrets.token_urlsafe(24)
+    clients = {"clients": {"web": {"secret": secret, "agents": ["*"]}}}
+
+    def load() -> Settings:
+        return config.load(None, {}, tree or {}, relay_tree(vendor) | clients)
+
+    log = io.StringIO()
+    settings = load()
+    with logging_to(log, settings):
+        app = App(settings, load, {})
+        await app.start()
+        house = House(app, vendor, log, secret)
+        try:
+            yield house
+        finally:
+            await house.http.close()
+            app.stop()
+            await app.run()
+        assert "broker.defect" not in log.getvalue(), log.getvalue()
+        assert len(app.desk.flights) == 0
+
+
+@contextmanager
+def logging_to(stream: io.StringIO, settings: Settings) -> Iterator[None]:
+    """Log to a stream, and leave pytest's own logging as it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    root.handlers[:] = []  # or `force` would close pytest's
+    logs.configure(settings.log, stream)
+    try:
+        yield
+    finally:
+        structlog.reset_defaults()
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+async def until(condition: Callable[[], object], what: str, patience: float = 10.0) -> None:
+    """Ask every few milliseconds until `condition()` is true; fails after `patience` seconds."""
+    ends = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < ends, f"waited {patience:g} s for {what}"
+        await asyncio.sleep(0.005)

@@ -1,0 +1,273 @@
+"""The vendor's budget by the vendor's own count: row V10, promise G4, fairness and honest times."""
+
+import asyncio
+import math
+import random
+from collections import Counter
+
+import pytest
+from relaying import Relay, relaying, visitor
+
+from broker.errors import BudgetExhausted
+from broker.pacer import Budget, Paced, Urgency
+from broker.testing import FakeClock, FakeVendor, Refusal, VendorSettings, faults, run_virtual
+from broker.testing.settings import Allowance
+
+SHIPPED = Budget(rate=106, per=60, burst=8, max_wait=8)
+ALLOWED = 120
+MINUTE = 60.0
+
+HUNDREDTH = Budget(rate=106, per=0.6, burst=8, max_wait=0.08)
+"""The shipped budget a hundred times as fast: its minute takes 0.6 s."""
+
+
+def now() -> float:
+    """Read the loop's clock, which the budget runs on."""
+    return asyncio.get_running_loop().time()
+
+
+def worst_window(calls: list[float], width: float = MINUTE) -> int:
+    """Count the calls in the fullest window of this width, both ends included."""
+    worst, first = 0, 0
+    for last, call in enumerate(calls):
+        while call - calls[first] > width:
+            first += 1
+        worst = max(worst, last - first + 1)
+    return worst
+
+
+class TestVirtualTime:
+    def test_V10_G4_a_day_of_bursts_never_exceeds_the_vendor_s_minute(  # noqa: C901 - a day is long
+        self,
+    ) -> None:
+        """24 hours: quiet nights, floods, restarts, pauses, corrections, people who leave."""
+        chance = random.Random(24)
+
+        async def main(_clock: FakeClock) -> list[float]:
+            calls: list[float] = []
+            crowd: set[asyncio.Task[None]] = set()
+            loop = asyncio.get_running_loop()
+            ends = now() + 24 * 3600
+            pacer = Paced(SHIPPED, lambda _seconds: None)
+            await pacer.start()
+
+            async def ask(pacer: Paced) -> None:
+                urgency = chance.choice([Urgency.FIRST, Urgency.FIRST, *Urgency])
+                try:
+                    await pacer.turn(urgency, f"client {chance.randrange(5)}")
+                except Exception as error:  # noqa: BLE001 - who is told to wait is no call
+                    refused[type(error).__name__] += 1
+                else:
+                    calls.append(now())
+
+            refused: Counter[str] = Counter()
+            while now() < ends:
+                for _ in range(chance.choice([0, 0, 1, 1, 2, 10, 60])):
+                    task = loop.create_task(ask(pacer))
+                    crowd.add(task)
+                    task.add_done_callback(crowd.discard)
+                await asyncio.sleep(chance.expovariate(1 / chance.choice([0.2, 1, 5, 60])))
+                dice = chance.random()
+                if dice < 0.002:
+                    await pacer.close()
+                    pacer = Paced(SHIPPED, lambda _seconds: None)
+                    await pacer.start()
+                elif dice < 0.004:
+                    pacer.pause(chance.uniform(1, 90))
+                elif dice < 0.014:
+                    await pacer.correct(chance.randrange(8))
+                elif crowd and dice < 0.1:
+                    chance.choice(list(crowd)).cancel()
+            await asyncio.gather(*crowd, return_exceptions=True)
+            await pacer.close()
+            assert refused["BudgetExhausted"] > 10_000
+            assert not set(refused) - {"BudgetExhausted", "ServiceUnavailable"}
+            return calls
+
+        calls = run_virtual(main)
+        assert len(calls) > 15_000
+        assert worst_window(calls) <= ALLOWED - 5  # room for what a hanging connection bunches
+        print(f"calls {len(calls)}, worst minute {worst_window(calls)}")
+
+    @pytest.mark.xfail(
+        strict=True,
+        reason="clients in turn: who asks once waits behind one who has just been served",
+    )
+    @pytest.mark.parametrize("gap", [30.0, 20.0, 12.0])
+    def test_V11_one_who_asks_a_hundred_times_as_much_delays_the_others_at_most_twofold(
+        self, gap: float
+    ) -> None:
+        """p95 of the wait of 19 clients at 36, 54 and 90 % of the budget.
+
+        Alone they find the burst and hardly wait; beside one who wants every slot nobody does.  So
+        the ratio has a floor of one slot.
+        """
+        alone, _ = _modest_waits(gap, noisy=False)
+        beside, refused = _modest_waits(gap, noisy=True)
+        print(
+            f"p95 alone {alone:.2f} s, beside the noisy one {beside:.2f} s, refused {refused:.1%}"
+        )
+        assert beside <= 2 * max(alone, SHIPPED.interval)
+
+    @pytest.mark.parametrize("gap", [30.0, 20.0])
+    def test_V11_one_who_asks_a_hundred_times_as_much_gets_nobody_refused(self, gap: float) -> None:
+        """Up to half of the budget the others are all served, 95 % of them within four seconds."""
+        beside, refused = _modest_waits(gap, noisy=True)
+        assert refused < 0.001
+        assert beside < SHIPPED.max_wait / 2
+
+
+def _modest_waits(gap: float, *, noisy: bool) -> tuple[float, float]:
+    """Return p95 of the wait and the share refused, of 19 clients in an hour."""
+
+    async def main(_clock: FakeClock) -> list[float]:
+        chance = random.Random(20)
+        pacer = Paced(SHIPPED, lambda _seconds: None)
+        await pacer.start()
+        await asyncio.sleep(60)
+        waits: list[float] = []
+
+        async def ask(name: str, note: list[float]) -> None:
+            began = now()
+            try:
+                await pacer.turn(Urgency.FIRST, name)
+            except BudgetExhausted:
+                note.append(math.inf)
+            else:
+                note.append(now() - began)
+
+        async def client(name: str, gap: float, note: list[float]) -> None:
+            ends = now() + 3600
+            async with asyncio.TaskGroup() as group:
+                while now() < ends:
+                    group.create_task(ask(name, note))
+                    await asyncio.sleep(chance.expovariate(1 / gap))
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(19):
+                group.create_task(client(f"modest {number}", gap, waits))
+            if noisy:
+                group.create_task(client("noisy", gap / 100, []))
+        await pacer.close()
+        return waits
+
+    waits = sorted(run_virtual(main))
+    return waits[int(len(waits) * 0.95)], sum(map(math.isinf, waits)) / len(waits)
+
+
+class TestOverSockets:
+    async def test_V10_G4_by_the_journal_from_a_cold_start_under_siege(self) -> None:
+        """A hundred times as fast: no "minute" holds more than 120 calls at the vendor."""
+        async with relaying(VendorSettings(ip=None), budget=HUNDREDTH) as relay:
+            arrived = await _besiege(relay, 2.4)
+        assert worst_window(arrived, 0.6) <= ALLOWED
+        assert len(arrived) >= 300
+
+    async def test_V10_after_a_429_with_retry_after_nothing_arrives_until_it_is_over(
+        self, relay: Relay
+    ) -> None:
+        """And then slots come one by one: no burst."""
+        arrived: list[float] = []
+        relay.vendor.fail(faults.HEALTHY, where=lambda _call: arrived.append(now()) or False)
+        relay.vendor.fail(faults.error(Refusal.RATE_LIMITED, retry_after="1"), times=1)
+        await relay.failure(patience=0.5)
+        crowd = [relay.begin() for _ in range(50)]
+        await asyncio.gather(*crowd, return_exceptions=True)
+        first, *rest = arrived
+        assert rest
+        assert min(rest) - first >= 1
+
+    async def test_V10_retries_and_second_keys_take_a_slot_each(self) -> None:
+        """A vendor that fails is not sent more than one that works: every call counts."""
+        once = Budget(rate=1, per=3600, burst=3, max_wait=0.1)
+        async with relaying(budget=once) as relay:
+            relay.pacer._limiter._level = 0.0  # as after three idle hours
+            relay.pacer._full_at = 0.0
+            relay.vendor.fail(faults.html())
+            for _ in range(3):
+                await relay.failure()
+            assert relay.calls == 3
+
+    async def test_V11_of_a_hundred_first_visitors_all_are_served_in_time_or_when_told(
+        self,
+    ) -> None:
+        """Those within `max_wait` now, the others get 503 at once and are served when they return.
+
+        A fifth of a second stands for eight: rate and wait are those that ship, 40 times as fast.
+        """
+        budget = Budget(rate=106, per=1.5, burst=8, max_wait=0.2)
+        async with relaying(VendorSettings(ip=None), budget=budget) as relay:
+            told: list[float] = []
+            again: list[int] = []
+
+            async def one() -> None:
+                fingerprint = visitor()
+                began = now()
+                for tries in range(4):
+                    try:
+                        await relay.ask(fingerprint)
+                    except BudgetExhausted as error:
+                        if not tries:
+                            told.append(now() - began)
+                        await asyncio.sleep(error.retry_after / 1_000_000)
+                    else:
+                        again.append(tries)
+                        return
+                raise AssertionError("told to come back, and refused again and again")
+
+            await asyncio.gather(*(one() for _ in range(100)))
+            assert len(again) == 100
+            assert 10 <= again.count(0) <= 25
+            assert again.count(1) >= 70  # the first return is enough, but for a busy machine's lag
+            assert relay.calls == 100
+
+    async def test_G4_the_shipped_budget_is_never_throttled_by_the_shipped_vendor(self) -> None:
+        """Two real seconds from a cold start: not one 429 from a vendor with an empty bucket.
+
+        The vendor's bucket holds one call and refills at its documented rate, so any burst of the
+        broker's at its start would show.
+        """
+        settings = VendorSettings(ip=Allowance(1, 0.5))
+        budget = Budget(rate=106, per=60, burst=8, max_wait=2.5)
+        async with FakeVendor(settings) as vendor:
+            relay = Relay(vendor, FakeClock(), budget=budget)
+            await relay.open()
+            crowd = [relay.begin() for _ in range(3)]
+            await asyncio.gather(*crowd)
+            await relay.close()
+            assert vendor.journal.statuses() == {200: 3}
+
+
+async def _besiege(relay: Relay, seconds: float) -> list[float]:
+    """Want as many tokens as there are; returns when calls arrived, by the real clock."""
+    arrived: list[float] = []
+    relay.vendor.fail(faults.HEALTHY, where=lambda _call: arrived.append(now()) or False)
+
+    async def greedy() -> None:
+        while True:
+            try:
+                await relay.ask()
+            except BudgetExhausted as error:
+                await asyncio.sleep(min(error.retry_after / 1_000_000, 0.05))
+
+    crowd = [asyncio.get_running_loop().create_task(greedy()) for _ in range(30)]
+    await asyncio.sleep(seconds)
+    for one in crowd:
+        one.cancel()
+    await asyncio.gather(*crowd, return_exceptions=True)
+    return arrived
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+async def test_the_journal_counts_what_the_budget_let_through(replicas: int) -> None:
+    """What each relay's metrics say adds up to what the vendor saw."""
+    async with FakeVendor(VendorSettings(ip=None)) as vendor:
+        relays = [Relay(vendor, FakeClock(), budget=HUNDREDTH) for _ in range(replicas)]
+        for relay in relays:
+            await relay.open()
+            await asyncio.gather(*(relay.ask() for _ in range(5)))
+        assert len(vendor.journal.calls) == 5 * replicas
+        for relay in relays:
+            assert relay.statuses == {"200": 5}
+            assert len(relay.waits) == 5
+            await relay.close()

@@ -1,0 +1,154 @@
+"""`broker doctor` before a vendor: each line is ok, or a problem with its remedy."""
+
+import asyncio
+import secrets
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from relaying import UNLIMITED
+
+from broker import config
+from broker.doctor import Finding, examine
+from broker.schema import ConfigError
+from broker.testing import FakeVendor, Refusal, faults
+
+VALIDATE = "/v1/validate"
+
+
+async def examined(vendor: FakeVendor, **upstream: Any) -> list[Finding]:
+    """Run the doctor, which has a loop of its own, beside the vendor."""
+    section = {"base_url": vendor.url, "api_secret": vendor.secret.reveal(), **upstream}
+    if "api_secret_files" in upstream:
+        del section["api_secret"]
+    tree = {"issuer": {"kind": "upstream", "upstream": section}}
+    settings = config.load(None, {}, tree)
+    return await asyncio.to_thread(examine, settings, {})
+
+
+def lines(findings: list[Finding]) -> list[str]:
+    """Render the findings as the command prints them."""
+    return [str(finding) for finding in findings]
+
+
+async def test_a_good_relay(vendor: FakeVendor) -> None:
+    """Reached, clock, key; nothing was minted."""
+    assert lines(await examined(vendor)) == [
+        f"ok       {vendor.url}: answers without a redirect, plain HTTP on this machine",
+        "ok       clock: within 1 s of the vendor's",
+        "ok       vendor key 1: the vendor accepts it",
+    ]
+    assert [call.path for call in vendor.journal.records] == [VALIDATE]
+    assert vendor.journal.calls == []
+
+
+@pytest.mark.parametrize("says", [None, Refusal.RUNTIME_SUSPENDED])
+async def test_a_dead_key_among_good_ones(
+    vendor: FakeVendor, tmp_path: Path, says: Refusal | None
+) -> None:
+    """Each key has a line of its own, in the order of the list."""
+    keys = [vendor.add_secret() for _ in range(3)]
+    files = []
+    for number, key in enumerate(keys):
+        file = tmp_path / f"key{number}"
+        file.write_text(key.reveal() + "\n")
+        file.chmod(0o600)
+        files.append(str(file))
+    vendor.revoke_secret(keys[1], says)
+    found = await examined(vendor, api_secret_files=files)
+    (problem,) = [finding for finding in found if not finding.ok]
+    assert str(problem) == (
+        "problem  vendor key 2: the vendor refuses it: make a new one in the vendor's dashboard"
+    )
+    assert [finding.name for finding in found if finding.name.startswith("vendor key")] == [
+        "vendor key 1",
+        "vendor key 2",
+        "vendor key 3",
+    ]
+
+
+async def test_a_key_file_that_others_can_read(vendor: FakeVendor, tmp_path: Path) -> None:
+    """The mode, and the command that repairs it."""
+    file = tmp_path / "key"
+    file.write_text(vendor.secret.reveal())
+    file.chmod(0o644)
+    found = await examined(vendor, api_secret_files=[str(file)])
+    assert lines(found)[0] == (
+        f"problem  issuer.upstream.api_secret_files: {file} has mode 0644, others can read it:"
+        f" chmod 600 {file}"
+    )
+    file.chmod(0o600)
+    assert (await examined(vendor, api_secret_files=[str(file)]))[0].ok
+
+
+@pytest.mark.parametrize("skew", [300.0, -300.0])
+async def test_a_clock_that_is_off(vendor: FakeVendor, skew: float) -> None:
+    """By how much, and how to put it right."""
+    vendor.settings = msgspec.structs.replace(UNLIMITED, skew=skew)
+    clock = next(finding for finding in await examined(vendor) if finding.name == "clock")
+    assert not clock.ok
+    assert clock.text.split(" ")[0] in ("298", "299", "300", "301")
+    assert clock.text.endswith("s off the vendor's: synchronize it (chrony, NTP)")
+
+
+async def test_a_redirect(vendor: FakeVendor) -> None:
+    """Where it points to, which is where the base URL should."""
+    async with FakeVendor(UNLIMITED) as other:
+        vendor.fail(faults.redirect(other.url), path=VALIDATE)
+        found = await examined(vendor)
+        assert lines(found)[0] == (
+            f"problem  {vendor.url}: redirects to '{other.url}', which is never followed:"
+            " put the final address into base_url"
+        )
+        assert len(other.journal) == 0
+
+
+async def test_nobody_listens(vendor: FakeVendor) -> None:
+    """One line, with a remedy."""
+    await vendor.refuse_connections()
+    assert lines(await examined(vendor)) == [
+        f"problem  {vendor.url}: no connection: check the firewall and egress rules"
+    ]
+
+
+async def test_nobody_answers(vendor: FakeVendor) -> None:
+    """The same for silence."""
+    vendor.fail(faults.hang(), path=VALIDATE)
+    (finding,) = await examined(vendor, timeout="100ms")
+    assert not finding.ok
+    assert finding.text.startswith("no answer in time")
+
+
+async def test_no_tls(vendor: FakeVendor) -> None:
+    """HTTPS to a server that speaks plain HTTP."""
+    base_url = vendor.url.replace("http:", "https:")
+    (finding,) = await examined(vendor, base_url=base_url)
+    assert not finding.ok
+    assert finding.text.startswith("no trusted TLS")
+
+
+@pytest.mark.parametrize("fault", [faults.html(), faults.error(Refusal.INTERNAL_ERROR)])
+async def test_a_vendor_that_is_unwell_says_nothing_about_the_key(
+    vendor: FakeVendor, fault: faults.Fault
+) -> None:
+    """A problem, but not the key's."""
+    vendor.fail(fault, path=VALIDATE)
+    key = (await examined(vendor))[-1]
+    assert not key.ok
+    assert key.text == f"cannot tell: the vendor answered {fault.answer.status}"  # type: ignore[union-attr]
+
+
+async def test_no_key_at_all_is_a_configuration_error() -> None:
+    """As it is for `serve`."""
+    settings = config.load(None, {}, {"issuer": {"kind": "upstream"}})
+    with pytest.raises(ConfigError, match="no vendor key"):
+        examine(settings, {})
+
+
+async def test_G7_no_line_shows_a_key(vendor: FakeVendor) -> None:
+    """Neither a good one nor a bad one."""
+    bad = secrets.token_urlsafe(24)
+    found = lines(await examined(vendor)) + lines(await examined(vendor, api_secret=bad))
+    assert vendor.secret.reveal() not in "".join(found)
+    assert bad not in "".join(found)
