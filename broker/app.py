@@ -7,6 +7,7 @@ in only if all of it could be built.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -43,9 +44,10 @@ log = structlog.get_logger()
 HOUSEKEEPING = 0.5
 """Seconds between rounds of housekeeping; also how fast a changed secret file is noticed."""
 
-MINT_GRACE = 10.0
-"""Seconds that a mint may take beyond its wait for the budget: it may outlive its callers, whose
-patience is `deadline`, because its token is worth caching."""
+MINT_GRACE = 6.0
+"""Seconds that a mint may take beyond its turn and its call: the longest back-off of a key and the
+pause before a retry.  A mint may outlive its callers, because its token is worth caching; but the
+call has a timeout of its own, and must be the one to tell that it ran out."""
 
 
 class App:
@@ -66,6 +68,8 @@ class App:
         self._clock = SystemClock()
         self._health = Health()
         self._stopping = asyncio.Event()
+        self._pauses = PauseKeeper()
+        self._admin_listener: asyncio.Server | None = None
         self._started = False
         self._restored = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -99,7 +103,9 @@ class App:
             policy,
             clock,
             self.metrics.mints,
-            mint_timeout=MINT_GRACE + (budget.max_wait if budget else 0.0),
+            mint_timeout=MINT_GRACE
+            + (budget.max_wait if budget else 0.0)
+            + settings.issuer.upstream.timeout.seconds,
         )
 
     def _build_issuer(self) -> LocalIssuer | UpstreamIssuer:
@@ -130,7 +136,6 @@ class App:
         if self._paced is not None:
             await self._paced.start()
         self._watch_metrics()
-        self._pauses = PauseKeeper()
         self._pauses.start()
         try:
             await self._open_admin()
@@ -183,6 +188,8 @@ class App:
     def _new_keys(self, settings: Settings) -> Callable[[], None]:
         """Read the issuer's keys; returns what puts them in force."""
         issuer = self.issuer
+        if settings.issuer.kind != issuer.name:
+            return lambda: None  # told as needing a restart
         if isinstance(issuer, UpstreamIssuer):
             keys = parts.vendor_keys(settings, self._environ)
             return lambda: issuer.use_keys(keys)
@@ -248,6 +255,9 @@ class App:
         await asyncio.sleep(server.drain_lead.seconds)
         self._listener.close()
         await self._server.drain(max(ends - time.monotonic(), 0.1))
+        with contextlib.suppress(TimeoutError):  # mints under way are paid for: into the snapshot
+            async with asyncio.timeout(max(ends - time.monotonic(), 0.1)):
+                await self.desk.flights.drained()
         await self._close_outside()
         self._save_snapshot()
         log.info("broker.stopped")
@@ -262,7 +272,7 @@ class App:
         if isinstance(self.issuer, UpstreamIssuer):
             await self.issuer.close()
         await self._admin.cleanup()
-        if hasattr(self, "_admin_listener"):
+        if self._admin_listener is not None:
             self._admin_listener.close()
         self._pauses.stop()
 
@@ -318,6 +328,7 @@ class App:
         self.store.tidy()
         self.door.failures.tidy(now)
         self._routes.refusals.flush(now)
+        self.desk.renewal_log.flush(now)
         self._pauses.tidy()
         if self._files.changed():
             log.info("broker.secret_files_changed")

@@ -24,7 +24,7 @@
         └── Internal                500 INTERNAL_ERROR: a defect, never a documented answer
 
 `transient` says whether the same request may succeed later without anybody changing anything;
-only then is a token below its floor good enough, and only then does a key back off.  Messages
+only then is a token below its floor good enough.  Messages
 never quote what the caller sent (it may be a secret, or carry control characters).
 """
 

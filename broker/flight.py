@@ -57,6 +57,7 @@ class Flight(Generic[T]):
             self._waiters.discard(waiter)
             if timer is not None:
                 timer.cancel()
+            del waiter  # holds the error, whose traceback holds this frame: a ring that would stay
 
     @property
     def awaited(self) -> bool:
@@ -142,6 +143,7 @@ class Flights(Generic[T]):
             self._tasks.discard(task)
             self._forget(key, flight)
             flight.land(task)
+            flight.task = None  # the same ring: error, traceback, frame of the mint, flight
 
         task.add_done_callback(landed)
         return flight

@@ -19,11 +19,13 @@ from collections.abc import Awaitable, Callable
 import structlog
 from cachetools import TTLCache
 from msgspec import Struct
+from msgspec.structs import replace
 
 from broker import errors
-from broker.answers import success_body
+from broker.answers import success_body, token_in
 from broker.flight import Flight, Flights
 from broker.issuers.base import Issuer
+from broker.logs import RefusalLog
 from broker.metrics import MintMetrics
 from broker.model import Ask, Clock, EmbedToken, Minted, Outcome
 from broker.pacer import Pacer, Urgency
@@ -107,6 +109,7 @@ class TokenDesk:
         self._mint_timeout = mint_timeout
         self._draw = draw
         self.flights: Flights[EmbedToken] = Flights()
+        self.renewal_log = RefusalLog()
         self._failing: TTLCache[str, _Failing] = TTLCache(
             BACKOFF_KEYS, BACKOFF_MEMORY * reuse.SECOND, timer=clock.mono
         )
@@ -196,16 +199,21 @@ class TokenDesk:
                 self._issuer.check(ask)
                 denial = await self._store.admit_mint(ask)
                 if denial is not None:
-                    raise errors.RateLimited(denial.limit, denial.verdict)
+                    raise errors.RateLimited(denial.limit, denial.verdict)  # noqa: TRY301 - the story
                 token = await self._make(flight, ask, key, held, urgency)
         except (TimeoutError, errors.BrokerError) as error:
             self._count_refresh(ask, held, urgency, "failed")
             if flight.background or _says_wait(error):
                 self._note_failure(key)  # or each access to the token would try again at once
             if flight.background:
-                log.warning("broker.renewal_failed", error=_code(error), client=ask.client)
+                self._report_renewal(error, ask)
             if isinstance(error, TimeoutError):
                 raise errors.UpstreamTimeout("the mint did not finish in time") from error
+            raise
+        except Exception:
+            self._note_failure(key)
+            if flight.background or flight.deserted:
+                log.exception("broker.defect")  # nobody waits: it would vanish
             raise
         self._count_refresh(ask, held, urgency, "same" if token is held else "renewed")
         return token
@@ -221,8 +229,8 @@ class TokenDesk:
         """Call the issuer and hold what it made."""
         turn = _Turn(self._pacer, urgency, ask.client, flight, self._clock)
         minted = await self._timed(self._issuer.mint(ask, turn), turn)
-        if held is not None and minted.token.encode() in held.body:
-            self._note_failure(key)
+        if held is not None and minted.token == token_in(held.body):
+            await self._hold_on(key, held)
             return held
         token = self._ready(minted, turn.mono, turn.wall)
         if self._left(token) < self._policy.marks(token.lifetime).floor or token.lifetime <= 0:
@@ -231,6 +239,21 @@ class TokenDesk:
         if self._policy.enabled:
             await self._store.keep(key, token)
         return token
+
+    async def _hold_on(self, key: str, held: EmbedToken) -> None:
+        """The vendor has nothing newer: renew ahead after half of the life above the floor.
+
+        Who asks for a fresh one, or below the floor, meets the back-off of a failing key.
+        """
+        self._note_failure(key)
+        left, floor = self._left(held), self._policy.marks(held.lifetime).floor
+        if left > floor:
+            await self._store.keep(key, replace(held, mark=floor + (left - floor) // 2))
+
+    def _report_renewal(self, error: BaseException, ask: Ask) -> None:
+        """Write the first failure of a kind in a minute: an outage fails them all, again."""
+        if self.renewal_log.first(f"renewal {type(error).__name__}", self._clock.mono()):
+            log.warning("broker.renewal_failed", error=_code(error), client=ask.client)
 
     async def _timed(self, mint: Awaitable[Minted], turn: "_Turn") -> Minted:
         """Measure what the issuer took, without the wait for its turns."""
@@ -243,17 +266,24 @@ class TokenDesk:
             outcome = "refused"
             raise
         finally:
-            self._metrics.duration[outcome].observe(time.perf_counter() - started - turn.waited)
+            if turn.taken:
+                seconds = time.perf_counter() - started - turn.waited
+                self._metrics.duration[outcome].observe(seconds)
         return minted
 
     def _ready(self, minted: Minted, mono: int, wall: int) -> EmbedToken:
-        """Make the answer's bytes and draw the renewal mark, once for the life of the token."""
+        """Make the answer's bytes and draw the renewal mark, once for the life of the token.
+
+        It dies a whole life after the mint was started (`mono`, `wall`), or when what it has left
+        now is over, whichever comes first.
+        """
+        whole = minted.whole or minted.lifetime
         return EmbedToken(
             body=success_body(minted),
-            dies_mono=mono + minted.lifetime,
-            dies_wall=wall + minted.lifetime,
-            lifetime=minted.lifetime,
-            mark=reuse.renewal_mark(self._policy.marks(minted.lifetime), self._draw),
+            dies_mono=min(mono + whole, self._clock.mono() + minted.lifetime),
+            dies_wall=min(wall + whole, self._clock.wall() + minted.lifetime),
+            lifetime=whole,
+            mark=reuse.renewal_mark(self._policy.marks(whole), self._draw),
         )
 
     async def _look_again(self, key: str, held: EmbedToken | None) -> EmbedToken | None:
@@ -326,14 +356,19 @@ class _Turn:
         self._flight = flight
         self._clock = clock
         self.waited = 0.0
+        self.taken = False
         self.mono, self.wall = clock.mono(), clock.wall()
 
     async def __call__(self) -> None:
+        if self.taken and self._flight.deserted:
+            raise errors.UpstreamUnavailable("nobody waits for another try")
         began = time.perf_counter()
         self._flight.sent = False
-        await self._take(self._present_urgency, self._client)
-        self._flight.sent = True
-        self.waited += time.perf_counter() - began
+        try:
+            await self._take(self._present_urgency, self._client)
+        finally:
+            self.waited += time.perf_counter() - began
+        self._flight.sent = self.taken = True
         self.mono, self.wall = self._clock.mono(), self._clock.wall()
 
     @property

@@ -16,10 +16,7 @@ class Rule(Struct, frozen=True, gc=False):
 
 
 class LimitSet(Struct, frozen=True):
-    """One kind of limit with its exceptions by agent.
-
-    `keyed_by` says in one word whose requests share a bucket, for error messages.
-    """
+    """One kind of limit with its exceptions by agent."""
 
     name: LimitName
     rule: Rule

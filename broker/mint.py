@@ -11,6 +11,7 @@ from broker import parts
 from broker.clock import SystemClock
 from broker.errors import BrokerError
 from broker.issuers.local import LocalIssuer
+from broker.issuers.vendor_token import is_token
 from broker.model import Ask
 from broker.settings import Settings
 from broker.web import wire
@@ -73,8 +74,10 @@ async def _ask(url: str, secret: str, body: dict[str, str]) -> str:
     data = answer.get("data")
     if not isinstance(data, dict) or not isinstance(data.get("token"), str):
         detail = answer.get("error")
-        reason = detail.get("message") if isinstance(detail, dict) else response.status
-        raise CannotMint(f"{url} refused: {reason}")
+        reason = str(detail.get("message") if isinstance(detail, dict) else response.status)
+        raise CannotMint(f"{url} refused: {reason.encode('unicode_escape').decode()}")
+    if not is_token(data["token"]):
+        raise CannotMint(f"{url} answered something else than a token")
     return str(data["token"])
 
 

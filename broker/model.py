@@ -90,15 +90,17 @@ class Ask(Struct, frozen=True, gc=False):
 class Minted(Struct, frozen=True):
     """What an issuer gives: the token and what came with it.
 
-    `lifetime` is in microseconds and counts from the moment the mint was started;
-    `expires_at` is the token's own `exp` (Unix seconds); `extra` are further fields of the
-    vendor's `data` object that callers get unchanged.
+    `lifetime` is the microseconds it has left on arrival.  `whole` is the life it was made for,
+    counted from the start of the mint; it differs where the vendor handed out an old token again,
+    and 0 stands for "the same".  `expires_at` is the token's own `exp` (Unix seconds); `extra` are
+    further fields of the vendor's `data` object that callers get unchanged.
     """
 
     token: str
     session_id: str
     expires_at: int
     lifetime: int
+    whole: int = 0
     extra: Mapping[str, object] = {}
 
     @override

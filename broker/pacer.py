@@ -8,28 +8,30 @@ would add a burst), lets newcomers overtake, and its waiters are unbounded.
 - Who cannot be served within `max_wait` is refused at arrival with the true time, not after
   having waited for nothing.  Refused callers are given times one slot apart, so those who come
   back when they were told find their slot instead of each other.
-- Order: urgency first, then the clients in turn (round robin), then arrival.  A client that asks
-  a hundred times as much waits behind itself, not in front of the others.
+- Order: what is fair between clients, then urgency, then arrival (see `line`).  A client that
+  asks a hundred times as much waits behind itself, not in front of the others.
 - A renewal ahead of time never queues: it takes a slot only if nobody waits and half the burst
   is left, because every slot it takes is one that a first visitor may need.
-- A slot whose taker went away in the same moment is passed on; if nobody waits, it is kept for
-  the next one (at most one, so the worst window grows by one call).
+- A slot whose taker went away in the same moment is passed on; if nobody waits, it lapses.
 
 All times are seconds of the event loop's clock, which is the clock the limiter runs on.
 """
 
 import asyncio
 import random
-from collections import OrderedDict, deque
 from collections.abc import Callable
 from enum import Enum
 from typing import Protocol
 
+import structlog
 from aiolimiter import AsyncLimiter
 from msgspec import Struct
 from typing_extensions import override
 
 from broker.errors import BudgetExhausted, ServiceUnavailable
+from broker.line import Line, Place
+
+log = structlog.get_logger()
 
 MAX_PROMISE = 300.0
 """Seconds: nobody is told to come back later than this; the vendor's own pauses end here too."""
@@ -51,6 +53,10 @@ class Urgency(Enum):
     """The visitor has a token that works for a while: it is below the floor, or not `fresh`."""
     AHEAD = "ahead"
     """The token is good; its successor would only be convenient."""
+
+
+_RANKS = {Urgency.FIRST: 0, Urgency.MANDATORY: 1}
+"""Those who queue, by urgency."""
 
 
 class Budget(Struct, frozen=True):
@@ -100,55 +106,6 @@ class Unpaced(Pacer):
         return "Unpaced()"
 
 
-class _Place:
-    """One waiting caller."""
-
-    __slots__ = ("client", "granted", "urgency")
-
-    def __init__(self, urgency: Urgency, client: str, granted: "asyncio.Future[None]") -> None:
-        self.urgency = urgency
-        self.client = client
-        self.granted = granted
-
-
-class _Line:
-    """Those who wait with one urgency: a FIFO for each client, the clients in turn."""
-
-    def __init__(self) -> None:
-        self._by_client: OrderedDict[str, deque[_Place]] = OrderedDict()
-
-    def join(self, place: _Place) -> None:
-        self._by_client.setdefault(place.client, deque()).append(place)
-
-    def leave(self, place: _Place) -> None:
-        fifo = self._by_client.get(place.client)
-        if fifo is not None and place in fifo:
-            fifo.remove(place)
-            if not fifo:
-                del self._by_client[place.client]
-
-    def next(self) -> _Place | None:
-        """Take out the first of the client whose turn it is, and send that client to the back."""
-        if not self._by_client:
-            return None
-        client, fifo = self._by_client.popitem(last=False)
-        place = fifo.popleft()
-        if fifo:
-            self._by_client[client] = fifo
-        return place
-
-    def ahead_of(self, client: str) -> int:
-        """How many go before a newcomer of this client, if nobody else comes."""
-        own = len(self._by_client.get(client, ()))
-        others = (
-            min(len(fifo), own + 1) for name, fifo in self._by_client.items() if name != client
-        )
-        return own + sum(others)
-
-    def __len__(self) -> int:
-        return sum(map(len, self._by_client.values()))
-
-
 class Paced(Pacer):
     """A budget on aiolimiter.  Between `start` and `close` it owns a task.
 
@@ -163,9 +120,8 @@ class Paced(Pacer):
         self._full_at = 0.0
         self._paused = False
         self._paused_until = 0.0
-        self._promised = 0.0
-        self._spare = False
-        self._lines = {Urgency.FIRST: _Line(), Urgency.MANDATORY: _Line()}
+        self._promised: dict[str, float] = {}
+        self._line = Line(len(_RANKS))
         self._wanted = asyncio.Event()
         self._server: asyncio.Task[None] | None = None
 
@@ -175,16 +131,16 @@ class Paced(Pacer):
         await self._limiter.acquire(self._budget.burst)
         self._full_at = self._loop.time() + self._depth
         self._server = self._loop.create_task(self._serve())
+        self._server.add_done_callback(_report_defect)
 
     async def close(self) -> None:
         """Stop serving; whoever waits is told that the broker stops."""
         if self._server is not None:
             self._server.cancel()
             await asyncio.wait([self._server])
-        for line in self._lines.values():
-            while place := line.next():
-                if not place.granted.done():
-                    place.granted.set_exception(_stopping())
+        while place := self._line.next():
+            if not place.granted.done():
+                place.granted.set_exception(_stopping())
 
     @override
     async def turn(self, urgency: Urgency, client: str) -> None:
@@ -197,17 +153,23 @@ class Paced(Pacer):
             await self._queue(urgency, client)
 
     def pause(self, seconds: float) -> None:
-        """Give out nothing for this long (the vendor said so), and no burst afterwards."""
-        until = self._loop.time() + min(seconds, MAX_PROMISE)
-        self._paused_until = max(until, self._paused_until)
+        """Give out nothing for this long (the vendor said so), and no burst afterwards.
+
+        Who waits and would not be served in time is told so now, not at the end of their patience.
+        """
+        now = self._loop.time()
+        self._paused_until = max(now + min(seconds, MAX_PROMISE), self._paused_until)
         self._paused = True
-        self._spare = False
         self._wanted.set()
+        for place in self._line.places():
+            if place.until <= self._paused_until and not place.granted.done():
+                wait = self._promise(place.client, self._paused_until - now)
+                place.granted.set_exception(_used_up(wait))
 
     async def correct(self, remaining: int) -> None:
         """Believe the vendor when it says that fewer calls are left than we think."""
         excess = self.remaining - max(remaining, 0)
-        if excess > 0 and not self._spare and self._limiter.has_capacity(excess):
+        if excess > 0 and self._limiter.has_capacity(excess):
             await self._limiter.acquire(excess)
             self._full_at = max(self._full_at, self._loop.time())
             self._full_at += excess * self._budget.interval
@@ -215,7 +177,7 @@ class Paced(Pacer):
     @property
     def depth(self) -> int:
         """How many wait."""
-        return sum(map(len, self._lines.values()))
+        return len(self._line)
 
     @property
     def remaining(self) -> int:
@@ -235,46 +197,41 @@ class Paced(Pacer):
     async def _queue(self, urgency: Urgency, client: str) -> None:
         if self._server is None or self._server.done():
             raise _stopping()
-        ahead = self._ahead_of(urgency, client)
-        predicted = self._predict(ahead)
+        rank = _RANKS[urgency]
+        predicted = self._predict(client, rank)
         if predicted > self._budget.max_wait:
-            raise BudgetExhausted("the vendor's budget is used up", self._promise(predicted))
-        place = _Place(urgency, client, self._loop.create_future())
+            raise _used_up(self._promise(client, predicted))
         arrived = self._loop.time()
-        self._lines[urgency].join(place)
+        patience = self._budget.max_wait + LATENESS
+        place = Place(client, rank, arrived + patience, self._loop.create_future())
+        self._line.join(place)
         self._wanted.set()
         try:
-            async with asyncio.timeout(self._budget.max_wait + LATENESS):
+            async with asyncio.timeout(patience):
                 await place.granted
         except TimeoutError as error:
             self._give_up(place)
-            wait = self._promise(self._predict(self._ahead_of(urgency, client)))
-            raise BudgetExhausted("the vendor's budget is used up", wait) from error
+            raise _used_up(self._promise(client, self._predict(client, rank))) from error
         except BaseException:
             self._give_up(place)
             raise
         self._waited(self._loop.time() - arrived)
 
-    def _ahead_of(self, urgency: Urgency, client: str) -> int:
-        first = self._lines[Urgency.FIRST]
-        if urgency is Urgency.FIRST:
-            return first.ahead_of(client)
-        return len(first) + self._lines[urgency].ahead_of(client)
-
-    def _predict(self, ahead: int) -> float:
-        """Seconds until a newcomer with so many before it gets a slot."""
+    def _predict(self, client: str, rank: int) -> float:
+        """Seconds until a newcomer gets a slot, if nobody else comes."""
         now = self._loop.time()
         start = max(now, self._paused_until)
         level = start + self._depth if self._paused else max(self._full_at, start)
-        slots = ahead + 1 - self._spare
+        slots = self._line.ahead_of(client, rank) + 1
         return max(level + slots * self._budget.interval - self._depth, start) - now
 
-    def _promise(self, predicted: float) -> int:
-        """Choose a time to come back, one slot after the last one promised; in microseconds."""
+    def _promise(self, client: str, predicted: float) -> int:
+        """Choose when to come back: a slot after what this client was last told.  In us."""
         now = self._loop.time()
-        self._promised = max(self._promised + self._budget.interval, now + predicted)
-        self._promised = min(self._promised, now + MAX_PROMISE / (1 + JITTER))
-        wait = self._promised - now
+        last = self._promised.get(client, 0.0)
+        moment = max(last + self._budget.interval, now + predicted)
+        self._promised[client] = moment = min(moment, now + MAX_PROMISE / (1 + JITTER))
+        wait = moment - now
         return int((wait + wait * JITTER * random.random()) * 1_000_000)  # noqa: S311 - spreads callers, guards nothing
 
     async def _take_if_plenty(self) -> None:
@@ -283,15 +240,10 @@ class Paced(Pacer):
         await self._take()
 
     def _is_free(self) -> bool:
-        if self._paused:
-            return False
-        return self._spare or self._limiter.has_capacity()
+        return not self._paused and self._limiter.has_capacity()
 
     async def _take(self) -> None:
         """Take a slot; waits only if none is free."""
-        if self._spare:
-            self._spare = False
-            return
         await self._limiter.acquire()
         self._full_at = max(self._full_at, self._loop.time()) + self._budget.interval
 
@@ -318,24 +270,33 @@ class Paced(Pacer):
         self._full_at = self._loop.time() + self._depth
 
     def _pass_on(self) -> None:
-        """Give the slot at hand to whoever is next; keep it if nobody is."""
-        for line in self._lines.values():
-            while place := line.next():
-                if not place.granted.done():
-                    place.granted.set_result(None)
-                    return
-        self._spare = True
+        """Give the slot at hand to whoever is next; if nobody is, it lapses."""
+        while place := self._line.next():
+            if not place.granted.done():
+                place.granted.set_result(None)
+                return
 
-    def _give_up(self, place: _Place) -> None:
+    def _give_up(self, place: Place) -> None:
         """Leave the queue; a slot that was granted in the same moment goes to the next."""
-        self._lines[place.urgency].leave(place)
+        self._line.leave(place)
         granted = place.granted
-        if granted.done() and not granted.cancelled() and granted.exception() is None:
+        had_slot = granted.done() and not granted.cancelled() and granted.exception() is None
+        if had_slot and not self._paused:
             self._pass_on()
 
     @override
     def __repr__(self) -> str:
         return f"Paced(waiting={self.depth}, remaining={self.remaining})"
+
+
+def _report_defect(server: "asyncio.Task[None]") -> None:
+    """Without its server the queue stands still: nobody else would ever report why."""
+    if not server.cancelled() and server.exception() is not None:
+        log.error("broker.defect", exc_info=server.exception())
+
+
+def _used_up(wait: int) -> BudgetExhausted:
+    return BudgetExhausted("the vendor's budget is used up", wait)
 
 
 def _stopping() -> ServiceUnavailable:

@@ -1,8 +1,10 @@
 """Runs an `App` in this process: event loop, signals, exit code."""
 
 import asyncio
+import contextlib
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -17,8 +19,19 @@ EX_UNAVAILABLE = 69
 
 def serve(settings: Settings, load: Callable[[], Settings], *, dev: bool) -> int:
     """Serve until a signal; returns the exit code."""
+    _allow_connections()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_serve(settings, load, dev=dev))
+
+
+def _allow_connections() -> None:
+    """Raise the soft limit on open files to the hard one.
+
+    Each connection is one, and the usual soft limit of 1,024 is reached by a thousand idle ones.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # where the system knows better
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

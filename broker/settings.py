@@ -65,8 +65,8 @@ class Server(_Section, frozen=True):
     listen: str = "127.0.0.1:8080"
     """`HOST:PORT` or `unix:/path`.  Loopback: a sidecar is reached by its own host only."""
     deadline: Duration = _seconds(12)
-    """One request, start to answer: longer than any wait for the budget plus one mint, shorter
-    than the 15 s at which common HTTP clients and proxies give up."""
+    """One request, start to answer: the longest wait for the budget (8 s) and a usual mint, but
+    shorter than the 15 s at which common HTTP clients and proxies give up."""
     drain: Duration = _seconds(15)
     """Time from the signal to the end: half of the 30 s that Kubernetes grants by default."""
     drain_lead: Duration = _seconds(3)

@@ -448,3 +448,31 @@ def test_F2_F3_F5_F6_F9_every_interleaving_of_asking_leaving_landing_and_failing
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+@pytest.mark.parametrize("ending", ["fails", "outlasts its waiters"])
+async def test_G6_nothing_of_an_ended_flight_is_left_to_the_collector(ending: str) -> None:
+    """The collector is told to overlook what lives long, so a ring of references would stay."""
+    flights: Flights[str] = Flights()
+    gate = asyncio.Event()
+
+    async def mint(_flight: Flight[str]) -> str:
+        await gate.wait()
+        raise UpstreamUnavailable("no token")
+
+    patience = 0.0 if ending == "outlasts its waiters" else None
+    waiting = [asyncio.create_task(flights.join(f"{n}", mint, patience)) for n in range(50)]
+    await asyncio.sleep(0)
+    gc.collect()
+    gc.disable()
+    try:
+        gate.set()
+        outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+        assert all(isinstance(outcome, Exception) for outcome in outcomes)
+        del waiting, outcomes
+        await flights.drained()
+        await asyncio.sleep(0)
+        frames = [each for each in gc.get_objects() if isinstance(each, Flight)]
+        assert frames == []
+    finally:
+        gc.enable()

@@ -515,15 +515,15 @@ def test_T3_the_same_token_again_is_no_storm() -> None:
         clock.advance(HOUR - 7 * 60)  # past every mark, above the floor
         for _ in range(1200):
             answer = await desk.hand_out(visitor())
-            assert (answer.token, answer.outcome) == (held.token, Outcome.REUSED)
+            assert (answer.token.body, answer.outcome) == (held.token.body, Outcome.REUSED)
             await asyncio.sleep(0.1)
         tries = desk.mints - 1
         assert desk.refreshes("ahead", "same") == tries
-        assert 24 <= tries <= 75
+        assert 3 <= tries <= 12  # at half of what is left above the floor, again and again
         clock.advance(60)  # below the floor: tried inline now, still no storm
         for _ in range(600):
             answer = await desk.hand_out(visitor())
-            assert answer.token == held.token
+            assert answer.token.body == held.token.body
             await asyncio.sleep(0.1)
         assert desk.mints - 1 - tries <= 40
         await desk.settled()
@@ -540,7 +540,7 @@ def test_T3_a_fresh_one_that_the_vendor_does_not_have_is_the_held_one() -> None:
         desk.issuer.same = True
         for _ in range(20):
             answer = await desk.hand_out(visitor(fresh=True))
-            assert answer.token is held.token
+            assert answer.token.body == held.token.body
         assert desk.refreshes("fresh", "same") == 20
         assert clock.mono() - 1_000_000_000 > 15 * SECOND
 

@@ -59,7 +59,7 @@ async def filled(budget: Budget = SLOW) -> Paced:
 async def until_granted(pacer: Paced) -> None:
     """Wait for the tick in which the first who waits has been given the slot, unknown to them."""
     await asyncio.sleep(SLOW.interval - A_BIT)
-    place = pacer._lines[Urgency.FIRST]._by_client["web"][0]
+    place = pacer._line.places()[0]
     while not place.granted.done():  # noqa: ASYNC110 - turn by turn is the point
         await asyncio.sleep(0)
 
@@ -140,7 +140,7 @@ def test_V10_at_most_120_in_every_minute_from_a_cold_start() -> None:
 
 
 def test_V10_at_most_120_in_every_minute_after_idling() -> None:
-    """An hour without a call saves up one burst, and the slot kept for the next one, not more."""
+    """An hour without a call saves up one burst, and a slot that found nobody saves nothing."""
 
     async def main(_clock: FakeClock) -> list[float]:
         pacer = await started(SHIPPED)
@@ -149,7 +149,7 @@ def test_V10_at_most_120_in_every_minute_after_idling() -> None:
             crowd = Crowd(pacer)
             crowd.comes("waits")
             await asyncio.sleep(A_BIT)
-            crowd.leaves("waits")  # its slot comes, finds nobody, and is kept
+            crowd.leaves("waits")  # its slot comes, finds nobody, and lapses
             await asyncio.sleep(3600)
             await besiege(pacer, calls, 150)
         await pacer.close()
@@ -157,8 +157,8 @@ def test_V10_at_most_120_in_every_minute_after_idling() -> None:
 
     calls = run_virtual(main)
     assert len(calls) >= 3 * (8 + 264)
-    assert worst_window(calls) <= VENDOR_ALLOWS - 3  # room for what a hanging connection bunches
-    assert worst_window(calls, 0.1) <= 9
+    assert worst_window(calls) <= VENDOR_ALLOWS - 5  # room for what a hanging connection bunches
+    assert worst_window(calls, 0.1) <= 8
 
 
 def test_V10_at_most_120_in_every_minute_over_restarts() -> None:
@@ -235,7 +235,7 @@ def test_V10_every_window_holds_the_rate_and_one_burst(
     crowd = run_virtual(main)
     assert crowd.served
     for width in (0.0, budget.interval, 3 * budget.interval, burst * budget.interval, WINDOW):
-        assert worst_window(crowd.times, width) <= burst + 1 + width / budget.interval + A_BIT
+        assert worst_window(crowd.times, width) <= burst + width / budget.interval + A_BIT
 
 
 def test_V11_first_come_first_served() -> None:
@@ -364,8 +364,8 @@ def test_V11_a_slot_granted_in_the_tick_of_its_taker_s_leaving_goes_to_the_next(
     run_virtual(main)
 
 
-def test_V11_a_slot_that_found_nobody_is_kept_for_the_next_one() -> None:
-    """The only one who waits leaves in the tick of the grant: the next comer needs not wait."""
+def test_V11_a_slot_that_found_nobody_lapses() -> None:
+    """It is worth nothing then, and to keep it would put one more call into the worst window."""
 
     async def main(_clock: FakeClock) -> None:
         crowd = Crowd(await started())
@@ -375,12 +375,81 @@ def test_V11_a_slot_that_found_nobody_is_kept_for_the_next_one() -> None:
         crowd.leaves("leaver")
         await asyncio.sleep(A_BIT)
         crowd.comes("late")
-        crowd.comes("later")
         await crowd.done()
         assert [(name, at - granted) for name, at in crowd.served] == [
-            ("late", pytest.approx(0, abs=2 * A_BIT)),
-            ("later", pytest.approx(1, abs=2 * A_BIT)),
+            ("late", pytest.approx(1, abs=2 * A_BIT))
         ]
+
+    run_virtual(main)
+
+
+def test_V11_places_that_were_given_up_cost_nobody_anything() -> None:
+    """A client with impatient visitors is served as predicted, not behind its own departed."""
+
+    async def main(_clock: FakeClock) -> Crowd:
+        crowd = Crowd(await started())
+        for number in range(4):
+            crowd.comes(f"other {number}", client="other")
+        for number in range(100):
+            crowd.comes(f"impatient {number}", client="impatient")
+            crowd.leaves(f"impatient {number}")
+            await asyncio.sleep(0)
+        crowd.comes("stays", client="impatient")
+        await crowd.done()
+        return crowd
+
+    assert run_virtual(main).order.index("stays") <= 1
+
+
+def test_V11_a_flood_of_first_visitors_does_not_starve_another_client_s_renewals() -> None:
+    """Urgency counts within a client only."""
+
+    async def main(_clock: FakeClock) -> Crowd:
+        crowd = Crowd(await started())
+        for number in range(100):
+            crowd.comes(f"flood {number}", client="noisy")
+        for number in range(3):
+            crowd.comes(f"renewal {number}", Urgency.MANDATORY, client="quiet")
+        await crowd.done()
+        return crowd
+
+    crowd = run_virtual(main)
+    assert [name for name in crowd.order if name.startswith("renewal")] == [
+        f"renewal {number}" for number in range(3)
+    ]
+
+
+def test_V11_one_client_s_refusals_do_not_put_off_another_s() -> None:
+    """The times that a noisy client was told are its own."""
+
+    async def main(_clock: FakeClock) -> Crowd:
+        crowd = Crowd(await started())
+        for number in range(500):
+            crowd.comes(f"noisy {number}", client="noisy")
+        for number in range(30):
+            crowd.comes(f"quiet {number}", client="quiet")
+        await crowd.done()
+        return crowd
+
+    told = [after for name, (_, after) in run_virtual(main).refused.items() if "quiet" in name]
+    assert told
+    assert max(told) < 60
+
+
+def test_V1_those_who_wait_are_told_at_once_when_a_pause_outlasts_them() -> None:
+    """Not at the end of their patience; those whom the pause leaves time are served after it."""
+
+    async def main(_clock: FakeClock) -> None:
+        crowd = Crowd(await started())
+        for number in range(5):
+            crowd.comes(f"{number}")
+        await asyncio.sleep(A_BIT)
+        began = now()
+        crowd.pacer.pause(60)
+        await crowd.done()
+        assert len(crowd.refused) == 5
+        assert all(at - began < A_BIT for at, _ in crowd.refused.values())
+        assert all(after >= 60 for _, after in crowd.refused.values())
 
     run_virtual(main)
 

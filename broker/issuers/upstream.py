@@ -142,8 +142,18 @@ class UpstreamIssuer(Issuer):
         if self._deserves_another(reply, key):
             if isinstance(reply, Broken):
                 await asyncio.sleep(full_jitter(1, RETRY_BASE, RETRY_BASE, self._draw) / SECOND)
-            reply, _ = await self._attempt(ask, turn)
+            reply = await self._second_attempt(ask, turn, reply)
         return self._conclude(ask, reply)
+
+    async def _second_attempt(self, ask: Ask, turn: Turn, first: Reply) -> Reply:
+        """Try once more; if there is no room for that, the first failure is what happened."""
+        try:
+            reply, _ = await self._attempt(ask, turn)
+        except errors.ServiceUnavailable:
+            if isinstance(first, Broken):
+                return first
+            raise
+        return reply
 
     @property
     def _key(self) -> Secret:
@@ -174,7 +184,7 @@ class UpstreamIssuer(Issuer):
         except BaseException:
             self._settle(key_ticket, KeyOutcome.UNKNOWN, health_ticket, Outcome.ABANDONED)
             raise
-        await self._learn(reply, key, key_ticket, health_ticket)
+        self._learn(reply, key, key_ticket, health_ticket)
         return reply, key
 
     def _check_breakers(self) -> None:
@@ -214,9 +224,7 @@ class UpstreamIssuer(Issuer):
         private = (key.reveal(), ask.fingerprint)
         return read_answer(answer.status, answer.headers, answer.body, wall, private)
 
-    async def _learn(
-        self, reply: Reply, key: Secret, key_ticket: Ticket, health_ticket: Ticket
-    ) -> None:
+    def _learn(self, reply: Reply, key: Secret, key_ticket: Ticket, health_ticket: Ticket) -> None:
         """Let both breakers, the key list and the budget draw their conclusions."""
         reason = reason_of(reply)
         if reason is not None:

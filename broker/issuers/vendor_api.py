@@ -44,6 +44,7 @@ from broker.issuers.vendor_replies import (
 )
 from broker.issuers.vendor_token import claims_of, expires_at, is_token, lifetime, session_of
 from broker.model import Ask, Minted
+from broker.rules.reuse import lifetime_of
 
 MAX_BODY = 100 * 1024
 """Bytes of an answer that are read at all; real ones have about a thousand."""
@@ -210,6 +211,7 @@ def _grant(fields: Mapping[str, object], headers: Headers, now: int) -> Granted 
             session_id=session_of((data.get("session_id"), data.get("sid")), claims, token),
             expires_at=expires_at(claims, life, now),
             lifetime=life,
+            whole=lifetime_of(claims),
             extra=_extra(data),
         )
     )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import aiohttp
 from msgspec import Struct
+from typing_extensions import override
 from yarl import URL
 
 from broker.issuers.vendor_api import MAX_BODY
@@ -26,9 +27,6 @@ budget's worst window; three seconds' worth is what the default budget leaves ro
 
 DNS_TTL = 60
 """Seconds that an address is remembered; a vendor that moves is found again within a minute."""
-
-CONNECTIONS = 64
-"""To one host at once: a slow vendor at the full default rate needs twenty."""
 
 USER_AGENT = f"embed-token-broker/{VERSION}"
 
@@ -48,9 +46,17 @@ class Answer(Struct, frozen=True):
     headers: Mapping[str, str]
     body: bytes
 
+    @override
+    def __repr__(self) -> str:
+        return f"Answer({self.status}, {len(self.body)} bytes)"
+
 
 class VendorClient:
-    """One pooled session to `base_url`; `timeout` is seconds for one call, connecting included."""
+    """One pooled session to `base_url`; `timeout` is seconds for one call, connecting included.
+
+    Connections are not limited: the budget bounds the calls, and one that waited for a place in
+    the pool would look like a vendor that does not answer.
+    """
 
     def __init__(self, base_url: str, timeout: float) -> None:
         self.base_url = base_url.rstrip("/")
@@ -58,7 +64,7 @@ class VendorClient:
         self._mint_url = base.joinpath(MINT_PATH[1:])
         self._validate_url = base.joinpath(VALIDATE_PATH[1:])
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=CONNECTIONS, ttl_dns_cache=DNS_TTL),
+            connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=DNS_TTL),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=timeout, connect=CONNECT_TIMEOUT),
             headers={"User-Agent": USER_AGENT, "Accept": "application/json"},

@@ -24,8 +24,7 @@ MAX_DEPTH = 2**63 - 1
 class Limit(Struct, frozen=True, gc=False):
     """At most `burst` tokens at once, one more every `interval` microseconds.
 
-    `rate` and `per` are kept as they were configured; `interval` is `ceil(per / rate)`, so
-    rounding can only make a limit stricter.
+    `interval` is `ceil(per / rate)`, so rounding can only make a limit stricter.
     """
 
     burst: int

@@ -11,6 +11,7 @@ budget is not in it: a budget starts empty, which is right after any pause.
 """
 
 import os
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +23,12 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from msgspec import Struct
+from typing_extensions import override
 
 from broker.model import Clock, EmbedToken, LimitName, Secret
 from broker.stores.memory import MemoryStore
 
-_MAGIC = b"embed-token-broker snapshot 1\n"
+_MAGIC = b"embed-token-broker snapshot 2\n"
 _NONCE = 12
 
 MAX_CLOCK_SKEW = 60_000_000
@@ -58,12 +60,20 @@ class _HeldToken(Struct, frozen=True, array_like=True):
     lifetime: int
     mark: int
 
+    @override
+    def __repr__(self) -> str:
+        return f"_HeldToken(left={self.left})"
+
 
 class _Content(Struct, frozen=True, array_like=True):
     written: int
     origin: str
     tokens: list[_HeldToken]
     buckets: dict[str, dict[str, int]]
+
+    @override
+    def __repr__(self) -> str:
+        return f"_Content(tokens={len(self.tokens)})"
 
 
 def save(path: Path, key: Secret, store: MemoryStore, clock: Clock, origin: str) -> int:
@@ -86,7 +96,9 @@ def load(path: Path, key: Secret, store: MemoryStore, clock: Clock, terms: Terms
     another origin, or too old.
     """
     try:
-        raw = path.read_bytes()
+        raw = _read(path)
+        if not raw.startswith(_MAGIC):
+            raise SnapshotIgnored("not a snapshot of this version")
         path.unlink()
     except FileNotFoundError:
         raise SnapshotIgnored("there is none") from None
@@ -103,10 +115,11 @@ def load(path: Path, key: Secret, store: MemoryStore, clock: Clock, terms: Terms
 
 def _collect(store: MemoryStore, clock: Clock, origin: str) -> _Content:
     mono, wall = clock.mono(), clock.wall()
-    tokens = [
-        _HeldToken(key, token.body, token.left(mono, wall), token.lifetime, token.mark)
-        for key, token in store.tokens.items()
-    ]
+    with store.tokens.timer:  # nothing may expire while it is listed
+        tokens = [
+            _HeldToken(key, token.body, token.left(mono, wall), token.lifetime, token.mark)
+            for key, token in store.tokens.items()
+        ]
     buckets = {name.value: bucket.entries(mono) for name, bucket in store.buckets.items()}
     return _Content(written=wall, origin=origin, tokens=tokens, buckets=buckets)
 
@@ -135,9 +148,16 @@ def _restore(
     return len(store.tokens)
 
 
+def _read(path: Path) -> bytes:
+    """Read a regular file: a pipe in its place would hang the start, a link lead elsewhere."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise SnapshotIgnored("not a file")
+        return file.read()
+
+
 def _open(raw: bytes, key: Secret) -> _Content:
-    if not raw.startswith(_MAGIC):
-        raise SnapshotIgnored("not a snapshot of this version")
     start = len(_MAGIC)
     nonce, sealed = raw[start : start + _NONCE], raw[start + _NONCE :]
     try:

@@ -38,7 +38,10 @@ def connections(server: web.Server) -> Callable[[], web.RequestHandler]:
 
 def render(registry: CollectorRegistry, accept: str) -> tuple[str, bytes]:
     """Return content type and text of a scrape, in the format that `accept` prefers."""
-    encoder, content_type = choose_encoder(accept)
+    try:
+        encoder, content_type = choose_encoder(accept)
+    except (TypeError, ValueError):  # a version in Accept that is none
+        encoder, content_type = choose_encoder("")
     return content_type, encoder(registry)
 
 
@@ -79,6 +82,9 @@ async def _envelope(request: web.Request, handler: _Handler) -> web.StreamRespon
         answer = _json(405, error_body(405, "METHOD_NOT_ALLOWED", "this route answers GET only"))
         answer.headers["Allow"] = ", ".join(sorted(error.allowed_methods))
         return answer
+    except web.HTTPException as error:
+        text = "request: cannot be answered as it is; send a plain GET"
+        return _json(error.status, error_body(error.status, "VALIDATION_ERROR", text))
 
 
 def _json(status: int, body: bytes) -> web.Response:

@@ -131,6 +131,8 @@ class Door:
         address = _parse(peer)
         if address is None:
             return "local"
+        if not any(address in network for network in self._trusted):
+            return _subject(address)
         hops = [
             hop.strip() for value in headers.getall(_FORWARDED_FOR, ()) for hop in value.split(",")
         ]
@@ -139,9 +141,13 @@ class Door:
             if hop is None:
                 break
             address = hop
-        if address.version == 6:  # noqa: PLR2004 - the version of IP
-            return str(ipaddress.ip_network((address, 64), strict=False))
-        return str(address)
+        return _subject(address)
+
+
+def _subject(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
+    if address.version == 6:  # noqa: PLR2004 - the version of IP
+        return str(ipaddress.ip_network((address, 64), strict=False))
+    return str(address)
 
 
 def secret_of(headers: "CIMultiDictProxy[str]") -> str:

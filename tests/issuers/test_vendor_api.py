@@ -42,8 +42,9 @@ from broker.issuers.vendor_replies import (
     Throttled,
     reason_of,
 )
+from broker.issuers.vendor_token import claims_of
 from broker.model import Ask, Minted
-from broker.rules.reuse import MAX_LIFETIME, SECOND
+from broker.rules.reuse import MAX_LIFETIME, SECOND, lifetime_of
 
 SAMPLES = Path(__file__).parent.parent / "samples"
 
@@ -107,12 +108,13 @@ class Sample:
                 raise ValueError(unknown)
 
     def _minted(self, expect: dict[str, Any]) -> Minted:
-        opaque = b"opaque-token" in self.body
+        token = "opaque-token" if b"opaque-token" in self.body else self.token
         return Minted(
-            token="opaque-token" if opaque else self.token,
+            token=token,
             session_id=expect["session_id"],
             expires_at=NOW + expect["expires_in"],
             lifetime=expect["lifetime"] * SECOND,
+            whole=lifetime_of(claims_of(token)),
             extra=expect["extra"],
         )
 

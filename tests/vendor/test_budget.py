@@ -91,7 +91,7 @@ class TestVirtualTime:
 
     @pytest.mark.xfail(
         strict=True,
-        reason="clients in turn: who asks once waits behind one who has just been served",
+        reason="beside one who takes every slot nobody finds the burst that they find alone",
     )
     @pytest.mark.parametrize("gap", [30.0, 20.0, 12.0])
     def test_V11_one_who_asks_a_hundred_times_as_much_delays_the_others_at_most_twofold(
