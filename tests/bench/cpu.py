@@ -1,0 +1,286 @@
+"""CPU per request over HTTP: the broker beside a plain aiohttp handler.
+
+    python tests/bench/cpu.py [--rounds 9] [--seconds 2] [--connections 16]
+
+A plain handler reads the body and answers the same bytes: on uvloop as the broker, and as stock
+`web.run_app`.  Every round measures each server once for each case, in an order that rotates, so
+that whatever else the machine does hits all of them; what counts is the median of the rounds'
+ratios.  CPU is user + system time of all processes of a server; the kernel's part is
+mostly the network's and the same for all.  Needs wrk (closed loop).
+"""
+
+import argparse
+import http.client
+import json
+import os
+import re
+import secrets
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+PATH = "/v1/embed-tokens/request"
+
+CASES = {"hit": 0.80, "mint": 1.10, "429": 0.80}
+"""What is asked of the broker, and the target: CPU of it over CPU of the plain handler."""
+
+TICK = 1_000_000 / os.sysconf("SC_CLK_TCK")
+"""Microseconds of one tick of /proc/PID/stat."""
+
+CONFIGURATION = """
+[server]
+listen = "127.0.0.1:0"
+[admin]
+listen = "127.0.0.1:0"
+[clients.bench]
+secret = "{secret}"
+agents = ["*"]
+[issuer.local.keys.bench]
+secret = "{key}"
+[limits.fingerprint]
+rate = 60000000
+burst = 1000000
+[limits.fingerprint.overrides.tight]
+rate = 1
+burst = 1
+[limits.agent]
+rate = 6000000
+burst = 1000000
+"""
+"""Defaults, but for limits that must not end the run: logging, headers and features included."""
+
+VISITORS = """
+local secret, case, round, seen = "", "", 0, 0
+function init(args)
+  secret, case, round = args[1], args[2], tonumber(args[3])
+end
+function request()
+  local agent, visitor = "A78WKV4515", "9f86d081884c7d659a2feaa0c55ad015"
+  if case == "429" then agent = "tight" end
+  if case == "mint" then
+    seen = seen + 1
+    visitor = string.format("9f86d0818%07x%016x", round, seen)
+  end
+  local body = string.format('{"agent_id":"%s","fingerprint":"%s"}', agent, visitor)
+  local headers = {["api-secret"] = secret, ["Content-Type"] = "application/json"}
+  return wrk.format("POST", nil, headers, body)
+end
+"""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server: who it is, and where it answers which case."""
+
+    name: str
+    pid: int
+    port: int
+
+    def url(self, case: str) -> str:
+        """Return where this case is answered."""
+        path = PATH if self.name == "broker" else f"/{case}"
+        return f"http://127.0.0.1:{self.port}{path}"
+
+    def cpu(self) -> tuple[float, float]:
+        """Microseconds of CPU that its processes have used, in user mode and in the kernel."""
+        ticks = [ticks_of(pid) for pid in family_of(self.pid)]
+        return sum(user for user, _ in ticks) * TICK, sum(system for _, system in ticks) * TICK
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One server, one case, one round: microseconds of CPU per request, and what wrk saw."""
+
+    user: float
+    system: float
+    throughput: float
+    p50: str
+    p99: str
+
+    @property
+    def cpu(self) -> float:
+        """What counts: all of it."""
+        return self.user + self.system
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parse_options()
+    samples: dict[tuple[str, str], list[Sample]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        (folder / "visitors.lua").write_text(VISITORS)
+        secret = secrets.token_urlsafe(24)
+        broker = stack.enter_context(run_broker(folder, secret))
+        keep_answers(broker, secret, folder / "answers")
+        plain = [stack.enter_context(run_plain(folder, kind)) for kind in ("uvloop", "asyncio")]
+        servers = [broker, *plain]
+        numbers = count(1)
+        for number in range(options.rounds + 1):
+            for case in CASES:
+                for server in servers[number % 3 :] + servers[: number % 3]:
+                    sample = measure(server, case, secret, next(numbers), folder, options)
+                    if number:  # the first round warms up
+                        samples[server.name, case].append(sample)
+            print(".", end="", flush=True, file=sys.stderr)
+    print(file=sys.stderr)
+    report(samples)
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=int, default=2, help="of each measurement")
+    parser.add_argument("--connections", type=int, default=16)
+    return parser.parse_args()
+
+
+@contextmanager
+def run_broker(folder: Path, secret: str) -> Iterator[Server]:
+    """Run the broker with the defaults; its log goes to a file, as in production to a collector."""
+    config, log = folder / "broker.toml", folder / "broker.log"
+    config.write_text(CONFIGURATION.format(secret=secret, key=secrets.token_urlsafe(48)))
+    command = [sys.executable, "-m", "broker", "serve", "--config", str(config)]
+    with log.open("w") as errors, subprocess.Popen(command, stderr=errors) as process:
+        try:
+            yield Server("broker", process.pid, port_in(log))
+        finally:
+            process.terminate()
+
+
+def port_in(log: Path) -> int:
+    """Wait for the line that tells the port, and return it."""
+    ends = time.monotonic() + 30
+    while time.monotonic() < ends:
+        found = re.search(r'"broker.started", "url": "http://127.0.0.1:(\d+)"', log.read_text())
+        if found:
+            return int(found[1])
+        time.sleep(0.05)
+    sys.exit(f"the broker did not start: {log.read_text()}")
+
+
+@contextmanager
+def run_plain(folder: Path, kind: str) -> Iterator[Server]:
+    """Run the plain handler on one kind of event loop."""
+    command = [sys.executable, str(HERE / "plain.py"), kind, str(folder / "answers")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            port = int(process.stdout.readline()) if process.stdout else 0
+            yield Server(f"plain {kind}", process.pid, port)
+        finally:
+            process.terminate()
+
+
+def keep_answers(broker: Server, secret: str, folder: Path) -> None:
+    """Ask the broker once for each case and keep the bodies, for the plain handlers."""
+    folder.mkdir()
+    ask(broker, secret, "tight")  # uses up the one request that this agent's visitors have
+    for case, agent, status in (
+        ("mint", "other", 200),
+        ("hit", "other", 200),
+        ("429", "tight", 429),
+    ):
+        got, body = ask(broker, secret, agent)
+        if got != status:
+            sys.exit(f"{case}: {got} instead of {status}: {body!r}")
+        (folder / f"{case}.{status}").write_bytes(body)
+
+
+def ask(broker: Server, secret: str, agent: str) -> tuple[int, bytes]:
+    """Ask for one token; returns status and body."""
+    connection = http.client.HTTPConnection("127.0.0.1", broker.port, timeout=10)
+    body = json.dumps({"agent_id": agent, "fingerprint": "9f86d081884c7d659a2feaa0c55ad015"})
+    connection.request("POST", PATH, body, {"api-secret": secret})
+    response = connection.getresponse()
+    return response.status, response.read()
+
+
+def measure(
+    server: Server, case: str, secret: str, number: int, folder: Path, options: argparse.Namespace
+) -> Sample:
+    """Load one server with one case."""
+    command = ["wrk", "-t1", f"-c{options.connections}", f"-d{options.seconds}", "--latency"]
+    command += [
+        "-s",
+        str(folder / "visitors.lua"),
+        server.url(case),
+        "--",
+        secret,
+        case,
+        str(number),
+    ]
+    before = server.cpu()
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    after = server.cpu()
+    requests = int(found_in(done.stdout, r"(\d+) requests in"))
+    refused = re.search(r"Non-2xx or 3xx responses: (\d+)", done.stdout)
+    if (case == "429") != (refused is not None) or "Socket errors" in done.stdout:
+        sys.exit(f"{server.name}, {case}: not what was to be measured:\n{done.stdout}")
+    return Sample(
+        user=(after[0] - before[0]) / requests,
+        system=(after[1] - before[1]) / requests,
+        throughput=float(found_in(done.stdout, r"Requests/sec:\s+(\S+)")),
+        p50=found_in(done.stdout, r"\n +50%\s+(\S+)"),
+        p99=found_in(done.stdout, r"\n +99%\s+(\S+)"),
+    )
+
+
+def found_in(text: str, pattern: str) -> str:
+    """Return the first group of a pattern that must be there."""
+    found = re.search(pattern, text)
+    if found is None:
+        sys.exit(f"no {pattern} in:\n{text}")
+    return found[1]
+
+
+def family_of(pid: int) -> list[int]:
+    """Return a process and all of its descendants."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(member for child in children for member in family_of(int(child)))]
+
+
+def ticks_of(pid: int) -> tuple[int, int]:
+    """Return user and system time of a process, in ticks (proc(5), fields 14 and 15)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]), int(fields[12])
+
+
+def report(samples: dict[tuple[str, str], list[Sample]]) -> None:
+    """Print medians, and the quartiles of the rounds' ratios to each plain handler."""
+    print(f"{'':19}{'CPU us':>7}{'user':>6}{'system':>8}{'req/s':>8}{'p50':>9}{'p99':>9}")
+    for (name, case), rounds in samples.items():
+        middle = sorted(rounds, key=lambda sample: sample.throughput)[len(rounds) // 2]
+        cpu, user, system = (
+            statistics.median(getattr(sample, part) for sample in rounds)
+            for part in ("cpu", "user", "system")
+        )
+        print(
+            f"{case:5}{name:14}{cpu:>7.1f}{user:>6.1f}{system:>8.1f}"
+            f"{middle.throughput:>8.0f}{middle.p50:>9}{middle.p99:>9}"
+        )
+    print("\nCPU of the broker over CPU of the plain handler: median [quartiles] of the rounds")
+    for case, target in CASES.items():
+        for kind in ("uvloop", "asyncio"):
+            pairs = zip(samples["broker", case], samples[f"plain {kind}", case], strict=True)
+            ratios = [ours.cpu / plain.cpu for ours, plain in pairs]
+            low, middle_ratio, high = statistics.quantiles(ratios, n=4)
+            verdict = "met" if middle_ratio <= target else "NOT met"
+            print(
+                f"{case:5} / plain on {kind:8} {middle_ratio:.2f} [{low:.2f} {high:.2f}]"
+                f"   target {target:.2f}: {verdict}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The interactive document in a real browser: a token by hand, and nothing from elsewhere."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from running import Broker, broker
+
+pytestmark = pytest.mark.parts
+
+FLAGS = [
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+"""Chromium's own errands, which have nothing to do with the page."""
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """Run one development broker."""
+    with broker(tmp_path_factory.mktemp("broker")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Run Debian's Chromium without a screen."""
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path="/usr/bin/chromium", chromium_sandbox=False, args=FLAGS
+        )
+        yield chromium
+        chromium.close()
+
+
+class Visit:
+    """A page, and what it asked for and complained about."""
+
+    def __init__(self, browser: Browser) -> None:
+        self.page: Page = browser.new_page(viewport={"width": 1200, "height": 1600})
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on(
+            "console",
+            lambda message: (
+                self.complaints.append(message.text)
+                if message.type in ("error", "warning")
+                else None
+            ),
+        )
+
+    def foreign(self, url: str) -> list[str]:
+        """Return what was asked of anybody but `url`."""
+        return [asked for asked in self.requests if not asked.startswith((f"{url}/", "data:"))]
+
+
+def test_the_documents_form_mints_a_token(
+    running: Broker, browser: Browser, tmp_path: Path
+) -> None:
+    """Authorize with the secret, execute the prepared example: a token; nobody else is asked."""
+    visit = Visit(browser)
+    page = visit.page
+    page.goto(f"{running.url}/docs")
+    page.get_by_role("button", name="Authorize").first.click()
+    secret = page.locator(".auth-container", has_text="api-secret")
+    secret.locator("input").fill(running.secret)
+    secret.get_by_role("button", name="Apply credentials").click()
+    secret.get_by_role("button", name="Close", exact=True).click()
+
+    operation = page.locator("#operations-default-requestEmbedToken")
+    operation.get_by_role("button").first.click()
+    prepared = json.loads(operation.locator("textarea").input_value())
+    assert prepared.keys() == {"agent_id", "fingerprint"}
+    operation.get_by_role("button", name="Execute").click()
+    live = operation.locator(".live-responses-table")
+    expect(live.locator("tbody .response-col_status").first).to_contain_text("200")
+    body = live.locator(".highlight-code code").first
+    answer = json.loads(body.inner_text())
+    page.screenshot(path=tmp_path / "docs.png")
+
+    assert answer["success"] is True
+    assert answer["data"]["token"].count(".") == 2
+    assert visit.foreign(running.url) == []
+    assert f"{running.url}/v1/embed-tokens/request" in visit.requests
+    assert visit.complaints == []
+
+
+def test_the_index_leads_to_pages_that_work(running: Broker, browser: Browser) -> None:
+    """Each link of the development index answers, and the index asks for nothing else."""
+    visit = Visit(browser)
+    visit.page.goto(running.url)
+    links = visit.page.locator("a").evaluate_all("links => links.map(link => link.href)")
+    assert {link.removeprefix(running.url) for link in links} >= {"/docs", "/metrics", "/livez"}
+    for link in links:
+        answer = visit.page.request.get(link)
+        assert answer.ok, link
+    assert visit.foreign(running.url) == []
+    assert visit.complaints == []

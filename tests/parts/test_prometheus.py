@@ -1,0 +1,315 @@
+"""A real Prometheus scrapes a real broker under load, as the shipped files tell it to."""
+
+import asyncio
+import json
+import math
+import re
+import secrets
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import httpx
+import pytest
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as parse_openmetrics,
+)
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+from running import Broker, broker, daemon, free_port, output_of, until
+
+pytestmark = pytest.mark.parts
+
+ROOT = Path(__file__).parents[2]
+
+CONFIG = ROOT / "config" / "prometheus" / "prometheus.yml"
+
+DASHBOARDS = sorted((ROOT / "grafana").glob("*.json"))
+
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+
+AGENT = "A78WKV4515"
+
+Series = set[tuple[str, frozenset[tuple[str, str]]]]
+
+LIMITED = {
+    "issuer.budget.rate": 6000,
+    "issuer.budget.burst": 20,
+    "issuer.budget.max_wait": "100ms",
+    "limits.fingerprint.burst": 8,
+    "limits.fingerprint_mints.burst": 2,
+    "limits.agent.burst": 60,
+    "limits.agent.overrides.tight.burst": 1,
+    "limits.client.rate": 60000,
+    "limits.client.burst": 400,
+}
+"""A broker whose every limit is met within a second of load."""
+
+
+class Client:
+    """Asks for tokens and counts what it is refused, by the name in the message."""
+
+    def __init__(self, started: Broker) -> None:
+        self._broker = started
+        self.statuses: Counter[int] = Counter()
+        self.refusals: Counter[str] = Counter()
+
+    async def crowd(self) -> None:
+        """One round of everything at once: newcomers, a hammering visitor, strangers, mistakes."""
+        known = secrets.token_hex(8)
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=64), headers={"api-secret": self._broker.secret}
+        ) as self._session:
+            await self._ask(known)
+            await asyncio.gather(
+                *(self._ask(secrets.token_hex(8)) for _ in range(120)),
+                *(self._ask(known) for _ in range(20)),
+                *(self._ask(secrets.token_hex(8), agent="tight") for _ in range(20)),
+                *(self._ask("not hex") for _ in range(5)),
+            )
+            visitor = secrets.token_hex(8)
+            for _ in range(5):
+                await self._ask(visitor, fresh=True)
+            await asyncio.gather(
+                *(self._ask(known, secret=secrets.token_hex(16)) for _ in range(40))
+            )
+
+    async def exhaust_the_client(self) -> None:
+        """More requests at once than the client's limit admits."""
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=64), headers={"api-secret": self._broker.secret}
+        ) as self._session:
+            known = secrets.token_hex(8)
+            await asyncio.gather(*(self._ask(known) for _ in range(2000)))
+
+    async def _ask(
+        self, visitor: str, *, agent: str = AGENT, fresh: bool = False, secret: str = ""
+    ) -> None:
+        body = {"agent_id": agent, "fingerprint": visitor, "fresh": fresh}
+        headers = {"api-secret": secret} if secret else {}
+        async with self._session.post(
+            self._broker.token_url, json=body, headers=headers
+        ) as response:
+            answer = await response.json()
+        self.statuses[response.status] += 1
+        if response.status == 429:
+            self.refusals[re.findall(r"limit (\w+) reached", answer["error"]["message"])[0]] += 1
+        elif response.status == 503:
+            self.refusals["budget"] += 1
+
+
+class Prometheus:
+    """The query interface of a Prometheus server."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def values(self, query: str) -> list[float]:
+        """Return the finite values of an instant query."""
+        return [
+            value
+            for sample in self._get("/api/v1/query", query=query)["result"]
+            if math.isfinite(value := float(sample["value"][1]))
+        ]
+
+    def label_values(self, label: str, selector: str) -> list[str]:
+        """Return what Grafana offers for a variable."""
+        values: list[str] = self._get(f"/api/v1/label/{label}/values", **{"match[]": selector})
+        return values
+
+    def _get(self, path: str, **parameters: str) -> Any:
+        answer = httpx.get(self._url + path, params=parameters).json()
+        assert answer["status"] == "success", (parameters, answer)
+        return answer["data"]
+
+
+@pytest.fixture(scope="module")
+def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """Run a broker of which every limit is soon met."""
+    with broker(tmp_path_factory.mktemp("broker"), LIMITED) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def prometheus(limited: Broker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """Run Prometheus with the shipped configuration, but for the port and its patience."""
+    folder = tmp_path_factory.mktemp("prometheus")
+    shipped = CONFIG.read_text(encoding="utf-8")
+    adapted = shipped.replace("127.0.0.1:9464", limited.admin_url.removeprefix("http://"))
+    adapted = adapted.replace("scrape_interval: 15s", "scrape_interval: 1s")
+    assert len({shipped, adapted}) == 2
+    (folder / "prometheus.yml").write_text(adapted, encoding="utf-8")
+    address = f"127.0.0.1:{free_port()}"
+    command = ["prometheus", f"--config.file={folder}/prometheus.yml"]
+    command += [f"--storage.tsdb.path={folder}/data", f"--web.listen-address={address}"]
+    with daemon(command, folder / "prometheus.log", f"http://{address}/-/ready"):
+        yield Prometheus(f"http://{address}")
+
+
+@pytest.fixture(scope="module")
+def loaded(limited: Broker, prometheus: Prometheus) -> Client:
+    """Load until Prometheus has scraped it five times."""
+    client = Client(limited)
+
+    def enough() -> bool:
+        asyncio.run(client.crowd())
+        return prometheus.values("count_over_time(broker_build_info[1h])") >= [5.0]
+
+    until(enough, "five scrapes", patience=60)
+    asyncio.run(client.exhaust_the_client())
+    scraped = scrape(limited)
+    total = f"sum(broker_requests_total) >= {sum_of(scraped, 'broker_requests_total')}"
+    until(lambda: prometheus.values(total), "the last scrape")
+    return client
+
+
+def scrape(started: Broker, accept: str = "") -> str:
+    """Return the exposition of a broker."""
+    response = httpx.get(f"{started.admin_url}/metrics", headers={"Accept": accept})
+    assert response.status_code == httpx.codes.OK
+    return response.text
+
+
+def samples(text: str, name: str) -> dict[str, float]:
+    """Return the values of one metric by its only label."""
+    return {
+        next(iter(sample.labels.values()), ""): sample.value
+        for family in parse_text(text)
+        for sample in family.samples
+        if sample.name == name
+    }
+
+
+def sum_of(text: str, name: str) -> float:
+    """Add up one metric over its labels."""
+    return sum(samples(text, name).values())
+
+
+def series_of(families: Any) -> Series:
+    """Return every series by name and labels, but for the times of creation."""
+    return {
+        (sample.name, frozenset(sample.labels.items()))
+        for family in families
+        for sample in family.samples
+        if not sample.name.endswith("_created")
+    }
+
+
+def test_the_shipped_scrape_configuration_is_valid() -> None:
+    """`promtool check config` finds nothing to say against it."""
+    assert "SUCCESS" in output_of(["promtool", "check", "config", str(CONFIG)])
+
+
+def test_promtool_accepts_the_metrics(limited: Broker, loaded: Client) -> None:
+    """Names, units and help texts follow Prometheus' conventions, under load, too."""
+    assert output_of(["promtool", "check", "metrics"], scrape(limited)) == ""
+
+
+def test_m3_both_exposition_formats_tell_the_same(limited: Broker, loaded: Client) -> None:
+    """The text format and OpenMetrics parse, and hold the same series."""
+    text = series_of(parse_text(scrape(limited)))
+    openmetrics = scrape(limited, OPENMETRICS)
+    assert openmetrics.endswith("# EOF\n")
+    assert series_of(parse_openmetrics(openmetrics)) == text
+    assert len(text) > 100
+
+
+@pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda path: path.stem)
+def test_every_query_of_a_dashboard_returns_data(
+    prometheus: Prometheus, loaded: Client, dashboard: Path
+) -> None:
+    """Each query of each panel has a finite value once the broker has seen traffic."""
+    raw = json.loads(dashboard.read_text(encoding="utf-8"))
+    panels = [p for panel in raw["panels"] for p in (panel, *panel.get("panels", ()))]
+    queries = [target["expr"] for panel in panels for target in panel.get("targets", ())]
+    assert queries
+    filled = {"$__rate_interval": "1m", "$job": "embed-token-broker", "$instance": ".*"}
+    silent = []
+    for query in queries:
+        asked = query
+        for variable, value in filled.items():
+            asked = asked.replace(variable, value)
+        assert "$" not in asked
+        if not prometheus.values(asked):
+            silent.append(query)
+    assert silent == []
+
+
+@pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda path: path.stem)
+def test_the_variables_of_a_dashboard_offer_something(
+    prometheus: Prometheus, limited: Broker, loaded: Client, dashboard: Path
+) -> None:
+    """Job and instance are found by queries; annotations are well-formed."""
+    raw = json.loads(dashboard.read_text(encoding="utf-8"))
+    offered = {}
+    for variable in raw["templating"]["list"]:
+        if variable["type"] != "query":
+            continue
+        found = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["definition"])
+        assert found is not None
+        selector = found[1].replace("$job", "embed-token-broker")
+        offered[variable["name"]] = prometheus.label_values(found[2], selector)
+    assert offered == {
+        "job": ["embed-token-broker"],
+        "instance": [limited.admin_url.removeprefix("http://")],
+    }
+    for annotation in raw["annotations"]["list"]:
+        expr = annotation["expr"].replace("$__rate_interval", "1m")
+        prometheus.values(expr.replace("$instance", ".*"))
+
+
+def test_m3_rejections_equal_the_refusals_that_clients_counted(
+    limited: Broker, loaded: Client
+) -> None:
+    """Every 429 by its limit, every 503 as budget: broker and clients count the same."""
+    counted = samples(scrape(limited), "broker_rejections_total")
+    assert counted == {name: float(loaded.refusals[name]) for name in counted}
+    assert set(loaded.refusals) == set(counted), "a limit was never met: the test proves too little"
+    requests = samples(scrape(limited), "broker_requests_total")
+    assert requests["limited"] == loaded.statuses[429]
+    assert requests["shed"] == loaded.statuses[503]
+    assert sum(requests.values()) == sum(loaded.statuses.values())
+
+
+def test_m3_the_number_of_series_is_constant_under_100_000_visitors(tmp_path: Path) -> None:
+    """Every series is there from the start; agents and visitors add none."""
+    script = tmp_path / "strangers.lua"
+    script.write_text(STRANGERS, encoding="utf-8")
+    roomy = {"limits.agent.rate": 6_000_000, "limits.agent.burst": 1_000_000}
+    with broker(tmp_path, roomy) as started:
+        before = series_of(parse_text(scrape(started)))
+        rounds = iter(range(100))
+
+        def enough() -> bool:
+            command = ["wrk", "-t1", "-c16", "-d5", "-s", str(script), started.token_url]
+            subprocess.run(
+                [*command, "--", started.secret, str(next(rounds))],
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
+            tracked = samples(scrape(started), "broker_buckets_tracked")
+            return tracked["fingerprint"] >= 100_000
+
+        until(enough, "100,000 visitors", patience=400)
+        after = scrape(started)
+        statuses = samples(after, "broker_requests_total")
+    assert series_of(parse_text(after)) == before
+    assert statuses["minted"] >= 100_000
+    assert statuses["failed"] == statuses["shed"] == 0
+
+
+STRANGERS = """
+local secret, round, seen = "", 0, 0
+function init(args)
+  secret, round = args[1], tonumber(args[2])
+end
+function request()
+  seen = seen + 1
+  local body = string.format(
+    '{"agent_id":"agent-%d","fingerprint":"%04x%08x"}', seen % 1000, round, seen)
+  return wrk.format("POST", nil, {["api-secret"] = secret}, body)
+end
+"""
+"""Nobody comes twice, on 1,000 agents."""
