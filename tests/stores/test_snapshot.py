@@ -6,6 +6,7 @@ import resource
 import secrets
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -372,25 +373,27 @@ def test_a_snapshot_is_replaced_and_never_overwritten(clock: FakeClock, path: Pa
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """Let no file of this process grow over a hundred bytes."""
+    """Let no file of this process grow over a hundred bytes.
+
+    No fixture: pytest writes its progress before fixtures end, and that may be a file, too.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_write_that_fails_leaves_the_old_snapshot(
-    clock: FakeClock, path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_write_that_fails_leaves_the_old_snapshot(clock: FakeClock, path: Path) -> None:
     """The disk fills half-way: the error is raised, the old file is whole, no half one is left."""
     store, ask, _ = lived_in(clock)
     key = new_key()
     snapshot.save(path, key, store, clock, ORIGIN)
     before = path.read_bytes()
-    request.getfixturevalue("full_disk")
-    with pytest.raises(OSError, match="too large"):
+    with full_disk(), pytest.raises(OSError, match="too large"):
         snapshot.save(path, key, store, clock, ORIGIN)
     assert list(path.parent.iterdir()) == [path]
     assert path.read_bytes() == before
