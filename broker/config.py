@@ -12,10 +12,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from msgspec.structs import replace
+
 from broker.checks import check
 from broker.model import Secret
 from broker.schema import ConfigError, bare, build, fields_of, is_table, refuse_unknown
-from broker.settings import Settings
+from broker.settings import Budget, Settings
 
 DEFAULT_PATH = Path("/etc/embed-token-broker/broker.toml")
 """Where a packaged broker is configured."""
@@ -52,6 +54,9 @@ def load(
 def from_tree(tree: Mapping[str, Any]) -> Settings:
     """Check a raw tree and build the settings from it; raises ConfigError."""
     settings = build(tree)
+    if settings.issuer.kind == "upstream" and settings.issuer.budget is None:
+        issuer = replace(settings.issuer, budget=Budget())  # a relay always has one
+        settings = replace(settings, issuer=issuer)
     check(settings)
     return settings
 

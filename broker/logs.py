@@ -51,6 +51,8 @@ def _renderers(form: str, out: TextIO) -> list[Processor]:
         _escape,
         structlog.dev.ConsoleRenderer(
             colors=out.isatty() and "NO_COLOR" not in os.environ,
+            pad_event_to=20,
+            sort_keys=False,  # as they were bound: how it ended comes first
             exception_formatter=_lines_only,
         ),
     ]

@@ -52,6 +52,8 @@ def ask(url: str, secret: str, agent: str, fingerprint: str) -> str:
     """Return a token from the broker at `url`; raises CannotMint."""
     if not secret:
         raise CannotMint("BROKER_API_SECRET is not set: it must hold the client secret")
+    if not url.startswith(("http://", "https://")):
+        raise CannotMint("--url must start with http:// or https://")
     return asyncio.run(_ask(url, secret, {"agent_id": agent, "fingerprint": fingerprint}))
 
 
@@ -68,6 +70,8 @@ async def _ask(url: str, secret: str, body: dict[str, str]) -> str:
             ) as response,
         ):
             answer = await response.json(content_type=None)
+    except aiohttp.ClientConnectorError as error:
+        raise CannotMint(f"nobody listens at {url}: is the broker running?") from error
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
         raise CannotMint(f"no answer from {url}: {type(error).__name__}") from error
     answer = answer if isinstance(answer, dict) else {}

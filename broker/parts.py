@@ -13,7 +13,6 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import replace
 
-from broker import settings as settings_tree
 from broker.checks import is_loopback, parse_address
 from broker.config import MIN_CLIENT_SECRET, VENDOR_VARIABLES, read_secret
 from broker.issue import ReusePolicy
@@ -153,8 +152,6 @@ def reuse(settings: Settings) -> ReusePolicy:
 def budget(settings: Settings) -> Budget | None:
     """Return the budget, None for an issuer that needs no pace."""
     section = settings.issuer.budget
-    if section is None and settings.issuer.kind == "upstream":
-        section = settings_tree.Budget()
     if section is None:
         return None
     return Budget(section.rate, section.per.seconds, section.burst, section.max_wait.seconds)

@@ -9,10 +9,14 @@ import signal
 import sys
 from collections.abc import Callable
 
+import structlog
+
 from broker.app import App
 from broker.config import read_secret
 from broker.listen import CannotListen
 from broker.settings import Settings
+
+log = structlog.get_logger()
 
 EX_UNAVAILABLE = 69
 
@@ -63,6 +67,7 @@ def _obey_signals(app: App) -> None:
 
     def stop(number: int) -> None:
         if asked:
+            log.warning("broker.aborted")  # what is under way is cut off, no snapshot is written
             os._exit(128 + number)
         asked.append(number)
         app.stop()

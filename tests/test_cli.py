@@ -440,7 +440,7 @@ class TestMintAndVerify:
         )
         gone = run(*ask, broker.url, BROKER_API_SECRET=secret)
         assert (gone.returncode, gone.stdout) == (69, b"")
-        assert gone.stderr.startswith(f"broker: no answer from {broker.url}: ".encode())
+        assert gone.stderr.startswith(f"broker: nobody listens at {broker.url}: ".encode())
 
     def test_rotated_key_still_verifies(self, tmp_path: Path, path: str, tree: Tree) -> None:
         """A token from before the rotation is good while its key is kept, and not after."""

@@ -121,7 +121,7 @@ def _counts(headers: Headers, name: str) -> list[int]:
 
 def _waits(line: str, now: int) -> Iterable[int]:
     """Read a line as numbers between commas, or else as one date (which has a comma itself)."""
-    numbers = [part for part in line.split(",") if _NUMBER.fullmatch(part.strip())]
+    numbers = [part for part in map(str.strip, line.split(",")) if _NUMBER.fullmatch(part)]
     if numbers:
         # Cut as floats: a thousand digits are an infinity, which no integer can hold.
         yield from (ceil(min(max(float(number), 0), 1e9) * SECOND) for number in numbers)

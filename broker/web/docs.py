@@ -53,6 +53,16 @@ _START_SCRIPT = """SwaggerUIBundle({
 });
 """
 
+_NO_FILES = "the files of /docs are not installed: pip install '.[docs]' in the clone, then restart"
+
+_NO_FILES_PAGE = f"""<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><title>embed-token-broker API</title></head>
+<body><p>{_NO_FILES.capitalize()}. The document itself is at
+<a href="/openapi.json">/openapi.json</a>.</p></body>
+</html>
+"""
+
 _INDEX_PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -87,7 +97,8 @@ def add(routes: Routes, url: str) -> None:
     base = url if url.startswith("http") else "/"
     api = msgspec.json.encode(document(base, any_fingerprint=routes.any_fingerprint))
     routes.add("/openapi.json", "GET", routes.page("application/json", api))
-    routes.add("/docs", "GET", routes.page(_HTML, _DOCS_PAGE.encode(), _POLICY))
+    page = _DOCS_PAGE if _swagger_folder() is not None else _NO_FILES_PAGE
+    routes.add("/docs", "GET", routes.page(_HTML, page.encode(), _POLICY))
     routes.add(
         "/docs/start.js",
         "GET",
@@ -120,9 +131,7 @@ def _add_asset(routes: Routes, name: str, content_type: str) -> None:
     async def asset(request: BaseRequest, request_id: str) -> web.StreamResponse:
         folder = _swagger_folder()
         if folder is None:
-            raise NotFound(
-                "the pages' files are not installed: pip install 'embed-token-broker[docs]'"
-            )
+            raise NotFound(_NO_FILES)
         content = (folder / name).read_bytes()
         return await routes.page(content_type, content)(request, request_id)
 

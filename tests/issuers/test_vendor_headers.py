@@ -90,6 +90,7 @@ def test_V1_a_date_without_a_zone_is_not_in_ours(monkeypatch: pytest.MonkeyPatch
 
 @given(st.lists(st.text(max_size=40) | _numbers | _dateish, max_size=4), st.integers(0, 2**62))
 @example(["Mon, 01 Jan 0001 00:00:00 +2359"], 0)
+@example(["3, 7\x1f, 4"], 0)
 def test_V1_a_pause_is_never_a_hot_loop_and_never_an_afternoon(lines: list[str], now: int) -> None:
     """Whatever is sent, the pause is within a second and five minutes, or is not known."""
     wait = parse_retry_after(lines, now)
