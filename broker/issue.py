@@ -17,7 +17,6 @@ import time
 from collections.abc import Awaitable, Callable
 
 import structlog
-from cachetools import TTLCache
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -29,22 +28,13 @@ from broker.logs import RefusalLog
 from broker.metrics import MintMetrics
 from broker.model import Ask, Clock, EmbedToken, Minted, Outcome
 from broker.pacer import Pacer, Urgency
+from broker.patience import Patience
 from broker.rules import reuse
-from broker.rules.backoff import full_jitter
 from broker.rules.bucket import Verdict
 from broker.rules.reuse import Life
 from broker.stores.base import Denial, Store
 
 log = structlog.get_logger()
-
-BACKOFF_BASE, BACKOFF_CAP = 250_000, 5_000_000
-"""Microseconds: a key whose mint failed waits up to 0.25 s, then twice that, never over 5 s."""
-
-BACKOFF_MEMORY = 60
-"""Seconds after its last failure in which a key is still treated as a failing one."""
-
-BACKOFF_KEYS = 10_000
-"""Failing keys remembered; under more, the least recent ones merely lose their patience."""
 
 
 class ReusePolicy(Struct, frozen=True):
@@ -58,13 +48,6 @@ class ReusePolicy(Struct, frozen=True):
     def marks(self, lifetime: int) -> reuse.Floors:
         """Fit the configured marks to a token of this lifetime."""
         return reuse.floors(lifetime, self.ahead, self.floor, self.outage)
-
-
-class _Failing(Struct):
-    """A key whose mints fail: how often in a row, and when (monotonic us) to try again."""
-
-    failures: int
-    not_before: int
 
 
 class Handout(Struct, frozen=True, gc=False):
@@ -110,9 +93,7 @@ class TokenDesk:
         self._draw = draw
         self.flights: Flights[EmbedToken] = Flights()
         self.renewal_log = RefusalLog()
-        self._failing: TTLCache[str, _Failing] = TTLCache(
-            BACKOFF_KEYS, BACKOFF_MEMORY * reuse.SECOND, timer=clock.mono
-        )
+        self.patience = Patience(clock, draw)
 
     async def issue(self, ask: Ask, patience: float) -> Handout | Refusal:
         """Answer one ask within `patience` seconds; raises what a mint raises."""
@@ -161,7 +142,7 @@ class TokenDesk:
     ) -> Handout:
         """Below the floor: mint; fall back on what is held if that fails for a passing reason."""
         left = self._left(held)
-        if self._backed_off(key):
+        if self.patience.left(key):
             return Handout(held, Outcome.REUSED, left, verdict)
         try:
             return await self._mint_for(ask, key, held, verdict, patience)
@@ -173,7 +154,7 @@ class TokenDesk:
 
     def _renew_ahead(self, ask: Ask, key: str, held: EmbedToken) -> None:
         """Past its mark: mint the successor in the background, if that is cheap at this moment."""
-        if self._backed_off(key) or not self._pacer.plenty:
+        if self.patience.left(key) or not self._pacer.plenty:
             return
 
         async def mint(flight: Flight[EmbedToken]) -> EmbedToken:
@@ -192,7 +173,7 @@ class TokenDesk:
         """The flight of one key: what only its leader meets, once for all who wait."""
         try:
             async with asyncio.timeout(self._mint_timeout):
-                await self._wait_out_failures(key)
+                await self.patience.wait(key)
                 newer = await self._look_again(key, held)
                 if newer is not None:
                     return newer
@@ -204,14 +185,14 @@ class TokenDesk:
         except (TimeoutError, errors.BrokerError) as error:
             self._count_refresh(ask, held, urgency, "failed")
             if flight.background or _says_wait(error):
-                self._note_failure(key)  # or each access to the token would try again at once
+                self.patience.note_failure(key)  # or each access would try again
             if flight.background:
                 self._report_renewal(error, ask)
             if isinstance(error, TimeoutError):
                 raise errors.UpstreamTimeout("the mint did not finish in time") from error
             raise
         except Exception:
-            self._note_failure(key)
+            self.patience.note_failure(key)
             if flight.background or flight.deserted:
                 log.exception("broker.defect")  # nobody waits: it would vanish
             raise
@@ -235,7 +216,7 @@ class TokenDesk:
         token = self._ready(minted, turn.mono, turn.wall)
         if self._left(token) < self._policy.marks(token.lifetime).floor or token.lifetime <= 0:
             raise errors.UpstreamUnavailable("the token had expired, or nearly, when it arrived")
-        self._failing.pop(key, None)
+        self.patience.forget(key)
         if self._policy.enabled:
             await self._store.keep(key, token)
         return token
@@ -245,7 +226,7 @@ class TokenDesk:
 
         Who asks for a fresh one, or below the floor, meets the back-off of a failing key.
         """
-        self._note_failure(key)
+        self.patience.note_failure(key)
         left, floor = self._left(held), self._policy.marks(held.lifetime).floor
         if left > floor:
             await self._store.keep(key, replace(held, mark=floor + (left - floor) // 2))
@@ -305,25 +286,6 @@ class TokenDesk:
 
     def _left(self, token: EmbedToken) -> int:
         return token.left(self._clock.mono(), self._clock.wall())
-
-    def _note_failure(self, key: str) -> None:
-        """Double this key's patience."""
-        known = self._failing.get(key)
-        failures = known.failures + 1 if known else 1
-        wait = full_jitter(failures, BACKOFF_BASE, BACKOFF_CAP, self._draw)
-        self._failing[key] = _Failing(failures, self._clock.mono() + wait)
-
-    def _backed_off(self, key: str) -> int:
-        """Microseconds until this key may be tried again; 0 for now."""
-        known = self._failing.get(key)
-        if known is None:
-            return 0
-        return min(max(known.not_before - self._clock.mono(), 0), BACKOFF_CAP)
-
-    async def _wait_out_failures(self, key: str) -> None:
-        wait = self._backed_off(key)
-        if wait:
-            await asyncio.sleep(wait / reuse.SECOND)
 
     def _count_refresh(
         self, ask: Ask, held: EmbedToken | None, urgency: Urgency, outcome: str

@@ -301,7 +301,7 @@ class TestLifetimes:
             assert relay.errors == {"expired": 1}
             assert len(relay.tokens) == 0
             assert relay.calls == 1
-            assert relay.desk._backed_off(key_of(fingerprint)) > 0
+            assert relay.desk.patience.left(key_of(fingerprint)) > 0
 
     @pytest.mark.parametrize("left", [299, 100, 59, 30])
     async def test_T2_G3_an_old_token_that_is_handed_out_again_below_the_floor_is_an_error(
@@ -372,7 +372,7 @@ class TestLifetimes:
             for _ in range(3):
                 await relay.failure(fingerprint)
             assert relay.calls == 3
-            assert relay.desk._failing[key_of(fingerprint)].failures == 3
+            assert relay.desk.patience.failures(key_of(fingerprint)) == 3
 
     @pytest.mark.parametrize("step", [3600, -3600])
     async def test_T5_a_wall_clock_that_steps_gives_no_dead_token(self, step: int) -> None:
