@@ -29,7 +29,7 @@ VENDOR_VARIABLES = ("BITHUMAN_API_SECRET", "BITHUMAN_API_KEY")
 """Environment variables in which the vendor's own examples keep the key: the usual, the old."""
 
 MIN_CLIENT_SECRET = 16
-"""Characters: below it a secret can be guessed at the rate that failed logins are throttled to."""
+"""Characters: a throttle cannot stop guessing from many addresses, the length of a secret can."""
 
 
 def load(

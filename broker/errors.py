@@ -42,6 +42,8 @@ class BrokerError(Exception):
     status: int = 500
     code: str = "INTERNAL_ERROR"
     transient: bool = False
+    remembered: bool = False
+    """Whether this repeats what was known already, without a new call: logs count it."""
     outcome: ClassVar[Outcome] = Outcome.FAILED
 
     def __init__(self, message: str) -> None:

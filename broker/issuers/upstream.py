@@ -129,6 +129,13 @@ class UpstreamIssuer(Issuer):
 
     @override
     def check(self, ask: Ask) -> None:
+        try:
+            self._check(ask)
+        except errors.BrokerError as error:
+            error.remembered = True
+            raise
+
+    def _check(self, ask: Ask) -> None:
         self._check_breakers()
         refused = self._account_refusals.get(_Account.ALL) or self._agent_refusals.get(
             (ask.agent, ask.model)

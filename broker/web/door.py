@@ -31,7 +31,8 @@ API_SECRET = istr("api-secret")
 _FORWARDED_FOR = istr("X-Forwarded-For")
 
 FAILED_AUTH_LIMIT = bucket.limit(rate=30, per=60_000_000, burst=30)
-"""The vendor's own figure: enough for a deploy with a wrong secret, useless for guessing."""
+"""The vendor's own figure: enough for a deploy with a wrong secret.  It spares us the work; what
+stops guessing is the length of secrets, for a right guess passes even when throttled."""
 
 MAX_TRACKED_ADDRESSES = 100_000
 """Failing addresses remembered; further ones share overflow buckets."""

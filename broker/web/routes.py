@@ -208,7 +208,9 @@ class Routes:
         elif isinstance(error, errors.BudgetExhausted):
             kind = BUDGET
             self._metrics.rejections[BUDGET] += 1
-        counted = error.outcome in _COUNTED
+        elif isinstance(error, errors.UpstreamRefused):
+            kind = "refused"  # the vendor's codes are an open set
+        counted = error.outcome in _COUNTED or error.remembered
         if not counted or self.debug or self.refusals.first(kind, self._clock.mono()):
             _log_failure(error, kind, request_id, seconds, client, ask)
         return self._error(error, request_id)
@@ -313,7 +315,7 @@ def _log_failure(
         "status": error.status,
         "code": error.code,
     }
-    if kind != error.code:
+    if isinstance(error, errors.RateLimited | errors.BudgetExhausted):
         fields["limit"] = kind
     if client is not None:
         fields["client"] = client.name

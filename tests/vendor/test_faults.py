@@ -638,3 +638,15 @@ def _self_signed() -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(path)
     return context
+
+
+async def test_M4_a_refusal_from_memory_says_so(relay: Relay) -> None:
+    """The log counts those: anybody can repeat them, and no call bounds their number."""
+    relay.vendor.fail(faults.error(Refusal.NOT_FOUND))
+    remembered = []
+    for _ in range(2):
+        with pytest.raises(BrokerError) as refused:
+            await relay.ask()
+        remembered.append(refused.value.remembered)
+    assert remembered == [False, True]
+    assert relay.calls == 1
