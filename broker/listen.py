@@ -65,5 +65,8 @@ _REMEDIES = {
 
 
 def _reason(setting: str, address: str, error: OSError) -> str:
-    text = _REMEDIES.get(error.errno or 0) or error.strerror or str(error)
+    number = error.errno
+    if number is None and "could not bind" in str(error):
+        number = errno.EADDRNOTAVAIL  # how Python 3.13 reports it
+    text = _REMEDIES.get(number or 0) or error.strerror or str(error)
     return f"{setting}: cannot listen on {address}: {text}"
