@@ -6,6 +6,7 @@ stored, not when it is handed out.
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Annotated, Literal
 
 import msgspec
@@ -88,6 +89,7 @@ def success_body(minted: Minted) -> bytes:
     return memoryview(encoded).tobytes()
 
 
+@lru_cache(maxsize=256)  # a flood of refusals says the same again and again
 def error_body(status: int, code: str, message: str) -> bytes:
     """Return the ready body of a failure."""
     detail = ErrorDetail(code=code, message=message, httpStatus=status)
