@@ -15,6 +15,7 @@ from broker.model import AGENT_ID, AGENT_RULE
 from broker.rules import bucket
 from broker.schema import ConfigError
 from broker.settings import Duration, Settings
+from broker.stores.address import parse_store_url
 
 MAX_VENDOR_KEYS = 4
 """Keys in the vendor's list: a rotation needs two."""
@@ -39,7 +40,7 @@ def check(settings: Settings) -> None:
     _check_upstream(settings)
     _check_reuse(settings)
     _check_server(settings)
-    _check_snapshot(settings)
+    _check_store(settings)
 
 
 def _check_limit(path: str, limit: Any) -> None:
@@ -131,13 +132,27 @@ def _check_server(settings: Settings) -> None:
             ) from None
 
 
-def _check_snapshot(settings: Settings) -> None:
+def _check_store(settings: Settings) -> None:
     store = settings.store
-    if store.snapshot_file and not (store.encryption_key or store.encryption_key_file):
+    try:
+        address = parse_store_url(store.url)
+    except ValueError as error:
+        raise ConfigError(f"store.url: {error}") from None
+    has_key = bool(store.encryption_key or store.encryption_key_file)
+    if store.snapshot_file and not has_key:
         raise ConfigError(
             "store.encryption_key_file: required with store.snapshot_file, because it holds"
             " tokens; make one with `broker keys generate`"
         )
+    if address is None:
+        return
+    if not has_key:
+        raise ConfigError(
+            "store.encryption_key_file: required with a shared store, because it holds tokens;"
+            " make one with `broker keys generate` and give every replica the same"
+        )
+    if store.snapshot_file:
+        raise ConfigError("store.snapshot_file: for memory:// only; a shared store keeps by itself")
 
 
 def parse_address(text: str) -> tuple[str, int] | str:

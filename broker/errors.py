@@ -200,6 +200,16 @@ class BudgetExhausted(ServiceUnavailable):
     """The vendor's budget has no slot for this mint within the time a caller may wait."""
 
 
+class SessionEnded(ServiceUnavailable):
+    """The visitor's session was ended while its token was minted: that token is not good."""
+
+    transient = False
+    """What was held before was ended, too: it is no way out."""
+
+    def __init__(self) -> None:
+        super().__init__("the session was ended while its token was minted; ask again", 1_000_000)
+
+
 class Internal(OurError):
     """A defect.  The caller learns nothing but the request id under which it was logged."""
 

@@ -2,8 +2,8 @@
 
     ask -> store: limits of every request, and is there a token?
         -> a good one: answer it (and renew it in the background when its mark has passed)
-        -> otherwise join the flight of this key; its leader alone
-           meets the mint limits -> mints, in its turn of the budget -> stores
+        -> otherwise join the flight of this key; its leader alone leads among all processes, too:
+           meets the mint limits -> mints, in its turn of the budget -> keeps
         -> answer; if the mint failed for a passing reason, an ageing token is still an answer
 
 Everything that decides is elsewhere and pure; everything that touches the world is passed in.
@@ -32,7 +32,7 @@ from broker.patience import Patience
 from broker.rules import reuse
 from broker.rules.bucket import Verdict
 from broker.rules.reuse import Life
-from broker.stores.base import Denial, Store
+from broker.stores.base import Denial, Kept, Lease, Store
 
 log = structlog.get_logger()
 
@@ -147,10 +147,13 @@ class TokenDesk:
         try:
             return await self._mint_for(ask, key, held, verdict, patience)
         except errors.BrokerError as error:
-            left = self._left(held)
-            if not error.transient or left < self._policy.marks(held.lifetime).outage:
+            if not error.transient:
                 raise
-            return Handout(held, Outcome.REUSED, left, verdict)
+            found = await self._store.look(ask, key)  # what was held may have been ended meanwhile
+            left = 0 if found is None else self._left(found)
+            if found is None or left < self._policy.marks(found.lifetime).outage:
+                raise
+            return Handout(found, Outcome.REUSED, left, verdict)
 
     def _renew_ahead(self, ask: Ask, key: str, held: EmbedToken) -> None:
         """Past its mark: mint the successor in the background, if that is cheap at this moment."""
@@ -174,14 +177,13 @@ class TokenDesk:
         try:
             async with asyncio.timeout(self._mint_timeout):
                 await self.patience.wait(key)
-                newer = await self._look_again(key, held)
-                if newer is not None:
-                    return newer
                 self._issuer.check(ask)
-                denial = await self._store.admit_mint(ask)
-                if denial is not None:
-                    raise errors.RateLimited(denial.limit, denial.verdict)  # noqa: TRY301 - the story
-                token = await self._make(flight, ask, key, held, urgency)
+                lead = await self._store.lead(ask, key, self._better_than(held))
+                if isinstance(lead, EmbedToken):
+                    return lead
+                if isinstance(lead, Denial):
+                    raise errors.RateLimited(lead.limit, lead.verdict)  # noqa: TRY301 - the story
+                token = await self._make(flight, ask, key, held, urgency, lead)
         except (TimeoutError, errors.BrokerError) as error:
             self._count_refresh(ask, held, urgency, "failed")
             if flight.background or _says_wait(error):
@@ -196,7 +198,8 @@ class TokenDesk:
             if flight.background or flight.deserted:
                 log.exception("broker.defect")  # nobody waits: it would vanish
             raise
-        self._count_refresh(ask, held, urgency, "same" if token is held else "renewed")
+        same = held is not None and token.body == held.body
+        self._count_refresh(ask, held, urgency, "same" if same else "renewed")
         return token
 
     async def _make(
@@ -206,30 +209,46 @@ class TokenDesk:
         key: str,
         held: EmbedToken | None,
         urgency: Urgency,
+        lease: Lease,
     ) -> EmbedToken:
-        """Call the issuer and hold what it made."""
-        turn = _Turn(self._pacer, urgency, ask.client, flight, self._clock)
-        minted = await self._timed(self._issuer.mint(ask, turn), turn)
-        if held is not None and minted.token == token_in(held.body):
-            await self._hold_on(key, held)
-            return held
-        token = self._ready(minted, turn.mono, turn.wall)
-        if self._left(token) < self._policy.marks(token.lifetime).floor or token.lifetime <= 0:
-            raise errors.UpstreamUnavailable("the token had expired, or nearly, when it arrived")
-        self.patience.forget(key)
-        if self._policy.enabled:
-            await self._store.keep(key, token)
+        """Call the issuer and hold what it made; the lease ends here, whatever happens."""
+        try:
+            turn = _Turn(self._pacer, urgency, ask.client, flight, self._clock)
+            minted = await self._timed(self._issuer.mint(ask, turn), turn)
+            if held is not None and minted.token == token_in(held.body):
+                token = self._same_again(key, held, lease)
+            else:
+                token = self._ready(minted, turn.mono, turn.wall, lease)
+                self._require_floor(token)
+                self.patience.forget(key)
+            await self._keep(ask, key, token, lease)
+        except BaseException as error:
+            self._store.abandon(ask, key, lease, error)
+            raise
         return token
 
-    async def _hold_on(self, key: str, held: EmbedToken) -> None:
+    async def _keep(self, ask: Ask, key: str, token: EmbedToken, lease: Lease) -> None:
+        if not self._policy.enabled:
+            self._store.abandon(ask, key, lease, None)
+        elif await self._store.keep(ask, key, token, lease) is Kept.ENDED:
+            raise errors.SessionEnded
+
+    def _same_again(self, key: str, held: EmbedToken, lease: Lease) -> EmbedToken:
         """The vendor has nothing newer: renew ahead after half of the life above the floor.
 
         Who asks for a fresh one, or below the floor, meets the back-off of a failing key.
         """
         self.patience.note_failure(key)
+        if held.epoch != lease.epoch:  # what the vendor gives again was ended meanwhile
+            raise errors.SessionEnded
         left, floor = self._left(held), self._policy.marks(held.lifetime).floor
-        if left > floor:
-            await self._store.keep(key, replace(held, mark=floor + (left - floor) // 2))
+        mark = min(held.mark, floor + max(left - floor, 0) // 2)
+        return replace(held, mark=mark, version=lease.fence, epoch=lease.epoch)
+
+    def _require_floor(self, token: EmbedToken) -> None:
+        floor = self._policy.marks(token.lifetime).floor
+        if self._left(token) < floor or token.lifetime <= 0:
+            raise errors.UpstreamUnavailable("the token had expired, or nearly, when it arrived")
 
     def _report_renewal(self, error: BaseException, ask: Ask) -> None:
         """Write the first failure of a kind in a minute: an outage fails them all, again."""
@@ -252,7 +271,7 @@ class TokenDesk:
                 self._metrics.duration[outcome].observe(seconds)
         return minted
 
-    def _ready(self, minted: Minted, mono: int, wall: int) -> EmbedToken:
+    def _ready(self, minted: Minted, mono: int, wall: int, lease: Lease) -> EmbedToken:
         """Make the answer's bytes and draw the renewal mark, once for the life of the token.
 
         It dies a whole life after the mint was started (`mono`, `wall`), or when what it has left
@@ -265,22 +284,26 @@ class TokenDesk:
             dies_wall=min(wall + whole, self._clock.wall() + minted.lifetime),
             lifetime=whole,
             mark=reuse.renewal_mark(self._policy.marks(whole), self._draw),
+            version=lease.fence,
+            epoch=lease.epoch,
         )
 
-    async def _look_again(self, key: str, held: EmbedToken | None) -> EmbedToken | None:
-        """A token that arrived since this flight's first asker looked, if it is a good one."""
-        if not self._policy.enabled:
-            return None
-        found = await self._store.look(key)
-        if found is None or (held is not None and found.body == held.body):
-            return None
-        return found if self._left(found) >= self._policy.marks(found.lifetime).floor else None
+    def _better_than(self, held: EmbedToken | None) -> Callable[[EmbedToken], bool]:
+        """Tell a good token that arrived since this flight's first asker looked."""
+
+        def better(found: EmbedToken) -> bool:
+            if not self._policy.enabled or (held is not None and found.version == held.version):
+                return False
+            return self._left(found) >= self._policy.marks(found.lifetime).floor
+
+        return better
 
     def _require_life(self, token: EmbedToken, held: EmbedToken | None) -> int:
         """Return the life left at this moment; raises if the answer would come too late."""
         left = self._left(token)
         marks = self._policy.marks(token.lifetime)
-        if left <= 0 or left < (marks.outage if token is held else marks.floor):
+        again = held is not None and token.body == held.body
+        if left <= 0 or left < (marks.outage if again else marks.floor):
             raise errors.UpstreamUnavailable("the token expired before it could be handed out")
         return left
 

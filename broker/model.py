@@ -74,7 +74,7 @@ class Ask(Struct, frozen=True, gc=False):
     @property
     def visitor(self) -> str:
         """Key of what is counted for one visitor of one client."""
-        return f"{self.client}{SEPARATOR}{self.fingerprint}"
+        return visitor_of(self.client, self.fingerprint)
 
     @property
     def key(self) -> str:
@@ -109,11 +109,12 @@ class Minted(Struct, frozen=True):
 
 
 class EmbedToken(Struct, frozen=True, gc=False):
-    """A token that is held for reuse: the ready answer and four numbers.
+    """A token that is held for reuse: the ready answer and six numbers.
 
     `body` is the JSON answer, byte for byte; the token is not held a second time.  `dies_mono`
     and `dies_wall` are the microsecond of expiry on the monotonic and on the wall clock;
     `lifetime` and `mark` (life left at which it asks for a successor) are microseconds.
+    `version` is the fence under which it was minted, `epoch` its visitor's at that moment.
     """
 
     body: bytes
@@ -121,6 +122,8 @@ class EmbedToken(Struct, frozen=True, gc=False):
     dies_wall: int
     lifetime: int
     mark: int
+    version: int = 0
+    epoch: int = 0
 
     def left(self, mono: int, wall: int) -> int:
         """Microseconds of life left; of the two clocks the one that leaves less decides."""
@@ -171,6 +174,11 @@ class Clock(Protocol):
     def wall(self) -> int:
         """Microseconds since 1970 (Unix time); may step."""
         ...
+
+
+def visitor_of(client: str, fingerprint: str) -> str:
+    """Return the key of what is counted for one visitor of one client."""
+    return f"{client}{SEPARATOR}{fingerprint}"
 
 
 def name_of(token: str) -> str:

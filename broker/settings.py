@@ -274,6 +274,23 @@ class Limits(_Section, frozen=True):
 class Store(_Section, frozen=True):
     """What requests share, and what survives a restart."""
 
+    url: str = "memory://"
+    """`memory://`, or a server that speaks the Redis protocol, version 7 or later:
+    `valkey://HOST:PORT/DB`, `valkeys://` (TLS), `unix:///PATH?db=N`, `valkey+cluster://H:P,H:P`;
+    `redis` and `rediss` are the same.  Memory: one process needs nothing else."""
+    username: str = ""
+    """The server's ACL user; empty for its default user."""
+    password: Secret | None = None
+    """The server's password; prefer `password_file`.  Not in the URL: URLs are shown."""
+    password_file: str | None = None
+    """File with that password."""
+    tls_ca_file: str | None = None
+    """Certificates that a TLS server may be signed with.  Left out, the system's."""
+    on_error: Literal["local", "closed"] = "local"
+    """While the server is away: `local` goes on with this process' share of every limit and of the
+    budget, `closed` refuses with 503.  Local: the site stays up and no limit is exceeded."""
+    replicas: Literal["auto"] | Annotated[int, Meta(ge=1)] = "auto"
+    """By how many the share is divided; `auto` is how many were seen at the server last."""
     snapshot_file: str | None = None
     """Where tokens and buckets are sealed on drain and found again at the start.  Off: no file
     appears that nobody asked for; without it a restart mints anew for every visitor."""
@@ -282,7 +299,7 @@ class Store(_Section, frozen=True):
     encryption_key: Secret | None = None
     """Seals what is stored, at least 32 random bytes as text; prefer `encryption_key_file`."""
     encryption_key_file: str | None = None
-    """File with that key; required with `snapshot_file`."""
+    """File with that key; required with `snapshot_file` and with a shared store."""
 
 
 class Log(_Section, frozen=True):

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
 from hypothesis import given
@@ -45,7 +45,10 @@ def keys(kind: type[Struct] = Settings, path: tuple[str, ...] = ()) -> Iterator[
 
 
 POOLS: Mapping[type, tuple[Value, ...]] = {
-    str: ("127.0.0.1:7001", "[::1]:7002", "https://a.example", "https://b.example", "/a/b", "/c/d"),
+    str: (
+        *("127.0.0.1:7001", "[::1]:7002", "https://a.example", "https://b.example", "/a/b", "/c/d"),
+        *("valkey://a.example", "unix:///run/valkey.sock?db=3"),
+    ),
     int: (1001, 2002, 3003, 40_004),
     float: (0.5, 7.25, 8, 901),
     bool: (False, True),
@@ -71,6 +74,8 @@ def candidates(dotted: str, kind: Any) -> list[Value]:
     """Values that this key takes."""
     if get_origin(kind) is Literal:
         return list(get_args(kind))
+    if get_origin(kind) is Union:  # "auto" or a number
+        return [*get_args(get_args(kind)[0]), 3, 12]
     pool = POOLS[kind if isinstance(kind, type) and kind in POOLS else get_origin(kind)]
     taken: list[Value] = []
     for value in pool:

@@ -281,7 +281,7 @@ class TestSeries:
                 ask = Ask("web", f"agent{n}", f"{n:032x}")
                 visit = await edge.app.store.visit(ask, ask.key)
                 assert visit.denial is None
-                assert await edge.app.store.admit_mint(ask) is None
+                assert edge.app.store.charge_mint(ask) is None
             for n in range(2_000):
                 await edge.app.desk.issue(Ask("web", f"agent{n}", f"{n:016x}", f"m{n}"), 10)
             for n in range(20):

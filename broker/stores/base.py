@@ -1,10 +1,20 @@
 """What every store promises.
 
-A store keeps what requests share.  It decides by the rules of `broker.rules` and counts what it
-decided; it does not know HTTP, issuers or flights.  Methods are coroutines although memory
-needs none: a shared store answers `visit` with one round trip.
+A store keeps what requests share: buckets, tokens, and who mints for a key.  It decides by the
+rules of `broker.rules` and counts what it decided; it does not know HTTP, issuers or flights.
+Methods are coroutines although memory needs none: a shared store answers `visit` with one round
+trip.
+
+Theory of operation.  A mint for a key has one leader among all processes that share the store.
+`lead` makes its caller the leader, unless somebody else is: then it waits for their outcome.  What
+a leader was given, the lease, comes back by `keep` or by `abandon`.  Its `fence` is larger than
+that of every lease before it, so a leader that was suspended for longer than its lease cannot
+overwrite the token of its successor; its `epoch` is the visitor's at that moment, so a token whose
+visitor was ended while it was minted is never kept.
 """
 
+from collections.abc import Callable
+from enum import Enum
 from typing import Protocol
 
 from msgspec import Struct
@@ -33,6 +43,24 @@ class Visit(Struct, frozen=True, gc=False):
     token: EmbedToken | None
 
 
+class Lease(Struct, frozen=True, gc=False):
+    """Leave to mint for one key."""
+
+    fence: int
+    epoch: int
+
+
+class Kept(Enum):
+    """What became of a token that was to be kept."""
+
+    KEPT = "kept"
+    """It is what the next request gets."""
+    SUPERSEDED = "superseded"
+    """A later leader has kept a newer one; this one is good, but not for reuse."""
+    ENDED = "ended"
+    """The visitor was ended while it was minted: it must not be handed out."""
+
+
 class Store(Protocol):
     """What requests share."""
 
@@ -40,14 +68,28 @@ class Store(Protocol):
         """Charge the limits that every request meets, and look for a token under `key`."""
         ...
 
-    async def admit_mint(self, ask: Ask) -> Denial | None:
-        """Charge the limits that only a started mint meets; None means go ahead."""
-        ...
-
-    async def look(self, key: str) -> EmbedToken | None:
+    async def look(self, ask: Ask, key: str) -> EmbedToken | None:
         """Look for a token without charging anything."""
         ...
 
-    async def keep(self, key: str, token: EmbedToken) -> None:
-        """Hold a token for reuse until it is dead."""
+    async def lead(
+        self, ask: Ask, key: str, good: Callable[[EmbedToken], bool]
+    ) -> Lease | EmbedToken | Denial:
+        """Become the one who mints for `key`, and charge the limits that only a mint meets.
+
+        Returns a token instead if one is there now that is `good`, uncharged, or the limit that
+        refused.  While somebody else leads it waits for their token; raises their error.
+        """
+        ...
+
+    async def keep(self, ask: Ask, key: str, token: EmbedToken, lease: Lease) -> Kept:
+        """Hold a token for reuse until it is dead; ends the lease."""
+        ...
+
+    def abandon(self, ask: Ask, key: str, lease: Lease, error: BaseException | None) -> None:
+        """End a lease without a token; those who wait elsewhere get `error` if it is an answer."""
+        ...
+
+    async def end_visitor(self, client: str, fingerprint: str) -> None:
+        """Forget every token of this visitor, also those that are being minted at this moment."""
         ...

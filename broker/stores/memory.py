@@ -4,20 +4,25 @@ One process, one broker: nothing here survives a restart by itself (see `snapsho
 is shared with a second instance.
 """
 
+from collections.abc import Callable
+from itertools import count
+
 from typing_extensions import override
 
 from broker.limits import Limits, LimitSet, Rule
-from broker.model import Ask, Clock, EmbedToken, LimitName
+from broker.model import SEPARATOR, Ask, Clock, EmbedToken, LimitName, visitor_of
 from broker.rules.bucket import Verdict
-from broker.stores.base import Denial, Store, Visit
+from broker.stores.base import Denial, Kept, Lease, Store, Visit
 from broker.stores.buckets import TokenBucket
+from broker.stores.epochs import Epochs
 from broker.stores.tokens import TokenCache
 
 
 class MemoryStore(Store):
     """Buckets and tokens of one process.
 
-    Limits can be replaced at any time (`use_limits`); what was spent stays spent.
+    Limits can be replaced at any time (`use_limits`); what was spent stays spent.  Nobody else
+    mints here, so leading is a matter of limits only: this process' flights see to the rest.
     """
 
     def __init__(self, limits: Limits, tokens: TokenCache, clock: Clock) -> None:
@@ -33,6 +38,8 @@ class MemoryStore(Store):
             limits.max_tracked, limits.client.horizon if limits.client else 1, now
         )
         self._fingerprint = self.buckets[LimitName.FINGERPRINT]
+        self._epochs = Epochs()
+        self._fences = count(1)
 
     def use_limits(self, limits: Limits) -> None:
         """Put other limits in force, for the next request on."""
@@ -60,10 +67,36 @@ class MemoryStore(Store):
         )
         if not verdict.allowed and not rule.dry_run:
             return Visit(verdict, Denial(LimitName.FINGERPRINT, verdict), None)
-        return Visit(verdict, None, self.tokens.find(key))
+        return Visit(verdict, None, self.find(ask.visitor, key))
+
+    def find(self, visitor: str, key: str) -> EmbedToken | None:
+        """Return what is held under `key`, unless its visitor was ended since."""
+        token = self.tokens.find(key)
+        if token is None or token.epoch == self._epochs.of(visitor):
+            return token
+        del self.tokens[key]
+        return None
+
+    def was_ended(self, key: str, token: EmbedToken) -> bool:
+        """Whether the visitor of this key was ended since the token was minted."""
+        client, _agent, fingerprint, _model = key.split(SEPARATOR)
+        return token.epoch != self._epochs.of(visitor_of(client, fingerprint))
 
     @override
-    async def admit_mint(self, ask: Ask) -> Denial | None:
+    async def look(self, ask: Ask, key: str) -> EmbedToken | None:
+        return self.find(ask.visitor, key)
+
+    @override
+    async def lead(
+        self, ask: Ask, key: str, good: Callable[[EmbedToken], bool]
+    ) -> Lease | EmbedToken | Denial:
+        token = self.find(ask.visitor, key)
+        if token is not None and good(token):
+            return token
+        return self.charge_mint(ask) or Lease(next(self._fences), self._epochs.of(ask.visitor))
+
+    def charge_mint(self, ask: Ask) -> Denial | None:
+        """Charge the limits that only a started mint meets; None means go ahead."""
         now = self._clock.mono()
         mints, agent = self._limits.fingerprint_mints, self._limits.agent
         return self._charge(mints, mints.visitor_key(ask), ask.agent, now) or self._charge(
@@ -71,12 +104,19 @@ class MemoryStore(Store):
         )
 
     @override
-    async def look(self, key: str) -> EmbedToken | None:
-        return self.tokens.find(key)
+    async def keep(self, ask: Ask, key: str, token: EmbedToken, lease: Lease) -> Kept:
+        if lease.epoch != self._epochs.of(ask.visitor):
+            return Kept.ENDED
+        self.tokens[key] = token
+        return Kept.KEPT
 
     @override
-    async def keep(self, key: str, token: EmbedToken) -> None:
-        self.tokens[key] = token
+    def abandon(self, ask: Ask, key: str, lease: Lease, error: BaseException | None) -> None:
+        """Nobody else waits for it."""
+
+    @override
+    async def end_visitor(self, client: str, fingerprint: str) -> None:
+        self._epochs.end(visitor_of(client, fingerprint))
 
     def tidy(self) -> None:
         """Give back what has expired: call it about once a second, so that no request has to."""

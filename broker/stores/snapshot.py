@@ -119,6 +119,7 @@ def _collect(store: MemoryStore, clock: Clock, origin: str) -> _Content:
         tokens = [
             _HeldToken(key, token.body, token.left(mono, wall), token.lifetime, token.mark)
             for key, token in store.tokens.items()
+            if not store.was_ended(key, token)
         ]
     buckets = {name.value: bucket.entries(mono) for name, bucket in store.buckets.items()}
     return _Content(written=wall, origin=origin, tokens=tokens, buckets=buckets)

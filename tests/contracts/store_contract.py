@@ -11,12 +11,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 import pytest
+from msgspec.structs import replace
 
 from broker.limits import Limits, LimitSet, Rule
 from broker.model import Ask, EmbedToken, LimitName
 from broker.rules import bucket
 from broker.rules.bucket import Limit, Verdict
-from broker.stores.base import Denial, Store, Visit
+from broker.stores.base import Denial, Kept, Lease, Store, Visit
 
 SECOND = 1_000_000
 HOUR = 3600 * SECOND
@@ -101,9 +102,39 @@ async def admitted(opened: Opened, ask: Ask, times: int) -> int:
     return sum([(await visit(opened, ask)).denial is None for _ in range(times)])
 
 
+async def lead(opened: Opened, ask: Ask) -> Lease:
+    """Become the one who mints for this key."""
+    lease = await opened.store.lead(ask, ask.key, nothing_is_good)
+    assert isinstance(lease, Lease)
+    return lease
+
+
+async def keep(opened: Opened, ask: Ask, token: EmbedToken) -> EmbedToken:
+    """Keep a token as its leader does; returns it as others will find it."""
+    lease = await lead(opened, ask)
+    token = replace(token, version=lease.fence, epoch=lease.epoch)
+    assert await opened.store.keep(ask, ask.key, token, lease) is Kept.KEPT
+    return token
+
+
+async def mint_denied(opened: Opened, ask: Ask) -> Denial | None:
+    """Charge a mint and give it up at once."""
+    lead = await opened.store.lead(ask, ask.key, nothing_is_good)
+    if isinstance(lead, Denial):
+        return lead
+    assert isinstance(lead, Lease)
+    opened.store.abandon(ask, ask.key, lead, None)
+    return None
+
+
+def nothing_is_good(_token: EmbedToken) -> bool:
+    """Want a mint whatever is held."""
+    return False
+
+
 async def minted(opened: Opened, ask: Ask, times: int) -> int:
     """Count the mints that are admitted of this many."""
-    return sum([await opened.store.admit_mint(ask) is None for _ in range(times)])
+    return sum([await mint_denied(opened, ask) is None for _ in range(times)])
 
 
 def refused_by(denial: Denial | None) -> tuple[LimitName, int] | None:
@@ -128,30 +159,28 @@ class StoreContract:
     async def test_a_token_that_is_kept_is_found(self, open_store: OpenStore) -> None:
         """By `visit` and by `look`, unchanged, again and again."""
         opened, ask = await open_store(limits_of()), ask_of()
-        token = token_at(opened)
-        await opened.store.keep(ask.key, token)
+        token = await keep(opened, ask, token_at(opened))
         for _ in range(3):
-            assert await opened.store.look(ask.key) == token
+            assert await opened.store.look(ask, ask.key) == token
             assert (await visit(opened, ask)).token == token
 
     async def test_a_later_token_replaces_the_one_before(self, open_store: OpenStore) -> None:
         """A renewal leaves one token under the key: its own."""
         opened, ask = await open_store(limits_of()), ask_of()
-        await opened.store.keep(ask.key, token_at(opened))
-        later = token_at(opened)
-        await opened.store.keep(ask.key, later)
-        assert await opened.store.look(ask.key) == later
+        await keep(opened, ask, token_at(opened))
+        later = await keep(opened, ask, token_at(opened))
+        assert await opened.store.look(ask, ask.key) == later
 
     async def test_T5_a_dead_token_is_not_found(self, open_store: OpenStore) -> None:
         """At its last microsecond at the latest it is gone, or says itself that it is over."""
         opened, ask = await open_store(limits_of()), ask_of()
-        await opened.store.keep(ask.key, token_at(opened, lifetime=60 * SECOND))
+        await keep(opened, ask, token_at(opened, lifetime=60 * SECOND))
         await opened.pass_time(59 * SECOND)
-        held = await opened.store.look(ask.key)
+        held = await opened.store.look(ask, ask.key)
         assert held is not None
         assert held.left(*opened.moments()) == SECOND
         await opened.pass_time(SECOND)
-        gone = await opened.store.look(ask.key)
+        gone = await opened.store.look(ask, ask.key)
         assert gone is None or gone.left(*opened.moments()) <= 0
 
     async def test_G8_a_token_is_found_under_its_own_key_only(self, open_store: OpenStore) -> None:
@@ -172,18 +201,17 @@ class StoreContract:
             Ask("web", AGENT, f"abcd|{AGENT}", None),
             Ask("web", AGENT, "abcd", "|"),
         ]
-        tokens = [token_at(opened) for _ in asks]
-        for ask, token in zip(asks, tokens, strict=True):
+        tokens = []
+        for ask in asks:
             assert (await visit(opened, ask)).token is None
-            await opened.store.keep(ask.key, token)
+            tokens.append(await keep(opened, ask, token_at(opened)))
         assert [(await visit(opened, ask)).token for ask in asks] == tokens
 
     async def test_looking_charges_nothing(self, open_store: OpenStore) -> None:
         """Neither limit of visits nor limit of mints."""
         opened, ask = await open_store(limits_of(Limit(1, HOUR), Limit(1, HOUR))), ask_of()
         for _ in range(10):
-            await opened.store.look(ask.key)
-            await opened.store.keep(ask.key, token_at(opened))
+            await opened.store.look(ask, ask.key)
         assert await admitted(opened, ask, 2) == 1
         assert await minted(opened, ask, 2) == 1
 
@@ -191,14 +219,72 @@ class StoreContract:
         """The denial names limit and wait; the token stays for the next visit that passes."""
         limit = Limit(burst=1, interval=60 * SECOND)
         opened, ask = await open_store(limits_of(limit)), ask_of()
-        token = token_at(opened)
-        await opened.store.keep(ask.key, token)
+        token = await keep(opened, ask, token_at(opened))
         await visit(opened, ask)
         verdict = Verdict(False, 0, 60 * SECOND, 60 * SECOND, limit)
         denial = Denial(LimitName.FINGERPRINT, verdict)
         assert await visit(opened, ask) == Visit(verdict, denial, None)
         await opened.pass_time(60 * SECOND)
         assert (await visit(opened, ask)).token == token
+
+    # --- the life of a visitor
+
+    async def test_G9_an_ended_visitor_has_no_token(self, open_store: OpenStore) -> None:
+        """None of theirs on any agent or model; what is minted afterwards is found as ever."""
+        opened, ask = await open_store(limits_of()), ask_of()
+        asks = [ask, ask_of(ask.fingerprint, agent=OTHER_AGENT), replace(ask, model="m")]
+        for each in asks:
+            await keep(opened, each, token_at(opened))
+        await opened.store.end_visitor(ask.client, ask.fingerprint)
+        for each in asks:
+            assert await opened.store.look(each, each.key) is None
+            assert (await visit(opened, each)).token is None
+            token = await keep(opened, each, token_at(opened))
+            assert (await visit(opened, each)).token == token
+
+    async def test_G9_ending_one_visitor_leaves_others_alone(self, open_store: OpenStore) -> None:
+        """Also the one who has the same fingerprint with another client."""
+        opened, ask = await open_store(limits_of()), ask_of()
+        others = [ask_of(), replace(ask, client="shop"), ask_of(ask.fingerprint + "0")]
+        tokens = [await keep(opened, other, token_at(opened)) for other in others]
+        await opened.store.end_visitor(ask.client, ask.fingerprint)
+        assert [(await visit(opened, other)).token for other in others] == tokens
+
+    async def test_G9_an_end_wins_over_a_mint_under_way(self, open_store: OpenStore) -> None:
+        """Its token is refused to its own leader, and nobody finds it."""
+        opened, ask = await open_store(limits_of()), ask_of()
+        lease = await lead(opened, ask)
+        await opened.store.end_visitor(ask.client, ask.fingerprint)
+        token = replace(token_at(opened), version=lease.fence, epoch=lease.epoch)
+        assert await opened.store.keep(ask, ask.key, token, lease) is Kept.ENDED
+        assert await opened.store.look(ask, ask.key) is None
+
+    # --- who leads
+
+    async def test_a_leader_is_given_a_token_that_is_good_instead(
+        self, open_store: OpenStore
+    ) -> None:
+        """It arrived since they looked: no limit of mints is charged."""
+        opened = await open_store(limits_of(mints=Limit(2, HOUR)))
+        ask = ask_of()
+        token = await keep(opened, ask, token_at(opened))
+        for _ in range(3):
+            assert await opened.store.lead(ask, ask.key, lambda _token: True) == token
+        assert await minted(opened, ask, 3) == 1
+
+    async def test_S4_fences_only_grow(self, open_store: OpenStore) -> None:
+        """Whatever became of the lease before: kept, given up, or refused by a limit between."""
+        opened, ask = await open_store(limits_of()), ask_of()
+        fences = []
+        for round_ in range(6):
+            lease = await lead(opened, ask)
+            fences.append(lease.fence)
+            if round_ % 2:
+                opened.store.abandon(ask, ask.key, lease, None)
+            else:
+                token = replace(token_at(opened), version=lease.fence, epoch=lease.epoch)
+                assert await opened.store.keep(ask, ask.key, token, lease) is Kept.KEPT
+        assert fences == sorted(set(fences))
 
     # --- limits
 
@@ -265,12 +351,12 @@ class StoreContract:
             assert refused_by((await visit(opened, ask)).denial) == (LimitName.CLIENT, HOUR)
         other = ask_of(ask.fingerprint, client="web2")
         assert refused_by((await visit(opened, other)).denial) is None
-        assert refused_by(await opened.store.admit_mint(ask)) is None
+        assert refused_by(await mint_denied(opened, ask)) is None
         for _ in range(5):
-            refusal = refused_by(await opened.store.admit_mint(ask))
+            refusal = refused_by(await mint_denied(opened, ask))
             assert refusal == (LimitName.FINGERPRINT_MINTS, HOUR)
-        assert refused_by(await opened.store.admit_mint(ask_of())) is None
-        assert refused_by(await opened.store.admit_mint(ask_of())) == (LimitName.AGENT, HOUR)
+        assert refused_by(await mint_denied(opened, ask_of())) is None
+        assert refused_by(await mint_denied(opened, ask_of())) == (LimitName.AGENT, HOUR)
         opened.use_limits(limits_of(Limit(2, HOUR)))
         told = [refused_by((await visit(opened, ask)).denial) for _ in range(2)]
         assert told == [None, (LimitName.FINGERPRINT, HOUR)]
@@ -280,9 +366,9 @@ class StoreContract:
     ) -> None:
         """The agent's limit refuses: the visitor's mint is spent all the same."""
         opened = await open_store(limits_of(mints=Limit(2, HOUR), agent=Limit(1, HOUR)))
-        await opened.store.admit_mint(ask_of())
+        await mint_denied(opened, ask_of())
         ask = ask_of()
-        told = [refused_by(await opened.store.admit_mint(ask)) for _ in range(3)]
+        told = [refused_by(await mint_denied(opened, ask)) for _ in range(3)]
         assert told == [
             (LimitName.AGENT, HOUR),
             (LimitName.AGENT, HOUR),
@@ -312,7 +398,7 @@ class StoreContract:
         spent, client = (LimitName.FINGERPRINT, HOUR), (LimitName.CLIENT, HOUR)
         assert told == [None, spent, None, None, None, client]
         mints = [
-            refused_by(await opened.store.admit_mint(who))
+            refused_by(await mint_denied(opened, who))
             for who in (ask, elsewhere, foreign, ask_of(), ask_of(), ask_of(agent=OTHER_AGENT))
         ]
         spent, agent = (LimitName.FINGERPRINT_MINTS, HOUR), (LimitName.AGENT, HOUR)
@@ -327,7 +413,7 @@ class StoreContract:
         ask = ask_of()
         visits = await asyncio.gather(*(visit(opened, ask) for _ in range(1000)))
         assert sum(seen.denial is None for seen in visits) == burst
-        mints = await asyncio.gather(*(opened.store.admit_mint(ask_of()) for _ in range(1000)))
+        mints = await asyncio.gather(*(mint_denied(opened, ask_of()) for _ in range(1000)))
         assert sum(denial is None for denial in mints) == burst
 
     @pytest.mark.parametrize("rate", [0.01, 3, 7_000])
@@ -348,9 +434,7 @@ class StoreContract:
                 opened: Opened = opened, ask: Ask = ask, *, mints: bool = mints
             ) -> int:
                 denial = (
-                    await opened.store.admit_mint(ask)
-                    if mints
-                    else (await visit(opened, ask)).denial
+                    await mint_denied(opened, ask) if mints else (await visit(opened, ask)).denial
                 )
                 return 0 if denial is None else denial.verdict.retry_after
 
@@ -455,7 +539,7 @@ class StoreContract:
         opened.use_limits(
             limits_of(limit, limit, limit, dry_run=frozenset({LimitName.FINGERPRINT_MINTS}))
         )
-        assert refused_by(await opened.store.admit_mint(ask)) == (LimitName.AGENT, HOUR)
+        assert refused_by(await mint_denied(opened, ask)) == (LimitName.AGENT, HOUR)
 
     async def test_L13_hostile_names_are_limited_each_on_its_own(
         self, open_store: OpenStore

@@ -4,7 +4,16 @@ import pytest
 
 pytest.register_assert_rewrite("store_contract")
 
-from store_contract import Opened, OpenStore, StoreContract, ask_of, limits_of, token_at  # noqa: E402 - rewritten first
+from store_contract import (  # noqa: E402 - rewritten first
+    Opened,
+    OpenStore,
+    StoreContract,
+    ask_of,
+    keep,
+    limits_of,
+    mint_denied,
+    token_at,
+)
 
 from broker.limits import Limits  # noqa: E402
 from broker.model import LimitName  # noqa: E402
@@ -48,15 +57,14 @@ class TestMemoryStore(StoreContract):
 
 async def test_M1_tidying_gives_back_what_is_over() -> None:
     """Tokens and buckets of visitors who left: an hour later nothing is tracked or held."""
-    opened = OpenedMemory(limits_of(*[Limit(5, 60 * SECOND)] * 4))
+    opened = OpenedMemory(limits_of(*[Limit(300, SECOND)] * 4))
     for _ in range(200):
         ask = ask_of()
         await opened.store.visit(ask, ask.key)
-        await opened.store.admit_mint(ask)
-        await opened.store.keep(ask.key, token_at(opened, HOUR))
+        await keep(opened, ask, token_at(opened, HOUR))
     sizes = {name: len(bucket) for name, bucket in opened.store.buckets.items()}
     assert sizes == {
-        LimitName.FINGERPRINT: 5,
+        LimitName.FINGERPRINT: 200,
         LimitName.FINGERPRINT_MINTS: 200,
         LimitName.AGENT: 1,
         LimitName.CLIENT: 1,
@@ -77,7 +85,7 @@ async def test_L12_a_dry_run_is_counted_by_limit() -> None:
     ask = ask_of()
     for _ in range(7):
         await opened.store.visit(ask, ask.key)
-        await opened.store.admit_mint(ask)
+        await mint_denied(opened, ask)
     counted = {name: bucket.rehearsed for name, bucket in opened.store.buckets.items()}
     assert counted == {
         LimitName.FINGERPRINT: 5,
@@ -97,12 +105,12 @@ async def test_L7_a_flood_over_the_bound_leaves_an_exhausted_visitor_exhausted()
     victim = ask_of()
     for _ in range(3):
         await opened.store.visit(victim, victim.key)
-        await opened.store.admit_mint(victim)
+        await mint_denied(opened, victim)
     for _ in range(20_000):
         ask = ask_of()
         await opened.store.visit(ask, ask.key)
-        await opened.store.admit_mint(ask)
+        await mint_denied(opened, ask)
     assert (await opened.store.visit(victim, victim.key)).denial is not None
-    assert await opened.store.admit_mint(victim) is not None
+    assert await mint_denied(opened, victim) is not None
     visitors = opened.store.buckets[LimitName.FINGERPRINT]
     assert (len(visitors), visitors.overflowed) == (1000, 19_001)

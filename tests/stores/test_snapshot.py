@@ -92,9 +92,9 @@ def lived_in(clock: FakeClock) -> tuple[MemoryStore, Ask, EmbedToken]:
     store, ask, token = store_of(clock), some_ask(), some_token(clock)
 
     async def live() -> None:
-        await store.keep(ask.key, token)
+        store.tokens[ask.key] = token
         await store.visit(ask, ask.key)
-        while await store.admit_mint(ask) is None:
+        while store.charge_mint(ask) is None:
             pass
 
     asyncio.run(live())
@@ -121,16 +121,16 @@ async def test_the_same_tokens_are_found_after_a_restart(clock: FakeClock, path:
     store, key, asks = store_of(clock), new_key(), [some_ask() for _ in range(50)]
     kept = {ask.key: some_token(clock, (n + 1) * 60 * SECOND) for n, ask in enumerate(asks)}
     for name, token in kept.items():
-        await store.keep(name, token)
+        store.tokens[name] = token
     clock.advance(30)
     assert snapshot.save(path, key, store, clock, ORIGIN) == 50
     after = restarted(clock, down=45)
     new = store_of(after)
     assert snapshot.load(path, key, new, after, TERMS) == 49
-    assert await new.look(asks[0].key) is None
+    assert new.tokens.find(asks[0].key) is None
     for ask in asks[1:]:
         left = kept[ask.key].lifetime - 75 * SECOND
-        assert await new.look(ask.key) == msgspec.structs.replace(
+        assert new.tokens.find(ask.key) == msgspec.structs.replace(
             kept[ask.key], dies_mono=after.mono() + left, dies_wall=after.wall() + left
         )
 
@@ -141,9 +141,9 @@ async def test_exhausted_buckets_stay_exhausted(clock: FakeClock, path: Path) ->
     other = some_ask(agent="another")
     for _ in range(5):
         assert (await store.visit(ask, ask.key)).denial is None
-    while await store.admit_mint(ask) is None:
+    while store.charge_mint(ask) is None:
         pass
-    while await store.admit_mint(some_ask()) is None:
+    while store.charge_mint(some_ask()) is None:
         pass
     snapshot.save(path, key, store, clock, ORIGIN)
     after = restarted(clock, down=59.999_999)
@@ -154,7 +154,7 @@ async def test_exhausted_buckets_stay_exhausted(clock: FakeClock, path: Path) ->
     assert (denial.limit, denial.verdict.retry_after) == (LimitName.FINGERPRINT, 1)
     after.advance(0.000_001)
     assert (await new.visit(ask, ask.key)).denial is None
-    mints, agent = await new.admit_mint(ask), await new.admit_mint(some_ask())
+    mints, agent = new.charge_mint(ask), new.charge_mint(some_ask())
     assert mints is not None
     assert (mints.limit, mints.verdict.retry_after) == (
         LimitName.FINGERPRINT_MINTS,
@@ -162,7 +162,7 @@ async def test_exhausted_buckets_stay_exhausted(clock: FakeClock, path: Path) ->
     )
     assert agent is not None
     assert (agent.limit, agent.verdict.retry_after) == (LimitName.AGENT, 540 * SECOND)
-    assert await new.admit_mint(other) is None
+    assert new.charge_mint(other) is None
 
 
 async def test_half_spent_buckets_and_strangers_come_back_as_they_were(
@@ -220,7 +220,7 @@ async def test_more_tokens_than_fit_are_restored_up_to_the_bound(
     """`max_tokens` was lowered: memory obeys the new bound."""
     store, key = store_of(clock), new_key()
     for _ in range(20):
-        await store.keep(some_ask().key, some_token(clock))
+        store.tokens[some_ask().key] = some_token(clock)
     snapshot.save(path, key, store, clock, ORIGIN)
     after = restarted(clock)
     new = store_of(after, max_tokens=8)
@@ -316,7 +316,7 @@ def test_a_snapshot_at_the_edge_of_its_age_is_used(
     after = restarted(clock, down)
     new = store_of(after)
     assert snapshot.load(path, key, new, after, TERMS) == 1
-    denial = asyncio.run(new.admit_mint(ask))
+    denial = new.charge_mint(ask)
     assert (denial is None) == (down == MAX_AGE / SECOND)
 
 

@@ -1,0 +1,97 @@
+"""Where a store is: from `[store] url` to a value, or to an error that names the remedy.
+
+Knows how an address is written; opens nothing.
+"""
+
+from urllib.parse import SplitResult, parse_qs, urlsplit
+
+from msgspec import Struct
+
+MEMORY = "memory://"
+
+DEFAULT_PORT = 6379
+"""Registered for this protocol; Valkey kept it."""
+
+MAX_PORT = 2**16 - 1
+MAX_DB = 2**31 - 1
+
+_TLS = {"valkey": False, "redis": False, "valkeys": True, "rediss": True}
+_SCHEMES = {
+    **{scheme: (tls, False) for scheme, tls in _TLS.items()},
+    **{f"{scheme}+cluster": (tls, True) for scheme, tls in _TLS.items()},
+}
+
+_EXPECTED = (
+    "expected memory://, valkey://HOST[:PORT][/DB], valkeys:// for TLS, unix:///PATH[?db=N],"
+    " or valkey+cluster://HOST[:PORT][,HOST[:PORT]...]"
+)
+
+
+class StoreAddress(Struct, frozen=True):
+    """A server, a cluster by some of its nodes, or a Unix socket (`path`)."""
+
+    hosts: tuple[tuple[str, int], ...] = ()
+    path: str = ""
+    db: int = 0
+    tls: bool = False
+    cluster: bool = False
+
+    @property
+    def shown(self) -> str:
+        """Where that is, for logs."""
+        if self.path:
+            return f"unix:{self.path}"
+        return ",".join(f"[{h}]:{p}" if ":" in h else f"{h}:{p}" for h, p in self.hosts)
+
+
+def parse_store_url(text: str) -> StoreAddress | None:
+    """Return the address, None for memory; raises ValueError."""
+    if text == MEMORY:
+        return None
+    try:
+        url = urlsplit(text)
+    except ValueError:
+        raise ValueError(_EXPECTED) from None
+    if "@" in url.netloc:
+        raise ValueError("holds a user or password; use store.username and store.password_file")
+    if url.fragment or not text.isprintable():
+        raise ValueError(_EXPECTED)
+    if url.scheme == "unix":
+        return _socket(url)
+    if url.scheme not in _SCHEMES or not url.netloc or url.query:
+        raise ValueError(_EXPECTED)
+    tls, cluster = _SCHEMES[url.scheme]
+    hosts = tuple(_host(part) for part in url.netloc.split(","))
+    db = _db(url.path.removeprefix("/"))
+    if not cluster and len(hosts) > 1:
+        raise ValueError("several hosts: only a cluster has them, valkey+cluster://")
+    if cluster and db:
+        raise ValueError("a cluster has no databases: leave the number out")
+    return StoreAddress(hosts=hosts, db=db, tls=tls, cluster=cluster)
+
+
+def _socket(url: SplitResult) -> StoreAddress:
+    query = parse_qs(url.query, keep_blank_values=True)
+    if url.netloc or len(url.path) < 2 or not query.keys() <= {"db"}:  # noqa: PLR2004 - "/" and a name
+        raise ValueError("a Unix socket needs an absolute path: unix:///run/valkey.sock?db=0")
+    return StoreAddress(path=url.path, db=_db(query.get("db", [""])[-1]))
+
+
+def _host(part: str) -> tuple[str, int]:
+    host, colon, port = part.rpartition(":")
+    if not colon or part.endswith("]"):
+        host, port = part, str(DEFAULT_PORT)
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if bare == host and ":" in host:
+        raise ValueError("an IPv6 address needs brackets, such as valkey://[::1]:6379")
+    if not bare or not port.isascii() or not port.isdigit() or not 0 < int(port) <= MAX_PORT:
+        raise ValueError(_EXPECTED)
+    return bare, int(port)
+
+
+def _db(text: str) -> int:
+    if not text:
+        return 0
+    if not text.isascii() or not text.isdigit() or int(text) > MAX_DB:
+        raise ValueError("the database is a number, such as valkey://localhost/1")
+    return int(text)
