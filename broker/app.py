@@ -15,16 +15,16 @@ from pathlib import Path
 import structlog
 from aiohttp import web
 
-from broker import logs, parts
+from broker import logs, parts, scrape
+from broker.board import Board
 from broker.clock import SystemClock
 from broker.health import Health
 from broker.issue import TokenDesk
 from broker.issuers.local import LocalIssuer
 from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor_client import VendorClient
-from broker.issuers.vendor_replies import Reason
 from broker.listen import CannotListen, listen
-from broker.metrics import Metrics, UpstreamMetrics
+from broker.metrics import Metrics
 from broker.model import LimitName
 from broker.pacer import Paced, Pacer, Unpaced
 from broker.pauses import PauseKeeper
@@ -80,19 +80,26 @@ class App:
         now = clock.mono()
         self._files = SecretFiles(file for _, file in parts.secret_files(settings))
         policy = self._policy = parts.reuse(settings)
-        self.metrics = Metrics(settings.issuer.kind)
+        budget = parts.budget(settings)
+        self.metrics = Metrics(settings.issuer.kind, budget=budget is not None)
         self._sealing_key = parts.sealing_key(settings)
         self._tokens = TokenCache(
             settings.reuse.max_tokens,
             keep_until=lambda token: token.dies_mono - policy.marks(token.lifetime).outage,
             mono=clock.mono,
+            counts=self.metrics.tokens.counts,
         )
-        self.store = MemoryStore(parts.limits(settings), self._tokens, clock)
-        budget = parts.budget(settings)
-        self._paced = None if budget is None else Paced(budget, self.metrics.queue_wait.observe)
-        self._upstream = UpstreamMetrics(reason.value for reason in Reason)
+        self.store = MemoryStore(
+            parts.limits(settings), self._tokens, clock, self.metrics.limits.counts
+        )
+        self._paced = (
+            None if budget is None else Paced(budget, self.metrics.budget.queue_wait.observe)
+        )
         self.door = Door(
-            parts.clients(settings, self._environ), parts.trusted_proxies(settings), now
+            parts.clients(settings, self._environ),
+            parts.trusted_proxies(settings),
+            now,
+            self.metrics.limits.counts[LimitName.AUTH],
         )
         pacer: Pacer = self._paced or Unpaced()
         self.issuer = self._build_issuer()
@@ -107,6 +114,9 @@ class App:
             + (budget.max_wait if budget else 0.0)
             + settings.issuer.upstream.timeout.seconds,
         )
+        self._registry = scrape.registry(
+            self.metrics.sheet.families, Board([self.metrics.sheet.cells]), self._publish
+        )
 
     def _build_issuer(self) -> LocalIssuer | UpstreamIssuer:
         settings = self._settings
@@ -116,18 +126,13 @@ class App:
         assert self._paced is not None  # the relay always has a budget
         upstream = settings.issuer.upstream
         keys = parts.vendor_keys(settings, self._environ)  # before the client, which must be closed
-        issuer = UpstreamIssuer(
+        return UpstreamIssuer(
             VendorClient(upstream.base_url, upstream.timeout.seconds),
             keys,
             self._paced,
             self._clock,
-            self._upstream,
+            self.metrics.upstream,
         )
-        self._upstream.breakers = lambda: {
-            "credentials": issuer.credentials.is_open,
-            "health": issuer.health.is_open,
-        }
-        return issuer
 
     async def start(self) -> None:
         """Open everything; raises CannotListen with nothing left open."""
@@ -135,7 +140,6 @@ class App:
         self._restore_snapshot()
         if self._paced is not None:
             await self._paced.start()
-        self._watch_metrics()
         self._pauses.start()
         try:
             await self._open_admin()
@@ -171,7 +175,7 @@ class App:
             clients, limits = parts.clients(settings, self._environ), parts.limits(settings)
             use_keys = self._new_keys(settings)
         except ConfigError as error:
-            self.metrics.reloads.labels("failure").inc()
+            self.metrics.process.reloads["failure"].inc()
             log.error("broker.reload_failed", error=str(error))
             return False
         self.door.use_clients(clients)
@@ -181,7 +185,7 @@ class App:
         self._routes.use_log(debug=settings.log.level == "debug")
         self._routes.any_fingerprint = settings.limits.fingerprint_format == "any"
         self._files = files
-        self.metrics.reloads.labels("success").inc()
+        self.metrics.process.reloads["success"].inc()
         log.info("broker.reloaded", needs_restart=_needs_restart(self._settings, settings))
         return True
 
@@ -198,7 +202,7 @@ class App:
 
     async def _open_admin(self) -> None:
         self._admin = web.AppRunner(
-            admin.build(self.metrics.registry, self._health), access_log=None, handle_signals=False
+            admin.build(self._registry, self._health), access_log=None, handle_signals=False
         )
         await self._admin.setup()
         server = self._admin.server
@@ -234,18 +238,24 @@ class App:
 
         docs.add(self._routes, self.url)
         if self._dev:
-            docs.add_development(self._routes, self.metrics.registry, self.url)
+            docs.add_development(self._routes, self._registry, self.url)
             self.door.trust_origins(docs.own_origins(self.url))
 
-    def _watch_metrics(self) -> None:
-        paced = self._paced
-        self.metrics.watch(
-            buckets=lambda: {**self.store.buckets, LimitName.AUTH: self.door.failures},
-            tokens=self._tokens,
-            in_flight=lambda: len(self.desk.flights),
-            budget=None if paced is None else lambda: (paced.remaining, paced.depth),
-            upstream=self._upstream if isinstance(self.issuer, UpstreamIssuer) else None,
-        )
+    def _publish(self) -> None:
+        """Bring the gauges up to date."""
+        metrics = self.metrics
+        metrics.process.workers.set(1)
+        for name, bucket in self.store.buckets.items():
+            metrics.limits.tracked[name].set(len(bucket))
+        metrics.limits.tracked[LimitName.AUTH].set(len(self.door.failures))
+        metrics.tokens.cached.set(len(self._tokens))
+        metrics.mints.in_flight.set(len(self.desk.flights))
+        if self._paced is not None:
+            metrics.budget.remaining.set(self._paced.remaining)
+            metrics.budget.queue_depth.set(self._paced.depth)
+        if isinstance(self.issuer, UpstreamIssuer):
+            metrics.upstream.breakers["credentials"].set(self.issuer.credentials.is_open)
+            metrics.upstream.breakers["health"].set(self.issuer.health.is_open)
 
     async def _drain(self) -> None:
         server = self._settings.server

@@ -1,38 +1,24 @@
 """Every metric, with its help text.
 
-What happens on each request is counted in plain integers and lists, which a collector reads at
-scrape time: prometheus-client's `inc` and `observe` take a lock in Python and would cost more
-than the decision they count.  What happens per mint or more rarely uses its classes.
+What is counted is a cell of the board, an addition that costs nothing beside the decision it
+counts: prometheus-client's own `inc` and `observe` take a lock in Python, and do not see other
+processes.  `scrape` puts the cells of all processes together.
 
 Labels come from enums and other closed sets, never from input, so the number of series is
-constant from the first scrape on, and each exists at 0.
+constant from the first scrape on, and each exists at 0.  Every process hands out all cells, also
+those of parts that it does not have (a relay's, a shared store's), so that all have one layout;
+only the families of parts that are there are shown.
 """
 
 import platform
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import TypeVar
+from zlib import crc32
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    GCCollector,
-    Histogram,
-    PlatformCollector,
-    ProcessCollector,
-    disable_created_metrics,
-)
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
-from prometheus_client.registry import Collector
-from typing_extensions import override
-
+from broker.board import Cells, Sheet
+from broker.issuers.vendor_replies import Reason
 from broker.model import LimitName, Outcome
+from broker.stores.buckets import BucketCounts
+from broker.stores.tokens import TokenCounts
 from broker.version import VERSION
 
 BUDGET = "budget"
@@ -89,305 +75,283 @@ _STATUSES = (
 
 _OTHER, _NONE = "other", "none"
 
+STORE_BUCKETS = REQUEST_BUCKETS[:13]
+"""Seconds, 50 us to 500 ms: an operation takes tens of microseconds, and is given up at 50 ms."""
 
-class PlainHistogram:
-    """A histogram of plain numbers: `observe` costs a third of a microsecond."""
+OPERATIONS = (
+    "visit",
+    "lead",
+    "agent",
+    "keep",
+    "release",
+    "renew",
+    "budget",
+    "heartbeat",
+    "refusal",
+)
+"""What is asked of a shared store."""
 
-    __slots__ = ("bounds", "counts", "sum")
+STORE_ERRORS = (
+    "timeout",
+    "connection",
+    "readonly",
+    "loading",
+    "out_of_memory",
+    "cluster_down",
+    "script",
+    "other",
+)
+"""How a shared store fails."""
 
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
+_T = TypeVar("_T")
 
-    def observe(self, value: float) -> None:
-        """Count one value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
+
+class Metrics:
+    """All metrics of one process.
+
+    `budget` and `shared_store` tell whether there is one; `workers` how many a supervisor keeps, 0
+    without one.  `cells` is this process' row of a shared board.
+    """
+
+    def __init__(
+        self,
+        issuer: str,
+        *,
+        budget: bool = False,
+        shared_store: bool = False,
+        workers: int = 0,
+        cells: Cells | None = None,
+    ) -> None:
+        sheet = self.sheet = Sheet(cells)
+        durations = _by_label(
+            sheet.histograms(
+                "broker_request_duration_seconds",
+                "Time from a parsed request head to the answer, by how the request ended",
+                REQUEST_BUCKETS,
+                outcome=[outcome.value for outcome in Outcome],
+            )
+        )
+        sheet.count("broker_requests", "Token requests by how they ended")
+        self.requests = {outcome: durations[outcome.value] for outcome in Outcome}
+        self.remaining = sheet.histograms(
+            "broker_token_remaining_seconds",
+            "Life left of a token when it is handed out",
+            REMAINING_BUCKETS,
+        )[()]
+        self.loop_lag = sheet.histograms(
+            "broker_event_loop_lag_seconds",
+            "How late the event loop woke a timer, sampled twice a second",
+            LAG_BUCKETS,
+        )[()]
+        self.rejections = _by_label(
+            sheet.counters(
+                "broker_rejections",
+                "Requests answered 429 by one of our limits, or 503 for want of budget",
+                limit=[*(name.value for name in LimitName), BUDGET],
+            )
+        )
+        self.limits = LimitMetrics(sheet)
+        self.tokens = TokenMetrics(sheet)
+        self.mints = MintMetrics(sheet, issuer)
+        sheet.shown = budget
+        self.budget = BudgetMetrics(sheet)
+        sheet.shown = issuer == "upstream"
+        self.upstream = UpstreamMetrics(sheet)
+        sheet.shown = shared_store
+        self.store = StoreMetrics(sheet)
+        sheet.shown = True
+        self.process = ProcessMetrics(sheet, workers)
 
     @property
-    def count(self) -> int:
-        """How many values were counted."""
-        return sum(self.counts)
-
-    def cumulative(self) -> list[tuple[str, float]]:
-        """Return Prometheus' buckets: upper bound as text, number of values up to it."""
-        total = 0
-        buckets = []
-        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
-            total += count
-            buckets.append((bound, float(total)))
-        return buckets
+    def layout(self) -> str:
+        """Names the meaning of every cell: processes that share a board must agree on it."""
+        meaning = repr([(f.name, f.kind, f.series, f.bounds) for f in self.sheet.families])
+        return f"{VERSION} {crc32(meaning.encode()):08x}"
 
 
-class BucketStats(Protocol):
-    """What the collector reads of a limit's buckets."""
+class LimitMetrics:
+    """What the buckets of each limit report."""
 
-    near: int
-    rehearsed: int
-    overflowed: int
+    def __init__(self, sheet: Sheet) -> None:
+        limits = [name.value for name in LimitName]
+        near = sheet.counters(
+            "broker_near_limit",
+            "Requests admitted with less than a fifth of the burst left",
+            limit=limits,
+        )
+        rehearsed = sheet.counters(
+            "broker_dry_run_rejections",
+            "Requests that a limit in dry run would have refused",
+            limit=limits,
+        )
+        tracked = sheet.totals("broker_buckets_tracked", "Buckets held in memory", limit=limits)
+        overflowed = sheet.counters(
+            "broker_buckets_overflowed",
+            "Requests decided by a shared overflow bucket, because max_tracked was reached",
+            limit=limits,
+        )
+        self.tracked = {name: tracked[name.value,] for name in LimitName}
+        self.counts = {
+            name: BucketCounts(near[key], rehearsed[key], overflowed[key])
+            for name in LimitName
+            for key in [(name.value,)]
+        }
 
-    def __len__(self) -> int: ...
 
+class TokenMetrics:
+    """What the tokens held in this process report."""
 
-class TokenStats(Protocol):
-    """What the collector reads of the token cache."""
-
-    evicted: int
-    expired: int
-
-    def __len__(self) -> int: ...
+    def __init__(self, sheet: Sheet) -> None:
+        self.cached = sheet.totals("broker_tokens_cached", "Tokens held for reuse")[()]
+        evicted = sheet.counters(
+            "broker_tokens_evicted",
+            "Tokens that left the cache: by their age, or alive to make room",
+            cause=("expired", "capacity"),
+        )
+        self.counts = TokenCounts(expired=evicted["expired",], evicted=evicted["capacity",])
 
 
 class MintMetrics:
     """What a mint reports."""
 
-    def __init__(self, registry: CollectorRegistry, issuer: str) -> None:
-        duration = Histogram(
+    def __init__(self, sheet: Sheet, issuer: str) -> None:
+        outcomes = ("minted", "refused", "failed")
+        duration = sheet.histograms(
             "broker_mint_duration_seconds",
             "Time the issuer took for one token, without the wait for the budget",
-            ("issuer", "outcome"),
-            buckets=REQUEST_BUCKETS,
-            registry=registry,
+            REQUEST_BUCKETS,
+            issuer=(issuer,),
+            outcome=outcomes,
         )
-        self.duration = {
-            outcome: duration.labels(issuer, outcome) for outcome in ("minted", "refused", "failed")
-        }
-        refreshes = Counter(
+        self.duration = {outcome: duration[issuer, outcome] for outcome in outcomes}
+        self.refreshes = sheet.counters(
             "broker_refreshes",
             "Mints for a key that held a token: why, and what became of it",
-            ("reason", "outcome"),
-            registry=registry,
+            reason=("ahead", "floor", "fresh"),
+            outcome=("renewed", "same", "failed"),
         )
-        self.refreshes = {
-            (reason, outcome): refreshes.labels(reason, outcome)
-            for reason in ("ahead", "floor", "fresh")
-            for outcome in ("renewed", "same", "failed")
-        }
+        self.in_flight = sheet.totals("broker_mints_in_flight", "Mints under way or queued")[()]
+
+
+class BudgetMetrics:
+    """What the queue for the vendor's budget reports."""
+
+    def __init__(self, sheet: Sheet) -> None:
+        self.remaining = sheet.maxima(
+            "broker_upstream_budget_remaining", "Calls that the budget would allow at this moment"
+        )[()]
+        self.queue_depth = sheet.totals(
+            "broker_upstream_queue_depth", "Mints waiting for the budget"
+        )[()]
+        self.queue_wait = sheet.histograms(
+            "broker_upstream_queue_wait_seconds",
+            "Time that a mint waited for its slot in the budget",
+            WAIT_BUCKETS,
+        )[()]
 
 
 class UpstreamMetrics:
-    """What calls to the vendor report: plain numbers, read at scrape time."""
+    """What calls to the vendor report."""
 
-    def __init__(self, reasons: Iterable[str]) -> None:
-        self.requests = dict.fromkeys((*_STATUSES, _OTHER, _NONE), 0)
-        self.errors = dict.fromkeys(reasons, 0)
-        self.breakers: Callable[[], dict[str, bool]] = dict
+    def __init__(self, sheet: Sheet) -> None:
+        self.requests = _by_label(
+            sheet.counters(
+                "broker_upstream_requests",
+                "Calls to the vendor by the status of its answer; none: there was no answer",
+                status=(*_STATUSES, _OTHER, _NONE),
+            )
+        )
+        self.errors = _by_label(
+            sheet.counters(
+                "broker_upstream_errors",
+                "Calls to the vendor that gave no token, by what went wrong",
+                reason=[reason.value for reason in Reason],
+            )
+        )
+        self.breakers = _by_label(
+            sheet.maxima(
+                "broker_breaker_open",
+                "1 while this breaker stops calls to the vendor",
+                breaker=("credentials", "health"),
+            )
+        )
 
     def count_status(self, status: int | None) -> None:
         """Count one call by the HTTP status of its answer; None if there was no answer."""
         label = _NONE if status is None else str(status)
-        self.requests[label if label in self.requests else _OTHER] += 1
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield the families of these numbers."""
-        requests = CounterMetricFamily(
-            "broker_upstream_requests",
-            "Calls to the vendor by the status of its answer; none: there was no answer",
-            labels=("status",),
-        )
-        for status, count in self.requests.items():
-            requests.add_metric((status,), count)
-        yield requests
-        errors = CounterMetricFamily(
-            "broker_upstream_errors",
-            "Calls to the vendor that gave no token, by what went wrong",
-            labels=("reason",),
-        )
-        for reason, count in self.errors.items():
-            errors.add_metric((reason,), count)
-        yield errors
-        breakers = GaugeMetricFamily(
-            "broker_breaker_open",
-            "1 while this breaker stops calls to the vendor",
-            labels=("breaker",),
-        )
-        for breaker, is_open in self.breakers().items():
-            breakers.add_metric((breaker,), int(is_open))
-        yield breakers
+        self.requests[label if label in self.requests else _OTHER].inc()
 
 
-class Metrics:
-    """All metrics of one broker, on a registry of their own."""
+class StoreMetrics:
+    """What a shared store reports."""
 
-    def __init__(self, issuer: str) -> None:
-        # A second series beside each, which nobody asked for.
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # has no annotations
-        self.registry = CollectorRegistry()
-        self.requests = {outcome: PlainHistogram(REQUEST_BUCKETS) for outcome in Outcome}
-        self.remaining = PlainHistogram(REMAINING_BUCKETS)
-        self.loop_lag = PlainHistogram(LAG_BUCKETS)
-        self.queue_wait = PlainHistogram(WAIT_BUCKETS)
-        self.rejections = dict.fromkeys([*(name.value for name in LimitName), BUDGET], 0)
-        self.mints = MintMetrics(self.registry, issuer)
-        self.reloads = Counter(
-            "broker_config_reloads",
-            "Attempts to reload the configuration",
-            ("outcome",),
-            registry=self.registry,
+    def __init__(self, sheet: Sheet) -> None:
+        self.duration = _by_label(
+            sheet.histograms(
+                "broker_store_duration_seconds",
+                "Time from asking the store to its answer or failure, by what was asked",
+                STORE_BUCKETS,
+                operation=OPERATIONS,
+            )
         )
-        for outcome in ("success", "failure"):
-            self.reloads.labels(outcome)
-        build = Gauge(
+        self.errors = _by_label(
+            sheet.counters(
+                "broker_store_errors",
+                "Operations that the store failed, by what went wrong",
+                reason=STORE_ERRORS,
+            )
+        )
+        self.degraded = sheet.maxima(
+            "broker_store_degraded", "1 while a process works without the shared store"
+        )[()]
+
+
+class ProcessMetrics:
+    """What is told about processes: the configuration they follow, and workers, if there are any.
+
+    A supervisor sees its workers' use of the machine; it cannot be added up from their own
+    `process_...`, which nobody scrapes.
+    """
+
+    def __init__(self, sheet: Sheet, workers: int) -> None:
+        self.reloads = _by_label(
+            sheet.counters(
+                "broker_config_reloads",
+                "Attempts to reload the configuration",
+                outcome=("success", "failure"),
+            )
+        )
+        build = sheet.maxima(
             "broker_build_info",
             "Always 1; the labels tell what runs",
-            ("version", "python"),
-            registry=self.registry,
+            version=(VERSION,),
+            python=(platform.python_version(),),
         )
-        build.labels(VERSION, platform.python_version()).set(1)
-        ProcessCollector(registry=self.registry)
-        PlatformCollector(registry=self.registry)
-        GCCollector(registry=self.registry)
-
-    def watch(
-        self,
-        buckets: Callable[[], dict[LimitName, BucketStats]],
-        tokens: TokenStats,
-        in_flight: Callable[[], int],
-        budget: "Callable[[], tuple[int, int]] | None",
-        upstream: UpstreamMetrics | None = None,
-    ) -> None:
-        """Begin to report these parts; `budget` tells slots left and callers waiting."""
-        self.registry.register(_Hot(self, buckets, tokens, in_flight, budget))
-        if upstream is not None:
-            self.registry.register(_Upstream(upstream))
-
-
-class _Hot(Collector):
-    """Reads the plain numbers at scrape time."""
-
-    def __init__(
-        self,
-        metrics: Metrics,
-        buckets: Callable[[], dict[LimitName, BucketStats]],
-        tokens: TokenStats,
-        in_flight: Callable[[], int],
-        budget: Callable[[], tuple[int, int]] | None,
-    ) -> None:
-        self._metrics = metrics
-        self._buckets = buckets
-        self._tokens = tokens
-        self._in_flight = in_flight
-        self._budget = budget
-
-    def describe(self) -> Iterable[Metric]:
-        """Name nothing: registering must not scrape."""
-        return ()
-
-    @override
-    def collect(self) -> Iterator[Metric]:
-        yield from self._collect_requests()
-        yield from self._collect_limits()
-        yield from self._collect_tokens()
-        if self._budget is not None:
-            yield from self._collect_budget(*self._budget())
-
-    def _collect_requests(self) -> Iterator[Metric]:
-        total = CounterMetricFamily(
-            "broker_requests", "Token requests by how they ended", labels=("outcome",)
+        for gauge in build.values():
+            gauge.set(1)
+        self.workers = sheet.totals("broker_workers", "Processes that take requests")[()]
+        self.restarts = sheet.counters(
+            "broker_worker_restarts", "Workers that died and were replaced"
+        )[()]
+        sheet.shown = workers > 0
+        indices = [str(index) for index in range(1, workers + 1)]
+        self.cpu = _by_label(
+            sheet.counters(
+                "broker_worker_cpu_seconds",
+                "CPU time of this worker and those that it replaced, user and system",
+                worker=indices,
+            )
         )
-        duration = HistogramMetricFamily(
-            "broker_request_duration_seconds",
-            "Time from a parsed request head to the answer, by how the request ended",
-            labels=("outcome",),
+        self.memory = _by_label(
+            sheet.totals(
+                "broker_worker_resident_memory_bytes",
+                "Resident memory of this worker",
+                worker=indices,
+            )
         )
-        for outcome, histogram in self._metrics.requests.items():
-            total.add_metric((outcome.value,), histogram.count)
-            duration.add_metric((outcome.value,), histogram.cumulative(), histogram.sum)
-        yield total
-        yield duration
-        yield _histogram(
-            "broker_token_remaining_seconds",
-            "Life left of a token when it is handed out",
-            self._metrics.remaining,
-        )
-        yield _histogram(
-            "broker_event_loop_lag_seconds",
-            "How late the event loop woke a timer, sampled twice a second",
-            self._metrics.loop_lag,
-        )
-
-    def _collect_limits(self) -> Iterator[Metric]:
-        rejections = CounterMetricFamily(
-            "broker_rejections",
-            "Requests answered 429 by one of our limits, or 503 for want of budget",
-            labels=("limit",),
-        )
-        for limit, count in self._metrics.rejections.items():
-            rejections.add_metric((limit,), count)
-        near = CounterMetricFamily(
-            "broker_near_limit",
-            "Requests admitted with less than a fifth of the burst left",
-            labels=("limit",),
-        )
-        rehearsed = CounterMetricFamily(
-            "broker_dry_run_rejections",
-            "Requests that a limit in dry run would have refused",
-            labels=("limit",),
-        )
-        tracked = GaugeMetricFamily(
-            "broker_buckets_tracked", "Buckets held in memory", labels=("limit",)
-        )
-        overflowed = CounterMetricFamily(
-            "broker_buckets_overflowed",
-            "Requests decided by a shared overflow bucket, because max_tracked was reached",
-            labels=("limit",),
-        )
-        for name, bucket in self._buckets().items():
-            near.add_metric((name.value,), bucket.near)
-            rehearsed.add_metric((name.value,), bucket.rehearsed)
-            tracked.add_metric((name.value,), len(bucket))
-            overflowed.add_metric((name.value,), bucket.overflowed)
-        yield from (rejections, near, rehearsed, tracked, overflowed)
-
-    def _collect_tokens(self) -> Iterator[Metric]:
-        cached = GaugeMetricFamily("broker_tokens_cached", "Tokens held for reuse")
-        cached.add_metric((), len(self._tokens))
-        yield cached
-        evicted = CounterMetricFamily(
-            "broker_tokens_evicted",
-            "Tokens that left the cache: by their age, or alive to make room",
-            labels=("cause",),
-        )
-        evicted.add_metric(("expired",), self._tokens.expired)
-        evicted.add_metric(("capacity",), self._tokens.evicted)
-        yield evicted
-        in_flight = GaugeMetricFamily("broker_mints_in_flight", "Mints under way or queued")
-        in_flight.add_metric((), self._in_flight())
-        yield in_flight
-
-    def _collect_budget(self, remaining: int, waiting: int) -> Iterator[Metric]:
-        left = GaugeMetricFamily(
-            "broker_upstream_budget_remaining", "Calls that the budget would allow at this moment"
-        )
-        left.add_metric((), remaining)
-        yield left
-        depth = GaugeMetricFamily("broker_upstream_queue_depth", "Mints waiting for the budget")
-        depth.add_metric((), waiting)
-        yield depth
-        yield _histogram(
-            "broker_upstream_queue_wait_seconds",
-            "Time that a mint waited for its slot in the budget",
-            self._metrics.queue_wait,
-        )
+        sheet.shown = True
 
 
-class _Upstream(Collector):
-    """Makes the vendor's numbers a collector of their own: they exist with that issuer only."""
-
-    def __init__(self, metrics: UpstreamMetrics) -> None:
-        self._metrics = metrics
-
-    def describe(self) -> Iterable[Metric]:
-        """Name nothing, as above."""
-        return ()
-
-    @override
-    def collect(self) -> Iterator[Metric]:
-        return self._metrics.collect()
-
-
-def _histogram(name: str, text: str, histogram: PlainHistogram) -> Metric:
-    family = HistogramMetricFamily(name, text)
-    family.add_metric((), histogram.cumulative(), histogram.sum)
-    return family
+def _by_label(cells: dict[tuple[str, ...], _T]) -> dict[str, _T]:
+    """Look up by the value of the only label."""
+    return {value: cell for (value,), cell in cells.items()}

@@ -8,8 +8,8 @@ import random
 from collections.abc import Callable
 
 import msgspec
-from prometheus_client import CollectorRegistry
 
+from broker.board import Sheet
 from broker.issue import Handout, Refusal, ReusePolicy, TokenDesk
 from broker.limits import Limits, LimitSet, Rule
 from broker.metrics import MintMetrics
@@ -83,7 +83,7 @@ class Desk:
             mono=clock.mono,
         )
         self.store = MemoryStore(limits, self.tokens, clock)
-        self.metrics = MintMetrics(CollectorRegistry(), "local")
+        self.metrics = MintMetrics(Sheet(), "local")
         self.desk = TokenDesk(
             self.store,
             self.issuer,
@@ -121,7 +121,7 @@ class Desk:
 
     def refreshes(self, reason: str, outcome: str) -> int:
         """Renewals counted so."""
-        return int(self.metrics.refreshes[reason, outcome]._value.get())
+        return int(self.metrics.refreshes[reason, outcome].value)
 
     async def settled(self) -> None:
         """Wait until nothing is under way, and see that nothing was left behind."""

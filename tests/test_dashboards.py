@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 
+from broker import scrape
+from broker.board import Board
 from broker.metrics import Metrics
-from broker.model import LimitName
-from broker.rules import bucket
-from broker.stores.buckets import TokenBucket
-from broker.stores.tokens import TokenCache
 
 FOLDER = Path(__file__).parents[1] / "grafana"
 
@@ -29,12 +27,9 @@ def panels_of(dashboard: Path) -> Iterator[dict[str, Any]]:
 
 def reported_names() -> set[str]:
     """Every name that a query can ask for, with all parts of the broker in place."""
-    metrics = Metrics("local")
-    limit = bucket.limit(1, 1_000_000, 1)
-    buckets = {name: TokenBucket(1, limit.depth, 0) for name in LimitName}
-    tokens = TokenCache(1, keep_until=lambda _token: 0, mono=lambda: 0)
-    metrics.watch(lambda: {**buckets}, tokens, lambda: 0, lambda: (0, 0))
-    return {sample.name for family in metrics.registry.collect() for sample in family.samples}
+    sheet = Metrics("upstream", budget=True, shared_store=True, workers=2).sheet
+    registry = scrape.registry(sheet.families, Board([sheet.cells]), lambda: None)
+    return {sample.name for family in registry.collect() for sample in family.samples}
 
 
 def test_there_is_a_dashboard() -> None:

@@ -1,7 +1,6 @@
 """What is written for operators says what the code does: settings, metrics, commands, examples."""
 
 import argparse
-import ast
 import re
 import subprocess
 import sys
@@ -15,7 +14,9 @@ from msgspec import NODEFAULT, Struct
 from msgspec.structs import FieldInfo, fields
 from processes import environment
 
-from broker import cli, config, metrics, schema
+from broker import cli, config, schema
+from broker.board import Kind
+from broker.metrics import Metrics
 from broker.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -165,16 +166,11 @@ def commands(parser: argparse.ArgumentParser, path: str = "broker") -> Iterator[
 
 def metric_names() -> set[str]:
     """Every metric by the name that Prometheus stores: counters end in _total."""
-    tree = ast.parse(Path(metrics.__file__).read_text(encoding="utf-8"))
-    names = set()
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Call) or not node.args:
-            continue
-        name = node.args[0].value if isinstance(node.args[0], ast.Constant) else None
-        if isinstance(name, str) and name.startswith("broker_"):
-            kind = node.func.id if isinstance(node.func, ast.Name) else ""
-            names.add(f"{name}_total" if "Counter" in kind else name)
-    return names
+    counted = (Kind.COUNTER, Kind.COUNT)
+    return {
+        f"{family.name}_total" if family.kind in counted else family.name
+        for family in Metrics("upstream").sheet.families
+    }
 
 
 def table_cells(text: str) -> str:

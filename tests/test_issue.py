@@ -933,9 +933,12 @@ def test_M2_a_key_in_flight_is_not_evicted() -> None:
         assert all(belongs_to(answer.token, visitor("aaaa")) for answer in answers)
         assert [ask.fingerprint for ask in desk.issuer.asks].count("aaaa") == 1
         assert (await desk.hand_out(visitor("aaaa"))).outcome is Outcome.REUSED
-        assert (len(desk.tokens), desk.tokens.evicted) == (1, 20)
+        assert (len(desk.tokens), desk.tokens.counts.evicted.value) == (1, 20)
         await desk.hand_out(visitor("aaaa", fresh=True))
-        assert (len(desk.tokens), desk.tokens.evicted) == (1, 20)  # overwriting evicts nobody
+        assert (len(desk.tokens), desk.tokens.counts.evicted.value) == (
+            1,
+            20,
+        )  # overwriting evicts nobody
 
     run_virtual(main)
 

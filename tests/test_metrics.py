@@ -13,7 +13,9 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as plain_text
 from web.edge import AGENT, OTHER_AGENT, Edge, raise_file_limit, samples, serving, visitor
 
-from broker.metrics import REQUEST_BUCKETS, PlainHistogram
+from broker import scrape
+from broker.board import Board, Sheet
+from broker.metrics import REQUEST_BUCKETS
 from broker.model import Ask
 
 OPEN = "application/openmetrics-text; version=1.0.0"
@@ -49,6 +51,8 @@ DOCUMENTED: dict[str, tuple[str, Labels]] = {
     "broker_event_loop_lag_seconds": ("histogram", {}),
     "broker_config_reloads": ("counter", {"outcome": {"success", "failure"}}),
     "broker_build_info": ("gauge", {"version": set(), "python": set()}),
+    "broker_workers": ("gauge", {}),
+    "broker_worker_restarts": ("counter", {}),
 }
 """What an operator is promised of a local issuer: kind and the closed sets of its labels."""
 
@@ -113,10 +117,12 @@ class TestPromises:
         async with serving({"issuer": {"budget": BUDGET}}) as edge:
             scraped = await edge.scrape()
         volatile = ("process_", "python_", "broker_event_loop_lag", "broker_build_info")
+        volatile += ("broker_workers",)
         started = {name: n for name, n in scraped.items() if not name.startswith(volatile)}
         assert len(started) > 300
         assert {name: n for name, n in started.items() if n} == {}
         assert [n for name, n in scraped.items() if name.startswith("broker_build_info")] == [1]
+        assert scraped["broker_workers"] == 1
 
     async def test_every_combination_of_labels_is_there(self) -> None:
         """Outcomes of two labels at once as well."""
@@ -308,17 +314,21 @@ class TestSeries:
                 last = scraped
 
 
-class TestPlainHistogram:
-    @given(st.lists(st.floats(0, 20) | st.sampled_from(REQUEST_BUCKETS)))
-    def test_it_counts_as_prometheus_does(self, values: list[float]) -> None:
-        """A value on a bound belongs to that bucket; buckets are cumulative and end in all."""
-        histogram = PlainHistogram(REQUEST_BUCKETS)
-        for value in values:
-            histogram.observe(value)
-        assert histogram.count == len(values)
-        assert histogram.sum == pytest.approx(sum(values))
-        for bound, count in histogram.cumulative():
-            assert count == _at_most(values, float(bound))
+@given(st.lists(st.floats(0, 20) | st.sampled_from(REQUEST_BUCKETS)))
+def test_a_histogram_counts_as_prometheus_does(values: list[float]) -> None:
+    """A value on a bound belongs to that bucket; buckets are cumulative and end in all."""
+    sheet = Sheet()
+    histogram = sheet.histograms("h", "", REQUEST_BUCKETS)[()]
+    sheet.count("c", "")
+    for value in values:
+        histogram.observe(value)
+    registry = scrape.registry(sheet.families, Board([sheet.cells]), lambda: None)
+    assert registry.get_sample_value("h_count") == len(values)
+    assert registry.get_sample_value("c_total") == len(values)
+    assert registry.get_sample_value("h_sum") == pytest.approx(sum(values))
+    for bound in (*REQUEST_BUCKETS, float("inf")):
+        label = "+Inf" if bound == float("inf") else str(bound)
+        assert registry.get_sample_value("h_bucket", {"le": label}) == _at_most(values, bound)
 
 
 def _at_most(values: Iterable[float], bound: float) -> int:

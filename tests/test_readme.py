@@ -23,15 +23,15 @@ from urllib.parse import urlsplit
 
 import msgspec
 import pytest
+from prometheus_client import Metric
 
-from broker import answers, cli, config, errors, mint, parts, schema, settings
+from broker import answers, cli, config, errors, mint, parts, schema, scrape, settings
+from broker.board import Board
 from broker.issuers.vendor_failures import BY_CODE
-from broker.issuers.vendor_replies import Reason, Scope
-from broker.metrics import Metrics, UpstreamMetrics
+from broker.issuers.vendor_replies import Scope
+from broker.metrics import Metrics
 from broker.model import LimitName, Minted, Outcome
 from broker.rules import bucket
-from broker.stores.buckets import TokenBucket
-from broker.stores.tokens import TokenCache
 from broker.web import wire
 
 ROOT = Path(__file__).parents[1]
@@ -332,16 +332,10 @@ def test_exit_codes_are_those_of_the_command_line() -> None:
     assert documented == [*map(str, codes), "128 + n"]
 
 
-def all_metrics() -> Metrics:
-    """Metrics of a relay: every part that can report does."""
-    metrics = Metrics("upstream")
-    limit = bucket.limit(1, 1_000_000, 1)
-    buckets = {name: TokenBucket(1, limit.depth, 0) for name in LimitName}
-    tokens = TokenCache(1, keep_until=lambda _token: 0, mono=lambda: 0)
-    upstream = UpstreamMetrics(reason.value for reason in Reason)
-    upstream.breakers = lambda: {"credentials": False, "health": False}
-    metrics.watch(lambda: {**buckets}, tokens, lambda: 0, lambda: (0, 0), upstream)
-    return metrics
+def all_metrics() -> list[Metric]:
+    """Metrics of a relay with all parts that can report: what Prometheus sees."""
+    sheet = Metrics("upstream", budget=True, shared_store=True, workers=2).sheet
+    return list(scrape.registry(sheet.families, Board([sheet.cells]), lambda: None).collect())
 
 
 def test_metrics_are_those_that_are_reported() -> None:
@@ -350,7 +344,7 @@ def test_metrics_are_those_that_are_reported() -> None:
         code_in(row[0])[0]: (row[1], set(code_in(row[2]))) for row in table("metric", "Metrics")
     }
     reported = {}
-    for family in all_metrics().registry.collect():
+    for family in all_metrics():
         name = f"{family.name}_total" if family.type == "counter" else family.name
         labels = {label for sample in family.samples for label in sample.labels}
         if name.startswith("broker_"):
@@ -366,9 +360,9 @@ def test_outcomes_are_those_that_are_counted() -> None:
 
 def test_metrics_that_are_named_elsewhere_exist() -> None:
     """Also in prose, such as the proposals for alerts."""
-    reported = {
-        sample.name for family in all_metrics().registry.collect() for sample in family.samples
-    } | {family.name for family in all_metrics().registry.collect()}
+    reported = {sample.name for family in all_metrics() for sample in family.samples} | {
+        family.name for family in all_metrics()
+    }
     named = set(re.findall(r"\bbroker_[a-z_]+[a-z]\b", README)) - {"broker_web"}  # a secret's file
     assert {name for name in named if not name.startswith("broker_web")} <= reported
 

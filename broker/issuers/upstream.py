@@ -235,7 +235,7 @@ class UpstreamIssuer(Issuer):
         """Let both breakers, the key list and the budget draw their conclusions."""
         reason = reason_of(reply)
         if reason is not None:
-            self._metrics.errors[reason.value] += 1
+            self._metrics.errors[reason.value].inc()
         health = Outcome.FAILED if isinstance(reply, Broken) else Outcome.SUCCEEDED
         match reply:
             case Granted() | Refused():

@@ -15,8 +15,10 @@ AsyncLimiter among them) cost five to ten times the memory and time, and wait wh
 limit must answer.
 """
 
+from msgspec import Struct, field
 from typing_extensions import override
 
+from broker.board import Counter
 from broker.rules.bucket import Limit, Verdict, peek, spend
 
 OVERFLOW_BUCKETS = 4096
@@ -27,15 +29,28 @@ SWEEP_BATCH = 2
 for 100 ms, and freeing as fast as filling keeps what waits bounded."""
 
 
+class BucketCounts(Struct):
+    """Decisions on one limit that were something special.
+
+    `near`: admitted with less than a fifth of the burst left; `rehearsed`: would have been refused,
+    but for `dry_run`; `overflowed`: decided by a shared bucket.
+    """
+
+    near: Counter = field(default_factory=Counter)
+    rehearsed: Counter = field(default_factory=Counter)
+    overflowed: Counter = field(default_factory=Counter)
+
+
 class TokenBucket:
     """The buckets of one limit, by key.  Times are microseconds of one clock.
 
-    `near` (admitted with less than a fifth of the burst left), `rehearsed` (would have been
-    refused, but for `dry_run`) and `overflowed` count decisions since the start.  Refusals are
-    counted where they are answered: joiners of a refused mint are refused with it.
+    `counts` counts decisions; without it the bucket counts by itself.  Refusals are counted where
+    they are answered: joiners of a refused mint are refused with it.
     """
 
-    def __init__(self, max_tracked: int, horizon: int, now: int) -> None:
+    def __init__(
+        self, max_tracked: int, horizon: int, now: int, counts: BucketCounts | None = None
+    ) -> None:
         self._young: dict[str, int] = {}
         self._old: dict[str, int] = {}
         self._swept: dict[str, int] = {}
@@ -44,9 +59,7 @@ class TokenBucket:
         self._horizon = horizon
         self._deepest = horizon
         self._rotate_at = now + horizon
-        self.near = 0
-        self.rehearsed = 0
-        self.overflowed = 0
+        self.counts = counts or BucketCounts()
 
     def take(self, key: str, limit: Limit, now: int, *, dry_run: bool = False) -> Verdict:
         """Spend one token of `key`; a refusal charges nothing.
@@ -64,9 +77,9 @@ class TokenBucket:
             self._young[key] = full_at
         if verdict.allowed:
             if verdict.remaining * 5 < limit.burst:
-                self.near += 1
+                self.counts.near.inc()
         elif dry_run:
-            self.rehearsed += 1
+            self.counts.rehearsed.inc()
         return verdict
 
     def peek(self, key: str, limit: Limit, now: int) -> Verdict:
@@ -90,7 +103,7 @@ class TokenBucket:
         return full_at, verdict
 
     def _take_overflow(self, key: str, limit: Limit, now: int) -> tuple[int, Verdict]:
-        self.overflowed += 1
+        self.counts.overflowed.inc()
         place = hash(key) % OVERFLOW_BUCKETS
         before = self._overflow[place]
         full_at, verdict = spend(before, limit, now)
@@ -147,4 +160,4 @@ class TokenBucket:
 
     @override
     def __repr__(self) -> str:
-        return f"TokenBucket(tracked={len(self)}, overflowed={self.overflowed})"
+        return f"TokenBucket(tracked={len(self)}, overflowed={self.counts.overflowed.value:.0f})"

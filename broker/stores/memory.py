@@ -4,7 +4,7 @@ One process, one broker: nothing here survives a restart by itself (see `snapsho
 is shared with a second instance.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import count
 
 from typing_extensions import override
@@ -13,7 +13,7 @@ from broker.limits import Limits, LimitSet, Rule
 from broker.model import SEPARATOR, Ask, Clock, EmbedToken, LimitName, visitor_of
 from broker.rules.bucket import Verdict
 from broker.stores.base import Denial, Kept, Lease, Store, Visit
-from broker.stores.buckets import TokenBucket
+from broker.stores.buckets import BucketCounts, TokenBucket
 from broker.stores.epochs import Epochs
 from broker.stores.tokens import TokenCache
 
@@ -25,17 +25,29 @@ class MemoryStore(Store):
     mints here, so leading is a matter of limits only: this process' flights see to the rest.
     """
 
-    def __init__(self, limits: Limits, tokens: TokenCache, clock: Clock) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        tokens: TokenCache,
+        clock: Clock,
+        counts: Mapping[LimitName, BucketCounts] | None = None,
+    ) -> None:
         self._clock = clock
         self.tokens = tokens
         self._limits = limits
+        counts = counts or {}
         now = clock.mono()
         self.buckets = {
-            limit_set.name: TokenBucket(limits.max_tracked, limit_set.horizon, now)
+            limit_set.name: TokenBucket(
+                limits.max_tracked, limit_set.horizon, now, counts.get(limit_set.name)
+            )
             for limit_set in (limits.fingerprint, limits.fingerprint_mints, limits.agent)
         }
         self.buckets[LimitName.CLIENT] = TokenBucket(
-            limits.max_tracked, limits.client.horizon if limits.client else 1, now
+            limits.max_tracked,
+            limits.client.horizon if limits.client else 1,
+            now,
+            counts.get(LimitName.CLIENT),
         )
         self._fingerprint = self.buckets[LimitName.FINGERPRINT]
         self._epochs = Epochs()

@@ -3,23 +3,32 @@
 from collections.abc import Callable
 
 from cachetools import TLRUCache
+from msgspec import Struct, field
 from typing_extensions import override
 
+from broker.board import Counter
 from broker.model import EmbedToken
 
 
-class TokenCache(TLRUCache[str, EmbedToken]):
-    """Ready answers by key; counts what left before its time.
+class TokenCounts(Struct):
+    """Tokens that left: `evicted` ones alive, to make room; `expired` ones died here."""
 
-    `evicted` counts live tokens that had to make room, `expired` those that died here.
-    """
+    evicted: Counter = field(default_factory=Counter)
+    expired: Counter = field(default_factory=Counter)
+
+
+class TokenCache(TLRUCache[str, EmbedToken]):
+    """Ready answers by key; `counts` counts what left, without it the cache counts by itself."""
 
     def __init__(
-        self, maxsize: int, keep_until: Callable[[EmbedToken], int], mono: Callable[[], int]
+        self,
+        maxsize: int,
+        keep_until: Callable[[EmbedToken], int],
+        mono: Callable[[], int],
+        counts: TokenCounts | None = None,
     ) -> None:
         super().__init__(maxsize, ttu=lambda _key, token, _now: keep_until(token), timer=mono)
-        self.evicted = 0
-        self.expired = 0
+        self.counts = counts or TokenCounts()
 
     def find(self, key: str) -> EmbedToken | None:
         """Return what is held under this key: `get` at half its cost, which asks twice."""
@@ -30,15 +39,16 @@ class TokenCache(TLRUCache[str, EmbedToken]):
 
     @override
     def popitem(self) -> tuple[str, EmbedToken]:
-        self.evicted += 1
+        self.counts.evicted.inc()
         return super().popitem()
 
     @override
     def expire(self, time: float | None = None) -> list[tuple[str, EmbedToken]]:
         gone = list(super().expire(time))
-        self.expired += len(gone)
+        self.counts.expired += len(gone)
         return gone
 
     @override
     def __repr__(self) -> str:
-        return f"TokenCache(held={len(self)}, evicted={self.evicted})"  # keys hold fingerprints
+        evicted = self.counts.evicted.value
+        return f"TokenCache(held={len(self)}, evicted={evicted:.0f})"  # keys hold fingerprints

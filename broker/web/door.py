@@ -25,7 +25,7 @@ from broker.errors import (
 )
 from broker.model import LimitName
 from broker.rules import bucket
-from broker.stores.buckets import TokenBucket
+from broker.stores.buckets import BucketCounts, TokenBucket
 
 API_SECRET = istr("api-secret")
 _FORWARDED_FOR = istr("X-Forwarded-For")
@@ -62,10 +62,11 @@ class Door:
         clients: Sequence[KnownClient],
         trusted_proxies: Sequence[Network],
         now: int,
+        counts: BucketCounts | None = None,
     ) -> None:
         self._trusted = tuple(trusted_proxies)
         self._own_origins: frozenset[str] = frozenset()
-        self.failures = TokenBucket(MAX_TRACKED_ADDRESSES, FAILED_AUTH_LIMIT.depth, now)
+        self.failures = TokenBucket(MAX_TRACKED_ADDRESSES, FAILED_AUTH_LIMIT.depth, now, counts)
         self.use_clients(clients)
 
     def use_clients(self, clients: Sequence[KnownClient]) -> None:

@@ -119,7 +119,7 @@ class Routes:
                 return await handler(request, request_id)
             except errors.BrokerError as error:
                 if isinstance(error, errors.RateLimited):
-                    self._metrics.rejections[error.limit.value] += 1
+                    self._metrics.rejections[error.limit.value].inc()
                 return self._error(error, request_id)
             except Exception:
                 log.exception("broker.defect", request_id=request_id)
@@ -204,10 +204,10 @@ class Routes:
         kind = error.code
         if isinstance(error, errors.RateLimited):
             kind = error.limit.value
-            self._metrics.rejections[kind] += 1
+            self._metrics.rejections[kind].inc()
         elif isinstance(error, errors.BudgetExhausted):
             kind = BUDGET
-            self._metrics.rejections[BUDGET] += 1
+            self._metrics.rejections[BUDGET].inc()
         elif isinstance(error, errors.UpstreamRefused):
             kind = "refused"  # the vendor's codes are an open set
         counted = error.outcome in _COUNTED or error.remembered

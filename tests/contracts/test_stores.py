@@ -74,7 +74,7 @@ async def test_M1_tidying_gives_back_what_is_over() -> None:
         await opened.pass_time(60 * SECOND)
         opened.store.tidy()
     assert [len(bucket) for bucket in opened.store.buckets.values()] == [0] * 4
-    assert opened.store.tokens.expired == 200
+    assert opened.store.tokens.counts.expired.value == 200
     assert len(opened.store.tokens) == 0
 
 
@@ -86,7 +86,7 @@ async def test_L12_a_dry_run_is_counted_by_limit() -> None:
     for _ in range(7):
         await opened.store.visit(ask, ask.key)
         await mint_denied(opened, ask)
-    counted = {name: bucket.rehearsed for name, bucket in opened.store.buckets.items()}
+    counted = {name: bucket.counts.rehearsed.value for name, bucket in opened.store.buckets.items()}
     assert counted == {
         LimitName.FINGERPRINT: 5,
         LimitName.FINGERPRINT_MINTS: 0,
@@ -113,4 +113,4 @@ async def test_L7_a_flood_over_the_bound_leaves_an_exhausted_visitor_exhausted()
     assert (await opened.store.visit(victim, victim.key)).denial is not None
     assert await mint_denied(opened, victim) is not None
     visitors = opened.store.buckets[LimitName.FINGERPRINT]
-    assert (len(visitors), visitors.overflowed) == (1000, 19_001)
+    assert (len(visitors), visitors.counts.overflowed.value) == (1000, 19_001)

@@ -92,7 +92,7 @@ def flood(
         "keys": keys,
         "tracked": len(buckets),
         "most_tracked": tracked,
-        "overflowed": buckets.overflowed,
+        "overflowed": buckets.counts.overflowed.value,
         "us_per_key": round(took / keys * 1e6, 2),
         "slowest_take_cpu_ms": round(slowest / 1e6, 2),
         "rss_before_mib": round(before / MIB, 1),

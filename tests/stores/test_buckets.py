@@ -107,7 +107,7 @@ class Histories(RuleBasedStateMachine):
     def take_once(self, key: str, dry_run: bool) -> None:
         limit = self.limit_of(key)
         known = self.full_at.get(key, 0)
-        overflowed = self.buckets.overflowed
+        overflowed = self.buckets.counts.overflowed.value
         foreseen = self.buckets.peek(key, limit, self.now)
         verdict = self.buckets.take(key, limit, self.now, dry_run=dry_run)
         assert foreseen.allowed == verdict.allowed
@@ -115,12 +115,12 @@ class Histories(RuleBasedStateMachine):
         expected = spend(known, limit, self.now)
         if verdict.allowed:
             assert expected[1].allowed, "forgetting has reset a limit that is exhausted"
-        if not self.strangers_met and self.buckets.overflowed == overflowed:
+        if not self.strangers_met and self.buckets.counts.overflowed.value == overflowed:
             assert verdict == expected[1]
         if key in self.exact and known > self.now:
             assert verdict == expected[1], "a tracked bucket was dropped before it was full"
         self.note(key, verdict, expected[0], dry_run)
-        self.strangers_met |= self.buckets.overflowed > overflowed
+        self.strangers_met |= self.buckets.counts.overflowed.value > overflowed
 
     def note(self, key: str, verdict: Verdict, full_at: int, dry_run: bool) -> None:
         if verdict.allowed:
@@ -184,7 +184,10 @@ class Histories(RuleBasedStateMachine):
         buckets = self.buckets
         assert not buckets._young.keys() & buckets._old.keys()
         assert len(buckets) == len(buckets._young.keys() | buckets._old.keys())
-        assert (buckets.near, buckets.rehearsed) == (self.near, self.rehearsed)
+        assert (buckets.counts.near.value, buckets.counts.rehearsed.value) == (
+            self.near,
+            self.rehearsed,
+        )
 
     @invariant()
     def memory_is_bounded(self) -> None:
@@ -217,7 +220,7 @@ def test_G6_long_histories_never_reset_an_exhausted_limit(seed: int) -> None:
             assert true.allowed
             reference[key] = full_at
     assert refused > 1000
-    assert buckets.overflowed > 1000
+    assert buckets.counts.overflowed.value > 1000
     assert len(buckets) <= 50
 
 
@@ -248,7 +251,7 @@ def test_M1_the_gauge_equals_the_truth_after_a_million_operations() -> None:
             continue
         young.add(key)
     assert overflowed > 0
-    assert (len(buckets), buckets.overflowed) == (len(young) + len(old), overflowed)
+    assert (len(buckets), buckets.counts.overflowed.value) == (len(young) + len(old), overflowed)
 
 
 # --- G6, L7: forgetting, overflow, floods
@@ -264,7 +267,7 @@ def test_G6_a_tracked_key_stays_exhausted_under_a_flood() -> None:
         if number % 1000 == 0:
             assert not buckets.take("victim", limit, T0 + number).allowed
     assert len(buckets) == 1000
-    assert buckets.overflowed == 200_000 - 999
+    assert buckets.counts.overflowed.value == 200_000 - 999
     assert buckets.take("victim", limit, T0 + 3600 * SECOND - 1) == Verdict(
         False, 0, limit.depth - limit.interval + 1, 1, limit
     )
@@ -291,7 +294,7 @@ def test_G6_an_exhausted_overflow_bucket_is_not_left_by_being_tracked() -> None:
     fill(buckets, 2, T0, SLOW)
     late = T0 + SLOW.depth - SECOND
     exhaust(buckets, Placed("victim", 7), SLOW, late)
-    assert buckets.overflowed == SLOW.burst + 1
+    assert buckets.counts.overflowed.value == SLOW.burst + 1
     now = T0 + 2 * SLOW.depth - 2 * SECOND
     buckets.tidy(T0 + SLOW.depth)
     buckets.tidy(now + 2 * SECOND)
@@ -331,7 +334,7 @@ def test_at_the_bound_tracked_keys_go_on_and_strangers_share() -> None:
     assert told == [1, 0, 1]
     assert not buckets.take(one, FAST, T0).allowed
     assert buckets.take(Placed("stranger0", 1000), FAST, T0).remaining == 0
-    assert (len(buckets), buckets.overflowed) == (3, 4)
+    assert (len(buckets), buckets.counts.overflowed.value) == (3, 4)
     assert repr(buckets) == "TokenBucket(tracked=3, overflowed=4)"
 
 
@@ -424,7 +427,7 @@ def test_L7_reloads_do_not_put_off_forgetting() -> None:
         buckets.tidy(T0 + second * SECOND)
     assert len(buckets) == 0
     buckets.take("new", FAST, T0 + 10 * SECOND)
-    assert (len(buckets), buckets.overflowed) == (1, 0)
+    assert (len(buckets), buckets.counts.overflowed.value) == (1, 0)
 
 
 def test_a_lowered_bound_drops_nobody_who_is_tracked() -> None:
@@ -435,7 +438,7 @@ def test_a_lowered_bound_drops_nobody_who_is_tracked() -> None:
     buckets.adjust(SLOW.depth, 4)
     assert not any(buckets.take(f"visitor{n}", SLOW, T0).allowed for n in range(10))
     buckets.take("new", SLOW, T0)
-    assert (len(buckets), buckets.overflowed) == (10, 1)
+    assert (len(buckets), buckets.counts.overflowed.value) == (10, 1)
     buckets.tidy(T0 + 2 * SLOW.depth)
     buckets.take("new", SLOW, T0 + 2 * SLOW.depth)
     assert len(buckets) == 1
@@ -488,8 +491,8 @@ def test_L12_a_dry_run_decides_and_counts_and_charges_like_the_real_one() -> Non
     for gap in schedule:
         now += gap
         assert dry.take("visitor", FAST, now, dry_run=True) == real.take("visitor", FAST, now)
-    assert (real.rehearsed, dry.rehearsed) == (0, 4)
-    assert real.near == dry.near == 3
+    assert (real.counts.rehearsed.value, dry.counts.rehearsed.value) == (0, 4)
+    assert real.counts.near.value == dry.counts.near.value == 3
     assert real.entries(now) == dry.entries(now)
 
 
@@ -500,7 +503,7 @@ def test_near_counts_admissions_with_less_than_a_fifth_left() -> None:
     told = []
     for _ in range(12):
         buckets.take("visitor", limit, T0)
-        told.append(buckets.near)
+        told.append(buckets.counts.near.value)
     assert told == [0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 2, 2]
 
 

@@ -57,7 +57,7 @@ def test_T8_a_token_is_found_to_the_last_microsecond_it_may_be_kept(clock: FakeC
     clock.advance(0.000_001)
     assert cache.find("key") is None
     assert len(cache) == 0
-    assert (cache.evicted, cache.expired) == (0, 1)
+    assert (cache.counts.evicted.value, cache.counts.expired.value) == (0, 1)
 
 
 @pytest.mark.parametrize("lifetime", [0, 1, SECOND, OUTAGE])
@@ -68,7 +68,7 @@ def test_T7_a_token_that_is_dead_on_arrival_is_not_held(clock: FakeClock, lifeti
     cache["other"] = held(clock, lifetime)
     assert cache.find("other") is None
     assert cache.find("key") is living
-    assert (len(cache), cache.evicted, cache.expired) == (1, 0, 0)
+    assert (len(cache), cache.counts.evicted.value, cache.counts.expired.value) == (1, 0, 0)
 
 
 def test_M2_at_capacity_overwriting_evicts_nobody(clock: FakeClock) -> None:
@@ -82,7 +82,7 @@ def test_M2_at_capacity_overwriting_evicts_nobody(clock: FakeClock) -> None:
     found = cache.find("b")
     assert found is not None
     assert found.body == b"9"
-    assert (len(cache), cache.evicted, cache.expired) == (3, 0, 0)
+    assert (len(cache), cache.counts.evicted.value, cache.counts.expired.value) == (3, 0, 0)
 
 
 def test_at_capacity_the_least_recently_used_one_goes(clock: FakeClock) -> None:
@@ -94,7 +94,7 @@ def test_at_capacity_the_least_recently_used_one_goes(clock: FakeClock) -> None:
     cache["d"] = held(clock)
     cache["e"] = held(clock)
     assert [cache.find(key) is not None for key in "abcde"] == [True, False, False, True, True]
-    assert (len(cache), cache.evicted, cache.expired) == (3, 2, 0)
+    assert (len(cache), cache.counts.evicted.value, cache.counts.expired.value) == (3, 2, 0)
 
 
 def test_M2_the_dead_make_room_before_the_living(clock: FakeClock) -> None:
@@ -106,7 +106,7 @@ def test_M2_the_dead_make_room_before_the_living(clock: FakeClock) -> None:
     for key in "def":
         cache[key] = held(clock)
     assert [cache.find(key) is not None for key in "abcdef"] == [False] * 3 + [True] * 3
-    assert (len(cache), cache.evicted, cache.expired) == (3, 0, 3)
+    assert (len(cache), cache.counts.evicted.value, cache.counts.expired.value) == (3, 0, 3)
 
 
 def test_T5_neither_clock_makes_a_token_outlive_its_hour(clock: FakeClock) -> None:
@@ -155,7 +155,11 @@ def test_M1_the_gauges_equal_the_truth_after_random_operations(clock: FakeClock)
             model[key] = token
         if number % 1009 == 0:
             assert len(cache) == len(model)
-    assert (len(cache), cache.evicted, cache.expired) == (len(model), evicted, expired)
+    assert (len(cache), cache.counts.evicted.value, cache.counts.expired.value) == (
+        len(model),
+        evicted,
+        expired,
+    )
     assert dict(cache.items()) == model
     assert evicted > 1000
     assert expired > 1000

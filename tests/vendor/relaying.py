@@ -17,16 +17,15 @@ from typing import Any
 import aiohttp
 import msgspec
 import structlog
-from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from broker import config, logs
 from broker.app import App
+from broker.board import Counter, Sheet
 from broker.errors import BrokerError
 from broker.issue import Handout, ReusePolicy, TokenDesk
 from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor_client import VendorClient
-from broker.issuers.vendor_replies import Reason
 from broker.limits import Limits, LimitSet, Rule
 from broker.metrics import MintMetrics, UpstreamMetrics
 from broker.model import Ask, LimitName, Secret
@@ -93,8 +92,8 @@ class Relay:
     ) -> None:
         self.vendor = vendor
         self.clock = clock
-        self.upstream = UpstreamMetrics(reason.value for reason in Reason)
-        self.metrics = MintMetrics(CollectorRegistry(), "upstream")
+        self.upstream = UpstreamMetrics(Sheet())
+        self.metrics = MintMetrics(Sheet(), "upstream")
         self.waits: list[float] = []
         self.pacer = Paced(budget, self.waits.append)
         self.issuer = UpstreamIssuer(
@@ -171,22 +170,27 @@ class Relay:
     @property
     def errors(self) -> dict[str, int]:
         """The counted upstream errors that are not 0."""
-        return {reason: count for reason, count in self.upstream.errors.items() if count}
+        return counted(self.upstream.errors)
 
     @property
     def statuses(self) -> dict[str, int]:
         """The counted upstream statuses that are not 0."""
-        return {status: count for status, count in self.upstream.requests.items() if count}
+        return counted(self.upstream.requests)
 
     def refreshes(self, reason: str, outcome: str) -> int:
         """Renewals counted so."""
-        return int(self.metrics.refreshes[reason, outcome]._value.get())
+        return int(self.metrics.refreshes[reason, outcome].value)
 
     @property
     def paused_for(self) -> float:
         """Seconds for which the budget gives out nothing."""
         left = self.pacer._paused_until - asyncio.get_running_loop().time()
         return left if self.pacer._paused else 0.0
+
+
+def counted(counters: Mapping[str, Counter]) -> dict[str, int]:
+    """Return the counters that are not 0."""
+    return {label: int(counter.value) for label, counter in counters.items() if counter.value}
 
 
 def vendor_on(clock: FakeClock, settings: VendorSettings = UNLIMITED) -> FakeVendor:
