@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from broker.errors import BrokerError
+from broker.health import HealthState
 from broker.model import Minted
 
 ErrorCode = Annotated[
@@ -69,7 +70,7 @@ class ValidAnswer(Struct, frozen=True):
 class HealthAnswer(Struct, frozen=True):
     """`ok`, or the reason why not."""
 
-    status: Literal["ok", "draining"]
+    status: HealthState
 
 
 _encode = msgspec.json.Encoder().encode

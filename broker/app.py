@@ -8,14 +8,16 @@ in only if all of it could be built.
 
 import asyncio
 import contextlib
+import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import structlog
-from aiohttp import web
+from msgspec import Struct
 
 from broker import logs, parts, scrape
+from broker.acceptor import Acceptor
 from broker.board import Board
 from broker.clock import SystemClock
 from broker.health import Health
@@ -28,6 +30,7 @@ from broker.metrics import Metrics
 from broker.model import LimitName
 from broker.pacer import Paced, Pacer, Unpaced
 from broker.pauses import PauseKeeper
+from broker.reload import needs_restart
 from broker.schema import ConfigError
 from broker.settings import Settings
 from broker.stores import snapshot
@@ -50,8 +53,22 @@ pause before a retry.  A mint may outlive its callers, because its token is wort
 call has a timeout of its own, and must be the one to tell that it ran out."""
 
 
+class Seat(Struct, frozen=True):
+    """A worker's place: where it is reached and where it counts, as its supervisor gave it."""
+
+    sockets: Sequence[socket.socket]
+    url: str
+    admin_url: str
+    board: Board
+    metrics: Metrics
+
+
 class App:
-    """One broker process.  `load` reads the settings anew, for a reload; it raises ConfigError."""
+    """One broker process.  `load` reads the settings anew, for a reload; it raises ConfigError.
+
+    With a `seat` it is one worker of several.  Then its supervisor has the admin listener, watches
+    secret files, tells it what to `follow`, and writes of the life of the whole.
+    """
 
     def __init__(
         self,
@@ -60,16 +77,19 @@ class App:
         environ: Mapping[str, str],
         *,
         dev: bool = False,
+        seat: Seat | None = None,
     ) -> None:
         self._settings = settings
         self._load = load
         self._environ = environ
         self._dev = dev
+        self._seat = seat
         self._clock = SystemClock()
         self._health = Health()
         self._stopping = asyncio.Event()
         self._pauses = PauseKeeper()
-        self._admin_listener: asyncio.Server | None = None
+        self._admin: admin.AdminListener | None = None
+        self._lead = settings.server.drain_lead.seconds
         self._started = False
         self._restored = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -81,7 +101,7 @@ class App:
         self._files = SecretFiles(file for _, file in parts.secret_files(settings))
         policy = self._policy = parts.reuse(settings)
         budget = parts.budget(settings)
-        self.metrics = Metrics(settings.issuer.kind, budget=budget is not None)
+        self.metrics = self._seat.metrics if self._seat else parts.metrics(settings)
         self._sealing_key = parts.sealing_key(settings)
         self._tokens = TokenCache(
             settings.reuse.max_tokens,
@@ -114,9 +134,8 @@ class App:
             + (budget.max_wait if budget else 0.0)
             + settings.issuer.upstream.timeout.seconds,
         )
-        self._registry = scrape.registry(
-            self.metrics.sheet.families, Board([self.metrics.sheet.cells]), self._publish
-        )
+        board = self._seat.board if self._seat else Board([self.metrics.sheet.cells])
+        self._registry = scrape.registry(self.metrics.sheet.families, board, self._publish)
 
     def _build_issuer(self) -> LocalIssuer | UpstreamIssuer:
         settings = self._settings
@@ -150,17 +169,25 @@ class App:
                 self._save_snapshot()
             raise
         self._tasks.add(self._loop.create_task(self._keep_house()))
+        self._publish()
         self._started = True
-        log.info("broker.started", url=self.url, admin_url=self.admin_url, issuer=self.issuer.name)
+        if self._seat is None:
+            name = self.issuer.name
+            log.info("broker.started", url=self.url, admin_url=self.admin_url, issuer=name)
 
     async def run(self) -> None:
         """Serve until `stop` is called, then drain."""
         await self._stopping.wait()
         await self._drain()
 
-    def stop(self) -> None:
-        """Begin to drain."""
+    def stop(self, *, at_once: bool = False) -> None:
+        """Begin to drain; `at_once` without the lead, for when nobody is told by readiness."""
+        if at_once:
+            self._lead = 0.0
         self._stopping.set()
+
+    def abort(self) -> None:
+        """Do what has to be done before the process ends without draining."""
 
     def reload(self) -> bool:
         """Read the settings again; all of it takes effect, or nothing does."""
@@ -169,15 +196,22 @@ class App:
             return False
         try:
             settings = self._load()
-            files = SecretFiles(
-                file for _, file in parts.secret_files(settings)
-            )  # before they are read: a change in between is noticed
-            clients, limits = parts.clients(settings, self._environ), parts.limits(settings)
-            use_keys = self._new_keys(settings)
+            self.follow(settings)
         except ConfigError as error:
             self.metrics.process.reloads["failure"].inc()
             log.error("broker.reload_failed", error=str(error))
             return False
+        self.metrics.process.reloads["success"].inc()
+        log.info("broker.reloaded", needs_restart=needs_restart(self._settings, settings))
+        return True
+
+    def follow(self, settings: Settings) -> None:
+        """Take over what a running process can; raises ConfigError with nothing changed."""
+        files = SecretFiles(
+            file for _, file in parts.secret_files(settings)
+        )  # before they are read: a change in between is noticed
+        clients, limits = parts.clients(settings, self._environ), parts.limits(settings)
+        use_keys = self._new_keys(settings)
         self.door.use_clients(clients)
         self.store.use_limits(limits)
         use_keys()
@@ -185,9 +219,6 @@ class App:
         self._routes.use_log(debug=settings.log.level == "debug")
         self._routes.any_fingerprint = settings.limits.fingerprint_format == "any"
         self._files = files
-        self.metrics.process.reloads["success"].inc()
-        log.info("broker.reloaded", needs_restart=_needs_restart(self._settings, settings))
-        return True
 
     def _new_keys(self, settings: Settings) -> Callable[[], None]:
         """Read the issuer's keys; returns what puts them in force."""
@@ -201,15 +232,12 @@ class App:
         return lambda: issuer.use_keyring(keyring)
 
     async def _open_admin(self) -> None:
-        self._admin = web.AppRunner(
-            admin.build(self._registry, self._health), access_log=None, handle_signals=False
-        )
-        await self._admin.setup()
-        server = self._admin.server
-        assert server is not None  # set by setup()
-        self._admin_listener, self.admin_url = await listen(
-            admin.connections(server), self._settings.admin.listen, "admin.listen", BACKLOG
-        )
+        if self._seat is not None:
+            self.admin_url = self._seat.admin_url
+            return
+        application = admin.build(self._registry, self._health)
+        self._admin = await admin.AdminListener.open(application, self._settings.admin.listen)
+        self.admin_url = self._admin.url
 
     async def _open_data(self) -> None:
         settings = self._settings
@@ -225,10 +253,17 @@ class App:
         )
         self._routes.use_log(debug=settings.log.level == "debug")
         self._server = DataServer(self._routes, self._routes.error_head)
-        self._listener, self.url = await listen(
-            self._server, settings.server.listen, "server.listen", BACKLOG
-        )
+        self._listener, self.url = await self._listen()
         self._add_pages()
+
+    async def _listen(self) -> "tuple[asyncio.Server | Acceptor, str]":
+        if self._seat is None:
+            return await listen(
+                self._server, self._settings.server.listen, "server.listen", BACKLOG
+            )
+        acceptor = Acceptor(self._seat.sockets, self._server)
+        acceptor.start(BACKLOG)
+        return acceptor, self._seat.url
 
     def _add_pages(self) -> None:
         """Pages for people: imported only where they are served."""
@@ -261,8 +296,9 @@ class App:
         server = self._settings.server
         ends = time.monotonic() + server.drain.seconds
         self._health.draining = True
-        log.info("broker.draining", lead_s=server.drain_lead.seconds, drain_s=server.drain.seconds)
-        await asyncio.sleep(server.drain_lead.seconds)
+        if self._seat is None:
+            log.info("broker.draining", lead_s=self._lead, drain_s=server.drain.seconds)
+        await asyncio.sleep(self._lead)
         self._listener.close()
         await self._server.drain(max(ends - time.monotonic(), 0.1))
         with contextlib.suppress(TimeoutError):  # mints under way are paid for: into the snapshot
@@ -270,7 +306,8 @@ class App:
                 await self.desk.flights.drained()
         await self._close_outside()
         self._save_snapshot()
-        log.info("broker.stopped")
+        if self._seat is None:
+            log.info("broker.stopped")
 
     async def _close_outside(self) -> None:
         for task in self._tasks:
@@ -281,9 +318,8 @@ class App:
             await self._paced.close()
         if isinstance(self.issuer, UpstreamIssuer):
             await self.issuer.close()
-        await self._admin.cleanup()
-        if self._admin_listener is not None:
-            self._admin_listener.close()
+        if self._admin is not None:
+            await self._admin.close()
         self._pauses.stop()
 
     def _restore_snapshot(self) -> None:
@@ -340,22 +376,7 @@ class App:
         self._routes.refusals.flush(now)
         self.desk.renewal_log.flush(now)
         self._pauses.tidy()
-        if self._files.changed():
+        self._publish()
+        if self._seat is None and self._files.changed():
             log.info("broker.secret_files_changed")
             self.reload()
-
-
-def _needs_restart(old: Settings, new: Settings) -> list[str]:
-    """Sections that differ and are not taken over by a reload."""
-    fixed = ("server", "admin", "reuse", "store")
-    names = [name for name in fixed if getattr(old, name) != getattr(new, name)]
-    if old.issuer.budget != new.issuer.budget or old.issuer.kind != new.issuer.kind:
-        names.append("issuer")
-    before, after = old.issuer, new.issuer
-    fixed_parts = {
-        "local.issuer": before.local.issuer != after.local.issuer,
-        "local.audience": before.local.audience != after.local.audience,
-        "upstream.base_url": before.upstream.base_url != after.upstream.base_url,
-        "upstream.timeout": before.upstream.timeout != after.upstream.timeout,
-    }
-    return names + [f"issuer.{name}" for name, differs in fixed_parts.items() if differs]

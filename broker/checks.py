@@ -145,6 +145,11 @@ def _check_store(settings: Settings) -> None:
             " tokens; make one with `broker keys generate`"
         )
     if address is None:
+        if settings.server.workers > 1:
+            raise ConfigError(
+                "server.workers: more than 1 needs a shared store, because each worker would have"
+                " limits, tokens and a budget of its own; set store.url, or workers = 1"
+            )
         return
     if not has_key:
         raise ConfigError(

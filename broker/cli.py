@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--listen", metavar="H:P", help="instead of [server] listen")
     serve.add_argument("--admin-listen", metavar="H:P", help="instead of [admin] listen")
+    serve.add_argument("--workers", metavar="N", help="instead of [server] workers")
     serve.set_defaults(run=_serve)
 
     check = commands.add_parser("check", help="check a configuration and say what is wrong")
@@ -153,8 +154,8 @@ def _settings(arguments: argparse.Namespace, flags: Mapping[str, Any] | None = N
 
 def _serve(arguments: argparse.Namespace) -> int:
     flags: dict[str, Any] = {}
-    if arguments.listen:
-        flags["server"] = {"listen": arguments.listen}
+    server = {"listen": arguments.listen, "workers": arguments.workers}
+    flags["server"] = {name: value for name, value in server.items() if value}
     if arguments.admin_listen:
         flags["admin"] = {"listen": arguments.admin_listen}
     if not arguments.dev:

@@ -19,22 +19,30 @@ class CannotListen(Exception):
 
 
 async def listen(
-    factory: Callable[[], asyncio.Protocol], address: str, setting: str, backlog: int
+    factory: Callable[[], asyncio.Protocol],
+    address: str,
+    setting: str,
+    backlog: int,
+    *,
+    serve: bool = True,
 ) -> tuple[asyncio.Server, str]:
     """Listen on `address`; returns the server and the URL under which it answers.
 
-    `setting` names the key that holds the address, for the error.  Raises CannotListen.
+    `setting` names the key that holds the address, for the error.  Without `serve` the address is
+    taken and nobody is let in: for workers that are given the sockets.  Raises CannotListen.
     """
     loop = asyncio.get_running_loop()
     where = parse_address(address)
     try:
         if isinstance(where, str):
             _require_free(Path(where))
-            server = await loop.create_unix_server(factory, where, backlog=backlog)
+            server = await loop.create_unix_server(
+                factory, where, backlog=backlog, start_serving=serve
+            )
             Path(where).chmod(SOCKET_MODE)  # noqa: ASYNC240 - once, at the start
             return server, f"unix:{where}"
         host, port = where
-        server = await loop.create_server(factory, host, port, backlog=backlog)
+        server = await loop.create_server(factory, host, port, backlog=backlog, start_serving=serve)
     except OSError as error:
         raise CannotListen(_reason(setting, address, error)) from None
     port = server.sockets[0].getsockname()[1]

@@ -24,7 +24,7 @@ from broker.settings import Log
 SUMMARY_INTERVAL = 60_000_000
 """Microseconds: how often refusals that were not written one by one are summed up."""
 
-_hash_key = secrets.token_bytes(32)
+_hash_key = bytearray(secrets.token_bytes(32))
 
 
 def configure(settings: Log, stream: TextIO | None = None) -> None:
@@ -96,8 +96,15 @@ class _Bridge(logging.Handler):
 
 
 def visitor_hash(fingerprint: str) -> str:
-    """Name a visitor in the log of this process without showing the fingerprint."""
+    """Name a visitor in the log of this broker without showing the fingerprint."""
     return blake2b(fingerprint.encode(), key=_hash_key, digest_size=6).hexdigest()
+
+
+def share_key(key: bytes | None = None) -> bytes:
+    """Return the key that names visitors; with one given, use that: all workers use the same."""
+    if key is not None:
+        _hash_key[:] = key
+    return bytes(_hash_key)
 
 
 class RefusalLog:

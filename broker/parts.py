@@ -13,11 +13,13 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import replace
 
+from broker.board import Cells
 from broker.checks import is_loopback, parse_address
 from broker.config import MIN_CLIENT_SECRET, VENDOR_VARIABLES, read_secret
 from broker.issue import ReusePolicy
 from broker.issuers.keyring import BadKey, Keyring, check_key
 from broker.limits import Limits, LimitSet, Rule
+from broker.metrics import Metrics
 from broker.model import LimitName, Secret
 from broker.pacer import Budget
 from broker.rules import bucket
@@ -30,6 +32,7 @@ from broker.settings import (
     Limit,
     Settings,
 )
+from broker.stores.address import parse_store_url
 from broker.web.door import KnownClient, Network
 
 
@@ -155,6 +158,18 @@ def budget(settings: Settings) -> Budget | None:
     if section is None:
         return None
     return Budget(section.rate, section.per.seconds, section.burst, section.max_wait.seconds)
+
+
+def metrics(settings: Settings, cells: Cells | None = None) -> Metrics:
+    """Return the metrics of a process with these settings, in its row of a shared board."""
+    workers = settings.server.workers
+    return Metrics(
+        settings.issuer.kind,
+        budget=settings.issuer.budget is not None,
+        shared_store=parse_store_url(settings.store.url) is not None,
+        workers=workers if workers > 1 else 0,
+        cells=cells,
+    )
 
 
 def sealing_key(settings: Settings) -> Secret | None:

@@ -1,4 +1,4 @@
-"""Runs an `App` in this process: event loop, signals, exit code."""
+"""Runs an `App`, or the supervisor of several: event loop, signals, exit code."""
 
 import asyncio
 import contextlib
@@ -15,16 +15,17 @@ from broker.app import App
 from broker.config import read_secret
 from broker.listen import CannotListen
 from broker.settings import Settings
+from broker.supervisor import CannotStart, Supervisor
 
 log = structlog.get_logger()
 
-EX_UNAVAILABLE = 69
+EX_UNAVAILABLE, EX_CONFIG = 69, 78
 
 
 def serve(settings: Settings, load: Callable[[], Settings], *, dev: bool) -> int:
     """Serve until a signal; returns the exit code."""
     _allow_connections()
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(_serve(settings, load, dev=dev))
 
 
@@ -38,7 +39,7 @@ def _allow_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     """Uvloop where there is one; asyncio's own loop elsewhere."""
     try:
         import uvloop  # noqa: PLC0415 - optional by platform
@@ -48,26 +49,30 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 async def _serve(settings: Settings, load: Callable[[], Settings], *, dev: bool) -> int:
-    app = App(settings, load, os.environ, dev=dev)
+    kind = Supervisor if settings.server.workers > 1 else App
+    app = kind(settings, load, os.environ, dev=dev)
     _obey_signals(app)  # first: a signal that meets the start must not kill half a process
     try:
         await app.start()
     except CannotListen as error:
         print(f"broker: {error}", file=sys.stderr)
         return EX_UNAVAILABLE
+    except CannotStart as error:
+        return error.code
     if dev:
         _introduce(app, settings)
     await app.run()
     return 0
 
 
-def _obey_signals(app: App) -> None:
+def _obey_signals(app: App | Supervisor) -> None:
     loop = asyncio.get_running_loop()
     asked: list[int] = []
 
     def stop(number: int) -> None:
         if asked:
             log.warning("broker.aborted")  # what is under way is cut off, no snapshot is written
+            app.abort()
             os._exit(128 + number)
         asked.append(number)
         app.stop()
@@ -77,7 +82,7 @@ def _obey_signals(app: App) -> None:
     loop.add_signal_handler(signal.SIGHUP, app.reload)
 
 
-def _introduce(app: App, settings: Settings) -> None:
+def _introduce(app: App | Supervisor, settings: Settings) -> None:
     """Tell programs (first line) and people (second) how to get a first token."""
     from broker import dev  # noqa: PLC0415 - development only
 

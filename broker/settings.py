@@ -64,6 +64,9 @@ class Server(_Section, frozen=True):
 
     listen: str = "127.0.0.1:8080"
     """`HOST:PORT` or `unix:/path`.  Loopback: a sidecar is reached by its own host only."""
+    workers: Annotated[int, Meta(ge=1, le=64)] = 1
+    """Processes that answer requests.  One: it serves some thousand visitors a second, and needs no
+    store that is shared."""
     deadline: Duration = _seconds(12)
     """One request, start to answer: the longest wait for the budget (8 s) and a usual mint, but
     shorter than the 15 s at which common HTTP clients and proxies give up."""

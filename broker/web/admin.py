@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from email.utils import formatdate
 from secrets import token_hex
+from typing import Self
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry
@@ -11,8 +12,9 @@ from prometheus_client.exposition import choose_encoder
 
 from broker.answers import HealthAnswer, error_body, plain_body
 from broker.health import Health
+from broker.listen import CannotListen, listen
 from broker.web.answer import JSON_TYPE
-from broker.web.server import KEEP_ALIVE, LINGER, DataConnection
+from broker.web.server import BACKLOG, KEEP_ALIVE, LINGER, DataConnection
 
 
 def build(registry: CollectorRegistry, health: Health) -> web.Application:
@@ -34,6 +36,34 @@ def connections(server: web.Server) -> Callable[[], web.RequestHandler]:
         lingering_time=LINGER,
         access_log=None,  # type: ignore[arg-type]  # aiohttp's own documentation: None disables it
     ).attach(lambda: (f"admin-{token_hex(4)}", formatdate(usegmt=True)))
+
+
+class AdminListener:
+    """The admin application on its address, at `url`."""
+
+    def __init__(self, runner: web.AppRunner, listener: asyncio.Server, url: str) -> None:
+        self._runner = runner
+        self._listener = listener
+        self.url = url
+
+    @classmethod
+    async def open(cls, application: web.Application, address: str) -> Self:
+        """Listen; raises CannotListen with nothing left open."""
+        runner = web.AppRunner(application, access_log=None, handle_signals=False)
+        await runner.setup()
+        server = runner.server
+        assert server is not None  # set by setup()
+        try:
+            listener, url = await listen(connections(server), address, "admin.listen", BACKLOG)
+        except CannotListen:
+            await runner.cleanup()
+            raise
+        return cls(runner, listener, url)
+
+    async def close(self) -> None:
+        """Answer what is under way, and close."""
+        await self._runner.cleanup()
+        self._listener.close()
 
 
 def render(registry: CollectorRegistry, accept: str) -> tuple[str, bytes]:
@@ -64,9 +94,7 @@ async def _live(_request: web.Request) -> web.StreamResponse:
 
 def _ready(health: Health) -> _Handler:
     async def answer(_request: web.Request) -> web.StreamResponse:
-        if health.ready:
-            return _json(200, plain_body(HealthAnswer("ok")))
-        return _json(503, plain_body(HealthAnswer("draining")))
+        return _json(200 if health.ready else 503, plain_body(HealthAnswer(health.state)))
 
     return answer
 

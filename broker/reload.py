@@ -1,0 +1,48 @@
+"""What a running process can take over from new settings, and what needs a restart."""
+
+from msgspec.structs import replace
+
+from broker.settings import Issuer, Settings
+
+
+def needs_restart(old: Settings, new: Settings) -> list[str]:
+    """Sections that differ and are not taken over by a reload."""
+    fixed = ("server", "admin", "reuse", "store")
+    names = [name for name in fixed if getattr(old, name) != getattr(new, name)]
+    if old.issuer.budget != new.issuer.budget or old.issuer.kind != new.issuer.kind:
+        names.append("issuer")
+    before, after = old.issuer, new.issuer
+    fixed_parts = {
+        "local.issuer": before.local.issuer != after.local.issuer,
+        "local.audience": before.local.audience != after.local.audience,
+        "upstream.base_url": before.upstream.base_url != after.upstream.base_url,
+        "upstream.timeout": before.upstream.timeout != after.upstream.timeout,
+    }
+    return names + [f"issuer.{name}" for name, differs in fixed_parts.items() if differs]
+
+
+def in_force(old: Settings, new: Settings) -> Settings:
+    """Return what holds after a reload: `new`, but for what needs a restart.
+
+    A worker that is started later follows these, as those that were there do.
+    """
+    return replace(
+        new,
+        server=old.server,
+        admin=old.admin,
+        reuse=old.reuse,
+        store=old.store,
+        issuer=_issuer_in_force(old.issuer, new.issuer),
+    )
+
+
+def _issuer_in_force(old: Issuer, new: Issuer) -> Issuer:
+    if old.kind != new.kind:
+        return old  # its keys are left alone, too
+    local, upstream = old.local, old.upstream
+    return replace(
+        new,
+        budget=old.budget,
+        local=replace(new.local, issuer=local.issuer, audience=local.audience),
+        upstream=replace(new.upstream, base_url=upstream.base_url, timeout=upstream.timeout),
+    )

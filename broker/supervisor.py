@@ -1,0 +1,283 @@
+"""Keeps workers: binds what they share, replaces who dies, and answers for all of them.
+
+Start: both addresses are bound here, so that an address in use is one error and not N; then each
+worker is given the listening sockets, the settings and its row of the board.  The sockets are
+shared, not bound again by each worker with SO_REUSEPORT: that would reset what is queued for a
+worker that dies, and does not exist for Unix sockets.
+
+Life: a worker that dies is replaced, its counts stay, its gauges go.  SIGHUP, or a secret file that
+changed: the settings are read and checked here, then workers take them over one by one, the next
+when the last has said so; one that starts meanwhile begins with them.
+
+Stop: readiness turns here and in every worker, which drain by themselves; this copy of the sockets
+is closed with the last of theirs.  If this process is killed, workers notice and drain.
+
+Knows nothing of tokens: no request passes here, only scrapes and probes.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+
+import structlog
+from prometheus_client import CollectorRegistry
+
+from broker import logs, parts, scrape
+from broker.board import share, shared
+from broker.channel import Begin, packed
+from broker.child import Child, reason_of
+from broker.health import Health
+from broker.listen import CannotListen, listen
+from broker.reload import in_force, needs_restart
+from broker.rules import restarts
+from broker.schema import ConfigError
+from broker.settings import Settings
+from broker.watch import SecretFiles
+from broker.web import admin
+from broker.web.server import BACKLOG
+
+log = structlog.get_logger()
+
+ROUND = 0.5
+"""Seconds between looks at secret files and at what workers take of the machine."""
+
+GRACE = 2.0
+"""Seconds beyond `drain` in which a worker must have ended: it closes connections and says so."""
+
+HOPELESS = frozenset({69, 78})
+"""Exit codes with which a worker says at the start that another try would end alike."""
+
+
+class CannotStart(Exception):
+    """A worker said at the start that it cannot work, and why, on standard error."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class Supervisor:
+    """The parent of all workers.  `load` reads the settings anew; it raises ConfigError.
+
+    Raises ConfigError itself for settings with which no worker could start.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        load: Callable[[], Settings],
+        environ: Mapping[str, str],
+        *,
+        dev: bool = False,
+    ) -> None:
+        self._settings = settings
+        self._load = load
+        self._environ = environ
+        self._dev = dev
+        self._files = SecretFiles(file for _, file in parts.secret_files(settings))
+        parts.check(settings, environ)
+        count, width = settings.server.workers, parts.metrics(settings).sheet.width
+        self._memory = share(count + 1, width)
+        self._board = shared(self._memory, width)
+        self.metrics = parts.metrics(settings, self._board.rows[0])
+        self._children: dict[int, Child] = {}
+        self._health = Health(lambda: any(child.is_ready for child in self._children.values()))
+        self._stopping = asyncio.Event()
+        self._reload_wanted = asyncio.Event()
+        self._crew_met = asyncio.Event()
+        self._start_failed: int | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._keepers: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Open everything and wait for all workers; raises CannotListen or CannotStart."""
+        server = self._settings.server
+        self._admin = await admin.AdminListener.open(
+            admin.build(self.registry(), self._health), self._settings.admin.listen
+        )
+        self.admin_url = self._admin.url
+        try:
+            self._listener, self.url = await listen(
+                asyncio.Protocol, server.listen, "server.listen", BACKLOG, serve=False
+            )
+        except CannotListen:
+            await self._admin.close()
+            raise
+        self._keepers = {
+            asyncio.ensure_future(self._keep(index)) for index in range(1, server.workers + 1)
+        }
+        await self._crew_met.wait()
+        if self._start_failed is not None:
+            await self._end()
+            raise CannotStart(self._start_failed)
+        self._tasks = {
+            asyncio.ensure_future(self._keep_house()),
+            asyncio.ensure_future(self._obey_reloads()),
+        }
+        log.info(
+            "broker.started",
+            url=self.url,
+            admin_url=self.admin_url,
+            issuer=self._settings.issuer.kind,
+            workers=server.workers,
+        )
+
+    async def run(self) -> None:
+        """Wait until `stop` is called, then let all workers drain."""
+        await self._stopping.wait()
+        server = self._settings.server
+        ends = time.monotonic() + server.drain.seconds + GRACE
+        lead = server.drain_lead.seconds
+        self._health.draining = True
+        log.info("broker.draining", lead_s=lead, drain_s=server.drain.seconds)
+        for child in self._children.values():
+            child.stop()
+        await asyncio.sleep(lead)
+        self._listener.close()
+        await asyncio.wait(self._keepers, timeout=max(ends - time.monotonic(), 0.0))
+        await self._end()
+        log.info("broker.stopped")
+
+    def stop(self) -> None:
+        """Begin to drain."""
+        self._stopping.set()
+        self._crew_met.set()
+
+    def abort(self) -> None:
+        """End all workers at once."""
+        for child in self._children.values():
+            child.kill()
+
+    def reload(self) -> None:
+        """Read the settings again, and let all workers take them over."""
+        self._reload_wanted.set()
+
+    def registry(self) -> CollectorRegistry:
+        """What a scrape shows: the sum of all."""
+        return scrape.registry(self.metrics.sheet.families, self._board, self._publish)
+
+    async def _keep(self, index: int) -> None:
+        """Keep one worker alive until the end."""
+        delay = 0.0
+        while not self._stopping.is_set():
+            try:
+                child = await Child.start(self._begin(index))
+                reason, lived = await self._attend(child), child.lived
+            except OSError as error:
+                reason, lived = f"cannot be started: {error.strerror}", 0.0
+            if self._stopping.is_set():
+                return
+            delay = restarts.delay(delay, lived)
+            self.metrics.process.restarts.inc()
+            log.error("broker.worker_died", worker=index, reason=reason, again_in_s=delay)
+            await _sleep_unless(self._stopping, delay)
+
+    async def _attend(self, child: Child) -> str:
+        """See one process through its life; returns how it ended."""
+        self._children[child.index] = child
+        try:
+            if self._stopping.is_set():
+                child.stop()
+            if await child.met():
+                log.info("broker.worker_started", worker=child.index, pid=child.pid)
+                self._note_met()
+            code = await child.gone()
+            if not self._crew_met.is_set() and code in HOPELESS:
+                self._start_failed = code
+                self.stop()
+        finally:
+            del self._children[child.index]
+            self.metrics.sheet.drop_gauges(self._board.rows[child.index])
+        return reason_of(code)
+
+    def _note_met(self) -> None:
+        if sum(child.is_ready for child in self._children.values()) == self._count:
+            self._crew_met.set()
+
+    @property
+    def _count(self) -> int:
+        return self._settings.server.workers
+
+    def _begin(self, index: int) -> Begin:
+        return Begin(
+            worker=index,
+            settings=packed(self._settings),
+            dev=self._dev,
+            url=self.url,
+            admin_url=self.admin_url,
+            listeners=tuple(listener.fileno() for listener in self._listener.sockets),
+            board=self._memory,
+            layout=self.metrics.layout,
+            log_key=logs.share_key(),
+        )
+
+    async def _obey_reloads(self) -> None:
+        while True:
+            await self._reload_wanted.wait()
+            self._reload_wanted.clear()
+            try:
+                await self._roll()
+            except Exception:
+                log.exception("broker.defect")  # the next one is heard all the same
+
+    async def _roll(self) -> None:
+        """Check new settings, then put them in force, one worker after the other."""
+        try:
+            loaded = self._load()
+            settings = in_force(self._settings, loaded)
+            files = SecretFiles(file for _, file in parts.secret_files(settings))
+            parts.check(settings, self._environ)
+        except ConfigError as error:
+            self._report_failure([str(error)])
+            return
+        changed = needs_restart(self._settings, loaded)
+        self._settings, self._files = settings, files
+        tree = packed(settings)
+        failures = [await child.follow(tree) for child in list(self._children.values())]
+        logs.configure(settings.log)
+        if any(failures):
+            self._report_failure([failure for failure in failures if failure])
+            return
+        self.metrics.process.reloads["success"].inc()
+        log.info("broker.reloaded", needs_restart=changed)
+
+    def _report_failure(self, failures: list[str]) -> None:
+        self.metrics.process.reloads["failure"].inc()
+        log.error("broker.reload_failed", error="; ".join(dict.fromkeys(failures)))
+
+    async def _keep_house(self) -> None:
+        while True:
+            await asyncio.sleep(ROUND)
+            self._publish()
+            if self._files.changed():
+                log.info("broker.secret_files_changed")
+                self.reload()
+
+    def _publish(self) -> None:
+        """Note what each worker takes of the machine."""
+        process = self.metrics.process
+        for label, memory in process.memory.items():
+            child = self._children.get(int(label))
+            usage = None if child is None else child.usage()
+            memory.set(0 if usage is None else usage.resident_bytes)
+            if child is not None and usage is not None and usage.cpu_seconds > child.counted_cpu:
+                process.cpu[label] += usage.cpu_seconds - child.counted_cpu
+                child.counted_cpu = usage.cpu_seconds
+
+    async def _end(self) -> None:
+        """End whoever is left, and close everything."""
+        self.abort()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._keepers, return_exceptions=True)
+        self._listener.close()
+        await self._admin.close()
+
+
+async def _sleep_unless(event: asyncio.Event, seconds: float) -> None:
+    """Sleep, but not longer than until the event."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return

@@ -1,0 +1,92 @@
+"""One worker: an `App` that was given its sockets, and does what its supervisor says.
+
+`python -m broker.worker FD` is started by the supervisor and by nobody else; FD is its end of the
+`channel`.  A fresh process and not a fork: event loop, threads and random state are its own, and a
+replacement starts like the first one did.
+
+Signals: the supervisor's word comes over the channel, so a worker heeds SIGTERM only (service
+managers send it to every process of a service), and as often as it comes: it never cuts off
+requests by itself.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+
+from broker import logs, parts, schema
+from broker.app import App, Seat
+from broker.board import shared
+from broker.channel import ORDERS, Begin, Channel, Follow, Followed, Order, Ready, Refused, Stop
+from broker.schema import ConfigError
+from broker.serve import EX_CONFIG, loop_factory
+
+
+def main() -> int:
+    """Work until told to stop; returns the exit code."""
+    end = socket.socket(fileno=int(sys.argv[1]))
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        return runner.run(_work(end))
+
+
+async def _work(end: socket.socket) -> int:
+    channel = await Channel.over(end, ORDERS)
+    begin = await channel.receive()
+    if not isinstance(begin, Begin):
+        return 0  # the supervisor has gone
+    try:
+        app = _build(begin)
+    except ConfigError as error:
+        print(f"broker: {error}", file=sys.stderr)
+        return EX_CONFIG
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, app.stop)
+    await app.start()
+    channel.send(Ready())
+    obeying = asyncio.ensure_future(_obey(channel, app))
+    await app.run()
+    obeying.cancel()
+    await asyncio.wait([obeying])
+    channel.close()
+    return 0
+
+
+def _build(begin: Begin) -> App:
+    """Build the App; raises ConfigError."""
+    settings = schema.build(begin.settings)
+    logs.configure(settings.log)
+    logs.share_key(begin.log_key)
+    width = parts.metrics(settings).sheet.width
+    board = shared(begin.board, width)
+    os.close(begin.board)  # the mapping stays
+    metrics = parts.metrics(settings, board.rows[begin.worker])
+    if metrics.layout != begin.layout:
+        raise ConfigError("this is another version than the one that runs: restart the broker")
+    sockets = [socket.socket(fileno=listener) for listener in begin.listeners]
+    seat = Seat(sockets, begin.url, begin.admin_url, board, metrics)
+    return App(settings, lambda: settings, os.environ, dev=begin.dev, seat=seat)
+
+
+async def _obey(channel: Channel[Order], app: App) -> None:
+    """Do what the supervisor says, until it says no more."""
+    while (order := await channel.receive()) is not None:
+        match order:
+            case Follow(tree):
+                channel.send(_follow(app, tree))
+            case Stop():
+                app.stop()
+            case Begin():
+                raise AssertionError("told to begin twice")
+    app.stop(at_once=True)  # nobody tells balancers any more, and a successor wants the address
+
+
+def _follow(app: App, tree: dict[str, object]) -> Followed | Refused:
+    try:
+        app.follow(schema.build(tree))
+    except ConfigError as error:
+        return Refused(str(error))
+    return Followed()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
