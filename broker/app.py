@@ -8,10 +8,12 @@ in only if all of it could be built.
 
 import asyncio
 import contextlib
+import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 from msgspec import Struct
@@ -33,6 +35,7 @@ from broker.pauses import PauseKeeper
 from broker.reload import needs_restart
 from broker.schema import ConfigError
 from broker.settings import Settings
+from broker.slots import Budget
 from broker.stores import snapshot
 from broker.stores.memory import MemoryStore
 from broker.stores.tokens import TokenCache
@@ -41,6 +44,10 @@ from broker.web import admin
 from broker.web.door import Door
 from broker.web.routes import Routes
 from broker.web.server import BACKLOG, DataServer
+
+if TYPE_CHECKING:
+    from broker.sharing import Sharing
+    from broker.stores.shared import SharedStore
 
 log = structlog.get_logger()
 
@@ -56,6 +63,7 @@ call has a timeout of its own, and must be the one to tell that it ran out."""
 class Seat(Struct, frozen=True):
     """A worker's place: where it is reached and where it counts, as its supervisor gave it."""
 
+    worker: int
     sockets: Sequence[socket.socket]
     url: str
     admin_url: str
@@ -109,12 +117,15 @@ class App:
             mono=clock.mono,
             counts=self.metrics.tokens.counts,
         )
-        self.store = MemoryStore(
-            parts.limits(settings), self._tokens, clock, self.metrics.limits.counts
+        self.sharing = self._share()
+        self.store: MemoryStore | SharedStore = (
+            self.sharing.store
+            if self.sharing is not None
+            else MemoryStore(
+                parts.limits(settings), self._tokens, clock, self.metrics.limits.counts
+            )
         )
-        self._paced = (
-            None if budget is None else Paced(budget, self.metrics.budget.queue_wait.observe)
-        )
+        self._paced = None if budget is None else self._pace(budget)
         self.door = Door(
             parts.clients(settings, self._environ),
             parts.trusted_proxies(settings),
@@ -137,6 +148,44 @@ class App:
         board = self._seat.board if self._seat else Board([self.metrics.sheet.cells])
         self._registry = scrape.registry(self.metrics.sheet.families, board, self._publish)
 
+    def _share(self) -> "Sharing | None":
+        """Put the shared store together, if there is one; opens nothing."""
+        address = parts.store_address(self._settings)
+        if address is None or self._sealing_key is None:
+            return None
+        from broker.sharing import Sharing  # noqa: PLC0415 - its client is slow to import
+
+        return Sharing(
+            self._settings,
+            address,
+            parts.store_access(self._settings),
+            self._sealing_key,
+            parts.limits(self._settings),
+            self._tokens,
+            self._clock,
+            self.metrics,
+            place=self._place,
+            origin=lambda: self.issuer.origin,
+            origins=lambda: self.issuer.origins,
+        )
+
+    @property
+    def _place(self) -> str:
+        """Name this process among those of its host: the same after a restart, if it can be."""
+        listen = self._settings.server.listen
+        if self._seat is not None:
+            return f"{listen} worker {self._seat.worker}"
+        return listen if not listen.endswith(":0") else f"{listen} {os.getpid()}"
+
+    def _pace(self, budget: Budget) -> Paced:
+        observe = self.metrics.budget.queue_wait.observe
+        if self.sharing is None:
+            return Paced(budget, observe)
+        slots = self.sharing.slots(budget)
+        paced = Paced(budget, observe, slots)
+        slots.hold = paced.hold
+        return paced
+
     def _build_issuer(self) -> LocalIssuer | UpstreamIssuer:
         settings = self._settings
         if settings.issuer.kind == "local":
@@ -151,12 +200,15 @@ class App:
             self._paced,
             self._clock,
             self.metrics.upstream,
+            refusals=None if self.sharing is None else self.sharing.refusals,
         )
 
     async def start(self) -> None:
         """Open everything; raises CannotListen with nothing left open."""
         self._loop = asyncio.get_running_loop()
         self._restore_snapshot()
+        if self.sharing is not None:
+            await self.sharing.open()
         if self._paced is not None:
             await self._paced.start()
         self._pauses.start()
@@ -169,7 +221,7 @@ class App:
                 self._save_snapshot()
             raise
         self._tasks.add(self._loop.create_task(self._keep_house()))
-        self._publish()
+        self._tidy()
         self._started = True
         if self._seat is None:
             name = self.issuer.name
@@ -288,6 +340,8 @@ class App:
         if self._paced is not None:
             metrics.budget.remaining.set(self._paced.remaining)
             metrics.budget.queue_depth.set(self._paced.depth)
+        if self.sharing is not None:
+            metrics.store.degraded.set(self.sharing.is_degraded)
         if isinstance(self.issuer, UpstreamIssuer):
             metrics.upstream.breakers["credentials"].set(self.issuer.credentials.is_open)
             metrics.upstream.breakers["health"].set(self.issuer.health.is_open)
@@ -318,6 +372,8 @@ class App:
             await self._paced.close()
         if isinstance(self.issuer, UpstreamIssuer):
             await self.issuer.close()
+        if self.sharing is not None:
+            await self.sharing.close()
         if self._admin is not None:
             await self._admin.close()
         self._pauses.stop()
@@ -326,6 +382,7 @@ class App:
         store = self._settings.store
         if store.snapshot_file is None or self._sealing_key is None:
             return
+        assert isinstance(self.store, MemoryStore)  # checked with the settings
         try:
             count = snapshot.load(
                 Path(store.snapshot_file),
@@ -348,6 +405,7 @@ class App:
         path = self._settings.store.snapshot_file
         if path is None or self._sealing_key is None:
             return
+        assert isinstance(self.store, MemoryStore)  # as above
         try:
             count = snapshot.save(
                 Path(path), self._sealing_key, self.store, self._clock, self.issuer.origin
@@ -376,6 +434,9 @@ class App:
         self._routes.refusals.flush(now)
         self.desk.renewal_log.flush(now)
         self._pauses.tidy()
+        if self.sharing is not None:
+            self._health.degraded = self.sharing.is_degraded
+            self._health.refuses = self.sharing.refuses
         self._publish()
         if self._seat is None and self._files.changed():
             log.info("broker.secret_files_changed")

@@ -3,18 +3,22 @@
 from collections.abc import Callable
 from typing import Literal
 
-HealthState = Literal["ok", "draining", "no_worker"]
-"""Fine, asked to stop, or without anybody who takes requests."""
+HealthState = Literal["ok", "degraded", "draining", "no_worker", "no_store"]
+"""Fine, on its own while the shared store is away, asked to stop, without anybody who takes
+requests, or told to refuse them without the store."""
 
 
 class Health:
     """`draining` is set once, when the process has been asked to stop.
 
     `serves` tells whether somebody takes requests: a supervisor does not do it itself.
+    `degraded` is set while the shared store is away, `refuses` if nothing is answered without it.
     """
 
     def __init__(self, serves: Callable[[], bool] = lambda: True) -> None:
         self.draining = False
+        self.degraded = False
+        self.refuses = False
         self._serves = serves
 
     @property
@@ -22,9 +26,13 @@ class Health:
         """How it is."""
         if self.draining:
             return "draining"
-        return "ok" if self._serves() else "no_worker"
+        if not self._serves():
+            return "no_worker"
+        if self.refuses:
+            return "no_store"
+        return "degraded" if self.degraded else "ok"
 
     @property
     def ready(self) -> bool:
         """Whether a balancer should send requests here."""
-        return self.state == "ok"
+        return self.state in ("ok", "degraded")

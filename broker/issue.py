@@ -177,7 +177,7 @@ class TokenDesk:
         try:
             async with asyncio.timeout(self._mint_timeout):
                 await self.patience.wait(key)
-                self._issuer.check(ask)
+                await self._issuer.check(ask)
                 lead = await self._store.lead(ask, key, self._better_than(held))
                 if isinstance(lead, EmbedToken):
                     return lead

@@ -53,3 +53,33 @@ class Limits(Struct, frozen=True):
     agent: LimitSet
     client: LimitSet | None
     max_tracked: int
+
+
+def share_of(limits: Limits, replicas: int) -> Limits:
+    """Return one replica's part of all limits: together they admit no more than these."""
+    if replicas == 1:
+        return limits
+
+    def divide(limit_set: LimitSet) -> LimitSet:
+        return LimitSet(
+            limit_set.name,
+            _divide(limit_set.rule, replicas),
+            {agent: _divide(rule, replicas) for agent, rule in limit_set.overrides.items()},
+        )
+
+    return Limits(
+        fingerprint=divide(limits.fingerprint),
+        fingerprint_mints=divide(limits.fingerprint_mints),
+        agent=divide(limits.agent),
+        client=None if limits.client is None else divide(limits.client),
+        max_tracked=limits.max_tracked,
+    )
+
+
+def _divide(rule: Rule, replicas: int) -> Rule:
+    """Divide rate and burst; a burst under one is one, and costs rate.
+
+    With more replicas than burst each has one token at once, more in all than the limit's burst.
+    """
+    limit = rule.limit
+    return Rule(Limit(max(limit.burst // replicas, 1), limit.interval * replicas), rule.dry_run)

@@ -1,10 +1,8 @@
 """The budget: no more mints than the vendor allows, each in its turn.
 
-Theory of operation.  aiolimiter's AsyncLimiter decides *when* a slot is free; a queue in front
-of it decides *whose* it is.  The limiter alone will not do: it starts full (so every restart
-would add a burst), lets newcomers overtake, and its waiters are unbounded.
+Theory of operation.  `slots` decide *when* a call may be made, the queue here *whose* it is.
 
-- It is drained once at the start, so slots come one by one from the first second on.
+- Slots come one by one from the first second on: a restart adds no burst.
 - Who cannot be served within `max_wait` is refused at arrival with the true time, not after
   having waited for nothing.  Refused callers are given times one slot apart, so those who come
   back when they were told find their slot instead of each other.
@@ -14,7 +12,7 @@ would add a burst), lets newcomers overtake, and its waiters are unbounded.
   is left, because every slot it takes is one that a first visitor may need.
 - A slot whose taker went away in the same moment is passed on; if nobody waits, it lapses.
 
-All times are seconds of the event loop's clock, which is the clock the limiter runs on.
+All times are seconds of the event loop's clock.
 """
 
 import asyncio
@@ -24,12 +22,11 @@ from enum import Enum
 from typing import Protocol
 
 import structlog
-from aiolimiter import AsyncLimiter
-from msgspec import Struct
 from typing_extensions import override
 
 from broker.errors import BudgetExhausted, ServiceUnavailable
 from broker.line import Line, Place
+from broker.slots import Budget, LocalSlots, Slots
 
 log = structlog.get_logger()
 
@@ -57,20 +54,6 @@ class Urgency(Enum):
 
 _RANKS = {Urgency.FIRST: 0, Urgency.MANDATORY: 1}
 """Those who queue, by urgency."""
-
-
-class Budget(Struct, frozen=True):
-    """`rate` calls every `per` seconds, `burst` at once; nobody waits over `max_wait` seconds."""
-
-    rate: float
-    per: float
-    burst: int
-    max_wait: float
-
-    @property
-    def interval(self) -> float:
-        """Seconds between two slots."""
-        return self.per / self.rate
 
 
 class Pacer(Protocol):
@@ -107,17 +90,18 @@ class Unpaced(Pacer):
 
 
 class Paced(Pacer):
-    """A budget on aiolimiter.  Between `start` and `close` it owns a task.
+    """A budget.  Between `start` and `close` it owns a task.
 
-    `waited` is called with the seconds that each granted caller waited.
+    `waited` is called with the seconds that each granted caller waited.  Without `slots` they are
+    this process' own.
     """
 
-    def __init__(self, budget: Budget, waited: Callable[[float], object]) -> None:
+    def __init__(
+        self, budget: Budget, waited: Callable[[float], object], slots: Slots | None = None
+    ) -> None:
         self._budget = budget
+        self._slots = slots or LocalSlots(budget)
         self._waited = waited
-        self._depth = budget.burst * budget.interval
-        self._limiter = AsyncLimiter(budget.burst, self._depth)
-        self._full_at = 0.0
         self._paused = False
         self._paused_until = 0.0
         self._promised: dict[str, float] = {}
@@ -126,10 +110,9 @@ class Paced(Pacer):
         self._server: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Drain the limiter, so that a restart does not add a burst, and begin to serve."""
+        """Begin with no slot, so that a restart does not add a burst, and begin to serve."""
         self._loop = asyncio.get_running_loop()
-        await self._limiter.acquire(self._budget.burst)
-        self._full_at = self._loop.time() + self._depth
+        await self._slots.start()
         self._server = self._loop.create_task(self._serve())
         self._server.add_done_callback(_report_defect)
 
@@ -138,6 +121,7 @@ class Paced(Pacer):
         if self._server is not None:
             self._server.cancel()
             await asyncio.wait([self._server])
+            await self._slots.close()
         while place := self._line.next():
             if not place.granted.done():
                 place.granted.set_exception(_stopping())
@@ -146,14 +130,19 @@ class Paced(Pacer):
     async def turn(self, urgency: Urgency, client: str) -> None:
         if urgency is Urgency.AHEAD:
             await self._take_if_plenty()
-        elif not self.depth and self._is_free():
-            await self._take()
+        elif not self.depth and not self._paused and self._slots.is_free:
+            await self._slots.take(0)
             self._waited(0.0)
         else:
             await self._queue(urgency, client)
 
     def pause(self, seconds: float) -> None:
-        """Give out nothing for this long (the vendor said so), and no burst afterwards.
+        """Give out nothing for this long (the vendor said so), and no burst afterwards."""
+        self.hold(seconds)
+        self._slots.pause(min(seconds, MAX_PROMISE))
+
+    def hold(self, seconds: float) -> None:
+        """Follow a pause, whoever was told of it.
 
         Who waits and would not be served in time is told so now, not at the end of their patience.
         """
@@ -168,11 +157,7 @@ class Paced(Pacer):
 
     async def correct(self, remaining: int) -> None:
         """Believe the vendor when it says that fewer calls are left than we think."""
-        excess = self.remaining - max(remaining, 0)
-        if excess > 0 and self._limiter.has_capacity(excess):
-            await self._limiter.acquire(excess)
-            self._full_at = max(self._full_at, self._loop.time())
-            self._full_at += excess * self._budget.interval
+        await self._slots.correct(remaining)
 
     @property
     def depth(self) -> int:
@@ -182,11 +167,7 @@ class Paced(Pacer):
     @property
     def remaining(self) -> int:
         """Slots that could be taken at this moment."""
-        if self._paused:
-            return 0
-        now = self._loop.time()
-        spare = self._depth - max(self._full_at - now, 0.0)
-        return int(spare / self._budget.interval + 1e-9)
+        return 0 if self._paused else self._slots.remaining
 
     @property
     @override
@@ -220,10 +201,9 @@ class Paced(Pacer):
     def _predict(self, client: str, rank: int) -> float:
         """Seconds until a newcomer gets a slot, if nobody else comes."""
         now = self._loop.time()
+        ahead = self._line.ahead_of(client, rank)
         start = max(now, self._paused_until)
-        level = start + self._depth if self._paused else max(self._full_at, start)
-        slots = self._line.ahead_of(client, rank) + 1
-        return max(level + slots * self._budget.interval - self._depth, start) - now
+        return self._slots.predict(ahead, start, drained=self._paused) - now
 
     def _promise(self, client: str, predicted: float) -> int:
         """Choose when to come back: a slot after what this client was last told.  In us."""
@@ -237,22 +217,14 @@ class Paced(Pacer):
     async def _take_if_plenty(self) -> None:
         if not self.plenty:
             raise BudgetExhausted("the vendor's budget is needed elsewhere", 1_000_000)
-        await self._take()
-
-    def _is_free(self) -> bool:
-        return not self._paused and self._limiter.has_capacity()
-
-    async def _take(self) -> None:
-        """Take a slot; waits only if none is free."""
-        await self._limiter.acquire()
-        self._full_at = max(self._full_at, self._loop.time()) + self._budget.interval
+        await self._slots.take(0)
 
     async def _serve(self) -> None:
         while True:
             await self._wanted.wait()
             await self._sleep_out_pause()
             if self.depth:
-                await self._take()
+                await self._slots.take(self.depth)
                 await self._sleep_out_pause()
                 self._pass_on()
             if not self.depth and not self._paused:
@@ -265,9 +237,7 @@ class Paced(Pacer):
         while (left := self._paused_until - self._loop.time()) > 0:  # noqa: ASYNC110 - may be extended
             await asyncio.sleep(left)
         self._paused = False
-        if free := self.remaining:
-            await self._limiter.acquire(free)
-        self._full_at = self._loop.time() + self._depth
+        await self._slots.resume()
 
     def _pass_on(self) -> None:
         """Give the slot at hand to whoever is next; if nobody is, it lapses."""

@@ -21,7 +21,6 @@ from broker.issuers.keyring import BadKey, Keyring, check_key
 from broker.limits import Limits, LimitSet, Rule
 from broker.metrics import Metrics
 from broker.model import LimitName, Secret
-from broker.pacer import Budget
 from broker.rules import bucket
 from broker.schema import ConfigError
 from broker.settings import (
@@ -32,7 +31,8 @@ from broker.settings import (
     Limit,
     Settings,
 )
-from broker.stores.address import parse_store_url
+from broker.slots import Budget
+from broker.stores.address import Access, StoreAddress, parse_store_url
 from broker.web.door import KnownClient, Network
 
 
@@ -184,6 +184,18 @@ def sealing_key(settings: Settings) -> Secret | None:
     return secret
 
 
+def store_address(settings: Settings) -> StoreAddress | None:
+    """Return where the shared store is, None for memory."""
+    return parse_store_url(settings.store.url)
+
+
+def store_access(settings: Settings) -> Access:
+    """Return how the shared store lets the broker in; raises ConfigError."""
+    store = settings.store
+    password = read_secret("store.password", store.password, store.password_file)
+    return Access(store.username, password, store.tls_ca_file)
+
+
 def trusted_proxies(settings: Settings) -> list[Network]:
     """Return the networks whose word on client addresses counts."""
     return [ipaddress.ip_network(text) for text in settings.server.trusted_proxies]
@@ -197,6 +209,7 @@ def check(settings: Settings, environ: Mapping[str, str]) -> None:
     else:
         keyring(settings)
     sealing_key(settings)
+    store_access(settings)
     limits(settings)
 
 
@@ -213,6 +226,7 @@ def secret_files(settings: Settings) -> list[tuple[str, str]]:
             for file in settings.issuer.upstream.api_secret_files
         ),
         ("store.encryption_key_file", settings.store.encryption_key_file),
+        ("store.password_file", settings.store.password_file),
     ]
     return [(name, file) for name, file in files if file]
 

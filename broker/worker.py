@@ -63,7 +63,7 @@ def _build(begin: Begin) -> App:
     if metrics.layout != begin.layout:
         raise ConfigError("this is another version than the one that runs: restart the broker")
     sockets = [socket.socket(fileno=listener) for listener in begin.listeners]
-    seat = Seat(sockets, begin.url, begin.admin_url, board, metrics)
+    seat = Seat(begin.worker, sockets, begin.url, begin.admin_url, board, metrics)
     return App(settings, lambda: settings, os.environ, dev=begin.dev, seat=seat)
 
 

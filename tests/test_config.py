@@ -49,7 +49,7 @@ POOLS: Mapping[type, tuple[Value, ...]] = {
         *("127.0.0.1:7001", "[::1]:7002", "https://a.example", "https://b.example", "/a/b", "/c/d"),
         *("valkey://a.example", "unix:///run/valkey.sock?db=3"),
     ),
-    int: (1001, 2002, 3003, 40_004),
+    int: (4, 12, 1001, 2002, 3003, 40_004),
     float: (0.5, 7.25, 8, 901),
     bool: (False, True),
     Duration: ("2s", "4s", "45s", "301s", "14m", "20m", "1h"),
@@ -67,6 +67,8 @@ def alone(dotted: str, value: object) -> Settings:
 def beside(dotted: str) -> Tree:
     """Return what some keys cannot do without."""
     key = {} if dotted.startswith("store.encryption_key") else {"encryption_key_file": "/key"}
+    if dotted == "server.workers":
+        key["url"] = "valkey://store.example"
     return {"store": key, "limits": {"client": {"rate": 5, "burst": 5}}}
 
 

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from broker import errors
 from broker.issue import Handout, Refusal
 from broker.model import Ask, LimitName, Outcome
-from broker.pacer import Budget, Paced
+from broker.pacer import Paced
 from broker.patience import CAP as BACKOFF_CAP
 from broker.rules.reuse import SECOND
+from broker.slots import Budget
 from broker.stores.base import Denial
 from broker.testing import FakeClock, run_virtual
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker.errors import BudgetExhausted, ServiceUnavailable
-from broker.pacer import JITTER, LATENESS, MAX_PROMISE, Budget, Paced, Urgency
+from broker.pacer import JITTER, LATENESS, MAX_PROMISE, Paced, Urgency
+from broker.slots import Budget
 from broker.testing import FakeClock, run_virtual
 
 SHIPPED = Budget(rate=106, per=60, burst=8, max_wait=8)

@@ -14,8 +14,9 @@ from broker import errors
 from broker.issue import Handout
 from broker.issuers.base import Turn
 from broker.model import Ask, Minted, Outcome
-from broker.pacer import Budget, Paced
+from broker.pacer import Paced
 from broker.rules.reuse import SECOND
+from broker.slots import Budget
 from broker.testing import FakeClock, FakeIssuer, run_virtual
 
 A_BIT = 0.01

@@ -30,7 +30,7 @@ class Issuer(Protocol):
         """Every `origin` whose tokens are still good."""
         ...
 
-    def check(self, ask: Ask) -> None:
+    async def check(self, ask: Ask) -> None:
         """Raise at once if a mint for this ask is known to fail: before any limit is charged."""
         ...
 

@@ -49,7 +49,7 @@ class LocalIssuer(Issuer):
         return f"local {self._issuer} {self._audience} {self.keyring.name_of(kid)}"
 
     @override
-    def check(self, ask: Ask) -> None:
+    async def check(self, ask: Ask) -> None:
         """Nothing stops a signature."""
 
     @override

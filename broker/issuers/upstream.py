@@ -17,15 +17,14 @@ because the vendor counts them like the first call.
 import asyncio
 import random
 from collections.abc import Callable, Sequence
-from enum import Enum
 from typing import assert_never
 
 import structlog
-from cachetools import TTLCache
 from typing_extensions import override
 
 from broker import errors
 from broker.issuers.base import Issuer, Turn
+from broker.issuers.refusals import LocalRefusals, Refusals
 from broker.issuers.vendor_api import build_request, read_answer
 from broker.issuers.vendor_client import CallFailed, VendorClient
 from broker.issuers.vendor_headers import rate_limit_hint
@@ -36,7 +35,6 @@ from broker.issuers.vendor_replies import (
     Reason,
     Refused,
     Reply,
-    Scope,
     Throttled,
     reason_of,
 )
@@ -49,13 +47,6 @@ from broker.rules.reuse import SECOND
 
 log = structlog.get_logger()
 
-ACCOUNT_MEMORY, AGENT_MEMORY = 15, 30
-"""Seconds that a refusal is remembered: for the whole account shortly, because a top-up should be
-felt at once; for an agent and model longer, because generating one takes minutes."""
-
-AGENTS_REMEMBERED = 10_000
-"""Agent and model pairs whose refusal is remembered; a random one is refused by the vendor anew."""
-
 DEFAULT_PAUSE = 5 * SECOND
 """Microseconds that the budget pauses after a 429 that does not say for how long."""
 
@@ -64,12 +55,6 @@ RETRY_BASE = 250_000
 
 _RETRIED = frozenset({Reason.STATUS_5XX, Reason.CONNECT, Reason.DNS, Reason.RESET})
 """What a second try may cure within a visitor's patience.  A time-out has used that up."""
-
-
-class _Account(Enum):
-    """The key of the one entry that the account-wide memory can have."""
-
-    ALL = "all"
 
 
 class UpstreamIssuer(Issuer):
@@ -85,6 +70,7 @@ class UpstreamIssuer(Issuer):
         clock: Clock,
         metrics: UpstreamMetrics,
         draw: Callable[[], float] = random.random,
+        refusals: Refusals | None = None,
     ) -> None:
         self._client = client
         self._pacer = pacer
@@ -96,12 +82,7 @@ class UpstreamIssuer(Issuer):
         self._reported: set[Secret] = set()
         self.health = Health()
         self.credentials = Credentials()
-        self._account_refusals: TTLCache[_Account, Refused] = TTLCache(
-            1, ACCOUNT_MEMORY * SECOND, timer=clock.mono
-        )
-        self._agent_refusals: TTLCache[tuple[str, str | None], Refused] = TTLCache(
-            AGENTS_REMEMBERED, AGENT_MEMORY * SECOND, timer=clock.mono
-        )
+        self._refusals = refusals or LocalRefusals(clock)
 
     async def close(self) -> None:
         """Close the connections to the vendor."""
@@ -114,7 +95,7 @@ class UpstreamIssuer(Issuer):
         self._keys = list(keys)
         self._passed_over.clear()
         self._reported.clear()
-        self._account_refusals.clear()
+        self._refusals.forget_account()
         self.credentials = self.credentials.keys_changed(self._clock.mono())
 
     @property
@@ -128,18 +109,16 @@ class UpstreamIssuer(Issuer):
         return frozenset({self.origin})
 
     @override
-    def check(self, ask: Ask) -> None:
+    async def check(self, ask: Ask) -> None:
         try:
-            self._check(ask)
+            await self._check(ask)
         except errors.BrokerError as error:
             error.remembered = True
             raise
 
-    def _check(self, ask: Ask) -> None:
+    async def _check(self, ask: Ask) -> None:
         self._check_breakers()
-        refused = self._account_refusals.get(_Account.ALL) or self._agent_refusals.get(
-            (ask.agent, ask.model)
-        )
+        refused = await self._refusals.find(ask)
         if refused is not None:
             raise _refusal(refused)
 
@@ -280,12 +259,12 @@ class UpstreamIssuer(Issuer):
         """Return the token, or raise what the caller gets."""
         match reply:
             case Granted(minted):
-                self._forget_refusals(ask)
+                self._refusals.forget(ask)
                 return minted
             case BadKey():
                 raise _our_key_is_bad()
-            case Refused(scope=scope):
-                self._remember(ask, reply, scope)
+            case Refused():
+                self._refusals.remember(ask, reply)
                 raise _refusal(reply)
             case Throttled(retry_after):
                 if self.credentials.rejected:
@@ -298,22 +277,6 @@ class UpstreamIssuer(Issuer):
                 raise errors.UpstreamUnavailable(f"no token from the vendor: {reason.value}")
             case _:
                 assert_never(reply)
-
-    def _remember(self, ask: Ask, refused: Refused, scope: Scope) -> None:
-        match scope:
-            case Scope.ACCOUNT:
-                self._account_refusals[_Account.ALL] = refused
-            case Scope.AGENT_MODEL:
-                self._agent_refusals[ask.agent, ask.model] = refused
-            case Scope.NEVER:
-                pass
-            case _:
-                assert_never(scope)
-
-    def _forget_refusals(self, ask: Ask) -> None:
-        """Let a success that was under way put right what was remembered meanwhile."""
-        self._account_refusals.pop(_Account.ALL, None)
-        self._agent_refusals.pop((ask.agent, ask.model), None)
 
     @override
     def __repr__(self) -> str:

@@ -27,10 +27,11 @@ is cut to that on each refusal, so a clock that stepped back locks nobody out fo
 
 from collections.abc import Callable
 from enum import Enum
-from typing import NewType, Self, assert_never
+from typing import ClassVar, NewType, Self, assert_never
 
 from msgspec import Struct
 from msgspec.structs import replace
+from typing_extensions import override
 
 from broker.rules.reuse import SECOND
 
@@ -106,6 +107,8 @@ class Breaker(Struct, frozen=True):
     PROBING the moment at which the probe under way is taken for lost.
     """
 
+    longest: ClassVar[int] = LONGEST_PAUSE
+
     phase: Phase = Phase.CLOSED
     epoch: int = 0
     until: int = 0
@@ -115,15 +118,15 @@ class Breaker(Struct, frozen=True):
         if self.phase is Phase.CLOSED:
             return self, Ticket(self.epoch)
         if now < self.until:
-            return replace(self, until=min(self.until, now + LONGEST_PAUSE)), None
-        probing = self._enter(Phase.PROBING, now + LONGEST_PAUSE)
+            return replace(self, until=min(self.until, now + self.longest)), None
+        probing = self._enter(Phase.PROBING, now + self.longest)
         return probing, Ticket(probing.epoch)
 
     def wait(self, now: int) -> int:
         """Return the microseconds after which a call may be let through; 0 for at once."""
         if self.phase is Phase.CLOSED:
             return 0
-        left = min(max(self.until - now, 0), LONGEST_PAUSE)
+        left = min(max(self.until - now, 0), self.longest)
         return min(left, PROBE_RETRY) if self.phase is Phase.PROBING else left
 
     @property
@@ -146,9 +149,13 @@ class Tally(Struct, frozen=True, gc=False):
 class Health(Breaker, frozen=True):
     """Stops calls while half of them or more fail.
 
-    `window` holds the tallies of the last 30 s, oldest first; `pause` is how long the present
+    `window` holds the tallies of the last `span`, oldest first; `pause` is how long the present
     opening was meant to last, 0 while closed.
     """
+
+    span: ClassVar[int] = WINDOW
+    min_calls: ClassVar[int] = MIN_CALLS
+    first: ClassVar[int] = FIRST_PAUSE
 
     window: tuple[Tally, ...] = ()
     pause: int = 0
@@ -174,17 +181,54 @@ class Health(Breaker, frozen=True):
         if outcome is Outcome.ABANDONED:
             return self
         failed = outcome is Outcome.FAILED
-        window = _count(self.window, now, failed=failed)
+        window = _count(self.window, self.span, now, 1, int(failed))
         calls = sum(tally.calls for tally in window)
         failures = sum(tally.failures for tally in window)
-        if failed and calls >= MIN_CALLS and 2 * failures >= calls:
-            return self._open(now, FIRST_PAUSE, draw)
+        if failed and calls >= self.min_calls and 2 * failures >= calls:
+            return self._open(now, self.first, draw)
         return replace(self, window=window)
 
     def _open(self, now: int, pause: int, draw: Callable[[], float]) -> Self:
-        pause = min(pause, LONGEST_PAUSE)
+        pause = min(pause, self.longest)
         until = now + pause - int(pause * JITTER * draw())
         return replace(self._enter(Phase.OPEN, until), window=(), pause=pause)
+
+
+class StoreHealth(Health, frozen=True):
+    """The same for a store nearby, which answers thousands of calls a second, each at once.
+
+    Without it there is another way to go on, so it opens after a second at most, and probes soon.
+    """
+
+    longest = 5 * SECOND
+    """Microseconds: replicas that are back at a store soon share their limits again soon."""
+    span = SECOND
+    """Microseconds: successes of the time before a hang must not outweigh it for long."""
+    min_calls = 5
+    """One that is slow, and a few that fail while a server restarts, do not count."""
+    first = SECOND // 2
+    """Microseconds: a restart of the server takes about as long."""
+
+    streak: int = 0
+    """Failures without a success between: with `min_calls` of them it opens, however slowly they
+    came, because at night there is only a heartbeat a second."""
+
+    def succeeded(self, calls: int, now: int) -> Self:
+        """Count calls that went well, several at once: one by one would cost more than a call."""
+        return replace(self, window=_count(self.window, self.span, now, calls, 0), streak=0)
+
+    @override
+    def _weigh(self, outcome: Outcome, now: int, draw: Callable[[], float]) -> Self:
+        if outcome is not Outcome.FAILED:
+            return super()._weigh(outcome, now, draw)
+        failing = replace(self, streak=self.streak + 1)
+        if failing.streak >= self.min_calls:
+            return failing._open(now, self.first, draw)  # noqa: SLF001 - it is one of us
+        return super(StoreHealth, failing)._weigh(outcome, now, draw)
+
+    @override
+    def _open(self, now: int, pause: int, draw: Callable[[], float]) -> Self:
+        return replace(super()._open(now, pause, draw), streak=0)
 
 
 class Credentials(Breaker, frozen=True):
@@ -241,9 +285,11 @@ class Credentials(Breaker, frozen=True):
         return self._enter(Phase.OPEN, until) if self.is_open else self
 
 
-def _count(window: tuple[Tally, ...], now: int, *, failed: bool) -> tuple[Tally, ...]:
-    """Add a call to the tally of its second; drop those that have left the window."""
+def _count(
+    window: tuple[Tally, ...], span: int, now: int, calls: int, failures: int
+) -> tuple[Tally, ...]:
+    """Add calls to the tally of their second; drop those that have left the window."""
     second = now // SECOND
-    kept = [tally for tally in window if 0 <= second - tally.second < WINDOW // SECOND]
+    kept = [tally for tally in window if 0 <= second - tally.second < span // SECOND]
     last = kept.pop() if kept and kept[-1].second == second else Tally(second, 0, 0)
-    return (*kept, Tally(second, last.calls + 1, last.failures + failed))
+    return (*kept, Tally(second, last.calls + calls, last.failures + failures))

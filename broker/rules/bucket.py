@@ -99,6 +99,14 @@ def spend(full_at: int, limit: Limit, now: int) -> tuple[int, Verdict]:
     return now + wait, Verdict(True, spare // interval, wait, 0, limit)  # noqa: FBT003 - hot path
 
 
+def said(wait: int, limit: Limit, *, allowed: bool) -> Verdict:
+    """Return the verdict of a bucket elsewhere, which told only this; `wait` is us until full."""
+    spare = limit.depth - wait
+    if allowed:
+        return Verdict(True, spare // limit.interval, wait, 0, limit)  # noqa: FBT003 - hot path
+    return Verdict(False, 0, wait, limit.interval - spare, limit)  # noqa: FBT003 - hot path
+
+
 def peek(full_at: int, limit: Limit, now: int) -> Verdict:
     """Say what `spend` would say at `now`; nothing is taken, so `remaining` counts one more."""
     wait = min(max(full_at - now, 0), limit.depth)

@@ -7,6 +7,8 @@ from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from msgspec import Struct
 
+from broker.model import Secret
+
 MEMORY = "memory://"
 
 DEFAULT_PORT = 6379
@@ -42,6 +44,14 @@ class StoreAddress(Struct, frozen=True):
         if self.path:
             return f"unix:{self.path}"
         return ",".join(f"[{h}]:{p}" if ":" in h else f"{h}:{p}" for h, p in self.hosts)
+
+
+class Access(Struct, frozen=True):
+    """How to be let in: ACL user, password, certificates of the authority."""
+
+    username: str = ""
+    password: Secret | None = None
+    tls_ca_file: str | None = None
 
 
 def parse_store_url(text: str) -> StoreAddress | None:

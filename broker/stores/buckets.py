@@ -40,6 +40,14 @@ class BucketCounts(Struct):
     rehearsed: Counter = field(default_factory=Counter)
     overflowed: Counter = field(default_factory=Counter)
 
+    def note(self, verdict: Verdict, *, dry_run: bool) -> None:
+        """Count a decision, wherever it was made."""
+        if verdict.allowed:
+            if verdict.remaining * 5 < verdict.limit.burst:
+                self.near.inc()
+        elif dry_run:
+            self.rehearsed.inc()
+
 
 class TokenBucket:
     """The buckets of one limit, by key.  Times are microseconds of one clock.
@@ -75,11 +83,7 @@ class TokenBucket:
         else:
             full_at, verdict = spend(full_at, limit, now)
             self._young[key] = full_at
-        if verdict.allowed:
-            if verdict.remaining * 5 < limit.burst:
-                self.counts.near.inc()
-        elif dry_run:
-            self.counts.rehearsed.inc()
+        self.counts.note(verdict, dry_run=dry_run)
         return verdict
 
     def peek(self, key: str, limit: Limit, now: int) -> Verdict:
@@ -88,6 +92,11 @@ class TokenBucket:
         if full_at is None:
             full_at = self._overflow[hash(key) % OVERFLOW_BUCKETS]
         return peek(full_at, limit, now)
+
+    def owed(self, key: str, now: int) -> int:
+        """Microseconds until this bucket is full, as far as it is known here."""
+        full_at = self._young.get(key) or self._old.get(key) or 0
+        return max(full_at - now, 0)
 
     def _take_unknown(self, key: str, limit: Limit, now: int) -> tuple[int, Verdict]:
         """Spend for a key that is not in the young generation."""

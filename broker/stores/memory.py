@@ -31,6 +31,8 @@ class MemoryStore(Store):
         tokens: TokenCache,
         clock: Clock,
         counts: Mapping[LimitName, BucketCounts] | None = None,
+        epochs: Epochs | None = None,
+        first_fence: int = 1,
     ) -> None:
         self._clock = clock
         self.tokens = tokens
@@ -50,8 +52,8 @@ class MemoryStore(Store):
             counts.get(LimitName.CLIENT),
         )
         self._fingerprint = self.buckets[LimitName.FINGERPRINT]
-        self._epochs = Epochs()
-        self._fences = count(1)
+        self._epochs = epochs or Epochs()
+        self._fences = count(first_fence)
 
     def use_limits(self, limits: Limits) -> None:
         """Put other limits in force, for the next request on."""
@@ -84,7 +86,7 @@ class MemoryStore(Store):
     def find(self, visitor: str, key: str) -> EmbedToken | None:
         """Return what is held under `key`, unless its visitor was ended since."""
         token = self.tokens.find(key)
-        if token is None or token.epoch == self._epochs.of(visitor):
+        if token is None or self._epochs.holds(visitor, token.epoch):
             return token
         del self.tokens[key]
         return None
@@ -92,7 +94,7 @@ class MemoryStore(Store):
     def was_ended(self, key: str, token: EmbedToken) -> bool:
         """Whether the visitor of this key was ended since the token was minted."""
         client, _agent, fingerprint, _model = key.split(SEPARATOR)
-        return token.epoch != self._epochs.of(visitor_of(client, fingerprint))
+        return not self._epochs.holds(visitor_of(client, fingerprint), token.epoch)
 
     @override
     async def look(self, ask: Ask, key: str) -> EmbedToken | None:
@@ -117,7 +119,7 @@ class MemoryStore(Store):
 
     @override
     async def keep(self, ask: Ask, key: str, token: EmbedToken, lease: Lease) -> Kept:
-        if lease.epoch != self._epochs.of(ask.visitor):
+        if not self._epochs.holds(ask.visitor, lease.epoch):
             return Kept.ENDED
         self.tokens[key] = token
         return Kept.KEPT

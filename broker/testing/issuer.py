@@ -41,7 +41,7 @@ class FakeIssuer(Issuer):
         return frozenset({"fake"})
 
     @override
-    def check(self, ask: Ask) -> None:
+    async def check(self, ask: Ask) -> None:
         if self.closed is not None:
             raise self.closed
 

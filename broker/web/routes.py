@@ -55,7 +55,6 @@ _CLOSING = frozenset({408, 413})
 """After these the rest of the body is still on its way: it must not be read as a request."""
 
 _OK = plain_body(HealthAnswer("ok"))
-_DRAINING = plain_body(HealthAnswer("draining"))
 
 
 class Routes:
@@ -223,9 +222,8 @@ class Routes:
         return self._answer(200, _OK, request_id)
 
     async def _ready(self, _request: BaseRequest, request_id: str) -> web.StreamResponse:
-        if self._health.ready:
-            return self._answer(200, _OK, request_id)
-        return self._answer(503, _DRAINING, request_id)
+        status = 200 if self._health.ready else 503
+        return self._answer(status, plain_body(HealthAnswer(self._health.state)), request_id)
 
     async def _off_route(self, request: BaseRequest, request_id: str) -> web.StreamResponse:
         """What is not in the table to the letter: a query, another method, nothing at all.

@@ -132,4 +132,4 @@ async def test_T6_our_own_verifier_takes_a_minute_of_difference_either_way() -> 
 
 async def test_nothing_stops_a_signature() -> None:
     """There is no reason to refuse before the limits are charged."""
-    local(FakeClock()).check(Ask("web", AGENT, VISITOR))
+    await local(FakeClock()).check(Ask("web", AGENT, VISITOR))

@@ -29,10 +29,11 @@ from broker.issuers.vendor_client import VendorClient
 from broker.limits import Limits, LimitSet, Rule
 from broker.metrics import MintMetrics, UpstreamMetrics
 from broker.model import Ask, LimitName, Secret
-from broker.pacer import Budget, Paced
+from broker.pacer import Paced
 from broker.rules import bucket
 from broker.rules.reuse import SECOND
 from broker.settings import Settings
+from broker.slots import Budget
 from broker.stores.memory import MemoryStore
 from broker.stores.tokens import TokenCache
 from broker.testing import FakeClock, FakeVendor, VendorSettings
@@ -117,7 +118,7 @@ class Relay:
     async def open(self) -> None:
         await self.pacer.start()
         burst = self.pacer._budget.burst
-        if self.pacer._depth < 0.02:
+        if self.pacer._budget.depth < 0.02:
             await until(lambda: self.pacer.remaining == burst, "a whole burst")
 
     async def close(self) -> None:

@@ -9,7 +9,8 @@ import pytest
 from relaying import Relay, relaying, visitor
 
 from broker.errors import BudgetExhausted
-from broker.pacer import Budget, Paced, Urgency
+from broker.pacer import Paced, Urgency
+from broker.slots import Budget
 from broker.testing import FakeClock, FakeVendor, Refusal, VendorSettings, faults, run_virtual
 from broker.testing.settings import Allowance
 
@@ -181,7 +182,7 @@ class TestOverSockets:
         """A vendor that fails is not sent more than one that works: every call counts."""
         once = Budget(rate=1, per=3600, burst=3, max_wait=0.1)
         async with relaying(budget=once) as relay:
-            relay.pacer._limiter._level = 0.0  # as after three idle hours
+            relay.pacer._slots._limiter._level = 0.0  # as after three idle hours
             relay.pacer._full_at = 0.0
             relay.vendor.fail(faults.html())
             for _ in range(3):

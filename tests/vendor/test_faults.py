@@ -401,7 +401,8 @@ class TestThrottling:
     async def test_V1_a_hint_that_little_is_left_is_believed(self, relay: Relay) -> None:
         """X-RateLimit-Remaining below our own count: the budget shrinks to it."""
         await until(lambda: relay.pacer.remaining == 100, "a whole burst")
-        relay.pacer._budget = msgspec.structs.replace(relay.pacer._budget, rate=1)
+        slots = relay.pacer._slots
+        slots._budget = msgspec.structs.replace(slots._budget, rate=1)
         headers = {"X-RateLimit-Remaining": "3"}
         relay.vendor.fail(faults.error(Refusal.UNPROCESSABLE, headers=headers))
         corrected: list[int] = []

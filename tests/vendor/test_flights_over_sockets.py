@@ -23,8 +23,8 @@ from relaying import (
 
 from broker.errors import BrokerError, UpstreamTimeout, UpstreamUnavailable
 from broker.model import Ask, Outcome
-from broker.pacer import Budget
 from broker.rules.reuse import MAX_LIFETIME, SECOND
+from broker.slots import Budget
 from broker.testing import FakeVendor, Refusal, faults
 from broker.testing.mint import visitor_mark
 

@@ -23,9 +23,9 @@ from relaying import (
 )
 
 from broker.model import Secret
-from broker.pacer import Budget
 from broker.rules.breaker import KEY_PAUSE
 from broker.rules.reuse import SECOND
+from broker.slots import Budget
 from broker.testing import FakeClock, FakeVendor, Refusal, VendorSettings, faults
 from broker.testing.journal import Call
 from broker.testing.settings import Allowance

@@ -1,0 +1,86 @@
+"""Refusals that all replicas remember: what one was told, no other needs to ask.
+
+The server's word counts, so that a success anywhere puts it right everywhere at once.  While the
+server is away each replica goes by what it was told itself.
+"""
+
+import asyncio
+
+import msgspec
+from msgspec import Struct
+from typing_extensions import override
+
+from broker.issuers.refusals import ACCOUNT_MEMORY, AGENT_MEMORY, LocalRefusals, Refusals
+from broker.issuers.vendor_replies import Refused, Scope
+from broker.model import Ask
+from broker.stores.failures import StoreFailed
+from broker.stores.names import Names
+from broker.stores.scripts import command
+from broker.stores.server import Operation, Server
+
+
+class _Said(Struct, frozen=True, array_like=True):
+    status: int
+    code: str
+    message: str
+    scope: Scope
+
+
+_decoder = msgspec.json.Decoder(_Said)
+
+
+class SharedRefusals(Refusals):
+    """A memory on the server, beside the process' own."""
+
+    def __init__(self, server: Server, names: Names, local: LocalRefusals) -> None:
+        self._server = server
+        self._names = names
+        self._local = local
+
+    @override
+    async def find(self, ask: Ask) -> Refused | None:
+        try:
+            account, agent = await asyncio.gather(
+                self._said(self._names.account), self._said(self._names.refused(ask))
+            )
+        except StoreFailed:
+            return self._local.here(ask)
+        return account or agent
+
+    @override
+    def remember(self, ask: Ask, refused: Refused) -> None:
+        self._local.remember(ask, refused)
+        said = _Said(refused.status, refused.code, refused.message, refused.scope)
+        match refused.scope:
+            case Scope.ACCOUNT:
+                self._tell(self._names.account, said, ACCOUNT_MEMORY)
+            case Scope.AGENT_MODEL:
+                self._tell(self._names.refused(ask), said, AGENT_MEMORY)
+            case Scope.NEVER:
+                pass
+
+    @override
+    def forget(self, ask: Ask) -> None:
+        self._local.forget(ask)
+        for key in (self._names.account, self._names.refused(ask)):
+            self._server.tell(Operation.REFUSAL, key, command(b"DEL", key))
+
+    @override
+    def forget_account(self) -> None:
+        self._local.forget_account()
+        key = self._names.account
+        self._server.tell(Operation.REFUSAL, key, command(b"DEL", key))
+
+    async def _said(self, key: bytes) -> Refused | None:
+        reply = await self._server.command(Operation.REFUSAL, key, command(b"GET", key))
+        if not isinstance(reply, bytes):
+            return None
+        try:
+            said = _decoder.decode(reply)
+        except (msgspec.DecodeError, ValueError):
+            return None  # of another version
+        return Refused(said.status, said.code, said.message, said.scope)
+
+    def _tell(self, key: bytes, said: _Said, seconds: int) -> None:
+        packed = command(b"SET", key, msgspec.json.encode(said), b"PX", b"%d" % (seconds * 1000))
+        self._server.tell(Operation.REFUSAL, key, packed)

@@ -1,0 +1,140 @@
+"""Puts the shared store together, and owns what runs beside it: heartbeats, leases, news."""
+
+import asyncio
+import secrets
+import socket
+from collections.abc import Callable
+
+from broker.issuers.refusals import LocalRefusals
+from broker.issuers.shared_refusals import SharedRefusals
+from broker.limits import Limits
+from broker.metrics import Metrics
+from broker.model import Clock, Secret
+from broker.settings import Settings
+from broker.slots import Budget
+from broker.stores.address import Access, StoreAddress
+from broker.stores.budget import SharedSlots
+from broker.stores.epochs import EpochsUnknown
+from broker.stores.fleet import Fleet
+from broker.stores.memory import MemoryStore
+from broker.stores.names import Names
+from broker.stores.news import listen
+from broker.stores.nodes import nodes_at
+from broker.stores.seal import Seal, derive
+from broker.stores.server import OPERATION_TIMEOUT, Server
+from broker.stores.shared import Carried, SharedStore
+from broker.stores.tokens import TokenCache
+from broker.stores.valkey import ValkeyStore
+
+
+class Sharing:
+    """The store on a server, and everything that needs the same server.
+
+    `place` names this process among those of its host, the same after a restart; `origin` and
+    `origins` are the issuer's.  Made in the event loop's thread; `open` before the first request.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        address: StoreAddress,
+        access: Access,
+        key: Secret,
+        limits: Limits,
+        front: TokenCache,
+        clock: Clock,
+        metrics: Metrics,
+        place: str,
+        origin: Callable[[], str],
+        origins: Callable[[], frozenset[str]],
+        timeout: float = OPERATION_TIMEOUT,
+    ) -> None:
+        store = settings.store
+        self._replica = secrets.token_hex(8)
+        self._closed = store.on_error == "closed"
+        fixed = store.replicas if isinstance(store.replicas, int) else None
+        self.names = Names(derive(key, "key names"), _vendor_of(settings))
+        self.server = Server(nodes_at(address, access, timeout), clock, metrics.store)
+        self.seal = Seal(key)
+        self.fleet = Fleet(self.server, self.names, f"{socket.gethostname()}/{place}", fixed)
+        self.alone = MemoryStore(
+            limits, front, clock, metrics.limits.counts, EpochsUnknown(), clock.wall()
+        )
+        self._remote = ValkeyStore(
+            self.server,
+            self.names,
+            self.seal,
+            front,
+            limits,
+            clock,
+            metrics.limits.counts,
+            self._replica,
+            origin,
+            origins,
+            Carried(self.alone, clock),
+        )
+        self.store = SharedStore(
+            self.server,
+            self._remote,
+            self.alone,
+            limits,
+            lambda: self.fleet.replicas,
+            closed=self._closed,
+        )
+        self.refusals = SharedRefusals(self.server, self.names, LocalRefusals(clock))
+        self._slots: SharedSlots | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def slots(self, budget: Budget) -> SharedSlots:
+        """Return the budget's slots, one source for all replicas."""
+        self._slots = SharedSlots(
+            budget, self.server, self.names, self.fleet, self._replica, closed=self._closed
+        )
+        return self._slots
+
+    async def open(self) -> None:
+        """Begin; a server that is not there makes a degraded start, not a failed one."""
+        await self.server.nodes.open()
+        while not (self.fleet.is_member or self.server.is_away):
+            await self.fleet.beat()
+        channels = (self.names.wake(self._replica), self.names.channel)
+        for work in (
+            self.fleet.run(),
+            self.store.keep_leases(),
+            listen(self.server.nodes, channels, self._heard),
+        ):
+            task = asyncio.get_running_loop().create_task(work)
+            self._tasks.add(task)
+
+    async def close(self) -> None:
+        """Say farewell and close every connection."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.store.close()
+        await self.fleet.leave()
+        await self.server.close()
+
+    @property
+    def is_degraded(self) -> bool:
+        """Whether this process works without the server."""
+        return self.server.is_away
+
+    @property
+    def refuses(self) -> bool:
+        """Whether it refuses to, because it was told so."""
+        return self._closed and self.server.is_away
+
+    def _heard(self, channel: bytes, message: bytes) -> None:
+        if channel == self.names.channel:
+            if self._slots is not None:
+                self._slots.heard(message)
+        else:
+            self._remote.heard(message)
+
+
+def _vendor_of(settings: Settings) -> str:
+    """Name whose budget it is: two brokers before the same vendor share it."""
+    if settings.issuer.kind == "upstream":
+        return settings.issuer.upstream.base_url
+    return f"local {settings.issuer.local.issuer}"

@@ -1,0 +1,129 @@
+"""Who else is there: a heartbeat a second, and what follows from it for a share.
+
+Theory of operation.  A replica that loses the server goes on with its share of the budget, one part
+in as many as it last saw.  The others must leave it that share, or a partition would double the
+traffic to the vendor: so a member that falls silent is lost, not gone, and its share is withheld
+(by the script) until it is back, says farewell, or is forgotten.  A process that is started again
+in the same place takes the name of the one that died there, and its share with it.  A server that
+lost its memory is told by each replica whom it knew.
+"""
+
+import asyncio
+import secrets
+
+import structlog
+from typing_extensions import override
+
+from broker.rules.reuse import SECOND
+from broker.stores.failures import StoreFailed
+from broker.stores.names import Names
+from broker.stores.scripts import Script, command
+from broker.stores.server import Operation, Server
+
+log = structlog.get_logger()
+
+HEARTBEAT = 1.0
+"""Seconds between two."""
+
+LOST = 3 * SECOND
+"""Microseconds of silence after which a member is lost: two heartbeats may be late."""
+
+FORGOTTEN = 3600 * SECOND
+"""Microseconds after which it is forgotten: a partition that lasts longer is somebody's incident,
+and a machine that was lost for good costs its share of the budget for an hour."""
+
+ALONE_AFTER = 5.0
+"""Seconds without the server until a replica spends its own share: the others have noticed."""
+
+_MILLION = 1_000_000
+
+
+class Fleet:
+    """The members as they were last seen; `name` is this one's, the same after a restart.
+
+    `fixed` is how many there are by configuration, None to count them.
+    """
+
+    def __init__(self, server: Server, names: Names, name: str, fixed: int | None) -> None:
+        self._server = server
+        self._names = names
+        self._name = name
+        self._fixed = fixed
+        self._drawn = secrets.token_hex(8)
+        self._said = False
+        self._missed = True
+        self._alive = 1
+        self._others: dict[str, int] = {}
+        self.withheld = 0.0
+
+    @property
+    def replicas(self) -> int:
+        """By how many a share is divided."""
+        return self._fixed or self._alive
+
+    @property
+    def is_member(self) -> bool:
+        """Whether the others know of this replica."""
+        return self._said
+
+    async def run(self) -> None:
+        """Say so every second, for ever."""
+        while True:
+            await self.beat()
+            await asyncio.sleep(HEARTBEAT)
+
+    async def beat(self) -> None:
+        """Say that this replica is there, and learn who is."""
+        known = [
+            part
+            for name, replicas in self._others.items()
+            for part in (name.encode(), b"%d" % replicas)
+        ]
+        missed, self._missed = self._missed, True
+        try:
+            reply = await self._server.run(
+                Operation.HEARTBEAT,
+                Script.HEARTBEAT,
+                (self._names.members, self._names.budget),
+                self._name.encode(),
+                self._drawn.encode(),
+                b"1" if self._said else b"0",
+                b"%d" % LOST,
+                b"%d" % FORGOTTEN,
+                b"%d" % (self._fixed or 0),
+                *(known if missed else ()),
+            )
+        except StoreFailed:
+            return  # counted; the breaker decides what follows
+        match reply:
+            case [1, int(alive), int(withheld), *members]:
+                self._said, self._missed = True, False
+                self._alive = alive
+                self.withheld = withheld / _MILLION
+                pairs = zip(members[::2], members[1::2], strict=True)
+                self._others = {
+                    name.decode(): replicas
+                    for name, replicas in pairs
+                    if isinstance(name, bytes) and isinstance(replicas, int)
+                }
+            case _:
+                self._take_another_name()
+
+    async def leave(self) -> None:
+        """Say farewell: the others have the whole budget."""
+        try:
+            members = self._names.members
+            packed = command(b"HDEL", members, self._name.encode())
+            await self._server.command(Operation.HEARTBEAT, members, packed)
+        except StoreFailed:
+            pass  # then they find out
+
+    def _take_another_name(self) -> None:
+        """Two processes with one name would count as one."""
+        log.warning("broker.name_taken", name=self._name)
+        self._name = f"{self._name}#{self._drawn}"
+        self._said = False
+
+    @override
+    def __repr__(self) -> str:
+        return f"Fleet(alive={self._alive}, withheld={self.withheld})"

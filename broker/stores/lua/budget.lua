@@ -1,0 +1,58 @@
+-- Reserve the next call to the vendor.
+--
+-- KEYS  1 budget   2 queues
+-- ARGV  1 burst   2 interval (us)   3 this replica   4 how many wait there   5 how far ahead a call
+--       may be reserved (us)   6 "1" after a time without the server   7 how long all this is
+--       remembered (us)   8 after how long a queue that was not told of is over (us)
+-- Reply {reserved, wait (us), free, paused (us), queue of another replica, ...}
+--       reserved 1: one call may be made after `wait`; 0: ask again after `wait`, none was taken
+--
+-- A token bucket that may be overdrawn: its moment lies up to `ahead` beyond a full drain, so calls
+-- that wait stand in one line, whichever replica they wait in.  An absent budget starts empty,
+-- because nobody knows what was spent before.  Atomic, so that no slot is given twice.
+
+local now = now_us()
+local burst, interval, ahead = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[5])
+local depth = burst * interval
+local budget = redis.call('HMGET', KEYS[1], 'full_at', 'paused_until', 'withheld')
+local paused = math.min(math.max(tonumber(budget[2] or '0') - now, 0), 300000000)
+local share = 1 - tonumber(budget[3] or '0') / 1000000
+local wait_full = depth
+if budget[1] then
+  wait_full = math.min(math.max(tonumber(budget[1]) - now, 0), paused + depth + ahead)
+end
+if ARGV[6] == '1' then
+  wait_full = math.max(wait_full, depth)
+end
+
+if tonumber(ARGV[4]) > 0 then
+  redis.call('HSET', KEYS[2], ARGV[3], text(now) .. ' ' .. ARGV[4])
+else
+  redis.call('HDEL', KEYS[2], ARGV[3])
+end
+local others = {}
+local queues = redis.call('HGETALL', KEYS[2])
+for place = 1, #queues, 2 do
+  local told, waiting = string.match(queues[place + 1], '^(%d+) (%d+)$')
+  if math.abs(now - tonumber(told)) > tonumber(ARGV[8]) then
+    redis.call('HDEL', KEYS[2], queues[place])
+  elseif queues[place] ~= ARGV[3] then
+    others[#others + 1] = tonumber(waiting)
+  end
+end
+redis.call('PEXPIRE', KEYS[2], px(tonumber(ARGV[8])))
+
+local step = interval
+if share < 1 then
+  step = share > 0 and math.ceil(interval / share) or 3600000000
+end
+local wait = math.max(wait_full + step - depth, paused, 0)
+local reserved = 0
+if wait <= ahead then
+  reserved = 1
+  wait_full = wait_full + step
+end
+redis.call('HSET', KEYS[1], 'full_at', text(now + wait_full))
+redis.call('PEXPIRE', KEYS[1], px(tonumber(ARGV[7])))
+local free = paused > 0 and 0 or math.max(math.floor((depth - wait_full) / step), 0)
+return {reserved, wait, free, paused, unpack(others)}

@@ -1,0 +1,33 @@
+-- A visitor asks: charge what every request meets, and look for a token.
+--
+-- KEYS  1 bucket of the visitor's requests   2 token   3 the visitor's epoch
+-- ARGV  1 burst   2 interval (us)   3 carried wait (us)   4 "1" to charge, "0" to look only
+--       5 "1" if a refusal is only rehearsed   6 version that the caller has already
+-- Reply {allowed, wait until full (us), epoch [, version, life left (us) [, sealed token]]}
+--       allowed 0: nothing follows; no version: no token; no sealed token: the caller has it
+--
+-- Atomic, so that a token which is handed out belongs to an epoch that was in force at the moment
+-- when its request was counted: after an end has been answered, nobody is told of it.
+
+local now = now_us()
+local allowed, wait = true, 0
+if ARGV[4] == '1' then
+  allowed, wait = spend(KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), now)
+end
+local said = allowed and 1 or 0
+if not allowed and ARGV[5] ~= '1' then
+  return {said, wait}
+end
+local epoch = redis.call('GET', KEYS[3]) or '0'
+local token = redis.call('HMGET', KEYS[2], 'version', 'dies', 'epoch')
+if not token[1] or token[3] ~= epoch then
+  return {said, wait, epoch}
+end
+local left = tonumber(token[2]) - now
+if left <= 0 then
+  return {said, wait, epoch}
+end
+if token[1] == ARGV[6] then
+  return {said, wait, epoch, token[1], left}
+end
+return {said, wait, epoch, token[1], left, redis.call('HGET', KEYS[2], 'sealed')}

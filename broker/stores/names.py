@@ -1,0 +1,92 @@
+"""Names of keys in a shared store.
+
+What belongs together lies in one slot of a cluster: everything of one visitor, everything of one
+agent, what the whole fleet shares.  A name tells a reader of the store nothing about a visitor:
+fingerprints and models go into it as HMAC-SHA256, under a key of its own that is derived from the
+configured one.  The budget's name does not depend on that key: it is the vendor's, and two replicas
+whose keys differ in the middle of a rotation still share it.
+"""
+
+import hashlib
+import hmac
+from base64 import urlsafe_b64encode
+from functools import lru_cache
+
+from broker.model import SEPARATOR, Ask
+
+PREFIX = "etb:"
+"""What every key and channel begins with; the ACL of the broker's user allows nothing else."""
+
+
+class VisitorKeys:
+    """Names of one visitor's keys, all in one slot."""
+
+    __slots__ = ("_slot", "epoch")
+
+    def __init__(self, slot: bytes) -> None:
+        self._slot = slot
+        self.epoch = slot + b"epoch"
+
+    def bucket(self, limit: str, agent: str = "") -> bytes:
+        """The bucket of a limit; `agent` where it has one of its own there."""
+        return self._slot + f"{limit}:{agent}".encode() if agent else self._slot + limit.encode()
+
+    def token(self, name: bytes) -> bytes:
+        """A token."""
+        return self._slot + b"token:" + name
+
+    def lease(self, name: bytes) -> bytes:
+        """Who mints it."""
+        return self._slot + b"lease:" + name
+
+
+class Names:
+    """Makes names; `key` is 32 bytes for nothing but this, `fleet` names the vendor or issuer."""
+
+    def __init__(self, key: bytes, fleet: str) -> None:
+        self._key = key
+        slot = f"{PREFIX}{{{hashlib.sha256(fleet.encode()).hexdigest()[:16]}}}:"
+        self.budget = f"{slot}budget".encode()
+        self.queues = f"{slot}queues".encode()
+        self.members = f"{slot}members".encode()
+        self.account = f"{slot}refused".encode()
+        self.channel = f"{slot}news".encode()
+        self.visitor = lru_cache(maxsize=50_000)(self._visitor)
+        self.token_name = lru_cache(maxsize=50_000)(self._token_name)
+
+    def _visitor(self, visitor: str) -> VisitorKeys:
+        """Names in the slot of a visitor."""
+        return VisitorKeys(f"{PREFIX}{{{self._hash('visitor', visitor)}}}:".encode())
+
+    def _token_name(self, key: str) -> bytes:
+        """What tells a key's token from the visitor's others: it hashes the whole key."""
+        return self._hash("token", key).encode()
+
+    def agent(self, agent: str) -> bytes:
+        """The bucket of an agent's mints."""
+        return f"{PREFIX}{{agent:{_plain(agent)}}}:bucket".encode()
+
+    def refused(self, ask: Ask) -> bytes:
+        """What the vendor said of an agent and model."""
+        model = "-" if ask.model is None else self._hash("model", ask.model)
+        return f"{PREFIX}{{agent:{_plain(ask.agent)}}}:refused:{model}".encode()
+
+    def client(self, client: str) -> bytes:
+        """The bucket of a client's requests."""
+        return f"{PREFIX}{{client:{_plain(client)}}}:bucket".encode()
+
+    def wake(self, replica: str) -> bytes:
+        """The channel on which a replica is woken."""
+        return f"{PREFIX}wake:{replica}".encode()
+
+    def _hash(self, kind: str, text: str) -> str:
+        data = f"{kind}{SEPARATOR}{text}".encode("utf-8", "surrogatepass")
+        digest = hmac.digest(self._key, data, "sha256")
+        return urlsafe_b64encode(digest[:18]).decode()
+
+
+def _plain(name: str) -> str:
+    """Agents and clients have an alphabet without braces; what has not is cut off from slots."""
+    if name.isascii() and name.replace("_", "").replace("-", "").replace(".", "").isalnum():
+        return name
+    return "#" + name.encode("utf-8", "surrogatepass").hex()

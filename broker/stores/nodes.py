@@ -1,0 +1,272 @@
+"""Which server has a key: the one there is, or a node of a cluster.
+
+Both answer `call` for a script and `command` for anything else, routed by the first key.  On a
+cluster the library reads the topology; what is ours is to follow MOVED and ASK once a call, and to
+read the topology anew, in the background, when a node cannot be reached or says that it has
+changed.
+"""
+
+import asyncio
+import ssl
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from redis.asyncio import RedisCluster
+from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.connection import (
+    AbstractConnection,
+    Connection,
+    SSLConnection,
+    UnixDomainSocketConnection,
+)
+from redis.crc import key_slot
+from redis.exceptions import RedisError
+from typing_extensions import override
+
+from broker.stores.address import Access, StoreAddress
+from broker.stores.failures import Elsewhere, Forgotten, Reason, StoreFailed
+from broker.stores.link import CONNECT_TIMEOUT, Link, Reply
+from broker.stores.scripts import Script, command
+
+REDIRECTS = 3
+"""How often one call follows the cluster: a slot that moves sends it on twice."""
+
+REFRESH_PAUSE = 0.5
+"""Seconds between two readings of the topology: a failover takes a few."""
+
+_ASKING = command(b"ASKING")
+
+Connect = Callable[[str, int], AbstractConnection]
+"""Makes a connection to host and port that is not open yet."""
+
+
+class Nodes(Protocol):
+    """Servers that hold the store."""
+
+    async def open(self) -> None:
+        """Begin; does not need a server to be there."""
+        ...
+
+    async def close(self) -> None:
+        """Close every connection."""
+        ...
+
+    async def command(self, key: bytes, packed: bytes) -> Reply:
+        """Send a packed command to where `key` is; raises StoreFailed."""
+        ...
+
+    def dedicated(self) -> AbstractConnection:
+        """Make a connection of one's own, to any node: for subscriptions."""
+        ...
+
+
+async def call(nodes: Nodes, script: Script, keys: Sequence[bytes], *arguments: bytes) -> Reply:
+    """Run a script where its keys are; raises StoreFailed.
+
+    A server that does not have it (a restart, SCRIPT FLUSH, a new replica) gets it in full.
+    """
+    try:
+        return await nodes.command(keys[0], script.by_name(keys, arguments))
+    except Forgotten:
+        pass
+    try:
+        return await nodes.command(keys[0], script.in_full(keys, arguments))
+    except Forgotten:
+        raise StoreFailed(Reason.SCRIPT) from None
+
+
+class SingleServer(Nodes):
+    """One server, by TCP, TLS or a Unix socket."""
+
+    def __init__(self, address: StoreAddress, access: Access, timeout: float) -> None:
+        self._address = address
+        self._connect = connector(address, access)
+        self._timeout = timeout
+        self._link: Link | None = None
+
+    @override
+    async def open(self) -> None:
+        self._link = Link(self.dedicated, self._timeout)
+
+    @override
+    async def close(self) -> None:
+        if self._link is not None:
+            await self._link.close()
+
+    @override
+    async def command(self, key: bytes, packed: bytes) -> Reply:
+        assert self._link is not None  # open() comes first
+        try:
+            return await self._link.send(packed)
+        except Elsewhere:  # a node of a cluster that was configured as if it were alone
+            raise StoreFailed(Reason.CLUSTER_DOWN) from None
+
+    @override
+    def dedicated(self) -> AbstractConnection:
+        host, port = self._address.hosts[0] if self._address.hosts else ("", 0)
+        return self._connect(host, port)
+
+    @override
+    def __repr__(self) -> str:
+        return f"SingleServer({self._address.shown}, {self._link!r})"
+
+
+class Cluster(Nodes):
+    """A cluster, found by any of its nodes."""
+
+    def __init__(self, address: StoreAddress, access: Access, timeout: float) -> None:
+        self._address = address
+        self._access = access
+        self._connect = connector(address, access)
+        self._timeout = timeout
+        self._links: dict[tuple[str, int], Link] = {}
+        self._slots: dict[int, tuple[str, int]] = {}
+        self._refreshing: asyncio.Task[None] | None = None
+
+    @override
+    async def open(self) -> None:
+        self._refresh()
+
+    @override
+    async def close(self) -> None:
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            await asyncio.wait([self._refreshing])
+        for link in self._links.values():
+            await link.close()
+
+    @override
+    async def command(self, key: bytes, packed: bytes) -> Reply:
+        slot = key_slot(key)
+        where = self._slots.get(slot)
+        if where is None:
+            where = await self._first_topology(slot)
+        for _ in range(REDIRECTS):
+            try:
+                return await self._link(where).send(packed)
+            except Elsewhere as moved:
+                where = (moved.host or where[0], moved.port)
+                if moved.asking:
+                    return await self._ask(where, packed)
+                self._slots[slot] = where
+                self._refresh()
+            except StoreFailed as failed:
+                if failed.reason in _NODE_IS_GONE:
+                    self._refresh()
+                raise
+        raise StoreFailed(Reason.CLUSTER_DOWN)
+
+    async def _ask(self, where: tuple[str, int], packed: bytes) -> Reply:
+        """Ask the node that is about to take the slot over: for this call only.
+
+        Both go in one piece, so they share a connection.
+        """
+        link = self._link(where)
+        asked = link.send(_ASKING)
+        answer = link.send(packed)
+        await asyncio.wait([asked, answer])
+        asked.exception()  # its failure is the answer's, too
+        try:
+            return answer.result()
+        except Elsewhere:
+            raise StoreFailed(Reason.CLUSTER_DOWN) from None
+
+    async def _first_topology(self, slot: int) -> tuple[str, int]:
+        """Wait for the topology, but not for longer than for a call."""
+        self._refresh()
+        assert self._refreshing is not None
+        await asyncio.wait([self._refreshing], timeout=self._timeout)
+        if slot not in self._slots:
+            raise StoreFailed(Reason.CLUSTER_DOWN)
+        return self._slots[slot]
+
+    def _link(self, where: tuple[str, int]) -> Link:
+        link = self._links.get(where)
+        if link is None:
+            host, port = where
+            link = self._links[where] = Link(lambda: self._connect(host, port), self._timeout)
+        return link
+
+    def _refresh(self) -> None:
+        """Read the topology in the background, if nobody does."""
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.get_running_loop().create_task(self._read_topology())
+
+    async def _read_topology(self) -> None:
+        address, access = self._address, self._access
+        known = {*address.hosts, *self._links}
+        tls: dict[str, Any] = {}
+        if address.tls:
+            tls = {"ssl": True, "ssl_ca_certs": access.tls_ca_file}
+        reader = RedisCluster(
+            startup_nodes=[ClusterNode(host, port) for host, port in known],
+            username=access.username or None,
+            password=None if access.password is None else access.password.reveal(),
+            socket_timeout=CONNECT_TIMEOUT,
+            socket_connect_timeout=CONNECT_TIMEOUT,
+            require_full_coverage=False,
+            lib_name=None,
+            lib_version=None,
+            protocol=2,
+            **tls,
+        )
+        try:
+            _ = await reader.initialize()
+            self._slots = {
+                slot: (str(nodes[0].host), int(nodes[0].port))
+                for slot, nodes in reader.nodes_manager.slots_cache.items()
+            }
+        except (RedisError, OSError, TimeoutError):
+            pass  # whoever needs it says so, and the next one tries again
+        finally:
+            await reader.aclose()
+        await asyncio.sleep(REFRESH_PAUSE)
+
+    @override
+    def dedicated(self) -> AbstractConnection:
+        alive = list(self._links) or list(self._address.hosts)
+        return self._connect(*alive[0])
+
+    @override
+    def __repr__(self) -> str:
+        return f"Cluster({self._address.shown}, nodes={len(self._links)})"
+
+
+_NODE_IS_GONE = frozenset(
+    {Reason.TIMEOUT, Reason.CONNECTION, Reason.READONLY, Reason.LOADING, Reason.CLUSTER_DOWN}
+)
+
+
+def nodes_at(address: StoreAddress, access: Access, timeout: float) -> Nodes:
+    """Return the servers at this address; opens nothing."""
+    kind = Cluster if address.cluster else SingleServer
+    return kind(address, access, timeout)
+
+
+def connector(address: StoreAddress, access: Access) -> Connect:
+    """Return what makes connections; the library's own retries and timeouts are off."""
+    common: dict[str, Any] = {
+        "db": address.db,
+        "username": access.username or None,
+        "password": None if access.password is None else access.password.reveal(),
+        "socket_timeout": None,
+        "socket_connect_timeout": CONNECT_TIMEOUT,
+        "lib_name": None,  # CLIENT SETINFO: one permission more, for nothing
+        "lib_version": None,
+        "protocol": 2,
+    }
+
+    def connect(host: str, port: int) -> AbstractConnection:
+        if address.path:
+            return UnixDomainSocketConnection(path=address.path, **common)
+        if address.tls:
+            return SSLConnection(
+                host=host,
+                port=port,
+                ssl_ca_certs=access.tls_ca_file,
+                ssl_min_version=ssl.TLSVersion.TLSv1_2,
+                **common,
+            )
+        return Connection(host=host, port=port, **common)
+
+    return connect

@@ -1,0 +1,159 @@
+"""What happens when the shared store does not answer: written here, once.
+
+`local`: this replica goes on by itself, with its share of every limit (rate and burst divided by
+the replicas seen last), the tokens it holds in front, and flights of its own.  No limit is
+multiplied; a visitor may get a second token from another replica, and an end of a session is not
+heard of until the server is back.  `closed`: every request that needs the store is refused with
+503.
+
+Coming back grants no second burst: for as long as any bucket takes to refill, each call carries
+what was charged here meanwhile, and the script takes the later of both.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+from typing_extensions import override
+
+from broker import errors
+from broker.limits import Limits, share_of
+from broker.model import Ask, Clock, EmbedToken, LimitName
+from broker.stores.base import Denial, Kept, Lease, Store, Visit
+from broker.stores.buckets import TokenBucket
+from broker.stores.failures import StoreFailed
+from broker.stores.memory import MemoryStore
+from broker.stores.server import Server
+from broker.stores.valkey import RENEWAL, ValkeyStore
+
+RETRY_CLOSED = 1_000_000
+"""Microseconds that callers of a closed broker are told to wait: about a restart's length."""
+
+
+class SharedStore(Store):
+    """The store on the server, and this replica's own while that is away.
+
+    `alone` is that store; its tokens are the front's.  `closed` refuses instead.  `replicas` tells
+    by how many a share is divided.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        remote: ValkeyStore,
+        alone: MemoryStore,
+        limits: Limits,
+        replicas: Callable[[], int],
+        *,
+        closed: bool,
+    ) -> None:
+        self._server = server
+        self._remote = remote
+        self._alone = alone
+        self._limits = limits
+        self._replicas = replicas
+        self._closed = closed
+        self._divided_by = 1
+
+    @property
+    def buckets(self) -> Mapping[LimitName, TokenBucket]:
+        """What is held here: buckets are on the server while it is there."""
+        return self._alone.buckets
+
+    def use_limits(self, limits: Limits) -> None:
+        """Put other limits in force, for the next request on."""
+        self._limits = limits
+        self._remote.use_limits(limits)
+        self._alone.use_limits(share_of(limits, self._divided_by))
+
+    @override
+    async def visit(self, ask: Ask, key: str) -> Visit:
+        try:
+            return await self._remote.visit(ask, key)
+        except StoreFailed as failed:
+            self._go_alone(failed)
+        return await self._alone.visit(ask, key)
+
+    @override
+    async def look(self, ask: Ask, key: str) -> EmbedToken | None:
+        try:
+            return await self._remote.look(ask, key)
+        except StoreFailed as failed:
+            self._go_alone(failed)
+        return await self._alone.look(ask, key)
+
+    @override
+    async def lead(
+        self, ask: Ask, key: str, good: Callable[[EmbedToken], bool]
+    ) -> Lease | EmbedToken | Denial:
+        try:
+            return await self._remote.lead(ask, key, good)
+        except StoreFailed as failed:
+            self._go_alone(failed)
+        return await self._alone.lead(ask, key, good)
+
+    @override
+    async def keep(self, ask: Ask, key: str, token: EmbedToken, lease: Lease) -> Kept:
+        try:
+            return await self._remote.keep(ask, key, token, lease)
+        except StoreFailed as failed:
+            self._go_alone(failed)
+        return await self._alone.keep(ask, key, token, lease)
+
+    @override
+    def abandon(self, ask: Ask, key: str, lease: Lease, error: BaseException | None) -> None:
+        self._remote.abandon(ask, key, lease, error)
+
+    @override
+    async def end_visitor(self, client: str, fingerprint: str) -> None:
+        """End it at the server, or not at all: it must hold for every replica."""
+        try:
+            await self._remote.end_visitor(client, fingerprint)
+        except StoreFailed:
+            raise _closed() from None
+
+    def tidy(self) -> None:
+        """Give back what has expired, tally calls: about twice a second."""
+        self._alone.tidy()
+        self._server.tidy()
+
+    async def keep_leases(self) -> None:
+        """Renew leases, for ever; owned by the application."""
+        while True:
+            await asyncio.sleep(RENEWAL)
+            await self._remote.renew()
+
+    async def close(self) -> None:
+        """Say to the server what is still to be said."""
+        await self._remote.close()
+
+    def _go_alone(self, failed: StoreFailed) -> None:
+        """Follow the policy; counted where the call failed."""
+        if self._closed:
+            raise _closed() from failed
+        replicas = max(self._replicas(), 1)
+        if replicas != self._divided_by:
+            self._divided_by = replicas
+            self._alone.use_limits(share_of(self._limits, replicas))
+
+    @override
+    def __repr__(self) -> str:
+        return f"SharedStore(closed={self._closed}, {self._remote!r})"
+
+
+class Carried:
+    """What was charged here while the server was away, for as long as that matters."""
+
+    def __init__(self, alone: MemoryStore, clock: Clock) -> None:
+        self._alone = alone
+        self._clock = clock
+
+    def __call__(self, limit: LimitName, key: str) -> int:
+        """Return the microseconds until this bucket is full, by what was charged here."""
+        bucket = self._alone.buckets[limit]
+        if not len(bucket):
+            return 0
+        return bucket.owed(key, self._clock.mono())
+
+
+def _closed() -> errors.ServiceUnavailable:
+    return errors.ServiceUnavailable("the shared store is away", RETRY_CLOSED)

@@ -1,0 +1,428 @@
+"""The shared store: an engine of the Redis protocol, version 7 or later.
+
+Everything of one visitor lies in one slot, so a visit is one script and one round trip; a leader
+makes a second one to its agent's slot.  Decisions are the scripts' (`lua/`); here they are asked
+for and read.  Times that come back are spans, because the server's clock is not ours.  Every method
+raises StoreFailed: what happens then is `shared`'s affair.
+
+Theory of operation.  The front holds, ready to be answered, what this replica has read or minted.
+It saves the transfer and the unsealing of a token, never the question: an entry counts only if the
+script says, in the same breath as it counts the request, that its visitor's epoch is still that of
+the token.  The version tells whether it is still the newest.  If the server has lost a token that
+the front still has (a restart, an eviction), the front's counts, and is put back.
+
+A leader's lease is short, so that a leader that was killed is succeeded soon, and renewed as long
+as the mint takes.  Who is told to wait is woken by the one who keeps or abandons, and looks again
+by itself after a moment, in case that message was lost.
+"""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+
+import structlog
+from typing_extensions import override
+
+from broker.limits import Limits, LimitSet
+from broker.model import Ask, Clock, EmbedToken, LimitName
+from broker.rules.bucket import Limit, said
+from broker.rules.reuse import SECOND
+from broker.stores import outcome
+from broker.stores.base import Denial, Kept, Lease, Visit
+from broker.stores.buckets import BucketCounts
+from broker.stores.failures import Reason, StoreFailed
+from broker.stores.link import Reply
+from broker.stores.names import Names, VisitorKeys
+from broker.stores.scripts import Script, command
+from broker.stores.seal import Seal, Sealed
+from broker.stores.server import Operation, Server
+from broker.stores.tokens import TokenCache
+
+log = structlog.get_logger()
+
+LEASE = 3 * SECOND
+"""Microseconds: so long others wait for a leader that was killed."""
+
+RENEWAL = 1.0
+"""Seconds between renewals of a lease: two may fail before it ends."""
+
+LEASE_MEMORY = 120 * SECOND
+"""Microseconds that a lease's fence is remembered: longer than any mint takes."""
+
+ERROR_MEMORY = 2 * SECOND
+"""Microseconds that those who wait can learn how a mint failed."""
+
+EPOCH_MEMORY = 2 * 3600 * SECOND
+"""Microseconds that an end is remembered: longer than a token lives and its mint takes."""
+
+RECHECK, RECHECK_JITTER = 0.25, 0.1
+"""Seconds after which somebody who waits looks again by themselves."""
+
+_NOTHING = b""
+
+
+class ValkeyStore:
+    """Buckets, tokens and leases on a server that replicas share.
+
+    `front` holds what was read; `counts` are told of decisions; `origin` names what signs new
+    tokens and `origins` whose are good; `carried` tells the microseconds that a bucket was charged
+    while the server was away.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        names: Names,
+        seal: Seal,
+        front: TokenCache,
+        limits: Limits,
+        clock: Clock,
+        counts: Mapping[LimitName, BucketCounts],
+        replica: str,
+        origin: Callable[[], str],
+        origins: Callable[[], frozenset[str]],
+        carried: Callable[[LimitName, str], int],
+    ) -> None:
+        self._server = server
+        self._names = names
+        self._seal = seal
+        self._front = front
+        self._limits = limits
+        self._clock = clock
+        self._counts = counts
+        self._replica = replica.encode()
+        self._origin = origin
+        self._origins = origins
+        self._carried = carried
+        self._leases: dict[bytes, int] = {}
+        self._sleepers: dict[bytes, set[asyncio.Future[None]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def use_limits(self, limits: Limits) -> None:
+        """Put other limits in force, for the next request on."""
+        self._limits = limits
+
+    async def visit(self, ask: Ask, key: str) -> Visit:
+        """Charge what every request meets, and look for a token: one round trip."""
+        limits = self._limits
+        if limits.client is not None:  # a slot of its own; off by default
+            denial = await self._charge(limits.client, ask.client, self._names.client(ask.client))
+            if denial is not None:
+                return Visit(None, denial, None)
+        kind = limits.fingerprint
+        rule = kind.for_agent(ask.agent)
+        front = self._front.find(key)
+        reply = await self._ask_visitor(ask, key, front, rule.limit, rule.dry_run)
+        verdict = said(reply[1], rule.limit, allowed=bool(reply[0]))
+        self._counts[kind.name].note(verdict, dry_run=rule.dry_run)
+        if not verdict.allowed and not rule.dry_run:
+            return Visit(verdict, Denial(kind.name, verdict), None)
+        return Visit(verdict, None, self._token_of(ask, key, reply, front))
+
+    async def look(self, ask: Ask, key: str) -> EmbedToken | None:
+        """Look for a token, charging nothing."""
+        front = self._front.find(key)
+        return self._token_of(ask, key, await self._ask_visitor(ask, key, front), front)
+
+    async def lead(
+        self, ask: Ask, key: str, good: Callable[[EmbedToken], bool]
+    ) -> Lease | EmbedToken | Denial:
+        """Become the one who mints, or wait for whoever is; see `base.Store`."""
+        names, name = self._names.visitor(ask.visitor), self._names.token_name(key)
+        mints = self._limits.fingerprint_mints
+        rule = mints.for_agent(ask.agent)
+        known, waited_for = _NOTHING, _NOTHING
+        while True:
+            reply = await self._ask_to_lead(ask, names, name, known, waited_for)
+            match reply:
+                case [b"token", bytes(version), left, epoch, sealed]:
+                    token = self._adopt(key, version, left, epoch, sealed)
+                    if token is not None and good(token):
+                        return token
+                    known = version
+                case [b"wait", bytes(fence), left]:
+                    waited_for = fence
+                    await self._sleep(names.lease(name), left)
+                case [b"failed", bytes(error)]:
+                    raise outcome.decode(error)
+                case [b"denied", int(wait)]:
+                    verdict = said(wait, rule.limit, allowed=False)
+                    return Denial(mints.name, verdict)
+                case [b"lead", bytes(fence), bytes(epoch), allowed, int(wait)]:
+                    verdict = said(wait, rule.limit, allowed=bool(allowed))
+                    self._counts[mints.name].note(verdict, dry_run=rule.dry_run)
+                    return await self._begin(ask, key, Lease(int(fence), int(epoch)))
+                case _:
+                    raise StoreFailed(Reason.OTHER)
+
+    async def keep(self, ask: Ask, key: str, token: EmbedToken, lease: Lease) -> Kept:
+        """Hold a token for everybody; ends the lease and wakes who waits."""
+        lease_name = self._names.visitor(ask.visitor).lease(self._names.token_name(key))
+        self._leases.pop(lease_name, None)
+        kept = await self._write(ask, key, token, lease)
+        if kept is Kept.KEPT:
+            self._front[key] = token
+        return kept
+
+    def abandon(self, ask: Ask, key: str, lease: Lease, error: BaseException | None) -> None:
+        """End a lease without a token, in the background; those who wait are told `error`."""
+        names, name = self._names.visitor(ask.visitor), self._names.token_name(key)
+        self._leases.pop(names.lease(name), None)
+        self._own(self._release(names.lease(name), lease.fence, outcome.encode(error)))
+
+    async def end_visitor(self, client: str, fingerprint: str) -> None:
+        """Begin a new epoch for this visitor: no token from before it is found again."""
+        ask = Ask(client, "", fingerprint)
+        keys = (self._names.visitor(ask.visitor).epoch,)
+        await self._server.run(Operation.KEEP, Script.FINISH, keys, b"%d" % EPOCH_MEMORY)
+
+    def heard(self, name: bytes) -> None:
+        """Wake those who wait for this lease: its holder is done."""
+        for sleeper in self._sleepers.get(name, ()):
+            if not sleeper.done():
+                sleeper.set_result(None)
+
+    async def renew(self) -> None:
+        """Renew every lease that is held: call it every `RENEWAL` seconds."""
+        held = list(self._leases.items())
+        await asyncio.gather(
+            *(self._renew(name, fence) for name, fence in held), return_exceptions=True
+        )
+
+    async def close(self) -> None:
+        """Wait for what is still being said to the server."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _write(self, ask: Ask, key: str, token: EmbedToken, lease: Lease) -> Kept:
+        names, name = self._names.visitor(ask.visitor), self._names.token_name(key)
+        left = token.left(self._clock.mono(), self._clock.wall())
+        content = Sealed(token.body, token.dies_wall, token.lifetime, token.mark, self._origin())
+        reply = await self._server.run(
+            Operation.KEEP,
+            Script.KEEP,
+            (names.token(name), names.epoch, names.lease(name)),
+            b"%d" % lease.fence,
+            b"%d" % lease.epoch,
+            b"%d" % max(left, 1),
+            self._seal.close(key, content),
+            b"%d" % EPOCH_MEMORY,
+        )
+        said_, *waiting = _texts(reply)
+        self._wake(waiting, names.lease(name))
+        return Kept(said_.decode())
+
+    async def _ask_visitor(
+        self,
+        ask: Ask,
+        key: str,
+        front: EmbedToken | None,
+        limit: Limit | None = None,
+        dry_run: bool = False,  # noqa: FBT001, FBT002 - hot path: positional is half the cost
+    ) -> list[int]:
+        kind = self._limits.fingerprint
+        names = self._names.visitor(ask.visitor)
+        own = ask.agent if kind.overrides and ask.agent in kind.overrides else ""
+        burst, interval = (b"1", b"1") if limit is None else _numbers(limit)
+        carried = 0 if limit is None else self._carried(kind.name, kind.visitor_key(ask))
+        reply = await self._server.run(
+            Operation.VISIT,
+            Script.VISIT,
+            (
+                names.bucket("requests", own),
+                names.token(self._names.token_name(key)),
+                names.epoch,
+            ),
+            burst,
+            interval,
+            b"%d" % carried if carried else b"0",
+            b"0" if limit is None else b"1",
+            b"1" if dry_run else b"0",
+            b"%d" % front.version if front is not None else b"",
+        )
+        if not isinstance(reply, list):
+            raise StoreFailed(Reason.OTHER)
+        return reply  # type: ignore[return-value]  # its first two are numbers, by the script
+
+    def _token_of(
+        self, ask: Ask, key: str, reply: "list[int] | list[Reply]", front: EmbedToken | None
+    ) -> EmbedToken | None:
+        """Read what a visit said about the token."""
+        match reply:
+            case [_, _, epoch]:
+                return self._only_here(ask, key, epoch, front)
+            case [_, _, _, _, _]:
+                return front
+            case [_, _, epoch, version, left, sealed]:
+                return self._adopt(key, version, left, epoch, sealed)
+            case _:
+                raise StoreFailed(Reason.OTHER)
+
+    def _only_here(
+        self, ask: Ask, key: str, epoch: Reply, front: EmbedToken | None
+    ) -> EmbedToken | None:
+        """The server has no token: the front's counts if its visitor was not ended since."""
+        if front is None:
+            return None
+        if front.epoch != _number(epoch):
+            self._front.pop(key, None)
+            return None
+        self._own(self._put_back(ask, key, front))
+        return front
+
+    async def _put_back(self, ask: Ask, key: str, token: EmbedToken) -> None:
+        with contextlib.suppress(StoreFailed):  # counted; the next visit tries again
+            await self._write(ask, key, token, Lease(token.version, token.epoch))
+
+    def _adopt(
+        self, key: str, version: Reply, left: Reply, epoch: Reply, sealed: Reply
+    ) -> EmbedToken | None:
+        """Unseal a token and hold it in front; None for one that is not ours to give."""
+        content = self._seal.open(key, sealed) if isinstance(sealed, bytes) else None
+        if content is None or content.origin not in self._origins():
+            return None
+        mono, wall = self._clock.mono(), self._clock.wall()
+        remaining = min(_number(left), content.lifetime)
+        token = EmbedToken(
+            body=content.body,
+            dies_mono=mono + remaining,
+            dies_wall=min(wall + remaining, content.dies_wall),
+            lifetime=content.lifetime,
+            mark=content.mark,
+            version=_number(version),
+            epoch=_number(epoch),
+        )
+        self._front[key] = token
+        return token
+
+    async def _ask_to_lead(
+        self, ask: Ask, names: VisitorKeys, name: bytes, known: bytes, waited_for: bytes
+    ) -> list[Reply]:
+        kind = self._limits.fingerprint_mints
+        rule = kind.for_agent(ask.agent)
+        own = ask.agent if kind.overrides and ask.agent in kind.overrides else ""
+        burst, interval = _numbers(rule.limit)
+        reply = await self._server.run(
+            Operation.LEAD,
+            Script.LEAD,
+            (
+                names.bucket("mints", own),
+                names.token(name),
+                names.epoch,
+                names.lease(name),
+            ),
+            burst,
+            interval,
+            b"%d" % self._carried(kind.name, kind.visitor_key(ask)),
+            b"1" if rule.dry_run else b"0",
+            known,
+            self._replica,
+            b"%d" % LEASE,
+            waited_for,
+            b"%d" % LEASE_MEMORY,
+        )
+        if not isinstance(reply, list):
+            raise StoreFailed(Reason.OTHER)
+        return reply
+
+    async def _begin(self, ask: Ask, key: str, lease: Lease) -> Lease | Denial:
+        """Meet the agent's limit, and hold on to the lease; ends it if that fails."""
+        names, name = self._names.visitor(ask.visitor), self._names.token_name(key)
+        self._leases[names.lease(name)] = lease.fence
+        agent = self._limits.agent
+        try:
+            denial = await self._charge(agent, ask.agent, self._names.agent(ask.agent), ask.agent)
+        except BaseException:
+            self.abandon(ask, key, lease, None)
+            raise
+        if denial is None:
+            return lease
+        self.abandon(ask, key, lease, outcome.limited(denial))
+        return denial
+
+    async def _charge(
+        self, kind: LimitSet, local_key: str, name: bytes, agent: str = ""
+    ) -> Denial | None:
+        """Charge a bucket that is not a visitor's."""
+        rule = kind.for_agent(agent)
+        burst, interval = _numbers(rule.limit)
+        carried = b"%d" % self._carried(kind.name, local_key)
+        reply = await self._server.run(
+            Operation.AGENT, Script.SPEND, (name,), burst, interval, carried
+        )
+        match reply:
+            case [int(allowed), int(wait)]:
+                verdict = said(wait, rule.limit, allowed=bool(allowed))
+            case _:
+                raise StoreFailed(Reason.OTHER)
+        self._counts[kind.name].note(verdict, dry_run=rule.dry_run)
+        return None if verdict.allowed or rule.dry_run else Denial(kind.name, verdict)
+
+    async def _sleep(self, name: bytes, left: Reply) -> None:
+        """Wait to be woken, for a moment, or until the lease has ended."""
+        loop = asyncio.get_running_loop()
+        sleeper: asyncio.Future[None] = loop.create_future()
+        self._sleepers.setdefault(name, set()).add(sleeper)
+        moment = RECHECK + random.random() * RECHECK_JITTER  # noqa: S311 - spreads, guards nothing
+        moment = min(moment, _number(left) / SECOND + 0.001)
+        timer = loop.call_later(moment, self.heard, name)
+        try:
+            await sleeper
+        finally:
+            timer.cancel()
+            sleepers = self._sleepers[name]
+            sleepers.discard(sleeper)
+            if not sleepers:
+                del self._sleepers[name]
+
+    async def _renew(self, name: bytes, fence: int) -> None:
+        length, memory = b"%d" % LEASE, b"%d" % LEASE_MEMORY
+        await self._server.run(
+            Operation.RENEW, Script.RENEW, (name,), b"%d" % fence, length, memory
+        )
+
+    async def _release(self, name: bytes, fence: int, error: bytes) -> None:
+        try:
+            waiting = await self._server.run(
+                Operation.RELEASE,
+                Script.ABANDON,
+                (name,),
+                b"%d" % fence,
+                error,
+                b"%d" % ERROR_MEMORY,
+            )
+        except StoreFailed:
+            return  # counted; the lease ends by itself
+        self._wake(_texts(waiting), name)
+
+    def _wake(self, waiting: list[bytes], name: bytes) -> None:
+        for replica in waiting:
+            channel = self._names.wake(replica.decode())
+            self._server.tell(Operation.RELEASE, channel, command(b"PUBLISH", channel, name))
+
+    def _own(self, work: "asyncio._CoroutineLike[None]") -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    @override
+    def __repr__(self) -> str:
+        return f"ValkeyStore(leases={len(self._leases)}, {self._server!r})"
+
+
+@lru_cache(maxsize=1024)
+def _numbers(limit: Limit) -> tuple[bytes, bytes]:
+    return b"%d" % limit.burst, b"%d" % limit.interval
+
+
+def _number(reply: Reply) -> int:
+    if isinstance(reply, int | bytes):
+        return int(reply)
+    raise StoreFailed(Reason.OTHER)
+
+
+def _texts(reply: Reply) -> list[bytes]:
+    if not isinstance(reply, list):
+        raise StoreFailed(Reason.OTHER)
+    return [text for text in reply if isinstance(text, bytes)]
