@@ -2,7 +2,7 @@
 
 from enum import Enum
 
-from redis import exceptions as foreign
+from typing_extensions import override
 
 
 class Reason(Enum):
@@ -19,11 +19,19 @@ class Reason(Enum):
 
 
 class StoreFailed(Exception):
-    """The store gave no answer, or none to build on."""
+    """The store gave no answer, or none to build on.
 
-    def __init__(self, reason: Reason) -> None:
+    `detail` is a word for the log: the server's own for an error, such as NOPERM.
+    """
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
         super().__init__(reason.value)
         self.reason = reason
+        self.detail = detail
+
+    @override
+    def __repr__(self) -> str:
+        return f"StoreFailed({self.reason.value}, {self.detail!r})"
 
 
 class Forgotten(Exception):
@@ -38,48 +46,47 @@ class Elsewhere(Exception):
         self.slot, self.host, self.port, self.asking = slot, host, port, asking
 
 
-_REASONS: tuple[tuple[type[BaseException], Reason], ...] = (
-    (foreign.ReadOnlyError, Reason.READONLY),
-    (foreign.BusyLoadingError, Reason.LOADING),
-    (foreign.OutOfMemoryError, Reason.OUT_OF_MEMORY),
-    (foreign.ClusterDownError, Reason.CLUSTER_DOWN),
-    (foreign.MasterDownError, Reason.CLUSTER_DOWN),
-    (foreign.TryAgainError, Reason.CLUSTER_DOWN),
-    (foreign.TimeoutError, Reason.TIMEOUT),
-    (foreign.ConnectionError, Reason.CONNECTION),
-    (TimeoutError, Reason.TIMEOUT),
-    (OSError, Reason.CONNECTION),
-)
+_REASONS = {
+    "READONLY": Reason.READONLY,
+    "LOADING": Reason.LOADING,
+    "BUSY": Reason.TIMEOUT,
+    "OOM": Reason.OUT_OF_MEMORY,
+    "CLUSTERDOWN": Reason.CLUSTER_DOWN,
+    "MASTERDOWN": Reason.CLUSTER_DOWN,
+    "TRYAGAIN": Reason.CLUSTER_DOWN,
+    "ERR": Reason.SCRIPT,
+    "CROSSSLOT": Reason.SCRIPT,
+    "NOPERM": Reason.OTHER,
+    "NOAUTH": Reason.OTHER,
+    "WRONGPASS": Reason.OTHER,
+    "NOREPLICAS": Reason.READONLY,
+    "MISCONF": Reason.READONLY,
+}
+"""By the first word of an error, as servers of this protocol begin one."""
 
-_WORN = frozenset({Reason.READONLY, Reason.LOADING, Reason.CLUSTER_DOWN})
+_WITHIN_SCRIPTS = ("READONLY", "OOM", "NOPERM", "CLUSTERDOWN", "MISCONF", "NOREPLICAS")
+"""Where a command fails in a script, servers put words of their own before its error."""
+
+WORN = frozenset({Reason.READONLY, Reason.LOADING, Reason.CLUSTER_DOWN})
 """A connection that says this leads to the wrong server: another one may lead to the right one."""
 
 
-def reason_of(error: BaseException) -> Reason:
-    """Classify what the client library raised."""
-    for kind, reason in _REASONS:
-        if isinstance(error, kind):
-            return reason
-    if isinstance(error, foreign.ResponseError):
-        text = str(error)
-        if text.startswith("OOM ") or " OOM " in text:  # within a script
-            return Reason.OUT_OF_MEMORY
-        if "READONLY" in text:
-            return Reason.READONLY
-        return Reason.SCRIPT
-    return Reason.OTHER
-
-
-def translate(error: foreign.ResponseError) -> Exception:
-    """Turn an error reply into what the caller can act on; fresh, so that it holds no frames."""
-    if isinstance(error, foreign.NoScriptError):
+def error_of(text: str) -> Exception:
+    """Turn an error reply into what the caller can act on."""
+    first, _, rest = text.partition(" ")
+    if first == "NOSCRIPT":
         return Forgotten()
-    if isinstance(error, foreign.AskError | foreign.MovedError):
-        asking = isinstance(error, foreign.AskError) and not isinstance(error, foreign.MovedError)
-        return Elsewhere(error.slot_id, error.host, error.port, asking=asking)
-    return StoreFailed(reason_of(error))
+    if first in ("MOVED", "ASK"):
+        return _elsewhere(rest, asking=first == "ASK")
+    if first == "ERR":
+        first = next((word for word in _WITHIN_SCRIPTS if f"{word} " in rest), first)
+    return StoreFailed(_REASONS.get(first, Reason.OTHER), first if first.isalpha() else "")
 
 
-def is_worn(error: Exception) -> bool:
-    """Whether the connection that brought this is not to be used again."""
-    return isinstance(error, StoreFailed) and error.reason in _WORN
+def _elsewhere(rest: str, *, asking: bool) -> Exception:
+    """Read `SLOT HOST:PORT`."""
+    slot, _, where = rest.partition(" ")
+    host, _, port = where.rpartition(":")
+    if not slot.isdigit() or not port.isdigit():
+        return StoreFailed(Reason.CLUSTER_DOWN, "MOVED")
+    return Elsewhere(int(slot), host, int(port), asking=asking)

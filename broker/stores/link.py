@@ -1,29 +1,28 @@
-"""Calls to one node: all those of one turn of the event loop travel together.
+"""Calls to one node, over one connection: all those of one turn of the event loop travel together.
 
-The library connects, authenticates, encrypts and parses; what is ours is how calls share a
-connection.  A call is put on a list; once the loop has run everybody who was ready, the whole list
-is written in one piece on a connection of its own and answered in that order.  A third of the CPU
-of the library's pipelines, measured: those check and wrap every command and every reply.
+The client library's parser (hiredis) is kept, its connections and pipelines are not.  A call is put
+on a list; once the loop has run everybody who was ready, the whole list is written in one piece,
+and replies are given out in the order of the calls.  No task, lock or stream stands between a reply
+and who waits for it, which is what most of a round trip's CPU would go into.
 
-Theory of operation.  A connection belongs to one batch from its first byte to its last reply, so
-nothing has to be matched.  While all of them are out, calls gather; so under load batches grow
-instead of connections.  A batch that is not answered in time fails as a whole, and its connection
-is closed, because the replies that are still to come would be taken for the next batch's.
-Connecting is nobody's call: it has a longer time of its own, and who waits for it is told in time
-that it took too long.
+Theory of operation.  The server answers in order, so the only bookkeeping is a queue of futures.
+What is not answered in time takes the connection down with it, because the replies that are still
+to come would be taken for those of later calls; everybody who waits on it is told.  Connecting is
+nobody's call: it has a longer time of its own, and who waits for it is told after theirs.
 """
 
 import asyncio
+import ssl
+from collections import deque
 from collections.abc import Callable
 
-from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import RedisError, ResponseError
+import hiredis
+from msgspec import Struct
 from typing_extensions import override
 
-from broker.stores.failures import Reason, StoreFailed, is_worn, reason_of, translate
-
-CONNECTIONS = 4
-"""To one node, at most: while one batch is on its way the next ones gather or leave."""
+from broker.model import Secret
+from broker.stores.failures import WORN, Reason, StoreFailed, error_of
+from broker.stores.scripts import command
 
 CONNECT_TIMEOUT = 3.0
 """Seconds to connect, TLS and authentication included."""
@@ -34,123 +33,206 @@ Reply = int | bytes | list["Reply"] | None
 _Call = tuple[bytes, "asyncio.Future[Reply]"]
 
 
-class Link:
-    """A node; `connect` makes a connection that is not open yet, `timeout` is seconds a call."""
+class Target(Struct, frozen=True):
+    """A node, and how it lets us in; `path` is a Unix socket."""
 
-    def __init__(self, connect: Callable[[], AbstractConnection], timeout: float) -> None:
-        self._connect = connect
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    tls: ssl.SSLContext | None = None
+    username: str = ""
+    password: Secret | None = None
+    db: int = 0
+
+    async def connect(self, make: "Callable[[], Conversation]") -> "Conversation":
+        """Open a connection; raises OSError."""
+        loop = asyncio.get_running_loop()
+        if self.path:
+            _, conversation = await loop.create_unix_connection(make, self.path)
+        else:
+            _, conversation = await loop.create_connection(make, self.host, self.port, ssl=self.tls)
+        return conversation
+
+    def greeting(self) -> list[bytes]:
+        """Return the commands that come first."""
+        commands = []
+        if self.password is not None:
+            user = [self.username.encode()] if self.username else []
+            commands.append(command(b"AUTH", *user, self.password.reveal().encode()))
+        if self.db:
+            commands.append(command(b"SELECT", b"%d" % self.db))
+        return commands
+
+
+class Conversation(asyncio.Protocol):
+    """One connection: what is written is answered in order.  `ended` is called once, at its end."""
+
+    def __init__(self, ended: "Callable[[Conversation], None]") -> None:
+        self._ended = ended
+        self._loop = asyncio.get_running_loop()
+        self._reader = hiredis.Reader(replyError=error_of, protocolError=ValueError)
+        self._due: deque[asyncio.Future[Reply]] = deque()
+        self._asked = 0
+        self._answered = 0
+        self._reason = Reason.CONNECTION
+        self._transport: asyncio.Transport | None = None
+        self._gone = False
+
+    @override
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]  # uvloop's is no asyncio.Transport
+
+    def ask(self, calls: list[_Call], timeout: float) -> None:
+        """Write all of these; each is answered within `timeout` seconds, or fails."""
+        self._due.extend([future for _, future in calls])
+        if self._gone or self._transport is None:
+            self._fail_due()
+            return
+        self._asked += len(calls)
+        self._transport.write(b"".join([packed for packed, _ in calls]))
+        self._loop.call_later(timeout, self._check, self._asked)
+
+    def close(self, reason: Reason = Reason.CONNECTION) -> None:
+        """End it; what is due fails for this reason."""
+        self._reason = reason
+        if self._transport is not None:
+            self._transport.abort()
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        reader, due = self._reader, self._due
+        try:
+            reader.feed(data)
+            while (reply := reader.gets()) is not False:
+                self._answered += 1
+                future = due.popleft()
+                if isinstance(reply, Exception):
+                    self._fail(future, reply)
+                elif not future.done():
+                    future.set_result(reply)
+        except (ValueError, IndexError):  # not the protocol, or more replies than calls
+            self.close(Reason.OTHER)
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._gone = True
+        self._ended(self)
+        self._fail_due()
+
+    def _fail_due(self) -> None:
+        """Tell everybody who waits; each gets an error of their own, which holds no frames."""
+        while self._due:
+            future = self._due.popleft()
+            if not future.done():
+                future.set_exception(StoreFailed(self._reason))
+
+    def _fail(self, future: "asyncio.Future[Reply]", error: Exception) -> None:
+        if not future.done():
+            future.set_exception(error)
+        if isinstance(error, StoreFailed) and error.reason in WORN and not self._due:
+            self.close(error.reason)
+
+    def _check(self, asked: int) -> None:
+        """Whether everything up to this call has been answered by now."""
+        if self._answered < asked and self._due:
+            self.close(Reason.TIMEOUT)
+
+
+class Link:
+    """A node; `timeout` is seconds a call."""
+
+    def __init__(self, target: Target, timeout: float) -> None:
+        self._target = target
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()
         self._waiting: list[_Call] = []
         self._expiry: asyncio.TimerHandle | None = None
-        self._idle: list[AbstractConnection] = []
-        self._out = 0
-        self._opening = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._talk: Conversation | None = None
+        self._opening: asyncio.Task[None] | None = None
 
     def send(self, packed: bytes) -> "asyncio.Future[Reply]":
         """Send a packed command; the reply, or StoreFailed, Forgotten, Elsewhere."""
         future: asyncio.Future[Reply] = self._loop.create_future()
         if not self._waiting:
             self._loop.call_soon(self._leave)
-            self._expiry = self._loop.call_later(self._timeout, self._expire)
         self._waiting.append((packed, future))
         return future
 
     async def close(self) -> None:
-        """Close every connection; calls that are out fail."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._expire()
-        for connection in self._idle:
-            await connection.disconnect(nowait=True)
-        self._idle.clear()
+        """Close the connection; calls that are out fail."""
+        if self._opening is not None:
+            self._opening.cancel()
+            await asyncio.wait([self._opening])
+        if self._talk is not None:
+            self._talk.close()
+        self._fail(StoreFailed(Reason.CONNECTION))
 
     def _leave(self) -> None:
-        """Send what waits, on a connection that is free."""
-        if not self._waiting:
-            return
-        if self._idle:
+        """Send what waits, or see to it that it can be sent."""
+        if self._talk is not None:
             calls, self._waiting = self._waiting, []
-            if self._expiry is not None:
-                self._expiry.cancel()
-            self._out += 1
-            self._own(self._exchange(self._idle.pop(), calls))
-        elif not self._opening and self._out < CONNECTIONS:
-            self._opening = True
-            self._own(self._open())
+            if calls:
+                self._talk.ask(calls, self._timeout)
+            return
+        if self._expiry is None:
+            self._expiry = self._loop.call_later(self._timeout, self._expire)
+        if self._opening is None:
+            self._opening = self._loop.create_task(self._open())
 
     async def _open(self) -> None:
-        connection = self._connect()
+        talk: Conversation | None = None
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                await connection.connect()  # type: ignore[no-untyped-call]  # has no annotations
-        except (RedisError, OSError, TimeoutError) as error:
-            await connection.disconnect(nowait=True)
-            self._fail_waiting(reason_of(error))
+                talk = await self._target.connect(self._new_conversation)
+                await self._greet(talk)
+        except (OSError, TimeoutError, StoreFailed) as error:
+            if talk is not None:
+                talk.close()
+            self._fail(error)
         else:
-            self._idle.append(connection)
+            self._talk = talk
+            self._stop_expiry()
         finally:
-            self._opening = False
-        self._leave()
-
-    async def _exchange(self, connection: AbstractConnection, calls: list[_Call]) -> None:
-        worn = True
-        try:
-            async with asyncio.timeout(self._timeout):
-                worn = await _converse(connection, calls)
-        except (RedisError, OSError, TimeoutError) as error:
-            _fail(calls, reason_of(error))
-        finally:
-            _fail(calls, Reason.CONNECTION)  # whoever has no reply yet: this task was cancelled
-            self._out -= 1
-            if worn:
-                await connection.disconnect(nowait=True)
-            else:
-                self._idle.append(connection)
+            self._opening = None
+        if self._waiting:
             self._leave()
+
+    def _new_conversation(self) -> Conversation:
+        return Conversation(self._ended)
+
+    async def _greet(self, talk: Conversation) -> None:
+        """Authenticate and choose the database; raises StoreFailed."""
+        for packed in self._target.greeting():
+            future: asyncio.Future[Reply] = self._loop.create_future()
+            talk.ask([(packed, future)], CONNECT_TIMEOUT)
+            await future
+
+    def _ended(self, talk: Conversation) -> None:
+        if self._talk is talk:
+            self._talk = None
 
     def _expire(self) -> None:
         """Tell those who wait for a connection that they have waited long enough."""
-        self._fail_waiting(Reason.TIMEOUT)
+        self._fail(StoreFailed(Reason.TIMEOUT))
 
-    def _fail_waiting(self, reason: Reason) -> None:
+    def _fail(self, error: Exception) -> None:
+        """Tell all who wait; each gets an error of their own, which holds no frames."""
         calls, self._waiting = self._waiting, []
+        self._stop_expiry()
+        reason, detail = Reason.CONNECTION, ""
+        if isinstance(error, StoreFailed):
+            reason, detail = error.reason, error.detail
+        elif isinstance(error, TimeoutError):
+            reason = Reason.TIMEOUT
+        for _, future in calls:
+            if not future.done():
+                future.set_exception(StoreFailed(reason, detail))
+
+    def _stop_expiry(self) -> None:
         if self._expiry is not None:
             self._expiry.cancel()
-        _fail(calls, reason)
-
-    def _own(self, work: "asyncio._CoroutineLike[None]") -> None:
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+            self._expiry = None
 
     @override
     def __repr__(self) -> str:
-        return f"Link(waiting={len(self._waiting)}, out={self._out}, idle={len(self._idle)})"
-
-
-async def _converse(connection: AbstractConnection, calls: list[_Call]) -> bool:
-    """Write all calls, read all replies; returns whether the connection is to be closed."""
-    await connection.send_packed_command(b"".join([packed for packed, _ in calls]), False)  # noqa: FBT003 - no health check
-    worn = False
-    for _, future in calls:
-        try:
-            reply = await connection.read_response(disable_decoding=True)
-        except ResponseError as error:
-            ours = translate(error)
-            worn = worn or is_worn(ours)
-            if not future.done():
-                future.set_exception(ours)
-        else:
-            if not future.done():
-                future.set_result(reply)
-    return worn
-
-
-def _fail(calls: list[_Call], reason: Reason) -> None:
-    """Tell whoever has no answer yet; each gets an error of their own, which holds no frames."""
-    for _, future in calls:
-        if not future.done():
-            future.set_exception(StoreFailed(reason))
+        return f"Link(waiting={len(self._waiting)}, connected={self._talk is not None})"

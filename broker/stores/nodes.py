@@ -7,8 +7,9 @@ changed.
 """
 
 import asyncio
+import random
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from redis.asyncio import RedisCluster
@@ -25,7 +26,7 @@ from typing_extensions import override
 
 from broker.stores.address import Access, StoreAddress
 from broker.stores.failures import Elsewhere, Forgotten, Reason, StoreFailed
-from broker.stores.link import CONNECT_TIMEOUT, Link, Reply
+from broker.stores.link import CONNECT_TIMEOUT, Link, Reply, Target
 from broker.stores.scripts import Script, command
 
 REDIRECTS = 3
@@ -35,9 +36,6 @@ REFRESH_PAUSE = 0.5
 """Seconds between two readings of the topology: a failover takes a few."""
 
 _ASKING = command(b"ASKING")
-
-Connect = Callable[[str, int], AbstractConnection]
-"""Makes a connection to host and port that is not open yet."""
 
 
 class Nodes(Protocol):
@@ -80,13 +78,13 @@ class SingleServer(Nodes):
 
     def __init__(self, address: StoreAddress, access: Access, timeout: float) -> None:
         self._address = address
-        self._connect = connector(address, access)
+        self._access = access
         self._timeout = timeout
         self._link: Link | None = None
 
     @override
     async def open(self) -> None:
-        self._link = Link(self.dedicated, self._timeout)
+        self._link = Link(target(self._address, self._access), self._timeout)
 
     @override
     async def close(self) -> None:
@@ -103,8 +101,7 @@ class SingleServer(Nodes):
 
     @override
     def dedicated(self) -> AbstractConnection:
-        host, port = self._address.hosts[0] if self._address.hosts else ("", 0)
-        return self._connect(host, port)
+        return dedicated(self._address, self._access)
 
     @override
     def __repr__(self) -> str:
@@ -117,7 +114,6 @@ class Cluster(Nodes):
     def __init__(self, address: StoreAddress, access: Access, timeout: float) -> None:
         self._address = address
         self._access = access
-        self._connect = connector(address, access)
         self._timeout = timeout
         self._links: dict[tuple[str, int], Link] = {}
         self._slots: dict[int, tuple[str, int]] = {}
@@ -183,8 +179,8 @@ class Cluster(Nodes):
     def _link(self, where: tuple[str, int]) -> Link:
         link = self._links.get(where)
         if link is None:
-            host, port = where
-            link = self._links[where] = Link(lambda: self._connect(host, port), self._timeout)
+            node = target(self._address, self._access, where)
+            link = self._links[where] = Link(node, self._timeout)
         return link
 
     def _refresh(self) -> None:
@@ -225,7 +221,7 @@ class Cluster(Nodes):
     @override
     def dedicated(self) -> AbstractConnection:
         alive = list(self._links) or list(self._address.hosts)
-        return self._connect(*alive[0])
+        return dedicated(self._address, self._access, random.choice(alive))  # noqa: S311 - any node will do
 
     @override
     def __repr__(self) -> str:
@@ -243,10 +239,21 @@ def nodes_at(address: StoreAddress, access: Access, timeout: float) -> Nodes:
     return kind(address, access, timeout)
 
 
-def connector(address: StoreAddress, access: Access) -> Connect:
-    """Return what makes connections; the library's own retries and timeouts are off."""
+def target(address: StoreAddress, access: Access, where: tuple[str, int] | None = None) -> Target:
+    """Return how a node is reached; without `where` the first one of the address."""
+    host, port = where or (address.hosts[0] if address.hosts else ("", 0))
+    tls = None
+    if address.tls:
+        tls = ssl.create_default_context(cafile=access.tls_ca_file)
+    return Target(host, port, address.path, tls, access.username, access.password, address.db)
+
+
+def dedicated(
+    address: StoreAddress, access: Access, where: tuple[str, int] | None = None
+) -> AbstractConnection:
+    """Return a connection of the library's that is not open yet; its own retries are off."""
+    node = target(address, access, where)
     common: dict[str, Any] = {
-        "db": address.db,
         "username": access.username or None,
         "password": None if access.password is None else access.password.reveal(),
         "socket_timeout": None,
@@ -255,18 +262,9 @@ def connector(address: StoreAddress, access: Access) -> Connect:
         "lib_version": None,
         "protocol": 2,
     }
-
-    def connect(host: str, port: int) -> AbstractConnection:
-        if address.path:
-            return UnixDomainSocketConnection(path=address.path, **common)
-        if address.tls:
-            return SSLConnection(
-                host=host,
-                port=port,
-                ssl_ca_certs=access.tls_ca_file,
-                ssl_min_version=ssl.TLSVersion.TLSv1_2,
-                **common,
-            )
-        return Connection(host=host, port=port, **common)
-
-    return connect
+    if node.path:
+        return UnixDomainSocketConnection(path=node.path, **common)
+    if address.tls:
+        common["ssl_ca_certs"] = access.tls_ca_file
+        return SSLConnection(host=node.host, port=node.port, **common)
+    return Connection(host=node.host, port=node.port, **common)

@@ -146,7 +146,7 @@ class Server:
             answer = await reply
         except StoreFailed as failed:
             self._stats.errors[failed.reason.value].inc()
-            self._settle(ticket, Outcome.FAILED)
+            self._settle(ticket, Outcome.FAILED, failed)
             raise
         except BaseException:
             self._settle(ticket, Outcome.ABANDONED)
@@ -158,13 +158,15 @@ class Server:
             self._settle(ticket, Outcome.SUCCEEDED)
         return answer
 
-    def _settle(self, ticket: Ticket, outcome: Outcome) -> None:
+    def _settle(self, ticket: Ticket, outcome: Outcome, failed: StoreFailed | None = None) -> None:
         was_away = self.is_away
         now = self._clock.mono()
         self.tidy()
         self._health = self._health.settle(ticket, outcome, now, self._draw)
         if self.is_away and not was_away:
-            log.error("broker.store_away", wait_s=self._health.wait(now) / SECOND)
+            reason, detail = (failed.reason.value, failed.detail) if failed else ("", "")
+            wait = self._health.wait(now) / SECOND
+            log.error("broker.store_away", reason=reason, detail=detail, wait_s=wait)
         elif was_away and not self.is_away:
             self.recovered = now
             log.warning("broker.store_back")

