@@ -1,14 +1,16 @@
-"""Calls to one node, over one connection: all those of one turn of the event loop travel together.
+"""Calls to one node, over one connection: what gathers while one batch is out is the next batch.
 
 The client library's parser (hiredis) is kept, its connections and pipelines are not.  A call is put
-on a list; once the loop has run everybody who was ready, the whole list is written in one piece,
-and replies are given out in the order of the calls.  No task, lock or stream stands between a reply
-and who waits for it, which is what most of a round trip's CPU would go into.
+on a list; once the loop has run everybody who was ready, and nothing is due, the whole list is
+written in one piece, and replies are given out in the order of the calls.  So batches grow under
+load, and calls share what each write and each read costs the kernel.  No task, lock or stream
+stands between a reply and who waits for it, which is what most of a round trip would go into.
 
 Theory of operation.  The server answers in order, so the only bookkeeping is a queue of futures.
 What is not answered in time takes the connection down with it, because the replies that are still
-to come would be taken for those of later calls; everybody who waits on it is told.  Connecting is
-nobody's call: it has a longer time of its own, and who waits for it is told after theirs.
+to come would be taken for those of later calls; everybody who waits on it, or behind it, is told.
+Connecting is nobody's call: it has a longer time of its own, and who waits for it is told after
+theirs.
 """
 
 import asyncio
@@ -65,16 +67,22 @@ class Target(Struct, frozen=True):
 
 
 class Conversation(asyncio.Protocol):
-    """One connection: what is written is answered in order.  `ended` is called once, at its end."""
+    """One connection: what is written is answered in order.
 
-    def __init__(self, ended: "Callable[[Conversation], None]") -> None:
+    `answered` is called whenever nothing is due any more, `ended` once, at its end.
+    """
+
+    def __init__(
+        self, answered: Callable[[], None], ended: "Callable[[Conversation], None]"
+    ) -> None:
+        self._when_answered = answered
         self._ended = ended
         self._loop = asyncio.get_running_loop()
         self._reader = hiredis.Reader(replyError=error_of, protocolError=ValueError)
         self._due: deque[asyncio.Future[Reply]] = deque()
         self._asked = 0
         self._answered = 0
-        self._reason = Reason.CONNECTION
+        self.reason = Reason.CONNECTION
         self._transport: asyncio.Transport | None = None
         self._gone = False
 
@@ -94,7 +102,7 @@ class Conversation(asyncio.Protocol):
 
     def close(self, reason: Reason = Reason.CONNECTION) -> None:
         """End it; what is due fails for this reason."""
-        self._reason = reason
+        self.reason = reason
         if self._transport is not None:
             self._transport.abort()
 
@@ -112,6 +120,13 @@ class Conversation(asyncio.Protocol):
                     future.set_result(reply)
         except (ValueError, IndexError):  # not the protocol, or more replies than calls
             self.close(Reason.OTHER)
+        if not due:
+            self._when_answered()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is due."""
+        return not self._due
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
@@ -124,7 +139,7 @@ class Conversation(asyncio.Protocol):
         while self._due:
             future = self._due.popleft()
             if not future.done():
-                future.set_exception(StoreFailed(self._reason))
+                future.set_exception(StoreFailed(self.reason))
 
     def _fail(self, future: "asyncio.Future[Reply]", error: Exception) -> None:
         if not future.done():
@@ -170,8 +185,8 @@ class Link:
     def _leave(self) -> None:
         """Send what waits, or see to it that it can be sent."""
         if self._talk is not None:
-            calls, self._waiting = self._waiting, []
-            if calls:
+            if self._waiting and self._talk.is_idle:
+                calls, self._waiting = self._waiting, []
                 self._talk.ask(calls, self._timeout)
             return
         if self._expiry is None:
@@ -198,7 +213,12 @@ class Link:
             self._leave()
 
     def _new_conversation(self) -> Conversation:
-        return Conversation(self._ended)
+        return Conversation(self._leave_later, self._ended)
+
+    def _leave_later(self) -> None:
+        """Send what has gathered, once those who were just answered have run."""
+        if self._waiting:
+            self._loop.call_soon(self._leave)
 
     async def _greet(self, talk: Conversation) -> None:
         """Authenticate and choose the database; raises StoreFailed."""
@@ -210,6 +230,10 @@ class Link:
     def _ended(self, talk: Conversation) -> None:
         if self._talk is talk:
             self._talk = None
+            if talk.reason is Reason.TIMEOUT:
+                self._expire()  # they have waited behind it
+            elif self._waiting:
+                self._leave()
 
     def _expire(self) -> None:
         """Tell those who wait for a connection that they have waited long enough."""
