@@ -14,6 +14,10 @@ import structlog
 
 log = structlog.get_logger()
 
+YIELD = 0.001
+"""Seconds for which a worker that is ahead leaves the door to the others: enough for one that
+sleeps to wake, and too short for a caller to notice when none of them comes."""
+
 PAUSE = 0.5
 """Seconds without accepting after the system had no descriptor left, or it fails over and over."""
 
@@ -24,10 +28,14 @@ class Acceptor:
     """Serves listening sockets until it is closed; owns them."""
 
     def __init__(
-        self, sockets: Sequence[socket.socket], factory: Callable[[], asyncio.Protocol]
+        self,
+        sockets: Sequence[socket.socket],
+        factory: Callable[[], asyncio.Protocol],
+        is_ahead: Callable[[], bool],
     ) -> None:
         self._sockets = list(sockets)
         self._factory = factory
+        self._is_ahead = is_ahead
         self._loop = asyncio.get_running_loop()
         self._opening: set[asyncio.Task[object]] = set()
 
@@ -36,7 +44,7 @@ class Acceptor:
         for listener in self._sockets:
             listener.settimeout(0)
             listener.listen(backlog)
-            self._loop.add_reader(listener, self._accept, listener)
+            self._watch(listener)
 
     def close(self) -> None:
         """Take no more connections; those that were taken live on."""
@@ -44,6 +52,26 @@ class Acceptor:
             self._loop.remove_reader(listener)
             listener.close()
         self._sockets.clear()
+
+    def _watch(self, listener: socket.socket) -> None:
+        self._loop.add_reader(listener, self._notice, listener)
+
+    def _notice(self, listener: socket.socket) -> None:
+        """Somebody is at the door."""
+        if self._is_ahead():
+            self._step_back(listener, YIELD)
+        else:
+            self._accept(listener)
+
+    def _step_back(self, listener: socket.socket, seconds: float) -> None:
+        """Leave the door to the others, then take whoever still waits."""
+        self._loop.remove_reader(listener)
+        self._loop.call_later(seconds, self._return, listener)
+
+    def _return(self, listener: socket.socket) -> None:
+        if listener in self._sockets:
+            self._watch(listener)
+            self._accept(listener)
 
     def _accept(self, listener: socket.socket) -> None:
         try:
@@ -53,19 +81,11 @@ class Acceptor:
         except OSError as error:
             if error.errno not in _EXHAUSTED:
                 raise
-            self._pause(listener, error)
+            log.error("broker.accept_failed", reason=error.strerror, again_in_s=PAUSE)
+            self._step_back(listener, PAUSE)
             return
         opening = self._loop.create_task(
             self._loop.connect_accepted_socket(self._factory, connection)
         )
         self._opening.add(opening)
         opening.add_done_callback(self._opening.discard)
-
-    def _pause(self, listener: socket.socket, error: OSError) -> None:
-        log.error("broker.accept_failed", reason=error.strerror, again_in_s=PAUSE)
-        self._loop.remove_reader(listener)
-        self._loop.call_later(PAUSE, self._resume, listener)
-
-    def _resume(self, listener: socket.socket) -> None:
-        if listener in self._sockets:
-            self._loop.add_reader(listener, self._accept, listener)

@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from broker import logs, parts, scrape
 from broker.acceptor import Acceptor
-from broker.board import Board
+from broker.board import Board, Gauge
 from broker.clock import SystemClock
 from broker.health import Health
 from broker.issue import TokenDesk
@@ -60,6 +60,17 @@ pause before a retry.  A mint may outlive its callers, because its token is wort
 call has a timeout of its own, and must be the one to tell that it ran out."""
 
 
+AHEAD = 1
+"""Connections that a worker may have more than another before it lets that one go first."""
+
+
+class Sibling(Struct, frozen=True):
+    """What a worker sees of another one."""
+
+    alive: Gauge
+    connections: Gauge
+
+
 class Seat(Struct, frozen=True):
     """A worker's place: where it is reached and where it counts, as its supervisor gave it."""
 
@@ -69,6 +80,12 @@ class Seat(Struct, frozen=True):
     admin_url: str
     board: Board
     metrics: Metrics
+    siblings: Sequence[Sibling]
+
+    def is_ahead(self) -> bool:
+        """Whether another worker has clearly fewer connections."""
+        limit = self.metrics.process.connections.value - AHEAD
+        return any(s.alive.value and s.connections.value < limit for s in self.siblings)
 
 
 class App:
@@ -304,7 +321,9 @@ class App:
             admin_url=self.admin_url,
         )
         self._routes.use_log(debug=settings.log.level == "debug")
-        self._server = DataServer(self._routes, self._routes.error_head)
+        self._server = DataServer(
+            self._routes, self._routes.error_head, self.metrics.process.connections
+        )
         self._listener, self.url = await self._listen()
         self._add_pages()
 
@@ -313,7 +332,7 @@ class App:
             return await listen(
                 self._server, self._settings.server.listen, "server.listen", BACKLOG
             )
-        acceptor = Acceptor(self._seat.sockets, self._server)
+        acceptor = Acceptor(self._seat.sockets, self._server, self._seat.is_ahead)
         acceptor.start(BACKLOG)
         return acceptor, self._seat.url
 
@@ -331,7 +350,7 @@ class App:
     def _publish(self) -> None:
         """Bring the gauges up to date."""
         metrics = self.metrics
-        metrics.process.workers.set(1)
+        metrics.process.workers.set(not self._health.draining)
         for name, bucket in self.store.buckets.items():
             metrics.limits.tracked[name].set(len(bucket))
         metrics.limits.tracked[LimitName.AUTH].set(len(self.door.failures))
@@ -350,6 +369,7 @@ class App:
         server = self._settings.server
         ends = time.monotonic() + server.drain.seconds
         self._health.draining = True
+        self._publish()
         if self._seat is None:
             log.info("broker.draining", lead_s=self._lead, drain_s=server.drain.seconds)
         await asyncio.sleep(self._lead)

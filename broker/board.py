@@ -79,6 +79,15 @@ class Gauge:
         """Replace the number."""
         self._cells[self._index] = value
 
+    @property
+    def value(self) -> float:
+        """What was set in this row."""
+        return self._cells[self._index]
+
+    def of(self, row: Cells) -> "Gauge":
+        """Return the same gauge of another process."""
+        return Gauge(row, self._index)
+
 
 class Histogram:
     """Counts values by size: a cell for each bound, one for what is above, one for the sum."""

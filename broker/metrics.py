@@ -330,6 +330,9 @@ class ProcessMetrics:
         for gauge in build.values():
             gauge.set(1)
         self.workers = sheet.totals("broker_workers", "Processes that take requests")[()]
+        self.connections = sheet.totals(
+            "broker_connections", "Connections that are open on the data listener"
+        )[()]
         self.restarts = sheet.counters(
             "broker_worker_restarts", "Workers that died and were replaced"
         )[()]

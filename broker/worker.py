@@ -16,9 +16,10 @@ import socket
 import sys
 
 from broker import logs, parts, schema
-from broker.app import App, Seat
-from broker.board import shared
+from broker.app import App, Seat, Sibling
+from broker.board import Board, shared
 from broker.channel import ORDERS, Begin, Channel, Follow, Followed, Order, Ready, Refused, Stop
+from broker.metrics import Metrics
 from broker.schema import ConfigError
 from broker.serve import EX_CONFIG, loop_factory
 
@@ -63,8 +64,19 @@ def _build(begin: Begin) -> App:
     if metrics.layout != begin.layout:
         raise ConfigError("this is another version than the one that runs: restart the broker")
     sockets = [socket.socket(fileno=listener) for listener in begin.listeners]
-    seat = Seat(begin.worker, sockets, begin.url, begin.admin_url, board, metrics)
+    siblings = _siblings(begin.worker, board, metrics)
+    seat = Seat(begin.worker, sockets, begin.url, begin.admin_url, board, metrics, siblings)
     return App(settings, lambda: settings, os.environ, dev=begin.dev, seat=seat)
+
+
+def _siblings(index: int, board: Board, metrics: Metrics) -> list[Sibling]:
+    """Return what can be seen of the other workers; the supervisor's row is none."""
+    alive, connections = metrics.process.workers, metrics.process.connections
+    return [
+        Sibling(alive.of(row), connections.of(row))
+        for number, row in enumerate(board.rows)
+        if number not in (0, index)
+    ]
 
 
 async def _obey(channel: Channel[Order], app: App) -> None:

@@ -114,13 +114,16 @@ def merged(tree: Tree, changes: Mapping[str, object]) -> Tree:
 class Broker:
     """A running broker.  Leaving the context ends it; what it logged stays."""
 
+    program: tuple[str, ...] = ("-m", "broker", "serve")
+    """What Python runs."""
+
     def __init__(self, *arguments: str, logs: Path, **variables: str) -> None:
         self.folder = logs
         self._logs = logs / f"log.{secrets.token_hex(4)}"
         started = time.perf_counter()
         with self._logs.open("wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-W", "error", "-m", "broker", "serve", *arguments],
+                [sys.executable, "-W", "error", *self.program, *arguments],
                 stdout=subprocess.PIPE,
                 stderr=out,
                 env=environment(**variables),
@@ -154,7 +157,8 @@ class Broker:
 
     def events(self, name: str | None = None) -> list[dict[str, Any]]:
         """Return the events it has logged, of one name or all of them."""
-        lines = [line for line in self.log().splitlines() if line.strip()]
+        whole, _, _ = self.log().rpartition("\n")  # the last line may still be on its way
+        lines = [line for line in whole.splitlines() if line.strip()]
         events = [_event(line) for line in lines]
         return [event for event in events if name in (None, event["event"])]
 

@@ -52,6 +52,7 @@ DOCUMENTED: dict[str, tuple[str, Labels]] = {
     "broker_config_reloads": ("counter", {"outcome": {"success", "failure"}}),
     "broker_build_info": ("gauge", {"version": set(), "python": set()}),
     "broker_workers": ("gauge", {}),
+    "broker_connections": ("gauge", {}),
     "broker_worker_restarts": ("counter", {}),
 }
 """What an operator is promised of a local issuer: kind and the closed sets of its labels."""

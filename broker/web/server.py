@@ -20,6 +20,7 @@ from aiohttp.web_request import BaseRequest
 from typing_extensions import override
 
 from broker.answers import error_body
+from broker.board import Gauge
 from broker.web.answer import JSON_TYPE, ReadyAnswer, head
 
 log = structlog.get_logger()
@@ -88,11 +89,29 @@ class DataConnection(web.RequestHandler):
 
 
 class DataServer(web.Server):
-    """Makes `DataConnection`s; give it to `loop.create_server`."""
+    """Makes `DataConnection`s, and tells how many are open; give it to `loop.create_server`."""
 
-    def __init__(self, handler: Handler, error_head: Callable[[], tuple[str, str]]) -> None:
+    def __init__(
+        self, handler: Handler, error_head: Callable[[], tuple[str, str]], open_now: Gauge
+    ) -> None:
         super().__init__(handler, handler_cancellation=True)
         self._error_head = error_head
+        self._open = 0
+        self._open_now = open_now
+
+    @override
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        self._open += 1
+        self._open_now.set(self._open)
+
+    @override
+    def connection_lost(
+        self, handler: web.RequestHandler, exc: BaseException | None = None
+    ) -> None:
+        super().connection_lost(handler, exc)
+        self._open -= 1
+        self._open_now.set(self._open)
 
     async def drain(self, seconds: float) -> None:
         """Close what is idle, let each request that has begun be answered, then close the rest.

@@ -1,0 +1,126 @@
+"""Two workers beside one: CPU per request, and how evenly requests are spread.
+
+    python tests/bench/workers.py [--rounds 9] [--seconds 2] [--connections 64]
+
+Both are loaded with reuse hits in every round, in an order that rotates; what counts is the median
+of the rounds' ratios.  CPU is user + system time of all processes, the supervisor included.  What
+each worker answered stands in its row of the board, which is read here through /proc.  Needs wrk
+(closed loop).
+"""
+
+import argparse
+import os
+import secrets
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from pathlib import Path
+
+from cpu import CONFIGURATION, VISITORS, Sample, Server, measure, port_in
+
+from broker.board import Cells, shared
+from broker.metrics import Metrics
+
+CREW = Path(__file__).resolve().parents[1] / "crew.py"
+
+TARGET_RATIO, TARGET_SHARE = 1.10, 0.35
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parse_options()
+    samples: dict[int, list[Sample]] = {1: [], 2: []}
+    shares: list[float] = []
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        (folder / "visitors.lua").write_text(VISITORS)
+        secret = secrets.token_urlsafe(24)
+        servers = {
+            number: stack.enter_context(run_broker(folder, secret, number)) for number in samples
+        }
+        numbers = count(1)
+        rows = rows_of(servers[2].pid)
+        for number in range(options.rounds + 1):
+            for workers in (1, 2) if number % 2 else (2, 1):
+                before = answered(rows)
+                sample = measure(servers[workers], "hit", secret, next(numbers), folder, options)
+                after = answered(rows)
+                if number:  # the first round warms up
+                    samples[workers].append(sample)
+                    if workers > 1:
+                        used = [end - start for start, end in zip(before, after, strict=True)]
+                        shares.append(min(used) / sum(used))
+            print(".", end="", flush=True, file=sys.stderr)
+    print(file=sys.stderr)
+    report(samples, shares)
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=int, default=2, help="of each measurement")
+    parser.add_argument("--connections", type=int, default=64)
+    return parser.parse_args()
+
+
+@contextmanager
+def run_broker(folder: Path, secret: str, workers: int) -> Iterator[Server]:
+    """Run a broker with so many workers; its log goes to a file."""
+    config, log = folder / "broker.toml", folder / f"log.{workers}"
+    config.write_text(CONFIGURATION.format(secret=secret, key=secrets.token_urlsafe(48)))
+    command = [sys.executable, str(CREW), str(workers), str(config)]
+    with log.open("w") as errors, subprocess.Popen(command, stderr=errors) as process:
+        try:
+            yield Server("broker", process.pid, port_in(log))
+        finally:
+            process.terminate()
+
+
+def rows_of(pid: int) -> list[Cells]:
+    """Return the workers' rows of this supervisor's board."""
+    for link in sorted(Path(f"/proc/{pid}/fd").iterdir()):
+        if str(link.readlink()).startswith("/memfd:embed-token-broker"):
+            handle = os.open(link, os.O_RDWR)
+            return list(shared(handle, Metrics("local", workers=2).sheet.width).rows[1:])
+    sys.exit("the supervisor has no board")
+
+
+def answered(rows: list[Cells]) -> list[float]:
+    """Return how many requests each worker has answered with a held token."""
+    families = Metrics("local", workers=2).sheet.families
+    family = next(family for family in families if family.name == "broker_requests")
+    first = family.series["reused",]
+    return [sum(row[first + n] for n in range(len(family.bounds) + 1)) for row in rows]
+
+
+def report(samples: dict[int, list[Sample]], shares: list[float]) -> None:
+    """Print medians, and the quartiles of the rounds' ratios."""
+    print(f"{'workers':9}{'CPU us':>7}{'user':>6}{'system':>8}{'req/s':>8}{'p50':>9}{'p99':>9}")
+    for workers, rounds in samples.items():
+        middle = sorted(rounds, key=lambda sample: sample.throughput)[len(rounds) // 2]
+        cpu, user, system = (
+            statistics.median(getattr(sample, part) for sample in rounds)
+            for part in ("cpu", "user", "system")
+        )
+        print(
+            f"{workers:<9}{cpu:>7.1f}{user:>6.1f}{system:>8.1f}"
+            f"{middle.throughput:>8.0f}{middle.p50:>9}{middle.p99:>9}"
+        )
+    ratios = [two.cpu / one.cpu for one, two in zip(samples[1], samples[2], strict=True)]
+    low, ratio, high = statistics.quantiles(ratios, n=4)
+    print(f"\nCPU per request, two workers over one: {ratio:.2f} [{low:.2f} {high:.2f}]")
+    print(f"   target {TARGET_RATIO:.2f}: {'met' if ratio <= TARGET_RATIO else 'NOT met'}")
+    low, middle, high = statistics.quantiles(shares, n=4)
+    print(
+        f"the smaller worker's share: {middle:.2f} [{low:.2f} {high:.2f}], least {min(shares):.2f}"
+    )
+    print(f"   target {TARGET_SHARE:.2f}: {'met' if min(shares) >= TARGET_SHARE else 'NOT met'}")
+
+
+if __name__ == "__main__":
+    main()

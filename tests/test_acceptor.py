@@ -1,0 +1,155 @@
+"""Taking connections from a socket that others take from, too.  Real sockets, all in one loop."""
+
+import asyncio
+import os
+import resource
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+from processes import until
+
+from broker import acceptor as module
+from broker.acceptor import Acceptor
+
+BACKLOG = 64
+
+
+class Taken(list[asyncio.BaseTransport]):
+    """Connections that one acceptor took."""
+
+    def make(self) -> asyncio.Protocol:
+        taken = self
+
+        class Connection(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                taken.append(transport)
+
+        return Connection()
+
+
+@contextmanager
+def shared_socket(count: int) -> Iterator[list[socket.socket]]:
+    """One listening socket, as so many processes hold it."""
+    with ExitStack() as stack:
+        first = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=BACKLOG))
+        yield [first, *(stack.enter_context(first.dup()) for _ in range(count - 1))]
+
+
+@contextmanager
+def callers(listener: socket.socket, count: int) -> Iterator[None]:
+    """Connect before anybody accepts: they wait in the kernel's queue."""
+    with ExitStack() as stack:
+        for _ in range(count):
+            stack.enter_context(socket.create_connection(listener.getsockname()))
+        yield
+
+
+def is_never_ahead() -> bool:
+    """As long as nobody has fewer connections."""
+    return False
+
+
+async def ended(*all_taken: Taken) -> None:
+    """Hang up, and let the loop see it."""
+    for taken in all_taken:
+        for transport in taken:
+            transport.close()
+    await asyncio.sleep(0)
+
+
+async def test_two_share_a_burst_evenly() -> None:
+    """One connection for each turn of the loop: whoever wakes first does not get them all."""
+    left, right = Taken(), Taken()
+    with shared_socket(2) as sockets, callers(sockets[0], 10):
+        acceptors = [
+            Acceptor([held], taken.make, is_never_ahead)
+            for held, taken in zip(sockets, (left, right), strict=True)
+        ]
+        for acceptor in acceptors:
+            acceptor.start(BACKLOG)
+        await until(lambda: len(left) + len(right) == 10)
+        for acceptor in acceptors:
+            acceptor.close()
+        await ended(left, right)
+    assert (len(left), len(right)) == (5, 5)
+
+
+async def test_who_is_ahead_leaves_the_door_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It steps back, and the other one takes them all."""
+    monkeypatch.setattr(module, "YIELD", 3600.0)
+    full, empty = Taken(), Taken()
+    with shared_socket(2) as sockets, callers(sockets[0], 10):
+        ahead = Acceptor(sockets[:1], full.make, lambda: True)
+        behind = Acceptor(sockets[1:], empty.make, is_never_ahead)
+        ahead.start(BACKLOG)
+        behind.start(BACKLOG)
+        await until(lambda: len(empty) == 10)
+        ahead.close()
+        behind.close()
+        await ended(full, empty)
+    assert full == []
+
+
+async def test_who_is_ahead_and_alone_takes_them_all_the_same() -> None:
+    """The one with fewer may be hung: nobody is left standing at the door."""
+    taken = Taken()
+    with shared_socket(1) as sockets, callers(sockets[0], 10):
+        acceptor = Acceptor(sockets, taken.make, lambda: True)
+        acceptor.start(BACKLOG)
+        await until(lambda: len(taken) == 10)
+        acceptor.close()
+        await ended(taken)
+
+
+async def test_without_descriptors_it_waits_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """EMFILE: callers stay in the queue, and are taken as soon as there is room."""
+    monkeypatch.setattr(module, "PAUSE", 0.02)
+    taken = Taken()
+    with shared_socket(1) as sockets, callers(sockets[0], 3):
+        acceptor = Acceptor(sockets, taken.make, is_never_ahead)
+        acceptor.start(BACKLOG)
+        with no_more_files():
+            await asyncio.sleep(0.1)
+            assert taken == []
+        await until(lambda: len(taken) == 3)
+        acceptor.close()
+        await ended(taken)
+    out = capsys.readouterr().out
+    assert "broker.accept_failed" in out
+    assert 2 <= out.count("Too many open files") <= 6  # not once for each turn of the loop
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """Allow this process no file beyond those that it has open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_closed_it_takes_nobody() -> None:
+    """Also when it had stepped back at that moment; what it had taken lives on."""
+    taken = Taken()
+    with shared_socket(1) as sockets, callers(sockets[0], 1):
+        address = sockets[0].getsockname()
+        acceptor = Acceptor(sockets, taken.make, lambda: True)
+        acceptor.start(BACKLOG)
+        await until(lambda: len(taken) == 1)
+        with callers(sockets[0], 1):
+            await asyncio.sleep(0)
+            acceptor.close()
+            await asyncio.sleep(0.01)
+            assert len(taken) == 1
+            assert not taken[0].is_closing()
+        with socket.socket() as late:
+            assert late.connect_ex(address) != 0
+        await ended(taken)

@@ -1,0 +1,226 @@
+"""What supervisor and workers say to each other, and what happens when one does not play along."""
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+from processes import good, put, secret_file, until
+from test_config import alone, candidates, keys
+
+from broker import child, config, parts, schema
+from broker.channel import ORDERS, REPORTS, Channel, Follow, Ready, Stop, packed
+from broker.child import reason_of
+from broker.reload import in_force, needs_restart
+from broker.rules import restarts
+from broker.settings import Settings
+from broker.supervisor import CannotStart, Supervisor
+from broker.usage import usage
+
+EVERY_KEY = list(keys())
+
+
+def settings_with(dotted: str, kind: Any) -> list[Settings]:
+    """Settings that differ from the defaults in one key."""
+    return [alone(dotted, value) for value in candidates(dotted, kind)[:2]]
+
+
+@pytest.mark.parametrize(("dotted", "kind"), EVERY_KEY, ids=str)
+class TestSettingsOfAWorker:
+    def test_arrive_as_they_were_sent(self, dotted: str, kind: Any) -> None:
+        """Every key, secrets revealed, through the message and back."""
+        for settings in settings_with(dotted, kind):
+            sent = msgspec.json.encode(Follow(packed(settings)))
+            order = ORDERS.decode(sent)
+            assert isinstance(order, Follow)
+            assert schema.build(order.settings) == settings
+
+    def test_are_those_in_force_and_not_those_of_the_file(self, dotted: str, kind: Any) -> None:
+        """What needs a restart stays, and only that."""
+        first = alone("server.docs", value=False)
+        for changed in settings_with(dotted, kind):
+            held = in_force(first, changed)
+            assert needs_restart(first, held) == []
+            if needs_restart(first, changed):
+                assert held != changed
+            else:
+                assert held == changed
+
+
+def test_another_kind_of_issuer_changes_nothing_about_the_issuer() -> None:
+    """Its keys would be of no use to the one that runs."""
+    first = config.from_tree({"issuer": {"kind": "local"}})
+    changed = config.from_tree({"issuer": {"kind": "upstream"}, "log": {"level": "debug"}})
+    assert needs_restart(first, changed) == ["issuer"]
+    assert in_force(first, changed) == replace(first, log=changed.log)
+
+
+class TestChannel:
+    async def test_ends_with_the_other_one(self) -> None:
+        """Whoever is killed says nothing more: that is how it is noticed."""
+        ours, theirs = socket.socketpair()
+        channel = await Channel.over(ours, REPORTS)
+        theirs.sendall(msgspec.json.encode(Ready()) + b'\n{"type": "Followed')
+        theirs.close()
+        assert await channel.receive() == Ready()
+        assert await channel.receive() is None
+        channel.send(Stop())  # to nobody: lost, not an error
+        channel.close()
+
+
+class TestRestarts:
+    @given(st.lists(st.floats(0, restarts.WELL, exclude_max=True), max_size=12))
+    def test_wait_longer_each_time(self, lives: list[float]) -> None:
+        """0.1 s, doubled, at most 5 s, as long as it keeps dying young."""
+        waits = [0.0]
+        for lived in lives:
+            waits.append(restarts.delay(waits[-1], lived))
+        assert waits[1:] == [min(0.1 * 2**n, 5.0) for n in range(len(lives))]
+
+    @given(st.floats(0, 5), st.floats(restarts.WELL, 1e9))
+    def test_begin_anew_after_a_good_life(self, waited: float, lived: float) -> None:
+        """A death a day is not a series."""
+        assert restarts.delay(waited, lived) == restarts.FIRST
+
+
+def test_usage_is_what_the_kernel_says() -> None:
+    """CPU of user and system, and memory; nothing for one who is not there."""
+    deadline = time.process_time() + 0.05
+    while time.process_time() < deadline:
+        os.getpid()
+    found = usage(os.getpid())
+    assert found is not None
+    assert found.cpu_seconds == pytest.approx(time.process_time(), abs=0.1)
+    assert 5e6 < found.resident_bytes < 5e9
+    assert usage(2**22 + 1) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(0, "exit code 0"), (78, "exit code 78"), (-9, "SIGKILL"), (-40, "signal 40")],
+)
+def test_ends_have_a_name(code: int, reason: str) -> None:
+    """As the event tells it."""
+    assert reason_of(code) == reason
+
+
+def crew_of(folder: Path, count: int = 2, **changes: object) -> Settings:
+    """Settings of several workers on the memory store."""
+    tree = good(folder)
+    for dotted, value in changes.items():
+        tree = put(tree, dotted.replace("__", "."), value)
+    settings = config.from_tree(tree)
+    return replace(settings, server=replace(settings.server, workers=count))
+
+
+@asynccontextmanager
+async def supervised(
+    settings: Settings, load: Callable[[], Settings] | None = None
+) -> AsyncIterator[Supervisor]:
+    """Run workers, and drain them."""
+    supervisor = Supervisor(settings, load or (lambda: settings), {})
+    await supervisor.start()
+    try:
+        yield supervisor
+    finally:
+        supervisor.stop()
+        await supervisor.run()
+        assert supervisor._children == {}
+
+
+class TestSupervisor:
+    async def test_ends_with_the_code_of_a_worker_that_cannot_work(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Another try would end alike: the operator reads the worker's line, not a thousand."""
+        settings = crew_of(tmp_path)
+        (tmp_path / "one").unlink()
+        monkeypatch.setattr(parts, "check", lambda *_: None)  # it vanishes after the check
+        supervisor = Supervisor(settings, lambda: settings, {})
+        with pytest.raises(CannotStart) as caught:
+            await supervisor.start()
+        assert caught.value.code == 78
+        assert supervisor._children == {}
+
+    async def test_a_worker_of_another_version_does_not_count_in_wrong_cells(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The package was replaced under a running broker: its cells may mean something else."""
+        monkeypatch.setattr("broker.metrics.VERSION", "0.0.1")
+        settings = crew_of(tmp_path)
+        supervisor = Supervisor(settings, lambda: settings, {})
+        with pytest.raises(CannotStart) as caught:
+            await supervisor.start()
+        assert caught.value.code == 78
+
+    async def test_a_worker_that_does_not_follow_in_time_is_replaced(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Hung for whatever reason: its replacement begins with the new settings."""
+        first = crew_of(tmp_path)
+        later = replace(first, limits=replace(first.limits, fingerprint_format="any"))
+        monkeypatch.setattr(child, "ANSWER_TIME", 0.3)
+        async with supervised(first, lambda: later) as supervisor:
+            hung = supervisor._children[1].pid
+            os.kill(hung, signal.SIGSTOP)
+            await supervisor._roll()
+            await until(lambda: _pid(supervisor, 1) not in (hung, None))
+            await until(lambda: supervisor._children[1].is_ready)
+            process = supervisor.metrics.process
+            counted = (process.reloads["failure"].value, process.restarts.value)
+            assert counted == (1, 1)
+            assert supervisor._settings == later
+
+    async def test_a_worker_that_cannot_follow_keeps_the_old_settings(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A secret that vanished between check and use: told, counted, and the worker goes on."""
+        first = crew_of(tmp_path)
+        other = secret_file(tmp_path / "other")
+        web = replace(first.clients["web"], secret_file=other)
+        later = replace(first, clients={"web": web})
+        async with supervised(first, lambda: later) as supervisor:
+            pids = [_pid(supervisor, index) for index in (1, 2)]
+            (tmp_path / "other").unlink()
+            monkeypatch.setattr(parts, "check", lambda *_: None)
+            await supervisor._roll()
+            assert supervisor.metrics.process.reloads["failure"].value == 1
+            assert [_pid(supervisor, index) for index in (1, 2)] == pids
+
+    async def test_is_ready_while_anybody_is(self, tmp_path: Path) -> None:
+        """And says `no_worker` when nobody is."""
+        async with supervised(crew_of(tmp_path, server__drain="1s")) as supervisor:
+            health = supervisor._health
+            assert health.state == "ok"
+            for running in list(supervisor._children.values()):
+                running.kill()
+            await until(lambda: health.state == "no_worker")
+            await until(lambda: health.state == "ok")
+
+    async def test_a_machine_without_room_for_a_process_is_asked_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A failed start is a death like any other: counted, and tried again after a while."""
+        async with supervised(crew_of(tmp_path)) as supervisor:
+            python = sys.executable
+            monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+            running = supervisor._children[1]
+            running.kill()
+            await until(lambda: supervisor.metrics.process.restarts.value >= 2)
+            monkeypatch.setattr(sys, "executable", python)
+            await until(lambda: 1 in supervisor._children and supervisor._children[1].is_ready)
+
+
+def _pid(supervisor: Supervisor, index: int) -> int | None:
+    running = supervisor._children.get(index)
+    return None if running is None else running.pid
