@@ -26,6 +26,8 @@ from broker.serve import EX_CONFIG, loop_factory
 
 def main() -> int:
     """Work until told to stop; returns the exit code."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     end = socket.socket(fileno=int(sys.argv[1]))
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(_work(end))

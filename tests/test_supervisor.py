@@ -10,17 +10,21 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from processes import good, put, secret_file, until
+from processes import good, put, secret_file, until, until_true
 from test_config import alone, candidates, keys
 
 from broker import child, config, parts, schema
+from broker.app import Seat, Sibling
+from broker.board import share, shared
 from broker.channel import ORDERS, REPORTS, Channel, Follow, Ready, Stop, packed
 from broker.child import reason_of
+from broker.metrics import Metrics
 from broker.reload import in_force, needs_restart
 from broker.rules import restarts
 from broker.settings import Settings
@@ -138,6 +142,27 @@ async def supervised(
         assert supervisor._children == {}
 
 
+class TestSeat:
+    def test_knows_who_has_fewer_connections(self) -> None:
+        """One more is not enough to hold back, and somebody who is gone has none."""
+        width = Metrics("local").sheet.width
+        handle = share(3, width)
+        board = shared(handle, width)
+        os.close(handle)
+        mine, other, third = (Metrics("local", cells=row) for row in board.rows)
+        siblings = [Sibling(m.process.workers, m.process.connections) for m in (other, third)]
+        seat = Seat([], "", "", board, mine, siblings)
+        mine.process.connections.set(3)
+        other.process.connections.set(2)
+        assert not seat.is_ahead()  # the third is dead
+        other.process.workers.set(1)
+        assert not seat.is_ahead()
+        other.process.connections.set(1)
+        assert seat.is_ahead()
+        other.sheet.drop_gauges(board.rows[1])
+        assert not seat.is_ahead()
+
+
 class TestSupervisor:
     async def test_ends_with_the_code_of_a_worker_that_cannot_work(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -199,13 +224,32 @@ class TestSupervisor:
 
     async def test_is_ready_while_anybody_is(self, tmp_path: Path) -> None:
         """And says `no_worker` when nobody is."""
-        async with supervised(crew_of(tmp_path, server__drain="1s")) as supervisor:
-            health = supervisor._health
-            assert health.state == "ok"
-            for running in list(supervisor._children.values()):
-                running.kill()
-            await until(lambda: health.state == "no_worker")
-            await until(lambda: health.state == "ok")
+        async with (
+            supervised(crew_of(tmp_path)) as supervisor,
+            aiohttp.ClientSession(supervisor.admin_url) as http,
+        ):
+
+            async def says(status: int, state: str) -> bool:
+                async with http.get("/readyz") as answer:
+                    return (answer.status, await answer.json()) == (status, {"status": state})
+
+            assert await says(200, "ok")
+            supervisor._children[1].kill()
+            await until(lambda: 1 not in supervisor._children)
+            assert await says(200, "ok")
+            supervisor._children[2].kill()
+            await until_true(lambda: says(503, "no_worker"))
+            await until_true(lambda: says(200, "ok"))
+
+    async def test_workers_run_this_broker_and_not_one_that_lies_about(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """`python -m` would look in the present folder first."""
+        (tmp_path / "broker").mkdir()
+        (tmp_path / "broker" / "__init__.py").write_text("raise SystemExit(78)")
+        monkeypatch.chdir(tmp_path)
+        async with supervised(crew_of(tmp_path, 1)) as supervisor:
+            assert supervisor._children[1].is_ready
 
     async def test_a_machine_without_room_for_a_process_is_asked_again(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

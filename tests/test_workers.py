@@ -5,7 +5,6 @@ tested with the store.
 """
 
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -35,7 +34,17 @@ from processes import (
     wait_for,
     write,
 )
-from test_serve import RELOADS, Load, client_secret, command_line, introduction, visitor
+from test_serve import (
+    RELOADS,
+    Load,
+    accepts,
+    client_secret,
+    command_line,
+    connect_and_stop_half_way,
+    introduction,
+    turned,
+    visitor,
+)
 
 WORKERS = 2
 OUTCOMES = ("minted", "reused", "coalesced", "limited", "shed", "failed")
@@ -301,7 +310,8 @@ class TestDrain:
     async def test_O6_loses_no_request(self, tmp_path: Path, tree: Tree) -> None:
         """Readiness turns everywhere, requests are still taken, all of them end, exit 0.
 
-        SIGTERM goes to every process, as service managers send it.
+        SIGTERM goes to every process, as service managers send it, and workers heed no other.  A
+        half-sent request is finished when nobody is let in any more.
         """
         slow = merged(tree, {"server.drain_lead": "1500ms", "server.drain": "20s"})
         looked_away = 0
@@ -321,14 +331,19 @@ class TestDrain:
                 async with load.running():
                     await load.more()
                     assert await caller.ready() == 200
+                    half = await connect_and_stop_half_way(crew, caller.secret)
                     crew.send(signal.SIGTERM)
                     for pid in pids:
-                        os.kill(pid, signal.SIGTERM)
-                    await until_true(lambda: _turned(caller))
+                        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                            os.kill(pid, number)
+                    await until_true(lambda: turned(caller))
                     status, _, answer = await caller.ask(visitor(78))
                     assert (status, answer.headers.get("Connection")) == (200, "close")
                 assert load.failed == []
                 assert looked_away == 8
+                await until(lambda: not accepts(crew))
+                assert any(map(is_alive, pids))
+                assert await finished(*half)
             assert await asyncio.to_thread(crew.wait) == 0
         assert [pid for pid in pids if is_alive(pid)] == []
         assert crew.life()[-3:] == ["broker.started", "broker.draining", "broker.stopped"]
@@ -354,28 +369,22 @@ class TestDrain:
         slow = merged(tree, {"server.drain_lead": "10m", "server.drain": "10m"})
         with Crew.on(tmp_path, slow) as crew:
             pids = list(crew.pids().values())
-            host, port = crew.url.removeprefix("http://").split(":")
-            reader, writer = await asyncio.open_connection(host, int(port))
-            body = json.dumps({"agent_id": AGENT, "fingerprint": visitor(1)}).encode()
-            head = (
-                f"POST /v1/embed-tokens/request HTTP/1.1\r\nHost: b\r\nContent-Length: {len(body)}"
-            )
-            head += f"\r\napi-secret: {client_secret(tree)}\r\n\r\n"
-            writer.write(head.encode() + body[:-5])
-            await writer.drain()
+            half = await connect_and_stop_half_way(crew, client_secret(tree))
             await asyncio.sleep(0.2)  # until it is being read: the kernel tells nobody
             assert crew.end(signal.SIGKILL) == -signal.SIGKILL
             await until(lambda: sum(map(is_alive, pids)) < WORKERS)
-            writer.write(body[-5:])
-            assert (await asyncio.wait_for(reader.read(), PATIENCE)).startswith(b"HTTP/1.1 200 OK")
-            writer.close()
+            assert await finished(*half)
             await until(lambda: not any(map(is_alive, pids)))
-            with socket.create_server((host, int(port))):
+            with socket.create_server(("127.0.0.1", int(crew.url.rpartition(":")[2]))):
                 pass  # nobody has it any more
 
 
-async def _turned(caller: Caller) -> bool:
-    return await caller.ready() == 503
+async def finished(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, rest: bytes) -> bool:
+    """Send the rest of a request; returns whether it is answered with a token."""
+    writer.write(rest)
+    answer = await asyncio.wait_for(reader.read(), PATIENCE)
+    writer.close()
+    return answer.startswith(b"HTTP/1.1 200 OK\r\n")
 
 
 class TestSharing:
