@@ -236,6 +236,10 @@ class TestSupervisor:
             assert await says(200, "ok")
             supervisor._children[1].kill()
             await until(lambda: 1 not in supervisor._children)
+            gone, alive = (
+                supervisor.metrics.process.workers.of(supervisor._board.rows[n]) for n in (1, 2)
+            )
+            assert (gone.value, alive.value) == (0, 1)
             assert await says(200, "ok")
             supervisor._children[2].kill()
             await until_true(lambda: says(503, "no_worker"))
