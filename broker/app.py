@@ -21,7 +21,7 @@ from msgspec import Struct
 from broker import logs, parts, scrape
 from broker.acceptor import Acceptor
 from broker.board import Board, Gauge
-from broker.clock import SystemClock
+from broker.clock import SystemClock, sleep_unless
 from broker.health import Health
 from broker.issue import TokenDesk
 from broker.issuers.local import LocalIssuer
@@ -114,7 +114,7 @@ class App:
         self._stopping = asyncio.Event()
         self._pauses = PauseKeeper()
         self._admin: admin.AdminListener | None = None
-        self._lead = settings.server.drain_lead.seconds
+        self._lead_over = asyncio.Event()
         self._started = False
         self._restored = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -252,7 +252,7 @@ class App:
     def stop(self, *, at_once: bool = False) -> None:
         """Begin to drain; `at_once` without the lead, for when nobody is told by readiness."""
         if at_once:
-            self._lead = 0.0
+            self._lead_over.set()
         self._stopping.set()
 
     def abort(self) -> None:
@@ -371,8 +371,9 @@ class App:
         self._health.draining = True
         self._publish()
         if self._seat is None:
-            log.info("broker.draining", lead_s=self._lead, drain_s=server.drain.seconds)
-        await asyncio.sleep(self._lead)
+            lead = server.drain_lead.seconds
+            log.info("broker.draining", lead_s=lead, drain_s=server.drain.seconds)
+        await sleep_unless(self._lead_over, server.drain_lead.seconds)
         self._listener.close()
         await self._server.drain(max(ends - time.monotonic(), 0.1))
         with contextlib.suppress(TimeoutError):  # mints under way are paid for: into the snapshot

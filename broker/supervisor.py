@@ -26,6 +26,7 @@ from broker import logs, parts, scrape
 from broker.board import share, shared
 from broker.channel import Begin, packed
 from broker.child import Child, reason_of
+from broker.clock import sleep_unless
 from broker.health import Health
 from broker.listen import CannotListen, listen
 from broker.reload import in_force, needs_restart
@@ -170,7 +171,7 @@ class Supervisor:
             delay = restarts.delay(delay, lived)
             self.metrics.process.restarts.inc()
             log.error("broker.worker_died", worker=index, reason=reason, again_in_s=delay)
-            await _sleep_unless(self._stopping, delay)
+            await sleep_unless(self._stopping, delay)
 
     async def _attend(self, child: Child) -> str:
         """See one process through its life; returns how it ended."""
@@ -272,12 +273,3 @@ class Supervisor:
         await asyncio.gather(*self._tasks, *self._keepers, return_exceptions=True)
         self._listener.close()
         await self._admin.close()
-
-
-async def _sleep_unless(event: asyncio.Event, seconds: float) -> None:
-    """Sleep, but not longer than until the event."""
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return

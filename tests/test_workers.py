@@ -132,7 +132,7 @@ class TestDeath:
     async def test_O8_a_killed_worker_is_replaced_and_nothing_that_it_counted_is_lost(
         self, tmp_path: Path, tree: Tree
     ) -> None:
-        """Kill -9: the sums are those of the answers before and after, no counter ever falls."""
+        """`kill -9`: the sums are those of the answers before and after, no counter ever falls."""
         with Crew.on(tmp_path, tree) as crew:
             async with Caller(crew, client_secret(tree)) as caller:
                 scrapes: list[dict[str, float]] = []
@@ -364,15 +364,22 @@ class TestDrain:
             wait_for(lambda: not any(map(is_alive, pids)))
             assert crew.events("broker.stopped") == []
 
+    @pytest.mark.parametrize("draining", [False, True])
     async def test_workers_drain_when_their_supervisor_is_killed(
-        self, tmp_path: Path, tree: Tree
+        self, tmp_path: Path, tree: Tree, *, draining: bool
     ) -> None:
-        """Kill -9: what is under way is answered, then the address is free for a successor."""
+        """`kill -9`: what is under way is answered, then the address is free for a successor.
+
+        Also in the lead of a drain, which nobody waits for any more.
+        """
         slow = merged(tree, {"server.drain_lead": "10m", "server.drain": "10m"})
         with Crew.on(tmp_path, slow) as crew:
             pids = list(crew.pids().values())
             half = await connect_and_stop_half_way(crew, client_secret(tree))
             await asyncio.sleep(0.2)  # until it is being read: the kernel tells nobody
+            if draining:
+                crew.send(signal.SIGTERM)
+                crew.wait_for(lambda: crew.events("broker.draining"))
             assert crew.end(signal.SIGKILL) == -signal.SIGKILL
             await until(lambda: sum(map(is_alive, pids)) < WORKERS)
             assert await finished(*half)
