@@ -120,6 +120,22 @@ class Load:
                 self.stopping = True
 
 
+class Polite:
+    """Asks as a balancer's callers do, who look away when an answer says `Connection: close`."""
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+        self.looked_away = 0
+
+    async def ask(self, number: int) -> int | None:
+        """Ask once; None is a good answer, and the last one."""
+        status, _, answer = await self._caller.ask(visitor(number), fresh=number % 2 == 0)
+        if answer.headers.get("Connection") == "close" and status == 200:
+            self.looked_away += 1
+            return None
+        return status
+
+
 class TestDevelopmentMode:
     async def test_introduces_itself_to_programs_and_people(self, tmp_path: Path) -> None:
         """First line: JSON with both addresses and the secret.  Second: curl for a first token."""
@@ -215,19 +231,10 @@ class TestDrain:
         """
         slow = merged(tree, {"server.drain_lead": "1500ms", "server.drain": "20s"})
         secret = client_secret(tree)
-        looked_away = 0
         with Broker.configured(tmp_path, slow) as broker:
             async with Caller(broker, secret) as caller:
-
-                async def ask(number: int) -> int | None:
-                    nonlocal looked_away
-                    status, _, answer = await caller.ask(visitor(number), fresh=number % 2 == 0)
-                    if answer.headers.get("Connection") == "close" and status == 200:
-                        looked_away += 1
-                        return None
-                    return status
-
-                load = Load(ask)
+                polite = Polite(caller)
+                load = Load(polite.ask)
                 async with load.running():
                     await load.more()
                     assert await caller.ready() == 200
@@ -237,7 +244,7 @@ class TestDrain:
                     status, _, answer = await caller.ask(visitor(78))
                     assert (status, answer.headers.get("Connection")) == (200, "close")
                 assert load.failed == []
-                assert looked_away == 8
+                assert polite.looked_away == 8
                 await until(lambda: not accepts(broker))
                 writer.write(rest)
                 answer_bytes = await asyncio.wait_for(reader.read(), PATIENCE)

@@ -37,6 +37,7 @@ from processes import (
 from test_serve import (
     RELOADS,
     Load,
+    Polite,
     accepts,
     client_secret,
     command_line,
@@ -316,20 +317,11 @@ class TestDrain:
         half-sent request is finished when nobody is let in any more.
         """
         slow = merged(tree, {"server.drain_lead": "1500ms", "server.drain": "20s"})
-        looked_away = 0
         with Crew.on(tmp_path, slow) as crew:
             pids = list(crew.pids().values())
             async with Caller(crew, client_secret(tree)) as caller:
-
-                async def ask(number: int) -> int | None:
-                    nonlocal looked_away
-                    status, _, answer = await caller.ask(visitor(number), fresh=number % 2 == 0)
-                    if answer.headers.get("Connection") == "close" and status == 200:
-                        looked_away += 1
-                        return None
-                    return status
-
-                load = Load(ask)
+                polite = Polite(caller)
+                load = Load(polite.ask)
                 async with load.running():
                     await load.more()
                     assert await caller.ready() == 200
@@ -342,7 +334,7 @@ class TestDrain:
                     status, _, answer = await caller.ask(visitor(78))
                     assert (status, answer.headers.get("Connection")) == (200, "close")
                 assert load.failed == []
-                assert looked_away == 8
+                assert polite.looked_away == 8
                 await until(lambda: not accepts(crew))
                 assert any(map(is_alive, pids))
                 assert await finished(*half)

@@ -288,19 +288,24 @@ def ticks_of(pid: int) -> tuple[int, int]:
     return int(fields[11]), int(fields[12])
 
 
-def report(samples: dict[tuple[str, str], list[Sample]]) -> None:
-    """Print medians, and the quartiles of the rounds' ratios to each plain handler."""
+def print_medians(samples: dict[str, list[Sample]]) -> None:
+    """Print what each server took and gave."""
     print(f"{'':19}{'CPU us':>7}{'user':>6}{'system':>8}{'req/s':>8}{'p50':>9}{'p99':>9}")
-    for (name, case), rounds in samples.items():
+    for name, rounds in samples.items():
         middle = sorted(rounds, key=lambda sample: sample.throughput)[len(rounds) // 2]
         cpu, user, system = (
             statistics.median(getattr(sample, part) for sample in rounds)
             for part in ("cpu", "user", "system")
         )
         print(
-            f"{case:5}{name:14}{cpu:>7.1f}{user:>6.1f}{system:>8.1f}"
+            f"{name:19}{cpu:>7.1f}{user:>6.1f}{system:>8.1f}"
             f"{middle.throughput:>8.0f}{middle.p50:>9}{middle.p99:>9}"
         )
+
+
+def report(samples: dict[tuple[str, str], list[Sample]]) -> None:
+    """Print medians, and the quartiles of the rounds' ratios to each plain handler."""
+    print_medians({f"{case:5}{name}": rounds for (name, case), rounds in samples.items()})
     print("\nCPU of the broker over CPU of the plain handler: median [quartiles] of the rounds")
     wanted = [("broker", case, target) for case, target in CASES.items()]
     wanted += [("shared", case, target) for case, target in SHARED_CASES.items()]

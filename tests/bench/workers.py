@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 
-from cpu import CONFIGURATION, VISITORS, Sample, Server, measure, port_in, run_store
+from cpu import CONFIGURATION, VISITORS, Sample, Server, measure, port_in, print_medians, run_store
 
 from broker.board import Cells, shared
 from broker.metrics import Metrics
@@ -105,17 +105,7 @@ def answered(rows: list[Cells]) -> list[float]:
 
 def report(samples: dict[int, list[Sample]], shares: list[float]) -> None:
     """Print medians, and the quartiles of the rounds' ratios."""
-    print(f"{'workers':9}{'CPU us':>7}{'user':>6}{'system':>8}{'req/s':>8}{'p50':>9}{'p99':>9}")
-    for workers, rounds in samples.items():
-        middle = sorted(rounds, key=lambda sample: sample.throughput)[len(rounds) // 2]
-        cpu, user, system = (
-            statistics.median(getattr(sample, part) for sample in rounds)
-            for part in ("cpu", "user", "system")
-        )
-        print(
-            f"{workers:<9}{cpu:>7.1f}{user:>6.1f}{system:>8.1f}"
-            f"{middle.throughput:>8.0f}{middle.p50:>9}{middle.p99:>9}"
-        )
+    print_medians({f"{workers} workers": rounds for workers, rounds in samples.items()})
     ratios = [two.cpu / one.cpu for one, two in zip(samples[1], samples[2], strict=True)]
     low, ratio, high = statistics.quantiles(ratios, n=4)
     print(f"\nCPU per request, two workers over one: {ratio:.2f} [{low:.2f} {high:.2f}]")
