@@ -161,11 +161,15 @@ class Supervisor:
         """Keep one worker alive until the end."""
         delay = 0.0
         while not self._stopping.is_set():
+            settings = self._settings
             try:
-                child = await Child.start(self._begin(index))
-                reason, lived = await self._attend(child), child.lived
+                child = await Child.start(self._begin(index, settings))
+                reason, lived = await self._attend(child, settings), child.lived
             except OSError as error:
                 reason, lived = f"cannot be started: {error.strerror}", 0.0
+            except Exception:
+                log.exception("broker.defect")
+                reason, lived = "defect", 0.0
             if self._stopping.is_set():
                 return
             delay = restarts.delay(delay, lived)
@@ -173,12 +177,14 @@ class Supervisor:
             log.error("broker.worker_died", worker=index, reason=reason, again_in_s=delay)
             await sleep_unless(self._stopping, delay)
 
-    async def _attend(self, child: Child) -> str:
-        """See one process through its life; returns how it ended."""
+    async def _attend(self, child: Child, settings: Settings) -> str:
+        """See one process through its life, begun with these settings; returns how it ended."""
         self._children[child.index] = child
         try:
             if self._stopping.is_set():
                 child.stop()
+            if settings is not self._settings:  # a reload came while it was being started
+                await child.follow(packed(self._settings))
             if await child.met():
                 log.info("broker.worker_started", worker=child.index, pid=child.pid)
                 self._note_met()
@@ -199,10 +205,10 @@ class Supervisor:
     def _count(self) -> int:
         return self._settings.server.workers
 
-    def _begin(self, index: int) -> Begin:
+    def _begin(self, index: int, settings: Settings) -> Begin:
         return Begin(
             worker=index,
-            settings=packed(self._settings),
+            settings=packed(settings),
             dev=self._dev,
             url=self.url,
             admin_url=self.admin_url,

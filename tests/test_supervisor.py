@@ -16,13 +16,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from processes import good, put, secret_file, until, until_true
+from processes import good, put, secret_file, secret_in, until, until_true
 from test_config import alone, candidates, keys
 
 from broker import child, config, parts, schema
+from broker import supervisor as supervisor_module
 from broker.app import Seat, Sibling
 from broker.board import share, shared
-from broker.channel import ORDERS, REPORTS, Channel, Follow, Ready, Stop, packed
+from broker.channel import ORDERS, REPORTS, Begin, Channel, Follow, Ready, Stop, packed
 from broker.child import reason_of
 from broker.metrics import Metrics
 from broker.reload import in_force, needs_restart
@@ -221,6 +222,32 @@ class TestSupervisor:
             await supervisor._roll()
             assert supervisor.metrics.process.reloads["failure"].value == 1
             assert [_pid(supervisor, index) for index in (1, 2)] == pids
+
+    async def test_a_reload_reaches_a_worker_that_is_just_being_started(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was given the old settings, and was not there when the others were told."""
+        first = crew_of(tmp_path, 1)
+        new = replace(first.clients["web"], secret_file=secret_file(tmp_path / "new"))
+        later = replace(first, clients={"web": new})
+        start = supervisor_module.Child.start
+        async with (
+            supervised(first, lambda: later) as supervisor,
+            aiohttp.ClientSession() as http,
+        ):
+
+            async def start_amid_a_reload(begin: Begin) -> child.Child:
+                started = await start(begin)
+                await supervisor._roll()
+                return started
+
+            monkeypatch.setattr(supervisor_module.Child, "start", start_amid_a_reload)
+            supervisor._children[1].kill()
+            await until(lambda: 1 not in supervisor._children)
+            await until(lambda: 1 in supervisor._children and supervisor._children[1].is_ready)
+            secret = {"api-secret": secret_in(str(tmp_path / "new"))}
+            async with http.post(f"{supervisor.url}/v1/validate", headers=secret) as answer:
+                assert await answer.json() == {"valid": True}
 
     async def test_is_ready_while_anybody_is(self, tmp_path: Path) -> None:
         """And says `no_worker` when nobody is."""
