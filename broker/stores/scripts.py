@@ -5,11 +5,11 @@ import re
 from collections.abc import Sequence
 from enum import Enum
 from functools import cached_property
-from importlib.resources import files
+from pathlib import Path
 
 from broker.stores.names import PREFIX
 
-_FOLDER = files("broker.stores") / "lua"
+_FOLDER = Path(__file__).with_name("lua")
 
 _CALL = re.compile(r"redis\.call\('([A-Z]+)'")
 
