@@ -10,7 +10,9 @@ Theory of operation.  The server answers in order, so the only bookkeeping is a 
 What is not answered in time takes the connection down with it, because the replies that are still
 to come would be taken for those of later calls; everybody who waits on it, or behind it, is told.
 Connecting is nobody's call: it has a longer time of its own, and who waits for it is told after
-theirs.
+theirs.  A loop that was busy runs late timers before it reads what has arrived meanwhile, and would
+take its own slowness for the server's: so a time that is over is looked at once more, after the
+loop has looked at its sockets.
 """
 
 import asyncio
@@ -28,6 +30,9 @@ from broker.stores.scripts import command
 
 CONNECT_TIMEOUT = 3.0
 """Seconds to connect, TLS and authentication included."""
+
+ONE_MORE_LOOK = 0.001
+"""Seconds from the end of a call's time to the verdict: a turn of the loop lies between."""
 
 Reply = int | bytes | list["Reply"] | None
 """What the server answers."""
@@ -148,7 +153,11 @@ class Conversation(asyncio.Protocol):
             self.close(error.reason)
 
     def _check(self, asked: int) -> None:
-        """Whether everything up to this call has been answered by now."""
+        """The time of everything up to this call is over."""
+        if self._answered < asked and self._due:
+            self._loop.call_later(ONE_MORE_LOOK, self._give_up, asked)
+
+    def _give_up(self, asked: int) -> None:
         if self._answered < asked and self._due:
             self.close(Reason.TIMEOUT)
 
@@ -190,7 +199,7 @@ class Link:
                 self._talk.ask(calls, self._timeout)
             return
         if self._expiry is None:
-            self._expiry = self._loop.call_later(self._timeout, self._expire)
+            self._expiry = self._loop.call_later(self._timeout, self._look_once_more)
         if self._opening is None:
             self._opening = self._loop.create_task(self._open())
 
@@ -234,6 +243,9 @@ class Link:
                 self._expire()  # they have waited behind it
             elif self._waiting:
                 self._leave()
+
+    def _look_once_more(self) -> None:
+        self._expiry = self._loop.call_later(ONE_MORE_LOOK, self._expire)
 
     def _expire(self) -> None:
         """Tell those who wait for a connection that they have waited long enough."""

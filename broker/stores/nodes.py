@@ -201,8 +201,7 @@ class Cluster(Nodes):
             socket_timeout=CONNECT_TIMEOUT,
             socket_connect_timeout=CONNECT_TIMEOUT,
             require_full_coverage=False,
-            lib_name=None,
-            lib_version=None,
+            driver_info=None,
             protocol=2,
             **tls,
         )
@@ -258,8 +257,7 @@ def dedicated(
         "password": None if access.password is None else access.password.reveal(),
         "socket_timeout": None,
         "socket_connect_timeout": CONNECT_TIMEOUT,
-        "lib_name": None,  # CLIENT SETINFO: one permission more, for nothing
-        "lib_version": None,
+        "driver_info": None,  # CLIENT SETINFO: one permission more, for nothing
         "protocol": 2,
     }
     if node.path:
