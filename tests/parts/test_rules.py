@@ -1,0 +1,186 @@
+"""What ships for Prometheus, Alertmanager and Grafana, as their own tools read it."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from running import daemon, free_port, output_of, until
+
+pytestmark = pytest.mark.parts
+
+ROOT = Path(__file__).parents[2]
+PROMETHEUS = ROOT / "config" / "prometheus"
+GRAFANA = ROOT / "grafana"
+RULES = PROMETHEUS / "rules.yml"
+RULES_TEST = PROMETHEUS / "rules_test.yml"
+DASHBOARDS = sorted((GRAFANA / "dashboards").glob("*.json"))
+
+
+def read(path: Path) -> Any:
+    """Read a YAML file."""
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def test_the_scrape_configuration_is_valid() -> None:
+    """`promtool check config` finds nothing to say against it, its rules included."""
+    said = output_of(["promtool", "check", "config", str(PROMETHEUS / "prometheus.yml")])
+    assert said.count("SUCCESS") == 3
+    assert "FAILED" not in said
+
+
+def test_the_rules_are_valid() -> None:
+    """With every lint there is."""
+    command = ["promtool", "check", "rules", "--lint=all", "--lint-fatal", str(RULES)]
+    assert "SUCCESS" in output_of(command)
+
+
+def test_every_alert_fires_and_resolves() -> None:
+    """As rules_test.yml tells it, labels and words included."""
+    assert "SUCCESS" in output_of(["promtool", "test", "rules", str(RULES_TEST)])
+
+
+def test_every_alert_is_tested_to_fire_and_to_resolve() -> None:
+    """Quiet, firing, quiet: each alert has all three in its test."""
+    (group,) = read(RULES)["groups"]
+    alerts = [rule["alert"] for rule in group["rules"] if "alert" in rule]
+    tests = {test["name"]: test for test in read(RULES_TEST)["tests"]}
+    assert list(tests) == alerts
+    for name, test in tests.items():
+        moments = test["alert_rule_test"]
+        assert {moment["alertname"] for moment in moments} == {name}
+        assert ["exp_alerts" in moment for moment in moments] == [False, True, False]
+
+
+def test_the_routes_are_valid() -> None:
+    """`amtool` reads what ships for Alertmanager."""
+    assert "SUCCESS" in output_of(["amtool", "check-config", str(PROMETHEUS / "alertmanager.yml")])
+
+
+def test_warnings_do_not_wake_anybody_twice_a_day() -> None:
+    """The severity of the rules is the one that the routes know."""
+    shown = output_of(
+        [
+            *("amtool", "config", "routes", "test", "--tree"),
+            f"--config.file={PROMETHEUS / 'alertmanager.yml'}",
+            "severity=warning",
+        ]
+    )
+    assert 'severity="warning"' in shown
+
+
+def test_pods_are_found_and_named(tmp_path: Path) -> None:
+    """The relabelling of kubernetes.yml keeps brokers' admin ports, and nothing else.
+
+    Not every build of Prometheus can ask a cluster (Debian's cannot), so the targets are given as
+    a cluster would tell them.
+    """
+
+    def pod(number: int, app: str, port: str, phase: str) -> dict[str, Any]:
+        meta = {
+            "namespace": "shop",
+            "pod_name": f"pod-{number}",
+            "pod_label_app_kubernetes_io_name": app,
+            "pod_container_port_name": port,
+            "pod_phase": phase,
+        }
+        labels = {f"__meta_kubernetes_{name}": value for name, value in meta.items()}
+        return {"targets": [f"127.0.0.1:{number}"], "labels": labels}
+
+    tree = read(PROMETHEUS / "kubernetes.yml")
+    (job,) = tree["scrape_configs"]
+    assert job.pop("kubernetes_sd_configs") == [{"role": "pod"}]
+    job["static_configs"] = [
+        pod(1, "embed-token-broker", "admin", "Running"),
+        pod(2, "embed-token-broker", "http", "Running"),
+        pod(3, "embed-token-broker", "admin", "Failed"),
+        pod(4, "shop", "admin", "Running"),
+    ]
+    (pagers,) = tree["alerting"]["alertmanagers"]
+    assert pagers.pop("kubernetes_sd_configs") == [{"role": "endpoints"}]
+    tree["rule_files"] = [str(RULES)]
+    config = tmp_path / "kubernetes.yml"
+    config.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    assert "FAILED" not in output_of(["promtool", "check", "config", str(config)])
+    address = f"127.0.0.1:{free_port()}"
+    command = ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={tmp_path}/data"]
+    command += [f"--web.listen-address={address}"]
+
+    def targets() -> list[dict[str, str]]:
+        found = httpx.get(f"http://{address}/api/v1/targets?state=active").json()
+        return [target["labels"] for target in found["data"]["activeTargets"]]
+
+    with daemon(command, tmp_path / "prometheus.log", f"http://{address}/-/ready"):
+        until(targets, "the targets")
+        assert targets() == [{"instance": "shop/pod-1", "job": "embed-token-broker"}]
+
+
+@pytest.mark.parametrize("path", sorted((GRAFANA / "provisioning").rglob("*.yml")), ids=str)
+def test_provisioning_leads_to_what_ships(path: Path) -> None:
+    """The data source has the scrape's interval; the provider reads the folder of the README."""
+    tree = read(path)
+    assert tree["apiVersion"] == 1
+    if "datasources" in tree:
+        (source,) = tree["datasources"]
+        scrape = read(PROMETHEUS / "prometheus.yml")["global"]["scrape_interval"]
+        assert source["jsonData"]["timeInterval"] == scrape
+        assert source["type"] == "prometheus"
+    else:
+        (provider,) = tree["providers"]
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        assert provider["options"]["path"] in readme
+
+
+MISTAKES = {
+    "word": (r'"drawStyle": "line"', '"drawStyle": "lines"'),
+    "key": (r'"graphMode": "area"', '"graphModus": "area"'),
+    "kind": (r'"type": "timeseries"', '"type": "timeserie"'),
+    "type": (r'"schemaVersion": 41', '"schemaVersion": "41"'),
+    "enum": (r'"mode": "thresholds"', '"mode": "threshold"'),
+}
+"""One of each sort, as a pattern in a dashboard and what is put there."""
+
+
+@pytest.fixture(scope="module")
+def complaints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the compiler says to each dashboard, and to the first one with each mistake.
+
+    Grafana's own types are those of the lock file.
+    """
+    folder = tmp_path_factory.mktemp("types")
+    for name in ("package.json", "package-lock.json", "tsconfig.json", "dashboard.ts"):
+        shutil.copy(GRAFANA / "types" / name, folder)
+    pages = {path.stem: path.read_text(encoding="utf-8") for path in DASHBOARDS}
+    good = pages["broker"]
+    for name, (pattern, mistake) in MISTAKES.items():
+        pages[name] = re.sub(pattern, mistake, good, count=1)
+        assert json.loads(pages[name]) != json.loads(good)
+    for name, page in pages.items():
+        text = f'import type {{ Page }} from "./dashboard.js";\nexport const page: Page = {page};\n'
+        (folder / f"{name}.ts").write_text(text, encoding="utf-8")
+    install = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(folder)]
+    output_of(install)
+    compiler = folder / "node_modules" / "typescript" / "bin" / "tsc"
+    command = ["node", str(compiler), "-p", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    lines = (done.stdout + done.stderr).splitlines()
+    return {name: "\n".join(s for s in lines if s.startswith(f"{name}.ts(")) for name in pages}
+
+
+@pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda path: path.stem)
+def test_dashboards_are_what_grafana_s_types_describe(
+    complaints: dict[str, str], dashboard: Path
+) -> None:
+    """`tsc --noEmit` accepts each against @grafana/schema, panel options included."""
+    assert complaints[dashboard.stem] == ""
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_noticed(complaints: dict[str, str], mistake: str) -> None:
+    """The check can fail: on a word, on a key, on a kind, on a type, on a member of an enum."""
+    assert "error TS" in complaints[mistake]
