@@ -7,18 +7,17 @@ can repeat.
 
 import json
 import logging
-import os
 import secrets
 import sys
-import traceback
 from collections.abc import MutableMapping
 from hashlib import blake2b
 from typing import TextIO
 
 import structlog
-from structlog.typing import EventDict, ExcInfo, Processor
+from structlog.typing import EventDict, Processor
 from typing_extensions import override
 
+from broker import console
 from broker.settings import Log
 
 SUMMARY_INTERVAL = 60_000_000
@@ -34,8 +33,7 @@ def configure(settings: Log, stream: TextIO | None = None) -> None:
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *_renderers(settings.format, out),
+            *(_JSON if settings.format == "json" else console.processors(out)),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.WriteLoggerFactory(file=out),
@@ -44,28 +42,9 @@ def configure(settings: Log, stream: TextIO | None = None) -> None:
     logging.basicConfig(handlers=[_Bridge()], level=logging.WARNING, force=True)
 
 
-def _renderers(form: str, out: TextIO) -> list[Processor]:
-    if form == "json":
-        return [structlog.processors.dict_tracebacks, _drop_values, _as_json]
-    return [
-        _escape,
-        structlog.dev.ConsoleRenderer(
-            colors=out.isatty() and "NO_COLOR" not in os.environ,
-            pad_event_to=20,
-            sort_keys=False,  # as they were bound: how it ended comes first
-            exception_formatter=_lines_only,
-        ),
-    ]
-
-
 def _as_json(_logger: object, _name: str, event: EventDict) -> str:
     """One line of ASCII: control, ANSI and bidi characters come out as escapes."""
     return json.dumps({"event": event.pop("event"), **event}, default=repr)
-
-
-def _lines_only(out: TextIO, error: ExcInfo) -> None:
-    """Print where a defect happened and its type, as `_drop_values` does, for people."""
-    out.write("".join(traceback.format_tb(error[2])) + error[0].__name__)
 
 
 def _drop_values(_logger: object, _name: str, event: EventDict) -> EventDict:
@@ -78,11 +57,12 @@ def _drop_values(_logger: object, _name: str, event: EventDict) -> EventDict:
     return event
 
 
-def _escape(_logger: object, _name: str, event: EventDict) -> EventDict:
-    for key, value in event.items():
-        if isinstance(value, str) and not (value.isascii() and value.isprintable()):
-            event[key] = value.encode("unicode_escape").decode("ascii")
-    return event
+_JSON: list[Processor] = [
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+    structlog.processors.dict_tracebacks,
+    _drop_values,
+    _as_json,
+]
 
 
 class _Bridge(logging.Handler):

@@ -5,10 +5,11 @@ import hashlib
 import io
 import json
 import logging
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import structlog
@@ -27,9 +28,16 @@ from web.edge import (
 
 from broker import errors
 from broker.logs import SUMMARY_INTERVAL, RefusalLog, visitor_hash
+from broker.model import LimitName
 from broker.settings import Log, Settings
 
 FORMS = ["json", "console"]
+
+CANONICAL = re.compile(
+    r"broker\.embed_token|^\S+ \w+ +(?:minted|reused|limited|invalid|unauthorized|forbidden)\b",
+    re.MULTILINE,
+)
+"""The one event of a request, in either form."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -198,6 +206,121 @@ class TestRefusals:
         assert all(refusals.first("agent", n * SUMMARY_INTERVAL) for n in range(1, 10))
         refusals.flush(20 * SUMMARY_INTERVAL)
         assert log.getvalue() == ""
+
+
+class Terminal(io.StringIO):
+    """Something that a person looks at."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(out: io.StringIO, level: str, event: str, **fields: object) -> str:
+    """Return the console's line for an event, without the time of day."""
+    with logging_to(out, Settings(log=Log(format="console", level="debug"))):
+        getattr(structlog.get_logger(), level)(event, **fields)
+    time_of_day, _, line = out.getvalue().rstrip("\n").partition(" ")
+    assert re.fullmatch(r"(\x1b\[2m)?\d\d:\d\d:\d\d(\x1b\[0m)?", time_of_day)
+    return line
+
+
+class TestConsole:
+    """For people: short, in the order in which one asks, and no wider than 100 columns."""
+
+    ASKED: ClassVar[dict[str, object]] = {
+        "request_id": "e78b7acf-1f",
+        "client": "web",
+        "agent": AGENT,
+        "visitor": "20dd3fd455cc",
+    }
+
+    def test_a_mint(self) -> None:
+        """For whom, which token and how long it lives, how long it took, where to look it up."""
+        line = shown(
+            io.StringIO(),
+            "info",
+            "broker.embed_token",
+            outcome="minted",
+            **self.ASKED,
+            token="19124548d38c",
+            left_s=3594,
+            duration_ms=0.413,
+        )
+        assert line == (
+            "info  minted     A78WKV4515 web visitor=20dd3fd4 token=19124548 left=59m "
+            "0.41ms e78b7acf-1f"
+        )
+        assert len("00:00:00 " + line) <= 100
+
+    @pytest.mark.parametrize("limit", [*(name.value for name in LimitName), "budget"])
+    def test_a_refusal(self, limit: str) -> None:
+        """The status and the limit say it all."""
+        line = shown(
+            io.StringIO(),
+            "warning",
+            "broker.embed_token",
+            outcome="limited",
+            **self.ASKED,
+            status=429,
+            code="RATE_LIMITED",
+            limit=limit,
+            duration_ms=12.3456,
+        )
+        assert line == (
+            f"warn  limited    A78WKV4515 web visitor=20dd3fd4 429 {limit} 12ms e78b7acf-1f"
+        )
+        assert len("00:00:00 " + line) <= 100
+
+    def test_a_failure(self) -> None:
+        """The code, where there is no limit; what is not known is not there."""
+        line = shown(
+            io.StringIO(),
+            "warning",
+            "broker.embed_token",
+            outcome="failed",
+            request_id="e78b7acf-1f",
+            status=502,
+            code="UPSTREAM_UNAVAILABLE",
+            duration_ms=1234.5,
+        )
+        assert line == "warn  failed     502 UPSTREAM_UNAVAILABLE 1234ms e78b7acf-1f"
+
+    def test_any_other_event_keeps_its_name(self) -> None:
+        """So that it is found in the README's table; what is empty is left out."""
+        line = shown(io.StringIO(), "info", "broker.reloaded", needs_restart=[])
+        assert line == "info  broker.reloaded"
+        line = shown(io.StringIO(), "info", "broker.reloaded", needs_restart=["server"])
+        assert line == "info  broker.reloaded needs_restart=['server']"
+
+    def test_the_last_minutes_of_a_token_are_seconds(self) -> None:
+        """Where a minute matters."""
+        for left, told in ((3600, "60m"), (120, "2m"), (119, "119s"), (-1, "-1s")):
+            line = shown(io.StringIO(), "info", "broker.example", left_s=left)
+            assert line == f"info  broker.example left={told}"
+
+    def test_colours_are_for_terminals(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Not for files, nor for whoever set NO_COLOR."""
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        coloured = shown(Terminal(), "warning", "broker.example", code="X")
+        assert coloured == "\x1b[33mwarn \x1b[0m broker.example X"
+        assert "\x1b" not in shown(io.StringIO(), "warning", "broker.example", code="X")
+        monkeypatch.setenv("NO_COLOR", "1")
+        assert "\x1b" not in shown(Terminal(), "warning", "broker.example", code="X")
+
+    def test_a_defect_shows_where_and_not_what(self) -> None:
+        """Lines and the type of the error; its message may hold a token."""
+        canary = secrets.token_hex(8)
+        out = io.StringIO()
+        with logging_to(out, Settings(log=Log(format="console"))):
+            try:
+                int(f"{canary}!")
+            except ValueError:
+                structlog.get_logger().exception("broker.defect", request_id="r-1")
+        first, *lines = out.getvalue().rstrip("\n").split("\n")
+        assert first.endswith("error broker.defect r-1")
+        assert lines[-1] == "ValueError"
+        assert any("test_a_defect_shows_where_and_not_what" in line for line in lines)
+        assert canary not in out.getvalue()
 
 
 class TestEscaping:
@@ -371,7 +494,7 @@ async def test_O1_G7_no_canary_is_seen_anywhere(
         assert reused.token in canaries.tokens
     after_reload = capsys.readouterr()
     written = edge.log.getvalue() + after_reload.err + after_reload.out + again.log.getvalue()
-    assert written.count("broker.embed_token") > 50
+    assert len(CANONICAL.findall(written)) > 50
     assert "broker.defect" in written
     assert "RuntimeError" in written
     assert "broker.snapshot_saved" in written
