@@ -381,6 +381,8 @@ class App:
                 await self.desk.flights.drained()
         await self._close_outside()
         self._save_snapshot()
+        self._routes.refusals.sum_up()
+        self.desk.renewal_log.sum_up()
         if self._seat is None:
             log.info("broker.stopped")
 

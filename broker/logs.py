@@ -109,6 +109,10 @@ class RefusalLog:
         if now < self._next:
             return
         self._next = now + SUMMARY_INTERVAL
+        self.sum_up()
+
+    def sum_up(self) -> None:
+        """Write how many were not written; the end of a process must not keep it to itself."""
         log = structlog.get_logger()
         for kind, count in self._seen.items():
             if count > 1:

@@ -168,6 +168,19 @@ class TestRefusals:
             }
             assert first["outcome"] == "limited"
 
+    async def test_the_end_of_a_broker_sums_up(self) -> None:
+        """What was counted since the last minute is written before the process is gone."""
+        async with serving(level="info") as edge:
+            for _ in range(7):
+                await edge.post(b"")
+        summary, stopped = edge.events()[-2:]
+        assert (summary["event"], summary["kind"], summary["unwritten"]) == (
+            "broker.refusals",
+            "MISSING_PARAM",
+            6,
+        )
+        assert stopped["event"] == "broker.stopped"
+
     async def test_each_kind_has_a_first_line_of_its_own(self) -> None:
         """A flood of one kind does not hide another."""
         async with serving(level="info") as edge:

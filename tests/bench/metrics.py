@@ -1,0 +1,170 @@
+"""What seeing costs: a scrape with all series, and the metrics of a reuse hit.
+
+    python tests/bench/metrics.py [--rounds 9] [--seconds 2]
+
+Starts a relay (so that every series is there) and asks it for one visitor's token again and again
+with wrk.  Prints the time of a scrape over HTTP, idle, beside the number of its series; the CPU of
+the broker per hit; and the CPU of what a hit does to metrics, measured in this process in rounds
+that take turns with the hits, as a share of it.  Targets: 20 ms and 3 %.
+"""
+
+import argparse
+import gc
+import secrets
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cpu import PATH, TICK, VISITORS, found_in, port_in, ticks_of
+
+from broker.metrics import Metrics
+from broker.model import Outcome
+
+SCRAPE_TARGET, SHARE_TARGET = 0.020, 0.03
+"""Seconds of a scrape; share of a hit's CPU."""
+
+TIMES = 200_000
+"""How often a round does what a hit does to metrics."""
+
+CONFIGURATION = """
+[server]
+listen = "127.0.0.1:0"
+[admin]
+listen = "127.0.0.1:0"
+[clients.bench]
+secret = "{secret}"
+agents = ["*"]
+[issuer]
+kind = "{kind}"
+[issuer.local.keys.bench]
+secret = "{key}"
+[issuer.upstream]
+base_url = "http://127.0.0.1:9"
+api_secret = "{key}"
+[limits.fingerprint]
+rate = 60000000
+burst = 1000000
+[limits.client]
+rate = 60000000
+burst = 1000000
+"""
+"""Every part that has metrics; limits that do not end the run."""
+
+
+def main() -> int:
+    """Measure and print; returns the exit code."""
+    options = parse_options()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        slowest = measure_scrape(folder)
+        share = measure_share(folder, options)
+    return 0 if slowest < SCRAPE_TARGET and share <= SHARE_TARGET else 1
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=int, default=2, help="of wrk in each round")
+    return parser.parse_args()
+
+
+def measure_scrape(folder: Path) -> float:
+    """Print how long scrapes take; returns the 95th percentile in seconds."""
+    with broker(folder, "upstream") as (_pid, _port, admin, _secret):
+        text, took = "", []
+        for _ in range(200):
+            started = time.perf_counter()
+            with urllib.request.urlopen(f"http://127.0.0.1:{admin}/metrics") as answer:
+                text = answer.read().decode()
+            took.append(time.perf_counter() - started)
+    series = sum(not line.startswith("#") for line in text.splitlines())
+    median, late = statistics.median(took), sorted(took)[int(len(took) * 0.95)]
+    verdict = "met" if late < SCRAPE_TARGET else "NOT met"
+    print(
+        f"scrape: {series} series, {len(text) / 1024:.0f} KiB, median {median * 1e3:.1f} ms,",
+        end="",
+    )
+    print(f" 95 % below {late * 1e3:.1f} ms; target {SCRAPE_TARGET * 1e3:.0f} ms: {verdict}")
+    return late
+
+
+def measure_share(folder: Path, options: argparse.Namespace) -> float:
+    """Print what a hit costs and its metrics do; returns the median of the rounds' shares."""
+    hits, counts = [], []
+    with broker(folder, "local") as (pid, port, _admin, secret):
+        (folder / "visitors.lua").write_text(VISITORS)
+        for number in range(options.rounds + 1):
+            hit = cpu_of_a_hit(pid, port, secret, folder, options)
+            count = cpu_of(counting())
+            if number:  # the first round warms up
+                hits.append(hit)
+                counts.append(count)
+    shares = [count / hit for count, hit in zip(counts, hits, strict=True)]
+    low, share, high = statistics.quantiles(shares, n=4)
+    verdict = "met" if share <= SHARE_TARGET else "NOT met"
+    print(f"a hit: {statistics.median(hits):.1f} us of CPU; its metrics: ", end="")
+    print(f"{statistics.median(counts):.2f} us, {share:.1%} [{low:.1%} {high:.1%}] of it", end="")
+    print(f"; target {SHARE_TARGET:.0%}: {verdict}")
+    return share
+
+
+def cpu_of_a_hit(
+    pid: int, port: int, secret: str, folder: Path, options: argparse.Namespace
+) -> float:
+    """Load for some seconds; returns microseconds of the broker's CPU per request."""
+    command = ["wrk", "-t1", "-c16", f"-d{options.seconds}", "-s", str(folder / "visitors.lua")]
+    command += [f"http://127.0.0.1:{port}{PATH}", "--", secret, "hit", "0"]
+    before = sum(ticks_of(pid))
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    if "Non-2xx" in done.stdout or "Socket errors" in done.stdout:
+        sys.exit(f"not what was to be measured:\n{done.stdout}")
+    return (sum(ticks_of(pid)) - before) * TICK / int(found_in(done.stdout, r"(\d+) requests in"))
+
+
+def counting() -> Callable[[], None]:
+    """Return what `Routes._hand_out` does to metrics on a hit."""
+    metrics = Metrics("local")
+    remaining, reused = metrics.remaining.observe, metrics.requests
+
+    def count() -> None:
+        remaining(3412.7)
+        reused[Outcome.REUSED].observe(0.000047)
+
+    return count
+
+
+def cpu_of(act: Callable[[], None]) -> float:
+    """Return microseconds of CPU that one call takes, the call itself included."""
+    gc.collect()
+    started = time.process_time()
+    for _ in range(TIMES):
+        act()
+    return (time.process_time() - started) / TIMES * 1e6
+
+
+@contextmanager
+def broker(folder: Path, kind: str) -> Iterator[tuple[int, int, int, str]]:
+    """Run a broker; yields its pid, its two ports and the client's secret."""
+    secret, log = secrets.token_urlsafe(24), folder / f"{kind}.log"
+    config = folder / f"{kind}.toml"
+    key = secrets.token_urlsafe(48)
+    config.write_text(CONFIGURATION.format(secret=secret, key=key, kind=kind))
+    command = [sys.executable, "-m", "broker", "serve", "--config", str(config)]
+    with log.open("w") as errors, subprocess.Popen(command, stderr=errors) as process:
+        try:
+            port = port_in(log)
+            admin = int(found_in(log.read_text(), r'"admin_url": "http://127.0.0.1:(\d+)"'))
+            yield process.pid, port, admin, secret
+        finally:
+            process.terminate()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
