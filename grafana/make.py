@@ -2,7 +2,7 @@
 
     python grafana/make.py [--check]
 
-What is shown stands in `broker_page.py` and `vendor_page.py`, a few lines a panel; this file knows
+What is shown stands in `page_broker.py` and `page_vendor.py`, a few lines a panel; this file knows
 what Grafana wants to be told about each.  The result, `dashboards/*.json`, is in the repository, so
 that importing it takes no script; tests/test_dashboards.py holds it to this source and to the
 metrics, and a test with parts has Grafana's own types (`types/`) read it.
@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from broker_page import BROKER
+from page_broker import BROKER
+from page_vendor import VENDOR
 from shapes import Dashboard, Heat, Panel, Row, Stat, States
-from vendor_page import VENDOR
 
 FOLDER = Path(__file__).parent / "dashboards"
 

@@ -152,7 +152,14 @@ def test_every_other_command_is_a_known_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "program", ["tests/load/run", "tests/bench/cpu.py", "tests/bench/memory.py"]
+    "program",
+    [
+        "tests/load/run",
+        "tests/load/refusals.py",
+        "tests/bench/cpu.py",
+        "tests/bench/memory.py",
+        "tests/bench/metrics.py",
+    ],
 )
 def test_every_flag_of_a_load_test_exists(program: str) -> None:
     """Its own help text lists each."""

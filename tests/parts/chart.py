@@ -1,4 +1,4 @@
-"""Curves over the seconds of a run, as SVG: small, legible on light and dark pages, nothing to load.
+"""Curves over the seconds of a run, as SVG: small, and legible on light and dark pages.
 
 A picture is several charts below each other with one time axis; what happened when is a grey span
 through all of them.
@@ -48,10 +48,10 @@ class Span:
 def draw(charts: Sequence[Chart], spans: Sequence[Span], seconds: float) -> str:
     """Return the picture."""
     height = sum(chart.height + GAP for chart in charts) + 30
+    size = f'viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
+    font = 'font-family="system-ui,sans-serif" font-size="12" fill="#24292f"'
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
-        f'width="{WIDTH}" height="{height}" font-family="system-ui,sans-serif" font-size="12" '
-        'fill="#24292f">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>',
         f'<rect width="{WIDTH}" height="{height}" rx="6" fill="#fff"/>',
     ]
     top = 0
