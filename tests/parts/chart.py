@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 WIDTH, LEFT, RIGHT, GAP = 860, 62, 132, 46
 """Pixels: of the picture, left and right of the charts, and above each of them."""
@@ -108,6 +109,8 @@ class Frame:
                     f'font-size="11" fill="#57606a">{escape(span.name)}</text>'
                 )
         for value in self._ticks():
+            if not chart.label(value):
+                continue
             y = self._y(value)
             yield f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#d8dee4"/>'
             text = escape(chart.label(value))
@@ -120,16 +123,17 @@ class Frame:
             yield f'<text x="{x + 16}" y="{y}">{escape(curve.name)}</text>'
 
     def _path(self, curve: Curve) -> str:
-        at = " ".join(f"{_x(t, self._seconds):.0f},{self._y(v):.1f}" for t, v in curve.points)
-        if not self._chart.stacked or not curve.points:
+        if self._chart.stacked and curve.points:
+            first, last = (_x(curve.points[n][0], self._seconds) for n in (0, -1))
             return (
-                f'<polyline points="{at}" fill="none" stroke="{curve.colour}" stroke-width="1.6"/>'
+                f'<path d="M{first:.0f} {self._y(0):.1f}{self._along(curve.points)}'
+                f'L{last:.0f} {self._y(0):.1f}Z" fill="{curve.colour}"/>'
             )
-        first, last = curve.points[0][0], curve.points[-1][0]
-        ground = self._y(0)
-        ends = f"{_x(last, self._seconds):.0f},{ground:.1f}"
-        begins = f"{_x(first, self._seconds):.0f},{ground:.1f}"
-        return f'<polygon points="{begins} {at} {ends}" fill="{curve.colour}"/>'
+        pieces = "".join(f"M{self._along(piece)[1:]}" for piece in _unbroken(curve.points))
+        return f'<path d="{pieces}" fill="none" stroke="{curve.colour}" stroke-width="1.6"/>'
+
+    def _along(self, points: Points) -> str:
+        return "".join(f"L{_x(t, self._seconds):.0f} {self._y(v):.1f}" for t, v in points)
 
     def _ticks(self) -> list[float]:
         if self._chart.log:
@@ -146,6 +150,15 @@ class Frame:
         else:
             share = value / self._high
         return self._top + self._chart.height * (1 - share)
+
+
+def _unbroken(points: Points) -> Iterator[Points]:
+    """Cut a line where values are missing: nothing happened, so nothing is drawn."""
+    steps = [after[0] - before[0] for before, after in pairwise(points)]
+    usual = min(steps, default=0.0)
+    cuts = [n + 1 for n, step in enumerate(steps) if step > 1.5 * usual]
+    for begins, ends in pairwise([0, *cuts, len(points)]):
+        yield points[begins:ends]
 
 
 def _stacked(curves: Sequence[Curve]) -> list[Curve]:

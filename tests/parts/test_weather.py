@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import plots
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from running import output_of, until
@@ -148,6 +149,19 @@ def test_an_alert_wakes_somebody_and_tells_when_it_is_over(run: Watched) -> None
     heard = [status for name, status in run.pager.heard if name == "BrokerCredentialBreakerOpen"]
     assert heard[0] == "firing"
     assert heard[-1] == "resolved"
+
+
+def test_the_readme_s_plots_can_be_drawn_of_it(run: Watched, tmp_path: Path) -> None:
+    """Both, with something to see in every chart; small enough for a page."""
+    plots.write(run, tmp_path)
+    for name in ("visitors", "vendor"):
+        text = (tmp_path / f"{name}.svg").read_text(encoding="utf-8")
+        assert len(text) < 40_000
+        curves = re.findall(r'<path d="(M[^H"]*)"', text)
+        assert sum(path.count("L") > 5 for path in curves) >= 5
+        shipped = (ROOT / "grafana" / "plots" / f"{name}.svg").read_text(encoding="utf-8")
+        titles = r'font-weight="600">([^<]+)<'
+        assert re.findall(titles, shipped) == re.findall(titles, text)
 
 
 def test_promtool_accepts_the_metrics_of_a_relay(run: Watched) -> None:
