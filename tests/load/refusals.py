@@ -11,39 +11,28 @@ are a thousand lines or more, or if the lines and the counters do not add up to 
 import argparse
 import json
 import re
-import secrets
 import subprocess
 import sys
 import tempfile
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-from cpu import PATH, TICK, found_in, port_in, ticks_of
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "parts"))
+from cpu import TICK, found_in, ticks_of
+from running import Broker, broker
 
 MOST_LINES = 1000
 
-CONFIGURATION = """
-[server]
-listen = "127.0.0.1:0"
-drain_lead = "0s"
-[admin]
-listen = "127.0.0.1:0"
-[clients.flood]
-secret = "{secret}"
-agents = ["*"]
-[issuer.local.keys.flood]
-secret = "{key}"
-[limits.fingerprint]
-rate = 1
-burst = 1
-[limits.agent]
-rate = 1
-burst = 1
-"""
+SETTINGS = {
+    "limits.fingerprint.rate": 1,
+    "limits.fingerprint.burst": 1,
+    "limits.agent.rate": 1,
+    "limits.agent.burst": 1,
+    "log.format": "json",
+}
+"""A broker that refuses from the second request on, and logs as in production."""
 
 FLOOD = """
 local secret, round, seen = "", 0, 0
@@ -68,10 +57,9 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with broker(folder) as (pid, secret):
-            log = folder / "broker.log"
-            refusals, cpu = flood(folder, pid, secret, options.refusals)
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        with broker(folder, SETTINGS) as it:
+            refusals, cpu = flood(folder, it, options.refusals)
+        lines = [json.loads(line) for line in it.log.splitlines()]
     told = Counter(line["limit"] for line in lines if "limit" in line)
     for line in lines:
         if line["event"] == "broker.refusals" and line["kind"] in refusals:
@@ -83,44 +71,24 @@ def main() -> int:
     return 0 if good and set(refusals) == {"fingerprint", "agent", "auth"} else 1
 
 
-def flood(folder: Path, pid: int, secret: str, wanted: int) -> tuple[dict[str, int], float]:
+def flood(folder: Path, it: Broker, wanted: int) -> tuple[dict[str, int], float]:
     """Drive until there are enough; returns refusals by limit, and CPU microseconds per 429."""
     script = folder / "flood.lua"
     script.write_text(FLOOD)
-    text = (folder / "broker.log").read_text()
-    url = found_in(text, r'"url": "(http://[^"]+)"')
-    admin = found_in(text, r'"admin_url": "(http://[^"]+)"')
-    before, answered, number = sum(ticks_of(pid)), 0, 0
+    before, answered, number = sum(ticks_of(it.pid)), 0, 0
     while answered < wanted:
-        command = ["wrk", "-t1", "-c32", "-d2", "-s", str(script), f"{url}{PATH}", "--"]
+        command = ["wrk", "-t1", "-c32", "-d2", "-s", str(script), it.token_url, "--"]
         done = subprocess.run(
-            [*command, secret, str(number)], check=True, capture_output=True, text=True
+            [*command, it.secret, str(number)], check=True, capture_output=True, text=True
         )
         answered += int(found_in(done.stdout, r"Non-2xx or 3xx responses: (\d+)"))
         number += 1
-    cpu = (sum(ticks_of(pid)) - before) * TICK / answered
-    with urllib.request.urlopen(f"{admin}/metrics", timeout=10) as answer:
+    cpu = (sum(ticks_of(it.pid)) - before) * TICK / answered
+    with urllib.request.urlopen(f"{it.admin_url}/metrics", timeout=10) as answer:
         found = re.findall(
             r'broker_rejections_total\{limit="(\w+)"\} (\S+)', answer.read().decode()
         )
     return {limit: int(float(count)) for limit, count in found if float(count)}, cpu
-
-
-@contextmanager
-def broker(folder: Path) -> Iterator[tuple[int, str]]:
-    """Run the broker; yields its pid and the client's secret; ends it as a supervisor does."""
-    secret, config = secrets.token_urlsafe(24), folder / "broker.toml"
-    config.write_text(CONFIGURATION.format(secret=secret, key=secrets.token_urlsafe(48)))
-    command = [sys.executable, "-m", "broker", "serve", "--config", str(config)]
-    with (
-        (folder / "broker.log").open("w") as errors,
-        subprocess.Popen(command, stderr=errors) as process,
-    ):
-        try:
-            port_in(folder / "broker.log")
-            yield process.pid, secret
-        finally:
-            process.terminate()
 
 
 if __name__ == "__main__":
