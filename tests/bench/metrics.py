@@ -27,8 +27,8 @@ from broker.metrics import Metrics
 from broker.model import Outcome
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "parts"))
+from actors import Store
 from running import Broker, broker
-from weather import Store
 
 SCRAPE_TARGET, SHARE_TARGET = 0.020, 0.03
 """Seconds of a scrape (the median: others use the machine, too); share of a hit's CPU."""

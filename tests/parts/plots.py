@@ -2,7 +2,7 @@
 
     .cache/venv/bin/python tests/parts/plots.py [--folder grafana/plots]
 
-Runs the fake vendor, a broker, k6, Prometheus and Alertmanager (see `weather`), then asks
+Runs vendor, store, broker, k6, Prometheus and Alertmanager (see `weather`), then asks
 Prometheus what the dashboards ask, and writes visitors.svg and vendor.svg.
 """
 
@@ -19,13 +19,14 @@ from broker.model import Outcome
 ROOT = Path(__file__).parents[2]
 
 LONG = Forecast(
-    length=240,
+    length=250,
     phases=(
         Phase("surge", 30, 45),
         Phase("slow", 65, 85),
         Phase("failing", 105, 145),
         Phase("throttled", 170, 176),
-        Phase("key refused", 195, 215),
+        Phase("key refused", 192, 212),
+        Phase("store away", 226, 234),
     ),
     fair=Phase("fair", 50, 65),
     lifetime=600,
@@ -97,6 +98,9 @@ def _vendor(run: Watched) -> list[Chart]:
         buckets = "sum by (le) (rate(broker_mint_duration_seconds_bucket[10s]))"
         return _curve(run, f"histogram_quantile({q}, {buckets})")
 
+    def breaker(name: str) -> Points:
+        return _curve(run, f'broker_breaker_open{{breaker="{name}"}}')
+
     return [
         Chart(
             "Calls to the vendor a second, by status",
@@ -124,10 +128,11 @@ def _vendor(run: Watched) -> list[Chart]:
             height=110,
         ),
         Chart(
-            "Breakers open",
+            "Breakers open, and workers without the store",
             [
-                Curve(name, colour, _curve(run, f'broker_breaker_open{{breaker="{name}"}}'))
-                for name, colour in (("health", "#cf222e"), ("credentials", "#a475f9"))
+                Curve("health", "#cf222e", breaker("health")),
+                Curve("credentials", "#a475f9", breaker("credentials")),
+                Curve("no store", "#57606a", _curve(run, "broker_store_degraded")),
             ],
             label=lambda value: {0.0: "no", 1.0: "yes"}.get(value, ""),
             height=50,

@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import httpx
 import pytest
+from monitoring import samples
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as parse_openmetrics,
 )
@@ -114,16 +115,6 @@ def scrape(started: Broker, accept: str = "") -> str:
     response = httpx.get(f"{started.admin_url}/metrics", headers={"Accept": accept})
     assert response.status_code == httpx.codes.OK
     return response.text
-
-
-def samples(text: str, name: str) -> dict[str, float]:
-    """Return the values of one metric by its only label."""
-    return {
-        next(iter(sample.labels.values()), ""): sample.value
-        for family in parse_text(text)
-        for sample in family.samples
-        if sample.name == name
-    }
 
 
 def series_of(families: Any) -> Series:

@@ -4,16 +4,16 @@ import json
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import plots
 import pytest
-from prometheus_client.parser import text_string_to_metric_families as parse_text
+from monitoring import samples
 from running import output_of, until
-from weather import ROOT, SHORT, Watched, quantile, watched
+from weather import ROOT, SHORT, Watched, watched
 
 from broker.metrics import REQUEST_BUCKETS
 
@@ -31,15 +31,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         yield run
 
 
-def samples(run: Watched, name: str) -> dict[str, float]:
+def reported(run: Watched, name: str) -> dict[str, float]:
     """Return the values of one metric by its only label, as the broker reports them now."""
-    text = httpx.get(f"{run.broker.admin_url}/metrics").text
-    return {
-        next(iter(sample.labels.values()), ""): sample.value
-        for family in parse_text(text)
-        for sample in family.samples
-        if sample.name == name
-    }
+    return samples(httpx.get(f"{run.broker.admin_url}/metrics").text, name)
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """Return the value that a share `q` of the others does not exceed."""
+    return sorted(values)[min(int(q * len(values)), len(values) - 1)]
 
 
 def filled(query: str) -> str:
@@ -72,12 +71,12 @@ def test_the_crowd_was_answered(run: Watched) -> None:
 
 def test_M3_counters_equal_the_client_s_counts(run: Watched) -> None:
     """Exactly, after timeouts, retries, a reload and five kinds of refusal; Prometheus agrees."""
-    assert samples(run, "broker_requests_total") == run.counted["requests"]
-    assert samples(run, "broker_rejections_total") == run.counted["rejections"]
+    assert reported(run, "broker_requests_total") == run.counted["requests"]
+    assert reported(run, "broker_rejections_total") == run.counted["rejections"]
     for outcome, count in run.counted["requests"].items():
         query = f'broker_requests_total{{outcome="{outcome}"}}'
         assert run.prometheus.values(query, at=run.ended) == [count]
-    calls = sum(samples(run, "broker_upstream_requests_total").values())
+    calls = sum(reported(run, "broker_upstream_requests_total").values())
     assert calls == run.vendor.asked
 
 
