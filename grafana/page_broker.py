@@ -354,6 +354,12 @@ BROKER = Dashboard(
                     description="Time since each instance was started.",
                     queries={"{{instance}}": "time() - process_start_time_seconds{@}"},
                 ),
+                Panel(
+                    title="Connections",
+                    unit="short",
+                    description="Open on the data listener, over all workers of an instance.",
+                    queries={"{{instance}}": "broker_connections{@}"},
+                ),
             ],
         ),
     ],
