@@ -75,7 +75,6 @@ def _columns(paint: Callable[[str, str], str]) -> list[Column]:
         "timestamp": _bare(dim),
         "level": _bare(level),
         "event": _bare("{:10}".format),
-        "url": _bare(str),
         "agent": _bare(str),
         "client": _bare(str),
         "visitor": short,
