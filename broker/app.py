@@ -34,13 +34,15 @@ from broker.pacer import Paced, Pacer, Unpaced
 from broker.pauses import PauseKeeper
 from broker.reload import needs_restart
 from broker.schema import ConfigError
+from broker.sessions.desk import SessionDesk
+from broker.sessions.memory import MemoryBook
 from broker.settings import Settings
 from broker.slots import Budget
 from broker.stores import snapshot
 from broker.stores.memory import MemoryStore
 from broker.stores.tokens import TokenCache
 from broker.watch import SecretFiles
-from broker.web import admin
+from broker.web import admin, life
 from broker.web.door import Door
 from broker.web.routes import Routes
 from broker.web.server import BACKLOG, DataServer
@@ -151,8 +153,11 @@ class App:
         )
         pacer: Pacer = self._paced or Unpaced()
         self.issuer = self._build_issuer()
+        self.book = MemoryBook(settings.sessions.max_recorded, clock)
+        self.sessions = SessionDesk(self.issuer, self.book)
         self.desk = TokenDesk(
             self.store,
+            self.book,
             self.issuer,
             pacer,
             policy,
@@ -321,6 +326,7 @@ class App:
             admin_url=self.admin_url,
         )
         self._routes.use_log(debug=settings.log.level == "debug")
+        life.add(self._routes, self.door, self.sessions)
         self._server = DataServer(
             self._routes, self._routes.error_head, self.metrics.process.connections
         )
@@ -453,6 +459,7 @@ class App:
     def _tidy(self) -> None:
         now = self._clock.mono()
         self.store.tidy()
+        self.book.tidy()
         self.door.failures.tidy(now)
         self._routes.refusals.flush(now)
         self.desk.renewal_log.flush(now)

@@ -258,13 +258,17 @@ def _fake_vendor(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from broker import parts  # noqa: PLC0415 - as in _run
+    from broker.clock import SystemClock  # noqa: PLC0415 - as in _run
     from broker.issuers.keyring import BadToken  # noqa: PLC0415 - as in _run
 
     settings = _settings(arguments)
     local = settings.issuer.local
     try:
         claims = parts.keyring(settings).verify(
-            sys.stdin.buffer.read().decode("utf-8", "replace").strip(), local.issuer, local.audience
+            sys.stdin.buffer.read().decode("utf-8", "replace").strip(),
+            local.issuer,
+            local.audience,
+            SystemClock().wall(),
         )
     except BadToken as error:
         print(f"not valid: {error}", file=sys.stderr)

@@ -26,12 +26,14 @@ from broker.flight import Flight, Flights
 from broker.issuers.base import Issuer
 from broker.logs import RefusalLog
 from broker.metrics import MintMetrics
-from broker.model import Ask, Clock, EmbedToken, Minted, Outcome
+from broker.model import Ask, Clock, EmbedToken, Minted, Outcome, Session
 from broker.pacer import Pacer, Urgency
 from broker.patience import Patience
 from broker.rules import reuse
 from broker.rules.bucket import Verdict
-from broker.rules.reuse import Life
+from broker.rules.reuse import SECOND, Life
+from broker.sessions.base import SessionBook
+from broker.sessions.desk import digest_of
 from broker.stores.base import Denial, Kept, Lease, Store
 
 log = structlog.get_logger()
@@ -75,6 +77,7 @@ class TokenDesk:
     def __init__(
         self,
         store: Store,
+        book: SessionBook,
         issuer: Issuer,
         pacer: Pacer,
         policy: ReusePolicy,
@@ -84,6 +87,7 @@ class TokenDesk:
         draw: Callable[[], float] = random.random,
     ) -> None:
         self._store = store
+        self._book = book
         self._issuer = issuer
         self._pacer = pacer
         self._policy = policy
@@ -221,6 +225,7 @@ class TokenDesk:
                 token = self._ready(minted, turn.mono, turn.wall, lease)
                 self._require_floor(token)
                 self.patience.forget(key)
+                await self._record(ask, minted, token, turn.wall)
             await self._keep(ask, key, token, lease)
         except BaseException as error:
             self._store.abandon(ask, key, lease, error)
@@ -232,6 +237,22 @@ class TokenDesk:
             self._store.abandon(ask, key, lease, None)
         elif await self._store.keep(ask, key, token, lease) is Kept.ENDED:
             raise errors.SessionEnded
+
+    async def _record(self, ask: Ask, minted: Minted, token: EmbedToken, began: int) -> None:
+        """Write the session down before its token is held: what is handed out can be ended."""
+        if await self._book.ended(minted.session_id):  # the vendor gave one again
+            raise errors.SessionEnded
+        session = Session(
+            session_id=minted.session_id,
+            client=ask.client,
+            agent=ask.agent,
+            fingerprint=ask.fingerprint,
+            model=ask.model or "",
+            issued=began // SECOND,
+            expires=token.dies_wall // SECOND,
+            digest=b"" if self._issuer.proves else digest_of(minted.token),
+        )
+        await self._book.record(session)
 
     def _same_again(self, key: str, held: EmbedToken, lease: Lease) -> EmbedToken:
         """The vendor has nothing newer: renew ahead after half of the life above the floor.

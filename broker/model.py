@@ -136,6 +136,28 @@ class EmbedToken(Struct, frozen=True, gc=False):
         return f"EmbedToken(dies_wall={self.dies_wall}, lifetime={self.lifetime})"
 
 
+class Session(Struct, frozen=True, gc=False):
+    """One visitor's session, from mint to expiry: what a token stands for.
+
+    `issued` and `expires` are Unix seconds, as in the token.  `client` is empty where a token does
+    not say whose it is, `model` where none was asked for.  `digest` is the SHA-256 of the token
+    where only a record can tell whether it is good; empty where it proves itself.
+    """
+
+    session_id: str
+    client: str
+    agent: str
+    fingerprint: str
+    model: str
+    issued: int
+    expires: int
+    digest: bytes = b""
+
+    @override
+    def __repr__(self) -> str:
+        return f"Session({self.session_id!r}, client={self.client!r}, agent={self.agent!r})"
+
+
 class Outcome(Enum):
     """How a request ended; the label of the request metrics and of the canonical log event."""
 

@@ -124,7 +124,7 @@ def keyring(settings: Settings) -> Keyring:
     if not local.signing_key and len(keys) > 1:
         raise ConfigError("issuer.local.signing_key: required with more than one key")
     try:
-        return Keyring(keys, local.signing_key or next(iter(keys)))
+        return Keyring.of(keys, local.signing_key or next(iter(keys)))
     except BadKey as error:
         raise ConfigError(f"issuer.local.keys: {error}") from None
 

@@ -7,7 +7,7 @@ from broker.settings import Issuer, Settings
 
 def needs_restart(old: Settings, new: Settings) -> list[str]:
     """Sections that differ and are not taken over by a reload."""
-    fixed = ("server", "admin", "reuse", "store")
+    fixed = ("server", "admin", "reuse", "sessions", "store")
     names = [name for name in fixed if getattr(old, name) != getattr(new, name)]
     if old.issuer.budget != new.issuer.budget or old.issuer.kind != new.issuer.kind:
         names.append("issuer")
@@ -31,6 +31,7 @@ def in_force(old: Settings, new: Settings) -> Settings:
         server=old.server,
         admin=old.admin,
         reuse=old.reuse,
+        sessions=old.sessions,
         store=old.store,
         issuer=_issuer_in_force(old.issuer, new.issuer),
     )

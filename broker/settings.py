@@ -185,6 +185,14 @@ class Reuse(_Section, frozen=True):
     """Tokens held, about 1.5 KB each; beyond it the least recently used one goes."""
 
 
+class Sessions(_Section, frozen=True):
+    """What is remembered of tokens that were handed out."""
+
+    max_recorded: Annotated[int, Meta(ge=1)] = 200_000
+    """Sessions recorded until they expire, about 0.5 KB each; beyond it the oldest record goes.  As
+    many as `[reuse] max_tokens`: what can be handed out again can be found and ended."""
+
+
 class Limit(_Section, frozen=True):
     """`rate` requests per `per`, up to `burst` at once; refilled continuously."""
 
@@ -327,6 +335,8 @@ class Settings(_Section, frozen=True):
     """Where tokens come from."""
     reuse: Reuse = field(default_factory=Reuse)
     """How long a token is handed out again."""
+    sessions: Sessions = field(default_factory=Sessions)
+    """What is remembered of tokens that were handed out."""
     limits: Limits = field(default_factory=Limits)
     """Inbound limits."""
     store: Store = field(default_factory=Store)

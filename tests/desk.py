@@ -17,6 +17,7 @@ from broker.model import Ask, EmbedToken, LimitName
 from broker.pacer import Pacer, Unpaced
 from broker.rules import bucket
 from broker.rules.reuse import SECOND
+from broker.sessions.memory import MemoryBook
 from broker.stores.memory import MemoryStore
 from broker.stores.tokens import TokenCache
 from broker.testing import FakeClock, FakeIssuer
@@ -84,8 +85,10 @@ class Desk:
         )
         self.store = MemoryStore(limits, self.tokens, clock)
         self.metrics = MintMetrics(Sheet(), "local")
+        self.book = MemoryBook(200_000, clock)
         self.desk = TokenDesk(
             self.store,
+            self.book,
             self.issuer,
             Unpaced() if pacer is None else pacer,
             policy,

@@ -150,11 +150,11 @@ class TestKeys:
             "issuer.local.keys: signing_key names 'three', which is not among the keys"
         )
         right = put(tree, "issuer.local.signing_key", "two")
-        assert parts.keyring(settings(right)).signing == "two"
+        assert parts.keyring(settings(right)).signing(0) == "two"
 
     def test_that_are_one_need_no_name(self, tmp_path: Path) -> None:
         """The only key signs."""
-        assert parts.keyring(settings(good(tmp_path))).signing == "one"
+        assert parts.keyring(settings(good(tmp_path))).signing(0) == "one"
 
 
 class TestLimits:

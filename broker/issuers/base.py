@@ -7,7 +7,7 @@ calls it has already decided that a token must be made.
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from broker.model import Ask, Minted
+from broker.model import Ask, Minted, Session
 
 Turn = Callable[[], Awaitable[None]]
 """Waits for a slot in the budget.  Awaited before every call that costs somebody something: a
@@ -19,6 +19,9 @@ class Issuer(Protocol):
 
     name: str
     """Label of `broker_mint_duration_seconds`: `local` or `upstream`."""
+
+    proves: bool = False
+    """Whether its tokens prove themselves, so that `prove` can tell a good one from any other."""
 
     @property
     def origin(self) -> str:
@@ -41,3 +44,11 @@ class Issuer(Protocol):
         May be cancelled by its owner's timeout, never by a single caller.
         """
         ...
+
+    def prove(self, token: str) -> Session | None:  # noqa: ARG002 - the default knows of no proof
+        """Return the session of a token that proves itself and is good now.
+
+        None where they do not (`proves`), and only a record of what was handed out can tell.
+        Raises `keyring.BadToken` for a token that is not good.
+        """
+        return None

@@ -1,15 +1,16 @@
 """Tokens signed here, for those who host the viewer themselves.
 
-Knows keys and claims.  Does not know who asks for a token or how often.
+Knows keys and claims.  Does not know who asks for a token, how often, or what was revoked.
 """
 
 import secrets
+from collections.abc import Mapping
 
 from typing_extensions import override
 
 from broker.issuers.base import Issuer, Turn
-from broker.issuers.keyring import Keyring
-from broker.model import Ask, Clock, Minted
+from broker.issuers.keyring import BadToken, Keyring
+from broker.model import Ask, Clock, Minted, Session
 from broker.rules.reuse import SECOND
 
 LIFETIME_SECONDS = 3600
@@ -24,6 +25,7 @@ class LocalIssuer(Issuer):
     """Signs HS256 tokens; `issuer` and `audience` become the claims `iss` and `aud`."""
 
     name = "local"
+    proves = True
 
     def __init__(self, keyring: Keyring, issuer: str, audience: str, clock: Clock) -> None:
         self.keyring = keyring
@@ -38,7 +40,7 @@ class LocalIssuer(Issuer):
     @property
     @override
     def origin(self) -> str:
-        return self._origin_of(self.keyring.signing)
+        return self._origin_of(self.keyring.signing(self._clock.wall()))
 
     @property
     @override
@@ -56,7 +58,8 @@ class LocalIssuer(Issuer):
     async def mint(self, ask: Ask, turn: Turn) -> Minted:
         """Sign a token; never fails, and waits for nothing but its turn."""
         await turn()
-        issued = self._clock.wall() // SECOND - BACKDATED_SECONDS
+        now = self._clock.wall()
+        issued = now // SECOND - BACKDATED_SECONDS
         expires = issued + LIFETIME_SECONDS
         session = secrets.token_hex(16)
         claims: dict[str, object] = {
@@ -67,6 +70,7 @@ class LocalIssuer(Issuer):
             "fingerprint": ask.fingerprint,
             "sid": session,
             "jti": session,
+            "client_id": ask.client,  # RFC 8693 section 4.3: who may introspect and revoke it
             "iat": issued,
             "nbf": issued,
             "exp": expires,
@@ -74,13 +78,41 @@ class LocalIssuer(Issuer):
         if ask.model is not None:
             claims["model"] = ask.model
         return Minted(
-            token=self.keyring.sign(claims),
+            token=self.keyring.sign(claims, now),
             session_id=session,
             expires_at=expires,
             lifetime=(LIFETIME_SECONDS - BACKDATED_SECONDS) * SECOND,
             extra={} if ask.model is None else {"model": ask.model},
         )
 
-    def verify(self, token: str) -> dict[str, object]:
-        """Return the claims of a token that this broker signed; raises `keyring.BadToken`."""
-        return self.keyring.verify(token, self._issuer, self._audience)
+    @override
+    def prove(self, token: str) -> Session:
+        """Return the session of a token that was signed here and is good now.
+
+        A token without a session could not be revoked, so it is refused.  One without
+        `client_id`, as other makers who have the key may write it, belongs to no client.
+        """
+        claims = self.keyring.verify(token, self._issuer, self._audience, self._clock.wall())
+        return Session(
+            session_id=_text(claims, "sid"),
+            client=_text(claims, "client_id", ""),
+            agent=_text(claims, "sub"),
+            fingerprint=_text(claims, "fingerprint"),
+            model=_text(claims, "model", ""),
+            issued=_number(claims, "iat"),
+            expires=_number(claims, "exp"),
+        )
+
+
+def _text(claims: Mapping[str, object], name: str, default: object = None) -> str:
+    value = claims.get(name, default)
+    if not isinstance(value, str):
+        raise BadToken("a required claim is missing")
+    return value
+
+
+def _number(claims: Mapping[str, object], name: str) -> int:
+    value = claims.get(name)
+    if not isinstance(value, int):
+        raise BadToken("a required claim is missing")
+    return value

@@ -27,6 +27,11 @@ _TOKEN_ERRORS: Mapping[int, str] = {
     504: "The vendor did not answer before the deadline",
 }
 
+_VERIFY_ERRORS: Mapping[int, str] = {
+    401: "No token, two that differ, or one that is not good; the message says why",
+    403: "A good token, but of another agent than the one required",
+}
+
 _VALIDATE_ERRORS: Mapping[int, str] = {
     400: "The secret was sent twice",
     401: "No client secret",
@@ -54,6 +59,7 @@ def document(server_url: str, *, any_fingerprint: bool = False) -> dict[str, Any
         "servers": [{"url": server_url}],
         "paths": {
             "/v1/embed-tokens/request": {"post": _token_operation(reference)},
+            "/v1/embed-tokens/verify": {"get": _verify_operation(reference)},
             "/v1/validate": {"post": _validate_operation(reference)},
             "/livez": {"get": _health_operation(reference, "livez", "Is the process alive?")},
             "/readyz": {"get": _ready_operation(reference)},
@@ -63,6 +69,7 @@ def document(server_url: str, *, any_fingerprint: bool = False) -> dict[str, Any
             "securitySchemes": {
                 "apiSecret": {"type": "apiKey", "in": "header", "name": "api-secret"},
                 "bearer": {"type": "http", "scheme": "bearer"},
+                "embedToken": {"type": "apiKey", "in": "header", "name": "X-Embed-Token"},
             },
         },
     }
@@ -109,6 +116,29 @@ def _validate_operation(reference: Mapping[str, Any]) -> dict[str, Any]:
                 "content": _json(reference["ValidAnswer"]),
             },
             **_errors(reference, _VALIDATE_ERRORS),
+        },
+    }
+
+
+def _verify_operation(reference: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "operationId": "verifyToken",
+        "summary": "Is this embed token good? For proxies in front of a viewer",
+        "description": "Answers any method, without reading a body. The token comes as"
+        " `Authorization: Bearer`, as `X-Embed-Token`, or from a trusted proxy as `token` in the"
+        " query of `X-Original-URI`, of `X-Forwarded-Uri`, or of what follows this path.",
+        "security": [{"embedToken": []}, {"bearer": []}],
+        "parameters": [
+            {
+                "name": "X-Embed-Require-Agent",
+                "in": "header",
+                "description": "The agent whose token it has to be",
+                "schema": {"type": "string"},
+            }
+        ],
+        "responses": {
+            "200": {"description": "It is", "headers": {**_COMMON_HEADERS, **_SESSION_HEADERS}},
+            **_errors(reference, _VERIFY_ERRORS),
         },
     }
 
@@ -166,6 +196,13 @@ _LIMIT_HEADERS = {
     "X-RateLimit-Reset": _header("Unix seconds at which all are back", {"type": "integer"}),
     "RateLimit-Policy": _header('"name";q=burst;w=seconds', {"type": "string"}),
     "RateLimit": _header('"name";r=left;t=seconds to the next', {"type": "string"}),
+}
+
+_SESSION_HEADERS = {
+    "X-Embed-Session": _header("The session", {"type": "string"}),
+    "X-Embed-Agent": _header("Its agent", {"type": "string"}),
+    "X-Embed-Fingerprint": _header("Its visitor, percent-encoded", {"type": "string"}),
+    "X-Embed-Expires": _header("The token's expiry in Unix seconds", {"type": "integer"}),
 }
 
 _CACHE_STATUS = _header("RFC 9211: hit, or fwd=miss", {"type": "string"})

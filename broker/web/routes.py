@@ -43,6 +43,9 @@ _CACHE_STATUS = {
     Outcome.COALESCED: "Cache-Status: embed-token-broker; fwd=miss; collapsed\r\n",
 }
 
+ANY_METHOD = "*"
+"""Registers a handler for whatever method a request has."""
+
 Handler = Callable[[BaseRequest, str], Awaitable[web.StreamResponse]]
 """Answers a request; the second argument is its request id."""
 
@@ -111,7 +114,10 @@ class Routes:
         self.debug = debug
 
     def add(self, path: str, method: str, handler: Handler) -> None:
-        """Add a route whose failures are answered like everything else's."""
+        """Add a route whose failures are answered like everything else's.
+
+        A path that ends in `/*` is answered with all that is below it.
+        """
 
         async def guarded(request: BaseRequest, request_id: str) -> web.StreamResponse:
             try:
@@ -128,12 +134,14 @@ class Routes:
         methods[method] = guarded
         if method == "GET":
             methods["HEAD"] = guarded
+        elif method == ANY_METHOD:
+            methods["GET"] = guarded  # which is found at once
 
     def page(self, content_type: str, content: bytes, headers: str = "") -> Handler:
         """Make a handler that answers fixed bytes; `headers` are ready lines with their CRLF."""
 
         async def answer(_request: BaseRequest, request_id: str) -> web.StreamResponse:
-            return self._answer(200, content, request_id, headers, content_type)
+            return self.answer(200, content, request_id, headers, content_type)
 
         return answer
 
@@ -216,14 +224,14 @@ class Routes:
 
     async def _validate(self, request: BaseRequest, request_id: str) -> web.StreamResponse:
         valid = self._door.is_valid(request, self._clock.mono())
-        return self._answer(200, plain_body(ValidAnswer(valid)), request_id)
+        return self.answer(200, plain_body(ValidAnswer(valid)), request_id)
 
     async def _live(self, _request: BaseRequest, request_id: str) -> web.StreamResponse:
-        return self._answer(200, _OK, request_id)
+        return self.answer(200, _OK, request_id)
 
     async def _ready(self, _request: BaseRequest, request_id: str) -> web.StreamResponse:
         status = 200 if self._health.ready else 503
-        return self._answer(status, plain_body(HealthAnswer(self._health.state)), request_id)
+        return self.answer(status, plain_body(HealthAnswer(self._health.state)), request_id)
 
     async def _off_route(self, request: BaseRequest, request_id: str) -> web.StreamResponse:
         """What is not in the table to the letter: a query, another method, nothing at all.
@@ -232,15 +240,22 @@ class Routes:
         """
         absolute = request.raw_path.startswith(("http://", "https://"))
         path = request.path if absolute else request.raw_path.partition("?")[0]
-        methods = self.table.get(path)
+        methods = self.table.get(path) or self._tree(path)
         if methods is None:
             where = f"metrics are on the admin listener: {self._admin_url}/metrics"
             other = f"no such route: tokens are at POST {TOKEN_PATH}"
             return self._error(errors.NotFound(where if path == "/metrics" else other), request_id)
-        handler = methods.get(request.method)
+        handler = methods.get(request.method) or methods.get(ANY_METHOD)
         if handler is None:
             return self._error(errors.MethodNotAllowed(", ".join(sorted(methods))), request_id)
         return await handler(request, request_id)
+
+    def _tree(self, path: str) -> dict[str, Handler] | None:
+        """Return what answers everything below some path, if this is below it."""
+        for root, methods in self.table.items():
+            if root.endswith("/*") and path.startswith(root[:-1]):
+                return methods
+        return None
 
     def _error(self, error: errors.BrokerError, request_id: str) -> web.StreamResponse:
         headers = ""
@@ -252,9 +267,9 @@ class Routes:
             headers = "WWW-Authenticate: Bearer\r\n"
         if error.retry_after is not None:
             headers += f"Retry-After: {retry_after_seconds(error.retry_after)}\r\n"
-        return self._answer(error.status, error_body_of(error), request_id, headers)
+        return self.answer(error.status, error_body_of(error), request_id, headers)
 
-    def _answer(
+    def answer(
         self,
         status: int,
         content: bytes,
@@ -262,6 +277,7 @@ class Routes:
         headers: str = "",
         content_type: str = JSON_TYPE,
     ) -> web.StreamResponse:
+        """Return an answer; `headers` are ready lines with their CRLF."""
         date = self._http_date(self._clock.wall())
         text = head(status, len(content), content_type, request_id, date)
         close = self._health.draining or status in _CLOSING

@@ -32,6 +32,7 @@ from broker.model import Ask, LimitName, Secret
 from broker.pacer import Paced
 from broker.rules import bucket
 from broker.rules.reuse import SECOND
+from broker.sessions.memory import MemoryBook
 from broker.settings import Settings
 from broker.slots import Budget
 from broker.stores.memory import MemoryStore
@@ -111,8 +112,9 @@ class Relay:
             mono=clock.mono,
         )
         self.store = MemoryStore(roomy(), self.tokens, clock)
+        self.book = MemoryBook(200_000, clock)
         self.desk = TokenDesk(
-            self.store, self.issuer, self.pacer, policy, clock, self.metrics, 18.0, draw
+            self.store, self.book, self.issuer, self.pacer, policy, clock, self.metrics, 18.0, draw
         )
 
     async def open(self) -> None:

@@ -96,6 +96,7 @@ class TestSuccess:
             "fingerprint": fingerprint,
             "sid": data["sid"],
             "jti": data["sid"],
+            "client_id": "web",
             "iat": now - 5,
             "nbf": now - 5,
             "exp": data["expires_at"],

@@ -1,0 +1,1 @@
+"""What was handed out: recorded until it expires, apart from reuse, and ended before that."""

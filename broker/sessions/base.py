@@ -1,0 +1,78 @@
+"""What every book of sessions promises.
+
+A session is written down when its token is made and stays until the token has expired, whether the
+token is still held for reuse or not.  Ending one removes the record and leaves a mark for as long
+as any token of it could still be shown: a token that is signed proves itself, so that only the mark
+tells that it is no longer good.  Methods are coroutines although memory needs none.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from msgspec import Struct
+
+from broker.issuers.keyring import LEEWAY
+from broker.model import Session
+from broker.rules.reuse import MAX_LIFETIME, SECOND
+
+MARK_LIFE = MAX_LIFETIME + 2 * LEEWAY * SECOND
+"""Microseconds for which an ended session is remembered: the longest life of a token, the leeway
+by which its expiry is forgiven, and as much again for clocks that differ."""
+
+
+class Place(Struct, frozen=True, order=True):
+    """Where a listing goes on: after the session that expires then and has this id."""
+
+    expires: int = 0
+    session_id: str = ""
+
+
+class Query(Struct, frozen=True):
+    """Which sessions are wanted; empty means any."""
+
+    agent: str = ""
+    fingerprint: str = ""
+
+    def wants(self, session: Session) -> bool:
+        """Whether this one is."""
+        return self.agent in ("", session.agent) and self.fingerprint in (
+            "",
+            session.fingerprint,
+        )
+
+
+class BookFull(Exception):
+    """No further session can be ended: forgetting an earlier end would bring that one back."""
+
+
+class SessionBook(Protocol):
+    """Sessions from mint to expiry."""
+
+    async def record(self, session: Session) -> None:
+        """Write a session down until it expires."""
+        ...
+
+    async def find(self, session_id: str) -> Session | None:
+        """Return a session that was recorded, has not expired and was not ended."""
+        ...
+
+    async def find_token(self, digest: bytes) -> Session | None:
+        """Return the same by the SHA-256 of its token, for those recorded with one."""
+        ...
+
+    async def page(self, query: Query, after: Place, limit: int) -> Sequence[Session]:
+        """Return up to `limit` live sessions beyond a place, by expiry and id."""
+        ...
+
+    async def end(self, session: Session) -> None:
+        """Forget a session and remember that it was ended; raises BookFull."""
+        ...
+
+    async def ended(self, session_id: str) -> bool:
+        """Whether this session was ended, for as long as a token of it could be shown."""
+        ...
+
+
+def place_of(session: Session) -> Place:
+    """Return the place of this session in a listing."""
+    return Place(session.expires, session.session_id)

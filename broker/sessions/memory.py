@@ -1,0 +1,128 @@
+"""The book of one process: records in the order of minting, and marks in two generations.
+
+Bounded: beyond `most` sessions the oldest record goes, which is the one nearest to its expiry.  A
+signed token of it is still good, and can still be ended by the token itself.  Marks are
+never dropped early; beyond `MOST_ENDED` nothing more can be ended.
+"""
+
+import asyncio
+import heapq
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+from typing_extensions import override
+
+from broker.model import Clock, Session
+from broker.rules.reuse import SECOND
+from broker.sessions.base import MARK_LIFE, BookFull, Place, Query, SessionBook, place_of
+
+MOST_ENDED = 1_000_000
+"""Ended sessions that are remembered, about 150 bytes each: far more than anybody ends in an
+hour, and a bound all the same."""
+
+_SLICE = 2_000
+"""Records looked at before others get their turn: under a millisecond."""
+
+
+class MemoryBook(SessionBook):
+    """Sessions of this process; `dropped` counts records that had to make room."""
+
+    def __init__(self, most: int, clock: Clock, most_ended: int = MOST_ENDED) -> None:
+        self._most = most
+        self._most_ended = most_ended
+        self._clock = clock
+        self._sessions: OrderedDict[str, Session] = OrderedDict()  # a dict is slow at its front
+        self._by_digest: dict[bytes, str] = {}
+        self._young: set[str] = set()
+        self._old: set[str] = set()
+        self._turns = clock.mono() + MARK_LIFE
+        self.dropped = 0
+
+    @override
+    async def record(self, session: Session) -> None:
+        self._forget(session.session_id)  # or it would keep its place in the order
+        if len(self._sessions) >= self._most:
+            self._forget(next(iter(self._sessions)))
+            self.dropped += 1
+        self._sessions[session.session_id] = session
+        if session.digest:
+            self._by_digest[session.digest] = session.session_id
+
+    @override
+    async def find(self, session_id: str) -> Session | None:
+        session = self._sessions.get(session_id)
+        return session if session is not None and self._lives(session) else None
+
+    @override
+    async def find_token(self, digest: bytes) -> Session | None:
+        session_id = self._by_digest.get(digest)
+        return None if session_id is None else await self.find(session_id)
+
+    @override
+    async def page(self, query: Query, after: Place, limit: int) -> Sequence[Session]:
+        found: list[Session] = []
+        everything = iter(list(self._sessions.values()))
+        while some := list(islice(everything, _SLICE)):
+            beyond = (s for s in some if query.wants(s) and place_of(s) > after and self._lives(s))
+            found = heapq.nsmallest(limit, (*found, *beyond), key=place_of)
+            await asyncio.sleep(0)
+        return found
+
+    @override
+    async def end(self, session: Session) -> None:
+        if not await self.ended(session.session_id):
+            if len(self._young) + len(self._old) >= self._most_ended:
+                raise BookFull
+            self._young.add(session.session_id)
+        self._forget(session.session_id)
+
+    @override
+    async def ended(self, session_id: str) -> bool:
+        return session_id in self._young or session_id in self._old
+
+    @property
+    def marks(self) -> Iterable[str]:
+        """Every session that was ended and not forgotten since."""
+        return self._young | self._old
+
+    @property
+    def sessions(self) -> Iterable[Session]:
+        """Every record that is held."""
+        return self._sessions.values()
+
+    def restore(self, sessions: Iterable[Session], marks: Iterable[str]) -> None:
+        """Take over what another process had."""
+        for session in islice(sessions, self._most):
+            if self._lives(session):
+                self._sessions[session.session_id] = session
+                if session.digest:
+                    self._by_digest[session.digest] = session.session_id
+        self._young.update(marks)
+
+    def tidy(self) -> None:
+        """Give back what has expired: call it now and then."""
+        while self._sessions:
+            oldest = next(iter(self._sessions.values()))
+            if self._lives(oldest):
+                break
+            self._forget(oldest.session_id)
+        now = self._clock.mono()
+        if now >= self._turns:
+            self._young, self._old = set(), self._young
+            self._turns = now + MARK_LIFE
+
+    def _lives(self, session: Session) -> bool:
+        return self._clock.wall() < session.expires * SECOND
+
+    def _forget(self, session_id: str) -> None:
+        session = self._sessions.pop(session_id, None)
+        if session is not None and self._by_digest.get(session.digest) == session_id:
+            del self._by_digest[session.digest]
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    @override
+    def __repr__(self) -> str:
+        return f"MemoryBook(sessions={len(self)}, ended={len(self._young) + len(self._old)})"

@@ -1,0 +1,104 @@
+"""What others ask about tokens: is it good (proxies), what is it, end it (backends).
+
+`/v1/embed-tokens/verify` is asked by a proxy in front of a viewer (nginx `auth_request`, Envoy
+`ext_authz`, Caddy `forward_auth`) for each of the viewer's requests: any method, no body is read.
+Those who call it know three answers and no more: 200, 401, 403.
+
+A URI in a header is the proxy's word about what its client asked for, so it counts from trusted
+proxies only, and so does what follows the route's own path, where Envoy puts it.  Wherever a token
+is found, all that are found must be the same one: a proxy that passes on a header which its
+client made up would otherwise let one token open the door for another.
+"""
+
+from collections.abc import Iterable, Iterator
+from urllib.parse import quote, unquote_plus
+
+from aiohttp import web
+from aiohttp.hdrs import AUTHORIZATION
+from aiohttp.web_request import BaseRequest
+from multidict import CIMultiDictProxy, istr
+
+from broker.errors import AgentNotAllowed, MissingAuth, Unauthorized
+from broker.issuers.keyring import BadToken
+from broker.model import Session
+from broker.sessions.desk import SessionDesk
+from broker.web.door import Door
+from broker.web.routes import ANY_METHOD, Routes
+
+VERIFY_PATH = "/v1/embed-tokens/verify"
+
+_TOKEN = istr("X-Embed-Token")
+_REQUIRED_AGENT = istr("X-Embed-Require-Agent")
+_FORWARDED_URIS = (istr("X-Original-URI"), istr("X-Forwarded-Uri"))
+
+_SAFE = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) != "%")
+"""What stands for itself in a header of ours: all of visible ASCII but the sign of escapes."""
+
+
+def add(routes: Routes, door: Door, desk: SessionDesk) -> None:
+    """Serve what this module is about."""
+
+    async def verify(request: BaseRequest, request_id: str) -> web.StreamResponse:
+        headers = request.headers
+        token = presented(headers, _uris(request), trusted=door.trusts(request.remote))
+        try:
+            session = await desk.check(token)
+        except BadToken as error:
+            raise Unauthorized(f"token: {error}") from None
+        if any(agent != session.agent for agent in headers.getall(_REQUIRED_AGENT, ())):
+            raise AgentNotAllowed("token: good, but for another agent than the one required here")
+        return routes.answer(200, b"", request_id, session_headers(session), "text/plain")
+
+    routes.add(VERIFY_PATH, ANY_METHOD, verify)
+    routes.add(f"{VERIFY_PATH}/*", ANY_METHOD, verify)
+
+
+def presented(headers: "CIMultiDictProxy[str]", uris: Iterable[str], *, trusted: bool) -> str:
+    """Return the one token that a request bears.
+
+    Raises MissingAuth for none, Unauthorized for two that differ.
+    """
+    forwarded = {token for uri in uris for token in tokens_in(uri)}
+    found = {*_bearers(headers), *headers.getall(_TOKEN, ())} | (forwarded if trusted else set())
+    found.discard("")
+    if len(found) > 1:
+        raise Unauthorized("token: two different ones were sent; send one")
+    if found:
+        return found.pop()
+    if forwarded:
+        raise MissingAuth(
+            "token: only in a forwarded URI, which counts from server.trusted_proxies alone"
+        )
+    raise MissingAuth("token: missing; send it as Authorization: Bearer or X-Embed-Token")
+
+
+def tokens_in(uri: str) -> Iterator[str]:
+    """Yield every `token` in the query of a URI, as a viewer would read it."""
+    query = uri.partition("#")[0].partition("?")[2]
+    for pair in query.split("&"):
+        name, _, value = pair.partition("=")
+        if unquote_plus(name) == "token":
+            yield unquote_plus(value)
+
+
+def session_headers(session: Session) -> str:
+    """Return the lines that tell the proxy whose token it is; `Expires` is Unix seconds."""
+    return (
+        f"X-Embed-Session: {quote(session.session_id, _SAFE)}\r\n"
+        f"X-Embed-Agent: {session.agent}\r\n"
+        f"X-Embed-Fingerprint: {quote(session.fingerprint, _SAFE)}\r\n"
+        f"X-Embed-Expires: {session.expires}\r\n"
+    )
+
+
+def _bearers(headers: "CIMultiDictProxy[str]") -> Iterator[str]:
+    for value in headers.getall(AUTHORIZATION, ()):
+        scheme, _, token = value.partition(" ")
+        if scheme.lower() == "bearer":
+            yield token.strip()
+
+
+def _uris(request: BaseRequest) -> Iterator[str]:
+    for name in _FORWARDED_URIS:
+        yield from request.headers.getall(name, ())
+    yield request.raw_path.partition(VERIFY_PATH)[2]
