@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from broker.errors import BrokerError
 from broker.health import HealthState
@@ -71,6 +71,51 @@ class HealthAnswer(Struct, frozen=True):
     """`ok`, or the reason why not."""
 
     status: HealthState
+
+
+class ActiveToken(Struct, frozen=True):
+    """A token that is good and was handed to the caller (RFC 7662 section 2.2)."""
+
+    active: Literal[True]
+    client_id: Annotated[str, Meta(description="The client it was handed to")]
+    sub: Annotated[str, Meta(description="The same as `agent_id`")]
+    agent_id: Annotated[str, Meta(description="The agent that it opens")]
+    fingerprint: Annotated[str, Meta(description="Its visitor")]
+    sid: Annotated[str, Meta(description="The session's id")]
+    iat: Annotated[int, Meta(description="Issued: Unix seconds")]
+    exp: Annotated[int, Meta(description="Expires: Unix seconds")]
+    model: Annotated[str, Meta(description="The model that was asked for")] | UnsetType = UNSET
+
+
+class InactiveToken(Struct, frozen=True):
+    """Expired, revoked, unknown, another client's: no reason is given."""
+
+    active: Literal[False]
+
+
+class SessionAnswer(Struct, frozen=True):
+    """A live session, as an operator sees it."""
+
+    session_id: str
+    client: str
+    agent_id: str
+    fingerprint: str
+    model: str | None
+    issued_at: Annotated[int, Meta(description="Unix seconds")]
+    expires_at: Annotated[int, Meta(description="Unix seconds")]
+
+
+class SessionsAnswer(Struct, frozen=True):
+    """A page of live sessions; `next` is the `after` of the following page, null at the end."""
+
+    sessions: list[SessionAnswer]
+    next: str | None
+
+
+class EndedAnswer(Struct, frozen=True):
+    """How many sessions were ended."""
+
+    ended: int
 
 
 _encode = msgspec.json.Encoder().encode

@@ -42,7 +42,7 @@ from broker.stores import snapshot
 from broker.stores.memory import MemoryStore
 from broker.stores.tokens import TokenCache
 from broker.watch import SecretFiles
-from broker.web import admin, life
+from broker.web import admin, life, sessions
 from broker.web.door import Door
 from broker.web.routes import Routes
 from broker.web.server import BACKLOG, DataServer
@@ -151,10 +151,14 @@ class App:
             now,
             self.metrics.limits.counts[LimitName.AUTH],
         )
+        admins = parts.admin_clients(settings)
+        self._admin_door = (
+            Door(admins, parts.trusted_proxies(settings), now, section="[admin]") if admins else None
+        )
         pacer: Pacer = self._paced or Unpaced()
         self.issuer = self._build_issuer()
         self.book = MemoryBook(settings.sessions.max_recorded, clock)
-        self.sessions = SessionDesk(self.issuer, self.book)
+        self.sessions = SessionDesk(self.issuer, self.book, self.store)
         self.desk = TokenDesk(
             self.store,
             self.book,
@@ -285,8 +289,11 @@ class App:
             file for _, file in parts.secret_files(settings)
         )  # before they are read: a change in between is noticed
         clients, limits = parts.clients(settings, self._environ), parts.limits(settings)
+        admins = parts.admin_clients(settings)
         use_keys = self._new_keys(settings)
         self.door.use_clients(clients)
+        if self._admin_door is not None:
+            self._admin_door.use_clients(admins)
         self.store.use_limits(limits)
         use_keys()
         logs.configure(settings.log)
@@ -310,6 +317,8 @@ class App:
             self.admin_url = self._seat.admin_url
             return
         application = admin.build(self._registry, self._health)
+        if self._admin_door is not None:
+            sessions.add(application, self._admin_door, self.sessions, self._clock)
         self._admin = await admin.AdminListener.open(application, self._settings.admin.listen)
         self.admin_url = self._admin.url
 
@@ -326,7 +335,7 @@ class App:
             admin_url=self.admin_url,
         )
         self._routes.use_log(debug=settings.log.level == "debug")
-        life.add(self._routes, self.door, self.sessions)
+        life.add(self._routes, self.door, self.sessions, self._clock)
         self._server = DataServer(
             self._routes, self._routes.error_head, self.metrics.process.connections
         )
@@ -417,6 +426,7 @@ class App:
                 Path(store.snapshot_file),
                 self._sealing_key,
                 self.store,
+                self.book,
                 self._clock,
                 snapshot.Terms(
                     self.issuer.origins,
@@ -437,7 +447,12 @@ class App:
         assert isinstance(self.store, MemoryStore)  # as above
         try:
             count = snapshot.save(
-                Path(path), self._sealing_key, self.store, self._clock, self.issuer.origin
+                Path(path),
+                self._sealing_key,
+                self.store,
+                self.book,
+                self._clock,
+                self.issuer.origin,
             )
         except OSError as error:
             log.error("broker.snapshot_failed", reason=error.strerror)
@@ -461,6 +476,8 @@ class App:
         self.store.tidy()
         self.book.tidy()
         self.door.failures.tidy(now)
+        if self._admin_door is not None:
+            self._admin_door.failures.tidy(now)
         self._routes.refusals.flush(now)
         self.desk.renewal_log.flush(now)
         self._pauses.tidy()

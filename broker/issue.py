@@ -219,26 +219,31 @@ class TokenDesk:
         try:
             turn = _Turn(self._pacer, urgency, ask.client, flight, self._clock)
             minted = await self._timed(self._issuer.mint(ask, turn), turn)
+            session = None
             if held is not None and minted.token == token_in(held.body):
                 token = self._same_again(key, held, lease)
             else:
                 token = self._ready(minted, turn.mono, turn.wall, lease)
                 self._require_floor(token)
                 self.patience.forget(key)
-                await self._record(ask, minted, token, turn.wall)
-            await self._keep(ask, key, token, lease)
+                session = await self._record(ask, minted, token, turn.wall)
+            await self._keep(ask, key, token, lease, session)
         except BaseException as error:
             self._store.abandon(ask, key, lease, error)
             raise
         return token
 
-    async def _keep(self, ask: Ask, key: str, token: EmbedToken, lease: Lease) -> None:
+    async def _keep(
+        self, ask: Ask, key: str, token: EmbedToken, lease: Lease, session: Session | None
+    ) -> None:
         if not self._policy.enabled:
             self._store.abandon(ask, key, lease, None)
         elif await self._store.keep(ask, key, token, lease) is Kept.ENDED:
+            if session is not None:
+                await self._book.end(session)
             raise errors.SessionEnded
 
-    async def _record(self, ask: Ask, minted: Minted, token: EmbedToken, began: int) -> None:
+    async def _record(self, ask: Ask, minted: Minted, token: EmbedToken, began: int) -> Session:
         """Write the session down before its token is held: what is handed out can be ended."""
         if await self._book.ended(minted.session_id):  # the vendor gave one again
             raise errors.SessionEnded
@@ -253,6 +258,7 @@ class TokenDesk:
             digest=b"" if self._issuer.proves else digest_of(minted.token),
         )
         await self._book.record(session)
+        return session
 
     def _same_again(self, key: str, held: EmbedToken, lease: Lease) -> EmbedToken:
         """The vendor has nothing newer: renew ahead after half of the life above the floor.

@@ -50,16 +50,7 @@ def clients(settings: Settings, environ: Mapping[str, str]) -> list[KnownClient]
         secret = read_secret(path, client.secret, client.secret_file)
         if secret is None:
             raise ConfigError(f"{path}_file: required; a client is known by its secret")
-        if not secret.reveal().isprintable() or secret.reveal().strip() != secret.reveal():
-            raise ConfigError(
-                f"{path}: has a line break, a control character or blanks around it, which no"
-                " header can carry; keep it on one line"
-            )
-        if len(secret.reveal()) < MIN_CLIENT_SECRET:
-            raise ConfigError(
-                f"{path}: shorter than {MIN_CLIENT_SECRET} characters;"
-                " make one with `broker keys generate`"
-            )
+        _check_header_secret(path, secret)
         digest = secret.digest()
         if digest in known:
             raise ConfigError(
@@ -68,6 +59,31 @@ def clients(settings: Settings, environ: Mapping[str, str]) -> list[KnownClient]
         agents = None if "*" in client.agents else frozenset(client.agents)
         known[digest] = KnownClient(name, digest, agents, client.allow_origin_header)
     return list(known.values())
+
+
+def admin_clients(settings: Settings) -> list[KnownClient]:
+    """Return who may see and end sessions: the one who has the admin secret, or nobody."""
+    section = settings.admin
+    secret = read_secret("admin.secret", section.secret, section.secret_file)
+    if secret is None:
+        return []
+    _check_header_secret("admin.secret", secret)
+    return [KnownClient("admin", secret.digest(), None, allow_origin=False)]
+
+
+def _check_header_secret(path: str, secret: Secret) -> None:
+    """Raise ConfigError for a secret that no header can carry, or that is short."""
+    text = secret.reveal()
+    if not text.isprintable() or text.strip() != text:
+        raise ConfigError(
+            f"{path}: has a line break, a control character or blanks around it, which no"
+            " header can carry; keep it on one line"
+        )
+    if len(text) < MIN_CLIENT_SECRET:
+        raise ConfigError(
+            f"{path}: shorter than {MIN_CLIENT_SECRET} characters;"
+            " make one with `broker keys generate`"
+        )
 
 
 def _holders_of_vendor_keys(settings: Settings, environ: Mapping[str, str]) -> list[KnownClient]:
@@ -204,6 +220,7 @@ def trusted_proxies(settings: Settings) -> list[Network]:
 def check(settings: Settings, environ: Mapping[str, str]) -> None:
     """Build every part once; raises ConfigError for the first that cannot be built."""
     clients(settings, environ)
+    admin_clients(settings)
     if settings.issuer.kind == "upstream":
         vendor_keys(settings, environ)
     else:
@@ -216,6 +233,7 @@ def check(settings: Settings, environ: Mapping[str, str]) -> None:
 def secret_files(settings: Settings) -> list[tuple[str, str]]:
     """Return name and path of every secret file that the settings mention."""
     files = [
+        ("admin.secret_file", settings.admin.secret_file),
         *((f"clients.{name}.secret_file", c.secret_file) for name, c in settings.clients.items()),
         *(
             (f"issuer.local.keys.{kid}.secret_file", key.secret_file)

@@ -87,6 +87,11 @@ class Admin(_Section, frozen=True):
 
     listen: str = "127.0.0.1:9464"
     """`HOST:PORT` or `unix:/path`.  Loopback: metrics tell a competitor more than one thinks."""
+    secret: Secret | None = None
+    """Opens /v1/sessions, at least 16 characters; prefer `secret_file`.  None: those routes, which
+    show fingerprints and end sessions, do not exist."""
+    secret_file: str | None = None
+    """File with that secret; `broker keys generate` makes one."""
 
 
 class Client(_Section, frozen=True):

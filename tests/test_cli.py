@@ -435,7 +435,8 @@ class TestMintAndVerify:
         assert (
             elsewhere.stderr
             == (
-                f"broker: {broker.admin_url} refused: admin listener: /metrics, /livez, /readyz\n"
+                f"broker: {broker.admin_url} refused: admin listener: /metrics, /livez, /readyz;"
+                " /v1/sessions with admin.secret_file\n"
             ).encode()
         )
         gone = run(*ask, broker.url, BROKER_API_SECRET=secret)

@@ -9,20 +9,30 @@ and what is held for reuse is gone.
 """
 
 import hashlib
+from collections.abc import Sequence
 
+from broker.errors import ServiceUnavailable
 from broker.issuers.base import Issuer
 from broker.issuers.keyring import BadToken
 from broker.issuers.vendor_token import MAX_TOKEN
 from broker.model import Session
-from broker.sessions.base import SessionBook
+from broker.sessions.base import BookFull, Place, Query, SessionBook, place_of
+from broker.stores.base import Store
+
+PAGE = 100
+"""Sessions in a page."""
+
+FULL_WAIT = 60_000_000
+"""Microseconds after which ends are worth another try when too many are remembered."""
 
 
 class SessionDesk:
     """Answers for tokens and sessions."""
 
-    def __init__(self, issuer: Issuer, book: SessionBook) -> None:
+    def __init__(self, issuer: Issuer, book: SessionBook, store: Store) -> None:
         self._issuer = issuer
         self._book = book
+        self._store = store
 
     async def check(self, token: str) -> Session:
         """Return the session of a token that is good at this moment; raises BadToken."""
@@ -36,6 +46,59 @@ class SessionDesk:
         elif await self._book.ended(session.session_id):
             raise BadToken("revoked")
         return session
+
+    async def introspect(self, token: str, client: str) -> Session | None:
+        """Return the session of a good token that was handed to this client; None otherwise."""
+        try:
+            session = await self.check(token)
+        except BadToken:
+            return None
+        if not session.client:  # it does not say whose it is: what is recorded does
+            session = await self._book.find(session.session_id) or session
+        return session if session.client == client else None
+
+    async def revoke(self, token: str, client: str) -> bool:
+        """End the session of a good token that was handed to this client; False otherwise."""
+        session = await self.introspect(token, client)
+        if session is None:
+            return False
+        await self._end(session)
+        return True
+
+    async def find(self, session_id: str) -> Session | None:
+        """Return a live session."""
+        return await self._book.find(session_id)
+
+    async def page(self, query: Query, after: Place, limit: int) -> Sequence[Session]:
+        """Return up to `limit` live sessions beyond a place, by expiry and id."""
+        return await self._book.page(query, after, limit)
+
+    async def end(self, session_id: str, *, visitor: bool) -> int:
+        """End a session, or all that its visitor has; returns how many, 0 for an unknown one."""
+        session = await self._book.find(session_id)
+        if session is None:
+            return 0
+        await self._end(session)
+        return 1 + (await self._end_others(session) if visitor else 0)
+
+    async def _end_others(self, session: Session) -> int:
+        query, after, ended = Query(fingerprint=session.fingerprint), Place(), 0
+        while page := await self._book.page(query, after, PAGE):
+            after = place_of(page[-1])
+            for other in page:
+                if other.client == session.client:
+                    await self._end(other)
+                    ended += 1
+        return ended
+
+    async def _end(self, session: Session) -> None:
+        try:
+            await self._book.end(session)
+        except BookFull:
+            raise ServiceUnavailable(
+                "too many sessions were ended within an hour; try again later", FULL_WAIT
+            ) from None
+        await self._store.end_visitor(session.client, session.fingerprint)
 
 
 def digest_of(token: str) -> bytes:

@@ -25,10 +25,11 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from msgspec import Struct
 from typing_extensions import override
 
-from broker.model import Clock, EmbedToken, LimitName, Secret
+from broker.model import Clock, EmbedToken, LimitName, Secret, Session
+from broker.sessions.memory import MemoryBook
 from broker.stores.memory import MemoryStore
 
-_MAGIC = b"embed-token-broker snapshot 2\n"
+_MAGIC = b"embed-token-broker snapshot 3\n"
 _NONCE = 12
 
 MAX_CLOCK_SKEW = 60_000_000
@@ -70,18 +71,22 @@ class _Content(Struct, frozen=True, array_like=True):
     origin: str
     tokens: list[_HeldToken]
     buckets: dict[str, dict[str, int]]
+    sessions: list[Session]
+    ended: list[str]
 
     @override
     def __repr__(self) -> str:
         return f"_Content(tokens={len(self.tokens)})"
 
 
-def save(path: Path, key: Secret, store: MemoryStore, clock: Clock, origin: str) -> int:
+def save(
+    path: Path, key: Secret, store: MemoryStore, book: MemoryBook, clock: Clock, origin: str
+) -> int:
     """Seal the store's state into `path`, replacing it atomically; returns the tokens saved.
 
     `origin` names the issuer whose tokens these are.
     """
-    content = _collect(store, clock, origin)
+    content = _collect(store, book, clock, origin)
     nonce = token_bytes(_NONCE)
     plain = msgspec.msgpack.encode(content)
     sealed = _cipher(key).encrypt(nonce, plain, _MAGIC)
@@ -89,7 +94,9 @@ def save(path: Path, key: Secret, store: MemoryStore, clock: Clock, origin: str)
     return len(content.tokens)
 
 
-def load(path: Path, key: Secret, store: MemoryStore, clock: Clock, terms: Terms) -> int:
+def load(
+    path: Path, key: Secret, store: MemoryStore, book: MemoryBook, clock: Clock, terms: Terms
+) -> int:
     """Restore the state in `path` and remove the file; returns the tokens restored.
 
     Raises SnapshotIgnored, with nothing restored, for a file that is absent, foreign, damaged, of
@@ -110,10 +117,11 @@ def load(path: Path, key: Secret, store: MemoryStore, clock: Clock, terms: Terms
         raise SnapshotIgnored(f"written {age // 1_000_000} s ago: store.snapshot_max_age")
     if content.origin not in terms.origins:
         raise SnapshotIgnored("of another issuer, or of a key that was taken out")
+    book.restore(content.sessions, content.ended)
     return _restore(content, store, clock, max(age, 0), terms.floor)
 
 
-def _collect(store: MemoryStore, clock: Clock, origin: str) -> _Content:
+def _collect(store: MemoryStore, book: MemoryBook, clock: Clock, origin: str) -> _Content:
     mono, wall = clock.mono(), clock.wall()
     with store.tokens.timer:  # nothing may expire while it is listed
         tokens = [
@@ -122,7 +130,14 @@ def _collect(store: MemoryStore, clock: Clock, origin: str) -> _Content:
             if not store.was_ended(key, token)
         ]
     buckets = {name.value: bucket.entries(mono) for name, bucket in store.buckets.items()}
-    return _Content(written=wall, origin=origin, tokens=tokens, buckets=buckets)
+    return _Content(
+        written=wall,
+        origin=origin,
+        tokens=tokens,
+        buckets=buckets,
+        sessions=list(book.sessions),
+        ended=list(book.marks),
+    )
 
 
 def _restore(

@@ -1,4 +1,7 @@
-"""The admin listener: a scrape every few seconds, so comfort goes before speed here."""
+"""The admin listener: a scrape every few seconds, so comfort goes before speed here.
+
+What `web.sessions` adds to it has a secret; the rest is open to whoever reaches the address.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -10,10 +13,11 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from broker.answers import HealthAnswer, error_body, plain_body
+from broker.answers import HealthAnswer, error_body, error_body_of, plain_body
+from broker.errors import BrokerError
 from broker.health import Health
 from broker.listen import CannotListen, listen
-from broker.web.answer import JSON_TYPE
+from broker.web.answer import JSON_TYPE, retry_after_seconds
 from broker.web.server import BACKLOG, KEEP_ALIVE, LINGER, DataConnection
 
 
@@ -104,15 +108,29 @@ async def _envelope(request: web.Request, handler: _Handler) -> web.StreamRespon
     """Answer errors in the one envelope, here too."""
     try:
         return await handler(request)
+    except BrokerError as error:
+        return _failed(error)
     except web.HTTPNotFound:
-        return _json(404, error_body(404, "NOT_FOUND", "admin listener: /metrics, /livez, /readyz"))
+        text = "admin listener: /metrics, /livez, /readyz; /v1/sessions with admin.secret_file"
+        return _json(404, error_body(404, "NOT_FOUND", text))
     except web.HTTPMethodNotAllowed as error:
-        answer = _json(405, error_body(405, "METHOD_NOT_ALLOWED", "this route answers GET only"))
-        answer.headers["Allow"] = ", ".join(sorted(error.allowed_methods))
+        allowed = ", ".join(sorted(error.allowed_methods))
+        text = f"this route answers {allowed} only"
+        answer = _json(405, error_body(405, "METHOD_NOT_ALLOWED", text))
+        answer.headers["Allow"] = allowed
         return answer
     except web.HTTPException as error:
         text = "request: cannot be answered as it is; send a plain GET"
         return _json(error.status, error_body(error.status, "VALIDATION_ERROR", text))
+
+
+def _failed(error: BrokerError) -> web.Response:
+    answer = _json(error.status, error_body_of(error))
+    if error.retry_after is not None:
+        answer.headers["Retry-After"] = str(retry_after_seconds(error.retry_after))
+    if error.status == 401:  # noqa: PLR2004 - as on the data listener
+        answer.headers["WWW-Authenticate"] = "Bearer"
+    return answer
 
 
 def _json(status: int, body: bytes) -> web.Response:

@@ -63,7 +63,9 @@ class Door:
         trusted_proxies: Sequence[Network],
         now: int,
         counts: BucketCounts | None = None,
+        section: str = "[clients]",
     ) -> None:
+        self._section = section
         self._trusted = tuple(trusted_proxies)
         self._own_origins: frozenset[str] = frozenset()
         self.failures = TokenBucket(MAX_TRACKED_ADDRESSES, FAILED_AUTH_LIMIT.depth, now, counts)
@@ -91,7 +93,9 @@ class Door:
             raise
         if client is None:
             self._throttle(request, now)
-            raise Unauthorized("unknown client secret: check it against the broker's [clients]")
+            raise Unauthorized(
+                f"unknown client secret: check it against the broker's {self._section}"
+            )
         if ORIGIN in headers and not client.allow_origin:
             self._refuse_browser(headers)
         return client

@@ -1,5 +1,8 @@
 """What others ask about tokens: is it good (proxies), what is it, end it (backends).
 
+`/v1/introspect` (RFC 7662) and `/v1/revoke` (RFC 7009) take a form with `token` and a client's
+secret, and know that client's tokens only: of any other they say what they say of nonsense.
+
 `/v1/embed-tokens/verify` is asked by a proxy in front of a viewer (nginx `auth_request`, Envoy
 `ext_authz`, Caddy `forward_auth`) for each of the viewer's requests: any method, no body is read.
 Those who call it know three answers and no more: 200, 401, 403.
@@ -11,17 +14,20 @@ client made up would otherwise let one token open the door for another.
 """
 
 from collections.abc import Iterable, Iterator
-from urllib.parse import quote, unquote_plus
+from urllib.parse import parse_qsl, quote, unquote_plus
 
 from aiohttp import web
 from aiohttp.hdrs import AUTHORIZATION
 from aiohttp.web_request import BaseRequest
+from msgspec import UNSET
 from multidict import CIMultiDictProxy, istr
 
-from broker.errors import AgentNotAllowed, MissingAuth, Unauthorized
+from broker.answers import ActiveToken, InactiveToken, plain_body
+from broker.errors import AgentNotAllowed, Invalid, MissingAuth, MissingParam, Unauthorized
 from broker.issuers.keyring import BadToken
-from broker.model import Session
+from broker.model import Clock, Session
 from broker.sessions.desk import SessionDesk
+from broker.web import body, wire
 from broker.web.door import Door
 from broker.web.routes import ANY_METHOD, Routes
 
@@ -35,7 +41,13 @@ _SAFE = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) != "%")
 """What stands for itself in a header of ours: all of visible ASCII but the sign of escapes."""
 
 
-def add(routes: Routes, door: Door, desk: SessionDesk) -> None:
+_FIELDS = 16
+"""Fields of a form that are read at all; the RFCs name two."""
+
+_INACTIVE = plain_body(InactiveToken(active=False))
+
+
+def add(routes: Routes, door: Door, desk: SessionDesk, clock: Clock) -> None:
     """Serve what this module is about."""
 
     async def verify(request: BaseRequest, request_id: str) -> web.StreamResponse:
@@ -49,8 +61,21 @@ def add(routes: Routes, door: Door, desk: SessionDesk) -> None:
             raise AgentNotAllowed("token: good, but for another agent than the one required here")
         return routes.answer(200, b"", request_id, session_headers(session), "text/plain")
 
+    async def introspect(request: BaseRequest, request_id: str) -> web.StreamResponse:
+        client = door.identify(request, clock.mono())
+        session = await desk.introspect(await _token_field(request), client.name)
+        content = _INACTIVE if session is None else plain_body(_active(session, client.name))
+        return routes.answer(200, content, request_id)
+
+    async def revoke(request: BaseRequest, request_id: str) -> web.StreamResponse:
+        client = door.identify(request, clock.mono())
+        await desk.revoke(await _token_field(request), client.name)
+        return routes.answer(200, b"", request_id, content_type="text/plain")
+
     routes.add(VERIFY_PATH, ANY_METHOD, verify)
     routes.add(f"{VERIFY_PATH}/*", ANY_METHOD, verify)
+    routes.add("/v1/introspect", "POST", introspect)
+    routes.add("/v1/revoke", "POST", revoke)
 
 
 def presented(headers: "CIMultiDictProxy[str]", uris: Iterable[str], *, trusted: bool) -> str:
@@ -102,3 +127,34 @@ def _uris(request: BaseRequest) -> Iterator[str]:
     for name in _FORWARDED_URIS:
         yield from request.headers.getall(name, ())
     yield request.raw_path.partition(VERIFY_PATH)[2]
+
+
+async def _token_field(request: BaseRequest) -> str:
+    """Return the form's `token`; other fields, such as RFC 7662's hint, change nothing."""
+    content = body.arrived(request, wire.MAX_BODY)
+    if content is None:
+        content = await body.read(request, wire.MAX_BODY)
+    try:
+        fields = parse_qsl(content.decode("ascii"), keep_blank_values=True, max_num_fields=_FIELDS)
+    except ValueError:
+        raise Invalid("body: not a form; send token=... percent-encoded") from None
+    values = [value for name, value in fields if name == "token"]
+    if len(values) > 1:  # RFC 6749 section 3.1: parameters must not be included more than once
+        raise Invalid("token: sent twice; send it once")
+    if not values or not values[0]:
+        raise MissingParam("token: required; send it as a field of a form, not as JSON")
+    return values[0]
+
+
+def _active(session: Session, client: str) -> ActiveToken:
+    return ActiveToken(
+        active=True,
+        client_id=client,
+        sub=session.agent,
+        agent_id=session.agent,
+        fingerprint=session.fingerprint,
+        sid=session.session_id,
+        iat=session.issued,
+        exp=session.expires,
+        model=session.model or UNSET,
+    )

@@ -5,7 +5,14 @@ from typing import Any
 
 import msgspec
 
-from broker.answers import ErrorAnswer, HealthAnswer, TokenAnswer, ValidAnswer
+from broker.answers import (
+    ActiveToken,
+    ErrorAnswer,
+    HealthAnswer,
+    InactiveToken,
+    TokenAnswer,
+    ValidAnswer,
+)
 from broker.version import VERSION
 from broker.web.wire import HEX, TokenRequest
 
@@ -32,6 +39,21 @@ _VERIFY_ERRORS: Mapping[int, str] = {
     403: "A good token, but of another agent than the one required",
 }
 
+_FORM_ERRORS: Mapping[int, str] = {
+    400: "No token, more than one, or no form; or the secret was sent twice",
+    401: "No client secret, or an unknown one",
+    403: "The secret came from a browser",
+    408: "The body did not arrive in time",
+    413: "The body is larger than 8 KiB",
+    415: "The body has a content encoding",
+    429: "Too many failed attempts from this address",
+}
+
+_REVOKE_ERRORS: Mapping[int, str] = {
+    **_FORM_ERRORS,
+    503: "More sessions were ended within an hour than can be remembered",
+}
+
 _VALIDATE_ERRORS: Mapping[int, str] = {
     400: "The secret was sent twice",
     401: "No client secret",
@@ -42,7 +64,15 @@ _VALIDATE_ERRORS: Mapping[int, str] = {
 
 def document(server_url: str, *, any_fingerprint: bool = False) -> dict[str, Any]:
     """Return the document for a broker that answers at `server_url` and takes such fingerprints."""
-    types = (TokenRequest, TokenAnswer, ErrorAnswer, ValidAnswer, HealthAnswer)
+    types = (
+        TokenRequest,
+        TokenAnswer,
+        ErrorAnswer,
+        ValidAnswer,
+        HealthAnswer,
+        ActiveToken,
+        InactiveToken,
+    )
     references, schemas = msgspec.json.schema_components(types, ref_template=_REF)
     reference = {kind.__name__: ref for kind, ref in zip(types, references, strict=True)}
     _require(schemas["TokenRequest"], ("agent_id", "fingerprint"))
@@ -60,6 +90,8 @@ def document(server_url: str, *, any_fingerprint: bool = False) -> dict[str, Any
         "paths": {
             "/v1/embed-tokens/request": {"post": _token_operation(reference)},
             "/v1/embed-tokens/verify": {"get": _verify_operation(reference)},
+            "/v1/introspect": {"post": _introspect_operation(reference)},
+            "/v1/revoke": {"post": _revoke_operation(reference)},
             "/v1/validate": {"post": _validate_operation(reference)},
             "/livez": {"get": _health_operation(reference, "livez", "Is the process alive?")},
             "/readyz": {"get": _ready_operation(reference)},
@@ -143,6 +175,40 @@ def _verify_operation(reference: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _introspect_operation(reference: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "operationId": "introspectToken",
+        "summary": "What is this token? (RFC 7662)",
+        "description": "Tells a client about its own tokens; of any other, and of one that is"
+        " expired or revoked, only that it is not active.",
+        "security": [{"apiSecret": []}, {"bearer": []}],
+        "requestBody": _FORM,
+        "responses": {
+            "200": {
+                "description": "Active or not",
+                "headers": _COMMON_HEADERS,
+                "content": _json({"anyOf": [reference["ActiveToken"], reference["InactiveToken"]]}),
+            },
+            **_errors(reference, _FORM_ERRORS),
+        },
+    }
+
+
+def _revoke_operation(reference: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "operationId": "revokeToken",
+        "summary": "End the session of this token (RFC 7009)",
+        "description": "From the answer on, the token is not good and its session is not handed"
+        " out again. A token that is not this client's, or not good, changes nothing.",
+        "security": [{"apiSecret": []}, {"bearer": []}],
+        "requestBody": _FORM,
+        "responses": {
+            "200": {"description": "Done, or nothing to do", "headers": _COMMON_HEADERS},
+            **_errors(reference, _REVOKE_ERRORS),
+        },
+    }
+
+
 def _health_operation(reference: Mapping[str, Any], name: str, summary: str) -> dict[str, Any]:
     answer = {
         "description": "Yes",
@@ -184,6 +250,22 @@ def _header(text: str, schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _EXAMPLE = {"agent_id": "A78WKV4515", "fingerprint": "9f86d081884c7d659a2feaa0c55ad015"}
+
+_FORM = {
+    "required": True,
+    "content": {
+        "application/x-www-form-urlencoded": {
+            "schema": {
+                "type": "object",
+                "properties": {
+                    "token": {"type": "string", "minLength": 1},
+                    "token_type_hint": {"type": "string"},
+                },
+                "required": ["token"],
+            }
+        }
+    },
+}
 
 _COMMON_HEADERS = {
     "X-Request-Id": _header("Names this request in the log", {"type": "string"}),

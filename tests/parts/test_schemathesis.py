@@ -66,7 +66,7 @@ def test_o10_every_answer_matches_the_document(
         )
         metrics = httpx.get(f"{started.admin_url}/metrics").text
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 selected / 4 total" in done.stdout
+    assert "7 selected / 7 total" in done.stdout
     ended = {
         outcome: float(count)
         for outcome, count in re.findall(r'broker_requests_total{outcome="(\w+)"} (\S+)', metrics)

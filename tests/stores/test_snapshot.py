@@ -13,8 +13,9 @@ import msgspec
 import pytest
 
 from broker.limits import Limits, LimitSet, Rule
-from broker.model import Ask, EmbedToken, LimitName, Secret
+from broker.model import Ask, EmbedToken, LimitName, Secret, Session
 from broker.rules.bucket import Limit
+from broker.sessions.memory import MemoryBook
 from broker.stores import snapshot
 from broker.stores.memory import MemoryStore
 from broker.stores.snapshot import MAX_CLOCK_SKEW, SnapshotIgnored, Terms
@@ -52,6 +53,34 @@ def store_of(clock: FakeClock, limits: Limits = LIMITS, max_tokens: int = 1000) 
     """Build an empty store."""
     tokens = TokenCache(max_tokens, keep_until=lambda token: token.dies_mono, mono=clock.mono)
     return MemoryStore(limits, tokens, clock)
+
+
+def save(
+    path: Path,
+    key: Secret,
+    store: MemoryStore,
+    clock: FakeClock,
+    origin: str,
+    book: MemoryBook | None = None,
+) -> int:
+    """Save, with sessions where a test is about them."""
+    return snapshot.save(
+        path, key, store, MemoryBook(1000, clock) if book is None else book, clock, origin
+    )
+
+
+def load(
+    path: Path,
+    key: Secret,
+    store: MemoryStore,
+    clock: FakeClock,
+    terms: Terms,
+    book: MemoryBook | None = None,
+) -> int:
+    """Load, as above."""
+    return snapshot.load(
+        path, key, store, MemoryBook(1000, clock) if book is None else book, clock, terms
+    )
 
 
 def restarted(clock: FakeClock, down: float = 0.0) -> FakeClock:
@@ -106,7 +135,7 @@ def assert_ignored(path: Path, key: Secret, clock: FakeClock, reason: str) -> No
     foreign = path.exists() and not path.read_bytes().startswith(snapshot._MAGIC)
     store = store_of(clock)
     with pytest.raises(SnapshotIgnored, match=reason) as ignored:
-        snapshot.load(path, key, store, clock, TERMS)
+        load(path, key, store, clock, TERMS)
     assert ignored.value.__cause__ is None
     assert len(store.tokens) == 0
     assert [len(bucket) for bucket in store.buckets.values()] == [0] * 4
@@ -123,10 +152,10 @@ async def test_the_same_tokens_are_found_after_a_restart(clock: FakeClock, path:
     for name, token in kept.items():
         store.tokens[name] = token
     clock.advance(30)
-    assert snapshot.save(path, key, store, clock, ORIGIN) == 50
+    assert save(path, key, store, clock, ORIGIN) == 50
     after = restarted(clock, down=45)
     new = store_of(after)
-    assert snapshot.load(path, key, new, after, TERMS) == 49
+    assert load(path, key, new, after, TERMS) == 49
     assert new.tokens.find(asks[0].key) is None
     for ask in asks[1:]:
         left = kept[ask.key].lifetime - 75 * SECOND
@@ -145,10 +174,10 @@ async def test_exhausted_buckets_stay_exhausted(clock: FakeClock, path: Path) ->
         pass
     while store.charge_mint(some_ask()) is None:
         pass
-    snapshot.save(path, key, store, clock, ORIGIN)
+    save(path, key, store, clock, ORIGIN)
     after = restarted(clock, down=59.999_999)
     new = store_of(after)
-    snapshot.load(path, key, new, after, TERMS)
+    load(path, key, new, after, TERMS)
     denial = (await new.visit(ask, ask.key)).denial
     assert denial is not None
     assert (denial.limit, denial.verdict.retry_after) == (LimitName.FINGERPRINT, 1)
@@ -172,16 +201,16 @@ async def test_half_spent_buckets_and_strangers_come_back_as_they_were(
     store, key, ask = store_of(clock), new_key(), some_ask()
     for _ in range(2):
         await store.visit(ask, ask.key)
-    snapshot.save(path, key, store, clock, ORIGIN)
+    save(path, key, store, clock, ORIGIN)
     after = restarted(clock)
     new = store_of(after)
-    snapshot.load(path, key, new, after, TERMS)
+    load(path, key, new, after, TERMS)
     verdicts = [(await new.visit(who, who.key)).verdict for who in (ask, some_ask())]
     assert [verdict and verdict.remaining for verdict in verdicts] == [2, 4]
     full = restarted(clock, down=599)
     later = store_of(full)
-    snapshot.save(path, key, new, after, ORIGIN)
-    snapshot.load(path, key, later, full, TERMS)
+    save(path, key, new, after, ORIGIN)
+    load(path, key, later, full, TERMS)
     assert len(later.buckets[LimitName.FINGERPRINT]) == 0
 
 
@@ -190,10 +219,10 @@ def test_T5_a_token_is_restored_by_the_clock_that_leaves_less(clock: FakeClock, 
     store, ask, _ = lived_in(clock)
     clock.step_wall(1800)
     key = new_key()
-    snapshot.save(path, key, store, clock, ORIGIN)
+    save(path, key, store, clock, ORIGIN)
     after = restarted(clock)
     new = store_of(after)
-    snapshot.load(path, key, new, after, TERMS)
+    load(path, key, new, after, TERMS)
     token = new.tokens.find(ask.key)
     assert token is not None
     assert token.left(after.mono(), after.wall()) == HOUR - 1800 * SECOND
@@ -205,10 +234,10 @@ def test_T5_a_wall_clock_set_back_meanwhile_gives_no_token_more_than_its_life(
     """Within the allowed skew the snapshot counts as written this moment, not in the future."""
     store, ask, token = lived_in(clock)
     key = new_key()
-    snapshot.save(path, key, store, clock, ORIGIN)
+    save(path, key, store, clock, ORIGIN)
     after = restarted(clock, down=-MAX_CLOCK_SKEW / SECOND)
     new = store_of(after)
-    assert snapshot.load(path, key, new, after, TERMS) == 1
+    assert load(path, key, new, after, TERMS) == 1
     restored = new.tokens.find(ask.key)
     assert restored is not None
     assert restored.left(after.mono(), after.wall()) == token.lifetime
@@ -221,17 +250,17 @@ async def test_more_tokens_than_fit_are_restored_up_to_the_bound(
     store, key = store_of(clock), new_key()
     for _ in range(20):
         store.tokens[some_ask().key] = some_token(clock)
-    snapshot.save(path, key, store, clock, ORIGIN)
+    save(path, key, store, clock, ORIGIN)
     after = restarted(clock)
     new = store_of(after, max_tokens=8)
-    assert snapshot.load(path, key, new, after, TERMS) == 8
+    assert load(path, key, new, after, TERMS) == 8
 
 
 async def test_an_empty_store_makes_a_snapshot_too(clock: FakeClock, path: Path) -> None:
     """Nothing to remember is no failure."""
     key = new_key()
-    assert snapshot.save(path, key, store_of(clock), clock, ORIGIN) == 0
-    assert snapshot.load(path, key, store_of(clock), clock, TERMS) == 0
+    assert save(path, key, store_of(clock), clock, ORIGIN) == 0
+    assert load(path, key, store_of(clock), clock, TERMS) == 0
 
 
 # --- what is not believed
@@ -246,8 +275,8 @@ def test_a_snapshot_is_used_once(clock: FakeClock, path: Path) -> None:
     """The file goes when it is read: a crash later brings back nothing that was spent since."""
     store, _, _ = lived_in(clock)
     key = new_key()
-    snapshot.save(path, key, store, clock, ORIGIN)
-    snapshot.load(path, key, store_of(clock), clock, TERMS)
+    save(path, key, store, clock, ORIGIN)
+    load(path, key, store_of(clock), clock, TERMS)
     assert_ignored(path, key, clock, r"^there is none$")
 
 
@@ -255,7 +284,7 @@ def test_a_tampered_snapshot_is_ignored(clock: FakeClock, path: Path) -> None:
     """Whichever byte is changed, header and nonce included."""
     store, _, _ = lived_in(clock)
     key = new_key()
-    snapshot.save(path, key, store, clock, ORIGIN)
+    save(path, key, store, clock, ORIGIN)
     good = path.read_bytes()
     for place in range(len(good)):
         path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
@@ -266,7 +295,7 @@ def test_a_truncated_or_extended_snapshot_is_ignored(clock: FakeClock, path: Pat
     """A full disk, a copy that broke off, a line feed at the end."""
     store, _, _ = lived_in(clock)
     key = new_key()
-    snapshot.save(path, key, store, clock, ORIGIN)
+    save(path, key, store, clock, ORIGIN)
     good = path.read_bytes()
     for end in range(len(good)):
         path.write_bytes(good[:end])
@@ -278,7 +307,7 @@ def test_a_truncated_or_extended_snapshot_is_ignored(clock: FakeClock, path: Pat
 def test_a_foreign_snapshot_is_ignored(clock: FakeClock, path: Path) -> None:
     """Sealed with another key, or no snapshot at all."""
     store, _, _ = lived_in(clock)
-    snapshot.save(path, new_key(), store, clock, ORIGIN)
+    save(path, new_key(), store, clock, ORIGIN)
     assert_ignored(path, new_key(), clock, r"^damaged, or sealed with another key$")
     path.write_bytes(secrets.token_bytes(500))
     assert_ignored(path, new_key(), clock, r"^not a snapshot of this version$")
@@ -301,7 +330,7 @@ def test_a_snapshot_that_is_old_or_from_the_future_is_ignored(
     """A microsecond over the age or the skew that is allowed, or a day."""
     store, _, _ = lived_in(clock)
     key = new_key()
-    snapshot.save(path, key, store, clock, ORIGIN)
+    save(path, key, store, clock, ORIGIN)
     assert_ignored(path, key, restarted(clock, down), reason)
 
 
@@ -312,10 +341,10 @@ def test_a_snapshot_at_the_edge_of_its_age_is_used(
     """Exactly the age that is allowed, and exactly the skew."""
     store, ask, _ = lived_in(clock)
     key = new_key()
-    snapshot.save(path, key, store, clock, ORIGIN)
+    save(path, key, store, clock, ORIGIN)
     after = restarted(clock, down)
     new = store_of(after)
-    assert snapshot.load(path, key, new, after, TERMS) == 1
+    assert load(path, key, new, after, TERMS) == 1
     denial = new.charge_mint(ask)
     assert (denial is None) == (down == MAX_AGE / SECOND)
 
@@ -324,7 +353,7 @@ def test_something_that_is_not_a_file_is_ignored(clock: FakeClock, path: Path) -
     """A directory in its place is named as the reason, without a path in it."""
     path.mkdir()
     with pytest.raises(SnapshotIgnored, match=r"^cannot be read: Is a directory$"):
-        snapshot.load(path, new_key(), store_of(clock), clock, TERMS)
+        load(path, new_key(), store_of(clock), clock, TERMS)
 
 
 # --- the file
@@ -334,11 +363,11 @@ def test_G7_a_snapshot_tells_nothing_to_who_finds_it(clock: FakeClock, path: Pat
     """Neither token nor fingerprint nor agent can be read; equal stores make unequal files."""
     store, ask, token = lived_in(clock)
     key = new_key()
-    snapshot.save(path, key, store, clock, ORIGIN)
+    save(path, key, store, clock, ORIGIN)
     raw = path.read_bytes()
     for text in (ask.fingerprint.encode(), AGENT.encode(), token.body[11:30]):
         assert text not in raw
-    snapshot.save(path, key, store, clock, ORIGIN)
+    save(path, key, store, clock, ORIGIN)
     assert path.read_bytes() != raw
 
 
@@ -356,7 +385,7 @@ def test_only_the_owner_can_read_a_snapshot(clock: FakeClock, path: Path) -> Non
     store, _, _ = lived_in(clock)
     path.write_bytes(b"old")
     path.chmod(0o666)
-    snapshot.save(path, new_key(), store, clock, ORIGIN)
+    save(path, new_key(), store, clock, ORIGIN)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
@@ -364,10 +393,10 @@ def test_a_snapshot_is_replaced_and_never_overwritten(clock: FakeClock, path: Pa
     """Who has the old one open still reads all of it; no other file is left behind."""
     store, _, _ = lived_in(clock)
     key = new_key()
-    snapshot.save(path, key, store, clock, ORIGIN)
+    save(path, key, store, clock, ORIGIN)
     before = path.read_bytes()
     with path.open("rb") as reader:
-        snapshot.save(path, key, store, clock, ORIGIN)
+        save(path, key, store, clock, ORIGIN)
         assert reader.read() == before
     assert path.read_bytes() != before
     assert list(path.parent.iterdir()) == [path]
@@ -391,14 +420,14 @@ def test_a_write_that_fails_leaves_the_old_snapshot(clock: FakeClock, path: Path
     """The disk fills half-way: the error is raised, the old file is whole, no half one is left."""
     store, ask, _ = lived_in(clock)
     key = new_key()
-    snapshot.save(path, key, store, clock, ORIGIN)
+    save(path, key, store, clock, ORIGIN)
     before = path.read_bytes()
     with full_disk(), pytest.raises(OSError, match="too large"):
-        snapshot.save(path, key, store, clock, ORIGIN)
+        save(path, key, store, clock, ORIGIN)
     assert list(path.parent.iterdir()) == [path]
     assert path.read_bytes() == before
     new = store_of(clock)
-    assert snapshot.load(path, key, new, clock, TERMS) == 1
+    assert load(path, key, new, clock, TERMS) == 1
     assert new.tokens.find(ask.key) is not None
 
 
@@ -407,10 +436,10 @@ def test_G3_a_floor_raised_over_a_restart_holds_for_restored_tokens(
 ) -> None:
     """Their mark is lifted to it, so the next access below the new floor mints."""
     key, (store, ask, token) = new_key(), lived_in(clock)
-    snapshot.save(path, key, store, clock, ORIGIN)
+    save(path, key, store, clock, ORIGIN)
     new = store_of(clock)
     raised = msgspec.structs.replace(TERMS, floor=lambda lifetime: lifetime - 1)
-    snapshot.load(path, key, new, clock, raised)
+    load(path, key, new, clock, raised)
     found = new.tokens.find(ask.key)
     assert found is not None
     assert found.mark == token.lifetime - 1
@@ -419,5 +448,37 @@ def test_G3_a_floor_raised_over_a_restart_holds_for_restored_tokens(
 def test_the_tokens_of_another_issuer_do_not_come_back(clock: FakeClock, path: Path) -> None:
     """Nor those of a key that was taken out: verifiers would refuse them for an hour."""
     key, (store, _, _) = new_key(), lived_in(clock)
-    snapshot.save(path, key, store, clock, "local elsewhere")
+    save(path, key, store, clock, "local elsewhere")
     assert_ignored(path, key, clock, r"^of another issuer")
+
+
+def test_G9_what_was_ended_stays_ended(path: Path, clock: FakeClock) -> None:
+    """A restart brings back the sessions that live, and none that was ended or has expired."""
+    key, book = new_key(), MemoryBook(1000, clock)
+    wall = clock.wall() // SECOND
+
+    def session(name: str, life: int, digest: bytes = b"") -> Session:
+        return Session(name, "web", AGENT, "beef", "", wall, wall + life, digest)
+
+    async def before() -> None:
+        for one in (session("a", 3600), session("b", 3600, b"B" * 32), session("c", 30)):
+            await book.record(one)
+        await book.end(session("a", 3600))
+
+    asyncio.run(before())
+    save(path, key, store_of(clock), clock, ORIGIN, book)
+    after = restarted(clock, 60)
+    new = MemoryBook(1000, after)
+    load(path, key, store_of(after), after, TERMS, new)
+
+    async def then() -> None:
+        assert await new.ended("a")
+        assert not await new.ended("b")
+        assert [await new.find(name) for name in "abc"] == [
+            None,
+            session("b", 3600, b"B" * 32),
+            None,
+        ]
+        assert await new.find_token(b"B" * 32) == session("b", 3600, b"B" * 32)
+
+    asyncio.run(then())

@@ -67,7 +67,9 @@ class TestEverythingElse:
         """No token is to be had here, and no sessions without a secret of their own."""
         reply = await edge.admin(path)
         assert (reply.status, reply.code) == (404, "NOT_FOUND")
-        assert reply.message == "admin listener: /metrics, /livez, /readyz"
+        assert reply.message == (
+            "admin listener: /metrics, /livez, /readyz; /v1/sessions with admin.secret_file"
+        )
 
     async def test_405_in_the_envelope(self, edge: Edge) -> None:
         """With `Allow`."""

@@ -1,0 +1,101 @@
+"""Sessions for the operator, on the admin listener: list, look at, end.
+
+Served only where the admin listener has a secret: whoever may end sessions may read visitors'
+fingerprints, which metrics and probes never show.
+"""
+
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from broker.answers import EndedAnswer, SessionAnswer, SessionsAnswer, plain_body
+from broker.errors import Invalid, NotFound
+from broker.model import Clock, Session
+from broker.sessions.base import Place, Query, place_of
+from broker.sessions.desk import PAGE, SessionDesk
+from broker.web.answer import JSON_TYPE
+from broker.web.door import Door
+
+MOST_IN_PAGE = 1000
+"""Sessions that one answer may have, about 250 KB."""
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def add(app: web.Application, door: Door, desk: SessionDesk, clock: Clock) -> None:
+    """Serve /v1/sessions to whoever the door lets in."""
+
+    def behind_the_door(handler: _Handler) -> _Handler:
+        async def guarded(request: web.Request) -> web.StreamResponse:
+            door.identify(request, clock.mono())
+            return await handler(request)
+
+        return guarded
+
+    async def listed(request: web.Request) -> web.StreamResponse:
+        query, after, limit = _query(request)
+        page = list(await desk.page(query, after, limit + 1))
+        more = len(page) > limit
+        del page[limit:]
+        return _json(
+            SessionsAnswer([_answer(s) for s in page], _written(page[-1]) if more else None)
+        )
+
+    async def one(request: web.Request) -> web.StreamResponse:
+        session = await desk.find(request.match_info["session_id"])
+        if session is None:
+            raise NotFound(_UNKNOWN)
+        return _json(_answer(session))
+
+    async def end(request: web.Request) -> web.StreamResponse:
+        scope = request.query.get("scope", "session")
+        if scope not in ("session", "visitor"):
+            raise Invalid("scope: must be session or visitor; leave it out for the one session")
+        ended = await desk.end(request.match_info["session_id"], visitor=scope == "visitor")
+        if not ended:
+            raise NotFound(_UNKNOWN)
+        return _json(EndedAnswer(ended))
+
+    app.router.add_get("/v1/sessions", behind_the_door(listed))
+    app.router.add_get("/v1/sessions/{session_id}", behind_the_door(one))
+    app.router.add_delete("/v1/sessions/{session_id}", behind_the_door(end))
+
+
+_UNKNOWN = "no such session: it has expired, was ended, or was never handed out here"
+
+
+def _query(request: web.Request) -> tuple[Query, Place, int]:
+    given = request.query
+    unknown = given.keys() - {"agent_id", "fingerprint", "after", "limit"}
+    if unknown:  # one that was misspelt would list everybody
+        raise Invalid("query: takes agent_id, fingerprint, after and limit")
+    query = Query(given.get("agent_id", ""), given.get("fingerprint", ""))
+    expires, _, session_id = given.get("after", "0.").partition(".")
+    limit = given.get("limit", str(PAGE))
+    if not (expires.isascii() and expires.isdigit()):
+        raise Invalid("after: must be the `next` of an earlier answer; leave it out to start")
+    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit) <= MOST_IN_PAGE):
+        raise Invalid(f"limit: must be 1 to {MOST_IN_PAGE}")
+    return query, Place(int(expires), session_id), int(limit)
+
+
+def _written(session: Session) -> str:
+    place = place_of(session)
+    return f"{place.expires}.{place.session_id}"
+
+
+def _answer(session: Session) -> SessionAnswer:
+    return SessionAnswer(
+        session_id=session.session_id,
+        client=session.client,
+        agent_id=session.agent,
+        fingerprint=session.fingerprint,
+        model=session.model or None,
+        issued_at=session.issued,
+        expires_at=session.expires,
+    )
+
+
+def _json(answer: SessionsAnswer | SessionAnswer | EndedAnswer) -> web.Response:
+    headers = {"Content-Type": JSON_TYPE, "Cache-Control": "no-store"}
+    return web.Response(body=plain_body(answer), headers=headers)

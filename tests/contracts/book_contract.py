@@ -1,0 +1,188 @@
+"""What every book of sessions does: one body, run on each."""
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from broker.model import Session
+from broker.rules.reuse import SECOND
+from broker.sessions.base import MARK_LIFE, Place, Query, SessionBook, place_of
+
+AGENT = "A78WKV4515"
+HOUR = 3600
+EVERYTHING = Query()
+
+
+class OpenedBook(Protocol):
+    """A book, its clock, and a way to let time pass."""
+
+    book: SessionBook
+
+    def wall(self) -> int:
+        """Microseconds since 1970, as the book sees them."""
+        ...
+
+    async def pass_time(self, seconds: float) -> None:
+        """Let this much time go by."""
+        ...
+
+
+OpenBook = Callable[[], Awaitable[OpenedBook]]
+
+
+def session_of(
+    opened: OpenedBook,
+    *,
+    life: int = HOUR,
+    agent: str = AGENT,
+    fingerprint: str = "",
+    client: str = "web",
+    token: str = "",
+) -> Session:
+    """Make a session that begins now; what is left out is new."""
+    now = opened.wall() // SECOND
+    return Session(
+        session_id=secrets.token_hex(16),
+        client=client,
+        agent=agent,
+        fingerprint=fingerprint or secrets.token_hex(8),
+        model="",
+        issued=now,
+        expires=now + life,
+        digest=hashlib.sha256(token.encode()).digest() if token else b"",
+    )
+
+
+async def recorded(opened: OpenedBook, **how: object) -> Session:
+    """Make a session and write it down."""
+    session = session_of(opened, **how)  # type: ignore[arg-type]
+    await opened.book.record(session)
+    return session
+
+
+async def everything(book: SessionBook, query: Query, limit: int) -> list[Session]:
+    """Turn all pages."""
+    found: list[Session] = []
+    after = Place()
+    while page := await book.page(query, after, limit):
+        assert len(page) <= limit
+        found += page
+        after = place_of(page[-1])
+    return found
+
+
+class BookContract:
+    """Behaviours of every book."""
+
+    async def test_what_was_recorded_is_found_whole(self, open_book: OpenBook) -> None:
+        """By its id and by its token's digest, every field; anything else is not."""
+        opened = await open_book()
+        signed = await recorded(opened)
+        relayed = await recorded(opened, token="t1", client="shop", fingerprint="zoé \x1f %")
+        assert await opened.book.find(signed.session_id) == signed
+        assert await opened.book.find(relayed.session_id) == relayed
+        assert await opened.book.find_token(relayed.digest) == relayed
+        for unknown in ("", "x", relayed.session_id[:-1], "*", "é", "a" * 128):
+            assert await opened.book.find(unknown) is None
+        for digest in (b"", signed.digest, b"\0" * 32):
+            assert await opened.book.find_token(digest) is None
+
+    async def test_a_session_lives_until_its_last_second_has_come(
+        self, open_book: OpenBook
+    ) -> None:
+        """Then it is neither found nor listed."""
+        opened = await open_book()
+        brief = await recorded(opened, life=3, token="brief")
+        assert await opened.book.find(brief.session_id) == brief
+        await opened.pass_time(3.01)
+        assert await opened.book.find(brief.session_id) is None
+        assert await opened.book.find_token(brief.digest) is None
+        assert await opened.book.page(EVERYTHING, Place(), 10) == []
+
+    async def test_G9_an_ended_session_is_gone_and_remembered(self, open_book: OpenBook) -> None:
+        """Not found, not listed, known as ended; others are as they were; twice is once."""
+        opened = await open_book()
+        one, other = await recorded(opened, token="one"), await recorded(opened)
+        for _ in range(2):
+            await opened.book.end(one)
+            assert await opened.book.find(one.session_id) is None
+            assert await opened.book.find_token(one.digest) is None
+            assert await opened.book.ended(one.session_id)
+        assert await opened.book.page(EVERYTHING, Place(), 10) == [other]
+        assert not await opened.book.ended(other.session_id)
+        assert not await opened.book.ended("")
+
+    async def test_G9_a_session_that_nobody_recorded_can_be_ended(
+        self, open_book: OpenBook
+    ) -> None:
+        """Its token was signed by another process, or its record had to make room."""
+        opened = await open_book()
+        stranger = session_of(opened)
+        await opened.book.end(stranger)
+        assert await opened.book.ended(stranger.session_id)
+
+    async def test_a_session_that_comes_again_is_one(self, open_book: OpenBook) -> None:
+        """The vendor may return a session; the later record holds."""
+        opened = await open_book()
+        first = await recorded(opened, token="first", life=60)
+        again = Session(
+            first.session_id, "web", AGENT, first.fingerprint, "", first.issued, first.expires + 60
+        )
+        await opened.book.record(again)
+        assert await opened.book.find(first.session_id) == again
+        assert await everything(opened.book, EVERYTHING, 10) == [again]
+
+    async def test_pages_have_everything_once_in_the_order_of_expiry(
+        self, open_book: OpenBook
+    ) -> None:
+        """For any size of page, also where many expire in the same second."""
+        opened = await open_book()
+        made = [await recorded(opened, life=HOUR + number // 9) for number in range(40)]
+        wanted = sorted(made, key=place_of)
+        for limit in (1, 2, 7, 40, 1000):
+            assert await everything(opened.book, EVERYTHING, limit) == wanted
+
+    async def test_pages_are_of_an_agent_a_visitor_or_both(self, open_book: OpenBook) -> None:
+        """To the letter, over all clients."""
+        opened = await open_book()
+        a1 = await recorded(opened, agent="A1", fingerprint="beef", client="web")
+        a2 = await recorded(opened, agent="A2", fingerprint="beef", client="shop")
+        other = await recorded(opened, agent="A1", fingerprint="beef00")
+
+        async def ids(query: Query) -> set[str]:
+            return {s.session_id for s in await everything(opened.book, query, 2)}
+
+        assert await ids(Query(agent="A1")) == {a1.session_id, other.session_id}
+        assert await ids(Query(fingerprint="beef")) == {a1.session_id, a2.session_id}
+        assert await ids(Query("A2", "beef")) == {a2.session_id}
+        assert await ids(Query("A2", "beef00")) == set()
+        assert await ids(Query("A")) == await ids(Query("a1")) == set()
+
+    async def test_what_ends_between_two_pages_moves_nothing(self, open_book: OpenBook) -> None:
+        """The place is a value, not a count: nobody is skipped, even if its own session ends."""
+        opened = await open_book()
+        made = sorted([await recorded(opened) for _ in range(9)], key=place_of)
+        first = await opened.book.page(EVERYTHING, Place(), 3)
+        assert list(first) == made[:3]
+        for gone in (made[0], made[2], made[4]):
+            await opened.book.end(gone)
+        rest = await opened.book.page(EVERYTHING, place_of(made[2]), 10)
+        assert list(rest) == [made[3], *made[5:]]
+
+    async def test_many_ends_at_once_are_all_remembered(self, open_book: OpenBook) -> None:
+        """Whoever ends them, and however they interleave with records."""
+        opened = await open_book()
+        made = [session_of(opened, token=f"t{number}") for number in range(50)]
+        await asyncio.gather(*(opened.book.record(session) for session in made))
+        ends = [opened.book.end(session) for session in made[::2]]
+        more = [opened.book.record(session_of(opened)) for _ in range(25)]
+        await asyncio.gather(*ends, *more)
+        for number, session in enumerate(made):
+            assert await opened.book.ended(session.session_id) == (number % 2 == 0)
+            assert (await opened.book.find(session.session_id) is None) == (number % 2 == 0)
+
+    def test_marks_outlive_every_token(self) -> None:
+        """An hour of life, and the minute by which an expiry is forgiven."""
+        assert MARK_LIFE >= (HOUR + 60) * SECOND

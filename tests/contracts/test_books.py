@@ -1,0 +1,119 @@
+"""Every book keeps the contract; beside it, what only the book in memory can show."""
+
+import asyncio
+
+import pytest
+
+pytest.register_assert_rewrite("book_contract")
+
+from book_contract import (  # noqa: E402 - rewritten first
+    EVERYTHING,
+    BookContract,
+    OpenBook,
+    OpenedBook,
+    recorded,
+    session_of,
+)
+
+from broker.model import Session  # noqa: E402
+from broker.rules.reuse import SECOND  # noqa: E402
+from broker.sessions.base import MARK_LIFE, BookFull, Place  # noqa: E402
+from broker.sessions.memory import MemoryBook  # noqa: E402
+from broker.testing import FakeClock, run_virtual  # noqa: E402
+
+
+class OpenedMemoryBook(OpenedBook):
+    """The book in memory, on a clock that stands still."""
+
+    def __init__(self, most: int = 1000, most_ended: int = 1000) -> None:
+        self.clock = FakeClock()
+        self.memory = self.book = MemoryBook(most, self.clock, most_ended)
+
+    def wall(self) -> int:
+        return self.clock.wall()
+
+    async def pass_time(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+
+
+class TestMemoryBook(BookContract):
+    """The contract, in memory."""
+
+    @pytest.fixture
+    def open_book(self) -> OpenBook:
+        async def opened() -> OpenedBook:
+            return OpenedMemoryBook()
+
+        return opened
+
+
+async def test_G6_records_are_bounded_and_the_oldest_makes_room() -> None:
+    """Counted; a record that comes again is young again."""
+    opened = OpenedMemoryBook(most=3)
+    first, *others = [await recorded(opened, token=f"t{n}") for n in range(3)]
+    await opened.book.record(first)
+    late = await recorded(opened)
+    assert (len(opened.memory), opened.memory.dropped) == (3, 1)
+    assert await opened.book.find(others[0].session_id) is None
+    assert await opened.book.find_token(others[0].digest) is None
+    for kept in (first, others[1], late):
+        assert await opened.book.find(kept.session_id) == kept
+
+
+async def test_G6_ends_are_bounded_and_none_is_forgotten_for_another() -> None:
+    """At the bound nothing more can be ended; what was ended stays so, also if it comes again."""
+    opened = OpenedMemoryBook(most_ended=5)
+    ended = [await recorded(opened) for _ in range(5)]
+    for session in ended:
+        await opened.book.end(session)
+    live = await recorded(opened)
+    with pytest.raises(BookFull):
+        await opened.book.end(live)
+    await opened.book.end(ended[0])
+    assert [await opened.book.ended(s.session_id) for s in ended] == [True] * 5
+    assert await opened.book.find(live.session_id) == live
+
+
+async def test_M1_what_is_over_is_given_back() -> None:
+    """Records when they expire; ends when no token of theirs can live, not a moment earlier."""
+    opened = OpenedMemoryBook()
+    for number in range(50):
+        await recorded(opened, token=f"t{number}")
+    gone = await recorded(opened)
+    await opened.book.end(gone)
+    for _ in range(int(MARK_LIFE / SECOND)):
+        opened.clock.advance(1)
+        opened.memory.tidy()
+        assert await opened.book.ended(gone.session_id)
+    assert len(opened.memory) == 0
+    assert not opened.memory._by_digest
+    opened.clock.advance(MARK_LIFE / SECOND + 1)
+    opened.memory.tidy()
+    assert not await opened.book.ended(gone.session_id)
+    assert repr(opened.book) == "MemoryBook(sessions=0, ended=0)"
+
+
+def test_a_long_listing_lets_others_have_their_turn() -> None:
+    """And sees a book that changes under it as it was when it began."""
+
+    async def main(clock: FakeClock) -> None:
+        book = MemoryBook(100_000, clock)
+        expires = clock.wall() // SECOND + 3600
+        for number in range(10_000):
+            await book.record(Session(f"{number:06}", "web", "A1", "beef", "", 0, expires))
+        turns = 0
+
+        async def others() -> None:
+            nonlocal turns
+            for _ in range(5):
+                turns += 1
+                await book.record(session_of(OpenedMemoryBook()))
+                await asyncio.sleep(0)
+
+        task = asyncio.get_running_loop().create_task(others())
+        page = await book.page(EVERYTHING, Place(), 3)
+        assert [session.session_id for session in page] == ["000000", "000001", "000002"]
+        assert turns >= 4
+        await task
+
+    run_virtual(main)

@@ -1,0 +1,206 @@
+"""Sessions on the admin listener: who may see them, what they show, how they end."""
+
+import secrets
+from collections.abc import AsyncIterator
+from urllib.parse import urlencode
+
+import pytest
+from edge import AGENT, OTHER_AGENT, Edge, Reply, serving, visitor
+
+from broker.web.life import VERIFY_PATH
+
+PATH = "/v1/sessions"
+ADMIN = secrets.token_urlsafe(24)
+
+
+@pytest.fixture
+async def edge() -> AsyncIterator[Edge]:
+    """A broker whose operator has a secret."""
+    async with serving({"admin": {"secret": ADMIN}}) as edge:
+        yield edge
+
+
+async def look(edge: Edge, path: str = PATH, method: str = "GET", **query: str) -> Reply:
+    """Ask as the operator."""
+    target = f"{path}?{urlencode(query)}" if query else path
+    return await edge.admin(target, method, **{"api-secret": ADMIN})
+
+
+async def good(edge: Edge, token: str) -> bool:
+    """Whether a proxy would let it in."""
+    return (await edge.get(VERIFY_PATH, X_Embed_Token=token)).status == 200
+
+
+class TestTheDoor:
+    async def test_without_a_configured_secret_the_routes_do_not_exist(self) -> None:
+        """404 for whoever asks, with any secret."""
+        async with serving() as edge:
+            for path in (PATH, f"{PATH}/x"):
+                for method in ("GET", "DELETE"):
+                    reply = await edge.admin(path, method, **{"api-secret": edge.secret})
+                    assert (reply.status, reply.code) == (404, "NOT_FOUND")
+
+    async def test_only_the_operator_s_secret_opens_them(self, edge: Edge) -> None:
+        """Not none, not a client's; in either header; never from a browser."""
+        for method, path in (("GET", PATH), ("GET", f"{PATH}/x"), ("DELETE", f"{PATH}/x")):
+            bare = await edge.admin(path, method)
+            assert (bare.status, bare.code) == (401, "MISSING_AUTH")
+            assert bare.header("WWW-Authenticate") == "Bearer"
+            client = await edge.admin(path, method, **{"api-secret": edge.secret})
+            assert (client.status, client.code) == (401, "UNAUTHORIZED")
+            assert "[admin]" in client.message
+            browser = {"api-secret": ADMIN, "Origin": "https://x.example"}
+            assert (await edge.admin(path, method, **browser)).status == 403
+        assert (await edge.admin(PATH, Authorization=f"Bearer {ADMIN}")).status == 200
+        asked = await edge.ask(secret=ADMIN)
+        assert asked.status == 401
+
+    async def test_guesses_are_throttled_and_the_right_secret_passes(self, edge: Edge) -> None:
+        """As on the data listener, and apart from it."""
+        for _ in range(30):
+            wrong = {"api-secret": secrets.token_urlsafe(24)}
+            assert (await edge.admin(PATH, **wrong)).status == 401
+        throttled = await edge.admin(PATH, **{"api-secret": "x"})
+        assert (throttled.status, throttled.header("Retry-After")) == (429, "2")
+        assert (await look(edge)).status == 200
+        assert (await edge.fail_to_log_in()).status == 401
+
+    async def test_metrics_and_probes_stay_open(self, edge: Edge) -> None:
+        """A scraper has no secret."""
+        for path in ("/metrics", "/livez", "/readyz"):
+            assert (await edge.admin(path)).status == 200
+
+
+class TestListing:
+    async def test_a_session_is_shown_whole(self, edge: Edge) -> None:
+        """In the list and by its id, every field; not its token."""
+        fingerprint = visitor()
+        minted = await edge.ask(fingerprint, model="essence")
+        shown = {
+            "session_id": minted.session,
+            "client": "web",
+            "agent_id": AGENT,
+            "fingerprint": fingerprint,
+            "model": "essence",
+            "issued_at": edge.time.wall() // 1_000_000,
+            "expires_at": minted.json["data"]["expires_at"],
+        }
+        listed = await look(edge)
+        assert listed.json == {"sessions": [shown], "next": None}
+        assert listed.header("Cache-Control") == "no-store"
+        assert (await look(edge, f"{PATH}/{minted.session}")).json == shown
+        assert minted.token not in listed.text
+
+    async def test_a_reused_token_is_one_session(self, edge: Edge) -> None:
+        """However often it is handed out, and also when reuse has dropped it."""
+        fingerprint = visitor()
+        for _ in range(3):
+            await edge.ask(fingerprint)
+        edge.app._tokens.clear()
+        assert len((await look(edge)).json["sessions"]) == 1
+
+    async def test_pages_lead_to_each_other(self, edge: Edge) -> None:
+        """Each session once; the last page says that it is the last."""
+        made = {(await edge.ask()).session for _ in range(7)}
+        seen: list[str] = []
+        after, pages = "", 0
+        while True:
+            page = (await look(edge, limit="3", **({"after": after} if after else {}))).json
+            seen += [session["session_id"] for session in page["sessions"]]
+            pages += 1
+            if page["next"] is None:
+                break
+            after = page["next"]
+        assert (pages, len(seen), set(seen)) == (3, 7, made)
+
+    async def test_by_agent_and_by_visitor(self, edge: Edge) -> None:
+        """What an operator is asked about: an agent, or the fingerprint of somebody's device."""
+        fingerprint = visitor()
+        mine = await edge.ask(fingerprint)
+        other = await edge.ask(fingerprint, agent=OTHER_AGENT)
+        await edge.ask()
+
+        async def ids(**query: str) -> list[str]:
+            return [s["session_id"] for s in (await look(edge, **query)).json["sessions"]]
+
+        assert set(await ids(fingerprint=fingerprint)) == {mine.session, other.session}
+        assert await ids(agent_id=OTHER_AGENT) == [other.session]
+        assert await ids(agent_id=AGENT, fingerprint=fingerprint) == [mine.session]
+        assert await ids(agent_id="nobody") == []
+
+    @pytest.mark.parametrize(
+        "query",
+        [
+            {"limit": "0"},
+            {"limit": "1001"},
+            {"limit": "-1"},
+            {"limit": "ten"},
+            {"limit": "٣"},
+            {"after": "x"},
+            {"after": "1e5.x"},
+            {"agent": "A1"},
+            {"offset": "10"},
+        ],
+        ids=str,
+    )
+    async def test_a_query_that_is_not_understood_is_400(
+        self, edge: Edge, query: dict[str, str]
+    ) -> None:
+        """A misspelt filter must not list everybody."""
+        reply = await look(edge, **query)
+        assert (reply.status, reply.code) == (400, "VALIDATION_ERROR")
+
+
+class TestEnding:
+    async def test_G9_an_ended_session_is_over_once_the_answer_is_there(self, edge: Edge) -> None:
+        """Not good, not listed, not handed out again; the second time it is unknown."""
+        fingerprint = visitor()
+        minted = await edge.ask(fingerprint)
+        path = f"{PATH}/{minted.session}"
+        ended = await look(edge, path, "DELETE")
+        assert (ended.status, ended.json) == (200, {"ended": 1})
+        assert not await good(edge, minted.token)
+        assert (await look(edge)).json["sessions"] == []
+        for method in ("GET", "DELETE"):
+            gone = await look(edge, path, method)
+            assert (gone.status, gone.code) == (404, "NOT_FOUND")
+        assert (await edge.ask(fingerprint)).session != minted.session
+
+    async def test_one_session_of_a_visitor_or_all_of_them(self, edge: Edge) -> None:
+        """`scope=visitor` ends what the visitor has with other agents, too; nobody else's."""
+        fingerprint = visitor()
+        first, second, third = [
+            await edge.ask(fingerprint, agent=agent) for agent in ("A1", "A2", "A3")
+        ]
+        other = await edge.ask()
+        await look(edge, f"{PATH}/{first.session}", "DELETE", scope="session")
+        assert [await good(edge, r.token) for r in (first, second, third)] == [False, True, True]
+        ended = await look(edge, f"{PATH}/{second.session}", "DELETE", scope="visitor")
+        assert ended.json == {"ended": 2}
+        assert not await good(edge, third.token)
+        assert await good(edge, other.token)
+
+    async def test_a_visitor_is_one_client_s(self) -> None:
+        """The same fingerprint at another client is another visitor."""
+        shop = secrets.token_urlsafe(24)
+        tree = {
+            "admin": {"secret": ADMIN},
+            "clients": {"shop": {"secret": shop, "agents": ["*"]}},
+        }
+        async with serving(tree) as edge:
+            fingerprint = visitor()
+            mine, theirs = await edge.ask(fingerprint), await edge.ask(fingerprint, secret=shop)
+            ended = await look(edge, f"{PATH}/{mine.session}", "DELETE", scope="visitor")
+            assert ended.json == {"ended": 1}
+            assert await good(edge, theirs.token)
+
+    async def test_what_cannot_be_ended_says_so(self, edge: Edge) -> None:
+        """Unknown ids, another scope, another method."""
+        for name in ("x", "..", "%00", "%C3%A9", "x" * 3000):
+            assert (await look(edge, f"{PATH}/{name}", "DELETE")).status == 404
+        minted = await edge.ask()
+        path = f"{PATH}/{minted.session}"
+        assert (await look(edge, path, "DELETE", scope="all")).status == 400
+        assert await good(edge, minted.token)
+        posted = await look(edge, path, "POST")
+        assert (posted.status, posted.header("Allow")) == (405, "DELETE, GET, HEAD")
