@@ -98,14 +98,22 @@ def broker(folder: Path, settings: Mapping[str, object] | None = None) -> Iterat
 
 
 @contextmanager
-def daemon(command: Sequence[str], log: Path, ready: str) -> Iterator[None]:
-    """Run any other server until the URL `ready` answers 200, and end it afterwards."""
+def daemon(
+    command: Sequence[str], log: Path, ready: str, *, any_status: bool = False
+) -> Iterator[None]:
+    """Run any other server until the URL `ready` answers 200, and end it afterwards.
+
+    `any_status` is for proxies, whose own answer may well be a refusal.
+    """
     with (
         log.open("w", encoding="utf-8") as output,
         subprocess.Popen(command, stdout=output, stderr=output) as process,
     ):
         try:
-            until(lambda: _answers(ready), f"{command[0]} to answer; it wrote {log}")
+            until(
+                lambda: _answers(ready, any_status=any_status),
+                f"{command[0]} to answer; it wrote {log}",
+            )
             yield
         finally:
             process.terminate()
@@ -145,8 +153,8 @@ def output_of(command: Sequence[str], given: str | None = None) -> str:
     return done.stdout
 
 
-def _answers(url: str) -> bool:
+def _answers(url: str, *, any_status: bool = False) -> bool:
     try:
-        return httpx.get(url).status_code == httpx.codes.OK
+        return httpx.get(url).status_code == httpx.codes.OK or any_status
     except httpx.TransportError:
         return False

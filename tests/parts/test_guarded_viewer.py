@@ -1,0 +1,190 @@
+"""A viewer behind real proxies that ask the broker: the shipped files, rows O2 and O5."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import jwt
+import pytest
+from gateways import AGENT, KINDS, Broker, Site, brokers, gateway, logged
+
+pytestmark = pytest.mark.parts
+
+NAMES = ("session", "agent", "fingerprint", "expires")
+
+
+class Guarded(NamedTuple):
+    """A viewer, its broker, and the proxy between them."""
+
+    kind: str
+    url: str
+    broker: Broker
+    viewer: Site
+    folder: Path
+
+
+@pytest.fixture(params=KINDS, scope="module")
+def guarded(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Guarded]:
+    """One of each kind, for all tests."""
+    folder = tmp_path_factory.mktemp(request.param)
+    with (
+        brokers(Broker(folder)) as (broker,),
+        Site() as viewer,
+        gateway(request.param, "viewer", folder, {8080: broker.port, 3000: viewer.port}) as url,
+    ):
+        yield Guarded(request.param, url, broker, viewer, folder)
+
+
+def test_a_good_token_passes_and_the_viewer_is_told_whose_it_is(guarded: Guarded) -> None:
+    """In the URL as in an iframe, and in either header; path, query and body get through whole."""
+    data = guarded.broker.token("9f86d081884c7d65")
+    token = data["token"]
+    path = f"/embed/{AGENT}?lang=en&token={token}&x=%20y"
+    by_header = {"headers": {"X-Embed-Token": token}}
+    answers = [
+        httpx.get(guarded.url + path),
+        httpx.get(f"{guarded.url}/a", **by_header),
+        httpx.get(f"{guarded.url}/a", headers={"Authorization": f"Bearer {token}"}),
+        httpx.post(f"{guarded.url}/a", content=b"hello", **by_header),
+    ]
+    for answer in answers:
+        assert answer.status_code == 200, answer.text
+        told = {n: v for n, v in answer.json()["headers"] if n.startswith("x-embed-")}
+        told.pop("x-embed-token", None)
+        assert told == {
+            "x-embed-session": data["session_id"],
+            "x-embed-agent": AGENT,
+            "x-embed-fingerprint": "9f86d081884c7d65",
+            "x-embed-expires": str(data["expires_at"]),
+        }
+    assert answers[0].json()["path"] == path
+    assert (answers[3].json()["method"], answers[3].json()["body"]) == ("POST", "hello")
+    assert httpx.head(f"{guarded.url}/a", **by_header).status_code == 200
+
+
+def expired(broker: Broker) -> str:
+    """Sign a token that was good an hour ago."""
+    now = int(time.time())
+    claims = {"iss": "embed-token-broker", "aud": "embed", "sub": AGENT, "agent_id": AGENT}
+    claims |= {"fingerprint": "beef", "sid": "s", "client_id": "web"}
+    dates = {"iat": now - 7200, "nbf": now - 7200, "exp": now - 3600}
+    return jwt.encode({**claims, **dates}, broker.key, "HS256")
+
+
+def revoked(broker: Broker) -> str:
+    """Have a token made and end its session."""
+    token: str = broker.token()["token"]
+    answer = httpx.post(
+        f"{broker.url}/v1/revoke", data={"token": token}, headers={"api-secret": broker.secret}
+    )
+    assert answer.status_code == 200
+    return token
+
+
+def test_O2_bad_expired_revoked_and_absent_tokens_are_stopped(guarded: Guarded) -> None:
+    """401 with the challenge; the viewer is not asked."""
+    good = guarded.broker.token()["token"]
+    bad = [good[:-5] + "AAAAA", "x", "a" * 5000, expired(guarded.broker)]
+    bad.append(revoked(guarded.broker))
+    before = len(guarded.viewer.seen)
+    for token in bad:
+        for answer in (
+            httpx.get(f"{guarded.url}/?token={token}"),
+            httpx.get(guarded.url, headers={"Authorization": f"Bearer {token}"}),
+            httpx.post(guarded.url, headers={"X-Embed-Token": token}, content=b"x" * 100_000),
+        ):
+            assert answer.status_code == 401, (token, answer.text)
+            assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert httpx.get(guarded.url).status_code == 401
+    assert len(guarded.viewer.seen) == before
+
+
+@pytest.mark.parametrize("how", ["lower", "title", "twice"])
+def test_O5_what_a_client_says_of_itself_does_not_get_through(guarded: Guarded, how: str) -> None:
+    """Inbound `X-Embed-*` are stripped, whatever their case and number."""
+    data = guarded.broker.token()
+    forged = [(f"x-embed-{name}", "forged") for name in NAMES] * (2 if how == "twice" else 1)
+    if how == "title":
+        forged = [(name.title(), value) for name, value in forged]
+    answer = httpx.get(f"{guarded.url}/?token={data['token']}", headers=forged)
+    assert answer.status_code == 200
+    told = [(n, v) for n, v in answer.json()["headers"] if n.startswith("x-embed-")]
+    assert len(told) == 4
+    assert "forged" not in str(told)
+    before = len(guarded.viewer.seen)
+    assert httpx.get(guarded.url, headers=forged).status_code == 401
+    assert len(guarded.viewer.seen) == before
+
+
+@pytest.mark.parametrize("name", ["X-Original-URI", "X-Forwarded-Uri", "X-Embed-Token"])
+def test_O5_a_good_token_elsewhere_does_not_open_the_door_for_a_bad_one(
+    guarded: Guarded, name: str
+) -> None:
+    """A client that makes up the proxy's headers gains nothing; nor does one with two tokens."""
+    good = guarded.broker.token()["token"]
+    forged = good if name == "X-Embed-Token" else f"/?token={good}"
+    before = len(guarded.viewer.seen)
+    bad = httpx.get(f"{guarded.url}/?token=bad", headers={name: forged})
+    assert bad.status_code == 401
+    if name != "X-Embed-Token":
+        assert httpx.get(guarded.url, headers={name: forged}).status_code == 401
+    assert httpx.get(f"{guarded.url}/?token={good}&token=bad").status_code == 401
+    assert len(guarded.viewer.seen) == before
+
+
+def test_G7_tokens_are_in_no_log(guarded: Guarded) -> None:
+    """Not in the proxy's, though the URL bears them, nor in the broker's."""
+    good, bad = guarded.broker.token()["token"], "bad-token-of-somebody"
+    for token in (good, bad):
+        httpx.get(f"{guarded.url}/page?token={token}")
+        httpx.get(guarded.url, headers={"X-Embed-Token": token})
+    for text in (logged(guarded.kind, guarded.folder), guarded.broker.log):
+        assert good not in text
+        assert bad not in text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_agent_s_viewer_refuses_the_tokens_of_others(kind: str, tmp_path: Path) -> None:
+    """403 arrives as such, with the line that ships as a comment."""
+    with (
+        brokers(Broker(tmp_path)) as (broker,),
+        Site() as viewer,
+        gateway(
+            kind,
+            "viewer",
+            tmp_path,
+            {8080: broker.port, 3000: viewer.port},
+            required_agent=True,
+        ) as url,
+    ):
+        mine, other = broker.token()["token"], broker.token(agent="B1")["token"]
+        assert httpx.get(f"{url}/?token={mine}").status_code == 200
+        assert httpx.get(f"{url}/?token={other}").status_code == 403
+        spoofed = {"X-Embed-Require-Agent": "B1"}
+        assert httpx.get(f"{url}/?token={other}", headers=spoofed).status_code == 403
+        assert len(viewer.seen) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_429_arrives_as_such_and_no_verdict_is_no_entry(kind: str, tmp_path: Path) -> None:
+    """With its Retry-After, whoever stands in the broker's place; without a broker it is a 5xx."""
+    with Site() as viewer:
+        with (
+            Site(429, {"Retry-After": "7"}) as busy,
+            gateway(kind, "viewer", tmp_path, {8080: busy.port, 3000: viewer.port}) as url,
+        ):
+            answer = httpx.get(f"{url}/?token=x")
+            assert (answer.status_code, answer.headers["Retry-After"]) == (429, "7")
+            assert busy.seen
+        with (
+            Site(500) as broken,
+            gateway(kind, "viewer", tmp_path, {8080: broken.port, 3000: viewer.port}) as url,
+        ):
+            assert httpx.get(f"{url}/?token=x").status_code >= 500
+        with gateway(kind, "viewer", tmp_path, {8080: 1, 3000: viewer.port}) as url:
+            assert httpx.get(f"{url}/?token=x").status_code >= 500
+        assert viewer.seen == []
