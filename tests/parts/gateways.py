@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 from running import START, daemon, free_port, tool, until
@@ -165,7 +165,7 @@ class Site:
                 if self.command != "HEAD":
                     self.wfile.write(body)
 
-            do_POST = do_PUT = do_HEAD = do_GET
+            do_POST = do_HEAD = do_GET  # noqa: N815 - the server's names
 
             def log_message(self, *_args: object) -> None: ...
 
@@ -173,7 +173,7 @@ class Site:
         self._server.daemon_threads = True
         self.port: int = self._server.server_address[1]
 
-    def __enter__(self) -> "Site":
+    def __enter__(self) -> Self:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
 

@@ -1,0 +1,112 @@
+"""Brokers behind real gateways: the shipped files of nginx, Envoy and Caddy."""
+
+import re
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import pytest
+from gateways import AGENT, KINDS, Broker, brokers, gateway
+
+pytestmark = pytest.mark.parts
+
+ROLLING = Path(__file__).parents[1] / "load" / "rolling"
+
+
+class Behind(NamedTuple):
+    """A gateway and the one broker behind it, which stands at both of its places."""
+
+    url: str
+    broker: Broker
+
+    def ask(self, fingerprint: str, **headers: str) -> httpx.Response:
+        """Ask for a token over a connection of its own."""
+        return httpx.post(
+            f"{self.url}/v1/embed-tokens/request",
+            json={"agent_id": AGENT, "fingerprint": fingerprint},
+            headers={"api-secret": self.broker.secret, **headers},
+        )
+
+
+@pytest.fixture(params=KINDS, scope="module")
+def behind(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Behind]:
+    """One of each kind, for all tests."""
+    folder = tmp_path_factory.mktemp(request.param)
+    tight = {"limits.fingerprint.burst": 3, "log.level": "debug"}
+    with (
+        brokers(Broker(folder, tight)) as (broker,),
+        gateway(request.param, "gateway", folder, {8080: broker.port, 8090: broker.port}) as url,
+    ):
+        yield Behind(url, broker)
+
+
+def test_answers_arrive_as_they_are(behind: Behind) -> None:
+    """Tokens, refusals of the broker's own with all their headers, a body that is too large."""
+    visitor = secrets.token_hex(16)
+    first, second = behind.ask(visitor), behind.ask(visitor)
+    assert first.json() == second.json()
+    assert second.headers["Cache-Status"] == "embed-token-broker; hit"
+    behind.ask(visitor)
+    refused = behind.ask(visitor)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "RATE_LIMITED")
+    assert refused.headers["Retry-After"] == "1"
+    assert refused.headers["X-RateLimit-Remaining"] == "0"
+    wrong = behind.ask(visitor, **{"api-secret": "wrong"})
+    assert (wrong.status_code, wrong.headers["WWW-Authenticate"]) == (401, "Bearer")
+    large = behind.ask("a" * 20_000)
+    assert (large.status_code, large.json()["error"]["code"]) == (413, "PAYLOAD_TOO_LARGE")
+    named = behind.ask(secrets.token_hex(16), **{"X-Request-Id": "my-request-1"})
+    assert named.headers["X-Request-Id"] == "my-request-1"
+
+
+def test_nothing_but_the_api_is_reached(behind: Behind) -> None:
+    """No metrics, no probes but readiness, nothing by a detour."""
+    assert httpx.get(f"{behind.url}/readyz").status_code == 200
+    for path in ("/metrics", "/", "/v1/../metrics", "/v1/sessions", "/livez"):
+        assert httpx.get(f"{behind.url}{path}").status_code == 404, path
+
+
+def test_O5_failures_are_throttled_by_the_real_address(behind: Behind) -> None:
+    """Whatever a client claims in X-Forwarded-For, it is one address that fails."""
+    statuses = set()
+    for number in range(40):
+        forged = {"X-Forwarded-For": f"203.0.113.{number}", "api-secret": "wrong"}
+        statuses.add(behind.ask("beefbeef", **forged).status_code)
+    assert statuses == {401, 429}
+    assert behind.ask(secrets.token_hex(16)).status_code == 200
+    elsewhere = {"X-Forwarded-For": "203.0.113.99", "api-secret": "wrong"}
+    direct = httpx.post(f"{behind.broker.url}/v1/validate", headers=elsewhere)
+    assert direct.status_code == 200, "another address, told by the trusted peer, is not throttled"
+
+
+def test_connections_to_the_broker_are_kept(behind: Behind) -> None:
+    """100 requests over 100 connections of clients take a handful of the gateway's."""
+    before = connections_made(behind.broker.port)
+    for _ in range(100):
+        assert behind.ask(secrets.token_hex(16)).status_code == 200
+    assert connections_made(behind.broker.port) - before <= 8
+
+
+def connections_made(port: int) -> int:
+    """Count the connections to a port that exist or have just been closed."""
+    table = Path("/proc/net/tcp").read_text(encoding="ascii")
+    return len(re.findall(rf" 0100007F:[0-9A-F]{{4}} 0100007F:{port:04X} ", table))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_O6_a_rolling_restart_under_load_fails_no_request(kind: str) -> None:
+    """Two brokers, ended and started in turn behind each gateway; k6 sees answers only."""
+    command = [sys.executable, str(ROLLING), "--gateway", kind, "--duration", "11"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    restarts = re.search(rf"{kind}: (\d+) restarts, k6: (\d+) requests", done.stdout)
+    assert restarts is not None
+    assert int(restarts[1]) >= 2
+    assert int(restarts[2]) >= 2000
+    assert "5xx or none 0, 429 0" in done.stdout
