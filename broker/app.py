@@ -153,7 +153,9 @@ class App:
         )
         admins = parts.admin_clients(settings)
         self._admin_door = (
-            Door(admins, parts.trusted_proxies(settings), now, section="[admin]") if admins else None
+            Door(admins, parts.trusted_proxies(settings), now, section="[admin]")
+            if admins
+            else None
         )
         pacer: Pacer = self._paced or Unpaced()
         self.issuer = self._build_issuer()

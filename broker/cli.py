@@ -117,17 +117,38 @@ def _parser() -> argparse.ArgumentParser:
     )
     fake.set_defaults(run=_fake_vendor)
 
-    generate = (
-        commands.add_parser("keys", help="signing keys")
-        .add_subparsers(required=True, metavar="generate", parser_class=_Parser)
-        .add_parser("generate", help="make a key: 32 random bytes as text")
+    keys = commands.add_parser("keys", help="signing keys").add_subparsers(
+        required=True, metavar="COMMAND", parser_class=_Parser
     )
+    generate = keys.add_parser("generate", help="make a key: 32 random bytes as text")
     generate.add_argument(
         "--out",
         metavar="FILE",
         help="write it there (mode 0600, never over a file) instead of printing it",
     )
     generate.set_defaults(run=_keys_generate)
+
+    listing = keys.add_parser("list", help="show which key signs, and until when others verify")
+    _config_flag(listing)
+    listing.set_defaults(run=_keys_list)
+
+    rotate = keys.add_parser(
+        "rotate", help="add a key to [issuer.local] keys_file, which will sign"
+    )
+    _config_flag(rotate)
+    rotate.add_argument(
+        "--after",
+        metavar="SPAN",
+        default="10s",
+        type=schema.duration,
+        help="when it signs: once every broker and viewer has the file (default %(default)s)",
+    )
+    rotate.add_argument(
+        "--drop-old",
+        action="store_true",
+        help="the old keys were seen: it signs at once, what they signed is not good any more",
+    )
+    rotate.set_defaults(run=_keys_rotate)
     return parser
 
 
@@ -289,6 +310,26 @@ def _keys_generate(arguments: argparse.Namespace) -> int:
         return EX_NO
     with os.fdopen(handle, "w") as file:
         file.write(key + "\n")
+    return EX_OK
+
+
+def _keys_list(arguments: argparse.Namespace) -> int:
+    from broker import keys  # noqa: PLC0415 - as in _run
+
+    print("\n".join(keys.listing(_settings(arguments))))
+    return EX_OK
+
+
+def _keys_rotate(arguments: argparse.Namespace) -> int:
+    from broker import keys  # noqa: PLC0415 - as in _run
+
+    after = arguments.after.us // 1_000_000
+    try:
+        lines = keys.rotate(_settings(arguments), after, drop_old=arguments.drop_old)
+    except keys.CannotRotate as error:
+        print(f"broker: {_one_line(error)}", file=sys.stderr)
+        return EX_NO
+    print("\n".join(lines))
     return EX_OK
 
 

@@ -39,7 +39,7 @@ class Made:
     def complete(self, settings: Settings) -> Settings:
         """Make a secret for every secret file that is not here, so that any configuration runs."""
         local = settings.issuer.local
-        if not local.signing_key:  # a file may leave it empty, because it knows of one key only
+        if not local.signing_key and local.keys_file is None:  # it may know of one key only
             local = replace(local, signing_key=CLIENT)
             settings = replace(settings, issuer=replace(settings.issuer, local=local))
         return parts.make_up(settings, self.secret)

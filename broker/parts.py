@@ -17,6 +17,7 @@ from broker.board import Cells
 from broker.checks import is_loopback, parse_address
 from broker.config import MIN_CLIENT_SECRET, VENDOR_VARIABLES, read_secret
 from broker.issue import ReusePolicy
+from broker.issuers import keyfile
 from broker.issuers.keyring import BadKey, Keyring, check_key
 from broker.limits import Limits, LimitSet, Rule
 from broker.metrics import Metrics
@@ -28,7 +29,9 @@ from broker.settings import (
     AgentOverride,
     FingerprintLimit,
     FingerprintMintsLimit,
+    Key,
     Limit,
+    LocalIssuer,
     Settings,
 )
 from broker.slots import Budget
@@ -126,6 +129,8 @@ def vendor_keys(settings: Settings, environ: Mapping[str, str]) -> list[Secret]:
 def keyring(settings: Settings) -> Keyring:
     """Return the keys of the local issuer; raises ConfigError for none or a weak one."""
     local = settings.issuer.local
+    if local.keys_file is not None:
+        return _keyring_in(local.keys_file, local)
     keys: dict[str, bytes] = {}
     for kid, key in local.keys.items():
         secret = read_secret(f"issuer.local.keys.{kid}.secret", key.secret, key.secret_file)
@@ -143,6 +148,22 @@ def keyring(settings: Settings) -> Keyring:
         return Keyring.of(keys, local.signing_key or next(iter(keys)))
     except BadKey as error:
         raise ConfigError(f"issuer.local.keys: {error}") from None
+
+
+def _keyring_in(file: str, local: LocalIssuer) -> Keyring:
+    """Return the keys of a file that `broker keys rotate` wrote."""
+    if local.keys or local.signing_key:
+        other = "keys" if local.keys else "signing_key"
+        raise ConfigError(f"issuer.local.keys_file and issuer.local.{other} are both set: keep one")
+    try:
+        return Keyring(keyfile.schedule(keyfile.read(Path(file))))
+    except OSError as error:
+        raise ConfigError(
+            f"issuer.local.keys_file: cannot read {file}: {error.strerror};"
+            " make it with `broker keys rotate`"
+        ) from None
+    except (keyfile.BadKeyFile, BadKey) as error:
+        raise ConfigError(f"issuer.local.keys_file: {file}: {error}") from None
 
 
 def limits(settings: Settings) -> Limits:
@@ -239,6 +260,7 @@ def secret_files(settings: Settings) -> list[tuple[str, str]]:
             (f"issuer.local.keys.{kid}.secret_file", key.secret_file)
             for kid, key in settings.issuer.local.keys.items()
         ),
+        ("issuer.local.keys_file", settings.issuer.local.keys_file),
         *(
             ("issuer.upstream.api_secret_files", file)
             for file in settings.issuer.upstream.api_secret_files
@@ -270,6 +292,11 @@ def make_up(settings: Settings, make: Callable[[str], Secret]) -> Settings:
 
     `make` is given the name of the setting, such as "clients.web.secret".
     """
+    local = settings.issuer.local
+    if local.keys_file is not None and is_missing(local.keys_file):  # has more than a secret in it
+        keys = {"made-up": Key(secret=make("issuer.local.keys.made-up.secret"))}
+        local = replace(local, keys=keys, keys_file=None)
+        settings = replace(settings, issuer=replace(settings.issuer, local=local))
     made: Settings = _make_up(settings, make, "")
     upstream = made.issuer.upstream
     if any(is_missing(file) for file in upstream.api_secret_files):

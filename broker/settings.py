@@ -126,6 +126,9 @@ class LocalIssuer(_Section, frozen=True):
     """The claim `aud`; a verifier that expects another one refuses the token."""
     keys: Mapping[_Name, Key] = {}
     """Keys by `kid`: one signs, all verify."""
+    keys_file: str | None = None
+    """Instead of `keys`: a file that `broker keys rotate` writes, with the moment from which each
+    key signs.  Not set by default: a key of your own needs no command."""
     signing_key: str = ""
     """The `kid` that signs; may be left out while there is only one key."""
 

@@ -207,7 +207,7 @@ class TestUsage:
             (["serve", "--prot", "1"], "broker: unrecognized arguments: --prot 1"),
             (["mint", AGENT], "broker mint: the following arguments are required: --fingerprint"),
             (["config"], "broker config: the following arguments are required: show"),
-            (["keys"], "broker keys: the following arguments are required: generate"),
+            (["keys"], "broker keys: the following arguments are required: COMMAND"),
         ],
     )
     def test_that_is_wrong_is_one_line_and_exit_64(self, arguments: list[str], told: str) -> None:

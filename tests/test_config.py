@@ -268,7 +268,8 @@ class TestUnknownKeys:
 
     def test_name_what_there_is_when_nothing_is_near(self) -> None:
         """A list of the right ones is better than nothing."""
-        assert refusal({"admin": {"zzz": 1}}) == "unknown key admin.zzz: known: listen"
+        told = "unknown key admin.zzz: known: listen, secret, secret_file"
+        assert refusal({"admin": {"zzz": 1}}) == told
 
 
 NOWHERE = " is neither an address nor a network"

@@ -13,7 +13,7 @@ come in as microseconds since 1970; those inside a token are its own Unix second
 import hashlib
 import hmac
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 from jwt.algorithms import HMACAlgorithm
@@ -112,9 +112,9 @@ class Keyring:
         )
 
     @property
-    def kids(self) -> frozenset[str]:
-        """Every key by its id."""
-        return frozenset(self._keys)
+    def keys(self) -> Sequence[Key]:
+        """Every key, by the moment from which it signs."""
+        return self._schedule
 
     def name_of(self, kid: str) -> str:
         """Name a key without showing it: ids can be given to another key, this cannot."""

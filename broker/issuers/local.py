@@ -45,7 +45,9 @@ class LocalIssuer(Issuer):
     @property
     @override
     def origins(self) -> frozenset[str]:
-        return frozenset(self._origin_of(kid) for kid in self.keyring.kids)
+        now = self._clock.wall()
+        good = (key.kid for key in self.keyring.keys if now < key.verifies_until)
+        return frozenset(self._origin_of(kid) for kid in good)
 
     def _origin_of(self, kid: str) -> str:
         return f"local {self._issuer} {self._audience} {self.keyring.name_of(kid)}"
