@@ -108,6 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     _config_flag(doctor)
     doctor.set_defaults(run=_doctor)
 
+    health = commands.add_parser("healthcheck", help="ask the broker of this host if it is ready")
+    _config_flag(health)
+    health.set_defaults(run=_healthcheck)
+
     fake = commands.add_parser("fake-vendor", help="a vendor for tests: its limits, no real tokens")
     fake.add_argument(
         "--listen", metavar="H:P", default="127.0.0.1:8090", help="default %(default)s"
@@ -310,6 +314,16 @@ def _keys_generate(arguments: argparse.Namespace) -> int:
         return EX_NO
     with os.fdopen(handle, "w") as file:
         file.write(key + "\n")
+    return EX_OK
+
+
+def _healthcheck(arguments: argparse.Namespace) -> int:
+    from broker import healthcheck  # noqa: PLC0415 - as in _run
+
+    problem = healthcheck.ask(_settings(arguments).admin.listen)
+    if problem:
+        print(f"broker: {problem}", file=sys.stderr)
+        return EX_NO
     return EX_OK
 
 

@@ -79,9 +79,9 @@ class Broker:
         self.secret, self.key = other.secret, other.key
         return self
 
-    def start(self) -> None:
-        """Start it and wait until it is ready."""
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("BROKER_")}
+    def environment(self) -> dict[str, str]:
+        """Return the variables that configure it."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("BROKER_")}
         settings = {
             "server.listen": f"127.0.0.1:{self.port}",
             "server.trusted_proxies": "127.0.0.1",
@@ -93,11 +93,14 @@ class Broker:
             "issuer.local.keys.main.secret": self.key,
             **self._settings,
         }
-        for name, value in settings.items():
-            environment["BROKER_" + name.upper().replace(".", "__")] = str(value)
+        ours = {f"BROKER_{k.upper().replace('.', '__')}": str(v) for k, v in settings.items()}
+        return {**kept, **ours}
+
+    def start(self) -> None:
+        """Start it and wait until it is ready."""
         with self._log.open("a", encoding="utf-8") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "broker", "serve"], stderr=log, env=environment
+                [sys.executable, "-m", "broker", "serve"], stderr=log, env=self.environment()
             )
         until(lambda: _status(f"{self.url}/readyz") == httpx.codes.OK, "the broker")
 
