@@ -48,6 +48,7 @@ from broker.web.routes import Routes
 from broker.web.server import BACKLOG, DataServer
 
 if TYPE_CHECKING:
+    from broker.sessions.shared import SharedBook
     from broker.sharing import Sharing
     from broker.stores.shared import SharedStore
 
@@ -159,7 +160,11 @@ class App:
         )
         pacer: Pacer = self._paced or Unpaced()
         self.issuer = self._build_issuer()
-        self.book = MemoryBook(settings.sessions.max_recorded, clock)
+        self.book: MemoryBook | SharedBook = (
+            self.sharing.book
+            if self.sharing is not None
+            else MemoryBook(settings.sessions.max_recorded, clock)
+        )
         self.sessions = SessionDesk(self.issuer, self.book, self.store)
         self.desk = TokenDesk(
             self.store,
@@ -423,6 +428,7 @@ class App:
         if store.snapshot_file is None or self._sealing_key is None:
             return
         assert isinstance(self.store, MemoryStore)  # checked with the settings
+        assert isinstance(self.book, MemoryBook)  # goes with it
         try:
             count = snapshot.load(
                 Path(store.snapshot_file),
@@ -447,6 +453,7 @@ class App:
         if path is None or self._sealing_key is None:
             return
         assert isinstance(self.store, MemoryStore)  # as above
+        assert isinstance(self.book, MemoryBook)
         try:
             count = snapshot.save(
                 Path(path),

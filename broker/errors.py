@@ -210,6 +210,15 @@ class SessionEnded(ServiceUnavailable):
         super().__init__("the session was ended while its token was minted; ask again", 1_000_000)
 
 
+RETRY_STORE = 1_000_000
+"""Microseconds that callers are told to wait for a shared store: about a restart's length."""
+
+
+def store_is_away() -> ServiceUnavailable:
+    """Return what callers are told when nothing can be done without the shared store."""
+    return ServiceUnavailable("the shared store is away", RETRY_STORE)
+
+
 class Internal(OurError):
     """A defect.  The caller learns nothing but the request id under which it was logged."""
 

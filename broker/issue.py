@@ -245,8 +245,8 @@ class TokenDesk:
 
     async def _record(self, ask: Ask, minted: Minted, token: EmbedToken, began: int) -> Session:
         """Write the session down before its token is held: what is handed out can be ended."""
-        if await self._book.ended(minted.session_id):  # the vendor gave one again
-            raise errors.SessionEnded
+        if not self._issuer.proves and await self._book.ended(minted.session_id):
+            raise errors.SessionEnded  # the vendor gave one again; what is signed here is new
         session = Session(
             session_id=minted.session_id,
             client=ask.client,

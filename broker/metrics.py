@@ -88,6 +88,7 @@ OPERATIONS = (
     "budget",
     "heartbeat",
     "refusal",
+    "session",
 )
 """What is asked of a shared store."""
 

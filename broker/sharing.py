@@ -10,6 +10,9 @@ from broker.issuers.shared_refusals import SharedRefusals
 from broker.limits import Limits
 from broker.metrics import Metrics
 from broker.model import Clock, Secret
+from broker.sessions.memory import MemoryBook
+from broker.sessions.shared import SharedBook
+from broker.sessions.valkey import ValkeyBook
 from broker.settings import Settings
 from broker.slots import Budget
 from broker.stores.address import Access, StoreAddress
@@ -20,7 +23,7 @@ from broker.stores.memory import MemoryStore
 from broker.stores.names import Names
 from broker.stores.news import listen
 from broker.stores.nodes import nodes_at
-from broker.stores.seal import Seal, derive
+from broker.stores.seal import Box, Seal, derive
 from broker.stores.server import OPERATION_TIMEOUT, Server
 from broker.stores.shared import Carried, SharedStore
 from broker.stores.tokens import TokenCache
@@ -79,6 +82,13 @@ class Sharing:
             self.alone,
             limits,
             lambda: self.fleet.replicas,
+            closed=self._closed,
+        )
+        most = settings.sessions.max_recorded
+        box = Box(key, "sessions in a shared store")
+        self.book = SharedBook(
+            ValkeyBook(self.server, self.names, box, most, clock),
+            MemoryBook(most, clock),
             closed=self._closed,
         )
         self.refusals = SharedRefusals(self.server, self.names, LocalRefusals(clock))

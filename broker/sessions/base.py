@@ -28,7 +28,7 @@ class Place(Struct, frozen=True, order=True):
 
 
 class Query(Struct, frozen=True):
-    """Which sessions are wanted; empty means any."""
+    """Which sessions are wanted: of an agent, a visitor, or both; one of them has to be said."""
 
     agent: str = ""
     fingerprint: str = ""

@@ -9,6 +9,7 @@ import asyncio
 import heapq
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from itertools import islice
 
 from typing_extensions import override
@@ -85,6 +86,11 @@ class MemoryBook(SessionBook):
     def marks(self) -> Iterable[str]:
         """Every session that was ended and not forgotten since."""
         return self._young | self._old
+
+    @property
+    def ids(self) -> AbstractSet[str]:
+        """The id of every record that is held."""
+        return self._sessions.keys()
 
     @property
     def sessions(self) -> Iterable[Session]:

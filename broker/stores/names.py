@@ -75,6 +75,26 @@ class Names:
         """The bucket of a client's requests."""
         return f"{PREFIX}{{client:{_plain(client)}}}:bucket".encode()
 
+    def session(self, session_id: str) -> bytes:
+        """What is known of a session."""
+        return f"{PREFIX}{{session:{self._hash('session', session_id)}}}:record".encode()
+
+    def ended(self, session_id: str) -> bytes:
+        """That it was ended."""
+        return f"{PREFIX}{{session:{self._hash('session', session_id)}}}:ended".encode()
+
+    def handed_out(self, digest: bytes) -> bytes:
+        """The same session by the SHA-256 of its token."""
+        return f"{PREFIX}{{handed:{self._hash('handed out', digest.hex())}}}:record".encode()
+
+    def of_agent(self, agent: str) -> bytes:
+        """The list of an agent's sessions."""
+        return f"{PREFIX}{{agent:{_plain(agent)}}}:sessions".encode()
+
+    def of_visitor(self, fingerprint: str) -> bytes:
+        """The list of a visitor's sessions, of all clients."""
+        return f"{PREFIX}{{of:{self._hash('sessions of', fingerprint)}}}:sessions".encode()
+
     def wake(self, replica: str) -> bytes:
         """The channel on which a replica is woken."""
         return f"{PREFIX}wake:{replica}".encode()

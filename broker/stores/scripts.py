@@ -32,6 +32,8 @@ class Script(Enum):
     HEARTBEAT = "heartbeat"
     BUDGET = "budget"
     HOLD = "hold"
+    LIST = "list"
+    PAGE = "page"
 
     __hash__ = object.__hash__  # Enum's own is Python code
 

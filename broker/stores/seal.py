@@ -46,27 +46,45 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Sealed).decode
 
 
-class Seal:
-    """Seals and opens."""
+class Box:
+    """Seals and opens bytes, for one purpose."""
 
-    def __init__(self, key: Secret) -> None:
-        self._cipher = ChaCha20Poly1305(derive(key, "tokens in a shared store"))
+    def __init__(self, key: Secret, purpose: str) -> None:
+        self._cipher = ChaCha20Poly1305(derive(key, purpose))
         self._key_id = derive(key, "key id")[:KEY_ID]
 
-    def close(self, key: str, content: Sealed) -> bytes:
+    def close(self, key: str, plain: bytes) -> bytes:
         """Return the sealed form of what is held under `key`."""
         nonce = token_bytes(NONCE)
-        data = _associated(key)
-        return self._key_id + nonce + self._cipher.encrypt(nonce, _encode(content), data)
+        return self._key_id + nonce + self._cipher.encrypt(nonce, plain, _associated(key))
 
-    def open(self, key: str, sealed: bytes) -> Sealed | None:
+    def open(self, key: str, sealed: bytes) -> bytes | None:
         """Return the content, None for what is damaged, or sealed with or for another key."""
         if not sealed.startswith(self._key_id):
             return None
         nonce, ciphertext = sealed[KEY_ID : KEY_ID + NONCE], sealed[KEY_ID + NONCE :]
         try:
-            return _decode(self._cipher.decrypt(nonce, ciphertext, _associated(key)))
-        except (InvalidTag, ValueError, msgspec.DecodeError):
+            return self._cipher.decrypt(nonce, ciphertext, _associated(key))
+        except (InvalidTag, ValueError):
+            return None
+
+
+class Seal:
+    """Seals and opens tokens."""
+
+    def __init__(self, key: Secret) -> None:
+        self._box = Box(key, "tokens in a shared store")
+
+    def close(self, key: str, content: Sealed) -> bytes:
+        """Return the sealed form of what is held under `key`."""
+        return self._box.close(key, _encode(content))
+
+    def open(self, key: str, sealed: bytes) -> Sealed | None:
+        """Return the content, None for what is damaged, or sealed with or for another key."""
+        plain = self._box.open(key, sealed)
+        try:
+            return None if plain is None else _decode(plain)
+        except (ValueError, msgspec.DecodeError):
             return None
 
 

@@ -45,6 +45,7 @@ class Operation(Enum):
     BUDGET = "budget"
     HEARTBEAT = "heartbeat"
     REFUSAL = "refusal"
+    SESSION = "session"
 
 
 class Observer(Protocol):

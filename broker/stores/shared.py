@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 
 from typing_extensions import override
 
-from broker import errors
+from broker.errors import store_is_away
 from broker.limits import Limits, share_of
 from broker.model import Ask, Clock, EmbedToken, LimitName
 from broker.stores.base import Denial, Kept, Lease, Store, Visit
@@ -24,9 +24,6 @@ from broker.stores.failures import StoreFailed
 from broker.stores.memory import MemoryStore
 from broker.stores.server import Server
 from broker.stores.valkey import RENEWAL, ValkeyStore
-
-RETRY_CLOSED = 1_000_000
-"""Microseconds that callers of a closed broker are told to wait: about a restart's length."""
 
 
 class SharedStore(Store):
@@ -109,7 +106,7 @@ class SharedStore(Store):
         try:
             await self._remote.end_visitor(client, fingerprint)
         except StoreFailed:
-            raise _closed() from None
+            raise store_is_away() from None
 
     def tidy(self) -> None:
         """Give back what has expired, tally calls: about twice a second."""
@@ -129,7 +126,7 @@ class SharedStore(Store):
     def _go_alone(self, failed: StoreFailed) -> None:
         """Follow the policy; counted where the call failed."""
         if self._closed:
-            raise _closed() from failed
+            raise store_is_away() from failed
         replicas = max(self._replicas(), 1)
         if replicas != self._divided_by:
             self._divided_by = replicas
@@ -153,7 +150,3 @@ class Carried:
         if not len(bucket):
             return 0
         return bucket.owed(key, self._clock.mono())
-
-
-def _closed() -> errors.ServiceUnavailable:
-    return errors.ServiceUnavailable("the shared store is away", RETRY_CLOSED)

@@ -67,9 +67,11 @@ _UNKNOWN = "no such session: it has expired, was ended, or was never handed out 
 def _query(request: web.Request) -> tuple[Query, Place, int]:
     given = request.query
     unknown = given.keys() - {"agent_id", "fingerprint", "after", "limit"}
-    if unknown:  # one that was misspelt would list everybody
+    if unknown:  # one that was misspelt would list others
         raise Invalid("query: takes agent_id, fingerprint, after and limit")
     query = Query(given.get("agent_id", ""), given.get("fingerprint", ""))
+    if query == Query():
+        raise Invalid("query: needs agent_id or fingerprint; send one of them, or both")
     expires, _, session_id = given.get("after", "0.").partition(".")
     limit = given.get("limit", str(PAGE))
     if not (expires.isascii() and expires.isdigit()):

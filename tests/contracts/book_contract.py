@@ -12,7 +12,8 @@ from broker.sessions.base import MARK_LIFE, Place, Query, SessionBook, place_of
 
 AGENT = "A78WKV4515"
 HOUR = 3600
-EVERYTHING = Query()
+EVERYTHING = Query(agent=AGENT)
+"""All of a test's sessions, for they are of one agent unless the test is about that."""
 
 
 class OpenedBook(Protocol):
@@ -94,9 +95,9 @@ class BookContract:
     ) -> None:
         """Then it is neither found nor listed."""
         opened = await open_book()
-        brief = await recorded(opened, life=3, token="brief")
+        brief = await recorded(opened, life=2, token="brief")
         assert await opened.book.find(brief.session_id) == brief
-        await opened.pass_time(3.01)
+        await opened.pass_time(2.01)
         assert await opened.book.find(brief.session_id) is None
         assert await opened.book.find_token(brief.digest) is None
         assert await opened.book.page(EVERYTHING, Place(), 10) == []

@@ -7,6 +7,7 @@ import pytest
 pytest.register_assert_rewrite("book_contract")
 
 from book_contract import (  # noqa: E402 - rewritten first
+    AGENT,
     EVERYTHING,
     BookContract,
     OpenBook,
@@ -100,7 +101,7 @@ def test_a_long_listing_lets_others_have_their_turn() -> None:
         book = MemoryBook(100_000, clock)
         expires = clock.wall() // SECOND + 3600
         for number in range(10_000):
-            await book.record(Session(f"{number:06}", "web", "A1", "beef", "", 0, expires))
+            await book.record(Session(f"{number:06}", "web", AGENT, "beef", "", 0, expires))
         turns = 0
 
         async def others() -> None:

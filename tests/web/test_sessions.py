@@ -51,7 +51,8 @@ class TestTheDoor:
             assert "[admin]" in client.message
             browser = {"api-secret": ADMIN, "Origin": "https://x.example"}
             assert (await edge.admin(path, method, **browser)).status == 403
-        assert (await edge.admin(PATH, Authorization=f"Bearer {ADMIN}")).status == 200
+        bearer = {"Authorization": f"Bearer {ADMIN}"}
+        assert (await edge.admin(f"{PATH}?agent_id=A1", **bearer)).status == 200
         asked = await edge.ask(secret=ADMIN)
         assert asked.status == 401
 
@@ -62,7 +63,7 @@ class TestTheDoor:
             assert (await edge.admin(PATH, **wrong)).status == 401
         throttled = await edge.admin(PATH, **{"api-secret": "x"})
         assert (throttled.status, throttled.header("Retry-After")) == (429, "2")
-        assert (await look(edge)).status == 200
+        assert (await look(edge, agent_id=AGENT)).status == 200
         assert (await edge.fail_to_log_in()).status == 401
 
     async def test_metrics_and_probes_stay_open(self, edge: Edge) -> None:
@@ -85,7 +86,7 @@ class TestListing:
             "issued_at": edge.time.wall() // 1_000_000,
             "expires_at": minted.json["data"]["expires_at"],
         }
-        listed = await look(edge)
+        listed = await look(edge, agent_id=AGENT)
         assert listed.json == {"sessions": [shown], "next": None}
         assert listed.header("Cache-Control") == "no-store"
         assert (await look(edge, f"{PATH}/{minted.session}")).json == shown
@@ -97,15 +98,16 @@ class TestListing:
         for _ in range(3):
             await edge.ask(fingerprint)
         edge.app._tokens.clear()
-        assert len((await look(edge)).json["sessions"]) == 1
+        assert len((await look(edge, agent_id=AGENT)).json["sessions"]) == 1
 
     async def test_pages_lead_to_each_other(self, edge: Edge) -> None:
         """Each session once; the last page says that it is the last."""
         made = {(await edge.ask()).session for _ in range(7)}
         seen: list[str] = []
+        query = {"agent_id": AGENT, "limit": "3"}
         after, pages = "", 0
         while True:
-            page = (await look(edge, limit="3", **({"after": after} if after else {}))).json
+            page = (await look(edge, **query, **({"after": after} if after else {}))).json
             seen += [session["session_id"] for session in page["sessions"]]
             pages += 1
             if page["next"] is None:
@@ -131,22 +133,24 @@ class TestListing:
     @pytest.mark.parametrize(
         "query",
         [
-            {"limit": "0"},
-            {"limit": "1001"},
-            {"limit": "-1"},
-            {"limit": "ten"},
-            {"limit": "٣"},
-            {"after": "x"},
-            {"after": "1e5.x"},
+            {},
+            {"agent_id": ""},
+            {"agent_id": "A1", "limit": "0"},
+            {"agent_id": "A1", "limit": "1001"},
+            {"agent_id": "A1", "limit": "-1"},
+            {"agent_id": "A1", "limit": "ten"},
+            {"agent_id": "A1", "limit": "٣"},
+            {"agent_id": "A1", "after": "x"},
+            {"agent_id": "A1", "after": "1e5.x"},
             {"agent": "A1"},
-            {"offset": "10"},
+            {"agent_id": "A1", "offset": "10"},
         ],
         ids=str,
     )
     async def test_a_query_that_is_not_understood_is_400(
         self, edge: Edge, query: dict[str, str]
     ) -> None:
-        """A misspelt filter must not list everybody."""
+        """Nobody named, a number that is none, a misspelt filter."""
         reply = await look(edge, **query)
         assert (reply.status, reply.code) == (400, "VALIDATION_ERROR")
 
@@ -160,7 +164,7 @@ class TestEnding:
         ended = await look(edge, path, "DELETE")
         assert (ended.status, ended.json) == (200, {"ended": 1})
         assert not await good(edge, minted.token)
-        assert (await look(edge)).json["sessions"] == []
+        assert (await look(edge, agent_id=AGENT)).json["sessions"] == []
         for method in ("GET", "DELETE"):
             gone = await look(edge, path, method)
             assert (gone.status, gone.code) == (404, "NOT_FOUND")

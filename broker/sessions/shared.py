@@ -1,0 +1,105 @@
+"""What happens to sessions when the shared store does not answer: written here, once.
+
+`local`: this replica goes on with the records and ends that it knows itself.  A token that is
+signed still proves itself; one of the vendor's is known to the replica that handed it out.
+`closed`: whoever asks is told 503.  Ending a session needs the server in either case: an end that
+only one replica knows would be none.
+"""
+
+from collections.abc import Sequence
+
+from typing_extensions import override
+
+from broker.errors import store_is_away
+from broker.model import Session
+from broker.sessions.base import Place, Query, SessionBook
+from broker.sessions.memory import MemoryBook
+from broker.sessions.valkey import ValkeyBook
+from broker.stores.failures import StoreFailed
+
+
+class SharedBook(SessionBook):
+    """The book on the server, and this replica's own while that is away.
+
+    `alone` has what this replica handed out; what could not be written to the server is written
+    when it is asked for again.
+    """
+
+    def __init__(self, remote: ValkeyBook, alone: MemoryBook, *, closed: bool) -> None:
+        self._remote = remote
+        self._alone = alone
+        self._closed = closed
+        self._unwritten: set[str] = set()
+
+    @override
+    async def record(self, session: Session) -> None:
+        await self._alone.record(session)
+        try:
+            await self._remote.record(session)
+        except StoreFailed as failed:
+            self._require_open(failed)
+            self._unwritten.add(session.session_id)
+
+    @override
+    async def find(self, session_id: str) -> Session | None:
+        try:
+            found = await self._remote.find(session_id)
+        except StoreFailed as failed:
+            self._require_open(failed)
+            return await self._alone.find(session_id)
+        return found or await self._only_here(await self._alone.find(session_id))
+
+    @override
+    async def find_token(self, digest: bytes) -> Session | None:
+        try:
+            found = await self._remote.find_token(digest)
+        except StoreFailed as failed:
+            self._require_open(failed)
+            return await self._alone.find_token(digest)
+        return found or await self._only_here(await self._alone.find_token(digest))
+
+    @override
+    async def page(self, query: Query, after: Place, limit: int) -> Sequence[Session]:
+        try:
+            return await self._remote.page(query, after, limit)
+        except StoreFailed as failed:
+            raise store_is_away() from failed  # a part of a list would be taken for the whole
+
+    @override
+    async def end(self, session: Session) -> None:
+        try:
+            await self._remote.end(session)
+        except StoreFailed as failed:
+            raise store_is_away() from failed
+        await self._alone.end(session)
+        self._unwritten.discard(session.session_id)
+
+    @override
+    async def ended(self, session_id: str) -> bool:
+        try:
+            return await self._remote.ended(session_id)
+        except StoreFailed as failed:
+            self._require_open(failed)
+        return await self._alone.ended(session_id)
+
+    def tidy(self) -> None:
+        """Give back what has expired: call it now and then."""
+        self._alone.tidy()
+        if self._unwritten:
+            self._unwritten &= self._alone.ids
+
+    async def _only_here(self, session: Session | None) -> Session | None:
+        """Return a session that the server does not know because it was away, and tell it."""
+        if session is None or session.session_id not in self._unwritten:
+            return None
+        await self.record(session)
+        self._unwritten.discard(session.session_id)
+        return session
+
+    def _require_open(self, failed: StoreFailed) -> None:
+        if self._closed:
+            raise store_is_away() from failed
+
+    @override
+    def __repr__(self) -> str:
+        return f"SharedBook(closed={self._closed}, unwritten={len(self._unwritten)})"

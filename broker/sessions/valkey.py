@@ -1,0 +1,142 @@
+"""The book that replicas share, on a server of the Redis protocol.
+
+A record lies, sealed, under a name made of its session's id, and one that is looked for by its
+token also under a name made of the token's digest.  Each name has a slot of its own, so a cluster
+spreads them, and is gone with its session.  Lists, one an agent and one a fingerprint, are ids in
+the order of expiry; they may name what is gone, for they are read with the records.  Fingerprints
+and tokens are in no name: they go into it as HMAC.
+
+Every method raises StoreFailed: what happens then is `shared`'s affair.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+from typing_extensions import override
+
+from broker.model import Clock, Session
+from broker.rules.reuse import SECOND
+from broker.sessions.base import MARK_LIFE, Place, Query, place_of
+from broker.stores.failures import Reason, StoreFailed
+from broker.stores.link import Reply
+from broker.stores.names import Names
+from broker.stores.scripts import Script, command
+from broker.stores.seal import Box
+from broker.stores.server import Operation, Server
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Session).decode
+
+
+class ValkeyBook:
+    """Sessions on a server; `most` is how many a list may have."""
+
+    def __init__(self, server: Server, names: Names, box: Box, most: int, clock: Clock) -> None:
+        self._server = server
+        self._names = names
+        self._box = box
+        self._most = most
+        self._clock = clock
+
+    async def record(self, session: Session) -> None:
+        """Write a session down, under each of its names and in both of its lists."""
+        left = session.expires * SECOND - self._clock.wall()
+        if left <= 0:
+            return
+        names = self._names
+        sealed = _encode(session)
+        keys = [names.session(session.session_id)]
+        if session.digest:
+            keys.append(names.handed_out(session.digest))
+        lists = (names.of_agent(session.agent), names.of_visitor(session.fingerprint))
+        await asyncio.gather(
+            *(self._put(key, self._box.close(key.decode(), sealed), left) for key in keys),
+            *(self._enlist(key, session, left) for key in lists),
+        )
+
+    async def find(self, session_id: str) -> Session | None:
+        """Return a live session by its id."""
+        return await self._read(self._names.session(session_id))
+
+    async def find_token(self, digest: bytes) -> Session | None:
+        """Return a live session by its token's SHA-256."""
+        return await self._read(self._names.handed_out(digest)) if digest else None
+
+    async def page(self, query: Query, after: Place, limit: int) -> Sequence[Session]:
+        """Return live sessions beyond a place; lists name some that are gone, so it reads on."""
+        names = self._names
+        listed = (
+            names.of_visitor(query.fingerprint)
+            if query.fingerprint
+            else names.of_agent(query.agent)
+        )
+        found: list[Session] = []
+        while len(found) < limit:
+            places = await self._places(listed, after, limit)
+            if not places:
+                break
+            after = places[-1]
+            sessions = await asyncio.gather(*(self.find(place.session_id) for place in places))
+            found += [
+                session
+                for session, place in zip(sessions, places, strict=True)
+                if session is not None and query.wants(session) and place_of(session) == place
+            ]
+        return found[:limit]
+
+    async def end(self, session: Session) -> None:
+        """Mark a session as ended, then forget it."""
+        names = self._names
+        await self._put(names.ended(session.session_id), b"1", MARK_LIFE)
+        gone = [names.session(session.session_id)]
+        if session.digest:
+            gone.append(names.handed_out(session.digest))
+        await asyncio.gather(*(self._command(key, b"DEL", key) for key in gone))
+
+    async def ended(self, session_id: str) -> bool:
+        """Whether this session was ended."""
+        key = self._names.ended(session_id)
+        return await self._command(key, b"GET", key) is not None
+
+    async def _put(self, key: bytes, value: bytes, life: int) -> None:
+        _ = await self._command(key, b"SET", key, value, b"PX", b"%d" % -(-life // 1000))
+
+    async def _enlist(self, key: bytes, session: Session, left: int) -> None:
+        _ = await self._server.run(
+            Operation.SESSION,
+            Script.LIST,
+            (key,),
+            b"%d" % session.expires,
+            session.session_id.encode(),
+            b"%d" % self._most,
+            b"%d" % left,
+        )
+
+    async def _places(self, listed: bytes, after: Place, limit: int) -> list[Place]:
+        expires, session_id = b"%d" % after.expires, after.session_id.encode()
+        reply = await self._server.run(
+            Operation.SESSION, Script.PAGE, (listed,), expires, session_id, b"%d" % limit
+        )
+        if not isinstance(reply, list):
+            raise StoreFailed(Reason.OTHER)
+        texts = [text.decode() for text in reply if isinstance(text, bytes)]
+        return [Place(int(when), name) for when, name in zip(texts[::2], texts[1::2], strict=True)]
+
+    async def _read(self, key: bytes) -> Session | None:
+        sealed = await self._command(key, b"GET", key)
+        plain = self._box.open(key.decode(), sealed) if isinstance(sealed, bytes) else None
+        if plain is None:
+            return None
+        try:
+            session = _decode(plain)
+        except msgspec.DecodeError:  # of another version
+            return None
+        return session if self._clock.wall() < session.expires * SECOND else None
+
+    async def _command(self, key: bytes, *parts: bytes) -> Reply:
+        return await self._server.command(Operation.SESSION, key, command(*parts))
+
+    @override
+    def __repr__(self) -> str:
+        return f"ValkeyBook({self._server!r})"

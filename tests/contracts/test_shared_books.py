@@ -1,0 +1,237 @@
+"""The book on real servers: Valkey, Redis and a cluster keep the contract, and keep no secret."""
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any
+
+import pytest
+
+pytest.register_assert_rewrite("book_contract")
+
+from asyncio import sleep  # noqa: E402 - after the rewrite, as what follows
+from contextlib import AsyncExitStack, asynccontextmanager  # noqa: E402
+
+from book_contract import (  # noqa: E402
+    AGENT,
+    EVERYTHING,
+    BookContract,
+    OpenBook,
+    OpenedBook,
+    everything,
+    recorded,
+    session_of,
+)
+from servers import AnyServer, StoreServer, store_server, valkey_binary  # noqa: E402
+
+from broker.board import Sheet  # noqa: E402
+from broker.clock import SystemClock  # noqa: E402
+from broker.errors import ServiceUnavailable  # noqa: E402
+from broker.metrics import StoreMetrics  # noqa: E402
+from broker.model import Secret  # noqa: E402
+from broker.sessions.base import MARK_LIFE, Place  # noqa: E402
+from broker.sessions.memory import MemoryBook  # noqa: E402
+from broker.sessions.shared import SharedBook  # noqa: E402
+from broker.sessions.valkey import ValkeyBook  # noqa: E402
+from broker.stores.names import Names  # noqa: E402
+from broker.stores.nodes import nodes_at  # noqa: E402
+from broker.stores.seal import Box, derive  # noqa: E402
+from broker.stores.server import Server  # noqa: E402
+
+pytestmark = pytest.mark.parts
+
+KEY = Secret(secrets.token_urlsafe(48))
+PATIENT = 5.0
+"""Seconds for one call: these machines are busy, and no test here is about time-outs."""
+
+
+class Opened(OpenedBook):
+    """A book on a server, by the system's clock."""
+
+    def __init__(self, book: SharedBook, server: Server, on: AnyServer) -> None:
+        self.book = book
+        self.server = server
+        self.on = on
+
+    def wall(self) -> int:
+        return SystemClock().wall()
+
+    async def pass_time(self, seconds: float) -> None:
+        await sleep(seconds)
+
+
+@asynccontextmanager
+async def opened_on(
+    on: AnyServer, *, most: int = 1000, closed: bool = False, key: Secret = KEY
+) -> AsyncIterator[Opened]:
+    """Open a replica's book."""
+    clock = SystemClock()
+    server = Server(nodes_at(on.address, on.access, PATIENT), clock, StoreMetrics(Sheet()))
+    await server.nodes.open()
+    names = Names(derive(key, "key names"), "test")
+    remote = ValkeyBook(server, names, Box(key, "sessions in a shared store"), most, clock)
+    try:
+        yield Opened(SharedBook(remote, MemoryBook(most, clock), closed=closed), server, on)
+    finally:
+        await server.close()
+
+
+class OnAServer(BookContract):
+    """The contract, on the server that a subclass names."""
+
+    engine: str
+
+    @pytest.fixture
+    async def open_book(self, request: pytest.FixtureRequest) -> AsyncIterator[OpenBook]:
+        on: AnyServer = request.getfixturevalue(self.engine)
+        on.flush()
+        async with AsyncExitStack() as stack:
+
+            async def opened() -> OpenedBook:
+                return await stack.enter_async_context(opened_on(on))
+
+            yield opened
+
+
+class TestOnValkey(OnAServer):
+    engine = "valkey"
+
+
+class TestOnRedis(OnAServer):
+    engine = "redis7"
+
+
+class TestOnACluster(OnAServer):
+    engine = "valkey_cluster"
+
+
+async def test_G9_what_one_replica_ends_is_over_for_all(valkey: StoreServer) -> None:
+    """Recorded at one, found and ended at another, gone at a third, at once."""
+    valkey.flush()
+    async with opened_on(valkey) as one, opened_on(valkey) as two, opened_on(valkey) as three:
+        session = await recorded(one, token="t")
+        assert await two.book.find(session.session_id) == session
+        assert await three.book.find_token(session.digest) == session
+        await two.book.end(session)
+        for opened in (one, two, three):
+            assert await opened.book.ended(session.session_id)
+            assert await opened.book.find(session.session_id) is None
+            assert await opened.book.find_token(session.digest) is None
+            assert await opened.book.page(EVERYTHING, Place(), 10) == []
+
+
+async def test_G7_the_server_learns_nothing_of_a_visitor(valkey: StoreServer) -> None:
+    """No fingerprint, token or client in any name or value; another key opens no record."""
+    valkey.flush()
+    async with opened_on(valkey) as opened:
+        session = await recorded(opened, token="a-token", fingerprint="feedfacecafe", client="shop")
+        await opened.book.end(await recorded(opened, fingerprint="feedfacecafe"))
+        dump = b"\n".join([*valkey.all_keys(), *contents(valkey)])
+        for word in (b"feedface", b"a-token", session.digest, b"shop"):
+            assert word not in dump
+            assert word.hex().encode() not in dump
+        foreign = Secret(secrets.token_urlsafe(48))
+        async with opened_on(valkey, key=foreign) as other:
+            assert await other.book.find(session.session_id) is None
+        moved = opened.book._remote._names
+        valkey.ask("COPY", moved.session(session.session_id), moved.session("other"))
+        assert await opened.book.find("other") is None, "a record opens under its own name only"
+
+
+def contents(server: StoreServer) -> list[bytes]:
+    """Return the value of every key, whatever its type."""
+    values: list[Any] = []
+    for key in server.all_keys():
+        if server.ask("TYPE", key) in (b"zset", "zset"):
+            values += server.ask("ZRANGE", key, 0, -1)
+        else:
+            values.append(server.ask("GET", key))
+    return [value if isinstance(value, bytes) else str(value).encode() for value in values]
+
+
+async def test_L3_every_key_ends_by_itself_in_time(valkey: StoreServer) -> None:
+    """A record with its session, a list with its last one, a mark when no token can be shown."""
+    valkey.flush()
+    async with opened_on(valkey) as opened:
+        await recorded(opened, life=100, token="t", agent="A1", fingerprint="beef")
+        await recorded(opened, life=50, agent="A1", fingerprint="beef")
+        await opened.book.end(session_of(opened))
+        names = opened.book._remote._names
+        lives = {key: int(valkey.ask("PTTL", key)) for key in valkey.all_keys()}
+        assert all(life > 0 for life in lives.values())
+        for listed in (names.of_agent("A1"), names.of_visitor("beef")):
+            assert 98_000 < lives[listed] <= 100_000
+        assert sum(98_000 < life <= 100_000 for life in lives.values()) == 4
+        marks = [life for key, life in lives.items() if key.endswith(b":ended")]
+        assert [MARK_LIFE // 1000 - 5000 < life <= MARK_LIFE // 1000 for life in marks] == [True]
+
+
+async def test_G6_a_list_is_bounded_and_loses_what_expires_first(valkey: StoreServer) -> None:
+    """What expired long ago leaves, too; a record that is in no list is still a record."""
+    valkey.flush()
+    async with opened_on(valkey, most=5) as opened:
+        made = [await recorded(opened, life=100 + n, fingerprint="beef") for n in range(8)]
+        assert await everything(opened.book, EVERYTHING, 3) == made[3:]
+        assert await opened.book.find(made[0].session_id) == made[0]
+        listed = opened.book._remote._names.of_agent(AGENT)
+        long_ago = int(time.time()) - 100
+        valkey.ask("ZADD", listed, long_ago, "long-gone")
+        await recorded(opened, life=200)
+        assert valkey.ask("ZSCORE", listed, "long-gone") is None
+
+
+class TestWhileTheServerIsAway:
+    """Row S1: the policy holds, and nothing is lost or brought back."""
+
+    async def test_S1_local_goes_on_with_what_is_known_here(self) -> None:
+        """Own records are found, and written when they are asked for after the return."""
+        with store_server(valkey_binary()) as server:
+            async with opened_on(server) as opened, opened_on(server) as other:
+                before = await recorded(opened, token="before")
+                server.kill()
+                await fails(opened.book.page(EVERYTHING, Place(), 10))
+                during = await recorded(opened, token="during")
+                for session in (before, during):
+                    assert await opened.book.find(session.session_id) == session
+                    assert await opened.book.find_token(session.digest) == session
+                    assert not await opened.book.ended(session.session_id)
+                assert await other.book.find(before.session_id) is None
+                await fails(opened.book.end(before))
+                server.start()
+                await back(opened, other)
+                assert await opened.book.find(during.session_id) == during
+                assert await other.book.find_token(during.digest) == during
+                await other.book.end(during)
+                assert await opened.book.find(during.session_id) is None, "not brought back"
+                assert await opened.book.find_token(during.digest) is None
+
+    async def test_S1_closed_refuses(self) -> None:
+        """503 and when to come back, for every question."""
+        with store_server(valkey_binary()) as server:
+            async with opened_on(server, closed=True) as opened:
+                session = await recorded(opened, token="t")
+                server.kill()
+                await fails(opened.book.find(session.session_id))
+                await fails(opened.book.find_token(session.digest))
+                await fails(opened.book.ended(session.session_id))
+                await fails(opened.book.record(session))
+                await fails(opened.book.end(session))
+
+
+async def fails(asked: Awaitable[object]) -> None:
+    """It is refused with 503 and a Retry-After of a second."""
+    with pytest.raises(ServiceUnavailable, match="the shared store is away") as refusal:
+        await asked
+    assert refusal.value.retry_after == 1_000_000
+
+
+async def back(*opened: Opened) -> None:
+    """Wait until every replica has found the server again."""
+    ends = time.monotonic() + 30
+    for one in opened:
+        while True:
+            await one.book.ended("x")
+            if not one.server.is_away:
+                break
+            assert time.monotonic() < ends
+            await sleep(0.05)
