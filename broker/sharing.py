@@ -56,7 +56,7 @@ class Sharing:
         self._replica = secrets.token_hex(8)
         self._closed = store.on_error == "closed"
         fixed = store.replicas if isinstance(store.replicas, int) else None
-        self.names = Names(derive(key, "key names"), _vendor_of(settings))
+        self.names = names_of(settings, key)
         self.server = Server(nodes_at(address, access, timeout), clock, metrics.store)
         self.seal = Seal(key)
         self.fleet = Fleet(self.server, self.names, f"{socket.gethostname()}/{place}", fixed)
@@ -141,6 +141,11 @@ class Sharing:
                 self._slots.heard(message)
         else:
             self._remote.heard(message)
+
+
+def names_of(settings: Settings, key: Secret) -> Names:
+    """Return the names of keys in the store."""
+    return Names(derive(key, "key names"), _vendor_of(settings))
 
 
 def _vendor_of(settings: Settings) -> str:

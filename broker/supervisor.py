@@ -18,8 +18,10 @@ Knows nothing of tokens: no request passes here, only scrapes and probes.
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import structlog
+from aiohttp.web import Application
 from prometheus_client import CollectorRegistry
 
 from broker import logs, parts, scrape
@@ -36,6 +38,9 @@ from broker.settings import Settings
 from broker.watch import SecretFiles
 from broker.web import admin
 from broker.web.server import BACKLOG
+
+if TYPE_CHECKING:
+    from broker.registrar import Registrar
 
 log = structlog.get_logger()
 
@@ -93,9 +98,9 @@ class Supervisor:
     async def start(self) -> None:
         """Open everything and wait for all workers; raises CannotListen or CannotStart."""
         server = self._settings.server
-        self._admin = await admin.AdminListener.open(
-            admin.build(self.registry(), self._health), self._settings.admin.listen
-        )
+        application = admin.build(self.registry(), self._health)
+        self._registrar = await self._open_registrar(application)
+        self._admin = await admin.AdminListener.open(application, self._settings.admin.listen)
         self.admin_url = self._admin.url
         try:
             self._listener, self.url = await listen(
@@ -103,6 +108,8 @@ class Supervisor:
             )
         except CannotListen:
             await self._admin.close()
+            if self._registrar is not None:
+                await self._registrar.close()
             raise
         self._keepers = {
             asyncio.ensure_future(self._keep(index)) for index in range(1, server.workers + 1)
@@ -122,6 +129,17 @@ class Supervisor:
             issuer=self._settings.issuer.kind,
             workers=server.workers,
         )
+
+    async def _open_registrar(self, application: Application) -> "Registrar | None":
+        """Serve /v1/sessions, if there is a secret for it; workers have no admin listener."""
+        if not parts.admin_clients(self._settings):
+            return None
+        from broker.registrar import Registrar  # noqa: PLC0415 - the store's client is slow to import
+
+        registrar = Registrar(self._settings, self.metrics.store)
+        registrar.serve_on(application)
+        await registrar.open()
+        return registrar
 
     async def run(self) -> None:
         """Wait until `stop` is called, then let all workers drain."""
@@ -234,6 +252,8 @@ class Supervisor:
             settings = in_force(self._settings, loaded)
             files = SecretFiles(file for _, file in parts.secret_files(settings))
             parts.check(settings, self._environ)
+            if self._registrar is not None:
+                self._registrar.follow(settings)
         except ConfigError as error:
             self._report_failure([str(error)])
             return
@@ -256,6 +276,8 @@ class Supervisor:
         while True:
             await asyncio.sleep(ROUND)
             self._publish()
+            if self._registrar is not None:
+                self._registrar.tidy()
             if self._files.changed():
                 log.info("broker.secret_files_changed")
                 self.reload()
@@ -288,3 +310,5 @@ class Supervisor:
         await asyncio.gather(*self._tasks, *self._keepers, return_exceptions=True)
         self._listener.close()
         await self._admin.close()
+        if self._registrar is not None:
+            await self._registrar.close()

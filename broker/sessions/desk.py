@@ -10,6 +10,7 @@ and what is held for reuse is gone.
 
 import hashlib
 from collections.abc import Sequence
+from typing import Protocol
 
 from broker.errors import ServiceUnavailable
 from broker.issuers.base import Issuer
@@ -17,7 +18,6 @@ from broker.issuers.keyring import BadToken
 from broker.issuers.vendor_token import MAX_TOKEN
 from broker.model import Session
 from broker.sessions.base import BookFull, Place, Query, SessionBook, place_of
-from broker.stores.base import Store
 
 PAGE = 100
 """Sessions in a page."""
@@ -26,44 +26,20 @@ FULL_WAIT = 60_000_000
 """Microseconds after which ends are worth another try when too many are remembered."""
 
 
-class SessionDesk:
-    """Answers for tokens and sessions."""
+class EndsVisitors(Protocol):
+    """What ending a session needs of a store."""
 
-    def __init__(self, issuer: Issuer, book: SessionBook, store: Store) -> None:
-        self._issuer = issuer
+    async def end_visitor(self, client: str, fingerprint: str) -> None:
+        """Forget every token of this visitor, also those that are being minted at this moment."""
+        ...
+
+
+class SessionRegister:
+    """Finds sessions and ends them: for operators, who have no token."""
+
+    def __init__(self, book: SessionBook, store: EndsVisitors) -> None:
         self._book = book
         self._store = store
-
-    async def check(self, token: str) -> Session:
-        """Return the session of a token that is good at this moment; raises BadToken."""
-        if len(token) > MAX_TOKEN:
-            raise BadToken(f"longer than {MAX_TOKEN} characters")
-        session = self._issuer.prove(token)
-        if session is None:
-            session = await self._book.find_token(digest_of(token))
-            if session is None:
-                raise BadToken("not handed out here, or expired, or revoked")
-        elif await self._book.ended(session.session_id):
-            raise BadToken("revoked")
-        return session
-
-    async def introspect(self, token: str, client: str) -> Session | None:
-        """Return the session of a good token that was handed to this client; None otherwise."""
-        try:
-            session = await self.check(token)
-        except BadToken:
-            return None
-        if not session.client:  # it does not say whose it is: what is recorded does
-            session = await self._book.find(session.session_id) or session
-        return session if session.client == client else None
-
-    async def revoke(self, token: str, client: str) -> bool:
-        """End the session of a good token that was handed to this client; False otherwise."""
-        session = await self.introspect(token, client)
-        if session is None:
-            return False
-        await self._end(session)
-        return True
 
     async def find(self, session_id: str) -> Session | None:
         """Return a live session."""
@@ -99,6 +75,45 @@ class SessionDesk:
                 "too many sessions were ended within an hour; try again later", FULL_WAIT
             ) from None
         await self._store.end_visitor(session.client, session.fingerprint)
+
+
+class SessionDesk(SessionRegister):
+    """Answers for tokens, too."""
+
+    def __init__(self, issuer: Issuer, book: SessionBook, store: EndsVisitors) -> None:
+        super().__init__(book, store)
+        self._issuer = issuer
+
+    async def check(self, token: str) -> Session:
+        """Return the session of a token that is good at this moment; raises BadToken."""
+        if len(token) > MAX_TOKEN:
+            raise BadToken(f"longer than {MAX_TOKEN} characters")
+        session = self._issuer.prove(token)
+        if session is None:
+            session = await self._book.find_token(digest_of(token))
+            if session is None:
+                raise BadToken("not handed out here, or expired, or revoked")
+        elif await self._book.ended(session.session_id):
+            raise BadToken("revoked")
+        return session
+
+    async def introspect(self, token: str, client: str) -> Session | None:
+        """Return the session of a good token that was handed to this client; None otherwise."""
+        try:
+            session = await self.check(token)
+        except BadToken:
+            return None
+        if not session.client:  # it does not say whose it is: what is recorded does
+            session = await self._book.find(session.session_id) or session
+        return session if session.client == client else None
+
+    async def revoke(self, token: str, client: str) -> bool:
+        """End the session of a good token that was handed to this client; False otherwise."""
+        session = await self.introspect(token, client)
+        if session is None:
+            return False
+        await self._end(session)
+        return True
 
 
 def digest_of(token: str) -> bytes:

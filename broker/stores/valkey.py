@@ -26,7 +26,7 @@ import structlog
 from typing_extensions import override
 
 from broker.limits import Limits, LimitSet
-from broker.model import Ask, Clock, EmbedToken, LimitName
+from broker.model import Ask, Clock, EmbedToken, LimitName, visitor_of
 from broker.rules.bucket import Limit, said
 from broker.rules.reuse import SECOND
 from broker.stores import outcome
@@ -174,9 +174,7 @@ class ValkeyStore:
 
     async def end_visitor(self, client: str, fingerprint: str) -> None:
         """Begin a new epoch for this visitor: no token from before it is found again."""
-        ask = Ask(client, "", fingerprint)
-        keys = (self._names.visitor(ask.visitor).epoch,)
-        await self._server.run(Operation.KEEP, Script.FINISH, keys, b"%d" % EPOCH_MEMORY)
+        await end_visitor(self._server, self._names, client, fingerprint)
 
     def heard(self, name: bytes) -> None:
         """Wake those who wait for this lease: its holder is done."""
@@ -409,6 +407,12 @@ class ValkeyStore:
     @override
     def __repr__(self) -> str:
         return f"ValkeyStore(leases={len(self._leases)}, {self._server!r})"
+
+
+async def end_visitor(server: Server, names: Names, client: str, fingerprint: str) -> None:
+    """Begin a new epoch for a visitor; raises StoreFailed."""
+    keys = (names.visitor(visitor_of(client, fingerprint)).epoch,)
+    _ = await server.run(Operation.KEEP, Script.FINISH, keys, b"%d" % EPOCH_MEMORY)
 
 
 @lru_cache(maxsize=1024)

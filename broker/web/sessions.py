@@ -12,7 +12,7 @@ from broker.answers import EndedAnswer, SessionAnswer, SessionsAnswer, plain_bod
 from broker.errors import Invalid, NotFound
 from broker.model import Clock, Session
 from broker.sessions.base import Place, Query, place_of
-from broker.sessions.desk import PAGE, SessionDesk
+from broker.sessions.desk import PAGE, SessionRegister
 from broker.web.answer import JSON_TYPE
 from broker.web.door import Door
 
@@ -22,7 +22,7 @@ MOST_IN_PAGE = 1000
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def add(app: web.Application, door: Door, desk: SessionDesk, clock: Clock) -> None:
+def add(app: web.Application, door: Door, register: SessionRegister, clock: Clock) -> None:
     """Serve /v1/sessions to whoever the door lets in."""
 
     def behind_the_door(handler: _Handler) -> _Handler:
@@ -34,7 +34,7 @@ def add(app: web.Application, door: Door, desk: SessionDesk, clock: Clock) -> No
 
     async def listed(request: web.Request) -> web.StreamResponse:
         query, after, limit = _query(request)
-        page = list(await desk.page(query, after, limit + 1))
+        page = list(await register.page(query, after, limit + 1))
         more = len(page) > limit
         del page[limit:]
         return _json(
@@ -42,7 +42,7 @@ def add(app: web.Application, door: Door, desk: SessionDesk, clock: Clock) -> No
         )
 
     async def one(request: web.Request) -> web.StreamResponse:
-        session = await desk.find(request.match_info["session_id"])
+        session = await register.find(request.match_info["session_id"])
         if session is None:
             raise NotFound(_UNKNOWN)
         return _json(_answer(session))
@@ -51,7 +51,7 @@ def add(app: web.Application, door: Door, desk: SessionDesk, clock: Clock) -> No
         scope = request.query.get("scope", "session")
         if scope not in ("session", "visitor"):
             raise Invalid("scope: must be session or visitor; leave it out for the one session")
-        ended = await desk.end(request.match_info["session_id"], visitor=scope == "visitor")
+        ended = await register.end(request.match_info["session_id"], visitor=scope == "visitor")
         if not ended:
             raise NotFound(_UNKNOWN)
         return _json(EndedAnswer(ended))

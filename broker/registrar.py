@@ -1,0 +1,83 @@
+"""/v1/sessions where a supervisor has the admin listener: a line of its own to the shared store.
+
+It reads records and ends sessions, and is no member of the fleet: it takes no share of any limit.
+"""
+
+from aiohttp import web
+from typing_extensions import override
+
+from broker import parts
+from broker.clock import SystemClock
+from broker.errors import store_is_away
+from broker.metrics import StoreMetrics
+from broker.sessions.desk import EndsVisitors, SessionRegister
+from broker.sessions.memory import MemoryBook
+from broker.sessions.shared import SharedBook
+from broker.sessions.valkey import ValkeyBook
+from broker.settings import Settings
+from broker.sharing import names_of
+from broker.stores.failures import StoreFailed
+from broker.stores.names import Names
+from broker.stores.nodes import nodes_at
+from broker.stores.seal import Box
+from broker.stores.server import OPERATION_TIMEOUT, Server
+from broker.stores.valkey import end_visitor
+from broker.web import sessions
+from broker.web.door import Door
+
+
+class Registrar:
+    """Serves the routes, if the settings have a secret for them; several workers share a store."""
+
+    def __init__(self, settings: Settings, stats: StoreMetrics) -> None:
+        address, key = parts.store_address(settings), parts.sealing_key(settings)
+        assert address is not None  # both are checked with the settings
+        assert key is not None
+        self._clock = SystemClock()
+        nodes = nodes_at(address, parts.store_access(settings), OPERATION_TIMEOUT)
+        self._server = Server(nodes, self._clock, stats)
+        names = names_of(settings, key)
+        most = settings.sessions.max_recorded
+        remote = ValkeyBook(
+            self._server, names, Box(key, "sessions in a shared store"), most, self._clock
+        )
+        book = SharedBook(remote, MemoryBook(1, self._clock), closed=True)
+        self._register = SessionRegister(book, _Store(self._server, names))
+        self._door = Door(
+            [], parts.trusted_proxies(settings), self._clock.mono(), section="[admin]"
+        )
+        self.follow(settings)
+
+    def follow(self, settings: Settings) -> None:
+        """Let in whoever has the secret now; raises ConfigError."""
+        self._door.use_clients(parts.admin_clients(settings))
+
+    def serve_on(self, application: web.Application) -> None:
+        """Add the routes."""
+        sessions.add(application, self._door, self._register, self._clock)
+
+    async def open(self) -> None:
+        """Begin; a store that is not there is told to whoever asks."""
+        await self._server.nodes.open()
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._server.close()
+
+    def tidy(self) -> None:
+        """Tally calls, forget failures: call it about twice a second."""
+        self._server.tidy()
+        self._door.failures.tidy(self._clock.mono())
+
+
+class _Store(EndsVisitors):
+    def __init__(self, server: Server, names: Names) -> None:
+        self._server = server
+        self._names = names
+
+    @override
+    async def end_visitor(self, client: str, fingerprint: str) -> None:
+        try:
+            await end_visitor(self._server, self._names, client, fingerprint)
+        except StoreFailed as failed:
+            raise store_is_away() from failed
