@@ -289,7 +289,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     local = settings.issuer.local
     try:
-        claims = parts.keyring(settings).verify(
+        proof = parts.keyring(settings).verify(
             sys.stdin.buffer.read().decode("utf-8", "replace").strip(),
             local.issuer,
             local.audience,
@@ -298,7 +298,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     except BadToken as error:
         print(f"not valid: {error}", file=sys.stderr)
         return EX_NO
-    print(json.dumps(claims, indent=2))
+    print(json.dumps(dict(proof.claims), indent=2))
     return EX_OK
 
 

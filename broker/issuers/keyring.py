@@ -77,6 +77,18 @@ class Key(Struct, frozen=True):
         return f"Key({self.kid!r})"
 
 
+class Proof(Struct, frozen=True):
+    """The claims of a good token, and from when until when it is one (Unix microseconds)."""
+
+    claims: Mapping[str, object]
+    begins: int
+    ends: int
+
+    @override
+    def __repr__(self) -> str:
+        return f"Proof(begins={self.begins}, ends={self.ends})"
+
+
 class Keyring:
     """The keys by `kid`.
 
@@ -134,8 +146,8 @@ class Keyring:
         signed = self._headers[key.kid] + b"." + base64url_encode(msgspec.json.encode(claims))
         return f"{signed.decode()}.{_signature(signed, key)}"
 
-    def verify(self, token: str, issuer: str, audience: str, now: int) -> dict[str, object]:
-        """Return the claims of a token that is good at `now`; raises BadToken for any other.
+    def verify(self, token: str, issuer: str, audience: str, now: int) -> Proof:
+        """Return what a token that is good at `now` proves; raises BadToken for any other.
 
         `exp`, `nbf`, `iss`, `aud` and `sub` must be there and hold.  `jwt.decode` comes to the
         same verdict (the tests hold the two together) in four times the time, and by the system's
@@ -148,24 +160,23 @@ class Keyring:
         signed, _, signature = token.rpartition(".")
         header, _, payload = signed.partition(".")
         keys = self._issued.get(header) or self._candidates(header)
-        self._require_signature(signed.encode(), signature, keys, now)
+        key = self._signer_of(signed.encode(), signature, keys, now)
         claims = _claims(payload)
-        _require(claims, issuer, audience, now)
-        return claims
+        begins, ends = _require(claims, issuer, audience, now)
+        return Proof(claims, begins, min(ends, key.verifies_until))
 
-    def _require_signature(
-        self, signed: bytes, signature: str, keys: Iterable[Key], now: int
-    ) -> None:
-        """Compare as text: its last character has two bits that decoding would drop.
+    def _signer_of(self, signed: bytes, signature: str, keys: Iterable[Key], now: int) -> Key:
+        """Return the key that signed this, if it still verifies.
 
-        Otherwise each token would have four spellings, of which a revocation knows one.
+        Signatures are compared as text: the last character has two bits that decoding would drop,
+        and a token would have four spellings, of which a revocation by its digest knows one.
         """
-        good = False
         for key in keys:
-            fits = hmac.compare_digest(_signature(signed, key), signature)
-            good |= fits and now < key.verifies_until
-        if not good:
-            raise BadToken("no key fits")
+            if hmac.compare_digest(_signature(signed, key), signature):
+                if now < key.verifies_until:
+                    return key
+                break
+        raise BadToken("no key fits")
 
     def _signer(self, now: int) -> Key:
         for key in reversed(self._schedule):
@@ -232,19 +243,25 @@ def _claims(payload: str) -> dict[str, object]:
     return claims
 
 
-def _require(claims: Mapping[str, object], issuer: str, audience: str, now: int) -> None:
-    """Hold the claims of RFC 7519 section 4.1 to this moment and to whom the token is for."""
+def _require(claims: Mapping[str, object], issuer: str, audience: str, now: int) -> tuple[int, int]:
+    """Hold the claims of RFC 7519 section 4.1 to this moment and to whom the token is for.
+
+    Returns from when until when they hold, the leeway included.
+    """
     if any(claims.get(name) is None for name in _REQUIRED):
         raise BadToken("a required claim is missing")
     if claims["iss"] != issuer or claims["aud"] != audience:
         raise BadToken("made by or for somebody else")
     if not isinstance(claims["sub"], str):
         raise BadToken("malformed")
-    if now >= (_date(claims, "exp") + LEEWAY) * SECOND:
+    ends = (_date(claims, "exp") + LEEWAY) * SECOND
+    if now >= ends:
         raise BadToken("expired")
     begins = max(_date(claims, "nbf"), _date(claims, "iat") if "iat" in claims else 0)
-    if now < (begins - LEEWAY) * SECOND:
+    begins = (begins - LEEWAY) * SECOND
+    if now < begins:
         raise BadToken("not valid yet")
+    return begins, ends
 
 
 def _date(claims: Mapping[str, object], name: str) -> int:

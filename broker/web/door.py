@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import ipaddress
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from aiohttp.hdrs import AUTHORIZATION, ORIGIN
 from aiohttp.web_request import BaseRequest
@@ -67,6 +68,7 @@ class Door:
     ) -> None:
         self._section = section
         self._trusted = tuple(trusted_proxies)
+        self._is_trusted = lru_cache(maxsize=1024)(self._look_up)  # parsing takes microseconds
         self._own_origins: frozenset[str] = frozenset()
         self.failures = TokenBucket(MAX_TRACKED_ADDRESSES, FAILED_AUTH_LIMIT.depth, now, counts)
         self.use_clients(clients)
@@ -121,6 +123,9 @@ class Door:
 
         One on a Unix socket was let in by the mode of the file.
         """
+        return self._is_trusted(peer)
+
+    def _look_up(self, peer: str | None) -> bool:
         address = _parse(peer)
         if address is None:
             return not peer

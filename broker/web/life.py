@@ -13,7 +13,7 @@ is found, all that are found must be the same one: a proxy that passes on a head
 client made up would otherwise let one token open the door for another.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from urllib.parse import parse_qsl, quote, unquote_plus
 
 from aiohttp import web
@@ -52,7 +52,7 @@ def add(routes: Routes, door: Door, desk: SessionDesk, clock: Clock) -> None:
 
     async def verify(request: BaseRequest, request_id: str) -> web.StreamResponse:
         headers = request.headers
-        token = presented(headers, _uris(request), trusted=door.trusts(request.remote))
+        token = presented(request, trusted=door.trusts(request.remote))
         try:
             session = await desk.check(token)
         except BadToken as error:
@@ -78,19 +78,21 @@ def add(routes: Routes, door: Door, desk: SessionDesk, clock: Clock) -> None:
     routes.add("/v1/revoke", "POST", revoke)
 
 
-def presented(headers: "CIMultiDictProxy[str]", uris: Iterable[str], *, trusted: bool) -> str:
-    """Return the one token that a request bears.
+def presented(request: BaseRequest, *, trusted: bool) -> str:
+    """Return the one token that a request bears; `trusted` if its peer's URIs count.
 
     Raises MissingAuth for none, Unauthorized for two that differ.
     """
-    forwarded = {token for uri in uris for token in tokens_in(uri)}
-    found = {*_bearers(headers), *headers.getall(_TOKEN, ())} | (forwarded if trusted else set())
+    headers = request.headers
+    found: set[str] = {*_bearers(headers), *headers.getall(_TOKEN, ())}
+    if trusted:
+        found.update(_forwarded(request))
     found.discard("")
     if len(found) > 1:
         raise Unauthorized("token: two different ones were sent; send one")
     if found:
         return found.pop()
-    if forwarded:
+    if not trusted and any(_forwarded(request)):
         raise MissingAuth(
             "token: only in a forwarded URI, which counts from server.trusted_proxies alone"
         )
@@ -123,10 +125,12 @@ def _bearers(headers: "CIMultiDictProxy[str]") -> Iterator[str]:
             yield token.strip()
 
 
-def _uris(request: BaseRequest) -> Iterator[str]:
+def _forwarded(request: BaseRequest) -> Iterator[str]:
+    """Yield every token of the URIs that the peer says its client asked for."""
     for name in _FORWARDED_URIS:
-        yield from request.headers.getall(name, ())
-    yield request.raw_path.partition(VERIFY_PATH)[2]
+        for uri in request.headers.getall(name, ()):
+            yield from tokens_in(uri)
+    yield from tokens_in(request.raw_path.partition(VERIFY_PATH)[2])
 
 
 async def _token_field(request: BaseRequest) -> str:

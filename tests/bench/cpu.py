@@ -1,6 +1,7 @@
 """CPU per request over HTTP: the broker beside a plain aiohttp handler.
 
     python tests/bench/cpu.py [--rounds 9] [--seconds 2] [--connections 16] [--shared]
+        [--cases hit,mint,429,verify,introspect]
 
 A plain handler reads the body and answers the same bytes: on uvloop as the broker, and as stock
 `web.run_app`.  Every round measures each server once for each case, in an order that rotates, so
@@ -27,6 +28,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from pathlib import Path
 
@@ -36,7 +38,9 @@ HERE = Path(__file__).resolve().parent
 
 PATH = "/v1/embed-tokens/request"
 
-CASES = {"hit": 0.80, "mint": 1.10, "429": 0.80}
+VERIFY, INTROSPECT = "/v1/embed-tokens/verify", "/v1/introspect"
+
+CASES = {"hit": 0.80, "mint": 1.10, "429": 0.80, "verify": 0.90, "introspect": 0.90}
 """What is asked of the broker, and the target: CPU of it over CPU of the plain handler."""
 
 SHARED_CASES = {"hit": 1.20}
@@ -71,11 +75,19 @@ encryption_key = "{key}"
 """Defaults, but for limits that must not end the run: logging, headers and features included."""
 
 VISITORS = """
-local secret, case, round, seen = "", "", 0, 0
+local secret, case, round, token, seen = "", "", 0, "", 0
 function init(args)
-  secret, case, round = args[1], args[2], tonumber(args[3])
+  secret, case, round, token = args[1], args[2], tonumber(args[3]), args[4]
 end
 function request()
+  if case == "verify" then
+    return wrk.format("GET", nil, {["X-Embed-Token"] = token})
+  end
+  if case == "introspect" then
+    local type = "application/x-www-form-urlencoded"
+    return wrk.format("POST", nil, {["api-secret"] = secret, ["Content-Type"] = type},
+      "token=" .. token)
+  end
   local agent, visitor = "A78WKV4515", "9f86d081884c7d659a2feaa0c55ad015"
   if case == "429" then agent = "tight" end
   if case == "mint" then
@@ -99,7 +111,8 @@ class Server:
 
     def url(self, case: str) -> str:
         """Return where this case is answered."""
-        path = f"/{case}" if self.name.startswith("plain") else PATH
+        own = {"verify": VERIFY, "introspect": INTROSPECT}.get(case, PATH)
+        path = f"/{case}" if self.name.startswith("plain") else own
         return f"http://127.0.0.1:{self.port}{path}"
 
     def cpu(self) -> tuple[float, float]:
@@ -143,7 +156,7 @@ def main() -> None:
             servers.append(shared)
         numbers = count(1)
         for number in range(options.rounds + 1):
-            for case in CASES:
+            for case in options.cases.split(","):
                 turn = number % len(servers)
                 for server in servers[turn:] + servers[:turn]:
                     sample = measure(server, case, secret, next(numbers), folder, options)
@@ -160,6 +173,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=int, default=2, help="of each measurement")
     parser.add_argument("--connections", type=int, default=16)
+    parser.add_argument("--cases", default=",".join(CASES), help="of " + ",".join(CASES))
     parser.add_argument("--shared", action="store_true", help="also on a Valkey server")
     return parser.parse_args()
 
@@ -227,13 +241,38 @@ def keep_answers(broker: Server, secret: str, folder: Path) -> None:
         if got != status:
             sys.exit(f"{case}: {got} instead of {status}: {body!r}")
         (folder / f"{case}.{status}").write_bytes(body)
+    token = token_of(broker, secret)
+    form = {"api-secret": secret, "Content-Type": "application/x-www-form-urlencoded"}
+    for case, (status, body) in {
+        "verify": call(broker, "GET", VERIFY, "", {"X-Embed-Token": token}),
+        "introspect": call(broker, "POST", INTROSPECT, f"token={token}", form),
+    }.items():
+        if status != 200 or b"false" in body:
+            sys.exit(f"{case}: {status} {body!r}")
+        (folder / f"{case}.200").write_bytes(body)
+
+
+@cache
+def token_of(server: Server, secret: str) -> str:
+    """Return a token that this server finds good; for a plain one, something as long."""
+    if server.name.startswith("plain"):
+        return "x" * 480
+    token: str = json.loads(ask(server, secret, "other")[1])["data"]["token"]
+    return token
 
 
 def ask(broker: Server, secret: str, agent: str) -> tuple[int, bytes]:
     """Ask for one token; returns status and body."""
-    connection = http.client.HTTPConnection("127.0.0.1", broker.port, timeout=10)
     body = json.dumps({"agent_id": agent, "fingerprint": "9f86d081884c7d659a2feaa0c55ad015"})
-    connection.request("POST", PATH, body, {"api-secret": secret})
+    return call(broker, "POST", PATH, body, {"api-secret": secret})
+
+
+def call(
+    broker: Server, method: str, path: str, body: str, headers: dict[str, str]
+) -> tuple[int, bytes]:
+    """Send one request; returns status and body."""
+    connection = http.client.HTTPConnection("127.0.0.1", broker.port, timeout=10)
+    connection.request(method, path, body or None, headers)
     response = connection.getresponse()
     return response.status, response.read()
 
@@ -251,6 +290,7 @@ def measure(
         secret,
         case,
         str(number),
+        token_of(server, secret),
     ]
     before = server.cpu()
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -290,7 +330,7 @@ def ticks_of(pid: int) -> tuple[int, int]:
 
 def print_medians(samples: dict[str, list[Sample]]) -> None:
     """Print what each server took and gave."""
-    print(f"{'':19}{'CPU us':>7}{'user':>6}{'system':>8}{'req/s':>8}{'p50':>9}{'p99':>9}")
+    print(f"{'':25}{'CPU us':>7}{'user':>6}{'system':>8}{'req/s':>8}{'p50':>9}{'p99':>9}")
     for name, rounds in samples.items():
         middle = sorted(rounds, key=lambda sample: sample.throughput)[len(rounds) // 2]
         cpu, user, system = (
@@ -298,14 +338,14 @@ def print_medians(samples: dict[str, list[Sample]]) -> None:
             for part in ("cpu", "user", "system")
         )
         print(
-            f"{name:19}{cpu:>7.1f}{user:>6.1f}{system:>8.1f}"
+            f"{name:25}{cpu:>7.1f}{user:>6.1f}{system:>8.1f}"
             f"{middle.throughput:>8.0f}{middle.p50:>9}{middle.p99:>9}"
         )
 
 
 def report(samples: dict[tuple[str, str], list[Sample]]) -> None:
     """Print medians, and the quartiles of the rounds' ratios to each plain handler."""
-    print_medians({f"{case:5}{name}": rounds for (name, case), rounds in samples.items()})
+    print_medians({f"{case:11}{name}": rounds for (name, case), rounds in samples.items()})
     print("\nCPU of the broker over CPU of the plain handler: median [quartiles] of the rounds")
     wanted = [("broker", case, target) for case, target in CASES.items()]
     wanted += [("shared", case, target) for case, target in SHARED_CASES.items()]
@@ -316,7 +356,7 @@ def report(samples: dict[tuple[str, str], list[Sample]]) -> None:
             low, middle_ratio, high = statistics.quantiles(ratios, n=4)
             verdict = "met" if middle_ratio <= target else "NOT met"
             print(
-                f"{name} {case:5} / plain on {kind:8} {middle_ratio:.2f} [{low:.2f} {high:.2f}]"
+                f"{name} {case:10} / plain on {kind:8} {middle_ratio:.2f} [{low:.2f} {high:.2f}]"
                 f"   target {target:.2f}: {verdict}"
             )
 

@@ -2,7 +2,7 @@
 
     python plain.py uvloop|asyncio FOLDER
 
-Serves every file of FOLDER: `hit.200` is the body that POST /hit answers with status 200.  Prints
+Serves every file of FOLDER: `hit.200` is the body that /hit answers with status 200.  Prints
 its port, then runs until it is ended.
 """
 
@@ -33,7 +33,7 @@ def main() -> None:
     kind, folder = sys.argv[1], Path(sys.argv[2])
     app = web.Application()
     for file in folder.iterdir():
-        app.router.add_post(f"/{file.stem}", answer(int(file.suffix[1:]), file.read_bytes()))
+        app.router.add_route("*", f"/{file.stem}", answer(int(file.suffix[1:]), file.read_bytes()))
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
     print(listener.getsockname()[1], flush=True)
     loop = uvloop.new_event_loop() if kind == "uvloop" else asyncio.new_event_loop()

@@ -8,8 +8,8 @@ import time
 import jwt
 import pytest
 
-from broker.issuers.keyring import LEEWAY, BadToken, Keyring
-from broker.issuers.local import LocalIssuer
+from broker.issuers.keyring import LEEWAY, BadToken, Key, Keyring
+from broker.issuers.local import MOST_PROVEN, LocalIssuer
 from broker.model import Ask
 from broker.rules.reuse import SECOND
 from broker.testing import FakeClock
@@ -135,3 +135,39 @@ async def test_T6_our_own_verifier_takes_a_minute_of_difference_either_way() -> 
 async def test_nothing_stops_a_signature() -> None:
     """There is no reason to refuse before the limits are charged."""
     await local(FakeClock()).check(Ask("web", AGENT, VISITOR))
+
+
+async def test_O7_a_token_that_was_proven_is_not_good_for_longer_than_its_key() -> None:
+    """Other keys, or the end of its key's schedule: what was remembered of it does not count."""
+    clock, old, new = _now(), secrets.token_bytes(32), secrets.token_bytes(32)
+    issuer = local(clock, Keyring.of({"old": old}, "old"))
+    token = (await issuer.mint(Ask("web", AGENT, VISITOR), no_budget)).token
+    session = issuer.prove(token)
+    assert issuer.prove(token) is session, "the second time it is remembered"
+    issuer.use_keyring(Keyring.of({"new": new}, "new"))
+    with pytest.raises(BadToken, match="no key fits"):
+        issuer.prove(token)
+    ends = clock.wall() + 30 * SECOND
+    issuer.use_keyring(Keyring([Key("old", old, verifies_until=ends), Key("new", new)]))
+    assert issuer.prove(token) == session
+    clock.advance(30)
+    with pytest.raises(BadToken, match="no key fits"):
+        issuer.prove(token)
+
+
+async def test_G6_what_is_remembered_of_proven_tokens_is_bounded() -> None:
+    """Two generations at most, whatever is shown; nothing of a token that is not good."""
+    clock = _now()
+    issuer = local(clock)
+    tokens = [
+        (await issuer.mint(Ask("web", AGENT, VISITOR), no_budget)).token
+        for _ in range(2 * MOST_PROVEN + 100)
+    ]
+    for token in tokens:
+        issuer.prove(token)
+    assert len(issuer._proven._young) + len(issuer._proven._old) <= 2 * MOST_PROVEN
+    kept = len(issuer._proven._young), len(issuer._proven._old)
+    for token in tokens[:50]:
+        with pytest.raises(BadToken):
+            issuer.prove(token[:-2] + "zz")
+    assert (len(issuer._proven._young), len(issuer._proven._old)) == kept
