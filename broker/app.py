@@ -165,7 +165,7 @@ class App:
             if self.sharing is not None
             else MemoryBook(settings.sessions.max_recorded, clock)
         )
-        self.sessions = SessionDesk(self.issuer, self.book, self.store)
+        self.sessions = SessionDesk(self.issuer, self.book, self.store, self.metrics.sessions)
         self.desk = TokenDesk(
             self.store,
             self.book,
@@ -377,6 +377,7 @@ class App:
             metrics.limits.tracked[name].set(len(bucket))
         metrics.limits.tracked[LimitName.AUTH].set(len(self.door.failures))
         metrics.tokens.cached.set(len(self._tokens))
+        metrics.sessions.recorded.set(len(self.book))
         metrics.mints.in_flight.set(len(self.desk.flights))
         if self._paced is not None:
             metrics.budget.remaining.set(self._paced.remaining)

@@ -154,6 +154,7 @@ class Metrics:
         self.limits = LimitMetrics(sheet)
         self.tokens = TokenMetrics(sheet)
         self.mints = MintMetrics(sheet, issuer)
+        self.sessions = SessionMetrics(sheet)
         sheet.shown = budget
         self.budget = BudgetMetrics(sheet)
         sheet.shown = issuer == "upstream"
@@ -232,6 +233,23 @@ class MintMetrics:
             outcome=("renewed", "same", "failed"),
         )
         self.in_flight = sheet.totals("broker_mints_in_flight", "Mints under way or queued")[()]
+
+
+class SessionMetrics:
+    """What is asked about tokens, and what is known of sessions."""
+
+    def __init__(self, sheet: Sheet) -> None:
+        self.checks = _by_label(
+            sheet.counters(
+                "broker_token_checks",
+                "Tokens that somebody asked about: verify and introspect, by the verdict",
+                verdict=("good", "refused"),
+            )
+        )
+        self.ended = sheet.counters("broker_sessions_ended", "Sessions that were ended")[()]
+        self.recorded = sheet.totals(
+            "broker_sessions_recorded", "Sessions that this process has on record"
+        )[()]
 
 
 class BudgetMetrics:

@@ -9,7 +9,7 @@ from typing_extensions import override
 from broker import parts
 from broker.clock import SystemClock
 from broker.errors import store_is_away
-from broker.metrics import StoreMetrics
+from broker.metrics import Metrics
 from broker.sessions.desk import EndsVisitors, SessionRegister
 from broker.sessions.memory import MemoryBook
 from broker.sessions.shared import SharedBook
@@ -29,20 +29,20 @@ from broker.web.door import Door
 class Registrar:
     """Serves the routes, if the settings have a secret for them; several workers share a store."""
 
-    def __init__(self, settings: Settings, stats: StoreMetrics) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
         address, key = parts.store_address(settings), parts.sealing_key(settings)
         assert address is not None  # both are checked with the settings
         assert key is not None
         self._clock = SystemClock()
         nodes = nodes_at(address, parts.store_access(settings), OPERATION_TIMEOUT)
-        self._server = Server(nodes, self._clock, stats)
+        self._server = Server(nodes, self._clock, metrics.store)
         names = names_of(settings, key)
         most = settings.sessions.max_recorded
         remote = ValkeyBook(
             self._server, names, Box(key, "sessions in a shared store"), most, self._clock
         )
         book = SharedBook(remote, MemoryBook(1, self._clock), closed=True)
-        self._register = SessionRegister(book, _Store(self._server, names))
+        self._register = SessionRegister(book, _Store(self._server, names), metrics.sessions)
         self._door = Door(
             [], parts.trusted_proxies(settings), self._clock.mono(), section="[admin]"
         )

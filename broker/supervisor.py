@@ -136,7 +136,7 @@ class Supervisor:
             return None
         from broker.registrar import Registrar  # noqa: PLC0415 - the store's client is slow to import
 
-        registrar = Registrar(self._settings, self.metrics.store)
+        registrar = Registrar(self._settings, self.metrics)
         registrar.serve_on(application)
         await registrar.open()
         return registrar

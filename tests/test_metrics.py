@@ -39,6 +39,9 @@ DOCUMENTED: dict[str, tuple[str, Labels]] = {
     "broker_near_limit": ("counter", {"limit": LIMITS}),
     "broker_dry_run_rejections": ("counter", {"limit": LIMITS}),
     "broker_mints_in_flight": ("gauge", {}),
+    "broker_token_checks": ("counter", {"verdict": {"good", "refused"}}),
+    "broker_sessions_ended": ("counter", {}),
+    "broker_sessions_recorded": ("gauge", {}),
     "broker_tokens_cached": ("gauge", {}),
     "broker_tokens_evicted": ("counter", {"cause": {"expired", "capacity"}}),
     "broker_refreshes": (

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker import errors
+from broker.board import Sheet
 from broker.issue import Handout
+from broker.metrics import SessionMetrics
 from broker.model import Outcome, Session
 from broker.rules.reuse import SECOND
 from broker.sessions.desk import SessionDesk
@@ -26,7 +28,9 @@ class Ended:
         self.clock = clock
         self.desk = Desk(clock, draw=self.chance.random)
         self.desk.issuer.delay = 1.0
-        self.sessions = SessionDesk(self.desk.issuer, self.desk.book, self.desk.store)
+        self.sessions = SessionDesk(
+            self.desk.issuer, self.desk.book, self.desk.store, SessionMetrics(Sheet())
+        )
         self.ended: dict[str, int] = {}
         self.handed: list[tuple[str, int]] = []
 

@@ -16,6 +16,7 @@ from broker.errors import ServiceUnavailable
 from broker.issuers.base import Issuer
 from broker.issuers.keyring import BadToken
 from broker.issuers.vendor_token import MAX_TOKEN
+from broker.metrics import SessionMetrics
 from broker.model import Session
 from broker.sessions.base import BookFull, Place, Query, SessionBook, place_of
 
@@ -37,9 +38,10 @@ class EndsVisitors(Protocol):
 class SessionRegister:
     """Finds sessions and ends them: for operators, who have no token."""
 
-    def __init__(self, book: SessionBook, store: EndsVisitors) -> None:
+    def __init__(self, book: SessionBook, store: EndsVisitors, metrics: SessionMetrics) -> None:
         self._book = book
         self._store = store
+        self._metrics = metrics
 
     async def find(self, session_id: str) -> Session | None:
         """Return a live session."""
@@ -75,17 +77,29 @@ class SessionRegister:
                 "too many sessions were ended within an hour; try again later", FULL_WAIT
             ) from None
         await self._store.end_visitor(session.client, session.fingerprint)
+        self._metrics.ended.inc()
 
 
 class SessionDesk(SessionRegister):
     """Answers for tokens, too."""
 
-    def __init__(self, issuer: Issuer, book: SessionBook, store: EndsVisitors) -> None:
-        super().__init__(book, store)
+    def __init__(
+        self, issuer: Issuer, book: SessionBook, store: EndsVisitors, metrics: SessionMetrics
+    ) -> None:
+        super().__init__(book, store, metrics)
         self._issuer = issuer
 
     async def check(self, token: str) -> Session:
         """Return the session of a token that is good at this moment; raises BadToken."""
+        try:
+            session = await self._check(token)
+        except BadToken:
+            self._metrics.checks["refused"].inc()
+            raise
+        self._metrics.checks["good"].inc()
+        return session
+
+    async def _check(self, token: str) -> Session:
         if len(token) > MAX_TOKEN:
             raise BadToken(f"longer than {MAX_TOKEN} characters")
         session = self._issuer.prove(token)

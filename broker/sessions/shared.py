@@ -88,6 +88,9 @@ class SharedBook(SessionBook):
         if self._unwritten:
             self._unwritten &= self._alone.ids
 
+    def __len__(self) -> int:
+        return len(self._alone)
+
     async def _only_here(self, session: Session | None) -> Session | None:
         """Return a session that the server does not know because it was away, and tell it."""
         if session is None or session.session_id not in self._unwritten:

@@ -208,3 +208,17 @@ class TestEnding:
         assert await good(edge, minted.token)
         posted = await look(edge, path, "POST")
         assert (posted.status, posted.header("Allow")) == (405, "DELETE, GET, HEAD")
+
+
+async def test_M3_checks_and_ends_are_counted(edge: Edge) -> None:
+    """Every question by its verdict, every end once, and what is on record now."""
+    kept, gone = await edge.ask(), await edge.ask()
+    for token in (kept.token, gone.token, "bad"):
+        await good(edge, token)
+    await look(edge, f"{PATH}/{gone.session}", "DELETE")
+    await look(edge, f"{PATH}/{gone.session}", "DELETE")
+    scrape = await edge.scrape()
+    assert scrape['broker_token_checks_total{verdict="good"}'] == 2
+    assert scrape['broker_token_checks_total{verdict="refused"}'] == 1
+    assert scrape["broker_sessions_ended_total"] == 1
+    assert scrape["broker_sessions_recorded"] == 1
