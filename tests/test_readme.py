@@ -146,6 +146,7 @@ def test_every_other_command_is_a_known_one() -> None:
         "pip",
         "pytest",
         "python3",
+        "tests/load/rolling",
         "tests/load/run",
         "tests/run",
     }
@@ -156,7 +157,9 @@ def test_every_other_command_is_a_known_one() -> None:
     [
         "tests/load/run",
         "tests/load/refusals.py",
+        "tests/load/rolling",
         "tests/bench/cpu.py",
+        "tests/bench/life.py",
         "tests/bench/memory.py",
         "tests/bench/metrics.py",
     ],
