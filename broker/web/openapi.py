@@ -14,6 +14,8 @@ from broker.answers import (
     ValidAnswer,
 )
 from broker.version import VERSION
+from broker.web import openapi_life
+from broker.web.openapi_parts import COMMON_HEADERS, errors, header, json
 from broker.web.wire import HEX, TokenRequest
 
 _REF = "#/components/schemas/{name}"
@@ -32,26 +34,6 @@ _TOKEN_ERRORS: Mapping[int, str] = {
     502: "The vendor failed, or refused the broker's own key",
     503: "No budget, a pause, a breaker or a drain; come back after Retry-After",
     504: "The vendor did not answer before the deadline",
-}
-
-_VERIFY_ERRORS: Mapping[int, str] = {
-    401: "No token, two that differ, or one that is not good; the message says why",
-    403: "A good token, but of another agent than the one required",
-}
-
-_FORM_ERRORS: Mapping[int, str] = {
-    400: "No token, more than one, or no form; or the secret was sent twice",
-    401: "No client secret, or an unknown one",
-    403: "The secret came from a browser",
-    408: "The body did not arrive in time",
-    413: "The body is larger than 8 KiB",
-    415: "The body has a content encoding",
-    429: "Too many failed attempts from this address",
-}
-
-_REVOKE_ERRORS: Mapping[int, str] = {
-    **_FORM_ERRORS,
-    503: "More sessions were ended within an hour than can be remembered",
 }
 
 _VALIDATE_ERRORS: Mapping[int, str] = {
@@ -89,9 +71,9 @@ def document(server_url: str, *, any_fingerprint: bool = False) -> dict[str, Any
         "servers": [{"url": server_url}],
         "paths": {
             "/v1/embed-tokens/request": {"post": _token_operation(reference)},
-            "/v1/embed-tokens/verify": {"get": _verify_operation(reference)},
-            "/v1/introspect": {"post": _introspect_operation(reference)},
-            "/v1/revoke": {"post": _revoke_operation(reference)},
+            "/v1/embed-tokens/verify": {"get": openapi_life.verify(reference)},
+            "/v1/introspect": {"post": openapi_life.introspect(reference)},
+            "/v1/revoke": {"post": openapi_life.revoke(reference)},
             "/v1/validate": {"post": _validate_operation(reference)},
             "/livez": {"get": _health_operation(reference, "livez", "Is the process alive?")},
             "/readyz": {"get": _ready_operation(reference)},
@@ -128,10 +110,10 @@ def _token_operation(reference: Mapping[str, Any]) -> dict[str, Any]:
         "responses": {
             "200": {
                 "description": "A token, minted now or reused",
-                "headers": {**_COMMON_HEADERS, **_LIMIT_HEADERS, "Cache-Status": _CACHE_STATUS},
-                "content": _json(reference["TokenAnswer"]),
+                "headers": {**COMMON_HEADERS, **_LIMIT_HEADERS, "Cache-Status": _CACHE_STATUS},
+                "content": json(reference["TokenAnswer"]),
             },
-            **_errors(reference, _TOKEN_ERRORS),
+            **errors(reference, _TOKEN_ERRORS),
         },
     }
 
@@ -144,67 +126,10 @@ def _validate_operation(reference: Mapping[str, Any]) -> dict[str, Any]:
         "responses": {
             "200": {
                 "description": "Whether it is",
-                "headers": _COMMON_HEADERS,
-                "content": _json(reference["ValidAnswer"]),
+                "headers": COMMON_HEADERS,
+                "content": json(reference["ValidAnswer"]),
             },
-            **_errors(reference, _VALIDATE_ERRORS),
-        },
-    }
-
-
-def _verify_operation(reference: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "operationId": "verifyToken",
-        "summary": "Is this embed token good? For proxies in front of a viewer",
-        "description": "Answers any method, without reading a body. The token comes as"
-        " `Authorization: Bearer`, as `X-Embed-Token`, or from a trusted proxy as `token` in the"
-        " query of `X-Original-URI`, of `X-Forwarded-Uri`, or of what follows this path.",
-        "security": [{"embedToken": []}, {"bearer": []}],
-        "parameters": [
-            {
-                "name": "X-Embed-Require-Agent",
-                "in": "header",
-                "description": "The agent whose token it has to be",
-                "schema": {"type": "string"},
-            }
-        ],
-        "responses": {
-            "200": {"description": "It is", "headers": {**_COMMON_HEADERS, **_SESSION_HEADERS}},
-            **_errors(reference, _VERIFY_ERRORS),
-        },
-    }
-
-
-def _introspect_operation(reference: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "operationId": "introspectToken",
-        "summary": "What is this token? (RFC 7662)",
-        "description": "Tells a client about its own tokens; of any other, and of one that is"
-        " expired or revoked, only that it is not active.",
-        "security": [{"apiSecret": []}, {"bearer": []}],
-        "requestBody": _FORM,
-        "responses": {
-            "200": {
-                "description": "Active or not",
-                "headers": _COMMON_HEADERS,
-                "content": _json({"anyOf": [reference["ActiveToken"], reference["InactiveToken"]]}),
-            },
-            **_errors(reference, _FORM_ERRORS),
-        },
-    }
-
-
-def _revoke_operation(reference: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "operationId": "revokeToken",
-        "summary": "End the session of this token (RFC 7009)",
-        "description": "From the answer on, the token is not good and its session is not handed"
-        " out again. A token that is not this client's, or not good, changes nothing.",
-        "security": [{"apiSecret": []}, {"bearer": []}],
-        "requestBody": _FORM,
-        "responses": {
-            "200": {"description": "Done, or nothing to do", "headers": _COMMON_HEADERS},
-            **_errors(reference, _REVOKE_ERRORS),
+            **errors(reference, _VALIDATE_ERRORS),
         },
     }
 
@@ -212,8 +137,8 @@ def _revoke_operation(reference: Mapping[str, Any]) -> dict[str, Any]:
 def _health_operation(reference: Mapping[str, Any], name: str, summary: str) -> dict[str, Any]:
     answer = {
         "description": "Yes",
-        "headers": _COMMON_HEADERS,
-        "content": _json(reference["HealthAnswer"]),
+        "headers": COMMON_HEADERS,
+        "content": json(reference["HealthAnswer"]),
     }
     return {"operationId": name, "summary": summary, "security": [], "responses": {"200": answer}}
 
@@ -227,66 +152,14 @@ def _ready_operation(reference: Mapping[str, Any]) -> dict[str, Any]:
     return operation
 
 
-def _errors(reference: Mapping[str, Any], texts: Mapping[int, str]) -> dict[str, Any]:
-    return {
-        str(status): {
-            "description": text,
-            "headers": {
-                **_COMMON_HEADERS,
-                **({"Retry-After": _RETRY_AFTER} if status in (429, 503) else {}),
-            },
-            "content": _json(reference["ErrorAnswer"]),
-        }
-        for status, text in texts.items()
-    }
-
-
-def _json(schema: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
-    return {"application/json": {"schema": schema}}
-
-
-def _header(text: str, schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {"description": text, "schema": dict(schema)}
-
-
 _EXAMPLE = {"agent_id": "A78WKV4515", "fingerprint": "9f86d081884c7d659a2feaa0c55ad015"}
 
-_FORM = {
-    "required": True,
-    "content": {
-        "application/x-www-form-urlencoded": {
-            "schema": {
-                "type": "object",
-                "properties": {
-                    "token": {"type": "string", "minLength": 1},
-                    "token_type_hint": {"type": "string"},
-                },
-                "required": ["token"],
-            }
-        }
-    },
-}
-
-_COMMON_HEADERS = {
-    "X-Request-Id": _header("Names this request in the log", {"type": "string"}),
-    "Cache-Control": _header("Tokens are never stored by caches", {"const": "no-store"}),
-}
-
 _LIMIT_HEADERS = {
-    "X-RateLimit-Limit": _header("Burst of the visitor's limit", {"type": "integer"}),
-    "X-RateLimit-Remaining": _header("Requests left at this moment", {"type": "integer"}),
-    "X-RateLimit-Reset": _header("Unix seconds at which all are back", {"type": "integer"}),
-    "RateLimit-Policy": _header('"name";q=burst;w=seconds', {"type": "string"}),
-    "RateLimit": _header('"name";r=left;t=seconds to the next', {"type": "string"}),
+    "X-RateLimit-Limit": header("Burst of the visitor's limit", {"type": "integer"}),
+    "X-RateLimit-Remaining": header("Requests left at this moment", {"type": "integer"}),
+    "X-RateLimit-Reset": header("Unix seconds at which all are back", {"type": "integer"}),
+    "RateLimit-Policy": header('"name";q=burst;w=seconds', {"type": "string"}),
+    "RateLimit": header('"name";r=left;t=seconds to the next', {"type": "string"}),
 }
 
-_SESSION_HEADERS = {
-    "X-Embed-Session": _header("The session", {"type": "string"}),
-    "X-Embed-Agent": _header("Its agent", {"type": "string"}),
-    "X-Embed-Fingerprint": _header("Its visitor, percent-encoded", {"type": "string"}),
-    "X-Embed-Expires": _header("The token's expiry in Unix seconds", {"type": "integer"}),
-}
-
-_CACHE_STATUS = _header("RFC 9211: hit, or fwd=miss", {"type": "string"})
-
-_RETRY_AFTER = _header("Seconds to wait, at least 1", {"type": "integer", "minimum": 1})
+_CACHE_STATUS = header("RFC 9211: hit, or fwd=miss", {"type": "string"})
