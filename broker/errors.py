@@ -97,9 +97,13 @@ class AgentNotAllowed(CallerError):
 
 
 class SecretInBrowser(CallerError):
-    """A client secret arrived from a browser: it has leaked into a page."""
+    """The secret of `client` arrived from a browser: it has leaked into a page."""
 
     status, code, outcome = 403, "SECRET_IN_BROWSER", Outcome.FORBIDDEN
+
+    def __init__(self, message: str, client: str) -> None:
+        super().__init__(message)
+        self.client = client
 
 
 class NotFound(CallerError):

@@ -99,7 +99,7 @@ class Door:
                 f"unknown client secret: check it against the broker's {self._section}"
             )
         if ORIGIN in headers and not client.allow_origin:
-            self._refuse_browser(headers)
+            self._refuse_browser(headers, client.name)
         return client
 
     def is_valid(self, request: BaseRequest, now: int) -> bool:
@@ -137,11 +137,12 @@ class Door:
         if not verdict.allowed:
             raise RateLimited(LimitName.AUTH, verdict)
 
-    def _refuse_browser(self, headers: "CIMultiDictProxy[str]") -> None:
+    def _refuse_browser(self, headers: "CIMultiDictProxy[str]", client: str) -> None:
         if headers.get(ORIGIN) not in self._own_origins:
             raise SecretInBrowser(
                 "a client secret came with an Origin header, so from a browser: it has leaked into"
-                " a page; replace it, and request tokens from your backend"
+                " a page; replace it, and request tokens from your backend",
+                client,
             )
 
     def address_of(self, headers: "CIMultiDictProxy[str]", peer: str | None) -> str:

@@ -324,6 +324,9 @@ def _log_failure(
     client: KnownClient | None,
     ask: Ask | None,
 ) -> None:
+    if isinstance(error, errors.SecretInBrowser):  # an event of its own: somebody has to act
+        log.error("broker.secret_in_browser", client=error.client, request_id=request_id)
+        return
     fields: dict[str, object] = {
         "request_id": request_id,
         "status": error.status,
