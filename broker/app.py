@@ -42,7 +42,7 @@ from broker.stores import snapshot
 from broker.stores.memory import MemoryStore
 from broker.stores.tokens import TokenCache
 from broker.watch import SecretFiles
-from broker.web import admin, life, sessions
+from broker.web import admin, life, script, sessions
 from broker.web.door import Door
 from broker.web.routes import Routes
 from broker.web.server import BACKLOG, DataServer
@@ -343,11 +343,12 @@ class App:
         )
         self._routes.use_log(debug=settings.log.level == "debug")
         life.add(self._routes, self.door, self.sessions, self._clock)
+        embed = script.add(self._routes)
         self._server = DataServer(
             self._routes, self._routes.error_head, self.metrics.process.connections
         )
         self._listener, self.url = await self._listen()
-        self._add_pages()
+        self._add_pages(embed)
 
     async def _listen(self) -> "tuple[asyncio.Server | Acceptor, str]":
         if self._seat is None:
@@ -358,8 +359,14 @@ class App:
         acceptor.start(BACKLOG)
         return acceptor, self._seat.url
 
-    def _add_pages(self) -> None:
+    def _add_pages(self, embed: script.Script) -> None:
         """Pages for people: imported only where they are served."""
+        if self._dev:
+            from broker import dev  # noqa: PLC0415 - development only
+            from broker.web import demo  # noqa: PLC0415
+
+            secret = dev.client_secret(self._settings)
+            demo.add(self._routes, embed, self.url, secret, demo.by_keyring(self.issuer))
         if not self._settings.server.docs:
             return
         from broker.web import docs  # noqa: PLC0415 - rare, and keeps the start short

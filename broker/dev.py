@@ -7,6 +7,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from broker import parts
+from broker.config import read_secret
 from broker.model import Secret
 from broker.settings import Settings
 
@@ -43,6 +44,15 @@ class Made:
             local = replace(local, signing_key=CLIENT)
             settings = replace(settings, issuer=replace(settings.issuer, local=local))
         return parts.make_up(settings, self.secret)
+
+
+def client_secret(settings: Settings) -> str:
+    """Return the secret of the development client, "" if there is none."""
+    client = settings.clients.get(CLIENT)
+    if client is None:
+        return ""
+    secret = read_secret(f"clients.{CLIENT}.secret", client.secret, client.secret_file)
+    return secret.reveal() if secret is not None else ""
 
 
 def curl_line(url: str, secret: str) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 import structlog
 
 from broker.app import App
-from broker.config import read_secret
 from broker.listen import CannotListen
 from broker.settings import Settings
 from broker.supervisor import CannotStart, Supervisor
@@ -86,8 +85,6 @@ def _introduce(app: App | Supervisor, settings: Settings) -> None:
     """Tell programs (first line) and people (second) how to get a first token."""
     from broker import dev  # noqa: PLC0415 - development only
 
-    client = settings.clients[dev.CLIENT]
-    secret = read_secret(f"clients.{dev.CLIENT}.secret", client.secret, client.secret_file)
-    shown = secret.reveal() if secret is not None else ""
+    shown = dev.client_secret(settings)
     print(json.dumps({"url": app.url, "admin_url": app.admin_url, "api_secret": shown}))
     print(dev.curl_line(app.url, shown), flush=True)

@@ -86,11 +86,16 @@ async def _catch_up(request: BaseRequest, transport: asyncio.Transport) -> None:
         raise ClientConnectionResetError("the client does not read") from None
 
 
-def head(status: int, length: int, content_type: str, request_id: str, date: str) -> str:
-    """Return the part of a head that every answer has, without the closing empty line."""
+def head(
+    status: int, length: int, content_type: str, request_id: str, date: str, cache: str = "no-store"
+) -> str:
+    """Return the part of a head that every answer has, without the closing empty line.
+
+    `cache` is Cache-Control: tokens are never stored; only the public files of `script` differ.
+    """
     return (
         f"{_STATUS_LINES[status]}Content-Type: {content_type}\r\nContent-Length: {length}\r\n"
-        f"Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\nDate: {date}\r\n"
+        f"Cache-Control: {cache}\r\nX-Content-Type-Options: nosniff\r\nDate: {date}\r\n"
         f"X-Request-Id: {request_id}\r\n"
     )
 

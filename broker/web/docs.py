@@ -80,6 +80,7 @@ code {{ overflow-wrap: anywhere; }}
 <h1>embed-token-broker</h1>
 <p>Development mode: keys and the client secret were made at the start and end with the process.</p>
 <ul>
+<li><a href="/demo">/demo</a>: a page with an avatar's stand-in, on localhost or 127.0.0.1</li>
 <li><a href="/docs">/docs</a>: the API, interactive</li>
 <li><a href="/openapi.json">/openapi.json</a>: the API document</li>
 <li><a href="/metrics">/metrics</a>: what Prometheus would scrape</li>

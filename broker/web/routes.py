@@ -63,7 +63,8 @@ _OK = plain_body(HealthAnswer("ok"))
 class Routes:
     """Answers the data listener; give it to `DataServer`.
 
-    `table` maps exact paths to handlers by method; pages of development mode are added to it.
+    `table` maps exact paths to handlers by method, and `/folder/*` where the last segment is free;
+    pages are added to it.
     `deadline` is how many seconds a request may take.
     """
 
@@ -137,11 +138,19 @@ class Routes:
         elif method == ANY_METHOD:
             methods["GET"] = guarded  # which is found at once
 
-    def page(self, content_type: str, content: bytes, headers: str = "") -> Handler:
+    def page(
+        self,
+        content_type: str,
+        content: bytes,
+        headers: str = "",
+        *,
+        status: int = 200,
+        cache: str = "no-store",
+    ) -> Handler:
         """Make a handler that answers fixed bytes; `headers` are ready lines with their CRLF."""
 
         async def answer(_request: BaseRequest, request_id: str) -> web.StreamResponse:
-            return self.answer(200, content, request_id, headers, content_type)
+            return self.answer(status, content, request_id, headers, content_type, cache)
 
         return answer
 
@@ -276,10 +285,11 @@ class Routes:
         request_id: str,
         headers: str = "",
         content_type: str = JSON_TYPE,
+        cache: str = "no-store",
     ) -> web.StreamResponse:
         """Return an answer; `headers` are ready lines with their CRLF."""
         date = self._http_date(self._clock.wall())
-        text = head(status, len(content), content_type, request_id, date)
+        text = head(status, len(content), content_type, request_id, date, cache)
         close = self._health.draining or status in _CLOSING
         return ReadyAnswer(status, text + headers, content, close=close)
 

@@ -60,9 +60,11 @@ class TestDocument:
         assert set(re.findall(r"'\$ref': '([^']+)'", str(API))) <= known
 
     async def test_every_public_route_is_in_it_and_nothing_else(self, edge: Edge) -> None:
-        """Aliases of the liveness probe, pages for people and what is below a path aside."""
+        """Aliases of the liveness probe, the script's files, pages, what is below a path aside."""
         aliases = {"/health", "/healthz", "/v1/embed-tokens/verify/*"}
-        assert set(API["paths"]) == set(edge.app._routes.table) - aliases
+        files = {path for path in edge.app._routes.table if path.startswith("/embed.")}
+        assert len(files) == 4
+        assert set(API["paths"]) == set(edge.app._routes.table) - aliases - files
         for path, operations in API["paths"].items():
             methods = {method.lower() for method in edge.app._routes.table[path]} - {"head", "*"}
             assert set(operations) == methods

@@ -1,0 +1,191 @@
+"""The demonstration of development mode: a site, its backend, and a viewer on other origins.
+
+Three parties, as in production, told apart by the name under which this one listener is asked:
+
+- the site: the page `/demo` with embed.js in it, and its backend's route `/demo/token`, which has
+  the client secret and is an ordinary client of the broker;
+- the embed host, `/embed/CODE?token=...` under the other name of this machine: redirects, as the
+  vendor's does;
+- the viewer on `viewer.localhost`: takes the token out of its address, has it verified, and shows
+  what the microphone hears.
+
+The token route hands tokens to whoever asks: that is why this exists in development mode and on
+loopback only, answers to names of this machine only (a foreign name that resolves to it is an
+attack, "DNS rebinding"), and takes JSON only (a foreign page cannot send that unasked).
+"""
+
+from collections.abc import Awaitable, Callable
+from string import Template
+
+import aiohttp
+import msgspec
+from aiohttp import hdrs, web
+from aiohttp.web_request import BaseRequest
+from yarl import URL
+
+from broker.errors import Invalid, NotFound, Unauthorized
+from broker.issuers.base import Issuer
+from broker.issuers.keyring import BadToken
+from broker.issuers.local import LocalIssuer
+from broker.web import body, wire
+from broker.web.answer import JSON_TYPE
+from broker.web.routes import TOKEN_PATH, Handler, Routes
+from broker.web.script import FOLDER, Script
+
+MODES = ("button", "dialog", "inline")
+
+TIMEOUT = aiohttp.ClientTimeout(total=15)
+"""Seconds; longer than the broker's own deadline, whose answer should be seen."""
+
+_OTHER_NAME = {"127.0.0.1": "localhost", "localhost": "127.0.0.1"}
+"""The two names of this machine, which browsers take for two sites."""
+
+_VIEWER = "viewer.localhost"
+"""A third; Chromium and Firefox resolve it by themselves (RFC 6761 section 6.3)."""
+
+_HTML = "text/html; charset=utf-8"
+
+_POLICY = (
+    "Content-Security-Policy: default-src 'none'; script-src 'self'; style-src 'self';"
+    " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none';"
+    " require-trusted-types-for 'script'; trusted-types 'none'; {more}\r\n"
+    "Referrer-Policy: no-referrer\r\n"
+)
+"""The strictest that a page can have: what works here works under any policy."""
+
+_PASSED_ON = (
+    "Cache-Status",
+    "Retry-After",
+    "X-RateLimit-Limit",
+    "X-RateLimit-Remaining",
+    "X-RateLimit-Reset",
+)
+
+
+class Verified(msgspec.Struct, frozen=True):
+    """What the viewer learns of a token."""
+
+    agent: str
+    session: str
+    expires: int
+
+
+Verify = Callable[[str], Awaitable[Verified]]
+"""Checks a token; raises Unauthorized."""
+
+
+def add(routes: Routes, script: Script, url: str, secret: str, verify: Verify) -> None:
+    """Serve the demonstration where both names of this machine lead here, and nobody else does.
+
+    `url` and `secret` are what the site's backend is configured with.
+    """
+    if not (secret and url.startswith("http") and URL(url).host in _OTHER_NAME):
+        return
+    routes.add("/demo", "GET", _local(_site(routes, script)))
+    routes.add("/demo/token", "POST", _local(_backend(routes, url, secret)))
+    routes.add("/embed/*", "GET", _local(_embed_host(routes)))
+    routes.add("/demo/viewer", "GET", _local(_viewer(routes)))
+    routes.add("/demo/verify", "POST", _local(_viewer_backend(routes, verify)))
+    for name in ("demo", "viewer"):
+        for ending, kind in (("css", "text/css"), ("js", "text/javascript")):
+            content = (FOLDER / f"{name}.{ending}").read_bytes()
+            page = routes.page(f"{kind}; charset=utf-8", content)
+            routes.add(f"/demo/{name}.{ending}", "GET", page)
+
+
+def by_keyring(issuer: Issuer) -> Verify:
+    """Verify with the keys at hand."""
+
+    async def verify(token: str) -> Verified:
+        assert isinstance(issuer, LocalIssuer)
+        try:
+            claims = issuer.verify(token)
+        except BadToken as error:
+            raise Unauthorized(f"token: {error}") from None
+        return Verified(str(claims["sub"]), str(claims["sid"]), int(str(claims["exp"])))
+
+    return verify
+
+
+def _local(handler: Handler) -> Handler:
+    """Answer only under a name of this machine."""
+
+    async def answer(request: BaseRequest, request_id: str) -> web.StreamResponse:
+        if URL(f"//{request.host}").host not in (*_OTHER_NAME, _VIEWER):
+            raise NotFound("the demonstration answers to localhost and 127.0.0.1 only")
+        return await handler(request, request_id)
+
+    return answer
+
+
+def _site(routes: Routes, script: Script) -> Handler:
+    template = Template((FOLDER / "demo.html").read_text(encoding="utf-8"))
+
+    async def answer(request: BaseRequest, request_id: str) -> web.StreamResponse:
+        mode = request.query.get("mode", MODES[0])
+        if mode not in MODES:
+            raise Invalid(f"mode: must be one of {', '.join(MODES)}")
+        embed, viewer = _origins(request)
+        page = template.substitute(
+            {f"is_{name}": ' aria-current="page"' if name == mode else "" for name in MODES},
+            src=script.src,
+            integrity=script.integrity,
+            mode=mode,
+            embed=embed,
+            viewer=viewer,
+        )
+        policy = _POLICY.format(more=f"frame-src {embed} {viewer}; frame-ancestors 'none'")
+        return await routes.page(_HTML, page.encode(), policy)(request, request_id)
+
+    return answer
+
+
+def _backend(routes: Routes, url: str, secret: str) -> Handler:
+    """Make the site's route: what the README shows for a dozen frameworks."""
+
+    async def answer(request: BaseRequest, request_id: str) -> web.StreamResponse:
+        if request.headers.get(hdrs.CONTENT_TYPE, "").partition(";")[0] != JSON_TYPE:
+            raise Invalid(f"content-type: must be {JSON_TYPE}")
+        content = await body.read(request, wire.MAX_BODY)
+        async with (
+            aiohttp.ClientSession(timeout=TIMEOUT) as http,
+            http.post(f"{url}{TOKEN_PATH}", data=content, headers={"api-secret": secret}) as got,
+        ):
+            told = "".join(
+                f"{name}: {got.headers[name]}\r\n" for name in _PASSED_ON if name in got.headers
+            )
+            page = routes.page(JSON_TYPE, await got.read(), told, status=got.status)
+        return await page(request, request_id)
+
+    return answer
+
+
+def _embed_host(routes: Routes) -> Handler:
+    async def answer(request: BaseRequest, request_id: str) -> web.StreamResponse:
+        _, viewer = _origins(request)
+        target = URL(f"{viewer}/demo/viewer").with_query(token=request.query.get("token", ""))
+        headers = f"Location: {target}\r\nReferrer-Policy: no-referrer\r\n"
+        return await routes.page("text/plain", b"", headers, status=302)(request, request_id)
+
+    return answer
+
+
+def _viewer(routes: Routes) -> Handler:
+    policy = _POLICY.format(more="frame-ancestors http://localhost:* http://127.0.0.1:*")
+    return routes.page(_HTML, (FOLDER / "viewer.html").read_bytes(), policy)
+
+
+def _viewer_backend(routes: Routes, verify: Verify) -> Handler:
+    async def answer(request: BaseRequest, request_id: str) -> web.StreamResponse:
+        token = request.headers.get(hdrs.AUTHORIZATION, "").removeprefix("Bearer ")
+        verified = await verify(token)
+        return await routes.page(JSON_TYPE, msgspec.json.encode(verified))(request, request_id)
+
+    return answer
+
+
+def _origins(request: BaseRequest) -> tuple[str, str]:
+    """Return the origins of embed host and viewer for somebody who came under this name."""
+    asked = URL(f"http://{request.host}")
+    other = _OTHER_NAME.get(asked.host or "", "localhost")
+    return f"http://{other}:{asked.port}", f"http://{_VIEWER}:{asked.port}"
