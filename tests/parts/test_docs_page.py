@@ -5,18 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from browsing import Visit
+from playwright.sync_api import Browser, expect
 from running import Broker, broker
 
 pytestmark = pytest.mark.parts
-
-FLAGS = [
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
-"""Chromium's own errands, which have nothing to do with the page."""
 
 
 @pytest.fixture(scope="module")
@@ -24,40 +17,6 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     """Run one development broker."""
     with broker(tmp_path_factory.mktemp("broker")) as started:
         yield started
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Run Debian's Chromium without a screen."""
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(
-            executable_path="/usr/bin/chromium", chromium_sandbox=False, args=FLAGS
-        )
-        yield chromium
-        chromium.close()
-
-
-class Visit:
-    """A page, and what it asked for and complained about."""
-
-    def __init__(self, browser: Browser) -> None:
-        self.page: Page = browser.new_page(viewport={"width": 1200, "height": 1600})
-        self.requests: list[str] = []
-        self.complaints: list[str] = []
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on(
-            "console",
-            lambda message: (
-                self.complaints.append(message.text)
-                if message.type in ("error", "warning")
-                else None
-            ),
-        )
-
-    def foreign(self, url: str) -> list[str]:
-        """Return what was asked of anybody but `url`."""
-        return [asked for asked in self.requests if not asked.startswith((f"{url}/", "data:"))]
 
 
 def test_the_documents_form_mints_a_token(
