@@ -77,6 +77,12 @@ def of(language: str) -> list[Block]:
     return found
 
 
+def under(heading: str, language: str) -> Block:
+    """Return the one block of a language under a heading."""
+    (found,) = [block for block in of(language) if block.heading == heading]
+    return found
+
+
 def table(first_column: str, heading: str) -> list[list[str]]:
     """Return the rows of the one table under `heading` whose first column is called so."""
     section = re.split(r"(?m)^#+ ", README)
@@ -117,9 +123,12 @@ def commands() -> Iterator[list[str]]:
 def test_every_block_has_a_language_that_is_tested() -> None:
     """A block of another kind would be one that nothing holds to the code."""
     assert {block.language for block in BLOCKS} == {
+        "go",
         "html",
         "js",
         "json",
+        "jsx",
+        "php",
         "python",
         "sh",
         "text",
@@ -142,6 +151,7 @@ def test_every_other_command_is_a_known_one() -> None:
     assert others == {
         ".cache/venv/bin/python",
         ".venv/bin/pip",
+        "curl",
         "export",
         "pip",
         "pytest",
@@ -249,16 +259,22 @@ def test_the_error_is_the_one_that_is_sent() -> None:
 
 def test_the_iframe_is_the_one_that_the_command_prints() -> None:
     """The snippet in the page and `broker mint --iframe` cannot drift apart."""
-    (block,) = of("html")
+    block = under("The iframe", "html")
     assert " ".join(block.text.split()) == mint.iframe("A78WKV4515", "TOKEN")
     assert html.unescape(block.text).count("TOKEN") == 1
 
 
-@pytest.mark.parametrize("number", range(len(of("python"))))
+ROUTES = {"Node", "Express", "Next.js", "FastAPI", "Flask", "Django", "Go", "PHP"}
+"""Headings of backends, which need their frameworks: tests/parts/test_snippets.py runs them."""
+
+PROGRAMS = [block for block in of("python") if block.heading not in ROUTES]
+
+
+@pytest.mark.parametrize("number", range(len(PROGRAMS)))
 def test_every_python_block_runs(number: int) -> None:
     """As a program of its own, with warnings as errors."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", of("python")[number].text],
+        [sys.executable, "-W", "error", "-c", PROGRAMS[number].text],
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -268,6 +284,36 @@ def test_every_python_block_runs(number: int) -> None:
 
 
 # -- tables
+
+
+EMBED = (ROOT / "broker" / "web" / "embed" / "embed.js").read_text(encoding="utf-8")
+
+
+def test_attributes_are_those_that_the_script_reads() -> None:
+    """Each option of the types as `data-*`, and no other."""
+    types = (ROOT / "broker" / "web" / "embed" / "embed.d.ts").read_text(encoding="utf-8")
+    options = re.findall(r"interface (?:Token|Mount)Options [^{]*\{(.*?)\n    \}", types, re.DOTALL)
+    names = {name for text in options for name in re.findall(r"(?m)^      (\w+)\??:", text)}
+    documented = [name for row in table("attribute", "In the page") for name in code_in(row[0])]
+    attributes = {"data-" + re.sub("[A-Z]", lambda m: f"-{m[0].lower()}", name) for name in names}
+    assert set(documented) == attributes
+    assert len(documented) == len(attributes) == 8
+
+
+def test_symptoms_name_codes_and_texts_that_exist() -> None:
+    """What a visitor reads is in the script; what a developer reads there or on the wire."""
+    classes = [errors.BrokerError]
+    for kind in classes:  # grows while it is read: the whole tree
+        classes += kind.__subclasses__()
+    codes = (
+        {kind.code for kind in classes} | BY_CODE.keys() | set(re.findall(r'"([A-Z_]+)"', EMBED))
+    )
+    rows = table("what one sees", "When it does not work")
+    named = {code for row in rows for code in code_in(row[1]) if not code.startswith("HTTP_")}
+    assert len(named) > 10
+    assert named <= codes
+    for text in re.findall(r'"([^"]+)"', " ".join(row[0] for row in rows)):
+        assert text.rstrip(".") in EMBED
 
 
 def test_error_codes_are_those_of_the_code() -> None:
@@ -595,7 +641,7 @@ def test_the_iframe_command_prints_the_shown_iframe(running: Dev) -> None:
         timeout=PATIENCE,
         check=True,
     )
-    (block,) = of("html")
+    block = under("The iframe", "html")
     shown = re.sub(r"token=[^\"]+", "token=TOKEN", done.stdout)
     assert shown.split() == block.text.split()
 
@@ -627,23 +673,6 @@ class TestJavaScript:
             assert re.fullmatch(r"[0-9a-f]{32}", fingerprint)
             body = json.dumps({"agent_id": "A78WKV4515", "fingerprint": fingerprint}).encode()
             assert wire.parse(body, "web", any_fingerprint=False).fingerprint == fingerprint
-
-    def test_the_backend_s_call_gets_a_token(self, running: Dev) -> None:
-        """The documented function, against a real broker."""
-        _, answer = post(running, b'{"agent_id": "A1", "fingerprint": "beefbeef"}')
-        assert self.call(running, "A1", "beefbeef").strip() == answer["data"]["token"]
-
-    def test_the_backend_s_call_tells_a_refusal(self, running: Dev) -> None:
-        """An error names the code; nothing else could be acted on."""
-        assert self.call(running, "A1", "anonymous").startswith("VALIDATION_ERROR, ")
-
-    def call(self, running: Dev, *arguments: str) -> str:
-        (block,) = [block for block in of("js") if "fetch(" in block.text]
-        words = ", ".join(json.dumps(word) for word in (running.url, running.secret, *arguments))
-        return self.node(
-            f"{block.text}\nembedToken({words})"
-            ".then(console.log, (error) => console.log(error.message));"
-        )
 
     def node(self, script: str) -> str:
         return subprocess.run(

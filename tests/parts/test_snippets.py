@@ -1,0 +1,249 @@
+"""The README's routes, each run as it stands by its own runtime: what a page asks for its token."""
+
+import json
+import os
+import re
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jwt
+import pytest
+from running import Broker, broker, free_port, output_of, tool, until
+
+pytestmark = pytest.mark.parts
+
+AGENT = "A78WKV4515"
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+DJANGO = """
+from django.conf import settings
+
+settings.configure(ROOT_URLCONF="urls", ALLOWED_HOSTS=["127.0.0.1"], SECRET_KEY="for this test")
+import django
+from django.core.wsgi import get_wsgi_application
+
+serve(get_wsgi_application())
+"""
+
+FLASK = """
+from flask_app import app
+
+serve(app)
+"""
+
+WSGI = """
+import os
+from wsgiref.simple_server import make_server
+
+
+def serve(app):
+    make_server("127.0.0.1", int(os.environ["PORT"]), app).serve_forever()
+
+"""
+
+NEXT = """
+import { createServer } from "node:http";
+import { POST } from "./route.mjs";
+
+createServer(async (incoming, outgoing) => {
+  const chunks = [];
+  for await (const chunk of incoming) chunks.push(chunk);
+  const body = Buffer.concat(chunks);
+  const answer = await POST(new Request("http://site" + incoming.url, { method: "POST", body }))
+    .catch(() => new Response(null, { status: 500 }));
+  outgoing.writeHead(answer.status, Object.fromEntries(answer.headers));
+  outgoing.end(Buffer.from(await answer.arrayBuffer()));
+}).listen(process.env.PORT, "127.0.0.1");
+"""
+"""What Next.js does with a route handler: a standard Request in, a standard Response out."""
+
+
+def snippet(heading: str) -> str:
+    """Return the block under this heading."""
+    found = re.search(
+        rf"(?m)^#### {re.escape(heading)}\n(?:.*\n)*?```\w+\n((?:.*\n)*?)```$", README
+    )
+    assert found is not None
+    return found[1]
+
+
+def node(folder: Path) -> list[str]:
+    """Run it as it is."""
+    (folder / "server.mjs").write_text(snippet("Node"), encoding="utf-8")
+    return ["node", "server.mjs"]
+
+
+def express(folder: Path, packages: Path) -> list[str]:
+    """Run it with the locked Express."""
+    (folder / "node_modules").symlink_to(packages / "node_modules")
+    (folder / "server.mjs").write_text(snippet("Express"), encoding="utf-8")
+    return ["node", "server.mjs"]
+
+
+def next_js(folder: Path) -> list[str]:
+    """Run the handler as Next.js does, without the rest of it."""
+    (folder / "route.mjs").write_text(snippet("Next.js"), encoding="utf-8")
+    (folder / "server.mjs").write_text(NEXT, encoding="utf-8")
+    return ["node", "server.mjs"]
+
+
+def fastapi(folder: Path) -> list[str]:
+    """Run it by uvicorn."""
+    (folder / "main.py").write_text(snippet("FastAPI"), encoding="utf-8")
+    return [tool("uvicorn"), "main:app", "--log-level=warning", "--port"]
+
+
+def flask(folder: Path) -> list[str]:
+    """Run it by the standard library's server."""
+    (folder / "flask_app.py").write_text(snippet("Flask"), encoding="utf-8")
+    (folder / "serve.py").write_text(WSGI + FLASK, encoding="utf-8")
+    return [sys.executable, "serve.py"]
+
+
+def django(folder: Path) -> list[str]:
+    """Run it with the least settings there are."""
+    (folder / "urls.py").write_text(snippet("Django"), encoding="utf-8")
+    (folder / "serve.py").write_text(WSGI + DJANGO, encoding="utf-8")
+    return [sys.executable, "serve.py"]
+
+
+def go(folder: Path) -> list[str]:
+    """Build it; it must be formatted, too."""
+    source = folder / "main.go"
+    source.write_text(snippet("Go"), encoding="utf-8")
+    assert output_of(["gofmt", "-l", str(source)]) == ""
+    binary = folder / "server"
+    output_of(["go", "build", "-o", str(binary), str(source)])
+    return [str(binary)]
+
+
+def php(folder: Path) -> list[str]:
+    """Run it by PHP's own server, without any extension."""
+    (folder / "avatar-token.php").write_text(snippet("PHP"), encoding="utf-8")
+    return ["php", "-n", "-d", "display_errors=stderr", "-S"]
+
+
+BACKENDS: dict[str, Callable[..., list[str]]] = {
+    "Node": node,
+    "Express": express,
+    "Next.js": next_js,
+    "FastAPI": fastapi,
+    "Flask": flask,
+    "Django": django,
+    "Go": go,
+    "PHP": php,
+}
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """Run one broker for all backends; a visitor's bucket of five refills in minutes."""
+    slow = {"limits.fingerprint.rate": 1, "limits.fingerprint.burst": 5}
+    with broker(tmp_path_factory.mktemp("broker"), slow) as started:
+        yield started
+
+
+@contextmanager
+def serving(command: list[str], folder: Path, broker_url: str, secret: str) -> Iterator[str]:
+    """Run a backend; yields the URL of its route."""
+    port = free_port()
+    if command[-1] == "--port":
+        command = [*command, str(port)]
+    elif command[-1] == "-S":
+        command = [*command, f"127.0.0.1:{port}", "avatar-token.php"]
+    environment = {
+        **os.environ,
+        "BROKER_URL": broker_url,
+        "BROKER_API_SECRET": secret,
+        "PORT": str(port),
+    }
+    url = f"http://127.0.0.1:{port}/avatar-token"
+    log = folder / "backend.log"
+    with (
+        log.open("w", encoding="utf-8") as output,
+        subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=output, stderr=output
+        ) as process,
+    ):
+        try:
+            until(lambda: _listens(url), f"{command[0]}; it wrote {log.read_text()}")
+            yield url
+            assert process.poll() is None, log.read_text()  # it survived everything
+        finally:
+            process.kill()
+
+
+def _listens(url: str) -> bool:
+    try:
+        httpx.get(url, timeout=5)
+    except httpx.TransportError:
+        return False
+    return True
+
+
+def ask(url: str, fingerprint: object) -> httpx.Response:
+    """Ask as embed.js does."""
+    body = {"agent_id": "IGNORED", "fingerprint": fingerprint}
+    return httpx.post(url, json=body, timeout=30)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_route_hands_out_tokens_and_passes_refusals_on(
+    running: Broker, tmp_path: Path, request: pytest.FixtureRequest, name: str
+) -> None:
+    """A token of the backend's own agent, the same again; 400 and 429 as the broker words them."""
+    needs = {"packages": request.getfixturevalue("packages")} if name == "Express" else {}
+    command = BACKENDS[name](tmp_path, **needs)
+    visitor = secrets.token_hex(16)
+    with serving(command, tmp_path, running.url, running.secret) as url:
+        first, again = ask(url, visitor), ask(url, visitor)
+        assert first.status_code == 200, first.text
+        data: dict[str, Any] = first.json()["data"]
+        assert again.json()["data"] == data
+        claims = jwt.decode(data["token"], options={"verify_signature": False})
+        assert (claims["sub"], claims["fingerprint"]) == (AGENT, visitor)
+        assert first.headers["Cache-Control"] == "no-store"
+        assert first.headers["Content-Type"].startswith("application/json")
+
+        wrong = ask(url, "anonymous")
+        assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "VALIDATION_ERROR")
+        for body in (b"", b"{", b"[]", b'"text"', b"{}", b'{"fingerprint": 7}'):
+            broken = httpx.post(url, content=body, headers={"Content-Type": "application/json"})
+            assert broken.status_code >= 400, body
+            assert running.secret not in broken.text
+            assert 'success":true' not in broken.text
+
+        refused = [ask(url, visitor) for _ in range(4)][-1]
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "RATE_LIMITED")
+        assert int(refused.headers["Retry-After"]) >= 1
+
+
+@pytest.mark.parametrize("name", ["Node", "Go", "PHP"])
+def test_a_route_survives_a_broker_that_is_not_there(tmp_path: Path, name: str) -> None:
+    """502 where the snippet says so: frameworks answer 500 by themselves."""
+    command = BACKENDS[name](tmp_path)
+    absent = f"http://127.0.0.1:{free_port()}"
+    with serving(command, tmp_path, absent, "x") as url:
+        assert ask(url, "beefbeef").status_code == 502
+
+
+def test_the_curl_line_is_the_one_that_the_broker_prints(running: Broker) -> None:
+    """But for address and secret; and it works."""
+    line = snippet("curl").strip()
+    real = line.replace("http://127.0.0.1:8080", running.url)
+    real = real.replace("CLIENT_SECRET", running.secret)
+    assert real == running.curl_line
+    assert json.loads(output_of(["bash", "-c", real]))["success"] is True
+
+
+def test_every_backend_is_run(running: Broker) -> None:
+    """A new heading needs a runner here."""
+    part = README.partition("### The route of your backend")[2].partition("\n### ")[0]
+    assert re.findall(r"(?m)^#### (.+)$", part) == ["curl", *BACKENDS]
