@@ -1,6 +1,11 @@
 """Every store keeps the contract; beside it, what only the store in memory can show."""
 
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+
 import pytest
+from replica import Replica, opened
+from servers import AnyServer, StoreCluster, StoreServer
 
 pytest.register_assert_rewrite("store_contract")
 
@@ -53,6 +58,74 @@ class TestMemoryStore(StoreContract):
             return OpenedMemory(limits)
 
         return opened
+
+
+class OpenedShared(Opened):
+    """A store on a server, whose clock the test moves together with the replica's."""
+
+    def __init__(self, server: AnyServer, limits: Limits) -> None:
+        self.replica = Replica(server.address, limits, now=lambda: self.now)
+        self.store = self.replica.store
+        self.now = 1_790_000_000_123_456  # us; a date of sixteen digits, as servers have
+
+    def moments(self) -> tuple[int, int]:
+        return self.replica.moments()
+
+    async def pass_time(self, us: int) -> None:
+        await self.replica.settled()
+        self.now += us
+        self.replica.clock.advance(us / SECOND)
+
+    def use_limits(self, limits: Limits) -> None:
+        self.replica.use_limits(limits)
+
+
+class SharedStoreContract(StoreContract):
+    """The contract on a server: no call may fail, or the store in memory would answer instead."""
+
+    @pytest.fixture
+    async def open_store(self, server: AnyServer) -> AsyncIterator[OpenStore]:
+        async with AsyncExitStack() as stack:
+
+            async def open_one(limits: Limits) -> Opened:
+                server.flush()
+                each = OpenedShared(server, limits)
+                await stack.enter_async_context(opened(each.replica))
+                replicas.append(each.replica)
+                return each
+
+            replicas: list[Replica] = []
+            yield open_one
+            for replica in replicas:
+                await replica.settled()
+                assert replica.errors == {}
+
+
+@pytest.mark.parts
+class TestValkey(SharedStoreContract):
+    """The contract on Valkey 9, through a Unix socket."""
+
+    @pytest.fixture
+    def server(self, valkey: StoreServer) -> StoreServer:
+        return valkey
+
+
+@pytest.mark.parts
+class TestRedis(SharedStoreContract):
+    """The contract on Redis 7, by TCP."""
+
+    @pytest.fixture
+    def server(self, redis7: StoreServer) -> StoreServer:
+        return redis7
+
+
+@pytest.mark.parts
+class TestS7Cluster(SharedStoreContract):
+    """The contract on a cluster: no script touches two slots."""
+
+    @pytest.fixture
+    def server(self, valkey_cluster: StoreCluster) -> StoreCluster:
+        return valkey_cluster
 
 
 async def test_M1_tidying_gives_back_what_is_over() -> None:

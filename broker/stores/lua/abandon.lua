@@ -1,11 +1,13 @@
 -- A leader gives up: its lease ends without a token.
 --
 -- KEYS  1 lease
--- ARGV  1 fence   2 error for those who wait, "" if the next one shall try   3 how long it is told (us)
+-- ARGV  1 fence   2 error for those who wait, "" if the next one shall try
+--       3 how long fence and error are remembered (us)
 -- Reply {replica that waits, ...}
 --
 -- Atomic, so that only the holder ends its lease.  The error stays for a moment, for those who were
--- not woken; whoever did not wait for this leader does not hear of it.
+-- not woken; whoever did not wait for this leader does not hear of it.  The fence stays with it, so
+-- that the next one is larger also if the server's clock steps back.
 
 if redis.call('HGET', KEYS[1], 'fence') ~= ARGV[1] then
   return {}
@@ -18,8 +20,9 @@ for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
   end
 end
 redis.call('DEL', KEYS[1])
+redis.call('HSET', KEYS[1], 'fence', ARGV[1])
 if ARGV[2] ~= '' then
-  redis.call('HSET', KEYS[1], 'fence', ARGV[1], 'error', ARGV[2])
-  redis.call('PEXPIRE', KEYS[1], px(tonumber(ARGV[3])))
+  redis.call('HSET', KEYS[1], 'error', ARGV[2])
 end
+redis.call('PEXPIRE', KEYS[1], px(tonumber(ARGV[3])))
 return waiting

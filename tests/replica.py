@@ -1,0 +1,192 @@
+"""One broker's part of a shared store, put together as the application does, without HTTP.
+
+Time on a real server cannot be moved.  Where a test says what time it is, the scripts get it as one
+more argument: only `now_us` and `px` of the prelude are others then (keys must not vanish on the
+server's clock while the test's stands still), all else is the text that ships.
+"""
+
+import asyncio
+import re
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import cache
+from hashlib import sha1
+
+from broker.limits import Limits
+from broker.metrics import STORE_ERRORS, Metrics
+from broker.model import EmbedToken, Secret
+from broker.settings import Issuer, Settings, Store, UpstreamIssuer
+from broker.sharing import Sharing
+from broker.slots import Budget
+from broker.stores.address import Access, StoreAddress
+from broker.stores.budget import SharedSlots
+from broker.stores.link import Reply
+from broker.stores.scripts import Script, command
+from broker.stores.server import Operation
+from broker.stores.shared import SharedStore
+from broker.stores.tokens import TokenCache
+from broker.stores.valkey import ValkeyStore
+from broker.testing import FakeClock
+
+SECOND = 1_000_000
+HOUR = 3600 * SECOND
+
+PATIENT = 10.0
+"""Seconds for a call where a test is about outcomes, not about the timeout: machines are noisy."""
+
+KEY = Secret(secrets.token_urlsafe(48))
+"""Replicas of one test run share it."""
+
+VENDOR = "https://vendor.example"
+
+GIVEN_NOW = """local GIVEN = tonumber(table.remove(ARGV))
+local function now_us()
+  return GIVEN
+end
+"""
+
+LASTING = """local function px(us)
+  return '3600000'
+end
+"""
+
+
+class TimedScript:
+    """A script that is told what time it is, as its last argument."""
+
+    def __init__(self, script: Script) -> None:
+        self.source = at_given_time(script.source)
+        self._sha = sha1(self.source.encode(), usedforsecurity=False).hexdigest().encode()
+
+    def by_name(self, keys: Sequence[bytes], arguments: Sequence[bytes]) -> bytes:
+        """As `Script` does."""
+        return command(b"EVALSHA", self._sha, b"%d" % len(keys), *keys, *arguments)
+
+    def in_full(self, keys: Sequence[bytes], arguments: Sequence[bytes]) -> bytes:
+        """As `Script` does."""
+        return command(b"EVAL", self.source.encode(), b"%d" % len(keys), *keys, *arguments)
+
+
+def at_given_time(source: str) -> str:
+    """Put other clocks into a script."""
+    for name, other in (("now_us", GIVEN_NOW), ("px", LASTING)):
+        source, found = re.subn(
+            rf"^local function {name}\(.*?^end\n", other, source, flags=re.MULTILINE | re.DOTALL
+        )
+        assert found == 1, name
+    return source
+
+
+@cache
+def timed(script: Script) -> TimedScript:
+    """Return the script that is told the time."""
+    return TimedScript(script)
+
+
+class Replica:
+    """The shared store of one process; `clock` stands still unless it is moved.
+
+    With `now` the server's scripts go by that microsecond, without it by the server's clock.
+    """
+
+    def __init__(
+        self,
+        address: StoreAddress,
+        limits: Limits,
+        *,
+        access: Access | None = None,
+        clock: FakeClock | None = None,
+        now: Callable[[], int] | None = None,
+        timeout: float = PATIENT,
+        key: Secret = KEY,
+        vendor: str = VENDOR,
+        place: str = "",
+        on_error: str = "local",
+        replicas: int | str = "auto",
+        origins: Sequence[str] = ("a key",),
+        front: int = 10_000,
+    ) -> None:
+        self.clock = clock or FakeClock()
+        self.metrics = Metrics("upstream", budget=True, shared_store=True)
+        self.front = TokenCache(front, keep_until=_death, mono=self.clock.mono)
+        self.sharing = Sharing(
+            Settings(
+                issuer=Issuer(kind="upstream", upstream=UpstreamIssuer(base_url=vendor)),
+                store=Store(url="valkey://elsewhere", on_error=on_error, replicas=replicas),
+            ),
+            address,
+            access or Access(),
+            key,
+            limits,
+            self.front,
+            self.clock,
+            self.metrics,
+            place=place or secrets.token_hex(4),
+            origin=lambda: origins[0],
+            origins=lambda: frozenset(origins),
+            timeout=timeout,
+        )
+        self.server = self.sharing.server
+        self.store: SharedStore = self.sharing.store
+        self.remote: ValkeyStore = self.sharing._remote
+        self.names = self.sharing.names
+        self.fleet = self.sharing.fleet
+        if now is not None:
+            self._go_by(now)
+
+    def slots(self, budget: Budget) -> SharedSlots:
+        """Return the budget's slots."""
+        return self.sharing.slots(budget)
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Calls that failed, by reason."""
+        counted = {reason: self.metrics.store.errors[reason].value for reason in STORE_ERRORS}
+        return {reason: count for reason, count in counted.items() if count}
+
+    def moments(self) -> tuple[int, int]:
+        """Return what both clocks say."""
+        return self.clock.mono(), self.clock.wall()
+
+    def use_limits(self, limits: Limits) -> None:
+        """Put other limits in force."""
+        self.store.use_limits(limits)
+
+    async def settled(self) -> None:
+        """Wait until all that is said in the background has been said."""
+        while tasks := [*self.remote._tasks, *self.server._tasks]:
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _go_by(self, now: Callable[[], int]) -> None:
+        run = self.server.run
+
+        async def told(
+            operation: Operation, script: Script, keys: Sequence[bytes], *arguments: bytes
+        ) -> Reply:
+            return await run(operation, timed(script), keys, *arguments, b"%d" % now())
+
+        self.server.run = told
+
+
+@asynccontextmanager
+async def opened(replica: Replica, *, beside: bool = False) -> AsyncIterator[Replica]:
+    """Open a replica's connections; with `beside` also heartbeats, renewals and news."""
+    if beside:
+        await replica.sharing.open()
+    else:
+        await replica.server.nodes.open()
+    try:
+        yield replica
+    finally:
+        await replica.settled()
+        await (replica.sharing.close() if beside else replica.server.close())
+
+
+def counts(metrics: Mapping[str, object]) -> dict[str, object]:
+    """Return what is not nothing."""
+    return {name: value for name, value in metrics.items() if value}
+
+
+def _death(token: EmbedToken) -> int:
+    return token.dies_mono
