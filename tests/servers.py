@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from redis import Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.retry import Retry
 
 from broker.model import Secret
 from broker.stores.address import Access, StoreAddress, parse_store_url
@@ -112,6 +114,7 @@ class StoreServer:
         """Return a plain client with every permission; the caller closes it."""
         address = self.address
         options: dict[str, Any] = {"protocol": 2, "socket_timeout": START}
+        options["retry"] = Retry(NoBackoff(), 0)  # the library's own would wait out what is tested
         if self.access.username:
             options |= {"username": ADMIN, "password": ADMIN}
         if address.path:
