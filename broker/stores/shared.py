@@ -7,7 +7,9 @@ heard of until the server is back.  `closed`: every request that needs the store
 503.
 
 Coming back grants no second burst: for as long as any bucket takes to refill, each call carries
-what was charged here meanwhile, and the script takes the later of both.
+what was charged here meanwhile, and the script takes the later of both.  A mint that began alone is
+kept in front only: at its next visit the server says whether its visitor was ended, and is told of
+the token if not.
 """
 
 import asyncio
@@ -50,6 +52,7 @@ class SharedStore(Store):
         self._replicas = replicas
         self._closed = closed
         self._divided_by = 1
+        self._led_alone: set[int] = set()
 
     @property
     def buckets(self) -> Mapping[LimitName, TokenBucket]:
@@ -86,10 +89,16 @@ class SharedStore(Store):
             return await self._remote.lead(ask, key, good)
         except StoreFailed as failed:
             self._go_alone(failed)
-        return await self._alone.lead(ask, key, good)
+        lead = await self._alone.lead(ask, key, good)
+        if isinstance(lead, Lease):
+            self._led_alone.add(lead.fence)
+        return lead
 
     @override
     async def keep(self, ask: Ask, key: str, token: EmbedToken, lease: Lease) -> Kept:
+        if lease.fence in self._led_alone:
+            self._led_alone.discard(lease.fence)
+            return await self._alone.keep(ask, key, token, lease)
         try:
             return await self._remote.keep(ask, key, token, lease)
         except StoreFailed as failed:
@@ -98,7 +107,10 @@ class SharedStore(Store):
 
     @override
     def abandon(self, ask: Ask, key: str, lease: Lease, error: BaseException | None) -> None:
-        self._remote.abandon(ask, key, lease, error)
+        if lease.fence in self._led_alone:
+            self._led_alone.discard(lease.fence)
+        else:
+            self._remote.abandon(ask, key, lease, error)
 
     @override
     async def end_visitor(self, client: str, fingerprint: str) -> None:

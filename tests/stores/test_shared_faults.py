@@ -24,10 +24,11 @@ from servers import (
     until,
     valkey_binary,
 )
+from sharing_cases import ask_of, limits_of
 
 from broker import errors
-from broker.limits import Limits, LimitSet, Rule
-from broker.model import Ask, LimitName
+from broker.limits import Limits
+from broker.model import Ask
 from broker.rules.bucket import Limit
 from broker.stores.address import StoreAddress
 from broker.stores.base import Lease
@@ -41,23 +42,7 @@ TIMEOUT = 0.2
 PATIENCE = TIMEOUT + 0.3
 """Seconds within which every caller must have an answer."""
 
-WIDE = Limit(burst=100_000, interval=1)
-
-
-def limits_of(fingerprint: Limit = WIDE, mints: Limit = WIDE, agent: Limit = WIDE) -> Limits:
-    """Make limits of which only those given can be met."""
-    return Limits(
-        fingerprint=LimitSet(LimitName.FINGERPRINT, Rule(fingerprint), {}),
-        fingerprint_mints=LimitSet(LimitName.FINGERPRINT_MINTS, Rule(mints), {}),
-        agent=LimitSet(LimitName.AGENT, Rule(agent), {}),
-        client=None,
-        max_tracked=1_000_000,
-    )
-
-
-def ask_of(fingerprint: str = "abcd") -> Ask:
-    """Make an ask."""
-    return Ask("web", "A78WKV4515", fingerprint)
+VISITOR = ask_of("abcd")
 
 
 @pytest.fixture
@@ -72,7 +57,7 @@ async def admitted(replica: Replica, times: int, ask: Ask | None = None) -> int:
     passed = 0
     for _ in range(times):
         began = time.monotonic()
-        visit = await replica.store.visit(ask or ask_of(), (ask or ask_of()).key)
+        visit = await replica.store.visit(ask or VISITOR, (ask or VISITOR).key)
         assert time.monotonic() - began < PATIENCE
         passed += visit.denial is None
     return passed
@@ -99,7 +84,7 @@ async def back_at_the_server(replica: Replica) -> None:
             replica.clock.advance(6)
             with suppress(errors.BrokerError):
                 before = replica.errors
-                await replica.store.visit(ask_of(), ask_of().key)
+                await replica.store.visit(VISITOR, VISITOR.key)
                 if replica.errors == before and not replica.server.is_away:
                     return
             await asyncio.sleep(0.02)
@@ -196,7 +181,7 @@ async def test_S1_something_that_is_no_store() -> None:
     other = await asyncio.start_server(http, "127.0.0.1", 0)
     port = other.sockets[0].getsockname()[1]
     async with replica_of(StoreAddress(hosts=(("127.0.0.1", port),))) as replica:
-        ask = ask_of()
+        ask = VISITOR
         assert (await replica.store.visit(ask, ask.key)).denial is None
         assert sum(replica.errors.values()) == 1
         assert set(replica.errors) <= {"connection", "other"}
@@ -281,7 +266,7 @@ async def test_S1_a_wrong_password(server: StoreServer) -> None:
     """It is let in nowhere: on its own, and the operator sees why it cannot connect."""
     server.ask("CONFIG", "SET", "requirepass", "other")
     async with replica_of(server.address) as replica:
-        ask = ask_of()
+        ask = VISITOR
         assert (await replica.store.visit(ask, ask.key)).denial is None
         assert sum(replica.errors.values()) == 1
 
@@ -290,7 +275,7 @@ async def test_S1_a_value_of_another_type(server: StoreServer) -> None:
     """Somebody wrote into our keys: that call fails as a script, the others go on."""
     limit = Limit(burst=3, interval=HOUR)
     async with replica_of(server.address, limits_of(limit)) as replica:
-        bucket = replica.names.visitor(ask_of().visitor).bucket("requests")
+        bucket = replica.names.visitor(VISITOR.visitor).bucket("requests")
         server.ask("LPUSH", bucket, "x")
         assert await admitted(replica, 1) == 1
         assert set(replica.errors) == {"script"}
@@ -302,7 +287,7 @@ async def test_S1_closed_refuses_with_503(server: StoreServer) -> None:
     async with replica_of(server.address, on_error="closed") as replica:
         await admitted(replica, 1)
         server.kill()
-        ask = ask_of()
+        ask = VISITOR
         for _ in range(12):  # before and after the breaker opens
             for call in (
                 lambda: replica.store.visit(ask, ask.key),
@@ -378,7 +363,7 @@ async def test_S1_tryagain(cluster: StoreCluster) -> None:
     Its visitors are decided here then, in time, and shared again when it has arrived.
     """
     async with replica_of(cluster.address, limits_of(Limit(50, HOUR))) as replica:
-        slot, source, target = owner_of(cluster, replica.names.visitor(ask_of().visitor).epoch)
+        slot, source, target = owner_of(cluster, replica.names.visitor(VISITOR.visitor).epoch)
         elsewhere = next(
             ask
             for ask in (ask_of(f"{number:04}") for number in range(100))
@@ -434,7 +419,7 @@ async def test_S1_a_node_that_dies_takes_its_own_slots_only(cluster: StoreCluste
     for node in cluster.nodes:
         node.ask("CONFIG", "SET", "cluster-require-full-coverage", "no")
     async with replica_of(cluster.address, limits_of(Limit(3, HOUR))) as replica:
-        _, dead, _ = owner_of(cluster, replica.names.visitor(ask_of().visitor).epoch)
+        _, dead, _ = owner_of(cluster, replica.names.visitor(VISITOR.visitor).epoch)
         elsewhere = next(
             ask
             for ask in (ask_of(f"{number:04}") for number in range(100))

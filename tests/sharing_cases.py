@@ -1,0 +1,33 @@
+"""Asks and limits that suites of the shared store have in common."""
+
+import secrets
+
+from broker.limits import Limits, LimitSet, Rule
+from broker.model import Ask, LimitName
+from broker.rules.bucket import Limit
+
+WIDE = Limit(burst=100_000, interval=1)
+"""A limit that no test meets."""
+
+AGENT = "A78WKV4515"
+
+
+def limits_of(
+    fingerprint: Limit = WIDE,
+    mints: Limit = WIDE,
+    agent: Limit = WIDE,
+    client: Limit | None = None,
+) -> Limits:
+    """Make limits of which only those given can be met."""
+    return Limits(
+        fingerprint=LimitSet(LimitName.FINGERPRINT, Rule(fingerprint), {}),
+        fingerprint_mints=LimitSet(LimitName.FINGERPRINT_MINTS, Rule(mints), {}),
+        agent=LimitSet(LimitName.AGENT, Rule(agent), {}),
+        client=None if client is None else LimitSet(LimitName.CLIENT, Rule(client), {}),
+        max_tracked=1_000_000,
+    )
+
+
+def ask_of(fingerprint: str = "") -> Ask:
+    """Make an ask, of a visitor never seen before unless one is named."""
+    return Ask("web", AGENT, fingerprint or secrets.token_hex(16))

@@ -1,0 +1,559 @@
+"""S4, F4 and G9 between two replicas on one server: who mints, who waits, what they are told."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+from msgspec.structs import replace
+from replica import HOUR, KEY, PATIENT, SECOND, Replica, opened
+from servers import StoreServer, store_server, valkey_binary
+from sharing_cases import WIDE, ask_of, limits_of
+
+from broker import errors
+from broker.model import Ask, EmbedToken, LimitName, Secret
+from broker.rules.bucket import Limit, Verdict
+from broker.stores import valkey as valkey_module
+from broker.stores.base import Denial, Kept, Lease
+from broker.stores.valkey import LEASE, LEASE_MEMORY
+from broker.testing import FakeClock
+
+pytestmark = pytest.mark.parts
+
+
+def token_of(replica: Replica, lease: Lease, lifetime: int = HOUR) -> EmbedToken:
+    """Make what an issuer makes under a lease."""
+    mono, wall = replica.moments()
+    return EmbedToken(
+        body=secrets.token_bytes(300),
+        dies_mono=mono + lifetime,
+        dies_wall=wall + lifetime,
+        lifetime=lifetime,
+        mark=lifetime // 5,
+        version=lease.fence,
+        epoch=lease.epoch,
+    )
+
+
+def never(_token: EmbedToken) -> bool:
+    """Want a mint whatever is held."""
+    return False
+
+
+def always(_token: EmbedToken) -> bool:
+    """Take what is there."""
+    return True
+
+
+async def lead(replica: Replica, ask: Ask) -> Lease:
+    """Become the one who mints."""
+    lease = await replica.store.lead(ask, ask.key, never)
+    assert isinstance(lease, Lease)
+    return lease
+
+
+async def keep(replica: Replica, ask: Ask, lease: Lease) -> tuple[Kept, EmbedToken]:
+    """Mint and keep."""
+    token = token_of(replica, lease)
+    return await replica.store.keep(ask, ask.key, token, lease), token
+
+
+async def found(replica: Replica, ask: Ask) -> bytes | None:
+    """Return the answer that a visit would get."""
+    token = (await replica.store.visit(ask, ask.key)).token
+    return None if token is None else token.body
+
+
+class Pair:
+    """Two replicas whose clocks, and the server's, are moved by the test."""
+
+    def __init__(self, server: StoreServer, limits: "object | None" = None) -> None:
+        self.clock = FakeClock()
+        self.one, self.other = (
+            Replica(server.address, limits or limits_of(), clock=self.clock, now=self.clock.wall)
+            for _ in range(2)
+        )
+
+
+@pytest.fixture
+async def pair(valkey: StoreServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
+    """Two that hear each other's news, and look again by themselves only after a minute."""
+    monkeypatch.setattr(valkey_module, "RECHECK", 60.0)
+    valkey.flush()
+    pair = Pair(valkey)
+    async with opened(pair.one, beside=True), opened(pair.other, beside=True):
+        await hear(valkey, 2)
+        yield pair
+        await pair.one.settled()
+        assert pair.one.errors == pair.other.errors == {}
+
+
+@pytest.fixture
+async def deaf_pair(valkey: StoreServer) -> AsyncIterator[Pair]:
+    """Two that are not subscribed: every message is lost."""
+    valkey.flush()
+    pair = Pair(valkey)
+    async with opened(pair.one), opened(pair.other):
+        yield pair
+        assert pair.one.errors == pair.other.errors == {}
+
+
+async def hear(server: StoreServer, replicas: int) -> None:
+    """Wait until this many replicas are subscribed."""
+    await eventually(lambda: len(server.ask("PUBSUB", "CHANNELS", "etb:wake:*")) >= replicas)
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Let the loop run until it is true."""
+    async with asyncio.timeout(PATIENT):
+        while not condition():  # noqa: ASYNC110 - what is waited for is another program's
+            await asyncio.sleep(0.001)
+
+
+async def waiting(replica: Replica, ask: Ask, count: int = 1) -> "list[asyncio.Task[object]]":
+    """Start leaders that have to wait, and return once the last of them does."""
+    tasks = [asyncio.create_task(replica.remote.lead(ask, ask.key, always)) for _ in range(count)]
+    await eventually(lambda: asleep(replica) >= count)
+    return tasks
+
+
+def asleep(replica: Replica) -> int:
+    """Count who waits."""
+    return sum(map(len, replica.remote._sleepers.values()))
+
+
+# --- woken
+
+
+async def test_S4_who_waits_is_woken_with_the_token(pair: Pair) -> None:
+    """A hundred in the other replica: each gets the token at once, nobody else leads, none charged.
+
+    Looking again by themselves would take a minute.
+    """
+    pair.one.use_limits(limits_of(mints=Limit(1, HOUR)))
+    pair.other.use_limits(limits_of(mints=Limit(1, HOUR)))
+    ask = ask_of()
+    lease = await lead(pair.one, ask)
+    tasks = await waiting(pair.other, ask, 100)
+    began = time.monotonic()
+    kept, token = await keep(pair.one, ask, lease)
+    told = await asyncio.wait_for(asyncio.gather(*tasks), PATIENT)
+    assert time.monotonic() - began < 5
+    assert kept is Kept.KEPT
+    assert {each.body for each in told} == {token.body}
+    assert asleep(pair.other) == 0
+    assert isinstance(await pair.other.store.lead(ask, ask.key, never), Denial)
+
+
+async def test_F1_many_at_once_in_two_replicas_have_one_leader(pair: Pair) -> None:
+    """Fifty in each, of one key: one leads, the others are given what it kept."""
+    ask = ask_of()
+
+    async def one(replica: Replica) -> object:
+        lead = await replica.store.lead(ask, ask.key, always)
+        if isinstance(lead, Lease):
+            await asyncio.sleep(0.05)
+            assert (await keep(replica, ask, lead))[0] is Kept.KEPT
+        return lead
+
+    # a replica's own callers meet in its flight, so only one of each comes to the store at a time
+    leads = await asyncio.gather(one(pair.one), one(pair.other))
+    leads += await asyncio.gather(*(one(each) for each in [pair.one, pair.other] * 50))
+    assert sum(isinstance(lead, Lease) for lead in leads) == 1
+    assert len({lead.body for lead in leads if isinstance(lead, EmbedToken)}) == 1
+
+
+FAILURES = [
+    errors.UpstreamUnavailable("the vendor answered nonsense"),
+    errors.UpstreamTimeout("too slow"),
+    errors.UpstreamRefused(404, "NOT_FOUND", "no such agent"),
+    errors.UpstreamRefused(402, "PAYMENT_REQUIRED", "caf\u00e9 \u202e"),
+    errors.BudgetExhausted("used up", 7_000_000),
+    errors.ServiceUnavailable("draining", 1_000_000),
+    errors.RateLimited(
+        LimitName.AGENT, Verdict(False, 0, 5 * SECOND, SECOND, Limit(burst=5, interval=SECOND))
+    ),
+]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=repr)
+async def test_F4_the_error_of_a_mint_is_told_to_those_who_wait(
+    pair: Pair, failure: errors.BrokerError
+) -> None:
+    """The same error, once each, in the other replica; none of them tries again."""
+    ask = ask_of()
+    lease = await lead(pair.one, ask)
+    tasks = await waiting(pair.other, ask, 3)
+    pair.one.store.abandon(ask, ask.key, lease, failure)
+    told = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), PATIENT)
+    for each in told:
+        assert type(each) is type(failure)
+        assert isinstance(each, errors.BrokerError)
+        assert (each.status, each.code, each.message) == (
+            failure.status,
+            failure.code,
+            failure.message,
+        )
+        assert (each.retry_after, each.transient) == (failure.retry_after, failure.transient)
+    assert pair.other.remote._leases == {}
+
+
+@pytest.mark.parametrize(
+    "failure", [None, asyncio.CancelledError(), ValueError("defect"), errors.SessionEnded()]
+)
+async def test_F4_what_tells_others_nothing_lets_the_next_one_try(
+    pair: Pair, failure: BaseException | None
+) -> None:
+    """A mint that was cancelled, a defect, an ended session: one of those who wait leads."""
+    ask = ask_of()
+    lease = await lead(pair.one, ask)
+    (task,) = await waiting(pair.other, ask)
+    pair.one.store.abandon(ask, ask.key, lease, failure)
+    next_ = await asyncio.wait_for(task, PATIENT)
+    assert isinstance(next_, Lease)
+    assert next_.fence > lease.fence
+
+
+async def test_F4_who_did_not_wait_does_not_hear_of_it(pair: Pair) -> None:
+    """A new request after the failure leads at once: no error is held against a key."""
+    ask = ask_of()
+    lease = await lead(pair.one, ask)
+    await waiting_and_gone(pair, ask)
+    pair.one.store.abandon(ask, ask.key, lease, errors.UpstreamTimeout("too slow"))
+    await pair.one.settled()
+    assert isinstance(await pair.other.store.lead(ask, ask.key, always), Lease)
+
+
+async def waiting_and_gone(pair: Pair, ask: Ask) -> None:
+    """Somebody waits in the other replica, and is cancelled; nothing of it is left."""
+    (task,) = await waiting(pair.other, ask)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert pair.other.remote._sleepers == {}
+
+
+async def test_F4_an_agents_limit_is_told_to_those_who_wait(pair: Pair) -> None:
+    """The leader met the agent's limit after it became one: the others are refused with it."""
+    for each in (pair.one, pair.other):
+        each.use_limits(limits_of(agent=Limit(1, HOUR)))
+    await lead(pair.one, ask_of())
+    ask = ask_of()
+    refusal = await pair.one.store.lead(ask, ask.key, never)
+    assert isinstance(refusal, Denial)
+    assert refusal.limit is LimitName.AGENT
+    assert pair.one.remote._leases.keys() == set(pair.one.remote._leases) - {ask.key}
+    assert len(pair.one.remote._leases) == 1
+    await pair.one.settled()
+    refusal = await pair.other.store.lead(ask, ask.key, never)
+    assert isinstance(refusal, Denial)
+
+
+async def test_S4_a_lost_message_costs_a_moment(deaf_pair: Pair) -> None:
+    """Nobody is subscribed: they look again after a quarter of a second, and find it."""
+    ask = ask_of()
+    lease = await lead(deaf_pair.one, ask)
+    tasks = await waiting(deaf_pair.other, ask, 5)
+    _, token = await keep(deaf_pair.one, ask, lease)
+    told = await asyncio.wait_for(asyncio.gather(*tasks), PATIENT)
+    assert {each.body for each in told} == {token.body}
+
+
+async def test_F4_a_lost_message_loses_no_error(deaf_pair: Pair) -> None:
+    """The error stays for two seconds, for who looks again."""
+    ask = ask_of()
+    lease = await lead(deaf_pair.one, ask)
+    (task,) = await waiting(deaf_pair.other, ask)
+    deaf_pair.one.store.abandon(ask, ask.key, lease, errors.UpstreamTimeout("too slow"))
+    with pytest.raises(errors.UpstreamTimeout, match="too slow"):
+        await asyncio.wait_for(task, PATIENT)
+
+
+# --- leases that end
+
+
+async def test_S4_a_holder_that_died_is_succeeded(deaf_pair: Pair) -> None:
+    """A lease's length later, not before; the successor's fence is larger."""
+    ask = ask_of()
+    lease = await lead(deaf_pair.one, ask)
+    (task,) = await waiting(deaf_pair.other, ask)
+    deaf_pair.clock.advance(LEASE / SECOND - 0.000_001)
+    await asyncio.sleep(0.5)
+    assert not task.done()
+    deaf_pair.clock.advance(0.000_001)
+    next_ = await asyncio.wait_for(task, PATIENT)
+    assert isinstance(next_, Lease)
+    assert next_.fence > lease.fence
+
+
+async def test_S4_a_lease_that_is_renewed_does_not_end(deaf_pair: Pair) -> None:
+    """A slow mint: renewed each second it holds for a minute; three seconds after the last not."""
+    ask = ask_of()
+    await lead(deaf_pair.one, ask)
+    (task,) = await waiting(deaf_pair.other, ask)
+    for _ in range(60):
+        deaf_pair.clock.advance(2.9)
+        await deaf_pair.one.remote.renew()
+    await asyncio.sleep(0.4)
+    assert not task.done()
+    deaf_pair.clock.advance(3)
+    assert isinstance(await asyncio.wait_for(task, PATIENT), Lease)
+
+
+async def test_S4_an_old_leader_neither_overwrites_nor_releases(deaf_pair: Pair) -> None:
+    """Suspended past its lease: its token is superseded, its abandon and renewal move nothing."""
+    one, other, ask = deaf_pair.one, deaf_pair.other, ask_of()
+    old = await lead(one, ask)
+    deaf_pair.clock.advance(LEASE / SECOND)
+    new = await lead(other, ask)
+    assert (await keep(one, ask, old))[0] is Kept.SUPERSEDED
+    one.store.abandon(ask, ask.key, old, errors.UpstreamTimeout("late"))
+    await one.settled()
+    one.remote._leases[one.names.visitor(ask.visitor).lease(one.names.token_name(ask.key))] = (
+        old.fence
+    )
+    deaf_pair.clock.advance(2)
+    await one.remote.renew()
+    assert await found(other, ask) is None
+    (task,) = await waiting(one, ask)  # the new leader's lease still stands
+    kept, token = await keep(other, ask, new)
+    assert kept is Kept.KEPT
+    assert (await asyncio.wait_for(task, PATIENT)).body == token.body
+    assert (await keep(one, ask, old))[0] is Kept.SUPERSEDED  # also when the lease is gone
+    assert await found(one, ask) == await found(other, ask) == token.body
+
+
+async def test_S4_the_lease_of_a_key_is_its_own(deaf_pair: Pair) -> None:
+    """Another model, agent or visitor is minted meanwhile."""
+    ask = ask_of()
+    await lead(deaf_pair.one, ask)
+    for other in (replace(ask, model="m"), replace(ask, agent="B"), ask_of()):
+        await lead(deaf_pair.other, other)
+
+
+async def lead_after_a_step(replica: Replica, ask: Ask) -> Lease:
+    """Lead once the buckets of mints and agent have been cut to a full drain, and refilled."""
+    for _ in range(2):
+        lead = await replica.store.lead(ask, ask.key, never)
+        if isinstance(lead, Lease):
+            return lead
+        assert isinstance(lead, Denial)
+        assert lead.verdict.full_in == WIDE.depth
+        replica.clock.advance(WIDE.depth / SECOND)
+    lead = await replica.store.lead(ask, ask.key, never)
+    assert isinstance(lead, Lease)
+    return lead
+
+
+async def test_T5_a_servers_clock_that_steps_back_holds_nobody_up(deaf_pair: Pair) -> None:
+    """By a day: the lease ends after its length, and the fence is larger all the same."""
+    ask = ask_of()
+    one, other = deaf_pair.one, deaf_pair.other
+    lease = await lead(one, ask)
+    deaf_pair.clock.advance(-86_400)
+    (task,) = await waiting(other, ask)
+    task.cancel()
+    deaf_pair.clock.advance(LEASE / SECOND)
+    next_ = await lead_after_a_step(other, ask)
+    assert next_.fence > lease.fence
+    kept, token = await keep(other, ask, next_)
+    assert kept is Kept.KEPT
+    assert await found(one, ask) == token.body
+    assert (await keep(one, ask, lease))[0] is Kept.SUPERSEDED
+
+
+async def test_F5_an_own_lease_does_not_stop_its_replica(deaf_pair: Pair) -> None:
+    """An answer that was lost on its way leaves a lease behind: the same replica leads anew."""
+    ask = ask_of()
+    lost = await lead(deaf_pair.one, ask)
+    assert (await lead(deaf_pair.one, ask)).fence > lost.fence
+
+
+# --- G9: the epoch
+
+
+async def test_G9_an_end_in_one_replica_is_exact_in_the_other(pair: Pair) -> None:
+    """From the moment it was answered: also for a token that the other holds in front."""
+    ask = ask_of()
+    await keep(pair.one, ask, await lead(pair.one, ask))
+    assert await found(pair.other, ask) == await found(pair.one, ask) is not None
+    assert pair.other.front.find(ask.key) is not None
+    await pair.one.store.end_visitor(ask.client, ask.fingerprint)
+    assert await found(pair.other, ask) is None
+    assert await pair.other.store.look(ask, ask.key) is None
+    assert pair.other.front.find(ask.key) is None
+
+
+async def test_G9_a_mint_in_flight_elsewhere_is_ended(pair: Pair) -> None:
+    """Its token is kept nowhere; who waited for it leads in the new epoch, and that one counts."""
+    ask = ask_of()
+    lease = await lead(pair.one, ask)
+    (task,) = await waiting(pair.other, ask)
+    await pair.other.store.end_visitor(ask.client, ask.fingerprint)
+    kept, _ = await keep(pair.one, ask, lease)
+    assert kept is Kept.ENDED
+    assert pair.one.front.find(ask.key) is None
+    next_ = await asyncio.wait_for(task, PATIENT)
+    assert isinstance(next_, Lease)
+    assert next_.epoch > lease.epoch
+    kept, token = await keep(pair.other, ask, next_)
+    assert kept is Kept.KEPT
+    assert await found(pair.one, ask) == token.body
+
+
+async def test_G9_an_epoch_never_comes_twice(deaf_pair: Pair) -> None:
+    """However often it is ended in one microsecond, and if the server's clock steps back."""
+    ask = ask_of()
+    epochs = []
+    for step in (0, 0, 0, -3600, 0, 1):
+        deaf_pair.clock.advance(step)
+        await deaf_pair.one.store.end_visitor(ask.client, ask.fingerprint)
+        lease = await lead_after_a_step(deaf_pair.one, ask)
+        epochs.append(lease.epoch)
+        assert (await keep(deaf_pair.one, ask, lease))[0] is Kept.KEPT
+    assert epochs == sorted(set(epochs))
+
+
+# --- the front
+
+
+async def test_a_token_the_server_forgot_is_put_back(pair: Pair) -> None:
+    """The front's counts, and the other replica finds it at the server again."""
+    ask = ask_of()
+    _, token = await keep(pair.one, ask, await lead(pair.one, ask))
+    with_server_flushed(pair)
+    assert await found(pair.one, ask) == token.body
+    await pair.one.settled()
+    assert await found(pair.other, ask) == token.body
+
+
+async def test_a_token_that_is_put_back_takes_no_leaders_place(pair: Pair) -> None:
+    """A younger mint is under way: its lease stands, and its token follows."""
+    ask = ask_of()
+    await keep(pair.one, ask, await lead(pair.one, ask))
+    with_server_flushed(pair)
+    pair.clock.advance(0.000_001)
+    lease = await lead(pair.other, ask)
+    await found(pair.one, ask)
+    await pair.one.settled()
+    kept, token = await keep(pair.other, ask, lease)
+    assert kept is Kept.KEPT
+    assert await found(pair.one, ask) == token.body
+
+
+def with_server_flushed(pair: Pair) -> None:
+    """Let the server lose its memory."""
+    from redis import Redis
+
+    path = pair.one.sharing.server.nodes._address.path
+    with Redis(unix_socket_path=path, protocol=2) as client:
+        client.flushall()
+
+
+async def test_a_newer_token_replaces_the_fronts(pair: Pair) -> None:
+    """The version tells: a renewal in one replica reaches the other with its next visit."""
+    ask = ask_of()
+    await keep(pair.one, ask, await lead(pair.one, ask))
+    assert await found(pair.other, ask) == await found(pair.one, ask)
+    _, newer = await keep(pair.other, ask, await lead(pair.other, ask))
+    assert await found(pair.one, ask) == newer.body
+
+
+async def test_T5_a_token_dies_by_the_servers_clock_too(deaf_pair: Pair) -> None:
+    """A replica whose clocks stand still does not give out what the server knows to be dead."""
+    ask = ask_of()
+    lease = await lead(deaf_pair.one, ask)
+    token = token_of(deaf_pair.one, lease, 60 * SECOND)
+    await deaf_pair.one.store.keep(ask, ask.key, token, lease)
+    reader = Replica(deaf_pair.one.sharing.server.nodes._address, limits_of(), now=lambda: later)
+    later = deaf_pair.clock.wall() + 59 * SECOND
+    async with opened(reader):
+        held = (await reader.store.visit(ask, ask.key)).token
+        assert held is not None
+        assert held.left(*reader.moments()) == SECOND
+        later += SECOND
+        reader.front.clear()
+        assert (await reader.store.visit(ask, ask.key)).token is None
+
+
+async def test_G8_a_token_of_another_key_or_issuer_is_not_adopted(valkey: StoreServer) -> None:
+    """Sealed with another key, or signed by what is no longer trusted: minted anew, no loop."""
+    valkey.flush()
+    ask = ask_of()
+    async with opened(Replica(valkey.address, limits_of())) as one:
+        await keep(one, ask, await lead(one, ask))
+    # the same names, so that it is found, but sealed otherwise
+    for reader in (
+        Replica(valkey.address, limits_of(), origins=("another key",)),
+        with_other_seal(Replica(valkey.address, limits_of())),
+    ):
+        async with opened(reader):
+            assert await found(reader, ask) is None
+            lease = await asyncio.wait_for(reader.store.lead(ask, ask.key, always), PATIENT)
+            assert isinstance(lease, Lease)
+            reader.store.abandon(ask, ask.key, lease, None)
+            assert reader.errors == {}
+
+
+def with_other_seal(replica: Replica) -> Replica:
+    """Seal with a key of its own, as after a rotation."""
+    from broker.stores.seal import Seal
+
+    replica.remote._seal = Seal(Secret(secrets.token_urlsafe(48)))
+    return replica
+
+
+async def test_G8_a_sealed_token_copied_under_another_visitors_name_does_not_open(
+    valkey: StoreServer,
+) -> None:
+    """Whoever may write to the server can delete tokens, but not give one to somebody else."""
+    valkey.flush()
+    mine, yours = ask_of(), ask_of()
+    async with opened(Replica(valkey.address, limits_of())) as replica:
+        await keep(replica, mine, await lead(replica, mine))
+        names = replica.names
+        source = names.visitor(mine.visitor).token(names.token_name(mine.key))
+        target = names.visitor(yours.visitor).token(names.token_name(yours.key))
+        valkey.ask("COPY", source, target)
+        assert await found(replica, yours) is None
+        assert await found(replica, mine) is not None
+
+
+async def test_a_mint_begun_alone_is_kept_alone() -> None:
+    """The server came back meanwhile: it knows ends that were not known when the mint began.
+
+    So the token counts here until the next visit has asked about its visitor's epoch.
+    """
+    ask = ask_of()
+    with store_server(valkey_binary()) as server:
+        async with opened(Replica(server.address, limits_of(), timeout=0.2)) as replica:
+            await replica.store.end_visitor(ask.client, ask.fingerprint)
+            server.pause()
+            lease = await lead(replica, ask)
+            server.resume()
+            kept, token = await keep(replica, ask, lease)
+            assert kept is Kept.KEPT
+            assert replica.front.find(ask.key) == token
+            assert await found(replica, ask) is None
+            other = ask_of()
+            server.pause()
+            lease = await lead(replica, other)
+            server.resume()
+            _, token = await keep(replica, other, lease)
+            assert await found(replica, other) == token.body
+            await replica.settled()
+            replica.front.clear()
+            assert await found(replica, other) == token.body
+
+
+def test_the_numbers_fit_each_other() -> None:
+    """A lease is remembered for longer than it lasts, and survives two lost renewals."""
+    assert LEASE_MEMORY > 10 * LEASE
+    assert 3 * valkey_module.RENEWAL * SECOND <= LEASE
+    assert (valkey_module.RECHECK + valkey_module.RECHECK_JITTER) * SECOND < valkey_module.LEASE
+    assert (
+        valkey_module.ERROR_MEMORY > (valkey_module.RECHECK + valkey_module.RECHECK_JITTER) * SECOND
+    )
+    assert WIDE.depth < SECOND
+    assert KEY.reveal()
