@@ -56,6 +56,7 @@ _REASONS = {
     "TRYAGAIN": Reason.CLUSTER_DOWN,
     "ERR": Reason.SCRIPT,
     "CROSSSLOT": Reason.SCRIPT,
+    "WRONGTYPE": Reason.SCRIPT,
     "NOPERM": Reason.OTHER,
     "NOAUTH": Reason.OTHER,
     "WRONGPASS": Reason.OTHER,

@@ -182,6 +182,12 @@ class Link:
         self._waiting.append((packed, future))
         return future
 
+    @property
+    def rests(self) -> bool:
+        """Whether nothing is under way here."""
+        idle = self._talk is None or self._talk.is_idle
+        return idle and self._opening is None and not self._waiting
+
     async def close(self) -> None:
         """Close the connection; calls that are out fail."""
         if self._opening is not None:

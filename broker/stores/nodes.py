@@ -1,19 +1,18 @@
 """Which server has a key: the one there is, or a node of a cluster.
 
-Both answer `call` for a script and `command` for anything else, routed by the first key.  On a
-cluster the library reads the topology; what is ours is to follow MOVED and ASK once a call, and to
-read the topology anew, in the background, when a node cannot be reached or says that it has
-changed.
+Both answer `call` for a script and `command` for anything else, routed by the first key.  A cluster
+is followed where it says MOVED or ASK, and its topology read anew, in the background, when a node
+cannot be reached or says that it has changed.  The library's client of clusters is not used for
+that: it wants to be permitted COMMAND, and waits seconds for a node that hangs.
 """
 
 import asyncio
+import contextlib
 import random
 import ssl
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from redis.asyncio import RedisCluster
-from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.connection import (
     AbstractConnection,
     Connection,
@@ -21,7 +20,6 @@ from redis.asyncio.connection import (
     UnixDomainSocketConnection,
 )
 from redis.crc import key_slot
-from redis.exceptions import RedisError
 from typing_extensions import override
 
 from broker.stores.address import Access, StoreAddress
@@ -36,6 +34,10 @@ REFRESH_PAUSE = 0.5
 """Seconds between two readings of the topology: a failover takes a few."""
 
 _ASKING = command(b"ASKING")
+_CLUSTER_SLOTS = command(b"CLUSTER", b"SLOTS")
+
+Where = tuple[str, int]
+"""Host and port of a node."""
 
 
 class Nodes(Protocol):
@@ -115,9 +117,11 @@ class Cluster(Nodes):
         self._address = address
         self._access = access
         self._timeout = timeout
-        self._links: dict[tuple[str, int], Link] = {}
-        self._slots: dict[int, tuple[str, int]] = {}
+        self._links: dict[Where, Link] = {}
+        self._slots: dict[int, Where] = {}
+        self._owners: tuple[Where, ...] = ()
         self._refreshing: asyncio.Task[None] | None = None
+        self._was_read = asyncio.Event()
 
     @override
     async def open(self) -> None:
@@ -152,7 +156,7 @@ class Cluster(Nodes):
                 raise
         raise StoreFailed(Reason.CLUSTER_DOWN)
 
-    async def _ask(self, where: tuple[str, int], packed: bytes) -> Reply:
+    async def _ask(self, where: Where, packed: bytes) -> Reply:
         """Ask the node that is about to take the slot over: for this call only.
 
         Both go in one piece, so they share a connection.
@@ -167,16 +171,17 @@ class Cluster(Nodes):
         except Elsewhere:
             raise StoreFailed(Reason.CLUSTER_DOWN) from None
 
-    async def _first_topology(self, slot: int) -> tuple[str, int]:
+    async def _first_topology(self, slot: int) -> Where:
         """Wait for the topology, but not for longer than for a call."""
         self._refresh()
-        assert self._refreshing is not None
-        await asyncio.wait([self._refreshing], timeout=self._timeout)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._timeout):
+                await self._was_read.wait()
         if slot not in self._slots:
             raise StoreFailed(Reason.CLUSTER_DOWN)
         return self._slots[slot]
 
-    def _link(self, where: tuple[str, int]) -> Link:
+    def _link(self, where: Where) -> Link:
         link = self._links.get(where)
         if link is None:
             node = target(self._address, self._access, where)
@@ -184,47 +189,50 @@ class Cluster(Nodes):
         return link
 
     def _refresh(self) -> None:
-        """Read the topology in the background, if nobody does."""
+        """Read the topology in the background, unless that is or was just being done."""
         if self._refreshing is None or self._refreshing.done():
+            self._was_read.clear()
             self._refreshing = asyncio.get_running_loop().create_task(self._read_topology())
 
     async def _read_topology(self) -> None:
-        address, access = self._address, self._access
-        known = {*address.hosts, *self._links}
-        tls: dict[str, Any] = {}
-        if address.tls:
-            tls = {"ssl": True, "ssl_ca_certs": access.tls_ca_file}
-        reader = RedisCluster(
-            startup_nodes=[ClusterNode(host, port) for host, port in known],
-            username=access.username or None,
-            password=None if access.password is None else access.password.reveal(),
-            socket_timeout=CONNECT_TIMEOUT,
-            socket_connect_timeout=CONNECT_TIMEOUT,
-            require_full_coverage=False,
-            driver_info=None,
-            protocol=2,
-            **tls,
-        )
-        try:
-            _ = await reader.initialize()
-            self._slots = {
-                slot: (str(nodes[0].host), int(nodes[0].port))
-                for slot, nodes in reader.nodes_manager.slots_cache.items()
-            }
-        except (RedisError, OSError, TimeoutError):
-            pass  # whoever needs it says so, and the next one tries again
-        finally:
-            await reader.aclose()
+        """Ask one node after the other, until one knows."""
+        for where in dict.fromkeys((*self._owners, *self._address.hosts)):
+            try:
+                ranges = await self._link(where).send(_CLUSTER_SLOTS)
+            except (StoreFailed, Elsewhere, Forgotten):
+                continue  # whoever needs it says so, and the next one tries again
+            if slots := _owners_of(ranges, where[0]):
+                self._slots, self._owners = slots, tuple(dict.fromkeys(slots.values()))
+                break
+        self._was_read.set()
+        for gone in [n for n, link in self._links.items() if n not in self._owners and link.rests]:
+            await self._links.pop(gone).close()
         await asyncio.sleep(REFRESH_PAUSE)
 
     @override
     def dedicated(self) -> AbstractConnection:
-        alive = list(self._links) or list(self._address.hosts)
-        return dedicated(self._address, self._access, random.choice(alive))  # noqa: S311 - any node will do
+        node = random.choice(self._owners or self._address.hosts)  # noqa: S311 - any node will do
+        return dedicated(self._address, self._access, node)
 
     @override
     def __repr__(self) -> str:
         return f"Cluster({self._address.shown}, nodes={len(self._links)})"
+
+
+def _owners_of(ranges: Reply, asked: str) -> dict[int, Where]:
+    """Read CLUSTER SLOTS: first and last slot of each range, and its nodes, the master first.
+
+    A node without a host is behind the same address as the one that was asked.
+    """
+    slots: dict[int, Where] = {}
+    for part in ranges if isinstance(ranges, list) else ():
+        match part:
+            case [int(first), int(last), [host, int(port), *_], *_]:
+                owner = (host.decode() if isinstance(host, bytes) and host else asked, port)
+                slots.update(dict.fromkeys(range(first, last + 1), owner))
+            case _:
+                pass
+    return slots
 
 
 _NODE_IS_GONE = frozenset(
@@ -238,7 +246,7 @@ def nodes_at(address: StoreAddress, access: Access, timeout: float) -> Nodes:
     return kind(address, access, timeout)
 
 
-def target(address: StoreAddress, access: Access, where: tuple[str, int] | None = None) -> Target:
+def target(address: StoreAddress, access: Access, where: Where | None = None) -> Target:
     """Return how a node is reached; without `where` the first one of the address."""
     host, port = where or (address.hosts[0] if address.hosts else ("", 0))
     tls = None
@@ -248,7 +256,7 @@ def target(address: StoreAddress, access: Access, where: tuple[str, int] | None 
 
 
 def dedicated(
-    address: StoreAddress, access: Access, where: tuple[str, int] | None = None
+    address: StoreAddress, access: Access, where: Where | None = None
 ) -> AbstractConnection:
     """Return a connection of the library's that is not open yet; its own retries are off."""
     node = target(address, access, where)

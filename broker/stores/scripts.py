@@ -64,13 +64,15 @@ def command(*parts: bytes) -> bytes:
     return b"*%d\r\n" % len(parts) + b"".join([b"$%d\r\n%b\r\n" % (len(p), p) for p in parts])
 
 
-def acl_line(user: str, password: str, *, cluster: bool = False) -> str:
+def acl_line(user: str, password: str, *, cluster: bool = False, database: bool = False) -> str:
     """Return the rule for the server's ACL file: enough for a broker, and no more.
 
-    `password` as the server writes it: ">" and the password, or "#" and its SHA-256.
+    `password` as the server writes it: ">" and the password, or "#" and its SHA-256; `database`
+    for another one than 0.
     """
     commands = {name for script in Script for name in _CALL.findall(script.source)}
     commands |= set(_BESIDE_SCRIPTS) | (set(_ON_A_CLUSTER) if cluster else set())
+    commands |= {"SELECT"} if database else set()
     allowed = " ".join(f"+{name.lower()}" for name in sorted(commands))
     return (
         f"user {user} on {password} resetkeys ~{PREFIX}* resetchannels &{PREFIX}* -@all {allowed}"
