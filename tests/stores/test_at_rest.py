@@ -1,0 +1,215 @@
+"""Must show 6 and 8: what lies in the store, how long, how large, and what a hit costs it."""
+
+import asyncio
+import random
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from msgspec.structs import replace
+from replica import HOUR, Replica, opened
+from servers import StoreServer
+from sharing_cases import ask_of, limits_of
+from test_leases import always, keep, lead, never
+
+from broker import errors
+from broker.issuers.vendor_replies import Refused, Scope
+from broker.model import Ask
+from broker.rules.bucket import Limit, limit
+from broker.slots import Budget
+from broker.stores.base import Lease
+
+pytestmark = pytest.mark.parts
+
+CANARY = "c0ffee5eed"
+"""Part of every fingerprint, token and model of these tests: it must not be seen in the store."""
+
+MODEL = f"model-{CANARY}"
+
+
+def visitor() -> Ask:
+    """Make an ask of a visitor with the canary."""
+    return Ask("web", "A78WKV4515", CANARY + secrets.token_hex(8), MODEL)
+
+
+@asynccontextmanager
+async def used(server: StoreServer) -> AsyncIterator[None]:
+    """Fill the store with everything that a broker puts there, under random operations."""
+    server.flush()
+    chance = random.Random(8)
+    kinds = [limit(rate, 60_000_000, burst) for rate, burst in [(6, 6), (60, 20), (6000, 1000)]]
+    async with opened(
+        Replica(server.address, limits_of(*kinds, client=Limit(100_000, 100))), beside=True
+    ) as replica:
+        slots = replica.slots(Budget(rate=106, per=60, burst=8, max_wait=5))
+        await slots.start()
+        asks = [visitor() for _ in range(20)]
+        for _ in range(600):
+            await anything(replica, chance, chance.choice(asks))
+        await slots._reserve(3)
+        slots.pause(0.5)
+        await asyncio.gather(*slots._tasks)
+        for scope in Scope:
+            replica.sharing.refusals.remember(visitor(), Refused(404, "NOT_FOUND", "no", scope))
+        await replica.settled()
+        yield
+        await slots.close()
+        assert replica.errors == {}
+
+
+async def anything(replica: Replica, chance: random.Random, ask: Ask) -> None:
+    """Do one of the things that the story does."""
+    match chance.randrange(5):
+        case 0 | 1:
+            await replica.store.visit(ask, ask.key)
+        case 2:
+            if isinstance(lease := await replica.store.lead(ask, ask.key, always), Lease):
+                mono, wall = replica.moments()
+                lifetime = chance.choice([1, 999, 1_000_000, HOUR])
+                _, token = await keep(replica, ask, lease)
+                body = f"{{'token': 'secret-{CANARY}'}}".encode()
+                token = replace(token, body=body, dies_mono=mono + lifetime)
+                await replica.store.keep(ask, ask.key, replace(token, dies_wall=wall + HOUR), lease)
+        case 3:
+            lease = await replica.store.lead(ask, ask.key, never)
+            if isinstance(lease, Lease) and chance.random() < 0.8:
+                failure = chance.choice([None, errors.UpstreamTimeout("late")])
+                replica.store.abandon(ask, ask.key, lease, failure)
+        case _:
+            if chance.random() < 0.1:
+                await replica.store.end_visitor(ask.client, ask.fingerprint)
+
+
+async def test_L3_every_key_has_an_end(valkey: StoreServer) -> None:
+    """None stays for ever, none for more than two hours, whatever was done with it."""
+    async with used(valkey):
+        with valkey.client() as client:
+            lasting = {key: client.pttl(key) for key in client.scan_iter(count=1000)}
+    kinds = {key.rpartition(b"}:")[2].partition(b":")[0] for key in lasting}
+    assert kinds >= {
+        *(b"requests", b"mints", b"epoch", b"token", b"lease", b"bucket"),
+        *(b"refused", b"budget", b"members"),
+    }
+    assert {key: left for key, left in lasting.items() if not 0 < left <= 7_200_000} == {}
+
+
+async def test_G7_nothing_in_the_store_tells_a_visitor_or_a_token(valkey: StoreServer) -> None:
+    """Names hold no fingerprint and no model, values no token: as a plain client reads them."""
+    seen = 0
+    async with used(valkey):
+        with valkey.client() as client:
+            for key in client.scan_iter(count=1000):
+                seen += 1
+                assert CANARY.encode() not in key
+                assert CANARY.encode() not in client.dump(key), key
+                for part in client.hgetall(key).items() if client.type(key) == b"hash" else ():
+                    assert CANARY.encode() not in b" ".join(part)
+    assert seen > 50
+
+
+async def test_G7_a_token_is_ciphertext(valkey: StoreServer) -> None:
+    """No byte of the answer's text survives, and two copies of one token look different."""
+    valkey.flush()
+    ask, sealed = visitor(), []
+    async with opened(Replica(valkey.address, limits_of())) as replica:
+        body = b'{"data": {"token": "' + b"A" * 400 + b'"}}'
+        for _ in range(2):
+            lease = await lead(replica, ask)
+            _, token = await keep(replica, ask, lease)
+            await replica.store.keep(ask, ask.key, replace(token, body=body), lease)
+            names = replica.names
+            name = names.visitor(ask.visitor).token(names.token_name(ask.key))
+            sealed.append(valkey.ask("HGET", name, "sealed"))
+    assert all(len(each) < len(body) + 100 for each in sealed)
+    assert all(b"AAAA" not in each and b"token" not in each for each in sealed)
+    assert sealed[0][16:] != sealed[1][16:]
+    assert sealed[0][:4] == sealed[1][:4]  # the key's id, to tell after a rotation
+
+
+@pytest.mark.parametrize(
+    ("rate", "burst", "asked", "passed"),
+    [(1000, 1, 60, 60), (2, 1, 60, 1), (2.5, 1, 60, 1), (100_000, 3, 60, 60)],
+)
+async def test_L2_a_quick_bucket_limits_by_the_servers_own_clock(
+    valkey: StoreServer, rate: float, burst: int, asked: int, passed: int
+) -> None:
+    """Sixty in a row: no more than the burst and what refilled in the time they took."""
+    valkey.flush()
+    rule, ask = limit(rate, 1_000_000, burst), ask_of()
+    async with opened(Replica(valkey.address, limits_of(rule))) as replica:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        visits = [await replica.store.visit(ask, ask.key) for _ in range(asked)]
+        took = (loop.time() - began) * 1_000_000
+        admitted = sum(visit.denial is None for visit in visits)
+    assert admitted <= min(burst + took // rule.interval, passed)
+    assert admitted >= burst
+
+
+async def test_L1_and_L9_on_the_servers_own_clock(valkey: StoreServer) -> None:
+    """Real time, no tricks: waiting as told succeeds; no window admits more than it may."""
+    valkey.flush()
+    rule, ask = Limit(burst=3, interval=40_000), ask_of()
+    async with opened(Replica(valkey.address, limits_of(rule))) as replica:
+        loop = asyncio.get_running_loop()
+        times = []
+        for _ in range(60):
+            before = loop.time()
+            visit = await replica.store.visit(ask, ask.key)
+            if visit.denial is None:
+                times.append((before, loop.time()))
+            else:
+                wait = visit.denial.verdict.retry_after
+                assert 0 < wait <= rule.interval
+                await asyncio.sleep(wait / 1_000_000)
+                assert (await replica.store.visit(ask, ask.key)).denial is None
+                times.append((loop.time(), loop.time()))
+    for first, (start, _) in enumerate(times):
+        for last in range(first, len(times)):
+            window = (times[last][1] - start) * 1_000_000
+            assert last - first + 1 <= rule.burst + window / rule.interval + 1
+
+
+async def test_a_hit_is_one_script_and_one_round_trip(valkey: StoreServer) -> None:
+    """By the server's own count: a hundred hits, a hundred EVALSHA, and nothing else from us."""
+    valkey.flush()
+    ask = ask_of()
+    async with opened(Replica(valkey.address, limits_of())) as replica:
+        await keep(replica, ask, await lead(replica, ask))
+        await replica.store.visit(ask, ask.key)  # loads the script
+        valkey.ask("CONFIG", "RESETSTAT")
+        for _ in range(100):
+            assert (await replica.store.visit(ask, ask.key)).token is not None
+    commands = valkey.ask("INFO", "commandstats")
+    called = {name.removeprefix("cmdstat_"): told["calls"] for name, told in commands.items()}
+    assert called.pop("evalsha") == 100
+    inside = {"get": 200, "hmget": 100, "set": 100, "time": 100}
+    assert {name: calls for name, calls in called.items() if name in inside} == inside
+    assert called.keys() - inside.keys() <= {"config|resetstat", "info", "client|setinfo"}
+
+
+@pytest.mark.parametrize("engine", ["valkey", "redis7"])
+async def test_what_a_bucket_and_a_token_weigh(
+    engine: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Printed for sizing; a token costs its answer and some 500 bytes more, a bucket under 200."""
+    server: StoreServer = request.getfixturevalue(engine)
+    server.flush()
+    ask, limits = ask_of(), limits_of(Limit(20, HOUR), Limit(6, HOUR))
+    async with opened(Replica(server.address, limits)) as replica:
+        await replica.store.visit(ask, ask.key)
+        lease = await lead(replica, ask)
+        _, token = await keep(replica, ask, lease)
+        body = secrets.token_bytes(900)
+        await replica.store.keep(ask, ask.key, replace(token, body=body), lease)
+        names = replica.names.visitor(ask.visitor)
+        keys = {
+            "a bucket": names.bucket("requests"),
+            "a token of 900": names.token(replica.names.token_name(ask.key)),
+        }
+        weights = {what: server.ask("MEMORY", "USAGE", key) for what, key in keys.items()}
+    with capsys.disabled():
+        print(f"\n    {engine}, bytes: {weights}")
+    assert weights["a bucket"] < 200
+    assert weights["a token of 900"] < 900 + 600
