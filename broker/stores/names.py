@@ -4,7 +4,8 @@ What belongs together lies in one slot of a cluster: everything of one visitor, 
 agent, what the whole fleet shares.  A name tells a reader of the store nothing about a visitor:
 fingerprints and models go into it as HMAC-SHA256, under a key of its own that is derived from the
 configured one.  The budget's name does not depend on that key: it is the vendor's, and two replicas
-whose keys differ in the middle of a rotation still share it.
+whose keys differ in the middle of a rotation still share it.  Every name depends on the vendor:
+what one said of an agent is not another's word, and brokers before two of them may use one server.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ class VisitorKeys:
 
     def bucket(self, limit: str, agent: str = "") -> bytes:
         """The bucket of a limit; `agent` where it has one of its own there."""
-        return self._slot + f"{limit}:{agent}".encode() if agent else self._slot + limit.encode()
+        return self._slot + (f"{limit}:{_plain(agent)}" if agent else limit).encode()
 
     def token(self, name: bytes) -> bytes:
         """A token."""
@@ -45,7 +46,8 @@ class Names:
 
     def __init__(self, key: bytes, fleet: str) -> None:
         self._key = key
-        slot = f"{PREFIX}{{{hashlib.sha256(fleet.encode()).hexdigest()[:16]}}}:"
+        self._fleet = hashlib.sha256(fleet.encode()).hexdigest()[:16]
+        slot = f"{PREFIX}{{{self._fleet}}}:"
         self.budget = f"{slot}budget".encode()
         self.queues = f"{slot}queues".encode()
         self.members = f"{slot}members".encode()
@@ -64,16 +66,16 @@ class Names:
 
     def agent(self, agent: str) -> bytes:
         """The bucket of an agent's mints."""
-        return f"{PREFIX}{{agent:{_plain(agent)}}}:bucket".encode()
+        return self._of("agent", agent) + b"bucket"
 
     def refused(self, ask: Ask) -> bytes:
         """What the vendor said of an agent and model."""
         model = "-" if ask.model is None else self._hash("model", ask.model)
-        return f"{PREFIX}{{agent:{_plain(ask.agent)}}}:refused:{model}".encode()
+        return self._of("agent", ask.agent) + f"refused:{model}".encode()
 
     def client(self, client: str) -> bytes:
         """The bucket of a client's requests."""
-        return f"{PREFIX}{{client:{_plain(client)}}}:bucket".encode()
+        return self._of("client", client) + b"bucket"
 
     def session(self, session_id: str) -> bytes:
         """What is known of a session."""
@@ -99,8 +101,12 @@ class Names:
         """The channel on which a replica is woken."""
         return f"{PREFIX}wake:{replica}".encode()
 
+    def _of(self, kind: str, name: str) -> bytes:
+        """Return the slot of an agent or a client."""
+        return f"{PREFIX}{{{self._fleet}:{kind}:{_plain(name)}}}:".encode()
+
     def _hash(self, kind: str, text: str) -> str:
-        data = f"{kind}{SEPARATOR}{text}".encode("utf-8", "surrogatepass")
+        data = f"{self._fleet}{kind}{SEPARATOR}{text}".encode("utf-8", "surrogatepass")
         digest = hmac.digest(self._key, data, "sha256")
         return urlsafe_b64encode(digest[:18]).decode()
 

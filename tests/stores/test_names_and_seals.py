@@ -1,0 +1,225 @@
+"""What a reader of the store learns (nothing), and what a writer can forge (nothing)."""
+
+import secrets
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from redis.crc import key_slot
+
+from broker import errors
+from broker.model import Ask, LimitName, Secret
+from broker.rules.bucket import Limit, Verdict
+from broker.stores import outcome
+from broker.stores.base import Denial
+from broker.stores.names import PREFIX, Names
+from broker.stores.seal import KEY_ID, NONCE, Seal, Sealed, derive
+
+KEY = secrets.token_bytes(32)
+NAMES = Names(KEY, "https://vendor.example")
+
+hostile = st.one_of(
+    st.sampled_from(
+        [
+            "",
+            " ",
+            "{}",
+            "{",
+            "}",
+            "}{",
+            "{a}b",
+            ":",
+            "::",
+            "\x00",
+            "\u202e",
+            "*",
+            "?",
+            "\ud800",
+            "a",
+        ]
+    ),
+    st.text(max_size=20),
+    st.text(alphabet="{}:ab|", max_size=6),
+)
+asks = st.builds(Ask, hostile, hostile, hostile, st.none() | hostile)
+
+
+def every_name(names: Names, ask: Ask) -> list[bytes]:
+    """Return each name that an ask leads to."""
+    visitor, token = names.visitor(ask.visitor), names.token_name(ask.key)
+    return [
+        visitor.bucket("requests"),
+        visitor.bucket("mints", ask.agent),
+        visitor.epoch,
+        visitor.token(token),
+        visitor.lease(token),
+    ]
+
+
+@given(ask=asks)
+def test_L13_hostile_names_never_change_slot(ask: Ask) -> None:
+    """All of a visitor's keys lie in one slot, whatever agent, model or fingerprint are called."""
+    names = every_name(NAMES, ask)
+    assert len({key_slot(name) for name in names}) == 1
+    assert len(set(names)) == len(names)
+    assert all(name.startswith(PREFIX.encode()) for name in names)
+
+
+@given(ask=asks)
+def test_L13_agents_and_clients_stay_within_their_braces(ask: Ask) -> None:
+    """The bucket of an agent and what the vendor said of it share a slot: its own."""
+    agent, refused = NAMES.agent(ask.agent), NAMES.refused(ask)
+    assert key_slot(agent) == key_slot(refused)
+    for name in (agent, refused, NAMES.client(ask.client)):
+        assert name.startswith(PREFIX.encode())
+        assert name.count(b"{") == name.count(b"}") == 1
+
+
+@given(one=asks, other=asks)
+def test_G8_two_names_are_equal_only_for_one_key(one: Ask, other: Ask) -> None:
+    """F7: boundaries, case, Unicode forms, model set or not."""
+    same_visitor = (one.client, one.fingerprint) == (other.client, other.fingerprint)
+    assert (NAMES.visitor(one.visitor).epoch == NAMES.visitor(other.visitor).epoch) == same_visitor
+    same_key = same_visitor and one.agent == other.agent and one.key == other.key
+    assert (every_name(NAMES, one) == every_name(NAMES, other)) == same_key
+    assert (NAMES.agent(one.agent) == NAMES.agent(other.agent)) == (one.agent == other.agent)
+    assert (NAMES.client(one.client) == NAMES.client(other.client)) == (one.client == other.client)
+    same_model = one.agent == other.agent and one.model == other.model
+    assert (NAMES.refused(one) == NAMES.refused(other)) == same_model
+
+
+@given(fingerprint=st.text(alphabet="0123456789abcdef", min_size=6, max_size=32))
+def test_G7_a_name_holds_no_fingerprint(fingerprint: str) -> None:
+    """Neither as it is nor as a hash without the key."""
+    ask = Ask("web", "A", fingerprint)
+    others = every_name(Names(secrets.token_bytes(32), "https://vendor.example"), ask)
+    for name, other in zip(every_name(NAMES, ask), others, strict=True):
+        assert name != other
+        assert fingerprint.encode() not in name
+
+
+def test_the_budget_is_the_vendors_whatever_the_key() -> None:
+    """Two replicas in the middle of a rotation share it; two vendors do not, nor their refusals."""
+    rotated = Names(secrets.token_bytes(32), "https://vendor.example")
+    other = Names(KEY, "https://other.example")
+    for part in ("budget", "queues", "members", "account", "channel"):
+        assert getattr(rotated, part) == getattr(NAMES, part) != getattr(other, part)
+    ask = Ask("web", "A", "abcd")
+    assert NAMES.agent("A") == rotated.agent("A") != other.agent("A")
+    assert NAMES.refused(ask) != other.refused(ask)
+
+
+# --- seals
+
+contents = st.builds(
+    Sealed,
+    body=st.binary(max_size=2000),
+    dies_wall=st.integers(0, 2**62),
+    lifetime=st.integers(0, 2**62),
+    mark=st.integers(0, 2**62),
+    origin=st.text(max_size=40),
+)
+SEAL = Seal(Secret(secrets.token_urlsafe(48)))
+
+
+@given(key=hostile, content=contents)
+def test_what_is_sealed_opens_with_its_key_only(key: str, content: Sealed) -> None:
+    """Unchanged under its own key; under any other, or with another secret, nothing."""
+    sealed = SEAL.close(key, content)
+    assert SEAL.open(key, sealed) == content
+    assert SEAL.open(key + "x", sealed) is None
+    assert Seal(Secret(secrets.token_urlsafe(48))).open(key, sealed) is None
+
+
+@given(content=contents, data=st.data())
+def test_damage_is_noticed(content: Sealed, data: st.DataObject) -> None:
+    """Any byte changed, cut off or added: nothing is opened, nothing is raised."""
+    sealed = bytearray(SEAL.close("key", content))
+    place = data.draw(st.integers(0, len(sealed) - 1))
+    sealed[place] ^= data.draw(st.integers(1, 255))
+    assert SEAL.open("key", bytes(sealed)) is None
+    sealed = bytearray(SEAL.close("key", content))
+    assert SEAL.open("key", bytes(sealed[:place])) is None
+    assert SEAL.open("key", bytes(sealed) + b"x") is None
+
+
+@given(noise=st.binary(max_size=60))
+def test_noise_is_not_opened(noise: bytes) -> None:
+    """Also behind the right key id."""
+    assert SEAL.open("key", noise) is None
+    assert SEAL.open("key", SEAL.close("key", _EMPTY)[:KEY_ID] + noise) is None
+
+
+_EMPTY = Sealed(b"", 0, 0, 0, "")
+
+
+def test_no_nonce_comes_twice_and_purposes_have_keys_of_their_own() -> None:
+    """The same token sealed twice shares the key's id, and nothing else."""
+    sealed = {SEAL.close("key", _EMPTY) for _ in range(200)}
+    assert len({each[KEY_ID : KEY_ID + NONCE] for each in sealed}) == 200
+    assert len({each[:KEY_ID] for each in sealed}) == 1
+    secret = Secret(secrets.token_urlsafe(48))
+    assert len({derive(secret, "a"), derive(secret, "b"), derive(Secret("other"), "a")}) == 3
+    assert derive(secret, "a") == derive(secret, "a")
+    assert len(derive(secret, "a")) == 32
+
+
+def test_G7_a_seals_content_does_not_show_itself() -> None:
+    """In a log or a traceback."""
+    assert "secret" not in repr(Sealed(b"secret", 1, 2, 3, "origin"))
+
+
+# --- outcomes
+
+verdicts = st.builds(
+    Verdict,
+    allowed=st.just(False),
+    remaining=st.just(0),
+    full_in=st.integers(0, 2**62),
+    retry_after=st.integers(0, 2**62),
+    limit=st.builds(Limit, st.integers(1, 2**31), st.integers(1, 2**31)),
+)
+failures = st.one_of(
+    st.builds(errors.RateLimited, st.sampled_from(LimitName), verdicts),
+    st.builds(errors.UpstreamRefused, st.integers(400, 599), st.text(max_size=30), st.text()),
+    st.builds(errors.UpstreamTimeout, st.text()),
+    st.builds(errors.UpstreamUnavailable, st.text()),
+    st.builds(errors.BudgetExhausted, st.text(), st.integers(0, 2**62)),
+    st.builds(errors.ServiceUnavailable, st.text(), st.integers(0, 2**62)),
+)
+
+
+@given(error=failures)
+def test_F4_an_error_is_told_as_it_was(error: errors.BrokerError) -> None:
+    """Type, status, code, message, wait, and for a limit the whole verdict."""
+    told = outcome.decode(outcome.encode(error))
+    assert type(told) is type(error)
+    assert (told.status, told.code, told.message) == (error.status, error.code, error.message)
+    assert told.retry_after == error.retry_after
+    if isinstance(error, errors.RateLimited):
+        assert isinstance(told, errors.RateLimited)
+        assert (told.limit, told.verdict) == (error.limit, error.verdict)
+
+
+@pytest.mark.parametrize(
+    "error", [None, errors.SessionEnded(), KeyError("x"), errors.Internal(), errors.Invalid("x")]
+)
+def test_what_tells_others_nothing_is_not_told(error: BaseException | None) -> None:
+    """The next one tries by itself."""
+    assert outcome.encode(error) == b""
+
+
+@given(noise=st.binary())
+def test_noise_is_a_fault_of_the_vendors_at_most(noise: bytes) -> None:
+    """A message of another version, or of nobody."""
+    assert isinstance(outcome.decode(noise), errors.BrokerError)
+    for other in (b'["limited",429,"","",1,"unknown",1,1,1]', b'["new kind",400,"A","b",0]'):
+        assert isinstance(outcome.decode(other), errors.UpstreamUnavailable)
+
+
+def test_a_limit_is_told_as_its_refusal() -> None:
+    """The agent's limit, met after the lease was given."""
+    verdict = Verdict(False, 0, 3, 2, Limit(1, 5))
+    told = outcome.decode(outcome.encode(outcome.limited(Denial(LimitName.AGENT, verdict))))
+    assert isinstance(told, errors.RateLimited)
+    assert (told.limit, told.verdict) == (LimitName.AGENT, verdict)
