@@ -1,0 +1,320 @@
+"""Calls to one node through real sockets: batches, time that is over, connections that end."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+
+import pytest
+
+from broker.model import Secret
+from broker.stores.failures import Elsewhere, Forgotten, Reason, StoreFailed
+from broker.stores.link import Link, Reply, Target
+from broker.stores.scripts import command
+
+TIMEOUT = 0.1
+PING = command(b"PING")
+
+Answer = Callable[[bytes], bytes | None]
+"""Gets what arrived in one piece; returns what is said to it, None to hang up."""
+
+
+class Node:
+    """A server that says what the test wants; it keeps what it was sent, piece by piece."""
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+        self.connections = 0
+        self.answer: Answer = lambda piece: b"+OK\r\n" * piece.count(b"*")
+        self._writers: list[asyncio.StreamWriter] = []
+        self._server: asyncio.Server | None = None
+        self.port = 0
+
+    async def open(self) -> None:
+        """Listen."""
+        self._server = await asyncio.start_server(self._talk, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def close(self) -> None:
+        """Hang up on everybody, and listen no more."""
+        if self._server is not None:
+            self._server.close()
+        self.hang_up()
+        await asyncio.sleep(0)
+
+    def hang_up(self) -> None:
+        """End every connection."""
+        for writer in self._writers:
+            writer.close()
+        self._writers.clear()
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        self._writers.append(writer)
+        with suppress(ConnectionError):
+            while piece := await reader.read(1 << 20):
+                self.pieces.append(piece)
+                said = self.answer(piece)
+                if said is None:
+                    break
+                writer.write(said)
+        writer.close()
+
+
+@pytest.fixture
+async def node() -> AsyncIterator[Node]:
+    """A node that says OK to everything."""
+    node = Node()
+    await node.open()
+    yield node
+    await node.close()
+
+
+@pytest.fixture
+async def link(node: Node) -> AsyncIterator[Link]:
+    """A link to it."""
+    link = Link(Target("127.0.0.1", node.port), TIMEOUT)
+    yield link
+    await link.close()
+    assert link._waiting == []
+
+
+async def told(*futures: "asyncio.Future[Reply]") -> list[object]:
+    """Wait for all; returns replies and errors."""
+    return list(await asyncio.wait_for(asyncio.gather(*futures, return_exceptions=True), 5))
+
+
+def reasons(results: list[object]) -> set[Reason]:
+    """Return how all of them failed."""
+    assert all(isinstance(each, StoreFailed) for each in results), results
+    return {each.reason for each in results if isinstance(each, StoreFailed)}
+
+
+async def test_calls_of_one_turn_leave_in_one_piece_and_are_answered_in_order(
+    node: Node, link: Link
+) -> None:
+    """A hundred callers, one write; each gets its own reply."""
+    await told(link.send(PING))
+    node.pieces.clear()
+    node.answer = lambda piece: b"".join(b":%d\r\n" % n for n in range(piece.count(b"*")))
+    assert await told(*(link.send(PING) for _ in range(100))) == list(range(100))
+    assert node.pieces == [PING * 100]
+    assert node.connections == 1
+
+
+async def test_who_comes_while_a_batch_is_out_is_the_next_batch(node: Node, link: Link) -> None:
+    """They gather, and leave together when it has been answered."""
+    await told(link.send(PING))
+    node.pieces.clear()
+    first = link.send(PING)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    later = []
+    for _ in range(3):
+        later.append(link.send(PING))
+        await asyncio.sleep(0)
+    assert await told(first, *later) == [b"OK"] * 4
+    assert node.pieces[0] == PING
+    assert b"".join(node.pieces) == PING * 4
+
+
+async def test_a_reply_may_come_in_any_pieces(node: Node, link: Link) -> None:
+    """Byte by byte, and two replies in one piece."""
+    whole = b"*2\r\n$3\r\nabc\r\n:7\r\n$-1\r\n"
+    parts = [whole[place : place + 1] for place in range(len(whole))]
+
+    def slowly(_piece: bytes) -> bytes:
+        writer = node._writers[0]
+        loop = asyncio.get_running_loop()
+        for place, part in enumerate(parts):
+            loop.call_later(place * 0.001, writer.write, part)
+        return b""
+
+    node.answer = slowly
+    assert await told(link.send(PING), link.send(PING)) == [[b"abc", 7], None]
+
+
+async def test_an_error_is_one_callers_affair(node: Node, link: Link) -> None:
+    """The others of its batch are answered, and the connection stays."""
+    node.answer = lambda _piece: (
+        b"+OK\r\n-ERR no\r\n-NOSCRIPT x\r\n-MOVED 7 host:1\r\n-ASK 8 :2\r\n-WRONGTYPE x\r\n:1\r\n"
+    )
+    results = await told(*(link.send(PING) for _ in range(7)))
+    assert (results[0], results[6]) == (b"OK", 1)
+    assert reasons([results[1], results[5]]) == {Reason.SCRIPT}
+    assert isinstance(results[2], Forgotten)
+    moved, ask = results[3], results[4]
+    assert isinstance(moved, Elsewhere)
+    assert isinstance(ask, Elsewhere)
+    assert (moved.slot, moved.host, moved.port, moved.asking) == (7, "host", 1, False)
+    assert (ask.slot, ask.host, ask.port, ask.asking) == (8, "", 2, True)
+    node.answer = lambda _piece: b"+OK\r\n"
+    assert await told(link.send(PING)) == [b"OK"]
+    assert node.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (b"-READONLY You can't write\r\n", Reason.READONLY),
+        (b"-LOADING\r\n", Reason.LOADING),
+        (b"-CLUSTERDOWN The cluster is down\r\n", Reason.CLUSTER_DOWN),
+    ],
+)
+async def test_a_node_that_is_the_wrong_one_is_left(
+    node: Node, link: Link, said: bytes, reason: Reason
+) -> None:
+    """The next call gets a new connection: behind the same name there may be another one by now."""
+    node.answer = lambda _piece: said
+    assert reasons(await told(link.send(PING))) == {reason}
+    node.answer = lambda _piece: b"+OK\r\n"
+    assert await told(link.send(PING)) == [b"OK"]
+    assert node.connections == 2
+
+
+async def test_S1_what_is_not_answered_in_time_fails_with_its_connection(
+    node: Node, link: Link
+) -> None:
+    """The whole batch; the late reply is not taken for the next one's, who has a new connection."""
+    await told(link.send(PING))
+    late = list(node._writers)
+    node.answer = lambda _piece: b"+first\r\n"
+    began = time.monotonic()
+    results = await told(*(link.send(PING) for _ in range(3)))
+    assert results[0] == b"first"
+    assert reasons(results[1:]) == {Reason.TIMEOUT}
+    assert TIMEOUT <= time.monotonic() - began < TIMEOUT + 1
+    late[0].write(b"+late\r\n")
+    node.answer = lambda piece: b"+own\r\n" * piece.count(b"*")
+    assert await told(link.send(PING)) == [b"own"]
+    assert node.connections == 2
+
+
+async def test_S1_who_waits_behind_a_batch_that_hangs_is_told_too(node: Node, link: Link) -> None:
+    """Not after two times the timeout, but with those before them."""
+    await told(link.send(PING))
+    node.answer = lambda _piece: b""
+    first = link.send(PING)
+    await asyncio.sleep(TIMEOUT / 2)
+    second = link.send(PING)
+    began = time.monotonic()
+    assert reasons(await told(first, second)) == {Reason.TIMEOUT}
+    assert time.monotonic() - began < TIMEOUT + 1
+
+
+async def test_S1_nobody_listens() -> None:
+    """Each call fails at once, as a connection; nothing is left behind."""
+    free = await asyncio.start_server(lambda _r, _w: None, "127.0.0.1", 0)
+    port = free.sockets[0].getsockname()[1]
+    free.close()
+    await free.wait_closed()
+    link = Link(Target("127.0.0.1", port), 5.0)
+    for _ in range(3):
+        began = time.monotonic()
+        assert reasons(await told(*(link.send(PING) for _ in range(5)))) == {Reason.CONNECTION}
+        assert time.monotonic() - began < 2
+    await link.close()
+
+
+async def test_S1_a_connection_that_ends_fails_what_is_out(node: Node, link: Link) -> None:
+    """At once, and the next call opens another one."""
+    await told(link.send(PING))
+    node.answer = lambda _piece: None
+    assert reasons(await told(link.send(PING), link.send(PING))) == {Reason.CONNECTION}
+    node.answer = lambda piece: b"+OK\r\n" * piece.count(b"*")
+    assert await told(link.send(PING)) == [b"OK"]
+
+
+async def test_a_connection_that_ended_while_idle_is_not_used(node: Node, link: Link) -> None:
+    """A server that was restarted between two calls costs no failure."""
+    await told(link.send(PING))
+    node.hang_up()
+    await asyncio.sleep(0.05)
+    assert await told(link.send(PING)) == [b"OK"]
+    assert node.connections == 2
+
+
+async def test_what_is_no_reply_ends_the_connection(node: Node, link: Link) -> None:
+    """HTTP at this port: `other`, in time."""
+    node.answer = lambda _piece: b"HTTP/1.1 400 Bad Request\r\n\r\n"
+    assert reasons(await told(link.send(PING))) <= {Reason.OTHER, Reason.CONNECTION}
+
+
+async def test_more_replies_than_calls_end_the_connection(node: Node, link: Link) -> None:
+    """Whoever gets the last one has it; nobody gets a stranger's."""
+    node.answer = lambda _piece: b"+a\r\n+b\r\n"
+    assert await told(link.send(PING)) == [b"a"]
+    await asyncio.sleep(0.05)
+    node.answer = lambda _piece: b"+c\r\n"
+    assert await told(link.send(PING)) == [b"c"]
+    assert node.connections == 2
+
+
+async def test_who_leaves_disturbs_nobody(node: Node, link: Link) -> None:
+    """Cancelled before it was sent, or while it is out: the others get their own replies."""
+    node.answer = lambda piece: b"".join(b":%d\r\n" % n for n in range(piece.count(b"*")))
+    futures = [link.send(PING) for _ in range(5)]
+    futures[1].cancel()
+    await asyncio.sleep(0)
+    futures[3].cancel()
+    assert [each for each in await told(*futures) if not isinstance(each, BaseException)] == [
+        0,
+        2,
+        4,
+    ]
+    assert await told(link.send(PING)) == [0]
+    assert link.rests
+
+
+async def test_it_introduces_itself_first(node: Node) -> None:
+    """User and password, then the database; the calls come after both were accepted."""
+    password = secrets.token_urlsafe(16)
+    link = Link(
+        Target("127.0.0.1", node.port, username="broker", password=Secret(password), db=3), TIMEOUT
+    )
+    assert await told(link.send(PING)) == [b"OK"]
+    assert node.pieces == [
+        command(b"AUTH", b"broker", password.encode()),
+        command(b"SELECT", b"3"),
+        PING,
+    ]
+    await link.close()
+
+
+async def test_who_is_not_let_in_is_told_why(node: Node) -> None:
+    """Every caller that waits; the password is not in the error."""
+    password = secrets.token_urlsafe(16)
+    node.answer = lambda _piece: b"-WRONGPASS invalid username-password pair\r\n"
+    link = Link(Target("127.0.0.1", node.port, password=Secret(password)), TIMEOUT)
+    results = await told(link.send(PING), link.send(PING))
+    assert reasons(results) == {Reason.OTHER}
+    assert [getattr(each, "detail", "") for each in results] == ["WRONGPASS"] * 2
+    assert password not in repr(results) + repr(link)
+    await link.close()
+
+
+async def test_closing_fails_what_is_out(node: Node) -> None:
+    """At once; and a link that was never used closes as well."""
+    unused, link = (Link(Target("127.0.0.1", node.port), 5.0) for _ in range(2))
+    await unused.close()
+    node.answer = lambda _piece: b""
+    out = link.send(PING)
+    await asyncio.sleep(0.05)
+    waits = link.send(PING)
+    await link.close()
+    assert reasons(await told(out, waits)) == {Reason.CONNECTION}
+
+
+async def test_a_busy_loop_does_not_take_its_slowness_for_the_servers(
+    node: Node, link: Link
+) -> None:
+    """The reply had arrived while the loop was busy for longer than a call may take."""
+    await told(link.send(PING))
+    reply = link.send(PING)
+    await asyncio.sleep(0.02)  # it is answered by now, or will be while nobody reads
+    reply = link.send(PING)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    time.sleep(TIMEOUT * 1.5)  # noqa: ASYNC251 - that is what is tested
+    assert await told(reply) == [b"OK"]
