@@ -1,11 +1,11 @@
 """Who else is there: a heartbeat a second, and what follows from it for a share.
 
-Theory of operation.  A replica that loses the server goes on with its share of the budget, one part
-in as many as it last saw.  The others must leave it that share, or a partition would double the
-traffic to the vendor: so a member that falls silent is lost, not gone, and its share is withheld
-(by the script) until it is back, says farewell, or is forgotten.  A process that is started again
-in the same place takes the name of the one that died there, and its share with it.  A server that
-lost its memory is told by each replica whom it knew.
+Theory of operation.  A replica that loses the server goes on with its share of limits and budget,
+one part in as many as it was told last.  The others must leave it that share, or a partition would
+double the traffic to the vendor: so a member that falls silent is lost, not gone, and its share is
+withheld (by the script) until it is back, says farewell, or is forgotten.  A process that is
+started again in the same place takes the name of the one that died there, and its share with it.
+A server that lost its memory is told by each replica whom it knew.
 """
 
 import asyncio
@@ -51,15 +51,14 @@ class Fleet:
         self._fixed = fixed
         self._drawn = secrets.token_hex(8)
         self._said = False
-        self._missed = True
-        self._alive = 1
+        self._parts = 1
         self._others: dict[str, int] = {}
         self.withheld = 0.0
 
     @property
     def replicas(self) -> int:
-        """By how many a share is divided."""
-        return self._fixed or self._alive
+        """By how many this replica's share is divided."""
+        return self._fixed or self._parts
 
     @property
     def is_member(self) -> bool:
@@ -75,11 +74,8 @@ class Fleet:
     async def beat(self) -> None:
         """Say that this replica is there, and learn who is."""
         known = [
-            part
-            for name, replicas in self._others.items()
-            for part in (name.encode(), b"%d" % replicas)
+            part for name, parts in self._others.items() for part in (name.encode(), b"%d" % parts)
         ]
-        missed, self._missed = self._missed, True
         try:
             reply = await self._server.run(
                 Operation.HEARTBEAT,
@@ -91,20 +87,20 @@ class Fleet:
                 b"%d" % LOST,
                 b"%d" % FORGOTTEN,
                 b"%d" % (self._fixed or 0),
-                *(known if missed else ()),
+                *known,
             )
         except StoreFailed:
             return  # counted; the breaker decides what follows
         match reply:
-            case [1, int(alive), int(withheld), *members]:
-                self._said, self._missed = True, False
-                self._alive = alive
+            case [1, int(parts), int(withheld), *members]:
+                self._said = True
+                self._parts = parts
                 self.withheld = withheld / _MILLION
                 pairs = zip(members[::2], members[1::2], strict=True)
                 self._others = {
-                    name.decode(): replicas
-                    for name, replicas in pairs
-                    if isinstance(name, bytes) and isinstance(replicas, int)
+                    name.decode(): part
+                    for name, part in pairs
+                    if isinstance(name, bytes) and isinstance(part, int)
                 }
             case _:
                 self._take_another_name()
@@ -126,4 +122,4 @@ class Fleet:
 
     @override
     def __repr__(self) -> str:
-        return f"Fleet(alive={self._alive}, withheld={self.withheld})"
+        return f"Fleet(others={len(self._others)}, parts={self._parts}, withheld={self.withheld})"

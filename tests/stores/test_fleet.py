@@ -1,0 +1,280 @@
+"""S5: who is there, whose share is withheld, and what each may spend by itself."""
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from replica import Replica, at_given_time, opened
+from servers import StoreServer
+from sharing_cases import limits_of
+from store_trace import Talk
+
+from broker.stores.fleet import ALONE_AFTER, FORGOTTEN, HEARTBEAT, LOST
+from broker.stores.scripts import Script, command
+from broker.testing import FakeClock
+
+pytestmark = pytest.mark.parts
+
+SECOND = 1_000_000
+HALF = 500_000
+"""A share is withheld in millionths."""
+
+
+class House:
+    """The members' table on a server, at a time that the test says."""
+
+    def __init__(self, talk: Talk) -> None:
+        self._talk = talk
+        self._script = talk.load(at_given_time(Script.HEARTBEAT.source))
+        self.now = 1_790_000_000_000_000
+
+    def beat(
+        self, name: str, *, drawn: str = "", said: bool = True, fixed: int = 0, **known: int
+    ) -> tuple[int, int, dict[str, int]] | None:
+        """Say that a member is there; returns its parts, withheld, and who else: None if taken."""
+        parts = [part for other in known.items() for part in map(str, other)]
+        arguments = [name, drawn or f"of-{name}", str(int(said)), str(LOST), str(FORGOTTEN)]
+        arguments += [str(fixed), *parts, str(self.now)]
+        (reply,) = self._talk.ask(
+            [
+                command(
+                    b"EVALSHA", self._script, b"2", b"members", b"budget",
+                    *(argument.encode() for argument in arguments),
+                )
+            ]
+        )  # fmt: skip
+        assert isinstance(reply, list), reply
+        if reply == [0]:
+            return None
+        _, parts_, withheld, *others = reply
+        return (
+            parts_,
+            withheld,
+            {n.decode(): r for n, r in zip(others[::2], others[1::2], strict=True)},
+        )
+
+    def withheld(self) -> int:
+        """Return what the budget knows of it."""
+        (told,) = self._talk.ask([command(b"HGET", b"budget", b"withheld")])
+        return int(told)
+
+    def leave(self, name: str) -> None:
+        """Say farewell."""
+        self._talk.ask([command(b"HDEL", b"members", name.encode())])
+
+    def lose_memory(self) -> None:
+        """Forget everything but the scripts."""
+        self._talk.ask([command(b"FLUSHALL")])
+
+
+@pytest.fixture
+def house(valkey: StoreServer) -> Iterator[House]:
+    """An empty table."""
+    valkey.flush()
+    with Talk(valkey) as talk:
+        yield House(talk)
+
+
+def everybody(house: House, names: str, times: int = 3) -> None:
+    """Let members come by until all have equal parts."""
+    for round_ in range(times):
+        for name in names:
+            house.beat(name, said=round_ > 0)
+
+
+def test_members_are_counted(house: House) -> None:
+    """A newcomer is given nothing until those who were there have come by: then equal parts."""
+    assert house.beat("a", said=False) == (1, 0, {})
+    assert house.beat("b", said=False) == (1000, 0, {"a": 1})
+    assert house.beat("a") == (2, 0, {"b": 1000})
+    assert house.beat("b") == (2, 0, {"a": 2})
+    assert house.beat("c", said=False) == (1000, 0, {"a": 2, "b": 2})
+    everybody(house, "abc", 2)
+    assert house.beat("c") == (3, 0, {"a": 3, "b": 3})
+
+
+def test_S5_a_silent_members_share_is_withheld(house: House) -> None:
+    """From three seconds of silence on, not before: it may go on by itself, as one of two."""
+    everybody(house, "ab")
+    house.now += LOST - 1
+    assert house.beat("a") == (2, 0, {"b": 2})
+    house.now += 1
+    assert house.beat("a") == (2, HALF, {"b": 2})
+    assert house.withheld() == HALF
+    house.now += 600 * SECOND
+    assert house.beat("a") == (2, HALF, {"b": 2})
+    assert house.beat("b") == (2, 0, {"a": 2})
+    assert house.withheld() == 0
+
+
+def test_S5_a_farewell_gives_the_share_back_at_once(house: House) -> None:
+    """A deploy must not cost budget."""
+    everybody(house, "ab")
+    house.leave("b")
+    assert house.beat("a") == (1, 0, {})
+
+
+def test_S5_a_lost_member_is_forgotten_after_an_hour(house: House) -> None:
+    """A machine that never comes back costs its share for that long."""
+    everybody(house, "ab")
+    for _ in range(FORGOTTEN // SECOND // 100):
+        house.now += 100 * SECOND
+        assert house.beat("a") == (2, HALF, {"b": 2})
+    house.now += 1
+    assert house.beat("a") == (1, 0, {})
+
+
+def test_S5_who_is_left_counts_with_the_share_that_is_withheld(house: House) -> None:
+    """Two of three are lost one after the other: all that go on alone have one whole together."""
+    everybody(house, "abc")
+    house.now += LOST
+    house.beat("a")  # lost for a moment, as b is
+    house.beat("b")
+    assert house.beat("a") == (3, 333_334, {"b": 3, "c": 3})
+    house.now += LOST
+    assert house.beat("b") == (3, 666_667, {"a": 3, "c": 3})
+
+
+def test_S5_all_shares_never_exceed_the_whole(house: House) -> None:
+    """However members come, fall silent, leave and return, at every moment.
+
+    Whoever is cut off takes what it was told last; those are the shares that count.
+    """
+    names = "abcdef"
+    moves = st.tuples(st.sampled_from(names), st.booleans(), st.sampled_from([0, SECOND, LOST]))
+
+    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(history=st.lists(moves, max_size=60))
+    def check(history: list[tuple[str, bool, int]]) -> None:
+        house.lose_memory()
+        told: dict[str, int] = {}
+        for name, leaves, gap in history:
+            house.now += gap
+            if leaves and name in told:
+                house.leave(name)
+                del told[name]
+                continue
+            answer = house.beat(name, said=name in told)
+            assert answer is not None
+            told[name] = answer[0]
+            newcomers = sum(parts == 1000 for parts in told.values())
+            assert sum(1 / parts for parts in told.values()) <= 1 + newcomers / 1000 + 1e-5
+
+    check()
+
+
+def test_O8_a_process_started_again_in_the_same_place_takes_the_share(house: House) -> None:
+    """-9 and a restart: what was withheld is not, and the dead one is not counted."""
+    everybody(house, "ab")
+    house.now += LOST
+    assert house.beat("a") == (2, HALF, {"b": 2})
+    assert house.beat("b", drawn="new", said=False) == (2, 0, {"a": 2})
+    assert house.beat("a") == (2, 0, {"b": 2})
+    assert house.beat("b", drawn="new") == (2, 0, {"a": 2})
+
+
+def test_two_processes_with_one_name_do_not_count_as_one(house: House) -> None:
+    """The one that was there first is told, when the second has taken its name."""
+    house.beat("a", said=False)
+    assert house.beat("a", drawn="second", said=False) is not None
+    assert house.beat("a") is None
+    assert house.beat("a", drawn="second") == (1, 0, {})
+    assert house.beat("another name", said=False) is not None
+
+
+def test_S5_a_server_that_lost_its_memory_is_told(house: House) -> None:
+    """Of everybody that was known, also of a lost one; nobody's name counts as taken for it."""
+    everybody(house, "abc")
+    house.now += LOST
+    everybody_again = [house.beat(name) for name in "abab"]
+    assert everybody_again[-1] == (3, 333_334, {"a": 3, "c": 3})
+    house.lose_memory()
+    assert house.beat("a", b=3, c=3) == (3, 666_667, {"b": 3, "c": 3})
+    assert house.beat("b", a=3, c=3) == (3, 333_334, {"a": 3, "c": 3})
+    assert house.beat("a", b=3, c=3) == (3, 333_334, {"b": 3, "c": 3})
+
+
+def test_S5_who_left_is_not_brought_back_by_one_who_did_not_hear_of_it(house: House) -> None:
+    """A heartbeat that tells of members does so only to a server that does not know its sender."""
+    everybody(house, "ab")
+    house.leave("b")
+    assert house.beat("a", b=2) == (1, 0, {})
+
+
+def test_T5_a_servers_clock_that_steps_back_keeps_nobody_alive(house: House) -> None:
+    """By a day: a member that is silent from then on is lost three seconds later."""
+    everybody(house, "ab")
+    house.now -= 86_400 * SECOND
+    assert house.beat("a") == (2, 0, {"b": 2})
+    house.now += LOST
+    assert house.beat("a") == (2, HALF, {"b": 2})
+
+
+def test_a_configured_number_is_the_share(house: House) -> None:
+    """`replicas = 5`: a lost one costs a fifth, however many were seen."""
+    for name in "ab":
+        house.beat(name, said=False, fixed=5)
+    house.now += LOST
+    assert house.beat("a", fixed=5) == (5, 200_000, {"b": 5})
+
+
+async def test_a_replica_tells_and_learns(valkey: StoreServer) -> None:
+    """Through the real thing: count, share of those who are lost, farewell."""
+    valkey.flush()
+    clock = FakeClock()
+    one, other = (
+        Replica(valkey.address, limits_of(), clock=clock, now=clock.wall) for _ in range(2)
+    )
+    async with opened(one), opened(other):
+        for _ in range(3):
+            await one.fleet.beat()
+            await other.fleet.beat()
+        assert (one.fleet.replicas, other.fleet.replicas) == (2, 2)
+        assert one.fleet.is_member
+        clock.advance(LOST / SECOND)
+        await one.fleet.beat()
+        assert one.fleet.withheld == 0.5
+        assert one.fleet.replicas == 2  # one is alive, and half is another's
+        await other.fleet.leave()
+        await one.fleet.beat()
+        assert (one.fleet.replicas, one.fleet.withheld) == (1, 0.0)
+
+
+async def test_a_name_that_is_taken_is_given_up(valkey: StoreServer) -> None:
+    """The second process of one name counts; both are members a heartbeat later."""
+    valkey.flush()
+    async with opened(Replica(valkey.address, limits_of(), place="same")) as one:
+        await one.fleet.beat()
+        async with opened(Replica(valkey.address, limits_of(), place="same")) as other:
+            await other.fleet.beat()
+            for _ in range(4):
+                await one.fleet.beat()
+                await other.fleet.beat()
+            assert (one.fleet.replicas, other.fleet.replicas) == (2, 2)
+
+
+async def test_a_flushed_server_learns_of_everybody_again(valkey: StoreServer) -> None:
+    """No heartbeat failed, and nobody's name is taken from it."""
+    valkey.flush()
+    async with (
+        opened(Replica(valkey.address, limits_of())) as one,
+        opened(Replica(valkey.address, limits_of())) as other,
+    ):
+        for _ in range(3):
+            await one.fleet.beat()
+            await other.fleet.beat()
+        names = one.fleet._name, other.fleet._name
+        valkey.flush()
+        await one.fleet.beat()
+        await other.fleet.beat()
+        await one.fleet.beat()
+        assert (one.fleet._name, other.fleet._name) == names
+        assert (one.fleet.replicas, other.fleet.replicas) == (2, 2)
+        assert one.fleet.withheld == 0
+
+
+def test_the_numbers_fit_each_other() -> None:
+    """Others notice before a lost member spends, and two late heartbeats lose nobody."""
+    assert 2 * HEARTBEAT * SECOND < LOST
+    assert LOST / SECOND + HEARTBEAT < ALONE_AFTER
