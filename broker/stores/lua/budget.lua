@@ -9,7 +9,9 @@
 --
 -- A token bucket that may be overdrawn: its moment lies up to `ahead` beyond a full drain, so calls
 -- that wait stand in one line, whichever replica they wait in.  An absent budget starts empty,
--- because nobody knows what was spent before.  Atomic, so that no slot is given twice.
+-- because nobody knows what was spent before.  What is cut (a pause is five minutes at most) is stored
+-- as it was cut, or a clock that stepped back would hold for as long as it stepped.  Atomic, so that
+-- no slot is given twice.
 
 local now = now_us()
 local burst, interval, ahead = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[5])
@@ -53,6 +55,7 @@ if wait <= ahead then
   wait_full = wait_full + step
 end
 redis.call('HSET', KEYS[1], 'full_at', text(now + wait_full))
+redis.call('HSET', KEYS[1], 'paused_until', text(paused > 0 and now + paused or 0))
 redis.call('PEXPIRE', KEYS[1], px(tonumber(ARGV[7])))
 local free = paused > 0 and 0 or math.max(math.floor((depth - wait_full) / step), 0)
 return {reserved, wait, free, paused, unpack(others)}

@@ -1,0 +1,437 @@
+"""V10 and G4 for replicas that share one budget: reservations, pauses, corrections, coming back."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from replica import Replica, at_given_time, opened
+from servers import StoreServer, store_server, valkey_binary
+from sharing_cases import limits_of
+from store_trace import Talk
+from test_leases import eventually
+
+from broker.slots import Budget
+from broker.stores import budget as budget_module
+from broker.stores.budget import AHEAD, QUEUE_TOLD, REMEMBERED, SharedSlots
+from broker.stores.scripts import Script, command
+
+pytestmark = pytest.mark.parts
+
+SECOND = 1_000_000
+BURST, INTERVAL = 8, 566_038
+"""The budget that ships: 106 a minute, 8 at once."""
+
+DEPTH = BURST * INTERVAL
+SHIPPED = Budget(rate=106, per=60, burst=8, max_wait=8)
+LONGEST_PAUSE = 300 * SECOND
+
+
+class Till:
+    """The budget on a server, at a time that the test says."""
+
+    def __init__(self, talk: Talk) -> None:
+        self._talk = talk
+        self._reserve, self._hold = (
+            talk.load(at_given_time(script.source)) for script in (Script.BUDGET, Script.HOLD)
+        )
+        self.now = 1_790_000_000_000_000
+
+    def reserve(
+        self, who: str = "a", waiting: int = 1, *, ahead: int = int(AHEAD * SECOND),
+        returned: bool = True,
+    ) -> list[int]:  # fmt: skip
+        """Ask for the next call: reserved, wait, free, paused, lines of others."""
+        numbers = [BURST, INTERVAL]
+        arguments = [*map(str, numbers), who, str(waiting), str(ahead), str(int(not returned))]
+        arguments += [str(REMEMBERED), str(QUEUE_TOLD), str(self.now)]
+        return self._call(self._reserve, ["budget", "queues"], arguments)
+
+    def hold(self, pause: int = 0, left: int = -1) -> int:
+        """Take note of a pause, or of how many calls are left."""
+        numbers = [BURST, INTERVAL, pause, left, REMEMBERED, self.now]
+        told: int = self._call(self._hold, ["budget"], list(map(str, numbers)))
+        return told
+
+    def withhold(self, millionths: int) -> None:
+        """Keep a share back, as the heartbeat does."""
+        self._talk.ask([command(b"HSET", b"budget", b"withheld", b"%d" % millionths)])
+
+    def forget(self) -> None:
+        """Lose the budget."""
+        self._talk.ask([command(b"DEL", b"budget", b"queues")])
+
+    def fill(self) -> None:
+        """Let a first asker make the empty one, then let it fill."""
+        self.reserve(ahead=-1)
+        self.now += DEPTH
+
+    def _call(self, script: bytes, keys: list[str], arguments: list[str]) -> "list[int] | int":
+        parts = [part.encode() for part in (*keys, *arguments)]
+        (reply,) = self._talk.ask([command(b"EVALSHA", script, b"%d" % len(keys), *parts)])
+        assert isinstance(reply, list | int), reply
+        return reply
+
+
+@pytest.fixture
+def till(valkey: StoreServer) -> Iterator[Till]:
+    """An absent budget."""
+    valkey.flush()
+    with Talk(valkey) as talk:
+        yield Till(talk)
+
+
+def test_V10_an_absent_budget_starts_empty(till: Till) -> None:
+    """Nobody knows what was spent: the first call is an interval away, no burst comes first."""
+    assert till.reserve() == [1, INTERVAL, 0, 0]
+    assert till.reserve() == [1, 2 * INTERVAL, 0, 0]
+
+
+def test_V10_a_full_budget_gives_its_burst_and_then_one_an_interval(till: Till) -> None:
+    """What is free is told with each; the line reaches five seconds ahead, then it is `not yet`."""
+    till.fill()
+    assert [till.reserve() for _ in range(8)] == [[1, 0, free, 0] for free in range(7, -1, -1)]
+    ahead = int(AHEAD * SECOND) // INTERVAL
+    assert [till.reserve() for _ in range(ahead)] == [
+        [1, INTERVAL * (place + 1), 0, 0] for place in range(ahead)
+    ]
+    refused = till.reserve()
+    assert refused == [0, INTERVAL * (ahead + 1), 0, 0]
+    assert till.reserve() == refused
+    till.now += INTERVAL
+    assert till.reserve()[0] == 1
+
+
+def test_two_replicas_stand_in_one_line(till: Till) -> None:
+    """Whoever reserves next gets the next slot, and hears how long the other's line is."""
+    till.fill()
+    for _ in range(8):
+        till.reserve("a", 5)
+    assert till.reserve("b", 2) == [1, INTERVAL, 0, 0, 5]
+    assert till.reserve("a", 4) == [1, 2 * INTERVAL, 0, 0, 2]
+    assert till.reserve("b", 0) == [1, 3 * INTERVAL, 0, 0, 4]
+    assert till.reserve("a", 3) == [1, 4 * INTERVAL, 0, 0]
+
+
+def test_a_line_that_is_not_told_of_is_over(till: Till) -> None:
+    """Its replica died: after three seconds it is nobody's, also if the clock stepped."""
+    till.reserve("a", 5)
+    till.now += QUEUE_TOLD
+    assert till.reserve("b", 1)[4:] == [5]
+    till.now += 1
+    assert till.reserve("b", 1)[4:] == []
+    till.reserve("a", 5)
+    till.now -= 86_400 * SECOND
+    assert till.reserve("b", 1)[4:] == []
+
+
+def test_V1_a_pause_holds_everybody_and_leaves_no_burst(till: Till) -> None:
+    """Asked before its end: not yet; the first call is an interval after it."""
+    till.fill()
+    assert till.hold(pause=60 * SECOND) == 60 * SECOND
+    reserved, wait, free, paused = till.reserve()
+    assert (reserved, free, paused) == (0, 0, 60 * SECOND)
+    assert wait == 60 * SECOND + INTERVAL
+    till.now += 60 * SECOND
+    assert till.reserve() == [1, INTERVAL, 0, 0]
+
+
+def test_V1_a_pause_only_grows(till: Till) -> None:
+    """Of two answers the stricter one stands, in either order; five minutes is the longest."""
+    assert till.hold(pause=60 * SECOND) == 60 * SECOND
+    assert till.hold(pause=10 * SECOND) == 60 * SECOND
+    assert till.hold(pause=90 * SECOND) == 90 * SECOND
+    assert till.hold(left=3) == 90 * SECOND
+
+
+def test_T5_a_pause_that_a_clock_step_made_long_is_cut(till: Till) -> None:
+    """A day back: five minutes at most, and then the budget works as ever."""
+    till.fill()
+    till.hold(pause=300 * SECOND)
+    till.now -= 86_400 * SECOND
+    paused = till.reserve()[3]
+    assert paused <= LONGEST_PAUSE
+    till.now += LONGEST_PAUSE + DEPTH + int(AHEAD * SECOND)
+    assert till.reserve()[0] == 1
+
+
+def test_a_correction_is_believed_if_it_is_stricter(till: Till) -> None:
+    """The vendor says two are left: two are given; that seven are left changes nothing then."""
+    till.fill()
+    till.hold(left=2)
+    till.hold(left=7)
+    assert [till.reserve(ahead=0)[0] for _ in range(3)] == [1, 1, 0]
+    till.hold(left=0)
+    assert till.reserve(ahead=0)[0] == 0
+
+
+def test_a_correction_does_not_bring_back_what_is_reserved_ahead(till: Till) -> None:
+    """The line has been overdrawn by five: `0 left` must not make it shorter."""
+    till.fill()
+    for _ in range(13):
+        till.reserve()
+    till.hold(left=0)
+    assert till.reserve()[1] == 6 * INTERVAL
+
+
+def test_S3_coming_back_empties_the_budget(till: Till) -> None:
+    """After a time without the server nobody knows what all have spent."""
+    till.fill()
+    assert till.reserve(returned=False) == [1, INTERVAL, 0, 0]
+    assert till.reserve() == [1, 2 * INTERVAL, 0, 0]
+
+
+def test_S3_coming_back_shortens_no_line(till: Till) -> None:
+    """What is overdrawn stays so."""
+    till.fill()
+    for _ in range(12):
+        till.reserve()
+    assert till.reserve(returned=False)[1] == 5 * INTERVAL
+
+
+@pytest.mark.parametrize(
+    ("withheld", "burst", "step"),
+    [(500_000, 4, 2 * INTERVAL), (333_334, 5, 849_058), (1_000_000, 0, 3600 * SECOND)],
+)
+def test_S5_a_withheld_share_is_not_given(till: Till, withheld: int, burst: int, step: int) -> None:
+    """Neither in the burst nor in the rate."""
+    till.fill()
+    till.withhold(withheld)
+    given = 0
+    while till.reserve(ahead=0)[0]:
+        given += 1
+    assert given == burst
+    reserved, wait, *_ = till.reserve(ahead=2**40)
+    assert reserved == 1
+    if burst:
+        assert (given + 1) * step - DEPTH - 2 <= wait <= (given + 1) * step - DEPTH + 2
+
+
+def test_T5_a_day_is_at_most_one_burst_more(till: Till) -> None:
+    """The server's clock jumps: forward a burst is there at once, back nobody waits for it."""
+    till.fill()
+    for _ in range(8):
+        till.reserve()
+    till.now += 86_400 * SECOND
+    assert [till.reserve(ahead=0)[0] for _ in range(10)] == [1] * 8 + [0] * 2
+    till.now -= 86_400 * SECOND
+    _, wait, *_ = till.reserve()
+    assert wait <= AHEAD * SECOND + INTERVAL
+    till.now += int(AHEAD * SECOND) + DEPTH
+    assert till.reserve(ahead=0)[0] == 1
+
+
+def test_G4_no_window_holds_more_than_burst_and_refill(till: Till) -> None:
+    """However replicas reserve, pause, correct, come back or have shares withheld."""
+    moves = st.lists(
+        st.tuples(
+            st.sampled_from(["reserve"] * 12 + ["pause", "correct", "return", "withhold", "lose"]),
+            st.sampled_from([0, 0, 0, 1, INTERVAL // 2, INTERVAL, DEPTH, 60 * SECOND]),
+            st.integers(0, 10),
+        ),
+        max_size=120,
+    )
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(moves=moves)
+    def check(moves: list[tuple[str, int, int]]) -> None:
+        till.forget()
+        till.now += 86_400 * SECOND
+        calls: list[int] = []
+        for move, gap, number in moves:
+            till.now += gap
+            match move:
+                case "pause":
+                    till.hold(pause=(number + 1) * SECOND)
+                case "correct":
+                    till.hold(left=number)
+                case "withhold":
+                    till.withhold(number * 100_000)
+                case "lose":
+                    till.forget()
+                    calls = []  # reserved calls of before are within the first window's burst
+                case _:
+                    reserved, wait, *_ = till.reserve(
+                        "abc"[number % 3], number, returned=move != "return"
+                    )
+                    if reserved:
+                        calls.append(till.now + wait)
+        calls.sort()
+        for first, start in enumerate(calls):
+            for last in range(first, len(calls)):
+                assert last - first + 1 <= BURST + (calls[last] - start) // INTERVAL + 1
+
+    check()
+
+
+def test_G4_from_nothing_a_minute_holds_no_burst(till: Till) -> None:
+    """The first sixty seconds of an absent budget: the refill, not the burst."""
+    calls = []
+    while till.now < 1_790_000_000_000_000 + 60 * SECOND:
+        reserved, wait, *_ = till.reserve()
+        if reserved:
+            calls.append(till.now + wait)
+        till.now += 100_000
+    started = 1_790_000_000_000_000
+    assert sum(call <= started + 60 * SECOND for call in calls) == 60 * SECOND // INTERVAL
+
+
+# --- the slots of a replica
+
+
+@pytest.fixture
+async def pair(valkey: StoreServer) -> AsyncIterator[tuple[SharedSlots, SharedSlots]]:
+    """Two replicas on a budget that is quick, so that real time is short."""
+    valkey.flush()
+    quick = Budget(rate=100, per=1, burst=4, max_wait=5)
+    one, other = (Replica(valkey.address, limits_of()) for _ in range(2))
+    async with opened(one, beside=True), opened(other, beside=True):
+        slots = one.slots(quick), other.slots(quick)
+        for each in slots:
+            await each.start()
+        await eventually(lambda: len(valkey.ask("PUBSUB", "CHANNELS", "etb:*news")) == 1)
+        await eventually(lambda: valkey.ask("PUBSUB", "NUMSUB", one.names.channel)[1] == 2)
+        yield slots
+        for each in slots:
+            await each.close()
+        assert one.errors == other.errors == {}
+
+
+async def test_G4_two_replicas_take_turns(pair: tuple[SharedSlots, SharedSlots]) -> None:
+    """Both at full demand for a second: as many calls as one budget allows, shared about evenly."""
+    loop = asyncio.get_running_loop()
+    began, taken = loop.time(), ([], [])
+
+    async def demand(slots: SharedSlots, calls: list[float]) -> None:
+        while loop.time() - began < 1:
+            await slots.take(3)
+            calls.append(loop.time() - began)
+
+    await asyncio.gather(*(demand(s, c) for s, c in zip(pair, taken, strict=True)))
+    both = sorted([*taken[0], *taken[1]])
+    for first, start in enumerate(both):  # 20 ms: late timers of a busy machine bunch calls
+        for last in range(first, len(both)):
+            assert last - first + 1 <= 4 + (both[last] - start + 0.02) * 100 + 1
+    assert sum(map(len, taken)) > 50
+    assert min(map(len, taken)) > 0.3 * sum(map(len, taken))
+
+
+async def test_V1_a_pause_is_told_to_the_others_at_once(
+    pair: tuple[SharedSlots, SharedSlots],
+) -> None:
+    """By message, before they ask: what they have reserved ahead is held back, too."""
+    held: list[float] = []
+    pair[1].hold = held.append
+    pair[0].pause(2.5)
+    await eventually(lambda: held != [])
+    assert held[0] == 2.5
+    reserved, wait = await pair[1]._reserve(1)
+    assert not reserved or wait > 2
+    assert held[-1] > 2
+
+
+async def test_predictions_count_the_lines_of_others(
+    pair: tuple[SharedSlots, SharedSlots],
+) -> None:
+    """A newcomer here stands behind as many of theirs as of ours."""
+    loop = asyncio.get_running_loop()
+    for _ in range(4):
+        await pair[0]._reserve(10)
+    await pair[1]._reserve(1)
+    now = loop.time()
+    alone = pair[0].predict(5, now, drained=False)
+    shared = pair[1].predict(5, now, drained=False)
+    assert shared - now > 0.1  # five of ours, six of theirs, one of us: at a hundred a second
+    assert shared > alone
+    assert pair[1].predict(0, now + 100, drained=False) >= now + 100
+
+
+async def test_noise_is_no_news(pair: tuple[SharedSlots, SharedSlots]) -> None:
+    """What cannot be read is passed over."""
+    held: list[float] = []
+    pair[0].hold = held.append
+    for noise in (b"", b"paused", b"paused ", b"paused -1", b"paused 1e9", b"resumed 1", b"\xff"):
+        pair[0].heard(noise)
+    assert held == []
+    pair[0].heard(b"paused 1500000")
+    assert held == [1.5]
+
+
+async def test_S5_without_the_server_a_replica_spends_its_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One part of three, from an empty bucket, once the others have noticed; then it comes back."""
+    monkeypatch.setattr(budget_module, "ALONE_AFTER", 0.2)
+    whole = Budget(rate=90, per=1, burst=9, max_wait=5)
+    loop = asyncio.get_running_loop()
+    with store_server(valkey_binary()) as server:
+        replica = Replica(server.address, limits_of(), timeout=0.2, replicas=3)
+        async with opened(replica):
+            slots = replica.slots(whole)
+            await slots.start()
+            await slots.take(1)
+            server.kill()
+            began, times = loop.time(), []
+            while loop.time() - began < 1.0:
+                await slots.take(1)
+                times.append(loop.time() - began)
+            assert times[0] >= 0.2
+            assert len(times) <= 3 + 30 * (1.0 - 0.2) + 2
+            assert len(times) >= 8
+            for first, start in enumerate(times):
+                for last in range(first, len(times)):
+                    assert last - first + 1 <= 3 + (times[last] - start + 0.02) * 30 + 1
+            server.start()
+            replica.clock.advance(10)
+            await slots.take(1)
+            assert slots._alone is None
+            assert not replica.server.is_away
+
+
+async def test_S1_closed_makes_no_call_without_the_server() -> None:
+    """Nothing is taken alone; the first slot comes from the server that is back."""
+    with store_server(valkey_binary()) as server:
+        replica = Replica(server.address, limits_of(), timeout=0.2, on_error="closed")
+        async with opened(replica):
+            slots = replica.slots(Budget(rate=1000, per=1, burst=9, max_wait=5))
+            await slots.start()
+            server.kill()
+            taking = asyncio.create_task(slots.take(1))
+            await asyncio.sleep(0.5)
+            assert not taking.done()
+            server.start()
+            replica.clock.advance(10)
+            await asyncio.wait_for(taking, 10)
+
+
+budgets = st.builds(
+    Budget,
+    rate=st.floats(0.1, 10_000),
+    per=st.sampled_from([1.0, 60.0, 3600.0]),
+    burst=st.integers(1, 1000),
+    max_wait=st.just(8.0),
+)
+
+
+@given(budget=budgets, replicas=st.integers(1, 200))
+def test_S5_all_shares_of_a_budget_fit_its_window(budget: Budget, replicas: int) -> None:
+    """In one `per`, all bursts and refills together are no more than the whole's.
+
+    But for a budget that is smaller than one call for each: those share a hundredth of its rate.
+    """
+    share = budget.share(replicas)
+    whole = budget.burst + budget.rate
+    together = replicas * (share.burst + share.rate)
+    if max(budget.burst // replicas, 1) * replicas - budget.burst < budget.rate * 0.99:
+        assert together <= whole * (1 + 1e-9)
+    assert share.rate > 0
+    assert share.burst >= 1
+    assert budget.share(1) == budget
+
+
+def test_the_shipped_budget_in_shares() -> None:
+    """As the README's table of topologies has it: never over 114 in a minute."""
+    for replicas in range(1, 65):
+        share = SHIPPED.share(replicas)
+        assert replicas * (share.burst + share.rate) <= 114 + 1e-9
