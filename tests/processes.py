@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -117,13 +117,15 @@ class Broker:
     program: tuple[str, ...] = ("-m", "broker", "serve")
     """What Python runs."""
 
-    def __init__(self, *arguments: str, logs: Path, **variables: str) -> None:
+    def __init__(
+        self, *arguments: str, logs: Path, prefix: Sequence[str] = (), **variables: str
+    ) -> None:
         self.folder = logs
         self._logs = logs / f"log.{secrets.token_hex(4)}"
         started = time.perf_counter()
         with self._logs.open("wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-W", "error", *self.program, *arguments],
+                [*prefix, sys.executable, "-W", "error", *self.program, *arguments],
                 stdout=subprocess.PIPE,
                 stderr=out,
                 env=environment(**variables),
@@ -138,10 +140,12 @@ class Broker:
         self.seconds_to_start = time.perf_counter() - started
 
     @classmethod
-    def configured(cls, folder: Path, tree: Tree, **variables: str) -> Self:
-        """Start one on a configuration file in `folder`."""
+    def configured(
+        cls, folder: Path, tree: Tree, prefix: Sequence[str] = (), **variables: str
+    ) -> Self:
+        """Start one on a configuration file in `folder`; `prefix` is a command that runs it."""
         path = write(folder / "broker.toml", toml(tree))
-        return cls("--config", path, logs=folder, **variables)
+        return cls("--config", path, logs=folder, prefix=prefix, **variables)
 
     @property
     def url(self) -> str:
