@@ -1,0 +1,177 @@
+"""Clocks that are wrong: rows L3, L4 and T5 for replicas and for the store."""
+
+import asyncio
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+import faked_time
+import pytest
+from processes import merged
+from replicas import Replica, Reply, back, joined, replicas, start, tree_for, undisturbed, visitor
+from servers import StoreServer
+
+from broker.testing import FakeVendor, VendorSettings
+
+pytestmark = pytest.mark.parts
+
+BURST, RATE = 10, 2
+TAU = BURST / RATE
+"""Seconds that a bucket takes to refill."""
+
+LIFETIME = 12
+"""Seconds that a token lives."""
+
+
+class TestReplicas:
+    async def test_L4_replicas_whose_clocks_differ_by_5_s_admit_the_same_total(
+        self, store: StoreServer, tmp_path: Path
+    ) -> None:
+        """A burst at once and then the rate, as if it were one clock: it is, the store's."""
+        limit = {"rate": RATE, "per": "1s", "burst": BURST}
+        tree = merged(tree_for(tmp_path, store), {"limits.fingerprint": limit})
+        ahead = faked_time.environment("+5s")
+        fleet = [await start(tmp_path, tree), await start(tmp_path, tree, **ahead)]
+        try:
+            await joined(fleet)
+
+            async def attempt() -> tuple[list[Reply], float]:
+                fingerprint, began, replies = visitor(), time.monotonic(), []
+                while time.monotonic() - began < 4:
+                    replies += await asyncio.gather(*(each.ask(fingerprint) for each in fleet))
+                    await asyncio.sleep(0.02)
+                return replies, time.monotonic() - began
+
+            replies, took = await undisturbed(fleet, attempt)
+            dates = [
+                parsedate_to_datetime(reply.headers["Date"]).timestamp() for reply in replies[:2]
+            ]
+            assert 4 <= dates[1] - dates[0] <= 6, "the clocks do differ"
+            admitted = Counter(reply.status for reply in replies)[200]
+            allowed = BURST + RATE * took
+            print(f"clocks 5 s apart: {admitted} admitted in {took:.2f} s, allowed {allowed:.1f}")
+            assert math.floor(allowed) - 1 <= admitted <= allowed
+            assert len({reply.token for reply in replies if reply.status == 200}) == 1
+        finally:
+            for replica in fleet:
+                await replica.close()
+
+
+class TestStore:
+    @pytest.fixture
+    def moved(self, tmp_path: Path) -> Iterator[tuple[StoreServer, faked_time.Clock]]:
+        """A store, and its date."""
+        with faked_time.store_with_clock(tmp_path) as (server, clock):
+            yield server, clock
+
+    async def test_L3_T5_a_store_that_jumps_a_day_gives_one_burst_and_locks_nobody_out(
+        self, moved: tuple[StoreServer, faked_time.Clock], tmp_path: Path
+    ) -> None:
+        """Forwards it forgets what was spent, once; backwards nobody waits longer than tau."""
+        server, clock = moved
+        limit = {"rate": RATE, "per": "1s", "burst": BURST}
+        tree = merged(tree_for(tmp_path, server), {"limits.fingerprint": limit})
+        async with replicas(tmp_path, tree) as fleet:
+            fingerprint = visitor()
+            began = time.monotonic()
+            assert await _admitted(fleet, fingerprint) >= BURST
+            clock.set("+1d")
+            await _admitted(fleet, fingerprint, 1.0)
+            clock.set("+0")
+            locked = time.monotonic()
+            while (await fleet[0].ask(fingerprint)).status != 200:  # noqa: ASYNC110 - a process
+                await asyncio.sleep(0.05)
+            locked = time.monotonic() - locked
+            await back(fleet)
+            # Somebody who was never refused while it was ahead is full again a day from now.
+            clock.set("+1d")
+            spender = visitor()
+            for replica in fleet:
+                assert (await replica.ask(spender)).status == 200
+            clock.set("+0")
+            started = time.monotonic()
+            while (await fleet[1].ask(spender)).status != 200:  # noqa: ASYNC110 - a process
+                await asyncio.sleep(0.05)
+            spent = time.monotonic() - started
+            took = time.monotonic() - began
+            print(
+                f"a day forwards and back, {took:.1f} s in all: locked out {locked:.2f} and"
+                f" {spent:.2f} s, tau is {TAU:.0f} s"
+            )
+        assert locked <= TAU + 1
+        assert spent <= TAU + 1
+
+    async def test_L3_a_store_that_jumps_a_day_forwards_admits_one_extra_burst(
+        self, moved: tuple[StoreServer, faked_time.Clock], tmp_path: Path
+    ) -> None:
+        """And not one for each jump's direction: what was spent meanwhile stays spent."""
+        server, clock = moved
+        limit = {"rate": 1, "per": "1h", "burst": BURST}
+        tree = merged(tree_for(tmp_path, server), {"limits.fingerprint": limit})
+        async with replicas(tmp_path, tree) as fleet:
+
+            async def attempt() -> list[int]:
+                fingerprint = visitor()
+                admitted = []
+                for offset in ("+0", "+1d", "+0"):
+                    clock.set(offset)
+                    admitted.append(await _admitted(fleet, fingerprint))
+                return admitted
+
+            admitted = await undisturbed(fleet, attempt)
+        print(f"burst {BURST}: {admitted} admitted before, a day ahead, and back")
+        assert admitted == [BURST, BURST, 0]
+
+    async def test_T5_a_store_that_jumps_a_day_never_keeps_a_dead_token_alive(
+        self, moved: tuple[StoreServer, faked_time.Clock], tmp_path: Path
+    ) -> None:
+        """Tokens of 12 s, minted before and after each jump, asked for until all are dead."""
+        server, clock = moved
+        async with FakeVendor(VendorSettings(ip=None, lifetime=LIFETIME), seed=1) as vendor:
+            tree = tree_for(tmp_path, server, vendor)
+            async with replicas(tmp_path, tree) as fleet:
+                visitors = [visitor() for _ in range(3)]
+                least: list[float] = []
+
+                async def look() -> None:
+                    for fingerprint in visitors:
+                        for replica in fleet:
+                            reply = await _served(replica, fingerprint)
+                            exp = vendor.claims_of(reply.token)["exp"]
+                            assert isinstance(exp, int)
+                            least.append(exp - time.time())
+
+                for offset in ("+1d", "+0", "+1d", "+0"):
+                    clock.set(offset)
+                    ends = time.monotonic() + LIFETIME / 4 + 0.5
+                    visitors.append(visitor())
+                    await _served(fleet[1], visitors[-1])
+                    while time.monotonic() < ends:
+                        await look()
+                        await asyncio.sleep(0.1)
+        print(f"{len(least)} tokens handed out; the least life left was {min(least):.1f} s")
+        assert min(least) > 0
+
+
+async def _served(replica: Replica, fingerprint: str) -> Reply:
+    """Ask until there is a token: a clock that steps back leaves every bucket drained."""
+    while (reply := await replica.ask(fingerprint)).status == 429:  # noqa: ASYNC110 - a process
+        await asyncio.sleep(0.01)
+    return reply
+
+
+async def _admitted(fleet: list[Replica], fingerprint: str, seconds: float = 0.0) -> int:
+    """Ask on both until nobody is admitted at once, for at least so long; returns how many were."""
+    ends, count = time.monotonic() + seconds, 0
+    while True:
+        replies = await asyncio.gather(
+            *(fleet[turn % 2].ask(fingerprint) for turn in range(2 * BURST))
+        )
+        passed = sum(reply.status == 200 for reply in replies)
+        count += passed
+        if time.monotonic() >= ends and passed < BURST:
+            return count
+        await asyncio.sleep(0.05)
