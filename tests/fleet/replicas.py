@@ -202,7 +202,7 @@ async def joined(fleet: Iterable[Replica]) -> None:
 
 async def store_errors(fleet: Iterable[Replica]) -> float:
     """Count the calls to the store that failed."""
-    reasons = ("timeout", "connection", "script", "other")
+    reasons = ("timeout", "connection", "script", "cluster_down", "readonly", "other")
     samples = [f'broker_store_errors_total{{reason="{reason}"}}' for reason in reasons]
     return sum([await replica.metric(sample) for replica in fleet for sample in samples])
 
