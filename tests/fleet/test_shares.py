@@ -1,0 +1,149 @@
+"""What each replica may spend on its own: together never more than the whole (G4, S5)."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from fractions import Fraction
+
+import pytest
+from servers import StoreServer
+
+from broker.board import Sheet
+from broker.metrics import StoreMetrics
+from broker.stores import fleet
+from broker.stores.address import Access
+from broker.stores.fleet import Fleet
+from broker.stores.names import Names
+from broker.stores.nodes import nodes_at
+from broker.stores.server import Server
+from broker.testing import FakeClock
+
+pytestmark = pytest.mark.parts
+
+LOST = 0.3
+"""Seconds of silence after which a member is lost, here."""
+
+
+class Crew:
+    """Members of one fleet; those who are cut off fall silent."""
+
+    def __init__(self, store: StoreServer) -> None:
+        self._server = Server(
+            nodes_at(store.address, Access(), 5.0), FakeClock(), StoreMetrics(Sheet())
+        )
+        self._names = Names(bytes(32), "a vendor")
+        self.beating: list[Fleet] = []
+        self.cut_off: list[Fleet] = []
+
+    async def open(self) -> None:
+        await self._server.nodes.open()
+
+    async def close(self) -> None:
+        await self._server.close()
+
+    def join(self, name: str, fixed: int | None = None) -> Fleet:
+        """Add a member."""
+        member = Fleet(self._server, self._names, name, fixed)
+        self.beating.append(member)
+        return member
+
+    def cut(self, member: Fleet) -> None:
+        """Cut a member off."""
+        self.beating.remove(member)
+        self.cut_off.append(member)
+
+    async def beat(self) -> None:
+        """Let all who can say that they are there, twice: each has then heard of each."""
+        for _ in range(2):
+            for member in self.beating:
+                await member.beat()
+
+    async def pass_time(self) -> None:
+        """Let those who were cut off become lost."""
+        await asyncio.sleep(LOST + 0.05)
+        await self.beat()
+
+    def spent(self) -> Fraction:
+        """What is spent at most: shares of those on their own, and what those here are left."""
+        alone = sum((Fraction(1, member.replicas) for member in self.cut_off), Fraction())
+        left = 1 - Fraction(self.beating[0].withheld).limit_denominator(1000) if self.beating else 0
+        return alone + left
+
+
+@pytest.fixture
+async def crew(store: StoreServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Crew]:
+    """A fleet in which a member is lost after a moment."""
+    monkeypatch.setattr(fleet, "LOST", int(LOST * 1_000_000))
+    crew = Crew(store)
+    await crew.open()
+    yield crew
+    await crew.close()
+
+
+async def test_G4_S5_shares_add_up_when_replicas_are_lost_one_after_the_other(crew: Crew) -> None:
+    """The later ones divide what the earlier ones left; the last one has no more than that."""
+    a, b, c = crew.join("a"), crew.join("b"), crew.join("c")
+    await crew.beat()
+    assert [member.replicas for member in (a, b, c)] == [3, 3, 3]
+    for member in (a, b, c):
+        crew.cut(member)
+        if crew.beating:
+            await crew.pass_time()
+        assert crew.spent() <= 1
+    assert crew.spent() == 1
+
+
+async def test_G4_S5_a_newcomer_divides_what_those_who_are_lost_left(crew: Crew) -> None:
+    """Three become four while one is cut off with a third; the others leave it that."""
+    a, b, c = crew.join("a"), crew.join("b"), crew.join("c")
+    await crew.beat()
+    crew.cut(a)
+    await crew.pass_time()
+    d = crew.join("d")
+    await crew.beat()
+    for member in (b, c, d):
+        crew.cut(member)
+    assert crew.spent() <= 1
+
+
+async def test_G4_S5_all_shares_are_given_away(crew: Crew) -> None:
+    """Whoever comes when two have taken a half each has nothing, until one of them is back."""
+    a, b = crew.join("a"), crew.join("b")
+    await crew.beat()
+    crew.cut(a)
+    crew.cut(b)
+    await asyncio.sleep(LOST + 0.05)
+    late = crew.join("late")
+    await crew.beat()
+    assert late.withheld == 1
+    assert late.replicas == 1000
+    crew.cut_off.remove(a)
+    crew.beating.append(a)
+    await crew.beat()
+    assert late.withheld == 0.5
+    assert late.replicas == 4
+
+
+async def test_G4_a_store_that_lost_its_memory_is_told_who_was_lost(
+    crew: Crew, store: StoreServer
+) -> None:
+    """By those who knew them: the share stays withheld."""
+    a, b = crew.join("a"), crew.join("b")
+    await crew.beat()
+    crew.cut(a)
+    await crew.pass_time()
+    assert b.withheld == 0.5
+    store.flush()
+    b._missed = True  # the server was away for a beat
+    await crew.beat()
+    assert b.withheld == 0.5
+    await a.leave()
+    await crew.beat()
+    assert b.withheld == 0
+
+
+async def test_two_processes_with_one_name_are_two_members(crew: Crew) -> None:
+    """The one that was there before takes another name."""
+    first, second = crew.join("same"), crew.join("same")
+    await crew.beat()
+    await crew.beat()
+    assert (first.replicas, second.replicas) == (2, 2)
