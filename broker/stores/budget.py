@@ -6,7 +6,8 @@ more than one, and those that have a line take turns.  What stands in the lines 
 back with each reservation, and predictions count with it.
 
 While the server is away the replica spends its share, from a bucket of its own that starts empty,
-and only after the others have noticed that it is lost.  When the server is back the shared bucket
+and only after the others have noticed that it is lost: anew each time, for with every heartbeat
+that gets through they give the share back to all.  When the server is back the shared bucket
 starts empty, too: nobody knows what all have spent.
 """
 
@@ -65,6 +66,7 @@ class SharedSlots(Slots):
         self.hold: Callable[[float], None] = lambda _seconds: None
         self._alone: LocalSlots | None = None
         self._alone_from = 0.0
+        self._alone_since = 0
         self._returned = True
         self._full_at = 0.0
         self._lines: list[int] = []
@@ -178,11 +180,12 @@ class SharedSlots(Slots):
         if self._closed:
             await asyncio.sleep(LONGEST_NAP)
             return False
-        if self._alone is None:
+        if self._alone is None or self._alone_since != self._fleet.beats:
             share = self._budget.share(self._fleet.replicas)
             self._alone, self._returned = LocalSlots(share), False
             await self._alone.start()
             self._alone_from = self._loop.time() + ALONE_AFTER
+            self._alone_since = self._fleet.beats
             log.warning("broker.budget_alone", replicas=self._fleet.replicas)
         if (early := self._alone_from - self._loop.time()) > 0:
             await asyncio.sleep(min(early, LONGEST_NAP))

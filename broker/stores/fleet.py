@@ -41,7 +41,8 @@ _MILLION = 1_000_000
 class Fleet:
     """The members as they were last seen; `name` is this one's, the same after a restart.
 
-    `fixed` is how many there are by configuration, None to count them.
+    `fixed` is how many there are by configuration, None to count them; `beats` is how often the
+    others were told that this one is there.
     """
 
     def __init__(self, server: Server, names: Names, name: str, fixed: int | None) -> None:
@@ -54,6 +55,7 @@ class Fleet:
         self._parts = 1
         self._others: dict[str, int] = {}
         self.withheld = 0.0
+        self.beats = 0
 
     @property
     def replicas(self) -> int:
@@ -94,6 +96,7 @@ class Fleet:
         match reply:
             case [1, int(parts), int(withheld), *members]:
                 self._said = True
+                self.beats += 1
                 self._parts = parts
                 self.withheld = withheld / _MILLION
                 pairs = zip(members[::2], members[1::2], strict=True)

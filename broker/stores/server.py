@@ -71,10 +71,7 @@ class StoreStats(Protocol):
 
 
 class Server:
-    """Calls to the server, behind a breaker.
-
-    `recovered` is the monotonic microsecond since which it has been there without a break.
-    """
+    """Calls to the server, behind a breaker."""
 
     def __init__(
         self,
@@ -91,7 +88,6 @@ class Server:
         self._health = StoreHealth()
         self._well = 0
         self._tasks: set[asyncio.Task[None]] = set()
-        self.recovered = 0
 
     @property
     def is_away(self) -> bool:
@@ -169,7 +165,6 @@ class Server:
             wait = self._health.wait(now) / SECOND
             log.error("broker.store_away", reason=reason, detail=detail, wait_s=wait)
         elif was_away and not self.is_away:
-            self.recovered = now
             log.warning("broker.store_back")
 
     @override
