@@ -32,6 +32,7 @@ from broker.issuers.vendor_replies import Scope
 from broker.metrics import Metrics
 from broker.model import LimitName, Minted, Outcome
 from broker.rules import bucket
+from broker.stores.scripts import acl_line
 from broker.web import wire
 
 ROOT = Path(__file__).parents[1]
@@ -166,6 +167,7 @@ def test_every_other_command_is_a_known_one() -> None:
     "program",
     [
         "tests/load/run",
+        "tests/load/fleet_soak.py",
         "tests/load/refusals.py",
         "tests/load/rolling",
         "tests/bench/cpu.py",
@@ -198,6 +200,14 @@ def test_every_file_that_is_mentioned_is_there() -> None:
     named = {*links, *paths}
     assert len(named) > 20
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_the_user_of_the_store_is_the_one_that_the_scripts_need() -> None:
+    """The shown line is generated, and so is what a cluster needs beside it."""
+    shown = acl_line("broker", ">PASSWORD")
+    assert f"{shown}\n" in [block.text for block in of("text")]
+    more = set(acl_line("broker", ">PASSWORD", cluster=True).split()) - set(shown.split())
+    assert f"on a cluster add `{' '.join(sorted(more))}`" in " ".join(README.split())
 
 
 def test_links_within_the_page_lead_to_a_heading() -> None:

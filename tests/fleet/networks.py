@@ -21,7 +21,8 @@ class Network:
         self.here = f"{self._prefix}.1"
 
     def open(self) -> None:
-        """Make the bridge; needs root."""
+        """Make the bridge."""
+        assert os.geteuid() == 0, "network namespaces need root: run this test as root"
         _run("ip", "link", "add", self._name, "type", "bridge")
         _run("ip", "addr", "add", f"{self.here}/24", "dev", self._name)
         _run("ip", "link", "set", self._name, "up")
