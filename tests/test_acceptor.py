@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 from processes import until
+from structlog.testing import capture_logs
 
 from broker import acceptor as module
 from broker.acceptor import Acceptor
@@ -103,13 +104,11 @@ async def test_who_is_ahead_and_alone_takes_them_all_the_same() -> None:
         await ended(taken)
 
 
-async def test_without_descriptors_it_waits_and_goes_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+async def test_without_descriptors_it_waits_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """EMFILE: callers stay in the queue, and are taken as soon as there is room."""
     monkeypatch.setattr(module, "PAUSE", 0.02)
     taken = Taken()
-    with shared_socket(1) as sockets, callers(sockets[0], 3):
+    with shared_socket(1) as sockets, callers(sockets[0], 3), capture_logs() as logged:
         acceptor = Acceptor(sockets, taken.make, is_never_ahead)
         acceptor.start(BACKLOG)
         with no_more_files():
@@ -118,9 +117,13 @@ async def test_without_descriptors_it_waits_and_goes_on(
         await until(lambda: len(taken) == 3)
         acceptor.close()
         await ended(taken)
-    out = capsys.readouterr().out
-    assert "broker.accept_failed" in out
-    assert 2 <= out.count("Too many open files") <= 6  # not once for each turn of the loop
+    assert 2 <= len(logged) <= 6  # not once for each turn of the loop
+    assert logged[0] == {
+        "event": "broker.accept_failed",
+        "reason": "Too many open files",
+        "again_in_s": 0.02,
+        "log_level": "error",
+    }
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What supervisor and workers say to each other, and what happens when one does not play along."""
 
+import io
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from processes import good, put, secret_file, secret_in, until, until_true
 from test_config import alone, candidates, keys
+from web.edge import logging_to
 
 from broker import child, config, parts, schema
 from broker import supervisor as supervisor_module
@@ -134,13 +136,14 @@ async def supervised(
 ) -> AsyncIterator[Supervisor]:
     """Run workers, and drain them."""
     supervisor = Supervisor(settings, load or (lambda: settings), {})
-    await supervisor.start()
-    try:
-        yield supervisor
-    finally:
-        supervisor.stop()
-        await supervisor.run()
-        assert supervisor._children == {}
+    with logging_to(io.StringIO(), settings):
+        await supervisor.start()
+        try:
+            yield supervisor
+        finally:
+            supervisor.stop()
+            await supervisor.run()
+            assert supervisor._children == {}
 
 
 class TestSeat:
@@ -152,7 +155,7 @@ class TestSeat:
         os.close(handle)
         mine, other, third = (Metrics("local", cells=row) for row in board.rows)
         siblings = [Sibling(m.process.workers, m.process.connections) for m in (other, third)]
-        seat = Seat([], "", "", board, mine, siblings)
+        seat = Seat(1, [], "", "", board, mine, siblings)
         mine.process.connections.set(3)
         other.process.connections.set(2)
         assert not seat.is_ahead()  # the third is dead
