@@ -14,9 +14,10 @@ import structlog
 
 log = structlog.get_logger()
 
-YIELD = 0.001
-"""Seconds for which a worker that is ahead leaves the door to the others: enough for one that
-sleeps to wake, and too short for a caller to notice when none of them comes."""
+STEP, LONGEST = 0.001, 0.02
+"""Seconds for which a worker leaves the door to the others, for each connection that it is ahead,
+and at most: enough for one that sleeps to wake on a busy machine, and a wait that a caller hardly
+notices when none of them comes."""
 
 PAUSE = 0.5
 """Seconds without accepting after the system had no descriptor left, or it fails over and over."""
@@ -31,11 +32,11 @@ class Acceptor:
         self,
         sockets: Sequence[socket.socket],
         factory: Callable[[], asyncio.Protocol],
-        is_ahead: Callable[[], bool],
+        ahead: Callable[[], float],
     ) -> None:
         self._sockets = list(sockets)
         self._factory = factory
-        self._is_ahead = is_ahead
+        self._ahead = ahead
         self._loop = asyncio.get_running_loop()
         self._opening: set[asyncio.Task[object]] = set()
 
@@ -58,8 +59,9 @@ class Acceptor:
 
     def _notice(self, listener: socket.socket) -> None:
         """Somebody is at the door."""
-        if self._is_ahead():
-            self._step_back(listener, YIELD)
+        ahead = self._ahead()
+        if ahead > 1:
+            self._step_back(listener, min(ahead * STEP, LONGEST))
         else:
             self._accept(listener)
 

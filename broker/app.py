@@ -63,15 +63,20 @@ pause before a retry.  A mint may outlive its callers, because its token is wort
 call has a timeout of its own, and must be the one to tell that it ran out."""
 
 
-AHEAD = 1
-"""Connections that a worker may have more than another before it lets that one go first."""
+ALIVE = 2.0
+"""Seconds since its last round of housekeeping after which a worker is taken to be hung."""
 
 
 class Sibling(Struct, frozen=True):
     """What a worker sees of another one."""
 
-    alive: Gauge
+    beat: Gauge
     connections: Gauge
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it would take a connection."""
+        return time.monotonic() - self.beat.value < ALIVE
 
 
 class Seat(Struct, frozen=True):
@@ -85,10 +90,10 @@ class Seat(Struct, frozen=True):
     metrics: Metrics
     siblings: Sequence[Sibling]
 
-    def is_ahead(self) -> bool:
-        """Whether another worker has clearly fewer connections."""
-        limit = self.metrics.process.connections.value - AHEAD
-        return any(s.alive.value and s.connections.value < limit for s in self.siblings)
+    def ahead(self) -> float:
+        """How many connections this worker has more than the one with the fewest."""
+        mine = self.metrics.process.connections.value
+        return mine - min((s.connections.value for s in self.siblings if s.is_alive), default=mine)
 
 
 class App:
@@ -355,7 +360,7 @@ class App:
             return await listen(
                 self._server, self._settings.server.listen, "server.listen", BACKLOG
             )
-        acceptor = Acceptor(self._seat.sockets, self._server, self._seat.is_ahead)
+        acceptor = Acceptor(self._seat.sockets, self._server, self._seat.ahead)
         acceptor.start(BACKLOG)
         return acceptor, self._seat.url
 
@@ -380,6 +385,7 @@ class App:
         """Bring the gauges up to date."""
         metrics = self.metrics
         metrics.process.workers.set(not self._health.draining)
+        metrics.process.beat.set(0 if self._health.draining else time.monotonic())
         for name, bucket in self.store.buckets.items():
             metrics.limits.tracked[name].set(len(bucket))
         metrics.limits.tracked[LimitName.AUTH].set(len(self.door.failures))

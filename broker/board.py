@@ -118,6 +118,8 @@ class Kind(Enum):
     """A gauge: the sum over all processes."""
     MAXIMUM = "maximum"
     """A gauge: what the worst or fullest process says."""
+    PRIVATE = "private"
+    """A gauge that is never shown: what processes tell each other."""
 
 
 class Family(Struct, frozen=True):
@@ -160,6 +162,10 @@ class Sheet:
         """Return gauges of which the greatest of all processes is shown."""
         return self._each(Kind.MAXIMUM, name, text, labels, Gauge)
 
+    def private(self, name: str) -> Gauge:
+        """Return a gauge that no scrape shows."""
+        return self._each(Kind.PRIVATE, name, "", {}, Gauge)[()]
+
     def histograms(
         self, name: str, text: str, bounds: tuple[float, ...], **labels: Iterable[str]
     ) -> dict[tuple[str, ...], Histogram]:
@@ -179,7 +185,7 @@ class Sheet:
     def drop_gauges(self, cells: Cells) -> None:
         """Forget what a process that is gone said about itself; what it counted stays."""
         for family in self.families:
-            if family.kind in (Kind.TOTAL, Kind.MAXIMUM):
+            if family.kind in (Kind.TOTAL, Kind.MAXIMUM, Kind.PRIVATE):
                 for index in family.series.values():
                     cells[index] = 0.0
 
@@ -194,7 +200,8 @@ class Sheet:
     ) -> dict[tuple[str, ...], _T]:
         size = len(bounds) + 2 if kind is Kind.HISTOGRAM else 1
         series = {values: self._take(size) for values in product(*labels.values())}
-        self.families.append(Family(kind, name, text, tuple(labels), series, bounds, self.shown))
+        shown = self.shown and kind is not Kind.PRIVATE
+        self.families.append(Family(kind, name, text, tuple(labels), series, bounds, shown))
         return {values: make(self.cells, index) for values, index in series.items()}
 
     def _take(self, size: int) -> int:

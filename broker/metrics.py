@@ -349,6 +349,8 @@ class ProcessMetrics:
         for gauge in build.values():
             gauge.set(1)
         self.workers = sheet.totals("broker_workers", "Processes that take requests")[()]
+        self.beat = sheet.private("beat")
+        """Monotonic seconds of the last round of housekeeping, by the clock of the machine."""
         self.connections = sheet.totals(
             "broker_connections", "Connections that are open on the data listener"
         )[()]

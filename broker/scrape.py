@@ -70,7 +70,7 @@ def _render(family: Family, board: Board) -> Metric:
             for values, index in family.series.items():
                 count.add_metric(values, _cumulative(family, board, index)[-1][1])
             return count
-        case Kind.TOTAL | Kind.MAXIMUM:
+        case Kind.TOTAL | Kind.MAXIMUM | Kind.PRIVATE:
             read = board.total if family.kind is Kind.TOTAL else board.maximum
             gauge = GaugeMetricFamily(name, text, labels=labels)
             for values, index in family.series.items():

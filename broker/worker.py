@@ -73,9 +73,9 @@ def _build(begin: Begin) -> App:
 
 def _siblings(index: int, board: Board, metrics: Metrics) -> list[Sibling]:
     """Return what can be seen of the other workers; the supervisor's row is none."""
-    alive, connections = metrics.process.workers, metrics.process.connections
+    beat, connections = metrics.process.beat, metrics.process.connections
     return [
-        Sibling(alive.of(row), connections.of(row))
+        Sibling(beat.of(row), connections.of(row))
         for number, row in enumerate(board.rows)
         if number not in (0, index)
     ]

@@ -47,9 +47,9 @@ def callers(listener: socket.socket, count: int) -> Iterator[None]:
         yield
 
 
-def is_never_ahead() -> bool:
+def never_ahead() -> float:
     """As long as nobody has fewer connections."""
-    return False
+    return 0
 
 
 async def ended(*all_taken: Taken) -> None:
@@ -65,7 +65,7 @@ async def test_two_share_a_burst_evenly() -> None:
     left, right = Taken(), Taken()
     with shared_socket(2) as sockets, callers(sockets[0], 10):
         acceptors = [
-            Acceptor([held], taken.make, is_never_ahead)
+            Acceptor([held], taken.make, never_ahead)
             for held, taken in zip(sockets, (left, right), strict=True)
         ]
         for acceptor in acceptors:
@@ -79,11 +79,12 @@ async def test_two_share_a_burst_evenly() -> None:
 
 async def test_who_is_ahead_leaves_the_door_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """It steps back, and the other one takes them all."""
-    monkeypatch.setattr(module, "YIELD", 3600.0)
+    monkeypatch.setattr(module, "STEP", 3600.0)
+    monkeypatch.setattr(module, "LONGEST", 3600.0)
     full, empty = Taken(), Taken()
     with shared_socket(2) as sockets, callers(sockets[0], 10):
-        ahead = Acceptor(sockets[:1], full.make, lambda: True)
-        behind = Acceptor(sockets[1:], empty.make, is_never_ahead)
+        ahead = Acceptor(sockets[:1], full.make, lambda: 2)
+        behind = Acceptor(sockets[1:], empty.make, never_ahead)
         ahead.start(BACKLOG)
         behind.start(BACKLOG)
         await until(lambda: len(empty) == 10)
@@ -97,7 +98,7 @@ async def test_who_is_ahead_and_alone_takes_them_all_the_same() -> None:
     """The one with fewer may be hung: nobody is left standing at the door."""
     taken = Taken()
     with shared_socket(1) as sockets, callers(sockets[0], 10):
-        acceptor = Acceptor(sockets, taken.make, lambda: True)
+        acceptor = Acceptor(sockets, taken.make, lambda: 2)
         acceptor.start(BACKLOG)
         await until(lambda: len(taken) == 10)
         acceptor.close()
@@ -109,7 +110,7 @@ async def test_without_descriptors_it_waits_and_goes_on(monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "PAUSE", 0.02)
     taken = Taken()
     with shared_socket(1) as sockets, callers(sockets[0], 3), capture_logs() as logged:
-        acceptor = Acceptor(sockets, taken.make, is_never_ahead)
+        acceptor = Acceptor(sockets, taken.make, never_ahead)
         acceptor.start(BACKLOG)
         with no_more_files():
             await asyncio.sleep(0.1)
@@ -144,7 +145,7 @@ async def test_closed_it_takes_nobody() -> None:
     taken = Taken()
     with shared_socket(1) as sockets, callers(sockets[0], 1):
         address = sockets[0].getsockname()
-        acceptor = Acceptor(sockets, taken.make, lambda: True)
+        acceptor = Acceptor(sockets, taken.make, lambda: 2)
         acceptor.start(BACKLOG)
         await until(lambda: len(taken) == 1)
         with callers(sockets[0], 1):

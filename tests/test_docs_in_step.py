@@ -170,6 +170,7 @@ def metric_names() -> set[str]:
     return {
         f"{family.name}_total" if family.kind in counted else family.name
         for family in Metrics("upstream").sheet.families
+        if family.kind is not Kind.PRIVATE
     }
 
 

@@ -148,23 +148,27 @@ async def supervised(
 
 class TestSeat:
     def test_knows_who_has_fewer_connections(self) -> None:
-        """One more is not enough to hold back, and somebody who is gone has none."""
+        """Somebody who is gone has none, and somebody who is hung would not take one."""
         width = Metrics("local").sheet.width
         handle = share(3, width)
         board = shared(handle, width)
         os.close(handle)
         mine, other, third = (Metrics("local", cells=row) for row in board.rows)
-        siblings = [Sibling(m.process.workers, m.process.connections) for m in (other, third)]
+        siblings = [Sibling(m.process.beat, m.process.connections) for m in (other, third)]
         seat = Seat(1, [], "", "", board, mine, siblings)
-        mine.process.connections.set(3)
-        other.process.connections.set(2)
-        assert not seat.is_ahead()  # the third is dead
-        other.process.workers.set(1)
-        assert not seat.is_ahead()
-        other.process.connections.set(1)
-        assert seat.is_ahead()
+        mine.process.connections.set(5)
+        other.process.connections.set(3)
+        assert seat.ahead() == 0  # both have never lived
+        other.process.beat.set(time.monotonic())
+        assert seat.ahead() == 2
+        third.process.beat.set(time.monotonic())
+        assert seat.ahead() == 5
+        third.process.connections.set(9)
+        assert seat.ahead() == 2
         other.sheet.drop_gauges(board.rows[1])
-        assert not seat.is_ahead()
+        assert seat.ahead() == -4
+        third.process.beat.set(time.monotonic() - 60)
+        assert seat.ahead() == 0
 
 
 class TestSupervisor:
