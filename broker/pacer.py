@@ -114,7 +114,6 @@ class Paced(Pacer):
         self._loop = asyncio.get_running_loop()
         await self._slots.start()
         self._server = self._loop.create_task(self._serve())
-        self._server.add_done_callback(_report_defect)
 
     async def close(self) -> None:
         """Stop serving; whoever waits is told that the broker stops."""
@@ -131,7 +130,7 @@ class Paced(Pacer):
         if urgency is Urgency.AHEAD:
             await self._take_if_plenty()
         elif not self.depth and not self._paused and self._slots.is_free:
-            await self._slots.take(0)
+            _ = await self._slots.take(lambda: 1)
             self._waited(0.0)
         else:
             await self._queue(urgency, client)
@@ -215,20 +214,25 @@ class Paced(Pacer):
         return int((wait + wait * JITTER * random.random()) * 1_000_000)  # noqa: S311 - spreads callers, guards nothing
 
     async def _take_if_plenty(self) -> None:
-        if not self.plenty:
+        if self.depth or self._paused or not await self._slots.take_if_plenty() or self._paused:
             raise BudgetExhausted("the vendor's budget is needed elsewhere", 1_000_000)
-        await self._slots.take(0)
 
     async def _serve(self) -> None:
         while True:
             await self._wanted.wait()
-            await self._sleep_out_pause()
-            if self.depth:
-                await self._slots.take(self.depth)
-                await self._sleep_out_pause()
-                self._pass_on()
+            try:
+                await self._serve_next()
+            except Exception:
+                log.exception("broker.defect")  # a queue that stands still would serve nobody, ever
+                await asyncio.sleep(1.0)
             if not self.depth and not self._paused:
                 self._wanted.clear()
+
+    async def _serve_next(self) -> None:
+        await self._sleep_out_pause()
+        if self.depth and await self._slots.take(lambda: self.depth):
+            await self._sleep_out_pause()
+            self._pass_on()
 
     async def _sleep_out_pause(self) -> None:
         """Wait until the vendor's pause is over, then start as drained as after a start."""
@@ -257,12 +261,6 @@ class Paced(Pacer):
     @override
     def __repr__(self) -> str:
         return f"Paced(waiting={self.depth}, remaining={self.remaining})"
-
-
-def _report_defect(server: "asyncio.Task[None]") -> None:
-    """Without its server the queue stands still: nobody else would ever report why."""
-    if not server.cancelled() and server.exception() is not None:
-        log.error("broker.defect", exc_info=server.exception())
 
 
 def _used_up(wait: int) -> BudgetExhausted:

@@ -3,7 +3,9 @@
 import asyncio
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+
+import structlog
 
 from broker.issuers.refusals import LocalRefusals
 from broker.issuers.shared_refusals import SharedRefusals
@@ -28,6 +30,15 @@ from broker.stores.server import OPERATION_TIMEOUT, Server
 from broker.stores.shared import Carried, SharedStore
 from broker.stores.tokens import TokenCache
 from broker.stores.valkey import ValkeyStore
+
+log = structlog.get_logger()
+
+FIRST_BEATS = 10
+"""Heartbeats at the start, one after the other, until the server has answered or is known to be
+away: the first answers depend on it."""
+
+AGAIN = 1.0
+"""Seconds before work that failed unexpectedly is begun anew."""
 
 
 class Sharing:
@@ -59,7 +70,8 @@ class Sharing:
         self.names = names_of(settings, key)
         self.server = Server(nodes_at(address, access, timeout), clock, metrics.store)
         self.seal = Seal(key)
-        self.fleet = Fleet(self.server, self.names, f"{socket.gethostname()}/{place}", fixed)
+        name = f"{socket.gethostname()}/{place}"
+        self.fleet = Fleet(self.server, self.names, name, fixed, settings.server.workers)
         self.alone = MemoryStore(
             limits, front, clock, metrics.limits.counts, EpochsUnknown(), clock.wall()
         )
@@ -105,16 +117,12 @@ class Sharing:
     async def open(self) -> None:
         """Begin; a server that is not there makes a degraded start, not a failed one."""
         await self.server.nodes.open()
-        while not (self.fleet.is_member or self.server.is_away):
+        for _ in range(FIRST_BEATS):
+            if self.fleet.is_member or self.server.is_away:
+                break
             await self.fleet.beat()
-        channels = (self.names.wake(self._replica), self.names.channel)
-        for work in (
-            self.fleet.run(),
-            self.store.keep_leases(),
-            listen(self.server.nodes, channels, self._heard),
-        ):
-            task = asyncio.get_running_loop().create_task(work)
-            self._tasks.add(task)
+        for work in (self.fleet.run, self.store.keep_leases, self._listen):
+            self._tasks.add(asyncio.get_running_loop().create_task(_for_ever(work)))
 
     async def close(self) -> None:
         """Say farewell and close every connection."""
@@ -127,13 +135,17 @@ class Sharing:
 
     @property
     def is_degraded(self) -> bool:
-        """Whether this process works without the server."""
-        return self.server.is_away
+        """Whether this process works without the server, or the fleet without this process."""
+        return self.server.is_away or not self.fleet.is_heard
 
     @property
     def refuses(self) -> bool:
         """Whether it refuses to, because it was told so."""
         return self._closed and self.server.is_away
+
+    async def _listen(self) -> None:
+        channels = (self.names.wake(self._replica), self.names.channel)
+        await listen(self.server.nodes, channels, self._heard)
 
     def _heard(self, channel: bytes, message: bytes) -> None:
         if channel == self.names.channel:
@@ -141,6 +153,16 @@ class Sharing:
                 self._slots.heard(message)
         else:
             self._remote.heard(message)
+
+
+async def _for_ever(work: Callable[[], Awaitable[None]]) -> None:
+    """Keep at it: a replica whose heart or ears stopped would be a danger to the others."""
+    while True:
+        try:
+            await work()
+        except Exception:
+            log.exception("broker.defect")
+        await asyncio.sleep(AGAIN)
 
 
 def names_of(settings: Settings, key: Secret) -> Names:

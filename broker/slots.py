@@ -8,6 +8,7 @@ All times are seconds of the event loop's clock, which is the clock the limiter 
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol
 
 from aiolimiter import AsyncLimiter
@@ -66,8 +67,12 @@ class Slots(Protocol):
         """How many could be taken at this moment, as far as it is known here."""
         ...
 
-    async def take(self, waiting: int) -> None:
-        """Return when a call may be made; `waiting` callers are in line here."""
+    async def take(self, waiting: Callable[[], int]) -> bool:
+        """Return True when a call may be made, False when `waiting` says that nobody is in line."""
+        ...
+
+    async def take_if_plenty(self) -> bool:
+        """Take a slot if it is there at once, nobody waits, and half the burst is left."""
         ...
 
     def predict(self, ahead: int, start: float, *, drained: bool) -> float:
@@ -120,9 +125,16 @@ class LocalSlots(Slots):
         return int(spare / self._budget.interval + 1e-9)
 
     @override
-    async def take(self, waiting: int) -> None:
+    async def take(self, waiting: Callable[[], int]) -> bool:
         await self._limiter.acquire()
         self._full_at = max(self._full_at, self._loop.time()) + self._budget.interval
+        return True
+
+    @override
+    async def take_if_plenty(self) -> bool:
+        if self.remaining * 2 < self._budget.burst or not self._limiter.has_capacity():
+            return False
+        return await self.take(lambda: 1)
 
     @override
     def predict(self, ahead: int, start: float, *, drained: bool) -> float:

@@ -21,7 +21,7 @@ from typing_extensions import override
 from broker.rules.reuse import SECOND
 from broker.slots import Budget, LocalSlots, Slots
 from broker.stores.failures import StoreFailed
-from broker.stores.fleet import ALONE_AFTER, Fleet
+from broker.stores.fleet import ALONE_AFTER, ALONE_FOR, Fleet
 from broker.stores.names import Names
 from broker.stores.scripts import Script, command
 from broker.stores.server import Operation, Server
@@ -34,14 +34,19 @@ AHEAD = 5.0
 REMEMBERED = 3600 * SECOND
 """Microseconds: an hour without a call, and the budget starts empty."""
 
-QUEUE_TOLD = 3 * SECOND
-"""Microseconds after which a replica's line is taken for empty: it died, or nobody waits."""
-
 LONGEST_NAP = 1.0
 """Seconds after which a refused reservation is tried again: a pause may have been cut short."""
 
-PAUSED = b"paused "
-"""The news that the vendor asked for a pause, and for how long (us)."""
+QUEUE_TOLD = 7.0
+"""Seconds after which a replica's line is taken for empty, because it died: longer than it sleeps
+for a call that it has reserved, and a nap."""
+
+LATE = 1.0
+"""Seconds after its moment in which a reserved call may still be made: a process that was suspended
+must not make its call on top of what others were given meanwhile."""
+
+PAUSED = b"paused"
+"""The news that the vendor asked for a pause; for how long, the server tells."""
 
 
 class SharedSlots(Slots):
@@ -70,6 +75,8 @@ class SharedSlots(Slots):
         self._returned = True
         self._full_at = 0.0
         self._lines: list[int] = []
+        self._lines_told = 0.0
+        self._asking = False
         self._tasks: set[asyncio.Task[None]] = set()
         interval = b"%d" % -int(-budget.interval * SECOND // 1)
         self._numbers = (b"%d" % budget.burst, interval)
@@ -99,25 +106,42 @@ class SharedSlots(Slots):
         return int(spare / self._budget.interval + 1e-9)
 
     @override
-    async def take(self, waiting: int) -> None:
-        while True:
+    async def take(self, waiting: Callable[[], int]) -> bool:
+        while line := waiting():
             try:
-                reserved, wait = await self._reserve(waiting)
+                reserved, wait = await self._reserve(line)
             except StoreFailed:
                 if await self._take_alone():
-                    return
+                    return True
                 continue
-            if reserved:
-                await asyncio.sleep(wait)
-                return
-            await asyncio.sleep(min(wait, LONGEST_NAP))
+            if not reserved:
+                await asyncio.sleep(min(wait, LONGEST_NAP))
+                continue
+            due = self._loop.time() + wait
+            await asyncio.sleep(wait)
+            if self._loop.time() - due < LATE:
+                return True
+        return False
+
+    @override
+    async def take_if_plenty(self) -> bool:
+        try:
+            reserved, _ = await self._reserve(0, modest=True)
+        except StoreFailed:
+            alone = self._alone
+            if alone is None or self._loop.time() < self._alone_from:
+                return False
+            return await alone.take_if_plenty()
+        return reserved
 
     @override
     def predict(self, ahead: int, start: float, *, drained: bool) -> float:
         if self._alone is not None:
             return max(self._alone.predict(ahead, start, drained=drained), self._alone_from)
         budget = self._budget
-        turns = ahead + 1 + sum(min(line, ahead + 1) for line in self._lines)
+        recent = self._loop.time() - self._lines_told < QUEUE_TOLD
+        lines = self._lines if recent else []
+        turns = ahead + 1 + sum(min(line, ahead + 1) for line in lines)
         level = start + budget.depth if drained else max(self._full_at, start)
         return max(level + turns * budget.interval - budget.depth, start)
 
@@ -142,8 +166,11 @@ class SharedSlots(Slots):
             return
         self._own(self._hold(0, max(remaining, 0)))
 
-    async def _reserve(self, waiting: int) -> tuple[bool, float]:
-        """Ask for the next call; returns whether it is ours, and seconds to wait."""
+    async def _reserve(self, waiting: int, *, modest: bool = False) -> tuple[bool, float]:
+        """Ask for the next call; returns whether it is ours, and seconds to wait.
+
+        `modest` takes it only if nobody else could want it.
+        """
         reply = await self._server.run(
             Operation.BUDGET,
             Script.BUDGET,
@@ -154,12 +181,14 @@ class SharedSlots(Slots):
             b"%d" % int(AHEAD * SECOND),
             b"0" if self._returned else b"1",
             b"%d" % REMEMBERED,
-            b"%d" % QUEUE_TOLD,
+            b"%d" % int(QUEUE_TOLD * SECOND),
+            b"1" if modest else b"0",
         )
         match reply:
             case [int(reserved), int(wait), int(free), int(paused), *lines]:
                 self._returned, self._alone = True, None
                 self._lines = [line for line in lines if isinstance(line, int)]
+                self._lines_told = self._loop.time()
                 self._note(wait / SECOND, free, reserved=bool(reserved))
                 if paused and not reserved:
                     self.hold(paused / SECOND)
@@ -170,7 +199,7 @@ class SharedSlots(Slots):
     def _note(self, wait: float, free: int, *, reserved: bool) -> None:
         """Remember how full the bucket was: with free slots, or with calls reserved ahead."""
         now, budget = self._loop.time(), self._budget
-        if wait or not reserved:
+        if wait:
             self._full_at = now + wait + budget.depth - (0 if reserved else budget.interval)
         else:
             self._full_at = now + budget.depth - free * budget.interval
@@ -180,30 +209,33 @@ class SharedSlots(Slots):
         if self._closed:
             await asyncio.sleep(LONGEST_NAP)
             return False
-        if self._alone is None or self._alone_since != self._fleet.beats:
-            share = self._budget.share(self._fleet.replicas)
-            self._alone, self._returned = LocalSlots(share), False
-            await self._alone.start()
+        alone = self._alone
+        if alone is None or self._alone_since != self._fleet.beats:
+            alone = LocalSlots(self._budget.share(self._fleet.parts))
+            self._alone, self._returned = alone, False
+            await alone.start()
             self._alone_from = self._loop.time() + ALONE_AFTER
             self._alone_since = self._fleet.beats
-            log.warning("broker.budget_alone", replicas=self._fleet.replicas)
+            log.warning("broker.budget_alone", parts=self._fleet.parts)
         if (early := self._alone_from - self._loop.time()) > 0:
             await asyncio.sleep(min(early, LONGEST_NAP))
-            if early > LONGEST_NAP:
-                return False  # the server may be back
-            await self._alone.resume()  # what gathered meanwhile is the others'
-        await self._alone.take(0)
-        return True
+            if early > LONGEST_NAP or self._alone is not alone:
+                return False  # the server may be back, or is
+            await alone.resume()  # what gathered meanwhile is the others'
+        if self._loop.time() > self._alone_from + ALONE_FOR and not self._fleet.is_fixed:
+            await asyncio.sleep(LONGEST_NAP)
+            return False  # by now the others have this share
+        return await alone.take(lambda: 1)
 
     async def _pause(self, us: int) -> None:
         await self._hold(us, -1)
         channel = self._names.channel
-        packed = command(b"PUBLISH", channel, PAUSED + b"%d" % us)
-        self._server.tell(Operation.BUDGET, channel, packed)
+        self._server.tell(Operation.BUDGET, channel, command(b"PUBLISH", channel, PAUSED))
 
     async def _hold(self, us: int, remaining: int) -> None:
+        """Tell the server (0 and -1 tell it nothing), and follow the pause in force there."""
         with contextlib.suppress(StoreFailed):  # counted; this replica itself holds to it
-            await self._server.run(
+            left = await self._server.run(
                 Operation.BUDGET,
                 Script.HOLD,
                 (self._names.budget,),
@@ -212,11 +244,20 @@ class SharedSlots(Slots):
                 b"%d" % remaining,
                 b"%d" % REMEMBERED,
             )
+            if isinstance(left, int) and left > 0:
+                self.hold(left / SECOND)
 
     def heard(self, news: bytes) -> None:
-        """Follow a pause that another replica was told of."""
-        if news.startswith(PAUSED) and news.removeprefix(PAUSED).isdigit():
-            self.hold(int(news.removeprefix(PAUSED)) / SECOND)
+        """Look for a pause that another replica was told of: channels are open to more than we."""
+        if news == PAUSED and not self._asking:
+            self._asking = True
+            self._own(self._follow_news())
+
+    async def _follow_news(self) -> None:
+        try:
+            await self._hold(0, -1)
+        finally:
+            self._asking = False
 
     def _own(self, work: "asyncio._CoroutineLike[None]") -> None:
         task = self._loop.create_task(work)

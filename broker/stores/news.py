@@ -33,6 +33,7 @@ async def listen(nodes: Nodes, channels: Sequence[bytes], heard: Listener) -> No
                 reply = await connection.read_response(disable_decoding=True, timeout=math.inf)
                 if isinstance(reply, list) and reply[0] == b"message":
                     heard(reply[1], reply[2])
+                    await asyncio.sleep(0)  # a flood of messages must not keep requests waiting
         except (RedisError, OSError, TimeoutError):
             pass  # looked at again, with everything else, by whoever needs the store
         finally:

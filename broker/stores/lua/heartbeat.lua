@@ -10,8 +10,9 @@
 --
 -- Whoever loses the server goes on with its share of everything: one part in as many as it was told
 -- last.  So all shares that were told must never make more than a whole together: a member gets an
--- equal part of what is not withheld, but no more than the others leave; a newcomer's grows as they
--- come by.  The share of a member that is lost is withheld until it is back, says farewell, or is
+-- equal part of what is not withheld, one part more than there are members, and no more than the
+-- others leave; a newcomer's grows as they come by.  The part that is left over is for who comes
+-- after a whole fleet has died: there is always something to begin with.  The share of a member that is lost is withheld until it is back, says farewell, or is
 -- forgotten.  A server that does not know somebody who has been there has lost its memory, and is
 -- told of the others.  Atomic, so that shares are counted once.
 
@@ -35,8 +36,10 @@ local members = redis.call('HGETALL', KEYS[1])
 for place = 1, #members, 2 do
   local name = members[place]
   local seen, who, parts = string.match(members[place + 1], '^(%d+) (%S+) (%d+)$')
-  local silence = now - tonumber(seen)
-  if name ~= me and silence > forgotten then
+  local silence = now - tonumber(seen or '0')
+  if not parts or tonumber(parts) < 1 then -- nobody of ours wrote this
+    redis.call('HDEL', KEYS[1], name)
+  elseif name ~= me and silence > forgotten then
     redis.call('HDEL', KEYS[1], name)
   elseif name ~= me then
     if silence < 0 then -- the clock has stepped back: count from here
@@ -49,14 +52,16 @@ for place = 1, #members, 2 do
     else
       withheld = withheld + share
     end
-    reply[#reply + 1] = name
-    reply[#reply + 1] = tonumber(parts)
+    if #reply < 1000 then -- what one reply can hold, and more than one fleet has
+      reply[#reply + 1] = name
+      reply[#reply + 1] = tonumber(parts)
+    end
   end
 end
 
 local parts = tonumber(ARGV[6])
 if parts == 0 then
-  local share = math.min((1 - withheld) / alive, 1 - given)
+  local share = math.min((1 - withheld) / (alive + 1), 1 - given)
   parts = share > 0.001 and math.ceil(1 / share - 0.000001) or 1000
 end
 withheld = math.min(math.ceil(withheld * 1000000 - 0.001), 1000000)
