@@ -167,12 +167,12 @@ async def test_G4_a_second_loss_is_waited_out_like_the_first(
     )  # fmt: skip
     await crew.beat()
     await slots.start()
-    await slots.take(1)
+    assert await slots.take(lambda: 1)
     waits = []
     for _ in range(2):
         store.ask("CLIENT", "PAUSE", 2500)
         began = time.monotonic()
-        await slots.take(1)
+        assert await slots.take(lambda: 1)
         waits.append(time.monotonic() - began)
         await asyncio.sleep(max(2.6 - (time.monotonic() - began), 0))
         await crew.beat()

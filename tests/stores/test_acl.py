@@ -24,8 +24,9 @@ from test_leases import always, eventually, keep, lead, never
 
 from broker import errors
 from broker.issuers.vendor_replies import Refused, Scope
-from broker.model import Secret
+from broker.model import Secret, Session
 from broker.rules.bucket import Limit
+from broker.sessions.base import Place, Query, place_of
 from broker.slots import Budget
 from broker.stores.address import Access
 from broker.stores.base import Kept
@@ -95,10 +96,31 @@ async def _everything(server: AnyServer, replica: Replica, asking: Callable[[], 
         replica.sharing.refusals.forget(ask)
         await replica.settled()
         assert await replica.sharing.refusals.find(ask) is None
+        await sessions_come_and_go(replica)
         await someone_waits(replica)
+        await replica.fleet.leave()
         with_a_lost_member(replica)
         await replica.fleet.beat()
         await slots.close()
+
+
+async def sessions_come_and_go(replica: Replica) -> None:
+    """Write down more sessions than a list may have, read them page by page, end one."""
+    book = replica.sharing.book
+    book._remote._most = 2
+    expires = replica.clock.wall() // 1_000_000 + 600
+    sessions = [
+        Session(f"s-{number}", "web", "A1", "abcd", "", expires - 600, expires + number, b"d" * 32)
+        for number in range(4)
+    ]
+    for session in sessions:
+        await book.record(session)
+    query = Query(agent="A1")
+    assert await book.page(query, Place(0, ""), 1) == sessions[2:3]
+    assert await book.page(query, place_of(sessions[2]), 1) == sessions[3:]
+    assert await book.find_token(b"d" * 32) == sessions[3]
+    await book.end(sessions[3])
+    assert await book.ended("s-3")
 
 
 async def someone_waits(replica: Replica) -> None:
@@ -117,7 +139,7 @@ async def someone_waits(replica: Replica) -> None:
 
 def with_a_lost_member(replica: Replica) -> None:
     """Let the next heartbeat tell of a member that the server does not know."""
-    replica.fleet._others, replica.fleet._missed = {"other": 2}, True
+    replica.fleet._others = {b"other": 2}
 
 
 def set_user(server: AnyServer, line: str) -> None:
@@ -225,13 +247,14 @@ def test_the_line_is_made_of_the_scripts() -> None:
     """Whole, and in order: it changes only together with a script or a command beside them."""
     assert acl_line("broker", "#abc") == (
         "user broker on #abc resetkeys ~etb:* resetchannels &etb:* -@all +del +eval +evalsha"
-        " +get +hdel +hget +hgetall +hkeys +hmget +hset +hsetnx +pexpire +publish +set +subscribe"
-        " +time"
+        " +get +hdel +hget +hgetall +hkeys +hmget +hset +hsetnx +pexpire +pttl +publish +set"
+        " +subscribe +time +zadd +zcard +zcount +zrange +zremrangebyrank +zremrangebyscore"
     )
     assert acl_line("b", ">x", cluster=True, database=True).split()[9:] == [
         "+asking", "+cluster|slots", "+del", "+eval", "+evalsha", "+get", "+hdel", "+hget",
-        "+hgetall", "+hkeys", "+hmget", "+hset", "+hsetnx", "+pexpire", "+publish", "+select",
-        "+set", "+subscribe", "+time",
+        "+hgetall", "+hkeys", "+hmget", "+hset", "+hsetnx", "+pexpire", "+pttl", "+publish",
+        "+select", "+set", "+subscribe", "+time", "+zadd", "+zcard", "+zcount", "+zrange",
+        "+zremrangebyrank", "+zremrangebyscore",
     ]  # fmt: skip
 
 

@@ -17,8 +17,8 @@ from broker.testing import FakeClock
 pytestmark = pytest.mark.parts
 
 SECOND = 1_000_000
-HALF = 500_000
-"""A share is withheld in millionths."""
+THIRD = 333_334
+"""A share is withheld in millionths.  Of two members each has a third: one is left over."""
 
 
 class House:
@@ -63,6 +63,10 @@ class House:
         """Say farewell."""
         self._talk.ask([command(b"HDEL", b"members", name.encode())])
 
+    def write(self, name: bytes, value: bytes) -> None:
+        """Write what no replica writes."""
+        self._talk.ask([command(b"HSET", b"members", name, value)])
+
     def lose_memory(self) -> None:
         """Forget everything but the scripts."""
         self._talk.ask([command(b"FLUSHALL")])
@@ -84,27 +88,36 @@ def everybody(house: House, names: str, times: int = 3) -> None:
 
 
 def test_members_are_counted(house: House) -> None:
-    """A newcomer is given nothing until those who were there have come by: then equal parts."""
-    assert house.beat("a", said=False) == (1, 0, {})
-    assert house.beat("b", said=False) == (1000, 0, {"a": 1})
-    assert house.beat("a") == (2, 0, {"b": 1000})
-    assert house.beat("b") == (2, 0, {"a": 2})
-    assert house.beat("c", said=False) == (1000, 0, {"a": 2, "b": 2})
+    """Equal parts, and one is left over for whoever comes next: a newcomer has one at once."""
+    assert house.beat("a", said=False) == (2, 0, {})
+    assert house.beat("b", said=False) == (3, 0, {"a": 2})
+    assert house.beat("a") == (3, 0, {"b": 3})
+    assert house.beat("b") == (3, 0, {"a": 3})
+    assert house.beat("c", said=False) == (4, 0, {"a": 3, "b": 3})
     everybody(house, "abc", 2)
-    assert house.beat("c") == (3, 0, {"a": 3, "b": 3})
+    assert house.beat("c") == (4, 0, {"a": 4, "b": 4})
+
+
+def test_S5_who_comes_after_a_fleet_that_died_has_something_to_begin_with(house: House) -> None:
+    """Killed, and started anew under other names: half, a quarter, an eighth, but never nothing."""
+    for generation, left in enumerate([1, 0.5, 0.25, 0.125]):
+        parts, withheld, _ = house.beat(f"new-{generation}", said=False) or (0, 0, {})
+        assert 1 - withheld / 1_000_000 == pytest.approx(left, abs=1e-5)
+        assert parts == 2 / left
+        house.now += LOST
 
 
 def test_S5_a_silent_members_share_is_withheld(house: House) -> None:
-    """From three seconds of silence on, not before: it may go on by itself, as one of two."""
+    """From three seconds of silence on, not before: it may go on by itself, as one of three."""
     everybody(house, "ab")
     house.now += LOST - 1
-    assert house.beat("a") == (2, 0, {"b": 2})
+    assert house.beat("a") == (3, 0, {"b": 3})
     house.now += 1
-    assert house.beat("a") == (2, HALF, {"b": 2})
-    assert house.withheld() == HALF
+    assert house.beat("a") == (3, THIRD, {"b": 3})
+    assert house.withheld() == THIRD
     house.now += 600 * SECOND
-    assert house.beat("a") == (2, HALF, {"b": 2})
-    assert house.beat("b") == (2, 0, {"a": 2})
+    assert house.beat("a") == (3, THIRD, {"b": 3})
+    assert house.beat("b") == (3, 0, {"a": 3})
     assert house.withheld() == 0
 
 
@@ -112,7 +125,7 @@ def test_S5_a_farewell_gives_the_share_back_at_once(house: House) -> None:
     """A deploy must not cost budget."""
     everybody(house, "ab")
     house.leave("b")
-    assert house.beat("a") == (1, 0, {})
+    assert house.beat("a") == (2, 0, {})
 
 
 def test_S5_a_lost_member_is_forgotten_after_an_hour(house: House) -> None:
@@ -120,9 +133,9 @@ def test_S5_a_lost_member_is_forgotten_after_an_hour(house: House) -> None:
     everybody(house, "ab")
     for _ in range(FORGOTTEN // SECOND // 100):
         house.now += 100 * SECOND
-        assert house.beat("a") == (2, HALF, {"b": 2})
+        assert house.beat("a") == (3, THIRD, {"b": 3})
     house.now += 1
-    assert house.beat("a") == (1, 0, {})
+    assert house.beat("a") == (2, 0, {})
 
 
 def test_S5_who_is_left_counts_with_the_share_that_is_withheld(house: House) -> None:
@@ -131,9 +144,9 @@ def test_S5_who_is_left_counts_with_the_share_that_is_withheld(house: House) -> 
     house.now += LOST
     house.beat("a")  # lost for a moment, as b is
     house.beat("b")
-    assert house.beat("a") == (3, 333_334, {"b": 3, "c": 3})
+    assert house.beat("a") == (4, 250_000, {"b": 4, "c": 4})
     house.now += LOST
-    assert house.beat("b") == (3, 666_667, {"a": 3, "c": 3})
+    assert house.beat("b") == (4, 500_000, {"a": 4, "c": 4})
 
 
 def test_S5_all_shares_never_exceed_the_whole(house: House) -> None:
@@ -158,8 +171,8 @@ def test_S5_all_shares_never_exceed_the_whole(house: House) -> None:
             answer = house.beat(name, said=name in told)
             assert answer is not None
             told[name] = answer[0]
-            newcomers = sum(parts == 1000 for parts in told.values())
-            assert sum(1 / parts for parts in told.values()) <= 1 + newcomers / 1000 + 1e-5
+            dust = sum(parts == 1000 for parts in told.values())
+            assert sum(1 / parts for parts in told.values()) <= 1 + dust / 1000 + 1e-5
 
     check()
 
@@ -168,10 +181,10 @@ def test_O8_a_process_started_again_in_the_same_place_takes_the_share(house: Hou
     """-9 and a restart: what was withheld is not, and the dead one is not counted."""
     everybody(house, "ab")
     house.now += LOST
-    assert house.beat("a") == (2, HALF, {"b": 2})
-    assert house.beat("b", drawn="new", said=False) == (2, 0, {"a": 2})
-    assert house.beat("a") == (2, 0, {"b": 2})
-    assert house.beat("b", drawn="new") == (2, 0, {"a": 2})
+    assert house.beat("a") == (3, THIRD, {"b": 3})
+    assert house.beat("b", drawn="new", said=False) == (3, 0, {"a": 3})
+    assert house.beat("a") == (3, 0, {"b": 3})
+    assert house.beat("b", drawn="new") == (3, 0, {"a": 3})
 
 
 def test_two_processes_with_one_name_do_not_count_as_one(house: House) -> None:
@@ -179,7 +192,7 @@ def test_two_processes_with_one_name_do_not_count_as_one(house: House) -> None:
     house.beat("a", said=False)
     assert house.beat("a", drawn="second", said=False) is not None
     assert house.beat("a") is None
-    assert house.beat("a", drawn="second") == (1, 0, {})
+    assert house.beat("a", drawn="second") == (2, 0, {})
     assert house.beat("another name", said=False) is not None
 
 
@@ -188,27 +201,39 @@ def test_S5_a_server_that_lost_its_memory_is_told(house: House) -> None:
     everybody(house, "abc")
     house.now += LOST
     everybody_again = [house.beat(name) for name in "abab"]
-    assert everybody_again[-1] == (3, 333_334, {"a": 3, "c": 3})
+    assert everybody_again[-1] == (4, 250_000, {"a": 4, "c": 4})
     house.lose_memory()
-    assert house.beat("a", b=3, c=3) == (3, 666_667, {"b": 3, "c": 3})
-    assert house.beat("b", a=3, c=3) == (3, 333_334, {"a": 3, "c": 3})
-    assert house.beat("a", b=3, c=3) == (3, 333_334, {"b": 3, "c": 3})
+    assert house.beat("a", b=4, c=4) == (4, 500_000, {"b": 4, "c": 4})
+    assert house.beat("b", a=4, c=4) == (4, 250_000, {"a": 4, "c": 4})
+    assert house.beat("a", b=4, c=4) == (4, 250_000, {"b": 4, "c": 4})
 
 
 def test_S5_who_left_is_not_brought_back_by_one_who_did_not_hear_of_it(house: House) -> None:
     """A heartbeat that tells of members does so only to a server that does not know its sender."""
     everybody(house, "ab")
     house.leave("b")
-    assert house.beat("a", b=2) == (1, 0, {})
+    assert house.beat("a", b=3) == (2, 0, {})
 
 
 def test_T5_a_servers_clock_that_steps_back_keeps_nobody_alive(house: House) -> None:
     """By a day: a member that is silent from then on is lost three seconds later."""
     everybody(house, "ab")
     house.now -= 86_400 * SECOND
-    assert house.beat("a") == (2, 0, {"b": 2})
+    assert house.beat("a") == (3, 0, {"b": 3})
     house.now += LOST
-    assert house.beat("a") == (2, HALF, {"b": 2})
+    assert house.beat("a") == (3, THIRD, {"b": 3})
+
+
+def test_what_nobody_of_ours_wrote_is_taken_out(house: House) -> None:
+    """Names and values of any form, from the far future too: nobody's heartbeat fails for them."""
+    house.beat("a", said=False)
+    for name, value in ((b"\xff", b"x"), (b"n", b""), (b"zero", b"1 x 0"), (b"neg", b"1 x -1")):
+        house.write(name, value)
+    assert house.beat("a") == (2, 0, {})
+    house.write(b"future", b"9999999999999999 x 4")
+    assert house.beat("a") == (3, 0, {"future": 4})
+    house.now += LOST
+    assert house.beat("a") == (3, 250_000, {"future": 4})
 
 
 def test_a_configured_number_is_the_share(house: House) -> None:
@@ -234,8 +259,8 @@ async def test_a_replica_tells_and_learns(valkey: StoreServer) -> None:
         assert one.fleet.is_member
         clock.advance(LOST / SECOND)
         await one.fleet.beat()
-        assert one.fleet.withheld == 0.5
-        assert one.fleet.replicas == 2  # one is alive, and half is another's
+        assert one.fleet.withheld == THIRD / 1_000_000
+        assert (one.fleet.parts, one.fleet.replicas) == (3, 2)  # a third is another's
         await other.fleet.leave()
         await one.fleet.beat()
         assert (one.fleet.replicas, one.fleet.withheld) == (1, 0.0)

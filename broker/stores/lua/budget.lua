@@ -53,7 +53,7 @@ redis.call('PEXPIRE', KEYS[2], px(tonumber(ARGV[8])))
 local wait = math.max(wait_full + step - depth, paused, 0)
 local reserved = 0
 local plenty = wait == 0 and #others == 0 and (depth - wait_full) / step * 2 >= burst
-if wait <= ahead and (ARGV[9] ~= '1' or plenty) then
+if share > 0 and wait <= ahead and (ARGV[9] ~= '1' or plenty) then
   reserved = 1
   wait_full = wait_full + step
 end
