@@ -370,8 +370,7 @@ class App:
             from broker import dev  # noqa: PLC0415 - development only
             from broker.web import demo  # noqa: PLC0415
 
-            secret = dev.client_secret(self._settings)
-            demo.add(self._routes, embed, self.url, secret, demo.by_keyring(self.issuer))
+            demo.add(self._routes, embed, self.url, dev.client_secret(self._settings))
         if not self._settings.server.docs:
             return
         from broker.web import docs  # noqa: PLC0415 - rare, and keeps the start short

@@ -14,7 +14,6 @@ loopback only, answers to names of this machine only (a foreign name that resolv
 attack, "DNS rebinding"), and takes JSON only (a foreign page cannot send that unasked).
 """
 
-from collections.abc import Awaitable, Callable
 from string import Template
 
 import aiohttp
@@ -24,11 +23,9 @@ from aiohttp.web_request import BaseRequest
 from yarl import URL
 
 from broker.errors import Invalid, NotFound, Unauthorized
-from broker.issuers.base import Issuer
-from broker.issuers.keyring import BadToken
-from broker.issuers.local import LocalIssuer
 from broker.web import body, wire
 from broker.web.answer import JSON_TYPE
+from broker.web.life import VERIFY_PATH
 from broker.web.routes import TOKEN_PATH, Handler, Routes
 from broker.web.script import FOLDER, Script
 
@@ -70,14 +67,10 @@ class Verified(msgspec.Struct, frozen=True):
     expires: int
 
 
-Verify = Callable[[str], Awaitable[Verified]]
-"""Checks a token; raises Unauthorized."""
-
-
-def add(routes: Routes, script: Script, url: str, secret: str, verify: Verify) -> None:
+def add(routes: Routes, script: Script, url: str, secret: str) -> None:
     """Serve the demonstration where both names of this machine lead here, and nobody else does.
 
-    `url` and `secret` are what the site's backend is configured with.
+    `url` is the broker's for both backends; `secret` is what the site's is configured with.
     """
     if not (secret and url.startswith("http") and URL(url).host in _OTHER_NAME):
         return
@@ -85,26 +78,12 @@ def add(routes: Routes, script: Script, url: str, secret: str, verify: Verify) -
     routes.add("/demo/token", "POST", _local(_backend(routes, url, secret)))
     routes.add("/embed/*", "GET", _local(_embed_host(routes)))
     routes.add("/demo/viewer", "GET", _local(_viewer(routes)))
-    routes.add("/demo/verify", "POST", _local(_viewer_backend(routes, verify)))
+    routes.add("/demo/verify", "POST", _local(_viewer_backend(routes, url)))
     for name in ("demo", "viewer"):
         for ending, kind in (("css", "text/css"), ("js", "text/javascript")):
             content = (FOLDER / f"{name}.{ending}").read_bytes()
             page = routes.page(f"{kind}; charset=utf-8", content)
             routes.add(f"/demo/{name}.{ending}", "GET", page)
-
-
-def by_keyring(issuer: Issuer) -> Verify:
-    """Verify with the keys at hand."""
-
-    async def verify(token: str) -> Verified:
-        assert isinstance(issuer, LocalIssuer)
-        try:
-            claims = issuer.verify(token)
-        except BadToken as error:
-            raise Unauthorized(f"token: {error}") from None
-        return Verified(str(claims["sub"]), str(claims["sid"]), int(str(claims["exp"])))
-
-    return verify
 
 
 def _local(handler: Handler) -> Handler:
@@ -135,7 +114,7 @@ def _site(routes: Routes, script: Script) -> Handler:
             viewer=viewer,
         )
         policy = _POLICY.format(more=f"frame-src {embed} {viewer}; frame-ancestors 'none'")
-        return await routes.page(_HTML, page.encode(), policy)(request, request_id)
+        return routes.answer(200, page.encode(), request_id, policy, _HTML)
 
     return answer
 
@@ -154,8 +133,7 @@ def _backend(routes: Routes, url: str, secret: str) -> Handler:
             told = "".join(
                 f"{name}: {got.headers[name]}\r\n" for name in _PASSED_ON if name in got.headers
             )
-            page = routes.page(JSON_TYPE, await got.read(), told, status=got.status)
-        return await page(request, request_id)
+            return routes.answer(got.status, await got.read(), request_id, told)
 
     return answer
 
@@ -165,7 +143,7 @@ def _embed_host(routes: Routes) -> Handler:
         _, viewer = _origins(request)
         target = URL(f"{viewer}/demo/viewer").with_query(token=request.query.get("token", ""))
         headers = f"Location: {target}\r\nReferrer-Policy: no-referrer\r\n"
-        return await routes.page("text/plain", b"", headers, status=302)(request, request_id)
+        return routes.answer(302, b"", request_id, headers, "text/plain")
 
     return answer
 
@@ -175,11 +153,20 @@ def _viewer(routes: Routes) -> Handler:
     return routes.page(_HTML, (FOLDER / "viewer.html").read_bytes(), policy)
 
 
-def _viewer_backend(routes: Routes, verify: Verify) -> Handler:
+def _viewer_backend(routes: Routes, url: str) -> Handler:
     async def answer(request: BaseRequest, request_id: str) -> web.StreamResponse:
-        token = request.headers.get(hdrs.AUTHORIZATION, "").removeprefix("Bearer ")
-        verified = await verify(token)
-        return await routes.page(JSON_TYPE, msgspec.json.encode(verified))(request, request_id)
+        bearer = {hdrs.AUTHORIZATION: request.headers.get(hdrs.AUTHORIZATION, "")}
+        async with (
+            aiohttp.ClientSession(timeout=TIMEOUT) as http,
+            http.get(f"{url}{VERIFY_PATH}", headers=bearer) as got,
+        ):
+            if not got.ok:
+                raise Unauthorized("token: the broker refuses it")
+            said = got.headers
+        verified = Verified(
+            said["X-Embed-Agent"], said["X-Embed-Session"], int(said["X-Embed-Expires"])
+        )
+        return routes.answer(200, msgspec.json.encode(verified), request_id)
 
     return answer
 

@@ -139,18 +139,12 @@ class Routes:
             methods["GET"] = guarded  # which is found at once
 
     def page(
-        self,
-        content_type: str,
-        content: bytes,
-        headers: str = "",
-        *,
-        status: int = 200,
-        cache: str = "no-store",
+        self, content_type: str, content: bytes, headers: str = "", cache: str = "no-store"
     ) -> Handler:
         """Make a handler that answers fixed bytes; `headers` are ready lines with their CRLF."""
 
         async def answer(_request: BaseRequest, request_id: str) -> web.StreamResponse:
-            return self.answer(status, content, request_id, headers, content_type, cache)
+            return self.answer(200, content, request_id, headers, content_type, cache)
 
         return answer
 

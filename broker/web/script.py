@@ -71,8 +71,8 @@ def describe(content: bytes) -> Script:
 def _shared(routes: Routes, content_type: str, content: bytes, cache: str) -> Handler:
     """Make a handler for a public file, compressed for those who take it."""
     packed = gzip.compress(content, 9, mtime=0)
-    plain = routes.page(content_type, content, _SHARED, cache=cache)
-    small = routes.page(content_type, packed, f"{_SHARED}Content-Encoding: gzip\r\n", cache=cache)
+    plain = routes.page(content_type, content, _SHARED, cache)
+    small = routes.page(content_type, packed, f"{_SHARED}Content-Encoding: gzip\r\n", cache)
 
     async def answer(request: BaseRequest, request_id: str) -> web.StreamResponse:
         takes = _TAKES_GZIP.search(request.headers.get(ACCEPT_ENCODING, ""))
