@@ -117,6 +117,18 @@ async def test_the_viewer_has_its_token_verified(demo: Edge) -> None:
         assert reply.status == 401
 
 
+async def test_a_revoked_token_opens_no_viewer(demo: Edge) -> None:
+    """The viewer asks the broker, which knows what was ended; a good signature is not enough."""
+    token = await token_of(demo, visitor())
+    bearer = ("Authorization", f"Bearer {token}")
+    secret = ("api-secret", "x" * 20)
+    form = ("Content-Type", "application/x-www-form-urlencoded")
+    revoked = await asked(demo, "/v1/revoke", "127.0.0.1", f"token={token}".encode(), secret, form)
+    assert revoked.status == 200
+    reply = await asked(demo, "/demo/verify", "viewer.localhost", b"", bearer)
+    assert reply.status == 401
+
+
 async def test_only_development_on_loopback_has_it(edge: Edge) -> None:
     """In production there is neither the route that gives tokens away nor a page that asks."""
     for path in ("/demo", "/demo/token", "/demo/viewer", "/demo/demo.js", "/embed/A1"):
