@@ -1,18 +1,17 @@
-"""Random histories of both breakers: any callers, any patience, any order, any clock."""
+"""Random histories of all breakers: any callers, any patience, any order, any clock."""
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from typing_extensions import override
 
 from broker.rules.breaker import (
-    LONGEST_PAUSE,
-    WINDOW,
     Breaker,
     Credentials,
     Health,
     KeyOutcome,
     Outcome,
     Phase,
+    StoreHealth,
     Ticket,
 )
 from broker.rules.reuse import SECOND
@@ -87,10 +86,11 @@ class _History(RuleBasedStateMachine):
             assert self.out.count(Ticket(self.breaker.epoch)) <= 1
 
     @invariant()
-    def nobody_waits_longer_than_a_minute_since_the_last_news(self) -> None:
+    def nobody_waits_longer_than_the_longest_pause_since_the_last_news(self) -> None:
         """Count from the last leave that was given, or outcome that counted."""
-        assert 0 <= self.breaker.wait(self.now) <= LONGEST_PAUSE
-        assert self.breaker.allow(self.last_news + LONGEST_PAUSE)[1] is not None
+        longest = self.breaker.longest
+        assert 0 <= self.breaker.wait(self.now) <= longest
+        assert self.breaker.allow(self.last_news + longest)[1] is not None
 
     @invariant()
     def who_waits_as_told_is_let_through_or_sees_a_probe(self) -> None:
@@ -127,19 +127,55 @@ class _HealthHistory(_History):
                 self.settle(ticket, Outcome.FAILED, 0.0)
 
     @invariant()
-    def no_pause_outlasts_a_minute_after_the_last_failure(self) -> None:
+    def no_pause_outlasts_the_longest_after_the_last_failure(self) -> None:
         """Then it is closed, has a probe out, or lets one go."""
         if self.breaker.phase is Phase.OPEN:
-            assert self.breaker.until <= self.last_failure + LONGEST_PAUSE or (
+            assert self.breaker.until <= self.last_failure + self.breaker.longest or (
                 self.breaker.allow(self.now)[1] is not None
             )
 
     @invariant()
     def the_window_is_bounded(self) -> None:
         """And empty unless calls are being counted."""
-        assert len(self.breaker.window) <= WINDOW // SECOND
+        assert len(self.breaker.window) <= self.breaker.span // SECOND
         assert not (self.breaker.is_open and self.breaker.window)
         assert self.breaker.is_open == bool(self.breaker.pause)
+
+
+class _StoreHealthHistory(_HealthHistory):
+    @initialize()
+    @override
+    def begin(self) -> None:
+        """Start closed, with nothing counted."""
+        self.breaker: StoreHealth = StoreHealth()
+        self.last_failure = T0
+
+    @precondition(lambda self: not self.breaker.is_open)
+    @rule(calls=st.integers(1, 10_000))
+    def calls_went_well(self, calls: int) -> None:
+        """Tally them all at once: that opens nothing, and ends a row of failures."""
+        self.breaker = self.breaker.succeeded(calls, self.now)
+        assert not self.breaker.is_open
+        assert self.breaker.streak == 0
+
+    @rule()
+    def the_store_is_gone(self) -> None:
+        """Five failures without a success between are enough, however slowly they come."""
+        for _ in range(self.breaker.min_calls):
+            if self.breaker.is_open:
+                return
+            self.now += 2 * self.breaker.span
+            self.breaker, ticket = self.breaker.allow(self.now)
+            assert ticket is not None
+            self.last_news = self.now
+            self.settle(ticket, Outcome.FAILED, 0.0)
+        assert self.breaker.is_open
+
+    @invariant()
+    def a_row_of_failures_is_short(self) -> None:
+        """Or it would have opened."""
+        assert 0 <= self.breaker.streak < self.breaker.min_calls
+        assert not (self.breaker.is_open and self.breaker.streak)
 
 
 class _CredentialsHistory(_History):
@@ -170,4 +206,5 @@ class _CredentialsHistory(_History):
 
 
 TestHealthHistories = _HealthHistory.TestCase
+TestStoreHealthHistories = _StoreHealthHistory.TestCase
 TestCredentialsHistories = _CredentialsHistory.TestCase

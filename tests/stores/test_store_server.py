@@ -1,0 +1,290 @@
+"""Every call guarded, timed and counted: the breaker before the store, and what it costs nobody."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typing_extensions import override
+
+from broker.metrics import STORE_ERRORS, Metrics
+from broker.rules.breaker import Outcome, StoreHealth
+from broker.stores.failures import Elsewhere, Forgotten, Reason, StoreFailed, error_of
+from broker.stores.link import Reply
+from broker.stores.nodes import Nodes, call
+from broker.stores.scripts import Script
+from broker.stores.server import Operation, Server
+from broker.testing import FakeClock
+
+SECOND = 1_000_000
+Answer = Callable[[bytes], Reply]
+
+
+class Answering(Nodes):
+    """Nodes that say what the test wants, and count who asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[bytes] = []
+        self.answer: Answer = lambda _packed: b"fine"
+        self.closed = False
+
+    @override
+    async def open(self) -> None:
+        """Nothing is opened."""
+
+    @override
+    async def close(self) -> None:
+        self.closed = True
+
+    @override
+    async def command(self, key: bytes, packed: bytes) -> Reply:
+        self.asked.append(packed)
+        await asyncio.sleep(0)
+        return self.answer(packed)
+
+    @override
+    def dedicated(self) -> "object":  # type: ignore[override]
+        raise NotImplementedError
+
+    def fail(self, reason: Reason) -> None:
+        """Let every call fail."""
+
+        def failing(_packed: bytes) -> Reply:
+            raise StoreFailed(reason)
+
+        self.answer = failing
+
+
+class Shop:
+    """A server with its parts in reach."""
+
+    def __init__(self) -> None:
+        self.clock, self.nodes = FakeClock(), Answering()
+        self.metrics = Metrics("local", shared_store=True)
+        self.server = Server(self.nodes, self.clock, self.metrics.store, draw=lambda: 0.0)
+
+    async def ask(self) -> Reply | Reason:
+        """Call; returns the reply or why there is none."""
+        try:
+            return await self.server.command(Operation.VISIT, b"key", b"packed")
+        except StoreFailed as failed:
+            return failed.reason
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """What was counted."""
+        all_ = {reason: self.metrics.store.errors[reason].value for reason in STORE_ERRORS}
+        return {reason: count for reason, count in all_.items() if count}
+
+
+@pytest.fixture
+def shop() -> Shop:
+    """A server that answers."""
+    return Shop()
+
+
+async def test_a_call_is_answered_and_timed(shop: Shop) -> None:
+    """Its reply, and one observation under its operation."""
+    assert await shop.ask() == b"fine"
+    assert (shop.errors, shop.server.is_away) == ({}, False)
+
+
+@pytest.mark.parametrize("reason", list(Reason))
+async def test_S1_five_failures_in_a_row_open_the_breaker(shop: Shop, reason: Reason) -> None:
+    """Each is counted under its reason; the calls that are then not made are not counted."""
+    shop.nodes.fail(reason)
+    for _ in range(4):
+        assert await shop.ask() is reason
+        assert not shop.server.is_away
+    assert await shop.ask() is reason
+    assert shop.server.is_away
+    asked = len(shop.nodes.asked)
+    assert await shop.ask() is Reason.CONNECTION
+    assert len(shop.nodes.asked) == asked == 5
+    assert shop.errors == {reason.value: 5}
+
+
+async def test_S3_a_probe_that_succeeds_closes_it(shop: Shop) -> None:
+    """After half a second one call is let through; the moment is remembered."""
+    shop.nodes.fail(Reason.TIMEOUT)
+    for _ in range(5):
+        await shop.ask()
+    shop.clock.advance(0.499_999)
+    assert await shop.ask() is Reason.CONNECTION
+    shop.clock.advance(0.000_001)
+    shop.nodes.answer = lambda _packed: b"back"
+    replies = await asyncio.gather(*(shop.ask() for _ in range(10)))
+    assert replies == [b"back", *[Reason.CONNECTION] * 9]
+    assert not shop.server.is_away
+    assert shop.server.recovered == shop.clock.mono()
+    assert await shop.ask() == b"back"
+
+
+async def test_S3_probes_that_fail_wait_longer_up_to_five_seconds(shop: Shop) -> None:
+    """0.5, 1, 2, 4, 5, 5: a store that is back is found within five seconds."""
+    shop.nodes.fail(Reason.TIMEOUT)
+    for _ in range(5):
+        await shop.ask()
+    pauses = []
+    for _ in range(6):
+        began, asked = shop.clock.mono(), len(shop.nodes.asked)
+        while len(shop.nodes.asked) == asked:
+            shop.clock.advance(0.1)
+            await shop.ask()
+        pauses.append((shop.clock.mono() - began) / SECOND)
+    assert pauses == [0.5, 1, 2, 4, 5, 5]
+
+
+async def test_a_probe_that_is_cancelled_does_not_wedge_it(shop: Shop) -> None:
+    """Its caller left: the next one is the probe."""
+    shop.nodes.fail(Reason.TIMEOUT)
+    for _ in range(5):
+        await shop.ask()
+    shop.clock.advance(0.5)
+    shop.nodes.answer = lambda _packed: b"back"
+    probe = asyncio.create_task(shop.ask())
+    await asyncio.sleep(0)
+    probe.cancel()
+    await asyncio.wait([probe])
+    assert await shop.ask() == b"back"
+
+
+async def test_successes_are_tallied_and_outweigh_single_failures(shop: Shop) -> None:
+    """One failure in a thousand calls, again and again, opens nothing."""
+    for _ in range(20):
+        for _ in range(50):
+            await shop.ask()
+        answer, shop.nodes.answer = shop.nodes.answer, error
+        await shop.ask()
+        shop.nodes.answer = answer
+        shop.clock.advance(0.1)
+    assert not shop.server.is_away
+    assert shop.errors == {"script": 20}
+
+
+def error(_packed: bytes) -> Reply:
+    """Fail as a script does."""
+    raise error_of("ERR wrong")
+
+
+async def test_S1_half_of_the_calls_failing_is_a_store_that_is_away(shop: Shop) -> None:
+    """Though successes come between: a node of a cluster that is gone, a server that flaps."""
+    for number in range(40):
+        shop.nodes.answer = error if number % 2 else lambda _packed: b"fine"
+        await shop.ask()
+        if shop.server.is_away:
+            break
+    assert shop.server.is_away
+
+
+async def test_what_is_told_in_the_background_is_waited_for(shop: Shop) -> None:
+    """Its failure is counted and raised nowhere; closing waits for it, then closes the nodes."""
+    shop.nodes.fail(Reason.READONLY)
+    shop.server.tell(Operation.REFUSAL, b"key", b"packed")
+    await shop.server.close()
+    assert (shop.errors, shop.nodes.closed) == ({"readonly": 1}, True)
+
+
+async def test_S2_a_script_that_is_forgotten_is_sent_in_full_once(shop: Shop) -> None:
+    """And if the server claims not to know it even then, that is a failure of the script's."""
+
+    def forgets(packed: bytes) -> Reply:
+        if b"EVALSHA" in packed[:20]:
+            raise Forgotten
+        return b"done"
+
+    shop.nodes.answer = forgets
+    assert await call(shop.nodes, Script.SPEND, [b"key"], b"1", b"1", b"0") == b"done"
+    assert [packed[:20].split()[2] for packed in shop.nodes.asked] == [b"EVALSHA", b"EVAL"]
+
+    def never(_packed: bytes) -> Reply:
+        raise Forgotten
+
+    shop.nodes.answer = never
+    with pytest.raises(StoreFailed, match="script"):
+        await call(shop.nodes, Script.SPEND, [b"key"])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("READONLY You can't write against a read only replica.", Reason.READONLY),
+        ("LOADING Valkey is loading the dataset in memory", Reason.LOADING),
+        ("OOM command not allowed when used memory > 'maxmemory'.", Reason.OUT_OF_MEMORY),
+        ("ERR OOM allow-oom flag is not set on the script, can not run", Reason.OUT_OF_MEMORY),
+        ("CLUSTERDOWN Hash slot not served", Reason.CLUSTER_DOWN),
+        ("MASTERDOWN Link with MASTER is down", Reason.CLUSTER_DOWN),
+        ("TRYAGAIN Multiple keys request during rehashing of slot", Reason.CLUSTER_DOWN),
+        ("BUSY Valkey is busy running a script.", Reason.TIMEOUT),
+        ("MISCONF Errors writing to the AOF file", Reason.READONLY),
+        ("NOREPLICAS Not enough good replicas to write.", Reason.READONLY),
+        ("ERR unknown command", Reason.SCRIPT),
+        ("CROSSSLOT Keys in request don't hash to the same slot", Reason.SCRIPT),
+        ("WRONGTYPE Operation against a key holding the wrong kind of value", Reason.SCRIPT),
+        ("NOPERM User broker has no permissions to run the 'get' command", Reason.OTHER),
+        ("NOAUTH Authentication required.", Reason.OTHER),
+        ("WRONGPASS invalid username-password pair", Reason.OTHER),
+        ("EXECABORT whatever", Reason.OTHER),
+        ("", Reason.OTHER),
+        ("MOVED nonsense", Reason.CLUSTER_DOWN),
+        ("ASK x y:z", Reason.CLUSTER_DOWN),
+    ],
+)
+def test_S1_an_error_of_the_servers_is_classified(text: str, reason: Reason) -> None:
+    """By its first word, or by that of the command that failed within a script."""
+    error = error_of(text)
+    assert isinstance(error, StoreFailed)
+    assert error.reason is reason
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("MOVED 3999 127.0.0.1:6381", (3999, "127.0.0.1", 6381, False)),
+        ("ASK 3999 ::1:6381", (3999, "::1", 6381, True)),
+        ("MOVED 3999 :6381", (3999, "", 6381, False)),
+    ],
+)
+def test_S1_a_redirection_is_read(text: str, where: tuple[int, str, int, bool]) -> None:
+    """Slot, host (an empty one means the same), port, and for how long."""
+    error = error_of(text)
+    assert isinstance(error, Elsewhere)
+    assert (error.slot, error.host, error.port, error.asking) == where
+
+
+@given(text=st.text())
+def test_any_text_is_some_failure(text: str) -> None:
+    """Nothing is raised while a reply is read."""
+    assert isinstance(error_of(text), StoreFailed | Forgotten | Elsewhere)
+
+
+@given(
+    events=st.lists(
+        st.tuples(st.sampled_from([*Outcome, 3, 40]), st.integers(0, 2 * SECOND)), max_size=60
+    )
+)
+def test_a_single_failure_after_successes_never_opens(
+    events: list[tuple[Outcome | int, int]],
+) -> None:
+    """Any history: it opens only at a failure, and only with five in a row or half of five."""
+    health, now, row = StoreHealth(), 10**12, 0
+    for event, gap in events:
+        now += gap
+        if health.is_open:
+            break
+        health, ticket = health.allow(now)
+        assert ticket is not None
+        if isinstance(event, int):
+            health, row = health.succeeded(event, now), 0
+            assert not health.is_open
+            continue
+        calls = sum(tally.calls for tally in health.window if now // SECOND == tally.second)
+        health = health.settle(ticket, event, now, lambda: 0.5)
+        row += event is Outcome.FAILED
+        if event is Outcome.SUCCEEDED:
+            row = 0 if health.streak == 0 else row
+        if health.is_open:
+            assert event is Outcome.FAILED
+            assert row >= 5 or calls + 1 >= 5
+            assert 0 < health.wait(now) <= SECOND // 2
