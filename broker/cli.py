@@ -121,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     fake.set_defaults(run=_fake_vendor)
 
+    _store_commands(commands.add_parser("store", help="the shared store"))
     keys = commands.add_parser("keys", help="signing keys").add_subparsers(
         required=True, metavar="COMMAND", parser_class=_Parser
     )
@@ -154,6 +155,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     rotate.set_defaults(run=_keys_rotate)
     return parser
+
+
+def _store_commands(store: argparse.ArgumentParser) -> None:
+    acl = store.add_subparsers(required=True, metavar="acl", parser_class=_Parser).add_parser(
+        "acl", help="print the rule for its ACL file: enough for a broker, and no more"
+    )
+    _config_flag(acl)
+    acl.add_argument("--user", metavar="NAME", help="instead of [store] username")
+    acl.set_defaults(run=_store_acl)
 
 
 def _config_flag(parser: argparse.ArgumentParser) -> None:
@@ -299,6 +309,21 @@ def _verify(arguments: argparse.Namespace) -> int:
         print(f"not valid: {error}", file=sys.stderr)
         return EX_NO
     print(json.dumps(dict(proof.claims), indent=2))
+    return EX_OK
+
+
+def _store_acl(arguments: argparse.Namespace) -> int:
+    from broker.stores.address import parse_store_url  # noqa: PLC0415 - as in _run
+    from broker.stores.scripts import acl_line  # noqa: PLC0415 - as in _run
+
+    path = config.find_file(arguments.config, os.environ)
+    settings = Settings() if path is None else config.load(path, os.environ, {})
+    user = arguments.user or settings.store.username or "broker"
+    if not user.isprintable() or " " in user:
+        raise ConfigError("--user: a name without blanks, as the server's ACL file has it")
+    address = parse_store_url(settings.store.url)
+    cluster, database = (False, False) if address is None else (address.cluster, address.db > 0)
+    print(acl_line(user, ">PASSWORD", cluster=cluster, database=database))
     return EX_OK
 
 

@@ -16,7 +16,7 @@ from hashlib import sha1
 from broker.limits import Limits
 from broker.metrics import STORE_ERRORS, Metrics
 from broker.model import EmbedToken, Secret
-from broker.settings import Issuer, Settings, Store, UpstreamIssuer
+from broker.settings import Issuer, Sessions, Settings, Store, UpstreamIssuer
 from broker.sharing import Sharing
 from broker.slots import Budget
 from broker.stores.address import Access, StoreAddress
@@ -106,6 +106,7 @@ class Replica:
         replicas: int | str = "auto",
         origins: Sequence[str] = ("a key",),
         front: int = 10_000,
+        most_sessions: int = 1000,
     ) -> None:
         self.clock = clock or FakeClock()
         self.metrics = Metrics("upstream", budget=True, shared_store=True)
@@ -114,6 +115,7 @@ class Replica:
             Settings(
                 issuer=Issuer(kind="upstream", upstream=UpstreamIssuer(base_url=vendor)),
                 store=Store(url="valkey://elsewhere", on_error=on_error, replicas=replicas),
+                sessions=Sessions(max_recorded=most_sessions),
             ),
             address,
             access or Access(),

@@ -29,6 +29,8 @@ from processes import (
     write,
 )
 
+from broker.stores.scripts import acl_line
+
 VISITOR = "9f86d081884c7d65"
 NOTHING = (
     b"broker: no configuration: pass --config FILE, set BROKER_CONFIG, set BITHUMAN_API_SECRET for"
@@ -338,6 +340,48 @@ class TestKeysGenerate:
         assert done.stderr == f"broker: cannot write {path}: File exists\n".encode()
         assert kept.read_text(encoding="utf-8") == "mine"
         assert kind == "folder" or path.read_text(encoding="utf-8") == "mine"
+
+
+class TestStoreAcl:
+    def test_prints_the_line_that_the_scripts_need(self) -> None:
+        """Without any configuration, for the user that the README names; no password in it."""
+        done = run("store", "acl")
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert done.stdout.decode() == f"{acl_line('broker', '>PASSWORD')}\n"
+
+    @pytest.mark.parametrize(
+        ("url", "cluster", "database"),
+        [
+            ("memory://", False, False),
+            ("valkey://store.internal:6379/2", False, True),
+            ("valkey+cluster://a:1,b:2", True, False),
+        ],
+    )
+    def test_goes_by_the_configuration(
+        self, tmp_path: Path, tree: Tree, url: str, cluster: bool, database: bool
+    ) -> None:
+        """User, cluster and database are its own; no server is asked, no key file is read."""
+        tree = merged(
+            tree,
+            {
+                "store.url": url,
+                "store.username": "someone",
+                "store.encryption_key_file": "/nowhere/store_key",
+                "store.password_file": "/nowhere/store_password",
+            },
+        )
+        path = write(tmp_path / "broker.toml", toml(tree))
+        expected = acl_line("someone", ">PASSWORD", cluster=cluster, database=database)
+        assert run("store", "acl", "--config", path).stdout.decode() == f"{expected}\n"
+        done = run("store", "acl", "--config", path, "--user", "other")
+        assert done.stdout.decode().split()[1] == "other"
+
+    @pytest.mark.parametrize("user", ["two words", "tab\tbed", "on +@all"])
+    def test_a_name_that_would_be_more_than_a_name_is_refused(self, user: str) -> None:
+        """It would be read as rules."""
+        done = run("store", "acl", "--user", user)
+        assert (done.returncode, done.stdout) == (78, b"")
+        assert b"--user" in done.stderr
 
 
 class TestMintAndVerify:

@@ -208,6 +208,8 @@ def test_the_user_of_the_store_is_the_one_that_the_scripts_need() -> None:
     assert f"{shown}\n" in [block.text for block in of("text")]
     more = set(acl_line("broker", ">PASSWORD", cluster=True).split()) - set(shown.split())
     assert f"on a cluster add `{' '.join(sorted(more))}`" in " ".join(README.split())
+    more = set(acl_line("broker", ">PASSWORD", database=True).split()) - set(shown.split())
+    assert f"for another database than 0 `{' '.join(sorted(more))}`" in " ".join(README.split())
 
 
 def test_links_within_the_page_lead_to_a_heading() -> None:

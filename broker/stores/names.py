@@ -91,7 +91,7 @@ class Names:
 
     def of_agent(self, agent: str) -> bytes:
         """The list of an agent's sessions."""
-        return f"{PREFIX}{{agent:{_plain(agent)}}}:sessions".encode()
+        return self._of("agent", agent) + b"sessions"
 
     def of_visitor(self, fingerprint: str) -> bytes:
         """The list of a visitor's sessions, of all clients."""

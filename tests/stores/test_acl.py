@@ -153,7 +153,7 @@ def set_user(server: AnyServer, line: str) -> None:
 def broker_of(server: AnyServer) -> Replica:
     """Make a replica that logs in as the user."""
     access = Access(USER, Secret(PASSWORD))
-    return Replica(server.address, limits_of(), access=access, timeout=2.0)
+    return Replica(server.address, limits_of(), access=access, timeout=2.0, most_sessions=3)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ async def test_keys_and_channels_are_needed_too(guarded: StoreServer, rule: str)
 async def test_the_line_is_enough_with_tls() -> None:
     """Redis 7 with TLS, no default user, and the line as its ACL file has it."""
     with store_with_tls(redis_binary(), acl_line) as server:
-        replica = Replica(server.address, limits_of(), access=server.access, timeout=2.0)
+        replica = Replica(server.address, limits_of(), access=server.access, most_sessions=3)
         assert await everything(server, replica, nothing)
 
 
@@ -239,23 +239,21 @@ async def test_another_database_needs_select(guarded: StoreServer) -> None:
     for database in (True, False):
         set_user(guarded, acl_line(USER, f">{PASSWORD}", database=database))
         access = Access(USER, Secret(PASSWORD))
-        replica = Replica(address, limits_of(), access=access, timeout=2.0)
+        replica = Replica(address, limits_of(), access=access, timeout=2.0, most_sessions=3)
         assert await everything(guarded, replica, nothing) == database
 
 
 def test_the_line_is_made_of_the_scripts() -> None:
-    """Whole, and in order: it changes only together with a script or a command beside them."""
-    assert acl_line("broker", "#abc") == (
-        "user broker on #abc resetkeys ~etb:* resetchannels &etb:* -@all +del +eval +evalsha"
-        " +get +hdel +hget +hgetall +hkeys +hmget +hset +hsetnx +pexpire +pttl +publish +set"
-        " +subscribe +time +zadd +zcard +zcount +zrange +zremrangebyrank +zremrangebyscore"
-    )
-    assert acl_line("b", ">x", cluster=True, database=True).split()[9:] == [
-        "+asking", "+cluster|slots", "+del", "+eval", "+evalsha", "+get", "+hdel", "+hget",
-        "+hgetall", "+hkeys", "+hmget", "+hset", "+hsetnx", "+pexpire", "+pttl", "+publish",
-        "+select", "+set", "+subscribe", "+time", "+zadd", "+zcard", "+zcount", "+zrange",
-        "+zremrangebyrank", "+zremrangebyscore",
-    ]  # fmt: skip
+    """In order, and nothing but what is allowed after everything was forbidden."""
+    head, _, allowed = acl_line("broker", "#abc").partition(" -@all ")
+    assert head == "user broker on #abc resetkeys ~etb:* resetchannels &etb:*"
+    commands = allowed.split()
+    assert commands == sorted(set(commands))
+    assert {"+evalsha", "+eval", "+time", "+hgetall", "+subscribe"} <= set(commands)
+    more = acl_line("broker", "#abc", cluster=True, database=True).split()
+    assert set(more) - set(allowed.split()) - set(head.split()) == {
+        "-@all", "+asking", "+cluster|slots", "+select",
+    }  # fmt: skip
 
 
 def test_every_call_of_a_script_is_seen() -> None:
