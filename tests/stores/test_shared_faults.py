@@ -547,3 +547,53 @@ async def test_S3_the_window_ends_when_the_server_is_back(server: StoreServer) -
         replica.clock.advance(6)
         await admitted(replica, 1)
         assert not replica.server.is_away
+
+
+# --- how a cluster is found
+
+
+async def test_S7_any_node_that_lives_is_enough(valkey_cluster: StoreCluster) -> None:
+    """Dead addresses before it cost the first call a moment, and no failure."""
+    valkey_cluster.flush()
+    host, port = valkey_cluster.nodes[1].address.hosts[0]
+    address = StoreAddress((("127.0.0.1", free_port()), (host, port)), cluster=True)
+    async with opened(Replica(address, limits_of(Limit(3, HOUR)))) as replica:
+        for number in range(20):
+            assert await admitted(replica, 4, ask_of(f"{number:04}")) == 3
+        assert replica.errors == {}
+
+
+async def test_S7_a_node_that_hangs_does_not_hide_the_others(cluster: StoreCluster) -> None:
+    """It is the first address: the topology is read at the second, within one call's time."""
+    first = cluster.nodes[0]
+    async with replica_of(cluster.address, limits_of(Limit(3, HOUR))) as replica:
+        asks = (ask_of(f"{number:04}") for number in range(100))
+        elsewhere, another = [
+            ask
+            for ask in asks
+            if owner_of(cluster, replica.names.visitor(ask.visitor).epoch)[1] is not first
+        ][:2]
+        first.pause()
+        await admitted(replica, 1, elsewhere)  # may be over before the second was asked
+        await asyncio.sleep(2 * TIMEOUT)
+        before = replica.errors
+        assert await admitted(replica, 4, another) == 3
+        assert replica.errors == before
+        first.resume()
+
+
+async def test_S1_a_cluster_that_is_called_a_server() -> None:
+    """MOVED cannot be followed then: counted as cluster_down, answered alone."""
+    with store_cluster(valkey_binary()) as cluster:
+        async with replica_of(cluster.nodes[0].address) as replica:
+            for number in range(20):
+                await admitted(replica, 1, ask_of(f"{number:04}"))
+            assert set(replica.errors) == {"cluster_down"}
+
+
+async def test_S1_a_server_that_is_called_a_cluster() -> None:
+    """It says that it has none: cluster_down, answered alone, at once."""
+    with store_server(redis_binary(), tcp=True) as server:
+        address = StoreAddress(server.address.hosts, cluster=True)
+        async with replica_of(address) as replica:
+            await served_alone(replica, "cluster_down")

@@ -1,0 +1,104 @@
+"""Refusals that all replicas remember, and each by itself while the server is away."""
+
+import time
+
+import pytest
+from replica import Replica, opened
+from servers import StoreServer, store_server, valkey_binary
+from sharing_cases import ask_of, limits_of
+
+from broker.issuers.refusals import ACCOUNT_MEMORY, AGENT_MEMORY
+from broker.issuers.vendor_replies import Refused, Scope
+from broker.model import Ask
+
+pytestmark = pytest.mark.parts
+
+NOT_FOUND = Refused(404, "NOT_FOUND", "no such agent", Scope.AGENT_MODEL)
+UNPAID = Refused(402, "PAYMENT_REQUIRED", "caf\u00e9", Scope.ACCOUNT)
+BAD = Refused(422, "BAD_FINGERPRINT", "no", Scope.NEVER)
+
+
+async def test_what_one_was_told_the_other_knows(valkey: StoreServer) -> None:
+    """By agent and model, or for the whole account; a bad fingerprint is nobody else's affair."""
+    valkey.flush()
+    async with (
+        opened(Replica(valkey.address, limits_of())) as one,
+        opened(Replica(valkey.address, limits_of())) as other,
+    ):
+        ask = ask_of()
+        one.sharing.refusals.remember(ask, NOT_FOUND)
+        one.sharing.refusals.remember(ask_of(), BAD)
+        await one.settled()
+        find = other.sharing.refusals.find
+        assert await find(ask_of()) == NOT_FOUND
+        for different in (
+            Ask("web", "B", "abcd"),
+            Ask("web", ask.agent, "abcd", "m"),
+            Ask("web", ask.agent, "abcd", "-"),
+        ):
+            assert await find(different) is None
+        one.sharing.refusals.remember(ask, UNPAID)
+        await one.settled()
+        assert await find(Ask("web", "B", "abcd")) == UNPAID
+        assert one.errors == other.errors == {}
+
+
+async def test_M4_a_success_anywhere_puts_it_right_everywhere(valkey: StoreServer) -> None:
+    """At once, for the account and for this agent and model."""
+    valkey.flush()
+    async with (
+        opened(Replica(valkey.address, limits_of())) as one,
+        opened(Replica(valkey.address, limits_of())) as other,
+    ):
+        for refused in (NOT_FOUND, UNPAID):
+            one.sharing.refusals.remember(ask_of(), refused)
+        await one.settled()
+        other.sharing.refusals.forget(ask_of())
+        await other.settled()
+        assert await one.sharing.refusals.find(ask_of()) is None
+        one.sharing.refusals.remember(ask_of(), UNPAID)
+        await one.settled()
+        other.sharing.refusals.forget_account()
+        await other.settled()
+        assert await one.sharing.refusals.find(ask_of()) is None
+
+
+async def test_M4_they_end_by_themselves(valkey: StoreServer) -> None:
+    """After the time of their class, not before and not never."""
+    valkey.flush()
+    async with opened(Replica(valkey.address, limits_of())) as replica:
+        for refused in (NOT_FOUND, UNPAID):
+            replica.sharing.refusals.remember(ask_of(), refused)
+        await replica.settled()
+        names = replica.names
+        for key, seconds in (
+            (names.refused(ask_of()), AGENT_MEMORY),
+            (names.account, ACCOUNT_MEMORY),
+        ):
+            assert (seconds - 5) * 1000 < valkey.ask("PTTL", key) <= seconds * 1000
+
+
+async def test_noise_in_the_store_refuses_nobody(valkey: StoreServer) -> None:
+    """A word of another version, or of somebody else."""
+    valkey.flush()
+    async with opened(Replica(valkey.address, limits_of())) as replica:
+        for noise in ("", "x", "[]", '[404,"A"]', '[404,"A","b","scope"]', "{}", "\xff"):
+            valkey.ask("SET", replica.names.account, noise)
+            assert await replica.sharing.refusals.find(ask_of()) is None
+        assert replica.errors == {}
+
+
+async def test_S1_while_the_server_is_away_each_goes_by_its_own() -> None:
+    """What this one was told still holds here, in time; what it forgot is forgotten."""
+    with store_server(valkey_binary()) as server:
+        async with opened(Replica(server.address, limits_of(), timeout=0.2)) as replica:
+            replica.sharing.refusals.remember(ask_of(), NOT_FOUND)
+            await replica.settled()
+            server.pause()
+            began = time.monotonic()
+            assert await replica.sharing.refusals.find(ask_of()) == NOT_FOUND
+            assert time.monotonic() - began < 1
+            replica.sharing.refusals.forget(ask_of())
+            assert await replica.sharing.refusals.find(ask_of()) is None
+            await replica.settled()
+            server.resume()
