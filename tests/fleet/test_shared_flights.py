@@ -16,7 +16,7 @@ from replicas import (
     UNLIMITED,
     Replica,
     Reply,
-    joined,
+    back,
     leases,
     pair,
     replicas,
@@ -76,7 +76,7 @@ async def fleet(
     fleet = [
         Replica(broker, secret_in(tree["clients"]["web"]["secret_file"])) for broker in brokers
     ]
-    await joined(fleet)
+    await back(fleet)
     yield fleet
     for replica in fleet:
         assert "broker.defect" not in replica.broker.log()
@@ -157,21 +157,22 @@ class TestFlights:
         print(f"1,000 first requests, a mint of 1.5 s: 1 call, slowest answer {slowest:.2f} s")
 
     async def test_F2_G2_the_caller_of_the_minting_replica_leaves_in_the_queue(
-        self, store: StoreServer, vendor: FakeVendor, tmp_path: Path
+        self, fleet: list[Replica], store: StoreServer, vendor: FakeVendor
     ) -> None:
         """Its place is given up, and the other replica mints for its own caller."""
-        slow = {"rate": 20, "per": "60s", "burst": 1, "max_wait": "8s"}
-        tree = merged(tree_for(tmp_path, store, vendor), {"issuer.budget": slow})
-        async with replicas(tmp_path, tree) as fleet:
-            fingerprint = visitor()
-            first = begin(fleet[0], fingerprint)
-            await until(lambda: _is(leases(store), 1), "the first to lead")
-            second = begin(fleet[1], fingerprint)
-            await waits(store, 1)
-            first.cancel()
-            reply = await second
-            assert reply.status == 200
-            assert len(vendor.journal.calls) == 1
+        fingerprint = visitor()
+        vendor.fail(faults.error(Refusal.RATE_LIMITED, retry_after="2"), times=1)
+        pausing = begin(fleet[0], visitor())  # whom the vendor tells to wait, and all others too
+        await called(vendor, 1)
+        first = begin(fleet[0], fingerprint)
+        await until(lambda: _is(leases(store), 2), "the first to lead")
+        second = begin(fleet[1], fingerprint)
+        await waits(store, 1)
+        first.cancel()
+        assert (await second).status == 200
+        assert (await pausing).status == 200
+        minted = [call.fingerprint for call in vendor.journal.calls]
+        assert minted.count(fingerprint) == 1
 
     async def test_F2_G2_the_caller_of_the_minting_replica_leaves_mid_mint(
         self, fleet: list[Replica], store: StoreServer, vendor: FakeVendor
@@ -281,9 +282,9 @@ class TestFlights:
     async def test_S4_a_lease_is_kept_while_its_mint_takes_longer(
         self, fleet: list[Replica], vendor: FakeVendor
     ) -> None:
-        """Renewed every second: a mint of two and a half leases is one call for both replicas."""
+        """Renewed every second: a mint of one and a half leases is one call for both replicas."""
         fingerprint = visitor()
-        with vendor.fail(faults.slow(2.5 * LEASE)):
+        with vendor.fail(faults.slow(1.5 * LEASE)):
             replies = await asyncio.gather(*(each.ask(fingerprint) for each in fleet))
         assert len({reply.token for reply in replies}) == 1
         assert len(vendor.journal.calls) == 1
