@@ -132,14 +132,14 @@ class TestOneBudget:
             quiet = [call for call in vendor.journal.calls if 0.3 < call.mono - told < 1.9]
             names = set(await members(store))
             await fleet[0].kill()
-            lost = await until(lambda: _is(withheld(store), 1 / 3), "a third to be withheld")
+            lost = await until(lambda: _is(withheld(store), 1 / 4), "a fourth to be withheld")
             fleet.append(await start(tmp_path, trees[0]))
             free = await until(lambda: _is(withheld(store), 0), "the share to be given back")
             assert set(await members(store)) == names
             crowd.let("replica 3", fleet[-1], 12)
             await asyncio.sleep(3)
             await crowd.stop()
-            print(f"a third withheld {lost:.1f} s after the crash, free {free:.1f} s after a start")
+            print(f"a fourth withheld {lost:.1f} s after the crash, free {free:.1f} s after a start")
             used = report("three replicas, a pause, a restart", vendor.journal, crowd, began)
         assert await members(store) == {}, "those who stop in order say farewell"
         assert quiet == [], "the pause that one was told of holds for all"
@@ -197,9 +197,9 @@ class TestCutOff:
                         )
         assert worst(vendor.journal) <= ALLOWED
         assert silent <= 1, "a call that was reserved before"
-        share = 6 / PER * RATE / 3
+        share = 6 / PER * RATE / 4  # one of four parts: one is left over for who comes later
         assert 0.5 * share < alone <= share + BURST
-        assert sum(beside) <= 2 * share + BURST + SLACK
+        assert sum(beside) <= 3 * share + BURST + SLACK
         assert {reply.status for reply in held} == {200}
         assert crowd.slowest("known") < 2.0
 
