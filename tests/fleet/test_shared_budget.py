@@ -139,7 +139,7 @@ class TestOneBudget:
             crowd.let("replica 3", fleet[-1], 12)
             await asyncio.sleep(3)
             await crowd.stop()
-            print(f"a fourth withheld {lost:.1f} s after the crash, free {free:.1f} s after a start")
+            print(f"a fourth withheld after {lost:.1f} s, free {free:.1f} s after a start")
             used = report("three replicas, a pause, a restart", vendor.journal, crowd, began)
         assert await members(store) == {}, "those who stop in order say farewell"
         assert quiet == [], "the pause that one was told of holds for all"

@@ -109,7 +109,7 @@ async def test_G4_S5_a_newcomer_divides_what_those_who_are_lost_left(crew: Crew)
 
 
 async def test_G4_S5_something_is_left_for_whoever_comes_later(crew: Crew) -> None:
-    """Two have taken a third each and are lost: of the last one a newcomer keeps half for itself."""
+    """Two have taken a third each and are lost: a newcomer has half of the last one."""
     a, b = crew.join("a"), crew.join("b")
     await crew.beat()
     crew.cut(a)
