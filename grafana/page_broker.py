@@ -362,5 +362,33 @@ BROKER = Dashboard(
                 ),
             ],
         ),
+        Row(
+            title="Sessions",
+            panels=[
+                Panel(
+                    title="Tokens asked about",
+                    unit="reqps",
+                    description="By proxies (verify) and backends (introspect), by the verdict. "
+                    "Refused ones are expired, revoked or forged: a wave of them is an attack, or "
+                    "a key that a viewer has and the broker has not.",
+                    queries={
+                        "{{verdict}}": "sum by (verdict) (rate(broker_token_checks_total{@}[~]))"
+                    },
+                ),
+                Panel(
+                    title="Sessions ended",
+                    unit="ops",
+                    description="By revoke, or by the operator: before their time, that is.",
+                    queries={"{{instance}}": "rate(broker_sessions_ended_total{@}[~])"},
+                ),
+                Panel(
+                    title="Sessions on record",
+                    unit="short",
+                    description="By instance. Bounded by [sessions] max_recorded: at the bound the "
+                    "oldest record goes, and a token of the vendor's is no longer known here.",
+                    queries={"{{instance}}": "broker_sessions_recorded{@}"},
+                ),
+            ],
+        ),
     ],
 )
