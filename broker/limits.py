@@ -77,7 +77,7 @@ def share_of(limits: Limits, replicas: int) -> Limits:
 
 
 def _divide(rule: Rule, replicas: int) -> Rule:
-    """Divide rate and burst; a burst under one is one, and costs rate.
+    """Divide rate and burst; a burst under one is one.
 
     With more replicas than burst each has one token at once, more in all than the limit's burst.
     """

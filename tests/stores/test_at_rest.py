@@ -19,6 +19,7 @@ from broker.model import Ask
 from broker.rules.bucket import Limit, limit
 from broker.slots import Budget
 from broker.stores.base import Lease
+from broker.testing import FakeClock
 
 pytestmark = pytest.mark.parts
 
@@ -169,6 +170,25 @@ async def test_L1_and_L9_on_the_servers_own_clock(valkey: StoreServer) -> None:
         for last in range(first, len(times)):
             window = (times[last][1] - start) * 1_000_000
             assert last - first + 1 <= rule.burst + window / rule.interval + 1
+
+
+async def test_L4_and_L6_two_replicas_whose_clocks_differ_admit_one_burst(
+    valkey: StoreServer,
+) -> None:
+    """Five seconds apart, a thousand requests of one visitor at once, half to each: the burst."""
+    valkey.flush()
+    clocks = FakeClock(), FakeClock()
+    clocks[1].advance(5)
+    ask, limits = ask_of(), limits_of(Limit(20, HOUR))
+    async with (
+        opened(Replica(valkey.address, limits, clock=clocks[0])) as one,
+        opened(Replica(valkey.address, limits, clock=clocks[1])) as other,
+    ):
+        visits = await asyncio.gather(
+            *(each.store.visit(ask, ask.key) for each in [one, other] * 500)
+        )
+        assert sum(visit.denial is None for visit in visits) == 20
+        assert one.errors == other.errors == {}
 
 
 async def test_a_hit_is_one_script_and_one_round_trip(valkey: StoreServer) -> None:

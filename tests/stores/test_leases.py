@@ -301,27 +301,47 @@ async def test_S4_a_lease_that_is_renewed_does_not_end(deaf_pair: Pair) -> None:
     assert isinstance(await asyncio.wait_for(task, PATIENT), Lease)
 
 
-async def test_S4_an_old_leader_neither_overwrites_nor_releases(deaf_pair: Pair) -> None:
-    """Suspended past its lease: its token is superseded, its abandon and renewal move nothing."""
+async def test_S4_an_old_leader_overwrites_nothing(deaf_pair: Pair) -> None:
+    """Suspended past its lease: its token is superseded, while its successor mints and after."""
     one, other, ask = deaf_pair.one, deaf_pair.other, ask_of()
     old = await lead(one, ask)
     deaf_pair.clock.advance(LEASE / SECOND)
     new = await lead(other, ask)
     assert (await keep(one, ask, old))[0] is Kept.SUPERSEDED
-    one.store.abandon(ask, ask.key, old, errors.UpstreamTimeout("late"))
-    await one.settled()
-    one.remote._leases[one.names.visitor(ask.visitor).lease(one.names.token_name(ask.key))] = (
-        old.fence
-    )
-    deaf_pair.clock.advance(2)
-    await one.remote.renew()
     assert await found(other, ask) is None
-    (task,) = await waiting(one, ask)  # the new leader's lease still stands
     kept, token = await keep(other, ask, new)
     assert kept is Kept.KEPT
-    assert (await asyncio.wait_for(task, PATIENT)).body == token.body
-    assert (await keep(one, ask, old))[0] is Kept.SUPERSEDED  # also when the lease is gone
+    assert (await keep(one, ask, old))[0] is Kept.SUPERSEDED
     assert await found(one, ask) == await found(other, ask) == token.body
+
+
+async def test_S4_an_old_leader_releases_nothing(deaf_pair: Pair) -> None:
+    """Its abandon does not end the lease of its successor: who waits goes on waiting."""
+    one, other, ask = deaf_pair.one, deaf_pair.other, ask_of()
+    old = await lead(one, ask)
+    deaf_pair.clock.advance(LEASE / SECOND)
+    new = await lead(other, ask)
+    (task,) = await waiting(one, ask)
+    one.store.abandon(ask, ask.key, old, errors.UpstreamTimeout("late"))
+    await one.settled()
+    await asyncio.sleep(0.4)
+    assert not task.done()
+    _, token = await keep(other, ask, new)
+    assert (await asyncio.wait_for(task, PATIENT)).body == token.body
+
+
+async def test_S4_an_old_leader_renews_nothing(deaf_pair: Pair) -> None:
+    """Its renewal does not lengthen the lease of its successor, who may have died."""
+    one, other, ask = deaf_pair.one, deaf_pair.other, ask_of()
+    await lead(one, ask)
+    deaf_pair.clock.advance(LEASE / SECOND)
+    await lead(other, ask)
+    deaf_pair.clock.advance(LEASE / SECOND - 1)
+    await one.remote.renew()
+    deaf_pair.clock.advance(1)
+    third = Replica(one.server.nodes._address, limits_of(), now=deaf_pair.clock.wall)
+    async with opened(third):
+        await asyncio.wait_for(lead(third, ask), 1)
 
 
 async def test_S4_the_lease_of_a_key_is_its_own(deaf_pair: Pair) -> None:
@@ -335,7 +355,7 @@ async def test_S4_the_lease_of_a_key_is_its_own(deaf_pair: Pair) -> None:
 async def lead_after_a_step(replica: Replica, ask: Ask) -> Lease:
     """Lead once the buckets of mints and agent have been cut to a full drain, and refilled."""
     for _ in range(2):
-        lead = await replica.store.lead(ask, ask.key, never)
+        lead = await asyncio.wait_for(replica.store.lead(ask, ask.key, never), PATIENT)
         if isinstance(lead, Lease):
             return lead
         assert isinstance(lead, Denial)
