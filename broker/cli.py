@@ -215,6 +215,7 @@ def _run(load: Callable[[], Settings], *, dev: bool) -> int:
 
     settings = load()
     logs.configure(settings.log)
+    _note_unused_key(settings)
     return serve(settings, load, dev=dev)
 
 
@@ -229,8 +230,26 @@ def _check(arguments: argparse.Namespace) -> int:
         print(
             f"note: {name}: {file} is not here; it must be where the broker runs", file=sys.stderr
         )
+    _note_unused_key(settings)
     print("configuration ok")
     return EX_OK
+
+
+def _note_unused_key(settings: Settings) -> None:
+    """Say so when there is a vendor key and tokens are signed here all the same.
+
+    The vendor's viewer takes none of those.
+    """
+    upstream = settings.issuer.upstream
+    given = upstream.api_secret or upstream.api_secret_files
+    if settings.issuer.kind == "local" and (
+        given or any(os.environ.get(name) for name in config.VENDOR_VARIABLES)
+    ):
+        print(
+            'note: a vendor key is given but not used, because issuer.kind is "local" and tokens'
+            ' are signed here; set issuer.kind = "upstream" to relay the vendor\'s',
+            file=sys.stderr,
+        )
 
 
 def _config_show(arguments: argparse.Namespace) -> int:

@@ -262,6 +262,14 @@ class TestCheck:
             b" runs\n"
         )
 
+    def test_notes_a_vendor_key_that_is_not_used(self, tmp_path: Path, tree: Tree) -> None:
+        """Tokens that are signed here show no avatar: whoever gave a key meant to relay."""
+        tree = put(tree, "issuer.upstream.api_secret", secrets.token_urlsafe(20))
+        done = run("check", "--config", write(tmp_path / "broker.toml", toml(tree)))
+        assert (done.returncode, done.stdout) == (0, b"configuration ok\n")
+        assert done.stderr.startswith(b"note: a vendor key is given but not used")
+        assert b'issuer.kind = "upstream"' in done.stderr
+
     def test_sees_other_errors_beside_a_missing_file(self, tmp_path: Path, tree: Tree) -> None:
         """A note must not hide that a key is weak or that nobody may ask."""
         away = put(tree, "issuer.local.keys.one.secret_file", "/nowhere/one")

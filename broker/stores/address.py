@@ -58,21 +58,20 @@ def parse_store_url(text: str) -> StoreAddress | None:
     """Return the address, None for memory; raises ValueError."""
     if text == MEMORY:
         return None
-    try:
-        url = urlsplit(text)
-    except ValueError:
-        raise ValueError(_EXPECTED) from None
-    if "@" in url.netloc:
+    # Not by urllib: versions of Python differ in what they think of brackets in a list of hosts.
+    scheme, separator, rest = text.partition("://")
+    netloc, _, path = rest.partition("/")
+    if "@" in netloc:
         raise ValueError("holds a user or password; use store.username and store.password_file")
-    if url.fragment or not text.isprintable():
+    if not separator or "#" in rest or not text.isprintable():
         raise ValueError(_EXPECTED)
-    if url.scheme == "unix":
-        return _socket(url)
-    if url.scheme not in _SCHEMES or not url.netloc or url.query:
+    if scheme.lower() == "unix":
+        return _socket(urlsplit(text))
+    if scheme.lower() not in _SCHEMES or not netloc or "?" in rest:
         raise ValueError(_EXPECTED)
-    tls, cluster = _SCHEMES[url.scheme]
-    hosts = tuple(_host(part) for part in url.netloc.split(","))
-    db = _db(url.path.removeprefix("/"))
+    tls, cluster = _SCHEMES[scheme.lower()]
+    hosts = tuple(_host(part) for part in netloc.split(","))
+    db = _db(path)
     if not cluster and len(hosts) > 1:
         raise ValueError("several hosts: only a cluster has them, valkey+cluster://")
     if cluster and db:

@@ -138,6 +138,9 @@ class SharedSlots(Slots):
     def predict(self, ahead: int, start: float, *, drained: bool) -> float:
         if self._alone is not None:
             return max(self._alone.predict(ahead, start, drained=drained), self._alone_from)
+        if self._server.is_away:  # and nobody has asked for a call since
+            share = self._budget.share(self._fleet.parts)
+            return max(start, self._loop.time() + ALONE_AFTER) + (ahead + 1) * share.interval
         budget = self._budget
         recent = self._loop.time() - self._lines_told < QUEUE_TOLD
         lines = self._lines if recent else []

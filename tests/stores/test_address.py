@@ -54,12 +54,13 @@ def test_memory_is_no_address() -> None:
         ("unix:///", "absolute path"),
         ("unix:///s?database=1", "absolute path"),
         ("unix:///s?db=x", "number"),
+        ("valkey://[::1", "brackets"),
         *[
             (text, "expected memory://, valkey://HOST[:PORT][/DB]")
             for text in (
                 *("", "memory", "memory:///x", "localhost:6379", "http://host", "valkey://"),
                 *("valkey://host:0", "valkey://host:65536", "valkey://host:x", "valkey://:1"),
-                *("valkey://host#x", "valkey://host?db=1", "valkey://ho\nst", "valkey://[::1"),
+                *("valkey://host#x", "valkey://host?db=1", "valkey://ho\nst"),
                 *("valkey+cluster://", "valkey+cluster://a,", "valkey:///run/s", "VALKEY:/x"),
             )
         ],
