@@ -2,13 +2,17 @@
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import aiohttp
 import httpx
 import jwt
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from gateways import AGENT, KINDS, Broker, Site, brokers, gateway, logged
 
 pytestmark = pytest.mark.parts
@@ -195,3 +199,57 @@ def test_a_429_arrives_as_such_and_no_verdict_is_no_entry(kind: str, tmp_path: P
         with gateway(kind, "viewer", tmp_path, {8080: 1, 3000: viewer.port}) as url:
             assert httpx.get(f"{url}/?token=x").status_code >= 500
         assert viewer.seen == []
+
+
+@asynccontextmanager
+async def talking_viewer() -> AsyncIterator[int]:
+    """Run a viewer that says over a WebSocket whose it is, and then what it hears; its port."""
+
+    async def talk(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.send_str(request.headers.get("X-Embed-Session", ""))
+        async for message in socket:
+            await socket.send_str(message.data)
+        return socket
+
+    app = web.Application()
+    app.router.add_get("/talk", talk)
+    async with TestServer(app) as server:
+        assert server.port is not None
+        yield server.port
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_websocket_with_a_good_token_gets_through(kind: str, tmp_path: Path) -> None:
+    """Both ways, to a viewer that is told whose it is; with a bad token it is 401."""
+    with brokers(Broker(tmp_path)) as (broker,):
+        data = broker.token()
+        async with talking_viewer() as port, aiohttp.ClientSession() as session:
+            with gateway(kind, "viewer", tmp_path, {8080: broker.port, 3000: port}) as url:
+                async with session.ws_connect(f"{url}/talk?token={data['token']}") as socket:
+                    assert await socket.receive_str(timeout=9) == data["session_id"]
+                    for said in ("hello", "x" * 100_000):
+                        await socket.send_str(said)
+                        assert await socket.receive_str(timeout=9) == said
+                with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+                    await session.ws_connect(f"{url}/talk?token=bad")
+                assert refused.value.status == 401
+
+
+def test_O5_no_other_protocol_is_switched_to(guarded: Guarded) -> None:
+    """A tunnel of HTTP/2 in clear text would take requests past the proxy's rules."""
+    token = guarded.broker.token()["token"]
+    asking = {
+        "Connection": "Upgrade, HTTP2-Settings",
+        "Upgrade": "h2c",
+        "HTTP2-Settings": "AAMAAABk",
+    }
+    httpx.get(f"{guarded.url}/h2c?token={token}", headers=asking)
+    seen = [
+        name
+        for asked in guarded.viewer.seen
+        if "/h2c" in asked["path"]
+        for name, _ in asked["headers"]
+    ]
+    assert "upgrade" not in seen
