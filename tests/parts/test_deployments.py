@@ -233,6 +233,27 @@ class TestKubernetes:
         assert broker["restartPolicy"] == "Always"
         assert {"startupProbe", "readinessProbe", "livenessProbe"} <= broker.keys()
 
+    def test_sidecars_keep_within_the_vendor_s_window_through_a_rollout(self) -> None:
+        """106 a minute by all pods that live at once: replicas, added ones, and those that end.
+
+        A pod that becomes available lets the next one end, by which time the last has ended.
+        """
+        (spec,) = [
+            r["spec"]
+            for r in resources()
+            if r["kind"] == "Deployment" and r["metadata"]["name"] == "backend"
+        ]
+        pod = spec["template"]["spec"]
+        rolling = spec["strategy"]["rollingUpdate"]
+        assert spec["minReadySeconds"] > pod["terminationGracePeriodSeconds"]
+        alive = spec["replicas"] + rolling["maxSurge"] + rolling["maxUnavailable"]
+        (broker,) = pod["initContainers"]
+        given = {entry["name"]: entry["value"] for entry in broker["env"]}
+        rate, burst = (int(given[f"BROKER_ISSUER__BUDGET__{name}"]) for name in ("RATE", "BURST"))
+        assert rate * alive <= 106
+        delayed = 5  # by a connect that hangs for 3 s, as the README reckons
+        assert rate * alive + burst * (alive + 1) + delayed < 120
+
     def test_what_they_configure_is_a_good_configuration(self, tmp_path: Path) -> None:
         """The gateway's file and the sidecar's variables, each by `broker check`."""
         configured = next(r for r in resources() if r["kind"] == "ConfigMap")["data"]["broker.toml"]
