@@ -79,32 +79,47 @@ def test_the_routes_know_the_alerts() -> None:
                 assert [name for name in names if re.fullmatch(one, name)], one
 
 
+def pods_of(manifest: Path) -> list[dict[str, Any]]:
+    """Return what a cluster would tell of each container port of a manifest's deployment."""
+    every = yaml.safe_load_all(manifest.read_text(encoding="utf-8"))
+    (spec,) = [r["spec"]["template"]["spec"] for r in every if r["kind"] == "Deployment"]
+    return [
+        pod(manifest.stem, container["name"], port["name"], "Running")
+        for container in (*spec["containers"], *spec.get("initContainers", ()))
+        for port in container.get("ports", ({"name": ""},))
+    ]
+
+
+def pod(name: str, container: str, port: str, phase: str) -> dict[str, Any]:
+    """Return a target as the discovery of a cluster has it."""
+    meta = {
+        "namespace": "shop",
+        "pod_name": name,
+        "pod_container_name": container,
+        "pod_container_port_name": port,
+        "pod_phase": phase,
+    }
+    labels = {f"__meta_kubernetes_{label}": value for label, value in meta.items()}
+    return {"targets": [f"127.0.0.1:{free_port()}"], "labels": labels}
+
+
 def test_pods_are_found_and_named(tmp_path: Path) -> None:
-    """The relabelling of kubernetes.yml keeps brokers' admin ports, and nothing else.
+    """The relabelling of kubernetes.yml keeps the admin ports of both manifests, and nothing else.
 
     Not every build of Prometheus can ask a cluster (Debian's cannot), so the targets are given as
     a cluster would tell them.
     """
-
-    def pod(number: int, app: str, port: str, phase: str) -> dict[str, Any]:
-        meta = {
-            "namespace": "shop",
-            "pod_name": f"pod-{number}",
-            "pod_label_app_kubernetes_io_name": app,
-            "pod_container_port_name": port,
-            "pod_phase": phase,
-        }
-        labels = {f"__meta_kubernetes_{name}": value for name, value in meta.items()}
-        return {"targets": [f"127.0.0.1:{number}"], "labels": labels}
-
     tree = read(PROMETHEUS / "kubernetes.yml")
     (job,) = tree["scrape_configs"]
     assert job.pop("kubernetes_sd_configs") == [{"role": "pod"}]
     job["static_configs"] = [
-        pod(1, "embed-token-broker", "admin", "Running"),
-        pod(2, "embed-token-broker", "http", "Running"),
-        pod(3, "embed-token-broker", "admin", "Failed"),
-        pod(4, "shop", "admin", "Running"),
+        *(
+            pod
+            for path in sorted((ROOT / "config" / "kubernetes").iterdir())
+            for pod in pods_of(path)
+        ),
+        pod("ended", "embed-token-broker", "admin", "Failed"),
+        pod("other", "shop", "admin", "Running"),
     ]
     (pagers,) = tree["alerting"]["alertmanagers"]
     assert pagers.pop("kubernetes_sd_configs") == [{"role": "endpoints"}]
@@ -122,7 +137,11 @@ def test_pods_are_found_and_named(tmp_path: Path) -> None:
 
     with daemon(command, tmp_path / "prometheus.log", f"http://{address}/-/ready"):
         until(targets, "the targets")
-        assert targets() == [{"instance": "shop/pod-1", "job": "embed-token-broker"}]
+        assert sorted(target["instance"] for target in targets()) == [
+            "shop/gateway",
+            "shop/sidecar",
+        ]
+        assert {target["job"] for target in targets()} == {"embed-token-broker"}
 
 
 @pytest.mark.parametrize("path", sorted((GRAFANA / "provisioning").rglob("*.yml")), ids=str)
