@@ -293,6 +293,35 @@ class TestSystemd:
         assert score is not None, text
         assert float(score[1]) <= 2.0
 
+    def test_it_is_started_again_however_often_it_failed(self) -> None:
+        """No limit on starts: five failures in ten seconds would be the end, with no one about."""
+        head = UNIT.read_text(encoding="utf-8").partition("[Service]")[0]
+        assert "\nStartLimitIntervalSec=0\n" in head
+
+    @pytest.mark.skipif(
+        os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare"
+    )
+    def test_it_leaves_what_process_metrics_are_read_from(self) -> None:
+        """With the unit's view of /proc, `process_*` are all there."""
+        found = re.findall(
+            r"(?m)^(ProtectProc|ProcSubset)=(\w+)$", UNIT.read_text(encoding="utf-8")
+        )
+        names = {"ProtectProc": "hidepid", "ProcSubset": "subset"}
+        options = ",".join(f"{names[name]}={value}" for name, value in found)
+        assert "hidepid=invisible" in options
+        mount = f"mount -t proc -o {options} proc /proc && exec"
+        code = "from prometheus_client import generate_latest as g; print(g().decode())"
+        inside = ["unshare", "--mount", "--propagation", "private", "sh", "-c"]
+        text = output_of([*inside, f'{mount} {sys.executable} -c "{code}"'])
+        assert set(re.findall(r"(?m)^process_\w+", text)) == {
+            "process_cpu_seconds_total",
+            "process_max_fds",
+            "process_open_fds",
+            "process_resident_memory_bytes",
+            "process_start_time_seconds",
+            "process_virtual_memory_bytes",
+        }
+
     def test_what_it_configures_is_a_good_configuration(self, tmp_path: Path) -> None:
         """The shipped file with the unit's variables; `%d` is where systemd puts credentials."""
         text = UNIT.read_text(encoding="utf-8")
