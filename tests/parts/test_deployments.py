@@ -73,6 +73,39 @@ class TestContainer:
         named = {s for service in compose["services"].values() for s in service.get("secrets", ())}
         assert named == compose["secrets"].keys()
 
+    def test_who_watches_the_broker_finds_it_again_when_it_was_restarted(self) -> None:
+        """By the names of services: the network of a container ends with it."""
+        services = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))["services"]
+        assert not [name for name, service in services.items() if "network_mode" in service]
+        scraping, shipped = (
+            yaml.safe_load((CONFIG / folder / "prometheus.yml").read_text(encoding="utf-8"))
+            for folder in ("container", "prometheus")
+        )
+        (job,) = scraping["scrape_configs"]
+        (target,) = job["static_configs"][0]["targets"]
+        admin = tomllib.loads((CONFIG / "container" / "broker.toml").read_text(encoding="utf-8"))
+        assert target == f"broker:{admin['admin']['listen'].rpartition(':')[2]}"
+        job["static_configs"] = shipped["scrape_configs"][0]["static_configs"]
+        del shipped["alerting"]
+        assert scraping == shipped
+        mounted = {mount.split(":")[1]: mount for mount in services["prometheus"]["volumes"]}
+        assert mounted["/etc/prometheus/rules.yml"].startswith("../prometheus/rules.yml:")
+        assert mounted["/etc/prometheus/prometheus.yml"].startswith("./prometheus.yml:")
+
+    def test_grafana_asks_the_prometheus_beside_it(self) -> None:
+        """As the data source that ships does, under the service's name."""
+        asked, shipped = (
+            yaml.safe_load(path.read_text(encoding="utf-8"))
+            for path in (
+                CONFIG / "container" / "datasource.yml",
+                ROOT / "grafana" / "provisioning" / "datasources" / "prometheus.yml",
+            )
+        )
+        (source,) = asked["datasources"]
+        assert source["url"] == "http://prometheus:9090"
+        source["url"] = shipped["datasources"][0]["url"]
+        assert asked == shipped
+
     def test_the_configuration_in_it_is_a_good_one(self) -> None:
         """`broker check` finds its secret files absent here, and nothing else."""
         path = CONFIG / "container" / "broker.toml"
