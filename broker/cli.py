@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: object) -> str:
     """Escape what would end the line or move the cursor: names in a file may hold anything."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
 
@@ -110,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
     health = commands.add_parser("healthcheck", help="ask the broker of this host if it is ready")
     _config_flag(health)
+    health.add_argument("--admin-listen", metavar="H:P", help="instead of [admin] listen")
     health.set_defaults(run=_healthcheck)
 
     fake = commands.add_parser("fake-vendor", help="a vendor for tests: its limits, no real tokens")
@@ -364,9 +365,10 @@ def _keys_generate(arguments: argparse.Namespace) -> int:
 def _healthcheck(arguments: argparse.Namespace) -> int:
     from broker import healthcheck  # noqa: PLC0415 - as in _run
 
-    problem = healthcheck.ask(_settings(arguments).admin.listen)
+    file = config.find_file(arguments.config, os.environ)
+    problem = healthcheck.ask(healthcheck.where(arguments.admin_listen, os.environ, file))
     if problem:
-        print(f"broker: {problem}", file=sys.stderr)
+        print(f"broker: {_one_line(problem)}", file=sys.stderr)
         return EX_NO
     return EX_OK
 

@@ -1,20 +1,28 @@
 """`broker healthcheck`: asks the broker beside it whether it is ready, for a container's engine.
 
-Standard library only: it runs every few seconds, so its start is most of its cost.
+It needs no good configuration, only to know where to ask: a file on the disk may already be the
+next one, and a broker that is configured by flags has none.
 """
 
 import socket
+import tomllib
+from collections.abc import Mapping
 from http.client import HTTPConnection, HTTPException
+from pathlib import Path
 
 from typing_extensions import override
 
 from broker.checks import parse_address
+from broker.settings import Admin
 
 TIMEOUT = 2.0
 """Seconds; engines commonly wait for three."""
 
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - where one listens, not asks
 """Where to ask a listener that is on all addresses."""
+
+VARIABLE = "BROKER_ADMIN__LISTEN"
+"""What overrides the file's `[admin] listen`."""
 
 
 class _UnixConnection(HTTPConnection):
@@ -29,19 +37,41 @@ class _UnixConnection(HTTPConnection):
         self.sock.connect(self._path)
 
 
+def where(flag: str | None, environ: Mapping[str, str], file: Path | None) -> str:
+    """Choose the admin listener: flag, environment, file, default, whatever else is wrong."""
+    given = {name.upper(): value for name, value in environ.items()}
+    return flag or given.get(VARIABLE) or _of_file(file) or Admin().listen
+
+
+def _of_file(file: Path | None) -> str | None:
+    try:
+        listen = (
+            tomllib.loads(file.read_text(encoding="utf-8"))["admin"]["listen"] if file else None
+        )
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return None
+    return listen if isinstance(listen, str) else None
+
+
 def ask(listen: str) -> str:
     """Return an empty text if the broker at this admin listener is ready, else why it is not."""
-    where = parse_address(listen)
-    if isinstance(where, str):
-        connection: HTTPConnection = _UnixConnection(where)
-    else:
-        host, port = where
-        connection = HTTPConnection(_EVERYWHERE.get(host, host), port, timeout=TIMEOUT)
+    try:
+        connection = _connection(listen)
+    except (ValueError, HTTPException) as error:
+        return f"admin listener {listen}: {error}"
     try:
         connection.request("GET", "/readyz")
         status = connection.getresponse().status
-    except (OSError, HTTPException) as error:
+    except (OSError, HTTPException, UnicodeError) as error:
         return f"no answer at {listen}: {type(error).__name__}"
     finally:
         connection.close()
     return "" if status == 200 else f"not ready: /readyz answers {status}"  # noqa: PLR2004 - HTTP's OK
+
+
+def _connection(listen: str) -> HTTPConnection:
+    address = parse_address(listen)
+    if isinstance(address, str):
+        return _UnixConnection(address)
+    host, port = address
+    return HTTPConnection(_EVERYWHERE.get(host, host), port, timeout=TIMEOUT)

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from processes import Broker, good, put, run, toml, write
 
+from broker.healthcheck import where
+
 
 @pytest.mark.parametrize("kind", ["tcp", "everywhere", "unix"])
 def test_a_ready_broker_is_healthy_a_draining_or_absent_one_is_not(
@@ -49,3 +51,60 @@ def test_something_else_at_that_address_is_not_healthy(tmp_path: Path) -> None:
         done = run("healthcheck", "--config", path)
     assert (done.returncode, done.stdout) == (1, b"")
     assert done.stderr == f"broker: no answer at {address}: BadStatusLine\n".encode()
+
+
+def test_it_needs_to_know_no_more_than_where_to_ask(tmp_path: Path) -> None:
+    """By flag or variable without any configuration; beside a file that is already the next one.
+
+    A file that cannot be used yet must not have the engine end a broker that serves.
+    """
+    with Broker.configured(tmp_path, put(good(tmp_path), "admin.listen", "127.0.0.1:0")) as broker:
+        listen = broker.admin_url.removeprefix("http://")
+        half = f'[admin]\nlisten = "{listen}"\n[server]\nno_such_key = 1\n'
+        config = write(tmp_path / "half.toml", half)
+        empty = write(tmp_path / "broken.toml", "[admin\n")
+        for done in (
+            run("healthcheck", "--admin-listen", listen),
+            run("healthcheck", BROKER_ADMIN__LISTEN=listen),
+            run("healthcheck", "--config", config),
+            run("healthcheck", "--config", empty, "--admin-listen", listen),
+        ):
+            assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+@pytest.mark.parametrize("listen", ["nonsense", "a\x1bb:1", "unix:relative", "\u0301..:1", ":::1"])
+def test_an_address_that_is_none_is_not_healthy(listen: str) -> None:
+    """Exit 1 and one printable line: 2 and above mean nothing to an engine."""
+    done = run("healthcheck", "--admin-listen", listen)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.decode().removesuffix("\n").isprintable()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[admin]",
+        "[admin]\nlisten = 1",
+        "admin = 1",
+        "[admin",
+        "a = " + "[" * 5000,
+        "\udcff",
+        None,
+    ],
+)
+def test_a_file_that_says_no_address_leaves_the_default(tmp_path: Path, text: str | None) -> None:
+    """Empty, of another shape, damaged, not UTF-8, absent: the packaged broker is asked."""
+    file = tmp_path / "broker.toml"
+    if text is not None:
+        file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert where(None, {}, file) == where(None, {}, None) == "127.0.0.1:9464"
+
+
+def test_the_flag_goes_before_the_variable_and_that_before_the_file(tmp_path: Path) -> None:
+    """As everywhere; a variable's name in any case, like the broker's own."""
+    file = tmp_path / "broker.toml"
+    file.write_text('[admin]\nlisten = "f:1"\n', encoding="utf-8")
+    assert where("a:1", {"BROKER_ADMIN__LISTEN": "e:1"}, file) == "a:1"
+    assert where(None, {"BROKER_admin__listen": "e:1"}, file) == "e:1"
+    assert where(None, {"BROKER_ADMIN__LISTEN": ""}, file) == "f:1"

@@ -182,6 +182,7 @@ class TestContainer:
         try:
             until(lambda: _ready(f"http://127.0.0.1:{port}/readyz"), "the container")
             assert output_of([engine, "exec", name, "id", "-u"]) == "10001\n"
+            assert output_of([engine, "exec", name, "broker", "healthcheck"]) == ""
         finally:
             output_of([engine, "stop", "--time", "20", name])
             output_of([engine, "rmi", tag])
