@@ -56,8 +56,13 @@ VENDOR = Dashboard(
                 Stat(
                     title="Budget left",
                     unit="short",
-                    description="Calls that the budgets would allow at this moment.",
-                    queries={"left": "sum(broker_upstream_budget_remaining{@})"},
+                    description="Calls that would be allowed at this moment: by the one budget of "
+                    "a shared store, or by those of all instances.",
+                    queries={
+                        "left": "max(broker_upstream_budget_remaining{@} "
+                        "and on (job, instance) broker_store_degraded{@} == 0) "
+                        "or sum(broker_upstream_budget_remaining{@})"
+                    },
                 ),
                 Stat(
                     title="Breakers open",

@@ -160,6 +160,29 @@ def test_provisioning_leads_to_what_ships(path: Path) -> None:
         assert provider["options"]["path"] in readme
 
 
+def test_a_budget_that_is_shared_is_counted_once(tmp_path: Path) -> None:
+    """The dashboard's "Budget left" with two instances on one store, without one, and cut off."""
+    (page,) = [json.loads(p.read_text(encoding="utf-8")) for p in DASHBOARDS if p.stem == "vendor"]
+    expr = next(p for p in page["panels"] if p["title"] == "Budget left")["targets"][0]["expr"]
+    expr = expr.replace("$job", "j").replace("$instance", ".*")
+
+    def left(remaining: int, degraded: str | None) -> dict[str, Any]:
+        series = []
+        for instance in ("a", "b"):
+            labels = f'{{job="j", instance="{instance}"}}'
+            told = {"broker_upstream_budget_remaining": str(remaining)}
+            told |= {} if degraded is None else {"broker_store_degraded": degraded}
+            series += [{"series": name + labels, "values": value} for name, value in told.items()]
+        wanted = [{"labels": "{}", "value": 8}]
+        asked = {"expr": expr, "eval_time": "0m", "exp_samples": wanted}
+        return {"interval": "1m", "input_series": series, "promql_expr_test": [asked]}
+
+    file = tmp_path / "budget.yml"
+    tests = [left(8, "0"), left(4, None), left(4, "1")]
+    file.write_text(yaml.safe_dump({"tests": tests}), encoding="utf-8")
+    assert "SUCCESS" in output_of(["promtool", "test", "rules", str(file)])
+
+
 MISTAKES = {
     "word": (r'"drawStyle": "line"', '"drawStyle": "lines"'),
     "key": (r'"graphMode": "area"', '"graphModus": "area"'),
