@@ -137,13 +137,13 @@ class Model:
         token, visitor, name = keys
         epoch = self.epochs.get(visitor, 0)
         lease = self.leases.get(name)
-        if lease is not None and lease.fence > fence:
-            return [b"superseded"]
-        self.leases.pop(name, None)
-        waiters = [] if lease is None else [w.encode() for w in lease.waiters]
+        succeeded = lease is not None and lease.fence > fence
+        waiters = [] if lease is None or succeeded else [w.encode() for w in lease.waiters]
+        if not succeeded:
+            self.leases.pop(name, None)
         if epoch != begun:
             return [b"ended", *waiters]
-        if token in self.tokens and self.tokens[token].version > fence:
+        if succeeded or (token in self.tokens and self.tokens[token].version > fence):
             return [b"superseded", *waiters]
         self.tokens[token] = Token(fence, now + left, epoch, sealed)
         return [b"kept", *waiters]

@@ -422,6 +422,23 @@ async def test_G9_a_mint_in_flight_elsewhere_is_ended(pair: Pair) -> None:
     assert await found(pair.one, ask) == token.body
 
 
+async def test_G9_an_ended_leader_is_told_so_also_when_it_was_succeeded(deaf_pair: Pair) -> None:
+    """Suspended past its lease, and its visitor was ended meanwhile: its token is nobody's.
+
+    The lease of its successor stands, and who waits for that is not woken for nothing.
+    """
+    one, other, ask = deaf_pair.one, deaf_pair.other, ask_of()
+    old = await lead(one, ask)
+    deaf_pair.clock.advance(LEASE / SECOND)
+    await one.store.end_visitor(ask.client, ask.fingerprint)
+    new = await lead(other, ask)
+    assert (await keep(one, ask, old))[0] is Kept.ENDED
+    (task,) = await waiting(one, ask)
+    kept, token = await keep(other, ask, new)
+    assert kept is Kept.KEPT
+    assert (await asyncio.wait_for(task, PATIENT)).body == token.body
+
+
 async def test_G9_an_epoch_never_comes_twice(deaf_pair: Pair) -> None:
     """However often it is ended in one microsecond, and if the server's clock steps back."""
     ask = ask_of()

@@ -6,7 +6,9 @@
 -- Reply {"kept" | "superseded" | "ended", replica that waits, ...}
 --
 -- Atomic, so that neither an older leader nor a mint that began before its visitor was ended can
--- put its token over a newer one's.
+-- put its token over a newer one's.  The epoch comes first: a leader that was succeeded is told to
+-- hand its token out, one whose visitor was ended is not.  Only its own lease ends, and only those
+-- who wait for that are woken.
 
 local now = now_us()
 local fence = tonumber(ARGV[1])
@@ -22,13 +24,14 @@ for place = 1, #lease, 2 do
   end
 end
 if leader > fence then
-  return {'superseded'}
+  waiting = {}
+else
+  redis.call('DEL', KEYS[3])
 end
-redis.call('DEL', KEYS[3])
 if epoch ~= ARGV[2] then
   return {'ended', unpack(waiting)}
 end
-if tonumber(redis.call('HGET', KEYS[1], 'version') or '0') > fence then
+if leader > fence or tonumber(redis.call('HGET', KEYS[1], 'version') or '0') > fence then
   return {'superseded', unpack(waiting)}
 end
 local left = tonumber(ARGV[3])
