@@ -80,7 +80,7 @@ class Ask(Struct, frozen=True, gc=False):
     def key(self) -> str:
         """Key under which this ask's token is reused: client, agent, fingerprint, model."""
         model = "" if self.model is None else self.model
-        return SEPARATOR.join((self.client, self.agent, self.fingerprint, model))
+        return token_key(self.client, self.agent, self.fingerprint, model)
 
     @override
     def __repr__(self) -> str:
@@ -153,6 +153,11 @@ class Session(Struct, frozen=True, gc=False):
     expires: int
     digest: bytes = b""
 
+    @property
+    def key(self) -> str:
+        """Key under which its token is reused."""
+        return token_key(self.client, self.agent, self.fingerprint, self.model)
+
     @override
     def __repr__(self) -> str:
         return f"Session({self.session_id!r}, client={self.client!r}, agent={self.agent!r})"
@@ -201,6 +206,11 @@ class Clock(Protocol):
 def visitor_of(client: str, fingerprint: str) -> str:
     """Return the key of what is counted for one visitor of one client."""
     return f"{client}{SEPARATOR}{fingerprint}"
+
+
+def token_key(client: str, agent: str, fingerprint: str, model: str) -> str:
+    """Return the key under which a token is reused; `model` is empty for the agent's default."""
+    return SEPARATOR.join((client, agent, fingerprint, model))
 
 
 def name_of(token: str) -> str:

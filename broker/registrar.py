@@ -76,8 +76,8 @@ class _Store(EndsVisitors):
         self._names = names
 
     @override
-    async def end_visitor(self, client: str, fingerprint: str) -> None:
+    async def end_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
         try:
-            await end_visitor(self._server, self._names, client, fingerprint)
+            _ = await end_visitor(self._server, self._names, client, fingerprint, keys)
         except StoreFailed as failed:
             raise store_is_away() from failed

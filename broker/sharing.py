@@ -19,7 +19,7 @@ from broker.settings import Settings
 from broker.slots import Budget
 from broker.stores.address import Access, StoreAddress
 from broker.stores.budget import SharedSlots
-from broker.stores.epochs import EpochsUnknown
+from broker.stores.epochs import KnownEnds
 from broker.stores.fleet import Fleet
 from broker.stores.memory import MemoryStore
 from broker.stores.names import Names
@@ -72,9 +72,8 @@ class Sharing:
         self.seal = Seal(key)
         name = f"{socket.gethostname()}/{place}"
         self.fleet = Fleet(self.server, self.names, name, fixed, settings.server.workers)
-        self.alone = MemoryStore(
-            limits, front, clock, metrics.limits.counts, EpochsUnknown(), clock.wall()
-        )
+        ends = KnownEnds(lambda visitor: self.names.visitor(visitor).epoch, clock.mono)
+        self.alone = MemoryStore(limits, front, clock, metrics.limits.counts, ends, clock.wall())
         self._remote = ValkeyStore(
             self.server,
             self.names,
@@ -87,6 +86,7 @@ class Sharing:
             origin,
             origins,
             Carried(self.alone, clock),
+            ends,
         )
         self.store = SharedStore(
             self.server,
@@ -149,6 +149,7 @@ class Sharing:
 
     def _heard(self, channel: bytes, message: bytes) -> None:
         if channel == self.names.channel:
+            self._remote.heard_news(message)
             if self._slots is not None:
                 self._slots.heard(message)
         else:

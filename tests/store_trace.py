@@ -164,9 +164,13 @@ class Model:
         self.leases[name] = Lease(fence, error=error)
         return [waiter.encode() for waiter in lease.waiters]
 
-    def finish(self, visitor: str, now: int) -> Reply:
-        """End a visitor."""
-        self.epochs[visitor] = max(now, self.epochs.get(visitor, 0) + 1)
+    def finish(self, keys: list[str], known: int, now: int) -> Reply:
+        """End a visitor, or bring back an epoch that is known."""
+        visitor, *tokens = keys
+        before = self.epochs.get(visitor, 0)
+        self.epochs[visitor] = max(known, before) if known else max(now, before + 1)
+        for token in tokens:
+            self.tokens.pop(token, None)
         return text(self.epochs[visitor])
 
 
@@ -239,7 +243,11 @@ def _step(  # noqa: PLR0911 - a branch a script
             arguments = [b"%d" % fence, error, b"%d" % MEMORY]
             return Script.ABANDON, encoded(lease), arguments, model.abandon(lease, fence, error)
         case _:
-            return Script.FINISH, encoded(epoch), [b"%d" % MEMORY], model.finish(epoch, now)
+            told = model.epochs.get(epoch, 0) + draw.choice([-1, 0, 1]) if draw.random() < 0.3 else 0
+            known = b"%d" % told if told > 0 else b""
+            keys = [epoch, token] if draw.random() < 0.5 else [epoch]
+            reply = model.finish(keys, max(told, 0), now)
+            return Script.FINISH, encoded(*keys), [b"%d" % MEMORY, known], reply
 
 
 def encoded(*keys: str) -> list[bytes]:

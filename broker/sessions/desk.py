@@ -30,8 +30,11 @@ FULL_WAIT = 60_000_000
 class EndsVisitors(Protocol):
     """What ending a session needs of a store."""
 
-    async def end_visitor(self, client: str, fingerprint: str) -> None:
-        """Forget every token of this visitor, also those that are being minted at this moment."""
+    async def end_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
+        """Forget every token of this visitor, also those that are being minted at this moment.
+
+        `keys` are those of tokens that are known to be theirs.
+        """
         ...
 
 
@@ -76,7 +79,7 @@ class SessionRegister:
             raise ServiceUnavailable(
                 "too many sessions were ended within an hour; try again later", FULL_WAIT
             ) from None
-        await self._store.end_visitor(session.client, session.fingerprint)
+        await self._store.end_visitor(session.client, session.fingerprint, session.key)
         self._metrics.ended.inc()
 
 

@@ -7,11 +7,21 @@ stranger's token, who is then given a new one.
 """
 
 from array import array
+from collections.abc import Callable
 
+from cachetools import TTLCache
 from typing_extensions import override
+
+from broker.rules.reuse import SECOND
 
 CELLS = 65_536
 """Half a megabyte, made when the first visitor is ended."""
+
+ENDS_KNOWN = 50_000
+"""Ends of a shared store that one replica knows, about 300 bytes each; the store knows all."""
+
+ENDS_LAST = 2 * 3600 * SECOND
+"""Microseconds that it knows them: longer than a token lives and its mint takes."""
 
 
 class Epochs:
@@ -35,9 +45,30 @@ class Epochs:
         self._cells[hash(visitor) % CELLS] += 1
 
 
-class EpochsUnknown(Epochs):
-    """While the store that knows them is away: what is held is believed to be good."""
+class KnownEnds(Epochs):
+    """The ends that this replica has caused or heard of, of a store that knows all of them.
+
+    Epochs are the server's here: the microsecond of the end.  What is older than a known end is over
+    also while the server is away, and when it has lost its memory.  By the `name` of an epoch's key,
+    which all replicas have in common.
+    """
+
+    def __init__(self, name: Callable[[str], bytes], mono: Callable[[], int]) -> None:
+        super().__init__()
+        self._name = name
+        self._mono = mono
+        self._ends: TTLCache[bytes, int] | None = None
+
+    @override
+    def of(self, visitor: str) -> int:
+        return 0 if self._ends is None else self._ends.get(self._name(visitor), 0)
 
     @override
     def holds(self, visitor: str, epoch: int) -> bool:
-        return True
+        return self._ends is None or epoch >= self.of(visitor)
+
+    def note(self, name: bytes, epoch: int) -> None:
+        """Take note of an end."""
+        if self._ends is None:
+            self._ends = TTLCache(ENDS_KNOWN, ENDS_LAST, timer=self._mono)
+        self._ends[name] = max(epoch, self._ends.get(name, 0))

@@ -19,6 +19,9 @@ PREFIX = "etb:"
 """What every key and channel begins with; the ACL of the broker's user allows nothing else."""
 
 
+_EPOCH = b"}:epoch"
+
+
 class VisitorKeys:
     """Names of one visitor's keys, all in one slot."""
 
@@ -26,7 +29,7 @@ class VisitorKeys:
 
     def __init__(self, slot: bytes) -> None:
         self._slot = slot
-        self.epoch = slot + b"epoch"
+        self.epoch = slot.removesuffix(b"}:") + _EPOCH
 
     def bucket(self, limit: str, agent: str = "") -> bytes:
         """The bucket of a limit; `agent` where it has one of its own there."""
@@ -116,3 +119,8 @@ def _plain(name: str) -> str:
     if name.isascii() and name.replace("_", "").replace("-", "").replace(".", "").isalnum():
         return name
     return "#" + name.encode("utf-8", "surrogatepass").hex()
+
+
+def is_epoch(name: bytes) -> bool:
+    """Whether this is the name of a visitor's epoch, as far as its form tells."""
+    return name.startswith(PREFIX.encode()) and name.endswith(_EPOCH)

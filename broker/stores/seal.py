@@ -28,7 +28,8 @@ class Sealed(Struct, frozen=True, array_like=True, gc=False):
     """What is inside: the answer, and what only its readers judge.
 
     `dies_wall` is Unix microseconds by the clock of the replica that minted it: a second opinion,
-    beside the store's clock.  `origin` names the issuer and key that made it.
+    beside the store's clock.  `origin` names the issuer and key that made it; `version` and `epoch`
+    are its own, whatever stands beside it.
     """
 
     body: bytes
@@ -36,6 +37,8 @@ class Sealed(Struct, frozen=True, array_like=True, gc=False):
     lifetime: int
     mark: int
     origin: str
+    version: int
+    epoch: int
 
     @override
     def __repr__(self) -> str:

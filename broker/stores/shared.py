@@ -2,8 +2,8 @@
 
 `local`: this replica goes on by itself, with its share of every limit (rate and burst divided by
 the replicas seen last), the tokens it holds in front, and flights of its own.  No limit is
-multiplied; a visitor may get a second token from another replica, and an end of a session is not
-heard of until the server is back.  `closed`: every request that needs the store is refused with
+multiplied; a visitor may get a second token from another replica.  No session can be ended; those
+that were ended before stay so, as far as this replica had heard of it.  `closed`: every request that needs the store is refused with
 503.
 
 Coming back grants no second burst: for as long as any bucket takes to refill, each call carries
@@ -113,10 +113,10 @@ class SharedStore(Store):
             self._remote.abandon(ask, key, lease, error)
 
     @override
-    async def end_visitor(self, client: str, fingerprint: str) -> None:
+    async def end_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
         """End it at the server, or not at all: it must hold for every replica."""
         try:
-            await self._remote.end_visitor(client, fingerprint)
+            await self._remote.end_visitor(client, fingerprint, *keys)
         except StoreFailed:
             raise store_is_away() from None
 

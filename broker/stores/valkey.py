@@ -11,6 +11,10 @@ script says, in the same breath as it counts the request, that its visitor's epo
 the token.  The version tells whether it is still the newest.  If the server has lost a token that
 the front still has (a restart, an eviction), the front's counts, and is put back.
 
+Ends of visitors are the server's to know.  Those that this replica has caused or heard of it
+knows, too (`ends`): while the server is away they hold here all the same, and a server that has
+forgotten one is told of it before anybody mints under an older epoch.
+
 A leader's lease is short, so that a leader that was killed is succeeded soon, and renewed as long
 as the mint takes.  Who is told to wait is woken by the one who keeps or abandons, and looks again
 by itself after a moment, in case that message was lost.
@@ -19,7 +23,7 @@ by itself after a moment, in case that message was lost.
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 
 import structlog
@@ -32,9 +36,10 @@ from broker.rules.reuse import SECOND
 from broker.stores import outcome
 from broker.stores.base import Denial, Kept, Lease, Visit
 from broker.stores.buckets import BucketCounts
+from broker.stores.epochs import ENDS_LAST, KnownEnds
 from broker.stores.failures import Reason, StoreFailed
 from broker.stores.link import Reply
-from broker.stores.names import Names, VisitorKeys
+from broker.stores.names import Names, VisitorKeys, is_epoch
 from broker.stores.scripts import Script, command
 from broker.stores.seal import Seal, Sealed
 from broker.stores.server import Operation, Server
@@ -54,13 +59,16 @@ LEASE_MEMORY = 120 * SECOND
 ERROR_MEMORY = 2 * SECOND
 """Microseconds that those who wait can learn how a mint failed."""
 
-EPOCH_MEMORY = 2 * 3600 * SECOND
-"""Microseconds that an end is remembered: longer than a token lives and its mint takes."""
+MOST_ASKED = 1_000
+"""Ends that are asked for at a time; a flood of news that nobody believes must not become one."""
 
 RECHECK, RECHECK_JITTER = 0.25, 0.1
 """Seconds after which somebody who waits looks again by themselves."""
 
 _NOTHING = b""
+
+ENDED = b"ended "
+"""The news that a visitor was ended, by the name of their epoch: the server tells which it is."""
 
 
 class ValkeyStore:
@@ -68,7 +76,7 @@ class ValkeyStore:
 
     `front` holds what was read; `counts` are told of decisions; `origin` names what signs new
     tokens and `origins` whose are good; `carried` tells the microseconds that a bucket was charged
-    while the server was away.
+    while the server was away; `ends` are those that are known here.
     """
 
     def __init__(
@@ -84,6 +92,7 @@ class ValkeyStore:
         origin: Callable[[], str],
         origins: Callable[[], frozenset[str]],
         carried: Callable[[LimitName, str], int],
+        ends: KnownEnds,
     ) -> None:
         self._server = server
         self._names = names
@@ -96,6 +105,8 @@ class ValkeyStore:
         self._origin = origin
         self._origins = origins
         self._carried = carried
+        self._ends = ends
+        self._asked: set[bytes] = set()
         self._leases: dict[bytes, int] = {}
         self._sleepers: dict[bytes, set[asyncio.Future[None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -138,7 +149,7 @@ class ValkeyStore:
             reply = await self._ask_to_lead(ask, names, name, known, waited_for)
             match reply:
                 case [b"token", bytes(version), left, epoch, sealed]:
-                    token = self._adopt(key, version, left, epoch, sealed)
+                    token = self._adopt(ask, key, version, left, epoch, sealed)
                     if token is not None and good(token):
                         return token
                     known = version
@@ -150,6 +161,8 @@ class ValkeyStore:
                 case [b"denied", int(wait)]:
                     verdict = said(wait, rule.limit, allowed=False)
                     return Denial(mints.name, verdict)
+                case [b"lead", _, bytes(epoch), *_] if _number(epoch) < self._ends.of(ask.visitor):
+                    await self._tell_end(names.epoch, self._ends.of(ask.visitor))
                 case [b"lead", bytes(fence), bytes(epoch), allowed, int(wait)]:
                     verdict = said(wait, rule.limit, allowed=bool(allowed))
                     self._counts[mints.name].note(verdict, dry_run=rule.dry_run)
@@ -172,9 +185,18 @@ class ValkeyStore:
         self._leases.pop(names.lease(name), None)
         self._own(self._release(names.lease(name), lease.fence, outcome.encode(error)))
 
-    async def end_visitor(self, client: str, fingerprint: str) -> None:
+    async def end_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
         """Begin a new epoch for this visitor: no token from before it is found again."""
-        await end_visitor(self._server, self._names, client, fingerprint)
+        epoch = await end_visitor(self._server, self._names, client, fingerprint, keys)
+        self._ends.note(self._names.visitor(visitor_of(client, fingerprint)).epoch, epoch)
+
+    def heard_news(self, news: bytes) -> None:
+        """Ask the server for an end that somebody tells of: channels are open to more than we."""
+        name = news.removeprefix(ENDED)
+        if news.startswith(ENDED) and is_epoch(name) and name not in self._asked:
+            if len(self._asked) < MOST_ASKED:
+                self._asked.add(name)
+                self._own(self._learn_end(name))
 
     def heard(self, name: bytes) -> None:
         """Wake those who wait for this lease: its holder is done."""
@@ -193,10 +215,34 @@ class ValkeyStore:
         """Wait for what is still being said to the server."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    async def _learn_end(self, name: bytes) -> None:
+        try:
+            reply = await self._server.command(Operation.KEEP, name, command(b"GET", name))
+            if reply is not None:
+                self._ends.note(name, _number(reply))
+        except StoreFailed:
+            pass  # counted; whoever caused the end knows it, and the server
+        finally:
+            self._asked.discard(name)
+
+    async def _tell_end(self, name: bytes, epoch: int) -> None:
+        """Tell a server that has forgotten an end which epoch is in force."""
+        _ = await self._server.run(
+            Operation.KEEP, Script.FINISH, (name,), b"%d" % ENDS_LAST, b"%d" % epoch
+        )
+
     async def _write(self, ask: Ask, key: str, token: EmbedToken, lease: Lease) -> Kept:
         names, name = self._names.visitor(ask.visitor), self._names.token_name(key)
         left = token.left(self._clock.mono(), self._clock.wall())
-        content = Sealed(token.body, token.dies_wall, token.lifetime, token.mark, self._origin())
+        content = Sealed(
+            token.body,
+            token.dies_wall,
+            token.lifetime,
+            token.mark,
+            self._origin(),
+            lease.fence,
+            lease.epoch,
+        )
         reply = await self._server.run(
             Operation.KEEP,
             Script.KEEP,
@@ -205,7 +251,7 @@ class ValkeyStore:
             b"%d" % lease.epoch,
             b"%d" % max(left, 1),
             self._seal.close(key, content),
-            b"%d" % EPOCH_MEMORY,
+            b"%d" % ENDS_LAST,
         )
         said_, *waiting = _texts(reply)
         self._wake(waiting, names.lease(name))
@@ -250,10 +296,10 @@ class ValkeyStore:
         match reply:
             case [_, _, epoch]:
                 return self._only_here(ask, key, epoch, front)
-            case [_, _, _, _, _]:
-                return front
+            case [_, _, epoch, _, _]:
+                return front if self._is_in_force(ask, epoch, front) else None
             case [_, _, epoch, version, left, sealed]:
-                return self._adopt(key, version, left, epoch, sealed)
+                return self._adopt(ask, key, version, left, epoch, sealed)
             case _:
                 raise StoreFailed(Reason.OTHER)
 
@@ -263,22 +309,39 @@ class ValkeyStore:
         """The server has no token: the front's counts if its visitor was not ended since."""
         if front is None:
             return None
-        if front.epoch != _number(epoch):
+        if not self._is_in_force(ask, epoch, front):
             self._front.pop(key, None)
             return None
         self._own(self._put_back(ask, key, front))
         return front
+
+    def _is_in_force(self, ask: Ask, epoch: Reply, token: EmbedToken | None) -> bool:
+        """Whether the visitor was not ended since: by the server's epoch, and by what is known here.
+
+        An epoch that is older than a known end was forgotten by the server; whoever mints tells it.
+        """
+        if token is None or token.epoch != _number(epoch):
+            return False
+        return self._ends.holds(ask.visitor, token.epoch)
 
     async def _put_back(self, ask: Ask, key: str, token: EmbedToken) -> None:
         with contextlib.suppress(StoreFailed):  # counted; the next visit tries again
             await self._write(ask, key, token, Lease(token.version, token.epoch))
 
     def _adopt(
-        self, key: str, version: Reply, left: Reply, epoch: Reply, sealed: Reply
+        self, ask: Ask, key: str, version: Reply, left: Reply, epoch: Reply, sealed: Reply
     ) -> EmbedToken | None:
-        """Unseal a token and hold it in front; None for one that is not ours to give."""
+        """Unseal a token and hold it in front; None for one that is not ours to give.
+
+        Version and epoch are sealed with it: a writer of the store brings no ended token back by
+        giving it another epoch.
+        """
         content = self._seal.open(key, sealed) if isinstance(sealed, bytes) else None
         if content is None or content.origin not in self._origins():
+            return None
+        if (content.version, content.epoch) != (_number(version), _number(epoch)):
+            return None
+        if not self._ends.holds(ask.visitor, content.epoch):
             return None
         mono, wall = self._clock.mono(), self._clock.wall()
         remaining = min(_number(left), content.lifetime)
@@ -288,8 +351,8 @@ class ValkeyStore:
             dies_wall=min(wall + remaining, content.dies_wall),
             lifetime=content.lifetime,
             mark=content.mark,
-            version=_number(version),
-            epoch=_number(epoch),
+            version=content.version,
+            epoch=content.epoch,
         )
         self._front[key] = token
         return token
@@ -409,10 +472,22 @@ class ValkeyStore:
         return f"ValkeyStore(leases={len(self._leases)}, {self._server!r})"
 
 
-async def end_visitor(server: Server, names: Names, client: str, fingerprint: str) -> None:
-    """Begin a new epoch for a visitor; raises StoreFailed."""
-    keys = (names.visitor(visitor_of(client, fingerprint)).epoch,)
-    _ = await server.run(Operation.KEEP, Script.FINISH, keys, b"%d" % EPOCH_MEMORY)
+async def end_visitor(
+    server: Server, names: Names, client: str, fingerprint: str, keys: Iterable[str]
+) -> int:
+    """Begin a new epoch for a visitor, and tell all replicas; raises StoreFailed.
+
+    `keys` are those of tokens that are known to be theirs.  Returns the epoch.
+    """
+    visitor = names.visitor(visitor_of(client, fingerprint))
+    tokens = [visitor.token(names.token_name(key)) for key in keys]
+    reply = await server.run(
+        Operation.KEEP, Script.FINISH, (visitor.epoch, *tokens), b"%d" % ENDS_LAST, b""
+    )
+    news = command(b"PUBLISH", names.channel, ENDED + visitor.epoch)
+    with contextlib.suppress(StoreFailed):  # counted; they ask the server with each visit anyway
+        _ = await server.command(Operation.KEEP, names.channel, news)
+    return _number(reply)
 
 
 @lru_cache(maxsize=1024)

@@ -1,9 +1,11 @@
 """Epochs of visitors: exact for who was ended, in memory that does not grow."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.stores.epochs import CELLS, Epochs
+from broker.stores import epochs as module
+from broker.stores.epochs import CELLS, Epochs, KnownEnds
 
 
 @given(st.lists(st.text(max_size=5), max_size=50), st.text(max_size=5))
@@ -29,3 +31,26 @@ def test_G6_a_hundred_thousand_ends_take_no_more_memory_than_one() -> None:
     fresh.end("one")
     untouched = sum(fresh.of(f"other-{number}") == 0 for number in range(1000))
     assert untouched >= 990
+
+
+def test_G9_a_known_end_is_over_for_what_is_older() -> None:
+    """By the server's number, which only grows; a stranger and a younger token are not touched."""
+    ends = KnownEnds(str.encode, lambda: 0)
+    assert ends.holds("one", 0)
+    for epoch in (7, 5):
+        ends.note(b"one", epoch)
+    assert [ends.holds("one", epoch) for epoch in (0, 6, 7, 8)] == [False, False, True, True]
+    assert ends.holds("other", 0)
+    assert (ends.of("one"), ends.of("other")) == (7, 0)
+
+
+def test_G6_known_ends_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In number, and in time: longer than a token lives, not for ever."""
+    now = 0
+    monkeypatch.setattr(module, "ENDS_KNOWN", 10)
+    ends = KnownEnds(str.encode, lambda: now)
+    for number in range(100):
+        ends.note(b"%d" % number, 1)
+    assert sum(ends.of(f"{number}") for number in range(100)) == 10
+    now = module.ENDS_LAST
+    assert sum(ends.of(f"{number}") for number in range(100)) == 0

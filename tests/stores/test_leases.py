@@ -452,6 +452,143 @@ async def test_G9_an_epoch_never_comes_twice(deaf_pair: Pair) -> None:
     assert epochs == sorted(set(epochs))
 
 
+async def test_G9_an_end_holds_also_when_the_server_goes_away_after_it() -> None:
+    """Here, where it was answered, and in the other replica, which heard of it: nothing of before.
+
+    What is minted alone after the end belongs to the new epoch, and counts at the server later.
+    """
+    ask, stranger = ask_of(), ask_of()
+    with store_server(valkey_binary()) as server:
+        pair = [Replica(server.address, limits_of(), timeout=0.2) for _ in range(2)]
+        async with opened(pair[0], beside=True), opened(pair[1], beside=True):
+            await hear(server, 2)
+            for each in (ask, stranger):
+                await keep(pair[0], each, await lead(pair[0], each))
+                assert await found(pair[1], each) == await found(pair[0], each) is not None
+            await pair[0].store.end_visitor(ask.client, ask.fingerprint)
+            await eventually(lambda: pair[1].sharing.alone._epochs.of(ask.visitor) > 0)
+            server.pause()
+            for replica in pair:
+                assert await found(replica, ask) is None
+                assert await found(replica, stranger) is not None
+            lease = await lead(pair[0], ask)
+            kept, token = await keep(pair[0], ask, lease)
+            assert kept is Kept.KEPT
+            assert await found(pair[0], ask) == token.body
+            server.resume()
+            for replica in pair:
+                replica.clock.advance(6)
+            assert await found(pair[0], ask) == token.body
+            await pair[0].settled()
+            assert await found(pair[1], ask) == token.body
+
+
+async def test_G9_a_mint_that_was_ended_is_not_kept_alone() -> None:
+    """The server goes away between the end and the token: this replica knows of the end."""
+    ask = ask_of()
+    with store_server(valkey_binary()) as server:
+        async with opened(Replica(server.address, limits_of(), timeout=0.2)) as replica:
+            lease = await lead(replica, ask)
+            await replica.store.end_visitor(ask.client, ask.fingerprint)
+            server.pause()
+            assert (await keep(replica, ask, lease))[0] is Kept.ENDED
+            server.resume()
+
+
+def epoch_key(replica: Replica, ask: Ask) -> bytes:
+    """Return the name of a visitor's epoch."""
+    return replica.names.visitor(ask.visitor).epoch
+
+
+def token_key(replica: Replica, ask: Ask) -> bytes:
+    """Return the name of a token."""
+    return replica.names.visitor(ask.visitor).token(replica.names.token_name(ask.key))
+
+
+async def test_G9_a_server_that_forgot_an_end_is_told_of_it(pair: Pair, valkey: StoreServer) -> None:
+    """The epoch is lost (evicted, a failover): who knows of the end neither gives nor mints before.
+
+    The other replica, which did not know, is right again with the next mint.
+    """
+    ask = ask_of()
+    await keep(pair.one, ask, await lead(pair.one, ask))
+    await pair.one.store.end_visitor(ask.client, ask.fingerprint)
+    lease = await lead(pair.one, ask)
+    valkey.ask("DEL", epoch_key(pair.one, ask))
+    pair.one.front.clear()
+    assert await found(pair.one, ask) is None
+    new = await lead(pair.one, ask)
+    assert new.epoch == lease.epoch
+    kept, token = await keep(pair.one, ask, new)
+    assert kept is Kept.KEPT
+    assert await found(pair.one, ask) == await found(pair.other, ask) == token.body
+
+
+async def test_G9_a_token_that_outlived_its_epoch_is_not_given_by_who_knows(
+    deaf_pair: Pair, valkey: StoreServer
+) -> None:
+    """Held at the server and in front, and the server has lost the epoch since the end."""
+    ask, one = ask_of(), deaf_pair.one
+    await keep(one, ask, await lead(one, ask))
+    await one.store.end_visitor(ask.client, ask.fingerprint)
+    valkey.ask("DEL", epoch_key(one, ask))
+    assert await found(one, ask) is None
+    assert isinstance(await one.store.lead(ask, ask.key, always), Lease)
+    one.front.clear()
+    assert await found(one, ask) is None
+
+
+async def test_G9_a_writer_of_the_store_brings_no_ended_token_back(
+    deaf_pair: Pair, valkey: StoreServer
+) -> None:
+    """Another epoch or version beside it is not that of its seal; neither front gives it out."""
+    one, other, ask = deaf_pair.one, deaf_pair.other, ask_of()
+    await keep(one, ask, await lead(one, ask))
+    assert await found(other, ask) is not None
+    await one.store.end_visitor(ask.client, ask.fingerprint)
+    epoch = valkey.ask("GET", epoch_key(one, ask))
+    valkey.ask("HSET", token_key(one, ask), "epoch", epoch)
+    assert await found(other, ask) is await found(one, ask) is None
+    other.front.clear()
+    assert await found(other, ask) is None
+    lease = await asyncio.wait_for(other.store.lead(ask, ask.key, always), PATIENT)
+    assert isinstance(lease, Lease)
+    _, token = await keep(other, ask, lease)
+    valkey.ask("HSET", token_key(one, ask), "version", lease.fence + 1)
+    other.front.clear()
+    assert await found(other, ask) is None
+    assert token.version == lease.fence
+
+
+async def test_G9_a_token_that_is_known_is_gone_with_its_session(
+    deaf_pair: Pair, valkey: StoreServer
+) -> None:
+    """So not even a server that forgets the epoch gives it to a replica that never heard of it."""
+    one, ask, stranger = deaf_pair.one, ask_of(), ask_of()
+    for each in (ask, stranger):
+        await keep(one, each, await lead(one, each))
+    await one.store.end_visitor(ask.client, ask.fingerprint, ask.key)
+    assert valkey.ask("EXISTS", token_key(one, ask), epoch_key(one, ask)) == 1
+    valkey.ask("DEL", epoch_key(one, ask))
+    assert await found(deaf_pair.other, ask) is None
+    assert await found(deaf_pair.other, stranger) is not None
+
+
+async def test_news_of_an_end_is_looked_up_and_not_believed(pair: Pair, valkey: StoreServer) -> None:
+    """Channels are open to more than keys are: a forged message ends nobody."""
+    ask = ask_of()
+    _, token = await keep(pair.one, ask, await lead(pair.one, ask))
+    name = epoch_key(pair.one, ask)
+    for noise in (b"ended", b"ended ", b"ended x", b"ended " + name, b"ended etb:{\xff}:epoch"):
+        valkey.ask("PUBLISH", pair.one.names.channel, noise)
+    for number in range(3_000):
+        pair.one.remote.heard_news(b"ended etb:{%d}:epoch" % number)
+    assert len(pair.one.remote._asked) <= valkey_module.MOST_ASKED
+    await pair.one.settled()
+    assert pair.one.remote._asked == set()
+    assert await found(pair.one, ask) == token.body
+
+
 # --- the front
 
 
@@ -564,8 +701,9 @@ async def test_a_mint_begun_alone_is_kept_alone() -> None:
     """
     ask = ask_of()
     with store_server(valkey_binary()) as server:
-        async with opened(Replica(server.address, limits_of(), timeout=0.2)) as replica:
-            await replica.store.end_visitor(ask.client, ask.fingerprint)
+        one, other_one = (Replica(server.address, limits_of(), timeout=0.2) for _ in range(2))
+        async with opened(one) as replica, opened(other_one):
+            await other_one.store.end_visitor(ask.client, ask.fingerprint)
             server.pause()
             lease = await lead(replica, ask)
             server.resume()

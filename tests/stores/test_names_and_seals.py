@@ -118,6 +118,8 @@ contents = st.builds(
     lifetime=st.integers(0, 2**62),
     mark=st.integers(0, 2**62),
     origin=st.text(max_size=40),
+    version=st.integers(0, 2**62),
+    epoch=st.integers(0, 2**62),
 )
 SEAL = Seal(Secret(secrets.token_urlsafe(48)))
 
@@ -150,7 +152,7 @@ def test_noise_is_not_opened(noise: bytes) -> None:
     assert SEAL.open("key", SEAL.close("key", _EMPTY)[:KEY_ID] + noise) is None
 
 
-_EMPTY = Sealed(b"", 0, 0, 0, "")
+_EMPTY = Sealed(b"", 0, 0, 0, "", 0, 0)
 
 
 def test_no_nonce_comes_twice_and_purposes_have_keys_of_their_own() -> None:
@@ -166,7 +168,7 @@ def test_no_nonce_comes_twice_and_purposes_have_keys_of_their_own() -> None:
 
 def test_G7_a_seals_content_does_not_show_itself() -> None:
     """In a log or a traceback."""
-    assert "secret" not in repr(Sealed(b"secret", 1, 2, 3, "origin"))
+    assert "secret" not in repr(Sealed(b"secret", 1, 2, 3, "origin", 4, 5))
 
 
 # --- outcomes
