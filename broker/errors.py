@@ -20,7 +20,9 @@
     │   └── UpstreamTimeout         504 UPSTREAM_TIMEOUT
     └── OurError                    we cannot take the request now
         ├── ServiceUnavailable      503 SERVICE_UNAVAILABLE
-        │   └── BudgetExhausted     503, because the vendor's budget is used up
+        │   ├── BudgetExhausted     503, because the vendor's budget is used up
+        │   ├── SessionEnded        503, because the session was ended while it was minted
+        │   └── StoreAway           503, because nothing can be done without the shared store
         └── Internal                500 INTERNAL_ERROR: a defect, never a documented answer
 
 `transient` says whether the same request may succeed later without anybody changing anything;
@@ -218,9 +220,11 @@ RETRY_STORE = 1_000_000
 """Microseconds that callers are told to wait for a shared store: about a restart's length."""
 
 
-def store_is_away() -> ServiceUnavailable:
-    """Return what callers are told when nothing can be done without the shared store."""
-    return ServiceUnavailable("the shared store is away", RETRY_STORE)
+class StoreAway(ServiceUnavailable):
+    """Nothing can be done here without the shared store; another replica may reach it."""
+
+    def __init__(self) -> None:
+        super().__init__("the shared store is away", RETRY_STORE)
 
 
 class Internal(OurError):

@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from broker import parts
 from broker.clock import SystemClock
-from broker.errors import store_is_away
+from broker.errors import StoreAway
 from broker.metrics import Metrics
 from broker.sessions.desk import EndsVisitors, SessionRegister
 from broker.sessions.memory import MemoryBook
@@ -80,4 +80,4 @@ class _Store(EndsVisitors):
         try:
             _ = await end_visitor(self._server, self._names, client, fingerprint, keys)
         except StoreFailed as failed:
-            raise store_is_away() from failed
+            raise StoreAway from failed

@@ -73,7 +73,7 @@ class Sharing:
         name = f"{socket.gethostname()}/{place}"
         self.fleet = Fleet(self.server, self.names, name, fixed, settings.server.workers)
         ends = KnownEnds(lambda visitor: self.names.visitor(visitor).epoch, clock.mono)
-        self.alone = MemoryStore(limits, front, clock, metrics.limits.counts, ends, clock.wall())
+        self.alone = MemoryStore(limits, front, clock, metrics.limits.counts, ends, clock.wall)
         self._remote = ValkeyStore(
             self.server,
             self.names,
@@ -144,7 +144,7 @@ class Sharing:
         return self._closed and self.server.is_away
 
     async def _listen(self) -> None:
-        channels = (self.names.wake(self._replica), self.names.channel)
+        channels = (self.names.wake(self._replica.encode()), self.names.channel)
         await listen(self.server.nodes, channels, self._heard)
 
     def _heard(self, channel: bytes, message: bytes) -> None:

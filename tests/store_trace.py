@@ -243,7 +243,9 @@ def _step(  # noqa: PLR0911 - a branch a script
             arguments = [b"%d" % fence, error, b"%d" % MEMORY]
             return Script.ABANDON, encoded(lease), arguments, model.abandon(lease, fence, error)
         case _:
-            told = model.epochs.get(epoch, 0) + draw.choice([-1, 0, 1]) if draw.random() < 0.3 else 0
+            told = (
+                model.epochs.get(epoch, 0) + draw.choice([-1, 0, 1]) if draw.random() < 0.3 else 0
+            )
             known = b"%d" % told if told > 0 else b""
             keys = [epoch, token] if draw.random() < 0.5 else [epoch]
             reply = model.finish(keys, max(told, 0), now)

@@ -13,6 +13,7 @@ from typing_extensions import override
 from broker.issuers.refusals import ACCOUNT_MEMORY, AGENT_MEMORY, LocalRefusals, Refusals
 from broker.issuers.vendor_replies import Refused, Scope
 from broker.model import Ask
+from broker.stores import outcome
 from broker.stores.failures import StoreFailed
 from broker.stores.names import Names
 from broker.stores.scripts import command
@@ -20,9 +21,9 @@ from broker.stores.server import Operation, Server
 
 
 class _Said(Struct, frozen=True, array_like=True):
-    status: int
-    code: str
-    message: str
+    status: outcome.Status
+    code: outcome.Code
+    message: outcome.Message
     scope: Scope
 
 
@@ -50,7 +51,7 @@ class SharedRefusals(Refusals):
     @override
     def remember(self, ask: Ask, refused: Refused) -> None:
         self._local.remember(ask, refused)
-        said = _Said(refused.status, refused.code, refused.message, refused.scope)
+        said = _Said(refused.status, refused.code, refused.message, refused.scope)  # type: ignore[arg-type]  # the vendor's passed its own table
         match refused.scope:
             case Scope.ACCOUNT:
                 self._tell(self._names.account, said, ACCOUNT_MEMORY)
@@ -77,9 +78,10 @@ class SharedRefusals(Refusals):
             return None
         try:
             said = _decoder.decode(reply)
+            message = outcome.printable(said.message)
         except (msgspec.DecodeError, ValueError):
-            return None  # of another version
-        return Refused(said.status, said.code, said.message, said.scope)
+            return None  # of another version, or not a broker's
+        return Refused(said.status, said.code, message, said.scope)
 
     def _tell(self, key: bytes, said: _Said, seconds: int) -> None:
         packed = command(b"SET", key, msgspec.json.encode(said), b"PX", b"%d" % (seconds * 1000))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from typing_extensions import override
 
-from broker.errors import store_is_away
+from broker.errors import StoreAway
 from broker.model import Session
 from broker.sessions.base import Place, Query, SessionBook
 from broker.sessions.memory import MemoryBook
@@ -63,14 +63,14 @@ class SharedBook(SessionBook):
         try:
             return await self._remote.page(query, after, limit)
         except StoreFailed as failed:
-            raise store_is_away() from failed  # a part of a list would be taken for the whole
+            raise StoreAway from failed  # a part of a list would be taken for the whole
 
     @override
     async def end(self, session: Session) -> None:
         try:
             await self._remote.end(session)
         except StoreFailed as failed:
-            raise store_is_away() from failed
+            raise StoreAway from failed
         await self._alone.end(session)
         self._unwritten.discard(session.session_id)
 
@@ -101,7 +101,7 @@ class SharedBook(SessionBook):
 
     def _require_open(self, failed: StoreFailed) -> None:
         if self._closed:
-            raise store_is_away() from failed
+            raise StoreAway from failed
 
     @override
     def __repr__(self) -> str:

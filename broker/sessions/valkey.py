@@ -18,7 +18,7 @@ from typing_extensions import override
 from broker.model import Clock, Session
 from broker.rules.reuse import SECOND
 from broker.sessions.base import MARK_LIFE, Place, Query, place_of
-from broker.stores.failures import Reason, StoreFailed
+from broker.stores.failures import Reason, StoreFailed, number
 from broker.stores.link import Reply
 from broker.stores.names import Names
 from broker.stores.scripts import Script, command
@@ -120,8 +120,12 @@ class ValkeyBook:
         )
         if not isinstance(reply, list):
             raise StoreFailed(Reason.OTHER)
-        texts = [text.decode() for text in reply if isinstance(text, bytes)]
-        return [Place(int(when), name) for when, name in zip(texts[::2], texts[1::2], strict=True)]
+        pairs = zip(reply[::2], reply[1::2], strict=True)
+        return [
+            Place(number(when), name.decode("utf-8", "replace"))
+            for when, name in pairs
+            if isinstance(name, bytes)
+        ]
 
     async def _read(self, key: bytes) -> Session | None:
         sealed = await self._command(key, b"GET", key)

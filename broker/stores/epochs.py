@@ -48,9 +48,9 @@ class Epochs:
 class KnownEnds(Epochs):
     """The ends that this replica has caused or heard of, of a store that knows all of them.
 
-    Epochs are the server's here: the microsecond of the end.  What is older than a known end is over
-    also while the server is away, and when it has lost its memory.  By the `name` of an epoch's key,
-    which all replicas have in common.
+    Epochs are the server's here: the microsecond of the end.  What is older than a known end is
+    over also while the server is away, and when it has lost its memory.  By the `name` of an
+    epoch's key, which all replicas have in common.
     """
 
     def __init__(self, name: Callable[[str], bytes], mono: Callable[[], int]) -> None:

@@ -1,5 +1,6 @@
 """How a shared store can fail, in words that are counted."""
 
+import contextlib
 from enum import Enum
 
 from typing_extensions import override
@@ -32,6 +33,20 @@ class StoreFailed(Exception):
     @override
     def __repr__(self) -> str:
         return f"StoreFailed({self.reason.value}, {self.detail!r})"
+
+
+_LARGEST = 2**63
+
+
+def number(reply: object) -> int:
+    """Read a number that the store told; raises StoreFailed for what is none.
+
+    Others may write there: what cannot be read is a call that failed, and not a defect.
+    """
+    with contextlib.suppress(ValueError):
+        if isinstance(reply, int | bytes) and -_LARGEST <= (found := int(reply)) < _LARGEST:
+            return found
+    raise StoreFailed(Reason.OTHER)
 
 
 class Forgotten(Exception):

@@ -5,7 +5,6 @@ is shared with a second instance.
 """
 
 from collections.abc import Callable, Mapping
-from itertools import count
 
 from typing_extensions import override
 
@@ -23,6 +22,7 @@ class MemoryStore(Store):
 
     Limits can be replaced at any time (`use_limits`); what was spent stays spent.  Nobody else
     mints here, so leading is a matter of limits only: this process' flights see to the rest.
+    Fences are larger than those of before, and no less than `fence_floor` says at that moment.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class MemoryStore(Store):
         clock: Clock,
         counts: Mapping[LimitName, BucketCounts] | None = None,
         epochs: Epochs | None = None,
-        first_fence: int = 1,
+        fence_floor: Callable[[], int] = lambda: 0,
     ) -> None:
         self._clock = clock
         self.tokens = tokens
@@ -53,7 +53,8 @@ class MemoryStore(Store):
         )
         self._fingerprint = self.buckets[LimitName.FINGERPRINT]
         self._epochs = epochs or Epochs()
-        self._fences = count(first_fence)
+        self._fence = 0
+        self._fence_floor = fence_floor
 
     def use_limits(self, limits: Limits) -> None:
         """Put other limits in force, for the next request on."""
@@ -107,7 +108,11 @@ class MemoryStore(Store):
         token = self.find(ask.visitor, key)
         if token is not None and good(token):
             return token
-        return self.charge_mint(ask) or Lease(next(self._fences), self._epochs.of(ask.visitor))
+        return self.charge_mint(ask) or Lease(self._next_fence(), self._epochs.of(ask.visitor))
+
+    def _next_fence(self) -> int:
+        self._fence = max(self._fence + 1, self._fence_floor())
+        return self._fence
 
     def charge_mint(self, ask: Ask) -> Denial | None:
         """Charge the limits that only a started mint meets; None means go ahead."""

@@ -100,9 +100,9 @@ class Names:
         """The list of a visitor's sessions, of all clients."""
         return f"{PREFIX}{{of:{self._hash('sessions of', fingerprint)}}}:sessions".encode()
 
-    def wake(self, replica: str) -> bytes:
+    def wake(self, replica: bytes) -> bytes:
         """The channel on which a replica is woken."""
-        return f"{PREFIX}wake:{replica}".encode()
+        return PREFIX.encode() + b"wake:" + replica
 
     def _of(self, kind: str, name: str) -> bytes:
         """Return the slot of an agent or a client."""

@@ -1,65 +1,135 @@
 """How a mint failed, as those are told who waited for it in another replica.
 
 Only what would have happened to them as well: a refusal, a fault of the vendor, a limit, a budget.
-A mint that was cancelled, or a defect, tells others nothing; the next of them tries.
+A mint that was cancelled, a defect, or a store that is away from one replica tells others nothing;
+the next of them tries.
+
+What comes back was read from the store, where others may write: it becomes an answer only within
+the bounds of what a broker would have written.
 """
 
+from typing import Annotated, Literal
+
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
+from typing_extensions import override
 
 from broker import errors
 from broker.model import LimitName
-from broker.rules.bucket import Limit, Verdict
+from broker.rules.bucket import Limit, said
 from broker.stores.base import Denial
 
+LONGEST_WAIT = 300_000_000
+"""Microseconds: the longest pause of a budget, and so of what a caller is told to wait."""
 
-class _Failure(Struct, frozen=True, array_like=True):
-    kind: str
-    status: int
-    code: str
-    message: str
-    wait: int
-    limit: str = ""
-    burst: int = 0
-    interval: int = 0
-    full_in: int = 0
+Status = Literal[400, 402, 403, 404, 409, 410, 422, 429]
+"""Statuses of the vendor's that pass."""
+
+Code = Annotated[str, Meta(pattern=r"\A[A-Z][A-Z0-9_]{0,63}\Z")]
+"""Codes of the vendor's that pass."""
+
+Message = Annotated[str, Meta(max_length=1024)]
+
+_Wait = Annotated[int, Meta(ge=0, le=LONGEST_WAIT)]
+_Number = Annotated[int, Meta(ge=1, le=2**62)]
 
 
-_decoder = msgspec.json.Decoder(_Failure)
+class _Told(Struct, frozen=True, array_like=True, tag=True):
+    """A failure that is told; its fields are checked when it is read."""
+
+    def error(self) -> errors.BrokerError:
+        """Return it as an error; raises ValueError."""
+        raise NotImplementedError
+
+
+class _Refused(_Told, frozen=True, tag="refused"):
+    status: Status
+    code: Code
+    message: Message
+
+    @override
+    def error(self) -> errors.BrokerError:
+        return errors.UpstreamRefused(self.status, self.code, printable(self.message))
+
+
+class _Unavailable(_Told, frozen=True, tag="unavailable"):
+    message: Message
+
+    @override
+    def error(self) -> errors.BrokerError:
+        return errors.UpstreamUnavailable(printable(self.message))
+
+
+class _Timeout(_Told, frozen=True, tag="timeout"):
+    message: Message
+
+    @override
+    def error(self) -> errors.BrokerError:
+        return errors.UpstreamTimeout(printable(self.message))
+
+
+class _Budget(_Told, frozen=True, tag="budget"):
+    message: Message
+    wait: _Wait
+
+    @override
+    def error(self) -> errors.BrokerError:
+        return errors.BudgetExhausted(printable(self.message), self.wait)
+
+
+class _Busy(_Told, frozen=True, tag="busy"):
+    message: Message
+    wait: _Wait
+
+    @override
+    def error(self) -> errors.BrokerError:
+        return errors.ServiceUnavailable(printable(self.message), self.wait)
+
+
+class _Limited(_Told, frozen=True, tag="limited"):
+    limit: LimitName
+    burst: _Number
+    interval: _Number
+    full_in: _Number
+
+    @override
+    def error(self) -> errors.BrokerError:
+        limit = Limit(self.burst, self.interval)
+        if not limit.depth - limit.interval < self.full_in <= limit.depth:
+            raise ValueError("a bucket that would not refuse")
+        return errors.RateLimited(self.limit, said(self.full_in, limit, allowed=False))
+
+
+_Any = _Refused | _Unavailable | _Timeout | _Budget | _Busy | _Limited
+_decoder: "msgspec.json.Decoder[_Any]" = msgspec.json.Decoder(_Any)
 
 
 def encode(error: BaseException | None) -> bytes:
     """Return what others are told; empty if the next of them is to try."""
+    told = _told(error)
+    return b"" if told is None else msgspec.json.encode(told)
+
+
+def _told(error: BaseException | None) -> _Told | None:  # noqa: PLR0911 - a line an error
     match error:
         case errors.RateLimited():
             verdict = error.verdict
             limit = verdict.limit
-            told = _Failure(
-                "limited",
-                error.status,
-                error.code,
-                "",
-                verdict.retry_after,
-                error.limit.value,
-                limit.burst,
-                limit.interval,
-                verdict.full_in,
-            )
-        case errors.SessionEnded():
-            return b""
+            return _Limited(error.limit, limit.burst, limit.interval, verdict.full_in)
         case errors.UpstreamRefused():
-            told = _Failure("refused", error.status, error.code, error.message, 0)
+            return _Refused(error.status, error.code, error.message)  # type: ignore[arg-type]  # the vendor's passed its own table
         case errors.UpstreamTimeout():
-            told = _Failure("timeout", error.status, error.code, error.message, 0)
+            return _Timeout(error.message)
         case errors.UpstreamUnavailable():
-            told = _Failure("unavailable", error.status, error.code, error.message, 0)
+            return _Unavailable(error.message)
         case errors.BudgetExhausted():
-            told = _Failure("budget", error.status, error.code, error.message, error.wait)
+            return _Budget(error.message, min(error.wait, LONGEST_WAIT))
+        case errors.SessionEnded() | errors.StoreAway():
+            return None
         case errors.ServiceUnavailable():
-            told = _Failure("busy", error.status, error.code, error.message, error.wait)
+            return _Busy(error.message, min(error.wait, LONGEST_WAIT))
         case _:
-            return b""
-    return msgspec.json.encode(told)
+            return None
 
 
 def limited(denial: Denial) -> errors.RateLimited:
@@ -70,25 +140,13 @@ def limited(denial: Denial) -> errors.RateLimited:
 def decode(told: bytes) -> errors.BrokerError:
     """Return the error to raise; what cannot be read is a fault of the vendor's, at most."""
     try:
-        failure = _decoder.decode(told)
-        if failure.kind == "limited":
-            limit = Limit(failure.burst, failure.interval)
-            verdict = Verdict(False, 0, failure.full_in, failure.wait, limit)  # noqa: FBT003 - as in bucket
-            return errors.RateLimited(LimitName(failure.limit), verdict)
+        return _decoder.decode(told).error()
     except (msgspec.DecodeError, ValueError):
         return errors.UpstreamUnavailable("another replica's mint failed")
-    return _plain(failure)
 
 
-def _plain(failure: _Failure) -> errors.BrokerError:
-    match failure.kind:
-        case "refused":
-            return errors.UpstreamRefused(failure.status, failure.code, failure.message)
-        case "timeout":
-            return errors.UpstreamTimeout(failure.message)
-        case "budget":
-            return errors.BudgetExhausted(failure.message, failure.wait)
-        case "busy":
-            return errors.ServiceUnavailable(failure.message, failure.wait)
-        case _:
-            return errors.UpstreamUnavailable(failure.message)
+def printable(message: str) -> str:
+    """Return a message that may be shown; raises ValueError."""
+    if not message.isprintable():
+        raise ValueError("not printable")
+    return message

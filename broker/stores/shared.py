@@ -3,8 +3,8 @@
 `local`: this replica goes on by itself, with its share of every limit (rate and burst divided by
 the replicas seen last), the tokens it holds in front, and flights of its own.  No limit is
 multiplied; a visitor may get a second token from another replica.  No session can be ended; those
-that were ended before stay so, as far as this replica had heard of it.  `closed`: every request that needs the store is refused with
-503.
+that were ended before stay so, as far as this replica has heard of it.  `closed`: every request
+that needs the store is refused with 503.
 
 Coming back grants no second burst: for as long as any bucket takes to refill, each call carries
 what was charged here meanwhile, and the script takes the later of both.  A mint that began alone is
@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 
 from typing_extensions import override
 
-from broker.errors import store_is_away
+from broker.errors import StoreAway
 from broker.limits import Limits, share_of
 from broker.model import Ask, Clock, EmbedToken, LimitName
 from broker.stores.base import Denial, Kept, Lease, Store, Visit
@@ -118,7 +118,7 @@ class SharedStore(Store):
         try:
             await self._remote.end_visitor(client, fingerprint, *keys)
         except StoreFailed:
-            raise store_is_away() from None
+            raise StoreAway from None
 
     def tidy(self) -> None:
         """Give back what has expired, tally calls: about twice a second."""
@@ -138,7 +138,7 @@ class SharedStore(Store):
     def _go_alone(self, failed: StoreFailed) -> None:
         """Follow the policy; counted where the call failed."""
         if self._closed:
-            raise store_is_away() from failed
+            raise StoreAway from failed
         replicas = max(self._replicas(), 1)
         if replicas != self._divided_by:
             self._divided_by = replicas

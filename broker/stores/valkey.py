@@ -37,7 +37,7 @@ from broker.stores import outcome
 from broker.stores.base import Denial, Kept, Lease, Visit
 from broker.stores.buckets import BucketCounts
 from broker.stores.epochs import ENDS_LAST, KnownEnds
-from broker.stores.failures import Reason, StoreFailed
+from broker.stores.failures import Reason, StoreFailed, number
 from broker.stores.link import Reply
 from broker.stores.names import Names, VisitorKeys, is_epoch
 from broker.stores.scripts import Script, command
@@ -161,12 +161,12 @@ class ValkeyStore:
                 case [b"denied", int(wait)]:
                     verdict = said(wait, rule.limit, allowed=False)
                     return Denial(mints.name, verdict)
-                case [b"lead", _, bytes(epoch), *_] if _number(epoch) < self._ends.of(ask.visitor):
+                case [b"lead", _, bytes(epoch), *_] if number(epoch) < self._ends.of(ask.visitor):
                     await self._tell_end(names.epoch, self._ends.of(ask.visitor))
                 case [b"lead", bytes(fence), bytes(epoch), allowed, int(wait)]:
                     verdict = said(wait, rule.limit, allowed=bool(allowed))
                     self._counts[mints.name].note(verdict, dry_run=rule.dry_run)
-                    return await self._begin(ask, key, Lease(int(fence), int(epoch)))
+                    return await self._begin(ask, key, Lease(number(fence), number(epoch)))
                 case _:
                     raise StoreFailed(Reason.OTHER)
 
@@ -193,10 +193,11 @@ class ValkeyStore:
     def heard_news(self, news: bytes) -> None:
         """Ask the server for an end that somebody tells of: channels are open to more than we."""
         name = news.removeprefix(ENDED)
-        if news.startswith(ENDED) and is_epoch(name) and name not in self._asked:
-            if len(self._asked) < MOST_ASKED:
-                self._asked.add(name)
-                self._own(self._learn_end(name))
+        if not news.startswith(ENDED) or not is_epoch(name) or len(self._asked) >= MOST_ASKED:
+            return
+        if name not in self._asked:
+            self._asked.add(name)
+            self._own(self._learn_end(name))
 
     def heard(self, name: bytes) -> None:
         """Wake those who wait for this lease: its holder is done."""
@@ -219,7 +220,7 @@ class ValkeyStore:
         try:
             reply = await self._server.command(Operation.KEEP, name, command(b"GET", name))
             if reply is not None:
-                self._ends.note(name, _number(reply))
+                self._ends.note(name, number(reply))
         except StoreFailed:
             pass  # counted; whoever caused the end knows it, and the server
         finally:
@@ -316,17 +317,20 @@ class ValkeyStore:
         return front
 
     def _is_in_force(self, ask: Ask, epoch: Reply, token: EmbedToken | None) -> bool:
-        """Whether the visitor was not ended since: by the server's epoch, and by what is known here.
+        """Whether its visitor was not ended since, by the server's epoch and by what is known here.
 
-        An epoch that is older than a known end was forgotten by the server; whoever mints tells it.
+        An epoch that is older than a known end: the server has forgotten it; who mints tells it.
         """
-        if token is None or token.epoch != _number(epoch):
+        if token is None or token.epoch != number(epoch):
             return False
         return self._ends.holds(ask.visitor, token.epoch)
 
+    def _is_younger(self, ask: Ask, held: EmbedToken, version: Reply, epoch: Reply) -> bool:
+        return held.version > number(version) and self._is_in_force(ask, epoch, held)
+
     async def _put_back(self, ask: Ask, key: str, token: EmbedToken) -> None:
         with contextlib.suppress(StoreFailed):  # counted; the next visit tries again
-            await self._write(ask, key, token, Lease(token.version, token.epoch))
+            _ = await self._write(ask, key, token, Lease(token.version, token.epoch))
 
     def _adopt(
         self, ask: Ask, key: str, version: Reply, left: Reply, epoch: Reply, sealed: Reply
@@ -334,17 +338,22 @@ class ValkeyStore:
         """Unseal a token and hold it in front; None for one that is not ours to give.
 
         Version and epoch are sealed with it: a writer of the store brings no ended token back by
-        giving it another epoch.
+        giving it another epoch.  A younger one that is held in front stays, and is put back: it was
+        minted here while the server was away, or lost there.
         """
+        held = self._front.find(key)
+        if held is not None and self._is_younger(ask, held, version, epoch):
+            self._own(self._put_back(ask, key, held))
+            return held
         content = self._seal.open(key, sealed) if isinstance(sealed, bytes) else None
         if content is None or content.origin not in self._origins():
             return None
-        if (content.version, content.epoch) != (_number(version), _number(epoch)):
+        if (content.version, content.epoch) != (number(version), number(epoch)):
             return None
         if not self._ends.holds(ask.visitor, content.epoch):
             return None
         mono, wall = self._clock.mono(), self._clock.wall()
-        remaining = min(_number(left), content.lifetime)
+        remaining = min(number(left), content.lifetime)
         token = EmbedToken(
             body=content.body,
             dies_mono=mono + remaining,
@@ -426,7 +435,7 @@ class ValkeyStore:
         sleeper: asyncio.Future[None] = loop.create_future()
         self._sleepers.setdefault(name, set()).add(sleeper)
         moment = RECHECK + random.random() * RECHECK_JITTER  # noqa: S311 - spreads, guards nothing
-        moment = min(moment, _number(left) / SECOND + 0.001)
+        moment = min(moment, number(left) / SECOND + 0.001)
         timer = loop.call_later(moment, self.heard, name)
         try:
             await sleeper
@@ -459,7 +468,7 @@ class ValkeyStore:
 
     def _wake(self, waiting: list[bytes], name: bytes) -> None:
         for replica in waiting:
-            channel = self._names.wake(replica.decode())
+            channel = self._names.wake(replica)
             self._server.tell(Operation.RELEASE, channel, command(b"PUBLISH", channel, name))
 
     def _own(self, work: "asyncio._CoroutineLike[None]") -> None:
@@ -487,18 +496,12 @@ async def end_visitor(
     news = command(b"PUBLISH", names.channel, ENDED + visitor.epoch)
     with contextlib.suppress(StoreFailed):  # counted; they ask the server with each visit anyway
         _ = await server.command(Operation.KEEP, names.channel, news)
-    return _number(reply)
+    return number(reply)
 
 
 @lru_cache(maxsize=1024)
 def _numbers(limit: Limit) -> tuple[bytes, bytes]:
     return b"%d" % limit.burst, b"%d" % limit.interval
-
-
-def _number(reply: Reply) -> int:
-    if isinstance(reply, int | bytes):
-        return int(reply)
-    raise StoreFailed(Reason.OTHER)
 
 
 def _texts(reply: Reply) -> list[bytes]:

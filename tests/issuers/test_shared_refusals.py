@@ -82,7 +82,12 @@ async def test_noise_in_the_store_refuses_nobody(valkey: StoreServer) -> None:
     """A word of another version, or of somebody else."""
     valkey.flush()
     async with opened(Replica(valkey.address, limits_of())) as replica:
-        for noise in ("", "x", "[]", '[404,"A"]', '[404,"A","b","scope"]', "{}", "\xff"):
+        for noise in (
+            *("", "x", "[]", '[404,"A"]', '[404,"A","b","scope"]', "{}", "\xff"),
+            *(f'[{status},"A","b","account"]' for status in (200, 302, 401, 500, 999, -1)),
+            *(f'[404,"{code}","b","account"]' for code in ("", "a", "A\\n", "A" * 65)),
+            *(f'[404,"A","{text}","account"]' for text in ("\\u202e", "\\n", "b" * 1025)),
+        ):
             valkey.ask("SET", replica.names.account, noise)
             assert await replica.sharing.refusals.find(ask_of()) is None
         assert replica.errors == {}

@@ -168,7 +168,7 @@ FAILURES = [
     errors.UpstreamUnavailable("the vendor answered nonsense"),
     errors.UpstreamTimeout("too slow"),
     errors.UpstreamRefused(404, "NOT_FOUND", "no such agent"),
-    errors.UpstreamRefused(402, "PAYMENT_REQUIRED", "caf\u00e9 \u202e"),
+    errors.UpstreamRefused(402, "PAYMENT_REQUIRED", "caf\u00e9 \u4e2d"),
     errors.BudgetExhausted("used up", 7_000_000),
     errors.ServiceUnavailable("draining", 1_000_000),
     errors.RateLimited(
@@ -505,7 +505,9 @@ def token_key(replica: Replica, ask: Ask) -> bytes:
     return replica.names.visitor(ask.visitor).token(replica.names.token_name(ask.key))
 
 
-async def test_G9_a_server_that_forgot_an_end_is_told_of_it(pair: Pair, valkey: StoreServer) -> None:
+async def test_G9_a_server_that_forgot_an_end_is_told_of_it(
+    pair: Pair, valkey: StoreServer
+) -> None:
     """The epoch is lost (evicted, a failover): who knows of the end neither gives nor mints before.
 
     The other replica, which did not know, is right again with the next mint.
@@ -574,7 +576,9 @@ async def test_G9_a_token_that_is_known_is_gone_with_its_session(
     assert await found(deaf_pair.other, stranger) is not None
 
 
-async def test_news_of_an_end_is_looked_up_and_not_believed(pair: Pair, valkey: StoreServer) -> None:
+async def test_news_of_an_end_is_looked_up_and_not_believed(
+    pair: Pair, valkey: StoreServer
+) -> None:
     """Channels are open to more than keys are: a forged message ends nobody."""
     ask = ask_of()
     _, token = await keep(pair.one, ask, await lead(pair.one, ask))
@@ -589,7 +593,89 @@ async def test_news_of_an_end_is_looked_up_and_not_believed(pair: Pair, valkey: 
     assert await found(pair.one, ask) == token.body
 
 
+# --- what others wrote
+
+
+def in_the_store(replica: Replica, ask: Ask) -> dict[str, bytes]:
+    """Return the names of a visitor's keys."""
+    names, name = replica.names.visitor(ask.visitor), replica.names.token_name(ask.key)
+    return {
+        "bucket": names.bucket("requests"),
+        "epoch": names.epoch,
+        "token": names.token(name),
+        "lease": names.lease(name),
+    }
+
+
+JUNK = ["", "x", "-1", "nan", "-nan", "inf", "1e400", "9" * 30, "\xff", "1.5"]
+
+
+@pytest.mark.parametrize("junk", JUNK)
+async def test_S1_junk_in_the_store_is_no_defect(valkey: StoreServer, junk: str) -> None:
+    """In a bucket, an epoch, any field of a token or a lease: decided here, or as if it were not.
+
+    Nobody is refused for longer than a full drain.
+    """
+    limit = Limit(3, SECOND)
+    async with opened(Replica(valkey.address, limits_of(limit))) as replica:
+        for place in ("bucket", "epoch", "version", "dies", "sealed", "fence", "holder", "ends"):
+            valkey.flush()
+            replica.front.clear()
+            ask = ask_of()
+            await keep(replica, ask, await lead(replica, ask))
+            keys = in_the_store(replica, ask)
+            if place in ("bucket", "epoch"):
+                valkey.ask("SET", keys[place], junk)
+            elif place in ("version", "dies", "sealed"):
+                valkey.ask("HSET", keys["token"], place, junk)
+            else:
+                valkey.ask("HSET", keys["lease"], "fence", 1, "holder", "x", "ends", 1, place, junk)
+            for _ in range(2):
+                visit = await replica.store.visit(ask, ask.key)
+                if visit.denial is not None:
+                    assert 0 < visit.denial.verdict.retry_after <= limit.depth
+                lease = await replica.store.lead(ask, ask.key, never)
+                if isinstance(lease, Lease):
+                    await keep(replica, ask, lease)
+
+
+async def test_S4_a_waiter_with_an_odd_name_stops_nobody(
+    deaf_pair: Pair, valkey: StoreServer
+) -> None:
+    """Its name goes back as the bytes that it is; the token is kept, and all others are woken."""
+    one, ask = deaf_pair.one, ask_of()
+    lease = await lead(one, ask)
+    with valkey.client() as client:
+        client.hset(in_the_store(one, ask)["lease"], b"waiter:\xff\xfe", b"1")
+    assert (await keep(one, ask, lease))[0] is Kept.KEPT
+
+
 # --- the front
+
+
+async def test_S3_a_token_minted_alone_outlives_the_servers_older_one() -> None:
+    """Renewed while the server was away: at its return nobody mints again, and all get it."""
+    ask, clock = ask_of(), FakeClock()
+    with store_server(valkey_binary()) as server:
+        one, other = (
+            Replica(server.address, limits_of(), timeout=0.2, clock=clock, now=clock.wall)
+            for _ in range(2)
+        )
+        async with opened(one), opened(other):
+            clock.advance(10)
+            await keep(one, ask, await lead(one, ask))
+            assert await found(other, ask) is not None
+            clock.advance(10)
+            server.pause()
+            kept, token = await keep(one, ask, await lead(one, ask))
+            assert kept is Kept.KEPT
+            server.resume()
+            clock.advance(6)
+            held = await one.store.lead(ask, ask.key, always)
+            assert isinstance(held, EmbedToken)
+            assert held.body == await found(one, ask) == token.body
+            await one.settled()
+            assert await found(other, ask) == token.body
 
 
 async def test_a_token_the_server_forgot_is_put_back(pair: Pair) -> None:

@@ -9,7 +9,7 @@ from redis.crc import key_slot
 
 from broker import errors
 from broker.model import Ask, LimitName, Secret
-from broker.rules.bucket import Limit, Verdict
+from broker.rules.bucket import Limit, said
 from broker.stores import outcome
 from broker.stores.base import Denial
 from broker.stores.names import PREFIX, Names
@@ -174,20 +174,24 @@ def test_G7_a_seals_content_does_not_show_itself() -> None:
 # --- outcomes
 
 verdicts = st.builds(
-    Verdict,
-    allowed=st.just(False),
-    remaining=st.just(0),
-    full_in=st.integers(0, 2**62),
-    retry_after=st.integers(0, 2**62),
-    limit=st.builds(Limit, st.integers(1, 2**31), st.integers(1, 2**31)),
+    lambda limit, left: said(limit.depth - left % limit.interval, limit, allowed=False),
+    limit=st.builds(Limit, st.integers(1, 2**30), st.integers(1, 2**31)),
+    left=st.integers(0, 2**31),
 )
+texts = st.text(max_size=1024).filter(str.isprintable)
+waits = st.integers(0, outcome.LONGEST_WAIT)
 failures = st.one_of(
     st.builds(errors.RateLimited, st.sampled_from(LimitName), verdicts),
-    st.builds(errors.UpstreamRefused, st.integers(400, 599), st.text(max_size=30), st.text()),
-    st.builds(errors.UpstreamTimeout, st.text()),
-    st.builds(errors.UpstreamUnavailable, st.text()),
-    st.builds(errors.BudgetExhausted, st.text(), st.integers(0, 2**62)),
-    st.builds(errors.ServiceUnavailable, st.text(), st.integers(0, 2**62)),
+    st.builds(
+        errors.UpstreamRefused,
+        st.sampled_from([400, 402, 403, 404, 409, 410, 422, 429]),
+        st.from_regex(r"[A-Z][A-Z0-9_]{0,63}", fullmatch=True),
+        texts,
+    ),
+    st.builds(errors.UpstreamTimeout, texts),
+    st.builds(errors.UpstreamUnavailable, texts),
+    st.builds(errors.BudgetExhausted, texts, waits),
+    st.builds(errors.ServiceUnavailable, texts, waits),
 )
 
 
@@ -204,7 +208,11 @@ def test_F4_an_error_is_told_as_it_was(error: errors.BrokerError) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [None, errors.SessionEnded(), KeyError("x"), errors.Internal(), errors.Invalid("x")]
+    "error",
+    [
+        *(None, errors.SessionEnded(), errors.StoreAway(), KeyError("x"), errors.Internal()),
+        errors.Invalid("x"),
+    ],
 )
 def test_what_tells_others_nothing_is_not_told(error: BaseException | None) -> None:
     """The next one tries by itself."""
@@ -215,13 +223,39 @@ def test_what_tells_others_nothing_is_not_told(error: BaseException | None) -> N
 def test_noise_is_a_fault_of_the_vendors_at_most(noise: bytes) -> None:
     """A message of another version, or of nobody."""
     assert isinstance(outcome.decode(noise), errors.BrokerError)
-    for other in (b'["limited",429,"","",1,"unknown",1,1,1]', b'["new kind",400,"A","b",0]'):
-        assert isinstance(outcome.decode(other), errors.UpstreamUnavailable)
+    assert isinstance(outcome.decode(b'["new kind",400,"A","b",0]'), errors.UpstreamUnavailable)
+
+
+FORGED = [
+    *(b'["refused",%d,"NOT_FOUND","x"]' % status for status in (200, 302, 401, 500, 503, 999, -1)),
+    *(b'["refused",404,"%b","x"]' % code for code in (b"", b"not", b"A\\n", b"A" * 65)),
+    b'["refused",404,"NOT_FOUND","%b"]' % (b"x" * 1025),
+    *(b'["timeout","%b"]' % text for text in (b"a\\nb", b"\\u202e", b"\\u001b[31m")),
+    *(b'["%b","x",%d]' % (k, w) for k in (b"busy", b"budget") for w in (-1, 10**20, 300_000_001)),
+    *(b'["limited","%b",1,1,1]' % name for name in (b"unknown", b"")),
+    *(b'["limited","agent",%d,%d,%d]' % n for n in [(0, 1, 1), (1, 0, 1), (1, 1, 0), (2, 9, 9)]),
+    b'["limited","agent",1,1,%d]' % 10**20,
+]
+
+
+@pytest.mark.parametrize("forged", FORGED)
+def test_what_no_broker_would_tell_is_not_answered(forged: bytes) -> None:
+    """A status that is none, a code, a text or a number out of bounds: one 502, told by us."""
+    told = outcome.decode(forged)
+    assert isinstance(told, errors.UpstreamUnavailable)
+    assert told.message == "another replica's mint failed"
+
+
+def test_a_wait_beyond_a_pause_is_cut_to_it() -> None:
+    """And told all the same."""
+    told = outcome.decode(outcome.encode(errors.BudgetExhausted("x", 2**40)))
+    assert isinstance(told, errors.BudgetExhausted)
+    assert told.wait == outcome.LONGEST_WAIT
 
 
 def test_a_limit_is_told_as_its_refusal() -> None:
     """The agent's limit, met after the lease was given."""
-    verdict = Verdict(False, 0, 3, 2, Limit(1, 5))
+    verdict = said(3, Limit(1, 5), allowed=False)
     told = outcome.decode(outcome.encode(outcome.limited(Denial(LimitName.AGENT, verdict))))
     assert isinstance(told, errors.RateLimited)
     assert (told.limit, told.verdict) == (LimitName.AGENT, verdict)

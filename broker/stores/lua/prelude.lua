@@ -24,7 +24,10 @@ end
 local function spend(key, burst, interval, carried, now)
   local depth = burst * interval
   local stored = tonumber(redis.call('GET', key) or '0')
-  local wait = math.min(math.max(stored - now, carried, 0), depth)
+  local wait = math.max(stored - now, carried, 0)
+  if not (wait <= depth) then -- nor is it what is no number: others may write here
+    wait = depth
+  end
   local allowed = wait + interval <= depth
   if allowed then
     wait = wait + interval
