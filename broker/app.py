@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 from msgspec import Struct
+from msgspec.structs import replace
 
 from broker import logs, parts, scrape
 from broker.acceptor import Acceptor
@@ -131,7 +132,7 @@ class App:
     def _build(self) -> None:
         settings, clock = self._settings, self._clock
         now = clock.mono()
-        self._files = SecretFiles(file for _, file in parts.secret_files(settings))
+        self._files = SecretFiles(file for _, file in parts.watched_files(settings))
         policy = self._policy = parts.reuse(settings)
         budget = parts.budget(settings)
         self.metrics = self._seat.metrics if self._seat else parts.metrics(settings)
@@ -285,24 +286,30 @@ class App:
             log.info("broker.reload_skipped", reason="the start has just read everything")
             return False
         try:
-            settings = self._load()
+            loaded = self._load()
+            settings = replace(loaded, store=self._settings.store)  # but what its files say
+            other_key = parts.sealing_key(settings) != self._sealing_key
             self.follow(settings)
         except ConfigError as error:
             self.metrics.process.reloads["failure"].inc()
             log.error("broker.reload_failed", error=str(error))
             return False
         self.metrics.process.reloads["success"].inc()
-        log.info("broker.reloaded", needs_restart=needs_restart(self._settings, settings))
+        changed = needs_restart(self._settings, loaded, other_key=other_key)
+        log.info("broker.reloaded", needs_restart=changed)
         return True
 
     def follow(self, settings: Settings) -> None:
         """Take over what a running process can; raises ConfigError with nothing changed."""
         files = SecretFiles(
-            file for _, file in parts.secret_files(settings)
+            file for _, file in parts.watched_files(settings)
         )  # before they are read: a change in between is noticed
         clients, limits = parts.clients(settings, self._environ), parts.limits(settings)
         admins = parts.admin_clients(settings)
         use_keys = self._new_keys(settings)
+        access = parts.store_access(settings)
+        if self.sharing is not None:
+            self.sharing.use_access(access)
         self.door.use_clients(clients)
         if self._admin_door is not None:
             self._admin_door.use_clients(admins)

@@ -14,8 +14,8 @@ from yarl import URL
 from broker.model import AGENT_ID, AGENT_RULE
 from broker.rules import bucket
 from broker.schema import ConfigError
-from broker.settings import Duration, Settings
-from broker.stores.address import parse_store_url
+from broker.settings import Duration, Settings, Store
+from broker.stores.address import StoreAddress, parse_store_url
 
 MAX_VENDOR_KEYS = 4
 """Keys in the vendor's list: a rotation needs two."""
@@ -138,6 +138,7 @@ def _check_store(settings: Settings) -> None:
         address = parse_store_url(store.url)
     except ValueError as error:
         raise ConfigError(f"store.url: {error}") from None
+    _check_certificates(store, address)
     has_key = bool(store.encryption_key or store.encryption_key_file)
     if store.snapshot_file and not has_key:
         raise ConfigError(
@@ -158,6 +159,18 @@ def _check_store(settings: Settings) -> None:
         )
     if store.snapshot_file:
         raise ConfigError("store.snapshot_file: for memory:// only; a shared store keeps by itself")
+
+
+def _check_certificates(store: Store, address: StoreAddress | None) -> None:
+    if store.tls_key_file and not store.tls_cert_file:
+        raise ConfigError("store.tls_key_file: needs store.tls_cert_file, whose key it is")
+    if address is None or address.tls:
+        return
+    for name in ("tls_ca_file", "tls_cert_file"):
+        if getattr(store, name):
+            raise ConfigError(
+                f"store.{name}: store.url has no TLS; write valkeys:// or valkeys+cluster://"
+            )
 
 
 def parse_address(text: str) -> tuple[str, int] | str:

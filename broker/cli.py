@@ -232,6 +232,12 @@ def _check(arguments: argparse.Namespace) -> int:
             f"note: {name}: {file} is not here; it must be where the broker runs", file=sys.stderr
         )
     _note_unused_key(settings)
+    if parts.shows_password(settings):
+        print(
+            "note: store.password crosses the network in clear text: write valkeys:// where others"
+            " can listen",
+            file=sys.stderr,
+        )
     print("configuration ok")
     return EX_OK
 

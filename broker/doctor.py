@@ -1,7 +1,7 @@
-"""Examines the way to the vendor, so that an operator need not guess.
+"""Examines the way to the vendor and to the shared store, so that an operator need not guess.
 
-Costs the vendor one cheap call per key and no token.  Each finding is one line: ok, or a problem
-with its remedy.
+Costs the vendor one cheap call per key and no token, the store one call.  Each finding is one line:
+ok, or a problem with its remedy.
 """
 
 import asyncio
@@ -25,6 +25,9 @@ from broker.settings import Settings
 
 MAX_SKEW = 30 * SECOND
 """Microseconds: half of the minute that verifiers commonly forgive."""
+
+STORE_TIMEOUT = 3.0
+"""Seconds for the store to answer: the first call connects, too."""
 
 _REMEDIES = {
     Reason.DNS: "the name is not known: check base_url and the resolver",
@@ -56,9 +59,63 @@ def examine(settings: Settings, environ: Mapping[str, str]) -> list[Finding]:
     findings = [_file(name, Path(file)) for name, file in parts.secret_files(settings)]
     if settings.issuer.kind == "upstream":
         findings += asyncio.run(_vendor(settings, parts.vendor_keys(settings, environ)))
+    if parts.store_address(settings) is not None:
+        findings += asyncio.run(_store(settings))
     return findings or [
         Finding(ok=True, name="configuration", text="complete; nothing else to examine")
     ]
+
+
+async def _store(settings: Settings) -> list[Finding]:
+    """Look at the shared store: one more command than the broker needs, if it is permitted."""
+    from broker.stores.failures import StoreFailed  # noqa: PLC0415 - the store's client is slow to import
+    from broker.stores.nodes import nodes_at  # noqa: PLC0415 - as above
+    from broker.stores.scripts import command  # noqa: PLC0415 - as above
+
+    address = parts.store_address(settings)
+    assert address is not None  # or there is nothing to look at
+    findings = [_clear_text()] if parts.shows_password(settings) else []
+    nodes = nodes_at(address, parts.store_access(settings), STORE_TIMEOUT)
+    await nodes.open()
+    try:
+        told = await nodes.command(b"etb:", command(b"INFO", b"memory"))
+    except StoreFailed as failed:
+        return [*findings, _store_failed(address.shown, failed.reason.value, failed.detail)]
+    finally:
+        await nodes.close()
+    return [*findings, _eviction(address.shown, told if isinstance(told, bytes) else b"")]
+
+
+def _clear_text() -> Finding:
+    text = (
+        "crosses the network in clear text: write valkeys://, unless nobody else can listen there"
+    )
+    return Finding(ok=False, name="store.password", text=text)
+
+
+def _store_failed(where: str, reason: str, detail: str) -> Finding:
+    if detail == "NOPERM":
+        text = (
+            f"{where} answers; whether it evicts was not seen: that needs +info, or look whether"
+            " its maxmemory-policy is noeviction"
+        )
+        return Finding(ok=True, name="store", text=text)
+    text = f"{where} does not answer ({reason}{': ' if detail else ''}{detail})"
+    return Finding(ok=False, name="store", text=f"{text}: check store.url, user and password, TLS")
+
+
+def _eviction(where: str, told: bytes) -> Finding:
+    """Judge by INFO memory: what is evicted is a limit that is full again, or an end forgotten."""
+    pairs = (line.partition(b":") for line in told.split(b"\r\n"))
+    fields = {name.decode(): value.decode() for name, _, value in pairs}
+    policy, most = fields.get("maxmemory_policy", "?"), fields.get("maxmemory", "0")
+    if policy == "noeviction":
+        return Finding(ok=True, name="store", text=f"{where} answers, and evicts nothing")
+    if most == "0":
+        text = f"{where} answers; with a maxmemory it would evict ({policy}): set noeviction"
+        return Finding(ok=True, name="store", text=text)
+    text = f"{where} evicts ({policy}), limits and ends, too: set maxmemory-policy noeviction"
+    return Finding(ok=False, name="store", text=text)
 
 
 async def _vendor(settings: Settings, keys: list[Secret]) -> list[Finding]:

@@ -6,6 +6,7 @@ checked the start.
 """
 
 import ipaddress
+import ssl
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from broker.settings import (
     Limit,
     LocalIssuer,
     Settings,
+    Store,
 )
 from broker.slots import Budget
 from broker.stores.address import Access, StoreAddress, parse_store_url
@@ -228,9 +230,52 @@ def store_address(settings: Settings) -> StoreAddress | None:
 
 def store_access(settings: Settings) -> Access:
     """Return how the shared store lets the broker in; raises ConfigError."""
-    store = settings.store
+    store, address = settings.store, store_address(settings)
     password = read_secret("store.password", store.password, store.password_file)
-    return Access(store.username, password, store.tls_ca_file)
+    tls = _tls_of(store) if address is not None and address.tls else None
+    return Access(store.username, password, tls)
+
+
+def _tls_of(store: Store) -> ssl.SSLContext:
+    """Read certificates once: at the first connection it would be too late to say what is wrong."""
+    name, file = "tls_ca_file", store.tls_ca_file
+    try:
+        context = ssl.create_default_context(cafile=file)
+        if store.tls_cert_file is not None:
+            name, file = "tls_cert_file", store.tls_cert_file
+            context.load_cert_chain(file, store.tls_key_file, password=lambda: "")
+    except ssl.SSLError as error:
+        problem = error.reason or "no certificates"
+        raise ConfigError(f"store.{name}: {file} cannot be used: {problem}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not a path"
+        raise ConfigError(f"store.{name}: cannot read {file}: {reason}") from None
+    return context
+
+
+def with_store_secrets(settings: Settings, sealing_key: Secret | None) -> Settings:
+    """Return the settings with the store's secrets in place of their files; raises ConfigError.
+
+    Workers get these: one that starts later has what its siblings have, whatever stands in the
+    files by then.  Names of keys depend on the sealing key, which is that of the start.
+    """
+    store = replace(
+        settings.store,
+        password=store_access(settings).password,
+        password_file=None,
+        encryption_key=sealing_key,
+        encryption_key_file=None,
+    )
+    return replace(settings, store=store)
+
+
+def shows_password(settings: Settings) -> bool:
+    """Whether the store's password crosses a network in clear text."""
+    store, address = settings.store, store_address(settings)
+    has_password = store.password is not None or store.password_file is not None
+    if address is None or address.tls or not has_password:
+        return False
+    return not all(is_loopback(host) for host, _ in address.hosts)
 
 
 def trusted_proxies(settings: Settings) -> list[Network]:
@@ -267,13 +312,22 @@ def secret_files(settings: Settings) -> list[tuple[str, str]]:
         ),
         ("store.encryption_key_file", settings.store.encryption_key_file),
         ("store.password_file", settings.store.password_file),
+        ("store.tls_key_file", settings.store.tls_key_file),
     ]
     return [(name, file) for name, file in files if file]
 
 
+def watched_files(settings: Settings) -> list[tuple[str, str]]:
+    """Return name and path of every file that is read again when it changes."""
+    store = settings.store
+    certificates = [("tls_ca_file", store.tls_ca_file), ("tls_cert_file", store.tls_cert_file)]
+    public = [(f"store.{name}", file) for name, file in certificates if file]
+    return secret_files(settings) + public
+
+
 def missing_files(settings: Settings) -> list[tuple[str, str]]:
-    """Return the secret files that are not on this machine."""
-    return [(name, file) for name, file in secret_files(settings) if is_missing(file)]
+    """Return the files of secrets and certificates that are not on this machine."""
+    return [(name, file) for name, file in watched_files(settings) if is_missing(file)]
 
 
 def is_missing(file: str) -> bool:
@@ -290,8 +344,10 @@ def is_missing(file: str) -> bool:
 def make_up(settings: Settings, make: Callable[[str], Secret]) -> Settings:
     """Return the settings with a secret from `make` for each file that is not on this machine.
 
-    `make` is given the name of the setting, such as "clients.web.secret".
+    `make` is given the name of the setting, such as "clients.web.secret".  Certificates that are
+    not here are left out.
     """
+    settings = replace(settings, store=_without_missing_certificates(settings.store))
     local = settings.issuer.local
     if local.keys_file is not None and is_missing(local.keys_file):  # has more than a secret in it
         keys = {"made-up": Key(secret=make("issuer.local.keys.made-up.secret"))}
@@ -303,6 +359,14 @@ def make_up(settings: Settings, make: Callable[[str], Secret]) -> Settings:
         secret = make("issuer.upstream.api_secret")
         upstream = replace(upstream, api_secret=secret, api_secret_files=())
     return replace(made, issuer=replace(made.issuer, upstream=upstream))
+
+
+def _without_missing_certificates(store: Store) -> Store:
+    if store.tls_ca_file is not None and is_missing(store.tls_ca_file):
+        store = replace(store, tls_ca_file=None)
+    if any(file and is_missing(file) for file in (store.tls_cert_file, store.tls_key_file)):
+        store = replace(store, tls_cert_file=None, tls_key_file=None)
+    return store
 
 
 def _make_up(node: Any, make: Callable[[str], Secret], path: str) -> Any:  # noqa: ANN401 - any node

@@ -49,8 +49,10 @@ class Registrar:
         self.follow(settings)
 
     def follow(self, settings: Settings) -> None:
-        """Let in whoever has the secret now; raises ConfigError."""
-        self._door.use_clients(parts.admin_clients(settings))
+        """Take over the admin secret, and how the store lets it in; raises ConfigError."""
+        admins, access = parts.admin_clients(settings), parts.store_access(settings)
+        self._door.use_clients(admins)
+        self._server.nodes.use_access(access)
 
     def serve_on(self, application: web.Application) -> None:
         """Add the routes."""

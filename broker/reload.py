@@ -5,8 +5,11 @@ from msgspec.structs import replace
 from broker.settings import Issuer, Settings
 
 
-def needs_restart(old: Settings, new: Settings) -> list[str]:
-    """Sections that differ and are not taken over by a reload."""
+def needs_restart(old: Settings, new: Settings, *, other_key: bool = False) -> list[str]:
+    """Sections that differ and are not taken over by a reload.
+
+    `other_key`: the file of the key that seals what is stored has another one in it.
+    """
     fixed = ("server", "admin", "reuse", "sessions", "store")
     names = [name for name in fixed if getattr(old, name) != getattr(new, name)]
     if old.issuer.budget != new.issuer.budget or old.issuer.kind != new.issuer.kind:
@@ -18,6 +21,8 @@ def needs_restart(old: Settings, new: Settings) -> list[str]:
         "upstream.base_url": before.upstream.base_url != after.upstream.base_url,
         "upstream.timeout": before.upstream.timeout != after.upstream.timeout,
     }
+    if other_key:
+        names.append("store.encryption_key")
     return names + [f"issuer.{name}" for name, differs in fixed_parts.items() if differs]
 
 

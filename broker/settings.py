@@ -305,9 +305,15 @@ class Store(_Section, frozen=True):
     """File with that password."""
     tls_ca_file: str | None = None
     """Certificates that a TLS server may be signed with.  Left out, the system's."""
+    tls_cert_file: str | None = None
+    """This broker's own certificate, for a server that asks for one.  Off: servers that know users
+    by password need none."""
+    tls_key_file: str | None = None
+    """Its key, without a passphrase; left out if it is in the same file."""
     on_error: Literal["local", "closed"] = "local"
     """While the server is away: `local` goes on with this process' share of every limit and of the
-    budget, `closed` refuses with 503.  Local: the site stays up and no limit is exceeded."""
+    budget, `closed` refuses with 503.  Local: the site stays up, and in the long run no limit is
+    exceeded; at the moment of the loss a visitor may have up to one burst more."""
     replicas: Literal["auto"] | Annotated[int, Meta(ge=1)] = "auto"
     """By how many the share is divided; `auto` is how many were seen at the server last."""
     snapshot_file: str | None = None

@@ -124,6 +124,10 @@ class Sharing:
         for work in (self.fleet.run, self.store.keep_leases, self._listen):
             self._tasks.add(asyncio.get_running_loop().create_task(_for_ever(work)))
 
+    def use_access(self, access: Access) -> None:
+        """Be let in otherwise, from the next connection on."""
+        self.server.nodes.use_access(access)
+
     async def close(self) -> None:
         """Say farewell and close every connection."""
         for task in self._tasks:

@@ -7,7 +7,8 @@ worker that dies, and does not exist for Unix sockets.
 
 Life: a worker that dies is replaced, its counts stay, its gauges go.  SIGHUP, or a secret file that
 changed: the settings are read and checked here, then workers take them over one by one, the next
-when the last has said so; one that starts meanwhile begins with them.
+when the last has said so; one that starts meanwhile begins with them.  The store's secrets are read
+here only, and travel with the settings: workers with two sealing keys would be two fleets.
 
 Stop: readiness turns here and in every worker, which drain by themselves; this copy of the sockets
 is closed with the last of theirs.  If this process is killed, workers notice and drain.
@@ -80,8 +81,10 @@ class Supervisor:
         self._load = load
         self._environ = environ
         self._dev = dev
-        self._files = SecretFiles(file for _, file in parts.secret_files(settings))
+        self._files = SecretFiles(file for _, file in parts.watched_files(settings))
         parts.check(settings, environ)
+        self._sealing_key = parts.sealing_key(settings)
+        self._told = parts.with_store_secrets(settings, self._sealing_key)
         count, width = settings.server.workers, parts.metrics(settings).sheet.width
         self._memory = share(count + 1, width)
         self._board = shared(self._memory, width)
@@ -136,7 +139,7 @@ class Supervisor:
             return None
         from broker.registrar import Registrar  # noqa: PLC0415 - the store's client is slow to import
 
-        registrar = Registrar(self._settings, self.metrics)
+        registrar = Registrar(self._told, self.metrics)
         registrar.serve_on(application)
         await registrar.open()
         return registrar
@@ -179,7 +182,7 @@ class Supervisor:
         """Keep one worker alive until the end."""
         delay = 0.0
         while not self._stopping.is_set():
-            settings = self._settings
+            settings = self._told
             try:
                 child = await Child.start(self._begin(index, settings))
                 reason, lived = await self._attend(child, settings), child.lived
@@ -201,8 +204,8 @@ class Supervisor:
         try:
             if self._stopping.is_set():
                 child.stop()
-            if settings is not self._settings:  # a reload came while it was being started
-                await child.follow(packed(self._settings))
+            if settings is not self._told:  # a reload came while it was being started
+                await child.follow(packed(self._told))
             if await child.met():
                 log.info("broker.worker_started", worker=child.index, pid=child.pid)
                 self._note_met()
@@ -250,16 +253,18 @@ class Supervisor:
         try:
             loaded = self._load()
             settings = in_force(self._settings, loaded)
-            files = SecretFiles(file for _, file in parts.secret_files(settings))
+            files = SecretFiles(file for _, file in parts.watched_files(settings))
             parts.check(settings, self._environ)
+            other_key = parts.sealing_key(settings) != self._sealing_key
+            told = parts.with_store_secrets(settings, self._sealing_key)
             if self._registrar is not None:
-                self._registrar.follow(settings)
+                self._registrar.follow(told)
         except ConfigError as error:
             self._report_failure([str(error)])
             return
-        changed = needs_restart(self._settings, loaded)
-        self._settings, self._files = settings, files
-        tree = packed(settings)
+        changed = needs_restart(self._settings, loaded, other_key=other_key)
+        self._settings, self._told, self._files = settings, told, files
+        tree = packed(told)
         failures = [await child.follow(tree) for child in list(self._children.values())]
         logs.configure(settings.log)
         if any(failures):

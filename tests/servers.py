@@ -10,10 +10,11 @@ import secrets
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
@@ -61,13 +62,20 @@ class StoreServer:
     """One server process; `url` is what `[store] url` says, `access` how to be let in."""
 
     def __init__(
-        self, binary: str, folder: Path, options: Sequence[str], url: str, access: Access | None
+        self,
+        binary: str,
+        folder: Path,
+        options: Sequence[str],
+        url: str,
+        access: Access | None,
+        certificates: Mapping[str, str] | None = None,
     ) -> None:
         self._command = [binary, *options, "--dir", str(folder), "--save", ""]
         self._command += ["--appendonly", "no", "--daemonize", "no"]
         self._folder = folder
         self.url = url
         self.access = access or Access()
+        self.certificates = certificates or {}
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -120,7 +128,7 @@ class StoreServer:
         if address.path:
             return Redis(unix_socket_path=address.path, **options)
         if address.tls:
-            options |= {"ssl": True, "ssl_ca_certs": self.access.tls_ca_file}
+            options |= {"ssl": True} | self.certificates
         host, port = address.hosts[0]
         return Redis(host=host, port=port, **options)
 
@@ -229,8 +237,13 @@ def store_cluster(binary: str, masters: int = 3, replicas: int = 0) -> Iterator[
 
 
 @contextmanager
-def store_with_tls(binary: str, acl_line: Callable[[str, str], str]) -> Iterator[StoreServer]:
-    """Run one server with TLS and ACL users: `acl_line(user, password rule)` makes the broker's."""
+def store_with_tls(
+    binary: str, acl_line: Callable[[str, str], str], *, mutual: bool = False
+) -> Iterator[StoreServer]:
+    """Run one server with TLS and ACL users: `acl_line(user, password rule)` makes the broker's.
+
+    A `mutual` one asks for a certificate of the same authority.
+    """
     with _folder() as folder:
         user, password, port = "broker", secrets.token_urlsafe(24), free_port()
         write_certificates(folder)
@@ -240,10 +253,20 @@ def store_with_tls(binary: str, acl_line: Callable[[str, str], str]) -> Iterator
         options = ["--port", "0", "--bind", "127.0.0.1", "--tls-port", str(port)]
         options += ["--tls-cert-file", str(folder / "server.crt")]
         options += ["--tls-key-file", str(folder / "server.key")]
-        options += ["--tls-ca-cert-file", str(folder / "ca.crt"), "--tls-auth-clients", "no"]
+        options += ["--tls-ca-cert-file", str(folder / "ca.crt"), "--tls-auth-clients"]
+        options += ["yes" if mutual else "no"]
         options += ["--aclfile", str(folder / "users.acl")]
-        access = Access(user, Secret(password), str(folder / "ca.crt"))
-        server = StoreServer(binary, folder, options, f"rediss://127.0.0.1:{port}", access)
+        files = {"ca": str(folder / "ca.crt")}
+        if mutual:
+            files |= {"cert": str(folder / "server.crt"), "key": str(folder / "server.key")}
+        tls = ssl.create_default_context(cafile=files["ca"])
+        if mutual:
+            tls.load_cert_chain(files["cert"], files["key"])
+        access = Access(user, Secret(password), tls)
+        names = {"ca": "ssl_ca_certs", "cert": "ssl_certfile", "key": "ssl_keyfile"}
+        given = {names[kind]: file for kind, file in files.items()}
+        url = f"rediss://127.0.0.1:{port}"
+        server = StoreServer(binary, folder, options, url, access, given)
         with _running(server):
             yield server
 

@@ -69,6 +69,8 @@ def beside(dotted: str) -> Tree:
     key = {} if dotted.startswith("store.encryption_key") else {"encryption_key_file": "/key"}
     if dotted == "server.workers":
         key["url"] = "valkey://store.example"
+    if dotted == "store.tls_key_file":
+        key["tls_cert_file"] = "/cert"
     return {"store": key, "limits": {"client": {"rate": 5, "burst": 5}}}
 
 

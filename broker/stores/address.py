@@ -3,6 +3,7 @@
 Knows how an address is written; opens nothing.
 """
 
+import ssl
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from msgspec import Struct
@@ -47,11 +48,11 @@ class StoreAddress(Struct, frozen=True):
 
 
 class Access(Struct, frozen=True):
-    """How to be let in: ACL user, password, certificates of the authority."""
+    """How to be let in: ACL user, password, and whom to trust where the address says TLS."""
 
     username: str = ""
     password: Secret | None = None
-    tls_ca_file: str | None = None
+    tls: ssl.SSLContext | None = None
 
 
 def parse_store_url(text: str) -> StoreAddress | None:

@@ -1,6 +1,8 @@
 """How a shared store can fail, in words that are counted."""
 
 import contextlib
+import os
+import ssl
 from enum import Enum
 
 from typing_extensions import override
@@ -22,13 +24,21 @@ class Reason(Enum):
 class StoreFailed(Exception):
     """The store gave no answer, or none to build on.
 
-    `detail` is a word for the log: the server's own for an error, such as NOPERM.
+    `detail` is for the log: the server's own word for an error, such as NOPERM, or why there is no
+    connection; never what was sent.  With `of_key` the server is well, and it is this key or slot
+    that is not.
     """
 
-    def __init__(self, reason: Reason, detail: str = "") -> None:
+    def __init__(self, reason: Reason, detail: str = "", *, of_key: bool = False) -> None:
         super().__init__(reason.value)
         self.reason = reason
         self.detail = detail
+        self.of_key = of_key
+
+    @property
+    def is_wrong_server(self) -> bool:
+        """Whether the connection leads to the wrong server: another one may lead to the right."""
+        return self.reason in _WRONG_SERVER and not self.of_key
 
     @override
     def __repr__(self) -> str:
@@ -61,6 +71,12 @@ class Elsewhere(Exception):
         self.slot, self.host, self.port, self.asking = slot, host, port, asking
 
 
+TRY_AGAIN = "TRYAGAIN"
+"""What a cluster says of a slot that is on its way, in the moment in which it is in two places."""
+
+UNKNOWN = "?"
+"""What nodes call one whose name they were not told; it is behind the address that was asked."""
+
 _REASONS = {
     "READONLY": Reason.READONLY,
     "LOADING": Reason.LOADING,
@@ -68,7 +84,7 @@ _REASONS = {
     "OOM": Reason.OUT_OF_MEMORY,
     "CLUSTERDOWN": Reason.CLUSTER_DOWN,
     "MASTERDOWN": Reason.CLUSTER_DOWN,
-    "TRYAGAIN": Reason.CLUSTER_DOWN,
+    TRY_AGAIN: Reason.CLUSTER_DOWN,
     "ERR": Reason.SCRIPT,
     "CROSSSLOT": Reason.SCRIPT,
     "WRONGTYPE": Reason.SCRIPT,
@@ -83,8 +99,10 @@ _REASONS = {
 _WITHIN_SCRIPTS = ("READONLY", "OOM", "NOPERM", "CLUSTERDOWN", "MISCONF", "NOREPLICAS")
 """Where a command fails in a script, servers put words of their own before its error."""
 
-WORN = frozenset({Reason.READONLY, Reason.LOADING, Reason.CLUSTER_DOWN})
-"""A connection that says this leads to the wrong server: another one may lead to the right one."""
+_WRONG_SERVER = frozenset({Reason.READONLY, Reason.LOADING, Reason.CLUSTER_DOWN})
+
+_BY_A_SCRIPT = "user_script"
+"""What servers put into an error that a script ran into: of what lies in its keys."""
 
 
 def error_of(text: str) -> Exception:
@@ -96,13 +114,29 @@ def error_of(text: str) -> Exception:
         return _elsewhere(rest, asking=first == "ASK")
     if first == "ERR":
         first = next((word for word in _WITHIN_SCRIPTS if f"{word} " in rest), first)
-    return StoreFailed(_REASONS.get(first, Reason.OTHER), first if first.isalpha() else "")
+    of_key = first in ("WRONGTYPE", TRY_AGAIN) or (first == "ERR" and _BY_A_SCRIPT in rest)
+    word = first if first.isalpha() else ""
+    return StoreFailed(_REASONS.get(first, Reason.OTHER), word, of_key=of_key)
+
+
+def why(error: BaseException) -> str:
+    """Say in a few words why there is no connection."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return error.verify_message
+    if isinstance(error, ssl.SSLError):
+        return getattr(error, "reason", None) or "TLS"
+    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)  # its own text names the address, or not, by event loop
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return type(error).__name__
 
 
 def _elsewhere(rest: str, *, asking: bool) -> Exception:
     """Read `SLOT HOST:PORT`."""
     slot, _, where = rest.partition(" ")
     host, _, port = where.rpartition(":")
+    host = "" if host == UNKNOWN else host
     if not slot.isdigit() or not port.isdigit():
         return StoreFailed(Reason.CLUSTER_DOWN, "MOVED")
     return Elsewhere(int(slot), host, int(port), asking=asking)

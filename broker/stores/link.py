@@ -25,7 +25,7 @@ from msgspec import Struct
 from typing_extensions import override
 
 from broker.model import Secret
-from broker.stores.failures import WORN, Reason, StoreFailed, error_of
+from broker.stores.failures import Reason, StoreFailed, error_of, why
 from broker.stores.scripts import command
 
 CONNECT_TIMEOUT = 3.0
@@ -33,6 +33,9 @@ CONNECT_TIMEOUT = 3.0
 
 ONE_MORE_LOOK = 0.001
 """Seconds from the end of a call's time to the verdict: a turn of the loop lies between."""
+
+LONGEST_REPLY = 2**20
+"""Bytes of a reply, far above any: a server that says more is not ours, and memory is bounded."""
 
 Reply = int | bytes | list["Reply"] | None
 """What the server answers."""
@@ -87,9 +90,10 @@ class Conversation(asyncio.Protocol):
         self._due: deque[asyncio.Future[Reply]] = deque()
         self._asked = 0
         self._answered = 0
+        self._unread = 0
         self.reason = Reason.CONNECTION
         self._transport: asyncio.Transport | None = None
-        self._gone = False
+        self.is_gone = False
 
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -98,7 +102,7 @@ class Conversation(asyncio.Protocol):
     def ask(self, calls: list[_Call], timeout: float) -> None:
         """Write all of these; each is answered within `timeout` seconds, or fails."""
         self._due.extend([future for _, future in calls])
-        if self._gone or self._transport is None:
+        if self.is_gone or self._transport is None:
             self._fail_due()
             return
         self._asked += len(calls)
@@ -114,9 +118,11 @@ class Conversation(asyncio.Protocol):
     @override
     def data_received(self, data: bytes) -> None:
         reader, due = self._reader, self._due
+        self._unread += len(data)
         try:
             reader.feed(data)
             while (reply := reader.gets()) is not False:
+                self._unread = 0
                 self._answered += 1
                 future = due.popleft()
                 if isinstance(reply, Exception):
@@ -124,6 +130,8 @@ class Conversation(asyncio.Protocol):
                 elif not future.done():
                     future.set_result(reply)
         except (ValueError, IndexError):  # not the protocol, or more replies than calls
+            self.close(Reason.OTHER)
+        if self._unread > LONGEST_REPLY:
             self.close(Reason.OTHER)
         if not due:
             self._when_answered()
@@ -135,7 +143,7 @@ class Conversation(asyncio.Protocol):
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
-        self._gone = True
+        self.is_gone = True
         self._ended(self)
         self._fail_due()
 
@@ -149,7 +157,7 @@ class Conversation(asyncio.Protocol):
     def _fail(self, future: "asyncio.Future[Reply]", error: Exception) -> None:
         if not future.done():
             future.set_exception(error)
-        if isinstance(error, StoreFailed) and error.reason in WORN and not self._due:
+        if isinstance(error, StoreFailed) and error.is_wrong_server and not self._due:
             self.close(error.reason)
 
     def _check(self, asked: int) -> None:
@@ -163,10 +171,10 @@ class Conversation(asyncio.Protocol):
 
 
 class Link:
-    """A node; `timeout` is seconds a call."""
+    """A node; `timeout` is seconds a call.  Another `target` counts from the next connection on."""
 
     def __init__(self, target: Target, timeout: float) -> None:
-        self._target = target
+        self.target = target
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()
         self._waiting: list[_Call] = []
@@ -213,7 +221,7 @@ class Link:
         talk: Conversation | None = None
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                talk = await self._target.connect(self._new_conversation)
+                talk = await self.target.connect(self._new_conversation)
                 await self._greet(talk)
         except (OSError, TimeoutError, StoreFailed) as error:
             if talk is not None:
@@ -237,10 +245,12 @@ class Link:
 
     async def _greet(self, talk: Conversation) -> None:
         """Authenticate and choose the database; raises StoreFailed."""
-        for packed in self._target.greeting():
+        for packed in self.target.greeting():
             future: asyncio.Future[Reply] = self._loop.create_future()
             talk.ask([(packed, future)], CONNECT_TIMEOUT)
             await future
+        if talk.is_gone:  # its end was told before anybody listened
+            raise StoreFailed(talk.reason, "hung up")
 
     def _ended(self, talk: Conversation) -> None:
         if self._talk is talk:
@@ -266,6 +276,8 @@ class Link:
             reason, detail = error.reason, error.detail
         elif isinstance(error, TimeoutError):
             reason = Reason.TIMEOUT
+        else:
+            detail = why(error)
         for _, future in calls:
             if not future.done():
                 future.set_exception(StoreFailed(reason, detail))

@@ -23,15 +23,26 @@ from redis.crc import key_slot
 from typing_extensions import override
 
 from broker.stores.address import Access, StoreAddress
-from broker.stores.failures import Elsewhere, Forgotten, Reason, StoreFailed
+from broker.stores.failures import (
+    TRY_AGAIN,
+    UNKNOWN,
+    Elsewhere,
+    Forgotten,
+    Reason,
+    StoreFailed,
+)
 from broker.stores.link import CONNECT_TIMEOUT, Link, Reply, Target
 from broker.stores.scripts import Script, command
 
 REDIRECTS = 3
 """How often one call follows the cluster: a slot that moves sends it on twice."""
 
-REFRESH_PAUSE = 0.5
-"""Seconds between two readings of the topology: a failover takes a few."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 5.0
+"""Seconds between two readings of the topology: a failover takes a few.  Doubled by each reading
+that tells nothing new, with up to half taken off by chance: a fleet must not ask in step."""
+
+SLOT_PAUSE = 0.005
+"""Seconds after which a call is tried again, once, whose slot is being moved at that moment."""
 
 _ASKING = command(b"ASKING")
 _CLUSTER_SLOTS = command(b"CLUSTER", b"SLOTS")
@@ -57,6 +68,10 @@ class Nodes(Protocol):
 
     def dedicated(self) -> AbstractConnection:
         """Make a connection of one's own, to any node: for subscriptions."""
+        ...
+
+    def use_access(self, access: Access) -> None:
+        """Be let in otherwise from the next connection on: passwords and certificates change."""
         ...
 
 
@@ -106,6 +121,12 @@ class SingleServer(Nodes):
         return dedicated(self._address, self._access)
 
     @override
+    def use_access(self, access: Access) -> None:
+        self._access = access
+        if self._link is not None:
+            self._link.target = target(self._address, access)
+
+    @override
     def __repr__(self) -> str:
         return f"SingleServer({self._address.shown}, {self._link!r})"
 
@@ -122,6 +143,8 @@ class Cluster(Nodes):
         self._owners: tuple[Where, ...] = ()
         self._refreshing: asyncio.Task[None] | None = None
         self._was_read = asyncio.Event()
+        self._pause = FIRST_PAUSE
+        self._not_before = 0.0
 
     @override
     async def open(self) -> None:
@@ -141,6 +164,7 @@ class Cluster(Nodes):
         where = self._slots.get(slot)
         if where is None:
             where = await self._first_topology(slot)
+        patient = False
         for _ in range(REDIRECTS):
             try:
                 return await self._link(where).send(packed)
@@ -151,7 +175,11 @@ class Cluster(Nodes):
                 self._slots[slot] = where
                 self._refresh()
             except StoreFailed as failed:
-                if failed.reason in _NODE_IS_GONE:
+                if failed.detail == TRY_AGAIN and not patient:
+                    patient = True
+                    await asyncio.sleep(SLOT_PAUSE)
+                    continue
+                if failed.reason in _NODE_IS_GONE and not failed.of_key:
                     self._refresh()
                 raise
         raise StoreFailed(Reason.CLUSTER_DOWN)
@@ -189,13 +217,23 @@ class Cluster(Nodes):
         return link
 
     def _refresh(self) -> None:
-        """Read the topology in the background, unless that is or was just being done."""
-        if self._refreshing is None or self._refreshing.done():
-            self._was_read.clear()
-            self._refreshing = asyncio.get_running_loop().create_task(self._read_topology())
+        """Read the topology in the background, unless that is or was just being done.
+
+        Where nothing is known yet, at once: then the breaker sees to it that it is not done often.
+        """
+        loop = asyncio.get_running_loop()
+        if self._refreshing is not None and not self._refreshing.done():
+            return
+        if self._slots and loop.time() < self._not_before:
+            return
+        if loop.time() > self._not_before + LONGEST_PAUSE:
+            self._pause = FIRST_PAUSE  # what was learned last time says nothing about this one
+        self._was_read.clear()
+        self._refreshing = loop.create_task(self._read_topology())
 
     async def _read_topology(self) -> None:
         """Ask one node after the other, until one knows."""
+        before = self._slots.copy()
         for where in dict.fromkeys((*self._owners, *self._address.hosts)):
             try:
                 ranges = await self._link(where).send(_CLUSTER_SLOTS)
@@ -205,14 +243,22 @@ class Cluster(Nodes):
                 self._slots, self._owners = slots, tuple(dict.fromkeys(slots.values()))
                 break
         self._was_read.set()
+        self._pause = FIRST_PAUSE if self._slots != before else min(2 * self._pause, LONGEST_PAUSE)
+        pause = self._pause * (1 - random.random() / 2)  # noqa: S311 - spreads, guards nothing
+        self._not_before = asyncio.get_running_loop().time() + pause
         for gone in [n for n, link in self._links.items() if n not in self._owners and link.rests]:
             await self._links.pop(gone).close()
-        await asyncio.sleep(REFRESH_PAUSE)
 
     @override
     def dedicated(self) -> AbstractConnection:
         node = random.choice(self._owners or self._address.hosts)  # noqa: S311 - any node will do
         return dedicated(self._address, self._access, node)
+
+    @override
+    def use_access(self, access: Access) -> None:
+        self._access = access
+        for where, link in self._links.items():
+            link.target = target(self._address, access, where)
 
     @override
     def __repr__(self) -> str:
@@ -222,13 +268,14 @@ class Cluster(Nodes):
 def _owners_of(ranges: Reply, asked: str) -> dict[int, Where]:
     """Read CLUSTER SLOTS: first and last slot of each range, and its nodes, the master first.
 
-    A node without a host is behind the same address as the one that was asked.
+    A node without a host, or with one that is not known, is behind the address that was asked.
     """
     slots: dict[int, Where] = {}
     for part in ranges if isinstance(ranges, list) else ():
         match part:
             case [int(first), int(last), [host, int(port), *_], *_]:
-                owner = (host.decode() if isinstance(host, bytes) and host else asked, port)
+                told = host.decode("utf-8", "replace") if isinstance(host, bytes) else ""
+                owner = (asked if told in ("", UNKNOWN) else told, port)
                 slots.update(dict.fromkeys(range(first, last + 1), owner))
             case _:
                 pass
@@ -249,9 +296,7 @@ def nodes_at(address: StoreAddress, access: Access, timeout: float) -> Nodes:
 def target(address: StoreAddress, access: Access, where: Where | None = None) -> Target:
     """Return how a node is reached; without `where` the first one of the address."""
     host, port = where or (address.hosts[0] if address.hosts else ("", 0))
-    tls = None
-    if address.tls:
-        tls = ssl.create_default_context(cafile=access.tls_ca_file)
+    tls = (access.tls or ssl.create_default_context()) if address.tls else None
     return Target(host, port, address.path, tls, access.username, access.password, address.db)
 
 
@@ -271,6 +316,7 @@ def dedicated(
     if node.path:
         return UnixDomainSocketConnection(path=node.path, **common)
     if address.tls:
-        common["ssl_ca_certs"] = access.tls_ca_file
-        return SSLConnection(host=node.host, port=node.port, **common)
+        connection = SSLConnection(host=node.host, port=node.port, **common)
+        connection.ssl_context.context = node.tls  # or it would make one of its own
+        return connection
     return Connection(host=node.host, port=node.port, **common)

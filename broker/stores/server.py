@@ -143,7 +143,8 @@ class Server:
             answer = await reply
         except StoreFailed as failed:
             self._stats.errors[failed.reason.value].inc()
-            self._settle(ticket, Outcome.FAILED, failed)
+            # an answer about one poisoned key is an answer: it must not part us from all others
+            self._settle(ticket, Outcome.SUCCEEDED if failed.of_key else Outcome.FAILED, failed)
             raise
         except BaseException:
             self._settle(ticket, Outcome.ABANDONED)

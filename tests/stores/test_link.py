@@ -2,6 +2,8 @@
 
 import asyncio
 import secrets
+import socket
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -9,8 +11,8 @@ from contextlib import suppress
 import pytest
 
 from broker.model import Secret
-from broker.stores.failures import Elsewhere, Forgotten, Reason, StoreFailed
-from broker.stores.link import Link, Reply, Target
+from broker.stores.failures import Elsewhere, Forgotten, Reason, StoreFailed, why
+from broker.stores.link import LONGEST_REPLY, Conversation, Link, Reply, Target
 from broker.stores.scripts import command
 
 TIMEOUT = 0.1
@@ -318,3 +320,92 @@ async def test_a_busy_loop_does_not_take_its_slowness_for_the_servers(
     await asyncio.sleep(0)
     time.sleep(TIMEOUT * 1.5)  # noqa: ASYNC251 - that is what is tested
     assert await told(reply) == [b"OK"]
+
+
+async def test_a_slot_that_is_on_its_way_costs_no_connection(node: Node, link: Link) -> None:
+    """TRYAGAIN is about one slot: everybody else's calls go on over the same connection."""
+    node.answer = lambda _piece: b"-TRYAGAIN Multiple keys request during rehashing of slot\r\n"
+    (failed,) = await told(link.send(PING))
+    assert isinstance(failed, StoreFailed)
+    assert (failed.reason, failed.of_key) == (Reason.CLUSTER_DOWN, True)
+    node.answer = lambda _piece: b"+OK\r\n"
+    assert await told(link.send(PING)) == [b"OK"]
+    assert node.connections == 1
+
+
+async def test_a_connection_that_ends_with_the_greeting_is_not_used(node: Node) -> None:
+    """Hung up in the same breath as it let us in: told, and the next call opens another one."""
+    link = Link(Target("127.0.0.1", node.port, password=Secret("p")), TIMEOUT)
+
+    def accept_and_leave(_piece: bytes) -> bytes:
+        asyncio.get_running_loop().call_soon(node.hang_up)
+        return b"+OK\r\n"
+
+    node.answer = accept_and_leave
+    for _ in range(20):  # whichever is noticed first
+        assert reasons(await told(link.send(PING))) == {Reason.CONNECTION}
+    node.answer = lambda piece: b"+OK\r\n" * piece.count(b"*")
+    assert await told(link.send(PING)) == [b"OK"]
+    await link.close()
+
+
+async def test_a_conversation_that_was_over_is_told_to_who_opens_it(node: Node) -> None:
+    """Its end came before the link knew of it: it must not wait for ever behind a dead one."""
+
+    class Gone(Target, frozen=True):
+        async def connect(self, make: "Callable[[], Conversation]") -> Conversation:
+            talk = await super().connect(make)
+            talk.close()
+            await asyncio.sleep(0.01)
+            return talk
+
+    link = Link(Gone("127.0.0.1", node.port), TIMEOUT)
+    for _ in range(2):
+        assert reasons(await told(link.send(PING))) == {Reason.CONNECTION}
+    link.target = Target("127.0.0.1", node.port)
+    assert await told(link.send(PING)) == [b"OK"]
+    await link.close()
+
+
+async def test_a_reply_without_end_ends_the_connection(node: Node, link: Link) -> None:
+    """Memory is bounded whatever a server says: a mebibyte of one reply is none of ours."""
+    node.answer = lambda _piece: b"$999999999\r\n" + b"x" * (LONGEST_REPLY + 1)
+    assert reasons(await told(link.send(PING))) == {Reason.OTHER}
+    node.answer = lambda _piece: b"$%d\r\n%b\r\n" % (2**19, b"x" * 2**19)
+    for _ in range(4):  # each is whole, so none adds to the next
+        assert await told(link.send(PING)) == [b"x" * 2**19]
+
+
+async def test_why_there_is_no_connection_is_told(node: Node) -> None:
+    """In the system's words, or the certificate's, and nothing of what would have been sent."""
+    free = await asyncio.start_server(lambda _r, _w: None, "127.0.0.1", 0)
+    port = free.sockets[0].getsockname()[1]
+    free.close()
+    await free.wait_closed()
+    targets = {
+        "Connection refused": Target("127.0.0.1", port),
+        "No such file or directory": Target(path="/nowhere/socket"),
+        "WRONG_VERSION_NUMBER": Target("127.0.0.1", node.port, tls=ssl.create_default_context()),
+    }
+    node.answer = lambda _piece: b"HTTP/1.1 400 Bad Request\r\n\r\n"
+    for detail, target in targets.items():
+        link = Link(target, 2.0)
+        (failed,) = await told(link.send(PING))
+        assert isinstance(failed, StoreFailed)
+        assert (failed.reason, failed.detail) == (Reason.CONNECTION, detail)
+        await link.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError("Multiple exceptions: [Errno 111] ..., ..."), "OSError"),
+        (OSError(113, "No route to host"), "No route to host"),
+        (socket.gaierror(-2, "Name or service not known"), "Name or service not known"),
+        (ssl.SSLError(), "TLS"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_a_failed_connection_has_words(error: Exception, words: str) -> None:
+    """Also where the system gives none."""
+    assert why(error) == words

@@ -28,9 +28,9 @@ from sharing_cases import ask_of, limits_of
 
 from broker import errors
 from broker.limits import Limits
-from broker.model import Ask
+from broker.model import Ask, Secret
 from broker.rules.bucket import Limit
-from broker.stores.address import StoreAddress
+from broker.stores.address import Access, StoreAddress
 from broker.stores.base import Lease
 from broker.testing import FakeClock
 
@@ -597,3 +597,56 @@ async def test_S1_a_server_that_is_called_a_cluster() -> None:
         address = StoreAddress(server.address.hosts, cluster=True)
         async with replica_of(address) as replica:
             await served_alone(replica, "cluster_down")
+
+
+# --- another password
+
+
+@pytest.mark.parametrize("where", ["server", "cluster"])
+async def test_O7_a_new_password_counts_from_the_next_connection_on(
+    where: str, request: pytest.FixtureRequest
+) -> None:
+    """Changed at the server, then told: no call fails, also when every connection is cut."""
+    on: StoreServer | StoreCluster = request.getfixturevalue(where)
+    nodes = on.nodes if isinstance(on, StoreCluster) else [on]
+    old, new = secrets.token_urlsafe(16), secrets.token_urlsafe(16)
+    clients = [node.client() for node in nodes]  # they are let in already
+    for client in clients:
+        client.execute_command("ACL", "SETUSER", "broker", "on", f">{old}", "~*", "&*", "+@all")
+        client.execute_command("ACL", "SETUSER", "default", "on", "nopass")
+    replica = Replica(
+        on.address, limits_of(), access=Access("broker", Secret(old)), timeout=TIMEOUT
+    )
+    async with opened(replica):
+        asks = [ask_of(f"{number:04}") for number in range(20)]
+        for ask in asks:
+            await admitted(replica, 1, ask)
+        for client in clients:
+            client.execute_command("ACL", "SETUSER", "broker", f"<{old}", f">{new}")
+        replica.sharing.use_access(Access("broker", Secret(new)))
+        for client in clients:
+            client.execute_command("CLIENT", "KILL", "USER", "broker")
+        await asyncio.sleep(0.05)
+        for ask in asks:
+            await admitted(replica, 1, ask)
+        assert replica.errors == {}
+    for client in clients:
+        client.close()
+
+
+async def test_S1_a_poisoned_key_does_not_part_us_from_the_server(server: StoreServer) -> None:
+    """One visitor's bucket has another type, another's has junk: they alone are decided here.
+
+    However often they come: the breaker hears that the server answers; each failure is counted.
+    """
+    limit = Limit(burst=3, interval=HOUR)
+    async with replica_of(server.address, limits_of(limit)) as replica:
+        listed, noise = ask_of("0001"), ask_of("0002")
+        server.ask("LPUSH", replica.names.visitor(listed.visitor).bucket("requests"), "x")
+        server.ask("SET", replica.names.visitor(noise.visitor).bucket("requests"), "noise")
+        for ask in (listed, noise):
+            assert await admitted(replica, 20, ask) == 3
+        assert not replica.server.is_away
+        assert replica.errors == {"script": 40}
+        assert await admitted(replica, 4, ask_of("0003")) == 3
+        assert replica.errors == {"script": 40}
