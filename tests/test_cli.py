@@ -270,6 +270,21 @@ class TestCheck:
         assert done.stderr.startswith(b"note: a vendor key is given but not used")
         assert b'issuer.kind = "upstream"' in done.stderr
 
+    def test_notes_a_password_that_others_could_read(self, tmp_path: Path, tree: Tree) -> None:
+        """Private networks are common, so it is no error; the doctor counts it as a problem."""
+        store = {
+            "url": "valkey://store.example",
+            "password_file": secret_file(tmp_path / "password"),
+            "encryption_key_file": secret_file(tmp_path / "sealing"),
+        }
+        path = write(tmp_path / "broker.toml", toml(put(tree, "store", store)))
+        done = run("check", "--config", path)
+        assert (done.returncode, done.stdout) == (0, b"configuration ok\n")
+        assert done.stderr == (
+            b"note: store.password crosses the network in clear text: write valkeys:// where others"
+            b" can listen\n"
+        )
+
     def test_sees_other_errors_beside_a_missing_file(self, tmp_path: Path, tree: Tree) -> None:
         """A note must not hide that a key is weak or that nobody may ask."""
         away = put(tree, "issuer.local.keys.one.secret_file", "/nowhere/one")

@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from msgspec.structs import replace
 from processes import Tree, good, merged, put, secret_file, secret_in, write
+from servers import write_certificates
 
 from broker import config, parts
 from broker.model import LimitName, Secret
@@ -284,3 +287,122 @@ class TestMissingFiles:
         assert made.clients["shop"].agents == ("A1",)
         assert before == settings(tree)
         parts.check(made, NOTHING)
+
+
+class TestCertificates:
+    """Of a store with TLS: read at the check, so that no start fails half-way."""
+
+    def test_that_cannot_be_used_are_one_line(self, tmp_path: Path) -> None:
+        """Missing, no certificates at all, a key that is another's, or that has a passphrase."""
+        write_certificates(tmp_path)
+        (tmp_path / "other").mkdir()
+        write_certificates(tmp_path / "other")
+        ca, cert, key = (str(tmp_path / name) for name in ("ca.crt", "server.crt", "server.key"))
+        empty = write(tmp_path / "empty", "")
+        locked = tmp_path / "locked"
+        locked.write_bytes(
+            serialization.load_pem_private_key(Path(key).read_bytes(), None).private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.BestAvailableEncryption(secrets.token_bytes(16)),
+            )
+        )
+        other = str(tmp_path / "other" / "server.key")
+        gone = "cannot read /nowhere: No such file or directory"
+        for files, told in (
+            ({"tls_ca_file": "/nowhere"}, f"tls_ca_file: {gone}"),
+            (
+                {"tls_ca_file": str(tmp_path)},
+                f"tls_ca_file: cannot read {tmp_path}: Is a directory",
+            ),
+            ({"tls_ca_file": empty}, f"tls_ca_file: {empty} cannot be used: "),
+            ({"tls_ca_file": "a\0b"}, "tls_ca_file: cannot read a\0b: not a path"),
+            ({"tls_cert_file": "/nowhere"}, f"tls_cert_file: {gone}"),
+            ({"tls_cert_file": cert}, f"tls_cert_file: {cert} cannot be used: "),
+            (
+                {"tls_cert_file": cert, "tls_key_file": other},
+                f"tls_cert_file: {cert} cannot be used",
+            ),
+            (
+                {"tls_cert_file": cert, "tls_key_file": str(locked)},
+                f"tls_cert_file: {cert} cannot be used",
+            ),
+        ):
+            store = {"url": "valkeys://h", "encryption_key": "k" * 31 + "ey-of-a-test", **files}
+            with pytest.raises(ConfigError) as caught:
+                parts.check(settings(merged(good(tmp_path), {"store": store})), NOTHING)
+            assert str(caught.value).startswith(f"store.{told}"), files
+        assert ca  # what is right is used by the tests of the ACL line
+
+    def test_without_tls_are_refused(self) -> None:
+        """Somebody believes that the connection is encrypted, and it is not."""
+        key = {"encryption_key": "k" * 40}
+        for store, told in (
+            ({"url": "valkey://h", "tls_ca_file": "/a"}, "store.tls_ca_file: store.url has no TLS"),
+            (
+                {"url": "unix:///s", "tls_cert_file": "/a"},
+                "store.tls_cert_file: store.url has no TLS",
+            ),
+            (
+                {"url": "valkeys://h", "tls_key_file": "/a"},
+                "store.tls_key_file: needs store.tls_ce",
+            ),
+        ):
+            with pytest.raises(ConfigError, match=told):
+                settings({"store": store | key})
+
+    def test_that_are_elsewhere_are_missing_and_not_made_up(self, tmp_path: Path) -> None:
+        """A check in a pipeline has none of them; the start needs them."""
+        files = {
+            "tls_ca_file": "/nowhere/ca",
+            "tls_cert_file": "/nowhere/cert",
+            "tls_key_file": "/nowhere/key",
+        }
+        store = {"url": "valkeys://h", "encryption_key_file": "/nowhere/sealing", **files}
+        tree = settings(merged(good(tmp_path), {"store": store}))
+        assert {name for name, _ in parts.missing_files(tree)} == {
+            "store.encryption_key_file",
+            *(f"store.{name}" for name in files),
+        }
+        made = parts.make_up(tree, lambda _name: Secret(secrets.token_urlsafe(48)))
+        assert parts.missing_files(made) == []
+        parts.check(made, NOTHING)
+        assert parts.store_access(made).tls is not None
+
+
+@pytest.mark.parametrize(
+    ("url", "shows"),
+    [
+        ("valkey://store.example", True),
+        ("valkey://10.0.0.9", True),
+        ("valkey+cluster://127.0.0.1,10.0.0.9", True),
+        ("valkey://127.0.0.1", False),
+        ("redis://localhost:1", False),
+        ("valkey://[::1]", False),
+        ("valkeys://store.example", False),
+        ("unix:///run/s", False),
+        ("memory://", False),
+    ],
+)
+def test_a_password_in_clear_text_is_noticed(url: str, shows: bool) -> None:
+    """Where others could read it: not within this machine, not with TLS, not without one."""
+    store = {"url": url, "encryption_key": "k" * 40}
+    assert not parts.shows_password(settings({"store": store}))
+    for secret in ({"password": "p"}, {"password_file": "/p"}):
+        assert parts.shows_password(settings({"store": store | secret})) is shows
+
+
+def test_the_stores_secrets_travel_in_place_of_their_files(tmp_path: Path) -> None:
+    """So that a worker that starts later has what its siblings have."""
+    password = secret_file(tmp_path / "password")
+    sealing = secret_file(tmp_path / "sealing")
+    store = {"url": "valkey://h", "password_file": password, "encryption_key_file": sealing}
+    tree = settings(merged(good(tmp_path), {"store": store}))
+    key = parts.sealing_key(tree)
+    told = parts.with_store_secrets(tree, key)
+    for file in (password, sealing):
+        Path(file).unlink()
+    assert parts.sealing_key(told) == key
+    assert parts.store_access(told).password is not None
+    assert told.store.password_file is told.store.encryption_key_file is None
+    assert replace(told, store=tree.store) == tree

@@ -440,6 +440,16 @@ class TestReload:
                 assert await caller.token(visitor(1)) == token
             assert [e["level"] for e in broker.events("broker.embed_token")] == ["info", "debug"]
 
+    def test_names_a_sealing_key_that_has_changed(self, tmp_path: Path, tree: Tree) -> None:
+        """It seals what is stored from the next start on; nothing else in that file is noticed."""
+        sealing = tmp_path / "sealing"
+        tree = put(tree, "store.encryption_key_file", secret_file(sealing))
+        with Broker.configured(tmp_path, tree) as broker:
+            assert broker.reload()["needs_restart"] == []
+            secret_file(sealing)
+            reloaded = broker.wait_for(lambda: broker.events("broker.reloaded")[1:])
+            assert reloaded[0]["needs_restart"] == ["store.encryption_key"]
+
     async def test_O7_happens_by_itself_when_a_secret_changes(
         self, tmp_path: Path, tree: Tree
     ) -> None:

@@ -8,7 +8,18 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from processes import PATIENCE, Caller, Tree, good, merged, secret_file, until_true, wait_for
+from processes import (
+    PATIENCE,
+    Caller,
+    Tree,
+    good,
+    merged,
+    secret_file,
+    secret_in,
+    until_true,
+    wait_for,
+)
+from redis import Redis
 from test_serve import client_secret, visitor
 from test_workers import Crew, ask_all
 
@@ -131,3 +142,57 @@ async def test_readiness_says_when_workers_have_no_store(
             assert await caller.ready() == status
             assert await caller.metric("broker_store_degraded") == 1
         assert crew.end(signal.SIGTERM) == 0
+
+
+async def test_O7_the_stores_secrets_are_the_same_for_all_workers(
+    tmp_path: Path, valkey: Valkey, tree: Tree
+) -> None:
+    """Another sealing key in the file needs a restart: it is named, and no worker follows it.
+
+    One that is replaced afterwards has the names and seals of its sibling.
+    """
+    sealing = Path(tree["store"]["encryption_key_file"])
+    with Workers.on(tmp_path, tree) as crew:
+        async with Caller(crew, client_secret(tree)) as caller:
+            token = await caller.token(visitor(0))
+            secret_file(sealing)
+            reloaded = crew.wait_for(lambda: crew.events("broker.reloaded"))
+            assert reloaded[-1]["needs_restart"] == ["store.encryption_key"]
+            sealing.unlink()  # noqa: ASYNC240 - a start would fail now, a replacement does not need it
+            for number in (1, 2):
+                await asyncio.to_thread(crew.kill_worker, number)
+            await ask_all(crew, caller, visitors=1)
+            assert await caller.token(visitor(0)) == token
+            assert await caller.metric('broker_requests_total{outcome="minted"}') == 1
+
+
+async def test_O7_a_new_password_of_the_store_is_followed(
+    tmp_path: Path, valkey: Valkey, tree: Tree
+) -> None:
+    """By workers, by one that is replaced, and by /v1/sessions: no restart, nobody alone."""
+    password = secret_file(tmp_path / "password")
+    admin = secret_file(tmp_path / "admin")
+    with Redis(unix_socket_path=str(valkey.socket), protocol=2) as client:
+        client.config_set("requirepass", secret_in(password))
+    tree = merged(tree, {"store.password_file": password, "admin.secret_file": admin})
+    with Workers.on(tmp_path, tree) as crew:
+        async with Caller(crew, client_secret(tree)) as caller:
+            token = await caller.token(visitor(0))
+            with Redis(
+                unix_socket_path=str(valkey.socket), password=secret_in(password), protocol=2
+            ) as client:
+                secret_file(Path(password))
+                client.config_set("requirepass", secret_in(password))
+                reloaded = crew.wait_for(lambda: crew.events("broker.reloaded"))
+                assert reloaded[-1]["needs_restart"] == []
+                client.client_kill_filter(_type="normal", skipme=True)
+            await asyncio.to_thread(crew.kill_worker, 1)
+            await ask_all(crew, caller, visitors=1)
+            assert await caller.token(visitor(0)) == token
+            assert await caller.metric('broker_requests_total{outcome="minted"}') == 1
+            async with (
+                aiohttp.ClientSession(headers={"api-secret": secret_in(admin)}) as http,
+                http.get(f"{crew.admin_url}/v1/sessions?fingerprint={visitor(0)}") as answer,
+            ):
+                assert (answer.status, len((await answer.json())["sessions"])) == (200, 1)
+        assert crew.events("broker.store_away") == []

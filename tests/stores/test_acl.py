@@ -5,6 +5,7 @@ Every operation of the shared store runs as that user; then again with each comm
 
 import asyncio
 import secrets
+import ssl
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -201,6 +202,21 @@ async def test_the_line_is_enough_with_tls() -> None:
     with store_with_tls(redis_binary(), acl_line) as server:
         replica = Replica(server.address, limits_of(), access=server.access, most_sessions=3)
         assert await everything(server, replica, nothing)
+
+
+async def test_a_server_that_asks_for_a_certificate_is_given_one() -> None:
+    """And nobody without one gets as far as the password: the operator is told which way."""
+    with store_with_tls(redis_binary(), acl_line, mutual=True) as server:
+        replica = Replica(server.address, limits_of(), access=server.access, most_sessions=3)
+        assert await everything(server, replica, nothing)
+        authority = server.certificates["ssl_ca_certs"]
+        tls = ssl.create_default_context(cafile=authority)
+        access = Access(server.access.username, server.access.password, tls)
+        async with opened(Replica(server.address, limits_of(), access=access)) as replica:
+            ask = ask_of()
+            assert (await replica.store.visit(ask, ask.key)).denial is None
+            assert set(replica.errors) <= {"connection", "other"}
+            assert replica.errors != {}
 
 
 async def test_a_server_whose_certificate_is_not_trusted_is_not_spoken_to() -> None:

@@ -2,16 +2,19 @@
 
 import asyncio
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from relaying import UNLIMITED
+from servers import StoreServer, free_port, store_server, valkey_binary
 
 from broker import config
 from broker.doctor import Finding, examine
 from broker.schema import ConfigError
+from broker.stores.scripts import acl_line
 from broker.testing import FakeVendor, Refusal, faults
 
 VALIDATE = "/v1/validate"
@@ -152,3 +155,74 @@ async def test_G7_no_line_shows_a_key(vendor: FakeVendor) -> None:
     found = lines(await examined(vendor)) + lines(await examined(vendor, api_secret=bad))
     assert vendor.secret.reveal() not in "".join(found)
     assert bad not in "".join(found)
+
+
+@pytest.fixture
+def server() -> Iterator[StoreServer]:
+    """A Valkey that a broker could use, by TCP."""
+    with store_server(valkey_binary(), tcp=True) as server:
+        yield server
+
+
+async def of_store(store: dict[str, object]) -> list[str]:
+    """Return what the doctor says of a store."""
+    tree = {
+        "clients": {"web": {"secret": secrets.token_urlsafe(32), "agents": ["*"]}},
+        "issuer": {"local": {"keys": {"one": {"secret": secrets.token_urlsafe(48)}}}},
+        "store": {"encryption_key": secrets.token_urlsafe(48), **store},
+    }
+    return lines(await asyncio.to_thread(examine, config.load(None, {}, tree), {}))
+
+
+@pytest.mark.parts
+async def test_a_store_that_evicts(server: StoreServer) -> None:
+    """Limits that were exhausted would be full again: a problem once there is a bound."""
+    where = server.url.removeprefix("valkey://")
+    assert await of_store({"url": server.url}) == [
+        f"ok       store: {where} answers, and evicts nothing"
+    ]
+    server.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    (told,) = await of_store({"url": server.url})
+    assert told.startswith(
+        f"ok       store: {where} answers; with a maxmemory it would evict (allkeys"
+    )
+    server.ask("CONFIG", "SET", "maxmemory", "100mb")
+    (told,) = await of_store({"url": server.url})
+    assert told == (
+        f"problem  store: {where} evicts (allkeys-lru), limits and ends, too: set maxmemory-policy"
+        " noeviction"
+    )
+
+
+@pytest.mark.parts
+async def test_a_store_that_does_not_let_the_doctor_look(server: StoreServer) -> None:
+    """The broker's own user may not: that is said, and is no problem."""
+    password = secrets.token_urlsafe(16)
+    server.ask("ACL", "SETUSER", *acl_line("broker", f">{password}").split()[1:])
+    store = {"url": server.url, "username": "broker", "password": password}
+    (told,) = await of_store(store)
+    assert told.startswith("ok       store: ")
+    assert "+info" in told
+    server.ask("ACL", "SETUSER", "broker", "+info")
+    (told,) = await of_store(store)
+    assert told.endswith("answers, and evicts nothing")
+    (told,) = await of_store(store | {"password": "wrong-one"})
+    assert told.startswith("problem  store: ")
+    assert "WRONGPASS" in told
+    assert "wrong-one" not in told
+
+
+async def test_a_store_that_is_not_there() -> None:
+    """Why there is no connection, in the system's words."""
+    (told,) = await of_store({"url": f"valkey://127.0.0.1:{free_port()}"})
+    assert told.startswith("problem  store: 127.0.0.1:")
+    assert "does not answer (connection: Connection refused)" in told
+
+
+async def test_a_password_that_others_can_read() -> None:
+    """In clear text to another machine: told before anything is sent."""
+    first, *_ = await of_store({"url": "valkey://store.invalid", "password": "p" * 20})
+    assert first == (
+        "problem  store.password: crosses the network in clear text: write valkeys://, unless"
+        " nobody else can listen there"
+    )
