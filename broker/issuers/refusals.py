@@ -1,9 +1,10 @@
 """What the vendor refused, remembered for a while, so that it is not asked again for nothing.
 
 Bounded, and filled by verdicts only: a timeout or a cancelled call is nobody's refusal.  With a
-shared store `stores.refusals` remembers for all replicas.
+shared store `shared_refusals` remembers for all replicas.
 """
 
+from collections.abc import Sequence
 from enum import Enum
 from typing import Protocol
 
@@ -11,7 +12,7 @@ from cachetools import TTLCache
 from typing_extensions import override
 
 from broker.issuers.vendor_replies import Refused, Scope
-from broker.model import Ask, Clock
+from broker.model import Ask, Clock, Secret
 from broker.rules.reuse import SECOND
 
 ACCOUNT_MEMORY, AGENT_MEMORY = 15, 30
@@ -37,8 +38,8 @@ class Refusals(Protocol):
         """Let a success put right what was remembered."""
         ...
 
-    def forget_account(self) -> None:
-        """Forget what was said of the account: its keys are other ones now."""
+    def use_keys(self, keys: Sequence[Secret]) -> None:
+        """Belong to the account of these keys, and forget what was said of another one."""
         ...
 
 
@@ -79,9 +80,9 @@ class LocalRefusals(Refusals):
 
     @override
     def forget(self, ask: Ask) -> None:
-        self.forget_account()
+        self._account.clear()
         self._agents.pop((ask.agent, ask.model), None)
 
     @override
-    def forget_account(self) -> None:
-        self._account.pop(_Account.ALL, None)
+    def use_keys(self, keys: Sequence[Secret]) -> None:
+        self._account.clear()

@@ -1,10 +1,12 @@
 """Refusals that all replicas remember: what one was told, no other needs to ask.
 
-The server's word counts, so that a success anywhere puts it right everywhere at once.  While the
-server is away each replica goes by what it was told itself.
+The server's word counts, so that a success anywhere puts it right everywhere at once.  What is said
+of an account holds for those who have its keys: brokers of several accounts may have one address,
+and so one budget and one server.  While the server is away each replica goes by what it was told.
 """
 
 import asyncio
+from collections.abc import Sequence
 
 import msgspec
 from msgspec import Struct
@@ -12,7 +14,7 @@ from typing_extensions import override
 
 from broker.issuers.refusals import ACCOUNT_MEMORY, AGENT_MEMORY, LocalRefusals, Refusals
 from broker.issuers.vendor_replies import Refused, Scope
-from broker.model import Ask
+from broker.model import Ask, Secret
 from broker.stores import outcome
 from broker.stores.failures import StoreFailed
 from broker.stores.names import Names
@@ -37,12 +39,13 @@ class SharedRefusals(Refusals):
         self._server = server
         self._names = names
         self._local = local
+        self._account = names.account(())
 
     @override
     async def find(self, ask: Ask) -> Refused | None:
         try:
             account, agent = await asyncio.gather(
-                self._said(self._names.account), self._said(self._names.refused(ask))
+                self._said(self._account), self._said(self._names.refused(ask))
             )
         except StoreFailed:
             return self._local.here(ask)
@@ -54,7 +57,7 @@ class SharedRefusals(Refusals):
         said = _Said(refused.status, refused.code, refused.message, refused.scope)  # type: ignore[arg-type]  # the vendor's passed its own table
         match refused.scope:
             case Scope.ACCOUNT:
-                self._tell(self._names.account, said, ACCOUNT_MEMORY)
+                self._tell(self._account, said, ACCOUNT_MEMORY)
             case Scope.AGENT_MODEL:
                 self._tell(self._names.refused(ask), said, AGENT_MEMORY)
             case Scope.NEVER:
@@ -63,14 +66,14 @@ class SharedRefusals(Refusals):
     @override
     def forget(self, ask: Ask) -> None:
         self._local.forget(ask)
-        for key in (self._names.account, self._names.refused(ask)):
+        for key in (self._account, self._names.refused(ask)):
             self._server.tell(Operation.REFUSAL, key, command(b"DEL", key))
 
     @override
-    def forget_account(self) -> None:
-        self._local.forget_account()
-        key = self._names.account
-        self._server.tell(Operation.REFUSAL, key, command(b"DEL", key))
+    def use_keys(self, keys: Sequence[Secret]) -> None:
+        """What was said of another account stays, for replicas that have its keys still."""
+        self._local.use_keys(keys)
+        self._account = self._names.account(keys)
 
     async def _said(self, key: bytes) -> Refused | None:
         reply = await self._server.command(Operation.REFUSAL, key, command(b"GET", key))

@@ -83,6 +83,7 @@ class UpstreamIssuer(Issuer):
         self.health = Health()
         self.credentials = Credentials()
         self._refusals = refusals or LocalRefusals(clock)
+        self._refusals.use_keys(self._keys)
 
     async def close(self) -> None:
         """Close the connections to the vendor."""
@@ -95,7 +96,7 @@ class UpstreamIssuer(Issuer):
         self._keys = list(keys)
         self._passed_over.clear()
         self._reported.clear()
-        self._refusals.forget_account()
+        self._refusals.use_keys(self._keys)
         self.credentials = self.credentials.keys_changed(self._clock.mono())
 
     @property

@@ -1,19 +1,21 @@
 """Names of keys in a shared store.
 
 What belongs together lies in one slot of a cluster: everything of one visitor, everything of one
-agent, what the whole fleet shares.  A name tells a reader of the store nothing about a visitor:
-fingerprints and models go into it as HMAC-SHA256, under a key of its own that is derived from the
-configured one.  The budget's name does not depend on that key: it is the vendor's, and two replicas
-whose keys differ in the middle of a rotation still share it.  Every name depends on the vendor:
-what one said of an agent is not another's word, and brokers before two of them may use one server.
+agent, what the whole fleet shares.  A name tells a reader of the store nothing: visitors, agents,
+clients, models and the account go into it as HMAC-SHA256, under a key of its own that is derived
+from the configured one.  Budget, lines, members and news do not depend on that key: they are the
+vendor's, and replicas whose keys differ in the middle of a change still share them.  Every name
+depends on the vendor: what one said of an agent is not another's word, and brokers before two of
+them may use one server.
 """
 
 import hashlib
 import hmac
 from base64 import urlsafe_b64encode
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
-from broker.model import SEPARATOR, Ask
+from broker.model import SEPARATOR, Ask, Secret
 
 PREFIX = "etb:"
 """What every key and channel begins with; the ACL of the broker's user allows nothing else."""
@@ -25,15 +27,16 @@ _EPOCH = b"}:epoch"
 class VisitorKeys:
     """Names of one visitor's keys, all in one slot."""
 
-    __slots__ = ("_slot", "epoch")
+    __slots__ = ("_agent", "_slot", "epoch")
 
-    def __init__(self, slot: bytes) -> None:
+    def __init__(self, slot: bytes, agent: Callable[[str], str]) -> None:
         self._slot = slot
+        self._agent = agent
         self.epoch = slot.removesuffix(b"}:") + _EPOCH
 
     def bucket(self, limit: str, agent: str = "") -> bytes:
         """The bucket of a limit; `agent` where it has one of its own there."""
-        return self._slot + (f"{limit}:{_plain(agent)}" if agent else limit).encode()
+        return self._slot + (f"{limit}:{self._agent(agent)}" if agent else limit).encode()
 
     def token(self, name: bytes) -> bytes:
         """A token."""
@@ -54,14 +57,15 @@ class Names:
         self.budget = f"{slot}budget".encode()
         self.queues = f"{slot}queues".encode()
         self.members = f"{slot}members".encode()
-        self.account = f"{slot}refused".encode()
         self.channel = f"{slot}news".encode()
         self.visitor = lru_cache(maxsize=50_000)(self._visitor)
+        self._agent = lru_cache(maxsize=10_000)(lambda agent: self._hash("agent", agent))
         self.token_name = lru_cache(maxsize=50_000)(self._token_name)
 
     def _visitor(self, visitor: str) -> VisitorKeys:
         """Names in the slot of a visitor."""
-        return VisitorKeys(f"{PREFIX}{{{self._hash('visitor', visitor)}}}:".encode())
+        slot = f"{PREFIX}{{{self._hash('visitor', visitor)}}}:"
+        return VisitorKeys(slot.encode(), self._agent)
 
     def _token_name(self, key: str) -> bytes:
         """What tells a key's token from the visitor's others: it hashes the whole key."""
@@ -69,16 +73,21 @@ class Names:
 
     def agent(self, agent: str) -> bytes:
         """The bucket of an agent's mints."""
-        return self._of("agent", agent) + b"bucket"
+        return self._of_agent(agent) + b"bucket"
 
     def refused(self, ask: Ask) -> bytes:
         """What the vendor said of an agent and model."""
         model = "-" if ask.model is None else self._hash("model", ask.model)
-        return self._of("agent", ask.agent) + f"refused:{model}".encode()
+        return self._of_agent(ask.agent) + f"refused:{model}".encode()
+
+    def account(self, keys: Iterable[Secret]) -> bytes:
+        """What the vendor said of the account that these keys are of."""
+        digests = "".join(key.digest().hex() for key in keys)
+        return f"{PREFIX}{{account:{self._hash('account', digests)}}}:refused".encode()
 
     def client(self, client: str) -> bytes:
         """The bucket of a client's requests."""
-        return self._of("client", client) + b"bucket"
+        return f"{PREFIX}{{client:{self._hash('client', client)}}}:bucket".encode()
 
     def session(self, session_id: str) -> bytes:
         """What is known of a session."""
@@ -94,7 +103,7 @@ class Names:
 
     def of_agent(self, agent: str) -> bytes:
         """The list of an agent's sessions."""
-        return self._of("agent", agent) + b"sessions"
+        return self._of_agent(agent) + b"sessions"
 
     def of_visitor(self, fingerprint: str) -> bytes:
         """The list of a visitor's sessions, of all clients."""
@@ -104,21 +113,14 @@ class Names:
         """The channel on which a replica is woken."""
         return PREFIX.encode() + b"wake:" + replica
 
-    def _of(self, kind: str, name: str) -> bytes:
-        """Return the slot of an agent or a client."""
-        return f"{PREFIX}{{{self._fleet}:{kind}:{_plain(name)}}}:".encode()
+    def _of_agent(self, agent: str) -> bytes:
+        """Return the slot of an agent."""
+        return f"{PREFIX}{{agent:{self._agent(agent)}}}:".encode()
 
     def _hash(self, kind: str, text: str) -> str:
         data = f"{self._fleet}{kind}{SEPARATOR}{text}".encode("utf-8", "surrogatepass")
         digest = hmac.digest(self._key, data, "sha256")
         return urlsafe_b64encode(digest[:18]).decode()
-
-
-def _plain(name: str) -> str:
-    """Agents and clients have an alphabet without braces; what has not is cut off from slots."""
-    if name.isascii() and name.replace("_", "").replace("-", "").replace(".", "").isalnum():
-        return name
-    return "#" + name.encode("utf-8", "surrogatepass").hex()
 
 
 def is_epoch(name: bytes) -> bool:

@@ -1,5 +1,6 @@
 """Refusals that all replicas remember, and each by itself while the server is away."""
 
+import secrets
 import time
 
 import pytest
@@ -9,7 +10,7 @@ from sharing_cases import ask_of, limits_of
 
 from broker.issuers.refusals import ACCOUNT_MEMORY, AGENT_MEMORY
 from broker.issuers.vendor_replies import Refused, Scope
-from broker.model import Ask
+from broker.model import Ask, Secret
 
 pytestmark = pytest.mark.parts
 
@@ -56,11 +57,27 @@ async def test_M4_a_success_anywhere_puts_it_right_everywhere(valkey: StoreServe
         other.sharing.refusals.forget(ask_of())
         await other.settled()
         assert await one.sharing.refusals.find(ask_of()) is None
+
+
+async def test_V3_another_account_is_not_refused_for_this_ones_bill(valkey: StoreServer) -> None:
+    """By its keys: with a new one the vendor is asked anew; whoever has the old one still is not."""
+    valkey.flush()
+    old, new = [Secret(secrets.token_urlsafe(16))], [Secret(secrets.token_urlsafe(16))]
+    async with (
+        opened(Replica(valkey.address, limits_of())) as one,
+        opened(Replica(valkey.address, limits_of())) as other,
+    ):
+        for replica in (one, other):
+            replica.sharing.refusals.use_keys(old)
         one.sharing.refusals.remember(ask_of(), UNPAID)
         await one.settled()
-        other.sharing.refusals.forget_account()
-        await other.settled()
+        assert await other.sharing.refusals.find(ask_of()) == UNPAID
+        one.sharing.refusals.use_keys(new)
+        await one.settled()
         assert await one.sharing.refusals.find(ask_of()) is None
+        assert await other.sharing.refusals.find(ask_of()) == UNPAID
+        other.sharing.refusals.use_keys(new)
+        assert await other.sharing.refusals.find(ask_of()) is None
 
 
 async def test_M4_they_end_by_themselves(valkey: StoreServer) -> None:
@@ -73,7 +90,7 @@ async def test_M4_they_end_by_themselves(valkey: StoreServer) -> None:
         names = replica.names
         for key, seconds in (
             (names.refused(ask_of()), AGENT_MEMORY),
-            (names.account, ACCOUNT_MEMORY),
+            (names.account(()), ACCOUNT_MEMORY),
         ):
             assert (seconds - 5) * 1000 < valkey.ask("PTTL", key) <= seconds * 1000
 
@@ -88,7 +105,7 @@ async def test_noise_in_the_store_refuses_nobody(valkey: StoreServer) -> None:
             *(f'[404,"{code}","b","account"]' for code in ("", "a", "A\\n", "A" * 65)),
             *(f'[404,"A","{text}","account"]' for text in ("\\u202e", "\\n", "b" * 1025)),
         ):
-            valkey.ask("SET", replica.names.account, noise)
+            valkey.ask("SET", replica.names.account(()), noise)
             assert await replica.sharing.refusals.find(ask_of()) is None
         assert replica.errors == {}
 

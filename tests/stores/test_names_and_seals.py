@@ -99,14 +99,40 @@ def test_G7_a_name_holds_no_fingerprint(fingerprint: str) -> None:
 
 
 def test_the_budget_is_the_vendors_whatever_the_key() -> None:
-    """Two replicas in the middle of a rotation share it; two vendors do not, nor their refusals."""
+    """Two replicas in the middle of a rotation share it; two vendors do not."""
     rotated = Names(secrets.token_bytes(32), "https://vendor.example")
     other = Names(KEY, "https://other.example")
-    for part in ("budget", "queues", "members", "account", "channel"):
+    for part in ("budget", "queues", "members", "channel"):
         assert getattr(rotated, part) == getattr(NAMES, part) != getattr(other, part)
-    ask = Ask("web", "A", "abcd")
-    assert NAMES.agent("A") == rotated.agent("A") != other.agent("A")
-    assert NAMES.refused(ask) != other.refused(ask)
+
+
+def test_all_else_is_of_one_vendor_and_one_key() -> None:
+    """So two deployments on one server do not refuse for each other, nor count together."""
+    rotated = Names(secrets.token_bytes(32), "https://vendor.example")
+    other = Names(KEY, "https://other.example")
+    ask, keys = Ask("web", "A", "abcd", "m"), [Secret("one"), Secret("two")]
+    made = [
+        {
+            *every_name(names, ask),
+            *(names.agent("A"), names.client("web"), names.refused(ask), names.account(keys)),
+            *(names.of_agent("A"), names.of_visitor("abcd"), names.session("s"), names.ended("s")),
+            names.handed_out(b"digest"),
+        }
+        for names in (NAMES, rotated, other)
+    ]
+    assert [len(each) for each in made] == [14, 14, 14]
+    assert len(set.union(*made)) == 42
+
+
+def test_an_account_is_known_by_its_keys() -> None:
+    """In their order, none of which can be read from the name."""
+    one, two = Secret("one" * 9), Secret("two" * 9)
+    names = [NAMES.account(keys) for keys in ((), (one,), (two,), (one, two), (two, one))]
+    assert len(set(names)) == 5
+    assert NAMES.account([one]) == NAMES.account([one])
+    for name in names:
+        assert b"one" not in name
+        assert one.digest().hex().encode() not in name
 
 
 # --- seals
