@@ -22,6 +22,10 @@ notices when none of them comes."""
 PAUSE = 0.5
 """Seconds without accepting after the system had no descriptor left, or it fails over and over."""
 
+_OURS = frozenset({errno.EBADF, errno.EINVAL, errno.ENOTSOCK, errno.EOPNOTSUPP})
+"""What is wrong with the socket.  All else that accept(2) says under Linux is an error of the
+connection that it would have taken: its network is down, a firewall forbids it, it was reset."""
+
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
@@ -78,11 +82,11 @@ class Acceptor:
     def _accept(self, listener: socket.socket) -> None:
         try:
             connection, _ = listener.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return  # another worker was faster, or the caller has left
         except OSError as error:
-            if error.errno not in _EXHAUSTED:
+            if error.errno in _OURS:
                 raise
+            if error.errno not in _EXHAUSTED:
+                return  # another worker was faster, or the caller has left, for whatever reason
             log.error("broker.accept_failed", reason=error.strerror, again_in_s=PAUSE)
             self._step_back(listener, PAUSE)
             return

@@ -229,7 +229,9 @@ class TokenDesk:
                 session = await self._record(ask, minted, token, turn.wall)
             await self._keep(ask, key, token, lease, session)
         except BaseException as error:
-            self._store.abandon(ask, key, lease, error)
+            modest = urgency is Urgency.AHEAD and isinstance(error, errors.BudgetExhausted)
+            # a visitor who waits elsewhere has a claim to a turn that a renewal has not
+            self._store.abandon(ask, key, lease, None if modest else error)
             raise
         return token
 

@@ -95,6 +95,7 @@ class Supervisor:
         self._reload_wanted = asyncio.Event()
         self._crew_met = asyncio.Event()
         self._start_failed: int | None = None
+        self._aborted = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._keepers: set[asyncio.Task[None]] = set()
 
@@ -166,7 +167,8 @@ class Supervisor:
         self._crew_met.set()
 
     def abort(self) -> None:
-        """End all workers at once."""
+        """End all workers at once, also those that are just being started."""
+        self._aborted = True
         for child in self._children.values():
             child.kill()
 
@@ -202,7 +204,9 @@ class Supervisor:
         """See one process through its life, begun with these settings; returns how it ended."""
         self._children[child.index] = child
         try:
-            if self._stopping.is_set():
+            if self._aborted:
+                child.kill()
+            elif self._stopping.is_set():
                 child.stop()
             if settings is not self._told:  # a reload came while it was being started
                 await child.follow(packed(self._told))
@@ -310,6 +314,9 @@ class Supervisor:
     async def _end(self) -> None:
         """End whoever is left, and close everything."""
         self.abort()
+        if self._keepers:  # what was killed is gone at once, unless the kernel holds it
+            _, lasting = await asyncio.wait(self._keepers, timeout=GRACE)
+            self._tasks |= lasting
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, *self._keepers, return_exceptions=True)

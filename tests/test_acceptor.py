@@ -1,6 +1,7 @@
 """Taking connections from a socket that others take from, too.  Real sockets, all in one loop."""
 
 import asyncio
+import errno
 import os
 import resource
 import socket
@@ -125,6 +126,62 @@ async def test_without_descriptors_it_waits_and_goes_on(monkeypatch: pytest.Monk
         "again_in_s": 0.02,
         "log_level": "error",
     }
+
+
+class Refusing:
+    """A listening socket whose next connections have failed before they were taken."""
+
+    def __init__(self, listener: socket.socket, *numbers: int) -> None:
+        self._listener, self._numbers = listener, list(numbers)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._listener, name)
+
+    def fileno(self) -> int:
+        return self._listener.fileno()
+
+    def accept(self) -> object:
+        if self._numbers:
+            number = self._numbers.pop(0)
+            raise OSError(number, os.strerror(number))
+        return self._listener.accept()
+
+
+NETWORK_ERRORS = [
+    *(errno.ENETDOWN, errno.EPROTO, errno.ENOPROTOOPT, errno.EHOSTDOWN, errno.ENONET),
+    *(errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNABORTED, errno.EPERM, errno.EAGAIN),
+    *(errno.EINTR, errno.ETIMEDOUT, errno.ECONNRESET),
+]
+"""What accept(2) passes on from the connection it would have taken, and a firewall's no."""
+
+
+async def test_O6_a_connection_that_failed_before_it_was_taken_is_passed_over() -> None:
+    """Neither logged nor waited for, and the next one is taken."""
+    taken, loop = Taken(), asyncio.get_running_loop()
+    defects: list[object] = []
+    loop.set_exception_handler(lambda _loop, context: defects.append(context))
+    with shared_socket(1) as (listener,), callers(listener, 1), capture_logs() as logged:
+        refusing = Refusing(listener, *NETWORK_ERRORS)
+        acceptor = Acceptor([refusing], taken.make, never_ahead)  # type: ignore[list-item]
+        acceptor.start(BACKLOG)
+        await until(lambda: len(taken) == 1)
+        acceptor.close()
+        await ended(taken)
+    assert (logged, defects) == ([], [])
+
+
+async def test_a_socket_that_is_none_is_a_defect() -> None:
+    """It would fail for ever, and must not do so in silence."""
+    taken, loop = Taken(), asyncio.get_running_loop()
+    defects: list[object] = []
+    loop.set_exception_handler(lambda _loop, context: defects.append(context["exception"]))
+    with shared_socket(1) as (listener,), callers(listener, 1):
+        acceptor = Acceptor([Refusing(listener, errno.EINVAL)], taken.make, never_ahead)  # type: ignore[list-item]
+        acceptor.start(BACKLOG)
+        await until(lambda: len(taken) == 1)
+        acceptor.close()
+        await ended(taken)
+    assert [getattr(each, "errno", 0) for each in defects] == [errno.EINVAL]
 
 
 @contextmanager

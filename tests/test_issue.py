@@ -747,6 +747,29 @@ def test_T9_every_kind_of_failed_renewal_backs_off_once(error: errors.BrokerErro
     run_virtual(main)
 
 
+def test_F4_a_renewal_that_yields_the_budget_is_nobody_elses_failure() -> None:
+    """Who waits for it in another replica tries, as a visitor; all else is what they get."""
+
+    async def main(clock: FakeClock) -> None:
+        desk, told = Desk(clock), list[BaseException | None]()
+        desk.store.abandon = lambda _ask, _key, _lease, error: told.append(error)  # type: ignore[method-assign]
+        await desk.hand_out(visitor())
+        yields, late = errors.BudgetExhausted("elsewhere", SECOND), errors.UpstreamTimeout("slow")
+        for failure in (yields, late):
+            clock.advance(HOUR - 7 * 60 if failure is yields else 60)
+            desk.issuer.fail = failing(failure)
+            await desk.hand_out(visitor())
+            await asyncio.sleep(1)
+        assert told == [None, late]
+        desk.issuer.fail = failing(yields)
+        with pytest.raises(errors.BudgetExhausted):
+            await desk.hand_out(visitor("0002"))
+        assert told == [None, late, yields]
+        await desk.settled()
+
+    run_virtual(main)
+
+
 def test_T9_a_renewal_that_hangs_counts_as_one_failure() -> None:
     """The mint's own timeout ends it; the next try is a first retry's time away."""
 

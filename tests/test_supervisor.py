@@ -1,5 +1,6 @@
 """What supervisor and workers say to each other, and what happens when one does not play along."""
 
+import asyncio
 import io
 import os
 import signal
@@ -255,6 +256,49 @@ class TestSupervisor:
             secret = {"api-secret": secret_in(str(tmp_path / "new"))}
             async with http.post(f"{supervisor.url}/v1/validate", headers=secret) as answer:
                 assert await answer.json() == {"valid": True}
+
+    async def test_O6_an_end_does_not_wait_for_a_worker_that_is_just_being_started(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was not there when all were ended, and it hangs: ended as soon as it is there."""
+        settings = crew_of(tmp_path, 1)
+        start, pids = supervisor_module.Child.start, list[int]()
+        async with supervised(settings) as supervisor:
+
+            async def start_amid_the_end(begin: Begin) -> child.Child:
+                started = await start(begin)
+                os.kill(started.pid, signal.SIGSTOP)
+                pids.append(started.pid)
+                supervisor.stop()
+                supervisor.abort()
+                return started
+
+            monkeypatch.setattr(supervisor_module.Child, "start", start_amid_the_end)
+            supervisor._children[1].kill()
+            await until(lambda: pids != [])
+            async with asyncio.timeout(5):
+                await asyncio.wait(supervisor._keepers)
+            with pytest.raises(ProcessLookupError):
+                os.kill(pids[0], 0)
+
+    async def test_O6_an_end_has_an_end(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also if somebody that was killed is not gone: the kernel may hold on to them."""
+        settings = crew_of(tmp_path, 1, server__drain="1s")
+        monkeypatch.setattr(supervisor_module, "GRACE", 0.1)
+        supervisor = Supervisor(settings, lambda: settings, {})
+        with logging_to(io.StringIO(), settings):
+            await supervisor.start()
+            held = supervisor._children[1]
+            kill = held.kill
+            monkeypatch.setattr(held, "kill", lambda: None)
+            monkeypatch.setattr(held, "stop", lambda: None)
+            supervisor.stop()
+            async with asyncio.timeout(settings.server.drain.seconds + 5):
+                await supervisor.run()
+        kill()
+        await held.gone()
 
     async def test_is_ready_while_anybody_is(self, tmp_path: Path) -> None:
         """And says `no_worker` when nobody is."""

@@ -60,7 +60,7 @@ async def test_M4_a_success_anywhere_puts_it_right_everywhere(valkey: StoreServe
 
 
 async def test_V3_another_account_is_not_refused_for_this_ones_bill(valkey: StoreServer) -> None:
-    """By its keys: with a new one the vendor is asked anew; whoever has the old one still is not."""
+    """By its keys: with a new one the vendor is asked anew, by who has the old one it is not."""
     valkey.flush()
     old, new = [Secret(secrets.token_urlsafe(16))], [Secret(secrets.token_urlsafe(16))]
     async with (
