@@ -56,7 +56,11 @@ class Limits(Struct, frozen=True):
 
 
 def share_of(limits: Limits, replicas: int) -> Limits:
-    """Return one replica's part of all limits: together they admit no more than these."""
+    """Return one replica's part of all limits.
+
+    Together the parts admit no more in the long run than these; nor at once, unless a burst is
+    smaller than the number of replicas.
+    """
     if replicas == 1:
         return limits
 
