@@ -242,7 +242,7 @@ class TokenDesk:
             self._store.abandon(ask, key, lease, None)
         elif await self._store.keep(ask, key, token, lease) is Kept.ENDED:
             if session is not None:
-                await self._book.end(session)
+                await self._book.forget(session)  # nobody was given its token
             raise errors.SessionEnded
 
     async def _record(self, ask: Ask, minted: Minted, token: EmbedToken, began: int) -> Session:

@@ -3,7 +3,8 @@
 A session is written down when its token is made and stays until the token has expired, whether the
 token is still held for reuse or not.  Ending one removes the record and leaves a mark for as long
 as any token of it could still be shown: a token that is signed proves itself, so that only the mark
-tells that it is no longer good.  Methods are coroutines although memory needs none.
+tells that it is no longer good.  The mark comes first, the record goes last (see `desk`): an end
+that failed half-way can be asked for again.  Methods are coroutines although memory needs none.
 """
 
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ class SessionBook(Protocol):
         ...
 
     async def find(self, session_id: str) -> Session | None:
-        """Return a session that was recorded, has not expired and was not ended."""
+        """Return a session that was recorded, has not expired and was not forgotten."""
         ...
 
     async def find_token(self, digest: bytes) -> Session | None:
@@ -64,8 +65,15 @@ class SessionBook(Protocol):
         """Return up to `limit` live sessions beyond a place, by expiry and id."""
         ...
 
-    async def end(self, session: Session) -> None:
-        """Forget a session and remember that it was ended; raises BookFull."""
+    async def mark(self, session: Session, *, by_client: bool) -> None:
+        """Remember that a session was ended; raises BookFull, for a client earlier than for others.
+
+        May be repeated.  The record stays.
+        """
+        ...
+
+    async def forget(self, session: Session) -> None:
+        """Drop the record of a session; may be repeated."""
         ...
 
     async def ended(self, session_id: str) -> bool:

@@ -5,12 +5,15 @@
 
 Knows neither HTTP nor limits.  Ending a session is final in this order: the mark first, so that no
 token of it is good any more; then the visitor's epoch, so that a mint in flight is not handed out
-and what is held for reuse is gone.
+and what is held for reuse is gone; the record last, by which an end that failed half-way is found
+when it is asked for again.
 """
 
 import hashlib
 from collections.abc import Sequence
 from typing import Protocol
+
+import structlog
 
 from broker.errors import ServiceUnavailable
 from broker.issuers.base import Issuer
@@ -19,6 +22,8 @@ from broker.issuers.vendor_token import MAX_TOKEN
 from broker.metrics import SessionMetrics
 from broker.model import Session
 from broker.sessions.base import BookFull, Place, Query, SessionBook, place_of
+
+log = structlog.get_logger()
 
 PAGE = 100
 """Sessions in a page."""
@@ -72,15 +77,22 @@ class SessionRegister:
                     ended += 1
         return ended
 
-    async def _end(self, session: Session) -> None:
+    async def _end(self, session: Session, *, by_client: bool = False) -> None:
         try:
-            await self._book.end(session)
+            await self._book.mark(session, by_client=by_client)
         except BookFull:
             raise ServiceUnavailable(
                 "too many sessions were ended within an hour; try again later", FULL_WAIT
             ) from None
         await self._store.end_visitor(session.client, session.fingerprint, session.key)
+        await self._book.forget(session)
         self._metrics.ended.inc()
+        log.info(
+            "broker.session_ended",
+            session=session.session_id,
+            client=session.client,
+            by="client" if by_client else "operator",
+        )
 
 
 class SessionDesk(SessionRegister):
@@ -103,6 +115,13 @@ class SessionDesk(SessionRegister):
         return session
 
     async def _check(self, token: str) -> Session:
+        session = await self._session_of(token)
+        if await self._book.ended(session.session_id):
+            raise BadToken("revoked")
+        return session
+
+    async def _session_of(self, token: str) -> Session:
+        """Return the session of a token that was good until it was ended; raises BadToken."""
         if len(token) > MAX_TOKEN:
             raise BadToken(f"longer than {MAX_TOKEN} characters")
         session = self._issuer.prove(token)
@@ -110,8 +129,6 @@ class SessionDesk(SessionRegister):
             session = await self._book.find_token(digest_of(token))
             if session is None:
                 raise BadToken("not handed out here, or expired, or revoked")
-        elif await self._book.ended(session.session_id):
-            raise BadToken("revoked")
         return session
 
     async def introspect(self, token: str, client: str) -> Session | None:
@@ -120,16 +137,27 @@ class SessionDesk(SessionRegister):
             session = await self.check(token)
         except BadToken:
             return None
+        return await self._if_of(client, session)
+
+    async def _if_of(self, client: str, session: Session) -> Session | None:
+        """Return the session if it is this client's."""
         if not session.client:  # it does not say whose it is: what is recorded does
             session = await self._book.find(session.session_id) or session
         return session if session.client == client else None
 
     async def revoke(self, token: str, client: str) -> bool:
-        """End the session of a good token that was handed to this client; False otherwise."""
-        session = await self.introspect(token, client)
-        if session is None:
+        """End the session of a token that was handed to this client; False otherwise.
+
+        Again, if it was ended: the first time may have failed half-way.
+        """
+        try:
+            session = await self._session_of(token)
+        except BadToken:
             return False
-        await self._end(session)
+        mine = await self._if_of(client, session)
+        if mine is None:
+            return False
+        await self._end(mine, by_client=True)
         return True
 
 

@@ -2,13 +2,15 @@
 
 Bounded: beyond `most` sessions the oldest record goes, which is the one nearest to its expiry.  A
 signed token of it is still good, and can still be ended by the token itself.  Marks are
-never dropped early; beyond `MOST_ENDED` nothing more can be ended.
+never dropped early; beyond `MOST_ENDED` nothing more can be ended.  A client may end as long as it
+has fewer marks than are free: one gets half of them, k at once a k+1st each, and as much is always
+left to the operator and to whoever comes next.
 """
 
 import asyncio
 import heapq
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from itertools import islice
 
@@ -20,7 +22,7 @@ from broker.sessions.base import MARK_LIFE, BookFull, Place, Query, SessionBook,
 
 MOST_ENDED = 1_000_000
 """Ended sessions that are remembered, about 150 bytes each: far more than anybody ends in an
-hour, and a bound all the same."""
+hour by hand, and a bound for those who have a machine do it."""
 
 _SLICE = 2_000
 """Records looked at before others get their turn: under a millisecond."""
@@ -35,8 +37,9 @@ class MemoryBook(SessionBook):
         self._clock = clock
         self._sessions: OrderedDict[str, Session] = OrderedDict()  # a dict is slow at its front
         self._by_digest: dict[bytes, str] = {}
-        self._young: set[str] = set()
-        self._old: set[str] = set()
+        self._young: dict[str, str] = {}
+        self._old: dict[str, str] = {}
+        self._marks_of: Counter[str] = Counter()
         self._turns = clock.mono() + MARK_LIFE
         self.dropped = 0
 
@@ -71,11 +74,17 @@ class MemoryBook(SessionBook):
         return found
 
     @override
-    async def end(self, session: Session) -> None:
-        if not await self.ended(session.session_id):
-            if len(self._young) + len(self._old) >= self._most_ended:
-                raise BookFull
-            self._young.add(session.session_id)
+    async def mark(self, session: Session, *, by_client: bool) -> None:
+        if await self.ended(session.session_id):
+            return
+        free = self._most_ended - len(self._young) - len(self._old)
+        if free <= (self._marks_of[session.client] if by_client else 0):
+            raise BookFull
+        self._young[session.session_id] = session.client
+        self._marks_of[session.client] += 1
+
+    @override
+    async def forget(self, session: Session) -> None:
         self._forget(session.session_id)
 
     @override
@@ -83,9 +92,9 @@ class MemoryBook(SessionBook):
         return session_id in self._young or session_id in self._old
 
     @property
-    def marks(self) -> Iterable[str]:
-        """Every session that was ended and not forgotten since."""
-        return self._young | self._old
+    def marks(self) -> Mapping[str, str]:
+        """The client of every session that was ended and not forgotten since."""
+        return self._old | self._young
 
     @property
     def ids(self) -> AbstractSet[str]:
@@ -97,7 +106,7 @@ class MemoryBook(SessionBook):
         """Every record that is held."""
         return self._sessions.values()
 
-    def restore(self, sessions: Iterable[Session], marks: Iterable[str]) -> None:
+    def restore(self, sessions: Iterable[Session], marks: Mapping[str, str]) -> None:
         """Take over what another process had."""
         for session in islice(sessions, self._most):
             if self._lives(session):
@@ -105,6 +114,7 @@ class MemoryBook(SessionBook):
                 if session.digest:
                     self._by_digest[session.digest] = session.session_id
         self._young.update(marks)
+        self._marks_of.update(marks.values())
 
     def tidy(self) -> None:
         """Give back what has expired: call it now and then."""
@@ -115,7 +125,8 @@ class MemoryBook(SessionBook):
             self._forget(oldest.session_id)
         now = self._clock.mono()
         if now >= self._turns:
-            self._young, self._old = set(), self._young
+            self._young, self._old = {}, self._young
+            self._marks_of = Counter(self._old.values())
             self._turns = now + MARK_LIFE
 
     def _lives(self, session: Session) -> bool:

@@ -6,13 +6,14 @@ signed still proves itself; one of the vendor's is known to the replica that han
 only one replica knows would be none.
 """
 
+import contextlib
 from collections.abc import Sequence
 
 from typing_extensions import override
 
 from broker.errors import StoreAway
 from broker.model import Session
-from broker.sessions.base import Place, Query, SessionBook
+from broker.sessions.base import BookFull, Place, Query, SessionBook
 from broker.sessions.memory import MemoryBook
 from broker.sessions.valkey import ValkeyBook
 from broker.stores.failures import StoreFailed
@@ -66,12 +67,21 @@ class SharedBook(SessionBook):
             raise StoreAway from failed  # a part of a list would be taken for the whole
 
     @override
-    async def end(self, session: Session) -> None:
+    async def mark(self, session: Session, *, by_client: bool) -> None:
         try:
-            await self._remote.end(session)
+            await self._remote.mark(session)
         except StoreFailed as failed:
             raise StoreAway from failed
-        await self._alone.end(session)
+        with contextlib.suppress(BookFull):  # ended for all; only an outage would miss it here
+            await self._alone.mark(session, by_client=by_client)
+
+    @override
+    async def forget(self, session: Session) -> None:
+        try:
+            await self._remote.forget(session)
+        except StoreFailed as failed:
+            raise StoreAway from failed
+        await self._alone.forget(session)
         self._unwritten.discard(session.session_id)
 
     @override

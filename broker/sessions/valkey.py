@@ -85,10 +85,13 @@ class ValkeyBook:
             ]
         return found[:limit]
 
-    async def end(self, session: Session) -> None:
-        """Mark a session as ended, then forget it."""
+    async def mark(self, session: Session) -> None:
+        """Remember that a session was ended."""
+        await self._put(self._names.ended(session.session_id), b"1", MARK_LIFE)
+
+    async def forget(self, session: Session) -> None:
+        """Drop the record of a session."""
         names = self._names
-        await self._put(names.ended(session.session_id), b"1", MARK_LIFE)
         gone = [names.session(session.session_id)]
         if session.digest:
             gone.append(names.handed_out(session.digest))

@@ -72,7 +72,7 @@ class _Content(Struct, frozen=True, array_like=True):
     tokens: list[_HeldToken]
     buckets: dict[str, dict[str, int]]
     sessions: list[Session]
-    ended: list[str]
+    ended: dict[str, str]
 
     @override
     def __repr__(self) -> str:
@@ -136,7 +136,7 @@ def _collect(store: MemoryStore, book: MemoryBook, clock: Clock, origin: str) ->
         tokens=tokens,
         buckets=buckets,
         sessions=list(book.sessions),
-        ended=list(book.marks),
+        ended=dict(book.marks),
     )
 
 

@@ -29,6 +29,11 @@ class OpenedBook(Protocol):
         """Let this much time go by."""
         ...
 
+    async def end(self, session: Session, *, by_client: bool = False) -> None:
+        """End a session as the desk does."""
+        await self.book.mark(session, by_client=by_client)
+        await self.book.forget(session)
+
 
 OpenBook = Callable[[], Awaitable[OpenedBook]]
 
@@ -107,7 +112,7 @@ class BookContract:
         opened = await open_book()
         one, other = await recorded(opened, token="one"), await recorded(opened)
         for _ in range(2):
-            await opened.book.end(one)
+            await opened.end(one)
             assert await opened.book.find(one.session_id) is None
             assert await opened.book.find_token(one.digest) is None
             assert await opened.book.ended(one.session_id)
@@ -115,13 +120,29 @@ class BookContract:
         assert not await opened.book.ended(other.session_id)
         assert not await opened.book.ended("")
 
+    async def test_G9_an_end_that_stopped_half_way_can_be_asked_for_again(
+        self, open_book: OpenBook
+    ) -> None:
+        """A mark leaves the record, by which the session is found; then both may be repeated."""
+        opened = await open_book()
+        session = await recorded(opened, token="t")
+        for _ in range(2):
+            await opened.book.mark(session, by_client=True)
+            assert await opened.book.ended(session.session_id)
+            assert await opened.book.find(session.session_id) == session
+            assert await opened.book.find_token(session.digest) == session
+        for _ in range(2):
+            await opened.book.forget(session)
+            assert await opened.book.find(session.session_id) is None
+        assert await opened.book.ended(session.session_id)
+
     async def test_G9_a_session_that_nobody_recorded_can_be_ended(
         self, open_book: OpenBook
     ) -> None:
         """Its token was signed by another process, or its record had to make room."""
         opened = await open_book()
         stranger = session_of(opened)
-        await opened.book.end(stranger)
+        await opened.end(stranger)
         assert await opened.book.ended(stranger.session_id)
 
     async def test_a_session_that_comes_again_is_one(self, open_book: OpenBook) -> None:
@@ -168,7 +189,7 @@ class BookContract:
         first = await opened.book.page(EVERYTHING, Place(), 3)
         assert list(first) == made[:3]
         for gone in (made[0], made[2], made[4]):
-            await opened.book.end(gone)
+            await opened.end(gone)
         rest = await opened.book.page(EVERYTHING, place_of(made[2]), 10)
         assert list(rest) == [made[3], *made[5:]]
 
@@ -177,7 +198,7 @@ class BookContract:
         opened = await open_book()
         made = [session_of(opened, token=f"t{number}") for number in range(50)]
         await asyncio.gather(*(opened.book.record(session) for session in made))
-        ends = [opened.book.end(session) for session in made[::2]]
+        ends = [opened.end(session) for session in made[::2]]
         more = [opened.book.record(session_of(opened)) for _ in range(25)]
         await asyncio.gather(*ends, *more)
         for number, session in enumerate(made):

@@ -1,6 +1,7 @@
 """Every book keeps the contract; beside it, what only the book in memory can show."""
 
 import asyncio
+from contextlib import suppress
 
 import pytest
 
@@ -66,13 +67,37 @@ async def test_G6_ends_are_bounded_and_none_is_forgotten_for_another() -> None:
     opened = OpenedMemoryBook(most_ended=5)
     ended = [await recorded(opened) for _ in range(5)]
     for session in ended:
-        await opened.book.end(session)
+        await opened.end(session)
     live = await recorded(opened)
     with pytest.raises(BookFull):
-        await opened.book.end(live)
-    await opened.book.end(ended[0])
+        await opened.end(live)
+    await opened.end(ended[0])
     assert [await opened.book.ended(s.session_id) for s in ended] == [True] * 5
     assert await opened.book.find(live.session_id) == live
+
+
+async def test_G6_a_client_leaves_ends_to_others() -> None:
+    """It may end while it has fewer marks than are free: half, then a quarter for the next one.
+
+    The operator may use all that is left; what has been forgotten counts no more.
+    """
+    opened = OpenedMemoryBook(most_ended=8)
+    granted = {}
+    for client in ("one", "two", "three"):
+        granted[client] = 0
+        for _ in range(10):
+            with suppress(BookFull):
+                await opened.end(await recorded(opened, client=client), by_client=True)
+                granted[client] += 1
+    assert granted == {"one": 4, "two": 2, "three": 1}
+    await opened.end(await recorded(opened, client="one"))
+    with pytest.raises(BookFull):
+        await opened.end(await recorded(opened, client="one"))
+    for _ in range(2):
+        opened.clock.advance(MARK_LIFE / SECOND + 1)
+        opened.memory.tidy()
+    for _ in range(4):
+        await opened.end(await recorded(opened, client="one"), by_client=True)
 
 
 async def test_M1_what_is_over_is_given_back() -> None:
@@ -81,7 +106,7 @@ async def test_M1_what_is_over_is_given_back() -> None:
     for number in range(50):
         await recorded(opened, token=f"t{number}")
     gone = await recorded(opened)
-    await opened.book.end(gone)
+    await opened.end(gone)
     for _ in range(int(MARK_LIFE / SECOND)):
         opened.clock.advance(1)
         opened.memory.tidy()

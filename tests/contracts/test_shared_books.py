@@ -112,7 +112,7 @@ async def test_G9_what_one_replica_ends_is_over_for_all(valkey: StoreServer) -> 
         session = await recorded(one, token="t")
         assert await two.book.find(session.session_id) == session
         assert await three.book.find_token(session.digest) == session
-        await two.book.end(session)
+        await two.end(session)
         for opened in (one, two, three):
             assert await opened.book.ended(session.session_id)
             assert await opened.book.find(session.session_id) is None
@@ -120,12 +120,23 @@ async def test_G9_what_one_replica_ends_is_over_for_all(valkey: StoreServer) -> 
             assert await opened.book.page(EVERYTHING, Place(), 10) == []
 
 
+async def test_G9_an_end_counts_though_this_replica_can_note_no_more(valkey: StoreServer) -> None:
+    """The server has it, and so it holds for all: what is missing is this replica's own mark."""
+    valkey.flush()
+    async with opened_on(valkey) as one:
+        one.book._alone._most_ended = 0
+        session = await recorded(one, token="t")
+        await one.end(session, by_client=True)
+        assert await one.book.ended(session.session_id)
+        assert await one.book.find(session.session_id) is None
+
+
 async def test_G7_the_server_learns_nothing_of_a_visitor(valkey: StoreServer) -> None:
     """No fingerprint, token or client in any name or value; another key opens no record."""
     valkey.flush()
     async with opened_on(valkey) as opened:
         session = await recorded(opened, token="a-token", fingerprint="feedfacecafe", client="shop")
-        await opened.book.end(await recorded(opened, fingerprint="feedfacecafe"))
+        await opened.end(await recorded(opened, fingerprint="feedfacecafe"))
         dump = b"\n".join([*valkey.all_keys(), *contents(valkey)])
         for word in (b"feedface", b"a-token", session.digest, b"shop"):
             assert word not in dump
@@ -155,7 +166,7 @@ async def test_L3_every_key_ends_by_itself_in_time(valkey: StoreServer) -> None:
     async with opened_on(valkey) as opened:
         await recorded(opened, life=100, token="t", agent="A1", fingerprint="beef")
         await recorded(opened, life=50, agent="A1", fingerprint="beef")
-        await opened.book.end(session_of(opened))
+        await opened.end(session_of(opened))
         names = opened.book._remote._names
         lives = {key: int(valkey.ask("PTTL", key)) for key in valkey.all_keys()}
         assert all(life > 0 for life in lives.values())
@@ -196,12 +207,12 @@ class TestWhileTheServerIsAway:
                     assert await opened.book.find_token(session.digest) == session
                     assert not await opened.book.ended(session.session_id)
                 assert await other.book.find(before.session_id) is None
-                await fails(opened.book.end(before))
+                await fails(opened.end(before))
                 server.start()
                 await back(opened, other)
                 assert await opened.book.find(during.session_id) == during
                 assert await other.book.find_token(during.digest) == during
-                await other.book.end(during)
+                await other.end(during)
                 assert await opened.book.find(during.session_id) is None, "not brought back"
                 assert await opened.book.find_token(during.digest) is None
 
@@ -215,7 +226,7 @@ class TestWhileTheServerIsAway:
                 await fails(opened.book.find_token(session.digest))
                 await fails(opened.book.ended(session.session_id))
                 await fails(opened.book.record(session))
-                await fails(opened.book.end(session))
+                await fails(opened.end(session))
 
 
 async def fails(asked: Awaitable[object]) -> None:

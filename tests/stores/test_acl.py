@@ -120,7 +120,8 @@ async def sessions_come_and_go(replica: Replica) -> None:
     assert await book.page(query, Place(0, ""), 1) == sessions[2:3]
     assert await book.page(query, place_of(sessions[2]), 1) == sessions[3:]
     assert await book.find_token(b"d" * 32) == sessions[3]
-    await book.end(sessions[3])
+    await book.mark(sessions[3], by_client=True)
+    await book.forget(sessions[3])
     assert await book.ended("s-3")
 
 

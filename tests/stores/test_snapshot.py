@@ -463,7 +463,8 @@ def test_G9_what_was_ended_stays_ended(path: Path, clock: FakeClock) -> None:
     async def before() -> None:
         for one in (session("a", 3600), session("b", 3600, b"B" * 32), session("c", 30)):
             await book.record(one)
-        await book.end(session("a", 3600))
+        await book.mark(session("a", 3600), by_client=True)
+        await book.forget(session("a", 3600))
 
     asyncio.run(before())
     save(path, key, store_of(clock), clock, ORIGIN, book)

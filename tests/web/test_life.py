@@ -4,11 +4,13 @@ import asyncio
 import json
 import secrets
 from collections.abc import Iterable
+from unittest.mock import ANY
 from urllib.parse import urlencode
 
 import pytest
 from edge import AGENT, Edge, Reply, request, serving, visitor
 
+from broker.errors import ServiceUnavailable
 from broker.web.life import VERIFY_PATH
 
 INACTIVE = b'{"active":false}'
@@ -222,15 +224,47 @@ class TestRevocation:
         live = [session.session_id for session in edge.app.book.sessions]
         assert live == [after.session]
 
+    async def test_G9_an_end_that_failed_half_way_is_completed_by_the_next(
+        self, edge: Edge
+    ) -> None:
+        """The store is away for a moment: 503, no token is good, and the retry does the rest."""
+        fingerprint = visitor()
+        first = await edge.ask(fingerprint)
+        second = await edge.ask(fingerprint, agent="B2")
+        end_visitor = edge.app.store.end_visitor
+        edge.app.store.end_visitor = away  # type: ignore[method-assign]
+        refused = await revoke(edge, first.token)
+        assert (refused.status, await verified(edge, first.token)) == (503, 401)
+        edge.app.store.end_visitor = end_visitor  # type: ignore[method-assign]
+        assert (await revoke(edge, first.token)).status == 200
+        assert (await edge.ask(fingerprint)).session != first.session
+        assert (await edge.ask(fingerprint, agent="B2")).session != second.session
+        assert edge.app.book.ids.isdisjoint({first.session})
+        assert edge.events("broker.session_ended") == [
+            {
+                "event": "broker.session_ended",
+                "session": first.session,
+                "client": "web",
+                "by": "client",
+                "level": "info",
+                "timestamp": ANY,
+            }
+        ]
+
     async def test_too_many_ends_are_refused_not_forgotten(self, edge: Edge) -> None:
         """503 and Retry-After; what was ended stays so."""
-        edge.app.book._most_ended = 1
+        edge.app.book._most_ended = 2
         first, second = (await edge.ask()).token, (await edge.ask()).token
         assert (await revoke(edge, first)).status == 200
         refused = await revoke(edge, second)
         assert (refused.status, refused.code) == (503, "SERVICE_UNAVAILABLE")
         assert refused.header("Retry-After") == "60"
         assert [await verified(edge, token) for token in (first, second)] == [401, 200]
+
+
+async def away(*_: object) -> None:
+    """Stand for a store that does not answer."""
+    raise ServiceUnavailable("the shared store is away", 1_000_000)
 
 
 async def test_a_token_of_another_maker_with_the_key_is_good_but_nobody_s(edge: Edge) -> None:

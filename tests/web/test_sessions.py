@@ -7,6 +7,7 @@ from urllib.parse import urlencode
 import pytest
 from edge import AGENT, OTHER_AGENT, Edge, Reply, serving, visitor
 
+from broker.errors import ServiceUnavailable
 from broker.web.life import VERIFY_PATH
 
 PATH = "/v1/sessions"
@@ -169,6 +170,24 @@ class TestEnding:
             gone = await look(edge, path, method)
             assert (gone.status, gone.code) == (404, "NOT_FOUND")
         assert (await edge.ask(fingerprint)).session != minted.session
+
+    async def test_G9_an_end_that_failed_half_way_can_be_asked_for_again(self, edge: Edge) -> None:
+        """503 while the store is away; the session is still found, and then it is over."""
+        minted = await edge.ask()
+        path = f"{PATH}/{minted.session}"
+        end_visitor = edge.app.store.end_visitor
+
+        async def away(*_: object) -> None:
+            raise ServiceUnavailable("the shared store is away", 1_000_000)
+
+        edge.app.store.end_visitor = away  # type: ignore[method-assign]
+        assert (await look(edge, path, "DELETE")).status == 503
+        assert not await good(edge, minted.token)
+        edge.app.store.end_visitor = end_visitor  # type: ignore[method-assign]
+        assert (await look(edge, path, "DELETE")).json == {"ended": 1}
+        assert (await look(edge, path, "DELETE")).status == 404
+        (event,) = edge.events("broker.session_ended")
+        assert (event["session"], event["by"]) == (minted.session, "operator")
 
     async def test_one_session_of_a_visitor_or_all_of_them(self, edge: Edge) -> None:
         """`scope=visitor` ends what the visitor has with other agents, too; nobody else's."""
