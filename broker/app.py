@@ -329,7 +329,14 @@ class App:
             keys = parts.vendor_keys(settings, self._environ)
             return lambda: issuer.use_keys(keys)
         keyring = parts.keyring(settings)
-        return lambda: issuer.use_keyring(keyring)
+
+        def turn() -> None:
+            before = issuer.origins
+            issuer.use_keyring(keyring)
+            if not before <= issuer.origins:  # what a key signed that is gone opens nothing any more
+                self._tokens.clear()
+
+        return turn
 
     async def _open_admin(self) -> None:
         if self._seat is not None:

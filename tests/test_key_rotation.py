@@ -105,6 +105,35 @@ class TestCommands:
         assert (done.returncode, b"issuer.local.keys_file: " in done.stderr) == (78, True)
 
 
+async def test_O7_what_a_dropped_key_signed_is_not_handed_out_again(
+    tmp_path: Path, tree: Tree
+) -> None:
+    """`--drop-old`: held tokens are gone with their key; a rotation without it keeps them."""
+    config = write(tmp_path / "broker.toml", toml(tree))
+    run("keys", "rotate", "--config", config)
+    secret = secret_in(tree["clients"]["web"]["secret_file"])
+    with Broker.configured(tmp_path, tree) as broker:
+        async with Caller(broker, secret) as caller:
+
+            async def rotate(count: int, *how: str) -> str:
+                await asyncio.to_thread(run, "keys", "rotate", "--config", config, *how)
+                await until_true(lambda: reloaded(broker, count))
+                return await caller.token("beef")
+
+            first = await caller.token("beef")
+            assert await rotate(1, "--after", "0s") == first
+            second = await rotate(2, "--drop-old")
+            assert second != first
+            assert await verified(caller, first) == 401
+            assert await verified(caller, second) == 200
+            assert await caller.metric('broker_tokens_evicted_total{cause="capacity"}') == 0
+
+
+async def reloaded(broker: Broker, count: int) -> bool:
+    """Whether it has taken over its files so often."""
+    return len(broker.events("broker.reloaded")) >= count
+
+
 async def test_O7_keys_rotate_under_load_without_a_gap(tmp_path: Path, tree: Tree) -> None:
     """Two brokers with one file, tokens without a pause, two rotations.
 
