@@ -333,7 +333,9 @@ class App:
         def turn() -> None:
             before = issuer.origins
             issuer.use_keyring(keyring)
-            if not before <= issuer.origins:  # what a key signed that is gone opens nothing any more
+            if (
+                not before <= issuer.origins
+            ):  # what a key signed that is gone opens nothing any more
                 self._tokens.clear()
 
         return turn

@@ -219,7 +219,7 @@ def gateway(
 
 def logged(kind: str, folder: Path) -> str:
     """Return everything that the proxy wrote."""
-    names = (f"{kind}.log", "embed-viewer.log", "nginx-error.log")
+    names = (f"{kind}.log", "embed-viewer.log", "embed-viewer-error.log", "nginx-error.log")
     return "".join((folder / name).read_text() for name in names if (folder / name).exists())
 
 

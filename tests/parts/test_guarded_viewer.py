@@ -59,7 +59,6 @@ def test_a_good_token_passes_and_the_viewer_is_told_whose_it_is(guarded: Guarded
     for answer in answers:
         assert answer.status_code == 200, answer.text
         told = {n: v for n, v in answer.json()["headers"] if n.startswith("x-embed-")}
-        told.pop("x-embed-token", None)
         assert told == {
             "x-embed-session": data["session_id"],
             "x-embed-agent": AGENT,
@@ -145,6 +144,32 @@ def test_O5_a_good_token_elsewhere_does_not_open_the_door_for_a_bad_one(
         assert httpx.get(guarded.url, headers={name: forged}).status_code == 401
     assert httpx.get(f"{guarded.url}/?token={good}&token=bad").status_code == 401
     assert len(guarded.viewer.seen) == before
+
+
+def test_O5_what_a_client_says_of_its_connection_takes_nothing_away(guarded: Guarded) -> None:
+    """Headers that `Connection` names are of one hop (RFC 9110 section 7.6.1): not ours."""
+    data = guarded.broker.token()
+    names = [f"x-embed-{name}" for name in NAMES]
+    for named in (", ".join(names), ", ".join(name.title() for name in names), *names):
+        answer = httpx.get(f"{guarded.url}/?token={data['token']}", headers={"Connection": named})
+        assert answer.status_code == 200
+        told = {n for n, _ in answer.json()["headers"] if n.startswith("x-embed-")}
+        assert told == set(names), named
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_G7_a_viewer_that_is_down_writes_no_token_to_a_log(kind: str, tmp_path: Path) -> None:
+    """Proxies quote the request that failed; nor does a broker that is down."""
+    with brokers(Broker(tmp_path)) as (broker,):
+        good = broker.token()["token"]
+        for ports in ({8080: broker.port, 3000: 1}, {8080: 1, 3000: 1}):
+            with gateway(kind, "viewer", tmp_path, ports) as url:
+                referer = {"Referer": f"{url}/?token={good}", "X-Original-URI": f"/?token={good}"}
+                for headers in ({}, referer, {"X-Embed-Token": good}):
+                    answer = httpx.get(f"{url}/page?token={good}", headers=headers)
+                    assert answer.status_code >= 500
+            assert good not in logged(kind, tmp_path)
+            assert "/page" in logged(kind, tmp_path), "that it failed is in the log"
 
 
 def test_G7_tokens_are_in_no_log(guarded: Guarded) -> None:
