@@ -333,9 +333,7 @@ class App:
         def turn() -> None:
             before = issuer.origins
             issuer.use_keyring(keyring)
-            if (
-                not before <= issuer.origins
-            ):  # what a key signed that is gone opens nothing any more
+            if not before <= issuer.origins:  # what a key that is gone signed opens nothing
                 self._tokens.clear()
 
         return turn

@@ -21,7 +21,7 @@ from jwt.utils import base64url_decode, base64url_encode
 from msgspec import Struct
 from typing_extensions import override
 
-from broker.rules.reuse import SECOND
+from broker.rules.reuse import MAX_LIFETIME, SECOND
 
 ALGORITHM = "HS256"
 
@@ -37,6 +37,10 @@ MAX_TOKEN_CHARS = 4096
 
 LEEWAY = 60
 """Seconds by which the clocks of signer and verifier may differ."""
+
+MAX_LIFE = MAX_LIFETIME // SECOND + LEEWAY
+"""Seconds from `nbf` to `exp`, at most: an end is remembered for as long.  What lives longer, as other
+makers who have the key could write it, would be good again after its session's end."""
 
 NEVER = 2**62
 """The microsecond at which a key without a schedule ends: some 146,000 years from 1970."""
@@ -258,6 +262,8 @@ def _require(claims: Mapping[str, object], issuer: str, audience: str, now: int)
     if now >= ends:
         raise BadToken("expired")
     begins = max(_date(claims, "nbf"), _date(claims, "iat") if "iat" in claims else 0)
+    if _date(claims, "exp") - _date(claims, "nbf") > MAX_LIFE:
+        raise BadToken("lives for too long")
     begins = (begins - LEEWAY) * SECOND
     if now < begins:
         raise BadToken("not valid yet")

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from broker.issuers.base import Issuer, Turn
 from broker.issuers.keyring import BadToken, Keyring
-from broker.model import Ask, Clock, Minted, Session
+from broker.model import AGENT_ID, Ask, Clock, Minted, Session
 from broker.rules.reuse import SECOND
 
 LIFETIME_SECONDS = 3600
@@ -106,10 +106,13 @@ class LocalIssuer(Issuer):
             return known.session
         proof = self.keyring.verify(token, self._issuer, self._audience, now)
         claims = proof.claims
+        agent = _text(claims, "sub")
+        if AGENT_ID.fullmatch(agent) is None or claims.get("agent_id", agent) != agent:
+            raise BadToken("of no agent that can be")  # it goes into a header as it is
         session = Session(
             session_id=_text(claims, "sid"),
             client=_text(claims, "client_id", ""),
-            agent=_text(claims, "sub"),
+            agent=agent,
             fingerprint=_text(claims, "fingerprint"),
             model=_text(claims, "model", ""),
             issued=_number(claims, "iat"),

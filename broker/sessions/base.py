@@ -12,13 +12,13 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from broker.issuers.keyring import LEEWAY
+from broker.issuers.keyring import LEEWAY, MAX_LIFE
 from broker.model import Session
-from broker.rules.reuse import MAX_LIFETIME, SECOND
+from broker.rules.reuse import SECOND
 
-MARK_LIFE = MAX_LIFETIME + 2 * LEEWAY * SECOND
-"""Microseconds for which an ended session is remembered: the longest life of a token, the leeway
-by which its expiry is forgiven, and as much again for clocks that differ."""
+MARK_LIFE = (MAX_LIFE + 2 * LEEWAY) * SECOND
+"""Microseconds for which an ended session is remembered: the longest life of a token, and the
+leeway by which its begin and its expiry are forgiven."""
 
 
 class Place(Struct, frozen=True, order=True):

@@ -10,7 +10,9 @@ Those who call it know three answers and no more: 200, 401, 403.
 A URI in a header is the proxy's word about what its client asked for, so it counts from trusted
 proxies only, and so does what follows the route's own path, where Envoy puts it.  Wherever a token
 is found, all that are found must be the same one: a proxy that passes on a header which its
-client made up would otherwise let one token open the door for another.
+client made up would otherwise let one token open the door for another.  What viewers read in two
+ways is refused for the same reason: an empty token beside another one, a URI with a fragment.
+Credentials of another scheme than Bearer are no token of ours, and may stand beside one.
 """
 
 from collections.abc import Iterator
@@ -81,16 +83,16 @@ def add(routes: Routes, door: Door, desk: SessionDesk, clock: Clock) -> None:
 def presented(request: BaseRequest, *, trusted: bool) -> str:
     """Return the one token that a request bears; `trusted` if its peer's URIs count.
 
-    Raises MissingAuth for none, Unauthorized for two that differ.
+    Raises MissingAuth for none, Unauthorized for two that differ or a URI with a fragment.
     """
     headers = request.headers
     found: set[str] = {*_bearers(headers), *headers.getall(_TOKEN, ())}
+    found.discard("")
     if trusted:
         found.update(_forwarded(request))
-    found.discard("")
     if len(found) > 1:
         raise Unauthorized("token: two different ones were sent; send one")
-    if found:
+    if any(found):
         return found.pop()
     if not trusted and any(_forwarded(request)):
         raise MissingAuth(
@@ -101,7 +103,9 @@ def presented(request: BaseRequest, *, trusted: bool) -> str:
 
 def tokens_in(uri: str) -> Iterator[str]:
     """Yield every `token` in the query of a URI, as a viewer would read it."""
-    query = uri.partition("#")[0].partition("?")[2]
+    if "#" in uri:  # no browser sends one: some viewers end the query there, others do not
+        raise Unauthorized("token: in a URI with a fragment, which a request cannot have")
+    query = uri.partition("?")[2]
     for pair in query.split("&"):
         name, _, value = pair.partition("=")
         if unquote_plus(name) == "token":

@@ -8,10 +8,11 @@ import time
 import jwt
 import pytest
 
-from broker.issuers.keyring import LEEWAY, BadToken, Key, Keyring
+from broker.issuers.keyring import LEEWAY, MAX_LIFE, BadToken, Key, Keyring
 from broker.issuers.local import MOST_PROVEN, LocalIssuer
 from broker.model import Ask
 from broker.rules.reuse import SECOND
+from broker.sessions.base import MARK_LIFE
 from broker.testing import FakeClock
 
 ISSUER, AUDIENCE = "embed-token-broker", "embed"
@@ -153,6 +154,45 @@ async def test_O7_a_token_that_was_proven_is_not_good_for_longer_than_its_key() 
     clock.advance(30)
     with pytest.raises(BadToken, match="no key fits"):
         issuer.prove(token)
+
+
+def signed(ring: Keyring, now: int, **changes: object) -> str:
+    """Sign what another maker who has the key might write; good but for the changes."""
+    good = {"iss": ISSUER, "aud": AUDIENCE, "sub": AGENT, "fingerprint": "beef", "sid": "s"}
+    return ring.sign({**good, "iat": now, "nbf": now, "exp": now + 60, **changes}, 0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sub": "A1\r\nX-Embed-Session: forged"},
+        {"sub": ""},
+        {"sub": "A" * 65},
+        {"sub": "A1\n"},
+        {"agent_id": "B2"},
+        {"agent_id": None},
+    ],
+    ids=str,
+)
+def test_O2_a_token_names_one_agent_that_can_be(changes: dict[str, object]) -> None:
+    """It goes into a header as it is; another maker who has the key may have written anything."""
+    clock, ring = _now(), new_ring()
+    issuer, now = local(clock, ring), clock.wall() // SECOND
+    for good in (signed(ring, now), signed(ring, now, agent_id=AGENT)):
+        assert issuer.prove(good).agent == AGENT
+    with pytest.raises(BadToken, match="no agent"):
+        issuer.prove(signed(ring, now, **changes))
+
+
+def test_G9_an_end_is_remembered_for_as_long_as_any_token_can_be_good() -> None:
+    """From the first moment at which the one that lives longest opens anything to the last."""
+    clock, ring = _now(), new_ring()
+    now = clock.wall() // SECOND
+    longest = signed(ring, now, exp=now + MAX_LIFE)
+    proof = ring.verify(longest, ISSUER, AUDIENCE, clock.wall())
+    assert proof.ends - proof.begins <= MARK_LIFE
+    with pytest.raises(BadToken, match="lives for too long"):
+        ring.verify(signed(ring, now, exp=now + MAX_LIFE + 1), ISSUER, AUDIENCE, clock.wall())
 
 
 async def test_G6_what_is_remembered_of_proven_tokens_is_bounded() -> None:
