@@ -160,7 +160,13 @@ class App:
         )
         admins = parts.admin_clients(settings)
         self._admin_door = (
-            Door(admins, parts.trusted_proxies(settings), now, section="[admin]")
+            Door(
+                admins,
+                parts.trusted_proxies(settings),
+                now,
+                self.metrics.limits.counts[LimitName.AUTH],
+                section="[admin]",
+            )
             if admins
             else None
         )
@@ -344,7 +350,8 @@ class App:
             return
         application = admin.build(self._registry, self._health)
         if self._admin_door is not None:
-            sessions.add(application, self._admin_door, self.sessions, self._clock)
+            throttled = self.metrics.rejections[LimitName.AUTH.value]
+            sessions.add(application, self._admin_door, self.sessions, self._clock, throttled)
         self._admin = await admin.AdminListener.open(application, self._settings.admin.listen)
         self.admin_url = self._admin.url
 
@@ -361,7 +368,7 @@ class App:
             admin_url=self.admin_url,
         )
         self._routes.use_log(debug=settings.log.level == "debug")
-        life.add(self._routes, self.door, self.sessions, self._clock)
+        life.add(self._routes, self.door, self.sessions, self._clock, self.store.charge_client)
         embed = script.add(self._routes)
         self._server = DataServer(
             self._routes, self._routes.error_head, self.metrics.process.connections

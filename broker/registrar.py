@@ -10,6 +10,7 @@ from broker import parts
 from broker.clock import SystemClock
 from broker.errors import StoreAway
 from broker.metrics import Metrics
+from broker.model import LimitName
 from broker.sessions.desk import EndsVisitors, SessionRegister
 from broker.sessions.memory import MemoryBook
 from broker.sessions.shared import SharedBook
@@ -44,8 +45,13 @@ class Registrar:
         book = SharedBook(remote, MemoryBook(1, self._clock), closed=True)
         self._register = SessionRegister(book, _Store(self._server, names), metrics.sessions)
         self._door = Door(
-            [], parts.trusted_proxies(settings), self._clock.mono(), section="[admin]"
+            [],
+            parts.trusted_proxies(settings),
+            self._clock.mono(),
+            metrics.limits.counts[LimitName.AUTH],
+            section="[admin]",
         )
+        self._throttled = metrics.rejections[LimitName.AUTH.value]
         self.follow(settings)
 
     def follow(self, settings: Settings) -> None:
@@ -56,7 +62,7 @@ class Registrar:
 
     def serve_on(self, application: web.Application) -> None:
         """Add the routes."""
-        sessions.add(application, self._door, self._register, self._clock)
+        sessions.add(application, self._door, self._register, self._clock, self._throttled)
 
     async def open(self) -> None:
         """Begin; a store that is not there is told to whoever asks."""

@@ -39,8 +39,8 @@ LEEWAY = 60
 """Seconds by which the clocks of signer and verifier may differ."""
 
 MAX_LIFE = MAX_LIFETIME // SECOND + LEEWAY
-"""Seconds from `nbf` to `exp`, at most: an end is remembered for as long.  What lives longer, as other
-makers who have the key could write it, would be good again after its session's end."""
+"""Seconds from `nbf` to `exp`, at most: an end is remembered for as long.  What lives longer, as
+other makers who have the key could write it, would be good again after its session's end."""
 
 NEVER = 2**62
 """The microsecond at which a key without a schedule ends: some 146,000 years from 1970."""

@@ -68,6 +68,10 @@ class Store(Protocol):
         """Charge the limits that every request meets, and look for a token under `key`."""
         ...
 
+    async def charge_client(self, client: str) -> Denial | None:
+        """Charge the client's limit, where there is one, for a request that is not for a token."""
+        ...
+
     async def look(self, ask: Ask, key: str) -> EmbedToken | None:
         """Look for a token without charging anything."""
         ...

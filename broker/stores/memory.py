@@ -84,6 +84,13 @@ class MemoryStore(Store):
             return Visit(verdict, Denial(LimitName.FINGERPRINT, verdict), None)
         return Visit(verdict, None, self.find(ask.visitor, key))
 
+    @override
+    async def charge_client(self, client: str) -> Denial | None:
+        limit_set = self._limits.client
+        if limit_set is None:
+            return None
+        return self._charge(limit_set, client, "", self._clock.mono())
+
     def find(self, visitor: str, key: str) -> EmbedToken | None:
         """Return what is held under `key`, unless its visitor was ended since."""
         token = self.tokens.find(key)

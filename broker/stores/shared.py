@@ -75,6 +75,14 @@ class SharedStore(Store):
         return await self._alone.visit(ask, key)
 
     @override
+    async def charge_client(self, client: str) -> Denial | None:
+        try:
+            return await self._remote.charge_client(client)
+        except StoreFailed as failed:
+            self._go_alone(failed)
+        return await self._alone.charge_client(client)
+
+    @override
     async def look(self, ask: Ask, key: str) -> EmbedToken | None:
         try:
             return await self._remote.look(ask, key)

@@ -132,6 +132,13 @@ class ValkeyStore:
             return Visit(verdict, Denial(kind.name, verdict), None)
         return Visit(verdict, None, self._token_of(ask, key, reply, front))
 
+    async def charge_client(self, client: str) -> Denial | None:
+        """Charge the client's limit, where there is one."""
+        limit_set = self._limits.client
+        if limit_set is None:
+            return None
+        return await self._charge(limit_set, client, self._names.client(client))
+
     async def look(self, ask: Ask, key: str) -> EmbedToken | None:
         """Look for a token, charging nothing."""
         front = self._front.find(key)

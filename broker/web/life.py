@@ -15,7 +15,7 @@ ways is refused for the same reason: an empty token beside another one, a URI wi
 Credentials of another scheme than Bearer are no token of ours, and may stand beside one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from urllib.parse import parse_qsl, quote, unquote_plus
 
 from aiohttp import web
@@ -25,10 +25,18 @@ from msgspec import UNSET
 from multidict import CIMultiDictProxy, istr
 
 from broker.answers import ActiveToken, InactiveToken, plain_body
-from broker.errors import AgentNotAllowed, Invalid, MissingAuth, MissingParam, Unauthorized
+from broker.errors import (
+    AgentNotAllowed,
+    Invalid,
+    MissingAuth,
+    MissingParam,
+    RateLimited,
+    Unauthorized,
+)
 from broker.issuers.keyring import BadToken
 from broker.model import Clock, Session
 from broker.sessions.desk import SessionDesk
+from broker.stores.base import Denial
 from broker.web import body, wire
 from broker.web.door import Door
 from broker.web.routes import ANY_METHOD, Routes
@@ -49,8 +57,12 @@ _FIELDS = 16
 _INACTIVE = plain_body(InactiveToken(active=False))
 
 
-def add(routes: Routes, door: Door, desk: SessionDesk, clock: Clock) -> None:
-    """Serve what this module is about."""
+Charge = Callable[[str], Awaitable[Denial | None]]
+"""Charges the limit of a client, by its name."""
+
+
+def add(routes: Routes, door: Door, desk: SessionDesk, clock: Clock, charge: Charge) -> None:
+    """Serve what this module is about; `charge` is met by what changes something."""
 
     async def verify(request: BaseRequest, request_id: str) -> web.StreamResponse:
         headers = request.headers
@@ -71,7 +83,11 @@ def add(routes: Routes, door: Door, desk: SessionDesk, clock: Clock) -> None:
 
     async def revoke(request: BaseRequest, request_id: str) -> web.StreamResponse:
         client = door.identify(request, clock.mono())
-        await desk.revoke(await _token_field(request), client.name)
+        token = await _token_field(request)
+        denial = await charge(client.name)
+        if denial is not None:
+            raise RateLimited(denial.limit, denial.verdict)
+        await desk.revoke(token, client.name)
         return routes.answer(200, b"", request_id, content_type="text/plain")
 
     routes.add(VERIFY_PATH, ANY_METHOD, verify)

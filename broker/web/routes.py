@@ -126,6 +126,8 @@ class Routes:
             except errors.BrokerError as error:
                 if isinstance(error, errors.RateLimited):
                     self._metrics.rejections[error.limit.value].inc()
+                elif isinstance(error, errors.SecretInBrowser):
+                    self._tell_of_leak(error, request_id)
                 return self._error(error, request_id)
             except Exception:
                 log.exception("broker.defect", request_id=request_id)
@@ -221,9 +223,15 @@ class Routes:
         elif isinstance(error, errors.UpstreamRefused):
             kind = "refused"  # the vendor's codes are an open set
         counted = error.outcome in _COUNTED or error.remembered
-        if not counted or self.debug or self.refusals.first(kind, self._clock.mono()):
+        if isinstance(error, errors.SecretInBrowser):
+            self._tell_of_leak(error, request_id)
+        elif not counted or self.debug or self.refusals.first(kind, self._clock.mono()):
             _log_failure(error, kind, request_id, seconds, client, ask)
         return self._error(error, request_id)
+
+    def _tell_of_leak(self, error: errors.SecretInBrowser, request_id: str) -> None:
+        """Write it, once a minute for each client."""
+        self.refusals.tell_of_leak(error.client, self._clock.mono(), request_id=request_id)
 
     async def _validate(self, request: BaseRequest, request_id: str) -> web.StreamResponse:
         valid = self._door.is_valid(request, self._clock.mono())
@@ -328,9 +336,6 @@ def _log_failure(
     client: KnownClient | None,
     ask: Ask | None,
 ) -> None:
-    if isinstance(error, errors.SecretInBrowser):  # an event of its own: somebody has to act
-        log.error("broker.secret_in_browser", client=error.client, request_id=request_id)
-        return
     fields: dict[str, object] = {
         "request_id": request_id,
         "status": error.status,

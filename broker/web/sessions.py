@@ -9,7 +9,9 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from broker.answers import EndedAnswer, SessionAnswer, SessionsAnswer, plain_body
-from broker.errors import Invalid, NotFound
+from broker.board import Counter
+from broker.errors import Invalid, NotFound, RateLimited, SecretInBrowser
+from broker.logs import RefusalLog
 from broker.model import Clock, Session
 from broker.sessions.base import Place, Query, place_of
 from broker.sessions.desk import PAGE, SessionRegister
@@ -19,18 +21,17 @@ from broker.web.door import Door
 MOST_IN_PAGE = 1000
 """Sessions that one answer may have, about 250 KB."""
 
+_DIGITS = 15
+"""Digits of a moment in Unix seconds, generously."""
+
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def add(app: web.Application, door: Door, register: SessionRegister, clock: Clock) -> None:
-    """Serve /v1/sessions to whoever the door lets in."""
-
-    def behind_the_door(handler: _Handler) -> _Handler:
-        async def guarded(request: web.Request) -> web.StreamResponse:
-            door.identify(request, clock.mono())
-            return await handler(request)
-
-        return guarded
+def add(
+    app: web.Application, door: Door, register: SessionRegister, clock: Clock, throttled: Counter
+) -> None:
+    """Serve /v1/sessions to whoever the door lets in; `throttled` counts guesses it refused."""
+    behind_the_door = _Guard(door, clock, throttled)
 
     async def listed(request: web.Request) -> web.StreamResponse:
         query, after, limit = _query(request)
@@ -61,6 +62,31 @@ def add(app: web.Application, door: Door, register: SessionRegister, clock: Cloc
     app.router.add_delete("/v1/sessions/{session_id}", behind_the_door(end))
 
 
+class _Guard:
+    """Lets in who has the secret, and tells of those who guess or who leaked it."""
+
+    def __init__(self, door: Door, clock: Clock, throttled: Counter) -> None:
+        self._door = door
+        self._clock = clock
+        self._throttled = throttled
+        self._refusals = RefusalLog()
+
+    def __call__(self, handler: _Handler) -> _Handler:
+        async def guarded(request: web.Request) -> web.StreamResponse:
+            now = self._clock.mono()
+            try:
+                self._door.identify(request, now)
+            except RateLimited:
+                self._throttled.inc()
+                raise
+            except SecretInBrowser as error:
+                self._refusals.tell_of_leak(error.client, now)
+                raise
+            return await handler(request)
+
+        return guarded
+
+
 _UNKNOWN = "no such session: it has expired, was ended, or was never handed out here"
 
 
@@ -74,11 +100,16 @@ def _query(request: web.Request) -> tuple[Query, Place, int]:
         raise Invalid("query: needs agent_id or fingerprint; send one of them, or both")
     expires, _, session_id = given.get("after", "0.").partition(".")
     limit = given.get("limit", str(PAGE))
-    if not (expires.isascii() and expires.isdigit()):
+    if not _is_number(expires):
         raise Invalid("after: must be the `next` of an earlier answer; leave it out to start")
-    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit) <= MOST_IN_PAGE):
+    if not (_is_number(limit) and 1 <= int(limit) <= MOST_IN_PAGE):
         raise Invalid(f"limit: must be 1 to {MOST_IN_PAGE}")
     return query, Place(int(expires), session_id), int(limit)
+
+
+def _is_number(text: str) -> bool:
+    """Whether this is one of a size that can be meant; `int` fails for thousands of digits."""
+    return text.isascii() and text.isdigit() and len(text) <= _DIGITS
 
 
 def _written(session: Session) -> str:

@@ -361,6 +361,19 @@ class StoreContract:
         told = [refused_by((await visit(opened, ask)).denial) for _ in range(2)]
         assert told == [None, (LimitName.FINGERPRINT, HOUR)]
 
+    async def test_L5_what_is_not_for_a_token_meets_the_client_s_limit_alone(
+        self, open_store: OpenStore
+    ) -> None:
+        """From the bucket that visits are charged to; where there is none, nothing refuses."""
+        opened = await open_store(limits_of(client=Limit(2, HOUR)))
+        ask = ask_of()
+        assert refused_by((await visit(opened, ask)).denial) is None
+        told = [refused_by(await opened.store.charge_client(ask.client)) for _ in range(2)]
+        assert told == [None, (LimitName.CLIENT, HOUR)]
+        assert refused_by((await visit(opened, ask)).denial) == (LimitName.CLIENT, HOUR)
+        opened.use_limits(limits_of())
+        assert await opened.store.charge_client(ask.client) is None
+
     async def test_L5_what_an_earlier_limit_admitted_stays_charged(
         self, open_store: OpenStore
     ) -> None:

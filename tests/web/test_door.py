@@ -115,6 +115,26 @@ class TestBrowsers:
             scraped = await edge.scrape()
             assert scraped['broker_requests_total{outcome="forbidden"}'] == 1
 
+    async def test_every_client_whose_secret_leaked_is_named_on_every_route(self) -> None:
+        """Each once a minute, whatever the others do: somebody has to replace each of them."""
+        shop = secrets.token_urlsafe(24)
+        async with serving(
+            {"clients": {"shop": {"secret": shop, "agents": ["*"]}}}, level="info"
+        ) as edge:
+            headers = [("Origin", "https://site.example")]
+            for _ in range(2):
+                await edge.ask(headers=headers)
+                for path in ("/v1/introspect", "/v1/revoke", "/v1/validate"):
+                    reply = await edge.post(b"", path=path, secret=shop, headers=headers)
+                    assert reply.code == "SECRET_IN_BROWSER"
+            told = edge.events("broker.secret_in_browser")
+            assert [event["client"] for event in told] == ["web", "shop"]
+            edge.time.advance(61)
+            await edge.post(b"", path="/v1/revoke", secret=shop, headers=headers)
+            assert [event["client"] for event in edge.events("broker.secret_in_browser")][2:] == [
+                "shop"
+            ]
+
     async def test_an_origin_without_a_known_secret_is_only_unauthorized(self, edge: Edge) -> None:
         """Nothing has leaked: there is no secret to warn about."""
         reply = await edge.ask(secret="x", headers=[("Origin", "https://site.example")])

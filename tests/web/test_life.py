@@ -251,6 +251,21 @@ class TestRevocation:
             }
         ]
 
+    async def test_a_client_s_limit_counts_its_revocations(self) -> None:
+        """Where there is one: a stolen secret ends no more sessions than it may ask for."""
+        tight = {"limits": {"client": {"rate": 60, "burst": 3}}}
+        async with serving(tight) as edge:
+            token = (await edge.ask()).token
+            assert [(await revoke(edge, "x")).status for _ in range(3)] == [200, 200, 429]
+            refused = await revoke(edge, token)
+            assert (refused.code, refused.header("Retry-After")) == ("RATE_LIMITED", "1")
+            assert "limit client" in refused.message
+            assert await verified(edge, token) == 200
+            assert (await edge.scrape())['broker_rejections_total{limit="client"}'] == 2
+            edge.time.advance(1)
+            assert (await revoke(edge, token)).status == 200
+            assert await verified(edge, token) == 401
+
     async def test_too_many_ends_are_refused_not_forgotten(self, edge: Edge) -> None:
         """503 and Retry-After; what was ended stays so."""
         edge.app.book._most_ended = 2

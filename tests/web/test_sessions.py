@@ -67,6 +67,17 @@ class TestTheDoor:
         assert (await look(edge, agent_id=AGENT)).status == 200
         assert (await edge.fail_to_log_in()).status == 401
 
+    async def test_guesses_are_counted_and_a_leaked_secret_is_told(self, edge: Edge) -> None:
+        """As on the data listener: an operator sees both; the leak once a minute."""
+        for _ in range(33):
+            await edge.admin(PATH, **{"api-secret": "x"})
+        assert (await edge.scrape())['broker_rejections_total{limit="auth"}'] == 3
+        for _ in range(3):
+            browser = {"api-secret": ADMIN, "Origin": "https://x.example"}
+            assert (await edge.admin(PATH, **browser)).status == 403
+        (event,) = edge.events("broker.secret_in_browser")
+        assert (event["client"], event["level"]) == ("admin", "error")
+
     async def test_metrics_and_probes_stay_open(self, edge: Edge) -> None:
         """A scraper has no secret."""
         for path in ("/metrics", "/livez", "/readyz"):
@@ -139,6 +150,8 @@ class TestListing:
             {"agent_id": "A1", "limit": "0"},
             {"agent_id": "A1", "limit": "1001"},
             {"agent_id": "A1", "limit": "-1"},
+            {"agent_id": "A1", "limit": "0" * 5000 + "1"},
+            {"agent_id": "A1", "after": "1" * 5000 + ".x"},
             {"agent_id": "A1", "limit": "ten"},
             {"agent_id": "A1", "limit": "٣"},
             {"agent_id": "A1", "after": "x"},
