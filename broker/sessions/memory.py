@@ -1,10 +1,11 @@
 """The book of one process: records in the order of minting, and marks in two generations.
 
-Bounded: beyond `most` sessions the oldest record goes, which is the one nearest to its expiry.  A
-signed token of it is still good, and can still be ended by the token itself.  Marks are
-never dropped early; beyond `MOST_ENDED` nothing more can be ended.  A client may end as long as it
-has fewer marks than are free: one gets half of them, k at once a k+1st each, and as much is always
-left to the operator and to whoever comes next.
+Bounded: beyond `most` sessions the oldest record of the client that has most of them goes, so that
+none pushes out another's; the oldest is the one nearest to its expiry.  A signed token of it is
+still good, and can still be ended by the token itself.  Marks are never dropped early; beyond
+`MOST_ENDED` nothing more can be ended.  A client may end as long as it has fewer marks than are
+free: one gets half of them, k at once a k+1st each, and as much is always left to the operator and
+to whoever comes next.
 """
 
 import asyncio
@@ -24,6 +25,9 @@ MOST_ENDED = 1_000_000
 """Ended sessions that are remembered, about 150 bytes each: far more than anybody ends in an
 hour by hand, and a bound for those who have a machine do it."""
 
+_Order = OrderedDict[str, None]
+"""Ids of a client's sessions in the order of minting; a dict would be slow at its front."""
+
 _SLICE = 2_000
 """Records looked at before others get their turn: under a millisecond."""
 
@@ -35,7 +39,8 @@ class MemoryBook(SessionBook):
         self._most = most
         self._most_ended = most_ended
         self._clock = clock
-        self._sessions: OrderedDict[str, Session] = OrderedDict()  # a dict is slow at its front
+        self._sessions: dict[str, Session] = {}
+        self._orders: dict[str, _Order] = {}
         self._by_digest: dict[bytes, str] = {}
         self._young: dict[str, str] = {}
         self._old: dict[str, str] = {}
@@ -47,11 +52,10 @@ class MemoryBook(SessionBook):
     async def record(self, session: Session) -> None:
         self._forget(session.session_id)  # or it would keep its place in the order
         if len(self._sessions) >= self._most:
-            self._forget(next(iter(self._sessions)))
+            most = max(self._orders, key=lambda client: len(self._orders[client]))
+            self._forget(next(iter(self._orders[most])))
             self.dropped += 1
-        self._sessions[session.session_id] = session
-        if session.digest:
-            self._by_digest[session.digest] = session.session_id
+        self._write(session)
 
     @override
     async def find(self, session_id: str) -> Session | None:
@@ -110,19 +114,15 @@ class MemoryBook(SessionBook):
         """Take over what another process had."""
         for session in islice(sessions, self._most):
             if self._lives(session):
-                self._sessions[session.session_id] = session
-                if session.digest:
-                    self._by_digest[session.digest] = session.session_id
+                self._write(session)
         self._young.update(marks)
         self._marks_of.update(marks.values())
 
     def tidy(self) -> None:
         """Give back what has expired: call it now and then."""
-        while self._sessions:
-            oldest = next(iter(self._sessions.values()))
-            if self._lives(oldest):
-                break
-            self._forget(oldest.session_id)
+        for order in list(self._orders.values()):
+            while order and not self._lives(self._sessions[next(iter(order))]):
+                self._forget(next(iter(order)))
         now = self._clock.mono()
         if now >= self._turns:
             self._young, self._old = {}, self._young
@@ -132,9 +132,21 @@ class MemoryBook(SessionBook):
     def _lives(self, session: Session) -> bool:
         return self._clock.wall() < session.expires * SECOND
 
+    def _write(self, session: Session) -> None:
+        self._sessions[session.session_id] = session
+        self._orders.setdefault(session.client, OrderedDict())[session.session_id] = None
+        if session.digest:
+            self._by_digest[session.digest] = session.session_id
+
     def _forget(self, session_id: str) -> None:
         session = self._sessions.pop(session_id, None)
-        if session is not None and self._by_digest.get(session.digest) == session_id:
+        if session is None:
+            return
+        order = self._orders[session.client]
+        del order[session_id]
+        if not order:
+            del self._orders[session.client]
+        if self._by_digest.get(session.digest) == session_id:
             del self._by_digest[session.digest]
 
     def __len__(self) -> int:

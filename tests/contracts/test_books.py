@@ -62,6 +62,22 @@ async def test_G6_records_are_bounded_and_the_oldest_makes_room() -> None:
         assert await opened.book.find(kept.session_id) == kept
 
 
+async def test_G6_no_client_s_records_push_out_another_s() -> None:
+    """The one that has most makes room, for itself and for others; all of it is given back."""
+    opened = OpenedMemoryBook(most=6)
+    quiet = [await recorded(opened, client="quiet") for _ in range(2)]
+    loud = [await recorded(opened, client="loud") for _ in range(50)]
+    assert [await opened.book.find(s.session_id) for s in quiet] == quiet
+    held = [s for s in loud if await opened.book.find(s.session_id)]
+    assert held == loud[-4:]
+    late = await recorded(opened, client="quiet")
+    assert [await opened.book.find(s.session_id) for s in (*quiet, late)] == [*quiet, late]
+    assert await opened.book.find(held[0].session_id) is None
+    opened.clock.advance(3601)
+    opened.memory.tidy()
+    assert (len(opened.memory), opened.memory._orders) == (0, {})
+
+
 async def test_G6_ends_are_bounded_and_none_is_forgotten_for_another() -> None:
     """At the bound nothing more can be ended; what was ended stays so, also if it comes again."""
     opened = OpenedMemoryBook(most_ended=5)
