@@ -15,6 +15,7 @@ import json
 import os
 import secrets
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -32,6 +33,12 @@ from broker.rules.reuse import SECOND
 
 MOST_KEYS = 16
 """A token without `kid` is tried against every key.  One a day leaves two; more are a mistake."""
+
+LOCK_WAIT = 5.0
+"""Seconds; an edit takes some milliseconds."""
+
+LOCK_POLL = 0.05
+"""Seconds between tries."""
 
 AFTERLIFE = LIFETIME_SECONDS + LEEWAY
 """Seconds that a key verifies after its successor began to sign: the life of its last token, and
@@ -107,6 +114,8 @@ def edit(path: Path, change: Callable[[list[Entry]], list[Entry]]) -> list[Entry
 
     Raises BadKeyFile, BadKey and OSError with the file as it was.
     """
+    if path.is_symlink() and not path.exists():
+        raise BadKeyFile("is a link that leads nowhere: make what it leads to, or remove it")
     path = path.resolve()  # a link stays one: what it leads to is replaced
     with _locked(path.parent):
         entries = change(read(path) if path.exists() else [])
@@ -118,10 +127,24 @@ def edit(path: Path, change: Callable[[list[Entry]], list[Entry]]) -> list[Entry
 def _locked(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        _lock(handle, folder)
         yield
     finally:
         os.close(handle)
+
+
+def _lock(handle: int, folder: Path) -> None:
+    """Wait for whoever edits at this moment, not for one who holds on: anybody who reads may."""
+    ends = time.monotonic() + LOCK_WAIT
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= ends:
+                raise BadKeyFile(
+                    f"{folder} is locked by another process: see `lslocks`, and try again"
+                ) from None
+            time.sleep(LOCK_POLL)
 
 
 def _write(path: Path, entries: Iterable[Entry]) -> None:

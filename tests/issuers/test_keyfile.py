@@ -1,5 +1,6 @@
 """The file of signing keys: what follows from it, how it is edited, what is refused."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from broker.issuers import keyfile
 from broker.issuers.keyfile import (
     AFTERLIFE,
     MOST_KEYS,
@@ -228,10 +230,28 @@ class TestEditing:
         (tmp_path / "real").mkdir()
         link = tmp_path / "keys.json"
         link.symlink_to(tmp_path / "real" / "keys.json")
-        edit(link, turn)
+        with pytest.raises(BadKeyFile, match="leads nowhere"):
+            edit(link, turn)  # whoever made the link would choose where a key is written
+        assert list((tmp_path / "real").iterdir()) == []
+        edit(tmp_path / "real" / "keys.json", turn)
         edit(link, turn)
         assert link.is_symlink()
         assert len(read(tmp_path / "real" / "keys.json")) == 2
+
+    def test_who_holds_the_lock_cannot_stop_a_rotation_without_a_word(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whoever may read the folder may lock it: the command says so, and writes nothing."""
+        monkeypatch.setattr(keyfile, "LOCK_WAIT", 0.1)
+        handle = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        try:
+            with pytest.raises(BadKeyFile, match="is locked by another process"):
+                edit(tmp_path / "keys.json", turn)
+        finally:
+            os.close(handle)
+        assert list(tmp_path.iterdir()) == []
+        edit(tmp_path / "keys.json", turn)
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
     def test_the_owner_stays_the_owner(self, tmp_path: Path) -> None:
