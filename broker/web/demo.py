@@ -74,11 +74,11 @@ def add(routes: Routes, script: Script, url: str, secret: str) -> None:
     """
     if not (secret and url.startswith("http") and URL(url).host in _OTHER_NAME):
         return
-    routes.add("/demo", "GET", _local(_site(routes, script)))
-    routes.add("/demo/token", "POST", _local(_backend(routes, url, secret)))
-    routes.add("/embed/*", "GET", _local(_embed_host(routes)))
-    routes.add("/demo/viewer", "GET", _local(_viewer(routes)))
-    routes.add("/demo/verify", "POST", _local(_viewer_backend(routes, url)))
+    routes.add("/demo", "GET", local(_site(routes, script)))
+    routes.add("/demo/token", "POST", local(_backend(routes, url, secret)))
+    routes.add("/embed/*", "GET", local(_embed_host(routes)))
+    routes.add("/demo/viewer", "GET", local(_viewer(routes)))
+    routes.add("/demo/verify", "POST", local(_viewer_backend(routes, url)))
     for name in ("demo", "viewer"):
         for ending, kind in (("css", "text/css"), ("js", "text/javascript")):
             content = (FOLDER / f"{name}.{ending}").read_bytes()
@@ -86,12 +86,20 @@ def add(routes: Routes, script: Script, url: str, secret: str) -> None:
             routes.add(f"/demo/{name}.{ending}", "GET", page)
 
 
-def _local(handler: Handler) -> Handler:
+def is_local(request: BaseRequest) -> bool:
+    """Whether it was asked for under a name of this machine, at a port that can be."""
+    try:
+        return URL(f"http://{request.host}").host in (*_OTHER_NAME, _VIEWER)
+    except ValueError:
+        return False
+
+
+def local(handler: Handler) -> Handler:
     """Answer only under a name of this machine."""
 
     async def answer(request: BaseRequest, request_id: str) -> web.StreamResponse:
-        if URL(f"//{request.host}").host not in (*_OTHER_NAME, _VIEWER):
-            raise NotFound("the demonstration answers to localhost and 127.0.0.1 only")
+        if not is_local(request):
+            raise NotFound("development mode answers to localhost and 127.0.0.1 only")
         return await handler(request, request_id)
 
     return answer

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from broker.errors import NotFound
 from broker.web import admin
+from broker.web.demo import local
 from broker.web.openapi import document
 from broker.web.routes import Routes
 
@@ -117,7 +118,7 @@ def add_development(routes: Routes, registry: CollectorRegistry, url: str) -> No
         return await routes.page(content_type, text)(request, request_id)
 
     routes.add("/", "GET", routes.page(_HTML, _INDEX_PAGE.format(url=url).encode(), _POLICY))
-    routes.add("/metrics", "GET", metrics)
+    routes.add("/metrics", "GET", local(metrics))
 
 
 def own_origins(url: str) -> frozenset[str]:

@@ -71,12 +71,20 @@ async def test_a_foreign_page_cannot_use_it(demo: Edge) -> None:
 @pytest.mark.parametrize(
     "host", ["evil.example", "localhost.evil.example", "10.0.0.5", "127.0.0.1.nip.io", "[::1]"]
 )
-@pytest.mark.parametrize("path", ["/demo", "/demo/viewer", "/embed/A1?token=x"])
+@pytest.mark.parametrize("path", ["/demo", "/demo/viewer", "/embed/A1?token=x", "/metrics"])
 async def test_a_name_that_is_not_this_machine_s_gets_nothing(
     demo: Edge, host: str, path: str
 ) -> None:
     """Or a page anywhere could have its own name resolve to this machine."""
     assert (await asked(demo, path, host)).code == "NOT_FOUND"
+
+
+@pytest.mark.parametrize("host", ["localhost:99999", "localhost:abc", "[", "a b", ""])
+@pytest.mark.parametrize("path", ["/demo", "/embed/A1?token=x", "/metrics"])
+async def test_a_host_that_is_none_gets_nothing(demo: Edge, host: str, path: str) -> None:
+    """A port that cannot be, brackets, blanks: 404, no defect."""
+    reply = await demo.raw(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+    assert (reply.status, reply.code) == (404, "NOT_FOUND")
 
 
 async def test_the_frame_begins_on_one_origin_and_ends_on_another(demo: Edge) -> None:

@@ -170,6 +170,7 @@ class TestPages:
             index = await edge.get("/")
             assert f"{edge.app.url}{TOKEN_PATH}" in index.body.decode()
             assert edge.secret not in index.body.decode()
-            metrics = await edge.get("/metrics")
+            local = {"Host": "localhost"}
+            metrics = await edge.get("/metrics", **local)
             assert metrics.body.startswith(b"# HELP ")
-            assert (await edge.get("/metrics", "HEAD")).status == 200
+            assert (await edge.get("/metrics", "HEAD", **local)).status == 200
