@@ -2,10 +2,10 @@
 
 `local`: this replica goes on by itself, with its share of every limit (rate and burst divided by
 the replicas seen last), the tokens it holds in front, and flights of its own.  No limit is
-multiplied; but at that moment buckets here are full, whatever was spent there: up to one burst more,
-divided like the rest.  A visitor may get a second token from another replica.  No session can be ended; those
-that were ended before stay so, as far as this replica has heard of it.  `closed`: every request
-that needs the store is refused with 503.
+multiplied; but at that moment buckets here are full, whatever was spent there: up to one burst
+more, divided like the rest.  A visitor may get a second token from another replica.  No session can
+be ended; those that were ended before stay so, as far as this replica has heard of it.  `closed`:
+every request that needs the store is refused with 503.
 
 Coming back grants no second burst: for as long as any bucket takes to refill, each call carries
 what was charged here meanwhile, and the script takes the later of both.  A mint that began alone is
