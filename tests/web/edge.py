@@ -250,10 +250,9 @@ def request(
     method: str, path: str, headers: Iterable[tuple[str, str]] = (), body: bytes | None = None
 ) -> bytes:
     """Write a request, with a Content-Length if there is a body, as clients do."""
-    lines = [f"{method} {path} HTTP/1.1"]
-    lines += [f"{name}: {value}" for name, value in headers]
-    if not any(line.startswith("Host:") for line in lines):
-        lines.append("Host: broker")
+    given = [f"{name}: {value}" for name, value in headers]
+    host = [] if any(line.startswith("Host:") for line in given) else ["Host: broker"]
+    lines = [f"{method} {path} HTTP/1.1", *host, *given]
     if body is not None:
         lines.append(f"Content-Length: {len(body)}")
     return "\r\n".join([*lines, "", ""]).encode("utf-8", "surrogateescape") + (body or b"")
