@@ -7,6 +7,7 @@ can repeat.
 
 import json
 import logging
+import re
 import secrets
 import sys
 from collections.abc import MutableMapping
@@ -66,13 +67,31 @@ _JSON: list[Processor] = [
 
 
 class _Bridge(logging.Handler):
-    """Brings warnings of libraries into our format; arguments may quote input and stay out."""
+    """Brings warnings of libraries into our format; what they may quote stays out."""
 
     @override
     def emit(self, record: logging.LogRecord) -> None:
         kind = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else None
         log = structlog.get_logger()
-        log.warning("broker.library", logger=record.name, text=str(record.msg)[:200], error=kind)
+        log.warning("broker.library", logger=record.name, text=_fixed(record)[:200], error=kind)
+
+
+def _fixed(record: logging.LogRecord) -> str:
+    """Return what does not depend on values: the text into which arguments were to be put.
+
+    Without arguments values may be in it already.  The event loop puts errors, and what callbacks
+    were called with, behind its first words ("Task exception was never retrieved"); of others it is
+    the place in their code that is told.
+    """
+    if record.args:
+        return str(record.msg)
+    if record.name == "asyncio":
+        return _WORDS.match(str(record.msg))[0]  # type: ignore[index]  # the empty text matches, too
+    return f"at {record.module}:{record.lineno}"
+
+
+_WORDS = re.compile(r"(?:[\w .]|\(\))*")
+"""Words up to the first sign of a value: a bracket, a quote, the end of the line."""
 
 
 def visitor_hash(fingerprint: str) -> str:

@@ -1,5 +1,6 @@
 """What operators read: whole records, one line each, and never what must stay secret."""
 
+import asyncio
 import gc
 import hashlib
 import io
@@ -7,7 +8,8 @@ import json
 import logging
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +31,7 @@ from web.edge import (
 from broker import errors
 from broker.logs import SUMMARY_INTERVAL, RefusalLog, visitor_hash
 from broker.model import LimitName
+from broker.serve import loop_factory
 from broker.settings import Log, Settings
 
 FORMS = ["json", "console"]
@@ -370,6 +373,51 @@ class TestEscaping:
         assert written.count("\n") == 1
         assert "request %s" in written
         assert "aiohttp.server" in written
+
+    @pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, loop_factory()])
+    @pytest.mark.parametrize("form", FORMS)
+    def test_G7_an_error_that_nobody_awaited_shows_its_kind_only(
+        self, form: Any, loop_factory: Callable[[], asyncio.AbstractEventLoop]
+    ) -> None:
+        """Of a task, of a callback and of what it was called with; what happened is still told."""
+        stream = io.StringIO()
+        canary = secrets.token_hex(8)
+
+        def fail(*_: object) -> None:
+            raise ValueError(canary)
+
+        async def main() -> None:
+            async def task() -> None:
+                fail()
+
+            loop = asyncio.get_running_loop()
+            loop.call_soon(fail, canary)
+            loop.call_soon(partial(fail, canary))
+            lost = loop.create_task(task())
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            del lost
+            gc.collect()
+
+        with (
+            logging_to(stream, Settings(log=Log(format=form))),
+            asyncio.Runner(loop_factory=loop_factory) as runner,
+        ):
+            runner.run(main())
+        written = stream.getvalue()
+        assert canary not in written
+        assert written.count("ValueError") == written.count("\n") == 3
+        assert "Task exception was never retrieved" in written
+        assert written.count("Exception in callback ") == 2
+
+    def test_G7_a_text_that_was_put_together_already_stays_out(self, log: io.StringIO) -> None:
+        """Where a library does not tell the values apart, its line of code is told instead."""
+        canary = secrets.token_hex(8)
+        logging.getLogger("aiohttp.client").warning(f"odd answer {canary}")  # noqa: G004 - the case
+        logging.getLogger("aiohttp.client").warning(ValueError(canary))
+        assert canary not in log.getvalue()
+        for record in records(log):
+            assert re.fullmatch(r"at test_logs:\d+", record["text"])
 
     def test_levels(self, log: io.StringIO) -> None:
         """Below the level nothing is written."""
