@@ -238,9 +238,12 @@ class TokenDesk:
     async def _keep(
         self, ask: Ask, key: str, token: EmbedToken, lease: Lease, session: Session | None
     ) -> None:
-        if not self._policy.enabled:
-            self._store.abandon(ask, key, lease, None)
-        elif await self._store.keep(ask, key, token, lease) is Kept.ENDED:
+        """Hold the token, where tokens are reused; raises SessionEnded if its visitor was ended."""
+        if self._policy.enabled:
+            lives = await self._store.keep(ask, key, token, lease) is not Kept.ENDED
+        else:
+            lives = await self._store.release(ask, key, lease)
+        if not lives:
             if session is not None:
                 await self._book.forget(session)  # nobody was given its token
             raise errors.SessionEnded

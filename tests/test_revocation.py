@@ -4,13 +4,16 @@ import asyncio
 import random
 
 import pytest
-from desk import Desk, session_of, visitor
+from desk import POLICY, Desk, session_of, visitor
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from broker import errors
+from broker.answers import token_in
 from broker.board import Sheet
 from broker.issue import Handout
+from broker.issuers.keyring import BadToken
 from broker.metrics import SessionMetrics
 from broker.model import Outcome, Session
 from broker.rules.reuse import SECOND
@@ -23,10 +26,11 @@ MINUTE = 60
 class Ended:
     """A desk, its sessions, and what was ended when."""
 
-    def __init__(self, clock: FakeClock, seed: int = 1) -> None:
+    def __init__(self, clock: FakeClock, seed: int = 1, *, reuse: bool = True) -> None:
         self.chance = random.Random(seed)
         self.clock = clock
-        self.desk = Desk(clock, draw=self.chance.random)
+        policy = replace(POLICY, enabled=reuse)
+        self.desk = Desk(clock, policy=policy, draw=self.chance.random)
         self.desk.issuer.delay = 1.0
         self.sessions = SessionDesk(
             self.desk.issuer, self.desk.book, self.desk.store, SessionMetrics(Sheet())
@@ -59,15 +63,15 @@ class Ended:
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 2**32))
-def test_G9_after_an_end_is_answered_nobody_gets_that_session(seed: int) -> None:
+@given(seed=st.integers(0, 2**32), reuse=st.booleans())
+def test_G9_after_an_end_is_answered_nobody_gets_that_session(seed: int, *, reuse: bool) -> None:
     """A crowd asks, insists and comes back for an hour, while sessions and visitors are ended.
 
     The vendor gives an old token again now and then.
     """
 
     async def main(clock: FakeClock) -> Ended:
-        story = Ended(clock, seed)
+        story = Ended(clock, seed, reuse=reuse)
         chance = story.chance
         tasks = []
         for _ in range(80):
@@ -91,11 +95,15 @@ def test_G9_after_an_end_is_answered_nobody_gets_that_session(seed: int) -> None
         assert moment <= story.ended.get(session_id, moment), "handed out after its end"
 
 
-def test_G9_an_end_wins_over_the_mint_that_is_in_flight() -> None:
-    """The leader and all who joined are told to ask again; the next one gets another session."""
+@pytest.mark.parametrize("reuse", [True, False])
+def test_G9_an_end_wins_over_the_mint_that_is_in_flight(*, reuse: bool) -> None:
+    """The leader and all who joined are told to ask again; the next one gets another session.
+
+    Also where no token is held for reuse.
+    """
 
     async def main(clock: FakeClock) -> None:
-        story = Ended(clock)
+        story = Ended(clock, reuse=reuse)
         await story.ask()
         held = story.live()[0]
         crowd = [story.desk.begin(visitor("beef", fresh=True)) for _ in range(20)]
@@ -154,6 +162,23 @@ def test_G9_a_session_that_the_vendor_opens_again_stays_ended() -> None:
         story.desk.issuer.same = False
         after = await story.desk.hand_out(visitor("beef"))
         assert session_of(after.token) != held.session_id
+
+    run_virtual(main)
+
+
+def test_G9_a_record_that_comes_after_its_end_brings_no_token_back() -> None:
+    """What the vendor gave again was looked up before the end and written down after it."""
+
+    async def main(clock: FakeClock) -> None:
+        story = Ended(clock)
+        handed = await story.desk.hand_out(visitor("beef"))
+        (session,) = story.live()
+        token = token_in(handed.token.body)
+        assert await story.sessions.check(token) == session
+        await story.end(session.session_id)
+        await story.desk.book.record(session)
+        with pytest.raises(BadToken, match="revoked"):
+            await story.sessions.check(token)
 
     run_virtual(main)
 

@@ -7,10 +7,10 @@ trip.
 
 Theory of operation.  A mint for a key has one leader among all processes that share the store.
 `lead` makes its caller the leader, unless somebody else is: then it waits for their outcome.  What
-a leader was given, the lease, comes back by `keep` or by `abandon`.  Its `fence` is larger than
-that of every lease before it, so a leader that was suspended for longer than its lease cannot
+a leader was given, the lease, comes back by `keep`, `release` or `abandon`.  Its `fence` is larger
+than that of every lease before it, so a leader that was suspended for longer than its lease cannot
 overwrite the token of its successor; its `epoch` is the visitor's at that moment, so a token whose
-visitor was ended while it was minted is never kept.
+visitor was ended while it was minted is neither kept nor handed out.
 """
 
 from collections.abc import Callable
@@ -88,6 +88,13 @@ class Store(Protocol):
 
     async def keep(self, ask: Ask, key: str, token: EmbedToken, lease: Lease) -> Kept:
         """Hold a token for reuse until it is dead; ends the lease."""
+        ...
+
+    async def release(self, ask: Ask, key: str, lease: Lease) -> bool:
+        """End a lease whose token is not to be held for reuse, but handed out.
+
+        False if its visitor was ended meanwhile: then it must not be handed out either.
+        """
         ...
 
     def abandon(self, ask: Ask, key: str, lease: Lease, error: BaseException | None) -> None:

@@ -137,6 +137,10 @@ class MemoryStore(Store):
         return Kept.KEPT
 
     @override
+    async def release(self, ask: Ask, key: str, lease: Lease) -> bool:
+        return self._epochs.holds(ask.visitor, lease.epoch)
+
+    @override
     def abandon(self, ask: Ask, key: str, lease: Lease, error: BaseException | None) -> None:
         """Nobody else waits for it."""
 

@@ -115,6 +115,17 @@ class SharedStore(Store):
         return await self._alone.keep(ask, key, token, lease)
 
     @override
+    async def release(self, ask: Ask, key: str, lease: Lease) -> bool:
+        if lease.fence in self._led_alone:
+            self._led_alone.discard(lease.fence)
+            return await self._alone.release(ask, key, lease)
+        try:
+            return await self._remote.release(ask, key, lease)
+        except StoreFailed as failed:
+            self._go_alone(failed)
+        return await self._alone.release(ask, key, lease)
+
+    @override
     def abandon(self, ask: Ask, key: str, lease: Lease, error: BaseException | None) -> None:
         if lease.fence in self._led_alone:
             self._led_alone.discard(lease.fence)

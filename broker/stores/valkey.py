@@ -186,6 +186,13 @@ class ValkeyStore:
             self._front[key] = token
         return kept
 
+    async def release(self, ask: Ask, key: str, lease: Lease) -> bool:
+        """End a lease whose token is handed out and not held; False if its visitor was ended."""
+        self.abandon(ask, key, lease, None)  # apart from the question: nobody waits for it
+        name = self._names.visitor(ask.visitor).epoch
+        epoch = await self._server.command(Operation.RELEASE, name, command(b"GET", name))
+        return lease.epoch == (0 if epoch is None else _number(epoch))
+
     def abandon(self, ask: Ask, key: str, lease: Lease, error: BaseException | None) -> None:
         """End a lease without a token, in the background; those who wait are told `error`."""
         names, name = self._names.visitor(ask.visitor), self._names.token_name(key)

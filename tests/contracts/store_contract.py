@@ -259,6 +259,18 @@ class StoreContract:
         assert await opened.store.keep(ask, ask.key, token, lease) is Kept.ENDED
         assert await opened.store.look(ask, ask.key) is None
 
+    async def test_G9_what_is_not_held_is_handed_out_unless_its_visitor_was_ended(
+        self, open_store: OpenStore
+    ) -> None:
+        """Released: nobody finds it, the next one leads at once, and an end in between is told."""
+        opened, ask = await open_store(limits_of()), ask_of()
+        assert await opened.store.release(ask, ask.key, await lead(opened, ask)) is True
+        assert await opened.store.look(ask, ask.key) is None
+        lease = await lead(opened, ask)
+        await opened.store.end_visitor(ask.client, ask.fingerprint)
+        assert await opened.store.release(ask, ask.key, lease) is False
+        assert await opened.store.release(ask, ask.key, await lead(opened, ask)) is True
+
     # --- who leads
 
     async def test_a_leader_is_given_a_token_that_is_good_instead(
