@@ -121,7 +121,12 @@ class Sharing:
             if self.fleet.is_member or self.server.is_away:
                 break
             await self.fleet.beat()
-        for work in (self.fleet.run, self.store.keep_leases, self._listen):
+        for work in (
+            self.fleet.run,
+            self.store.keep_leases,
+            self.book.keep_written,
+            self._listen,
+        ):
             self._tasks.add(asyncio.get_running_loop().create_task(_for_ever(work)))
 
     def use_access(self, access: Access) -> None:
@@ -134,6 +139,7 @@ class Sharing:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.store.close()
+        await self.book.close()
         await self.fleet.leave()
         await self.server.close()
 

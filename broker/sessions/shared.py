@@ -4,10 +4,15 @@
 signed still proves itself; one of the vendor's is known to the replica that handed it out.
 `closed`: whoever asks is told 503.  Ending a session needs the server in either case: an end that
 only one replica knows would be none.
+
+Coming back: what is recorded meanwhile is unknown to operators and to other replicas, so it is
+written as soon as the server can be reached, a few at a time, and what is left of it on drain.
 """
 
+import asyncio
 import contextlib
 from collections.abc import Sequence
+from itertools import islice
 
 from typing_extensions import override
 
@@ -18,12 +23,21 @@ from broker.sessions.memory import MemoryBook
 from broker.sessions.valkey import ValkeyBook
 from broker.stores.failures import StoreFailed
 
+CATCH_UP = 1.0
+"""Seconds between looks whether something is to be written still; while the breaker of the store is
+open, such a look costs nothing."""
+
+BATCH = 20
+"""Sessions written at a time, about a hundred commands: visitors wait on the same connection."""
+
+LAST_WORDS = 2.0
+"""Seconds that a drain may take for it: some thousands of sessions."""
+
 
 class SharedBook(SessionBook):
     """The book on the server, and this replica's own while that is away.
 
-    `alone` has what this replica handed out; what could not be written to the server is written
-    when it is asked for again.
+    `alone` has what this replica handed out.
     """
 
     def __init__(self, remote: ValkeyBook, alone: MemoryBook, *, closed: bool) -> None:
@@ -98,6 +112,24 @@ class SharedBook(SessionBook):
         if self._unwritten:
             self._unwritten &= self._alone.ids
 
+    async def keep_written(self) -> None:
+        """Write what could not be written, for ever; owned by whoever opens the store."""
+        while True:
+            await asyncio.sleep(CATCH_UP)
+            await self.catch_up()
+
+    async def close(self) -> None:
+        """Write what is left, unless that takes too long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS):
+                await self.catch_up()
+
+    async def catch_up(self) -> None:
+        """Write what could not be written; stops at the first that fails, for a later time."""
+        while some := list(islice(self._unwritten, BATCH)):
+            if not all(await asyncio.gather(*map(self._write, some))):
+                return
+
     def __len__(self) -> int:
         return len(self._alone)
 
@@ -105,9 +137,26 @@ class SharedBook(SessionBook):
         """Return a session that the server does not know because it was away, and tell it."""
         if session is None or session.session_id not in self._unwritten:
             return None
-        await self.record(session)
-        self._unwritten.discard(session.session_id)
-        return session
+        await self._write(session.session_id)
+        return await self._alone.find(session.session_id)
+
+    async def _write(self, session_id: str) -> bool:
+        """Write what is known here only; False if the server fails.
+
+        Another replica may have ended the session while this one could not know, for a vendor gives
+        one to both: what was ended stays so.  In this order, because it may be ended meanwhile.
+        """
+        session = await self._alone.find(session_id)
+        if session is not None:
+            try:
+                await self._remote.record(session)
+                if await self._remote.ended(session_id):
+                    await self._remote.forget(session)
+                    await self._alone.forget(session)
+            except StoreFailed:
+                return False  # counted
+        self._unwritten.discard(session_id)
+        return True
 
     def _require_open(self, failed: StoreFailed) -> None:
         if self._closed:

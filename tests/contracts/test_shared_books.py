@@ -29,9 +29,9 @@ from broker.clock import SystemClock  # noqa: E402
 from broker.errors import ServiceUnavailable  # noqa: E402
 from broker.metrics import StoreMetrics  # noqa: E402
 from broker.model import Secret  # noqa: E402
-from broker.sessions.base import MARK_LIFE, Place  # noqa: E402
+from broker.sessions.base import MARK_LIFE, Place, place_of  # noqa: E402
 from broker.sessions.memory import MemoryBook  # noqa: E402
-from broker.sessions.shared import SharedBook  # noqa: E402
+from broker.sessions.shared import BATCH, SharedBook  # noqa: E402
 from broker.sessions.valkey import ValkeyBook  # noqa: E402
 from broker.stores.names import Names  # noqa: E402
 from broker.stores.nodes import nodes_at  # noqa: E402
@@ -195,7 +195,7 @@ class TestWhileTheServerIsAway:
     """Row S1: the policy holds, and nothing is lost or brought back."""
 
     async def test_S1_local_goes_on_with_what_is_known_here(self) -> None:
-        """Own records are found, and written when they are asked for after the return."""
+        """Own records are found; whoever asks for one after the return finds it everywhere."""
         with store_server(valkey_binary()) as server:
             async with opened_on(server) as opened, opened_on(server) as other:
                 before = await recorded(opened, token="before")
@@ -215,6 +215,28 @@ class TestWhileTheServerIsAway:
                 await other.end(during)
                 assert await opened.book.find(during.session_id) is None, "not brought back"
                 assert await opened.book.find_token(during.digest) is None
+
+    async def test_S1_what_was_recorded_meanwhile_is_written_afterwards(self) -> None:
+        """Nobody has to ask for it here: other replicas find and list it, some batches of it.
+
+        What failed half-way comes with the next attempt, and what was ended stays so.
+        """
+        with store_server(valkey_binary()) as server:
+            async with opened_on(server) as opened, opened_on(server) as other:
+                server.kill()
+                made = [await recorded(opened, token=str(n)) for n in range(3 * BATCH)]
+                await opened.book.catch_up()
+                server.start()
+                await back(opened, other)
+                await other.book.end(made[0])
+                await opened.book.catch_up()
+                live = sorted(made[1:], key=place_of)
+                assert await everything(other.book, EVERYTHING, 10) == live
+                assert await other.book.find_token(made[-1].digest) == made[-1]
+                for one in (opened, other):
+                    assert await one.book.find(made[0].session_id) is None
+                    assert await one.book.find_token(made[0].digest) is None
+                assert "unwritten=0" in repr(opened.book)
 
     async def test_S1_closed_refuses(self) -> None:
         """503 and when to come back, for every question."""

@@ -1,0 +1,106 @@
+"""Sessions that were recorded while the store was away are known to the fleet afterwards."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from processes import Tree
+from replicas import tree_for, until
+from servers import StoreServer, store_server, valkey_binary
+
+from broker import config
+from broker.app import App
+from broker.model import Session
+from broker.sessions import shared
+
+pytestmark = pytest.mark.parts
+
+
+@pytest.fixture
+def frail() -> Iterator[StoreServer]:
+    """A store that the test may kill."""
+    with store_server(valkey_binary()) as server:
+        yield server
+
+
+@asynccontextmanager
+async def replica(tree: Tree) -> AsyncIterator[App]:
+    """Run one in this process, and drain it."""
+    settings = config.load(None, {}, tree)
+    app = App(settings, lambda: settings, {})
+    await app.start()
+    try:
+        yield app
+    finally:
+        app.stop()
+        await app.run()
+
+
+def handed_out() -> Session:
+    """Make a session of the vendor's: only its record tells whose it is."""
+    now = int(time.time())
+    return Session(
+        session_id=secrets.token_hex(16),
+        client="web",
+        agent="A1",
+        fingerprint=secrets.token_hex(8),
+        model="",
+        issued=now,
+        expires=now + 3600,
+        digest=secrets.token_bytes(32),
+    )
+
+
+async def away_and_back(store: StoreServer, app: App) -> list[Session]:
+    """Record sessions in an outage, until the replica has found the store again."""
+    store.kill()
+    made = [handed_out() for _ in range(50)]
+    for session in made:
+        await app.book.record(session)
+    await asyncio.to_thread(store.start)
+    sharing = app.sharing
+    assert sharing is not None
+
+    async def is_back() -> bool:
+        return not sharing.is_degraded  # it sees that by itself: it has a heartbeat
+
+    await until(is_back, "the replica to be back")
+    return made
+
+
+async def missing(app: App, made: list[Session]) -> int:
+    """Count what a replica does not know."""
+    return [await app.book.find(session.session_id) for session in made].count(None)
+
+
+async def test_S1_records_of_an_outage_are_written_when_it_is_over(
+    frail: StoreServer, tmp_path: Path
+) -> None:
+    """In the background: an operator of another replica finds and ends them."""
+    tree = tree_for(tmp_path, frail)
+    async with replica(tree) as one, replica(tree) as other:
+        made = await away_and_back(frail, one)
+
+        async def is_known() -> bool:
+            return await missing(other, made) == 0
+
+        await until(is_known, "the other replica to know all of them")
+        assert await other.sessions.end(made[0].session_id, visitor=False) == 1
+        assert await one.book.find(made[0].session_id) is None
+
+
+async def test_S1_records_of_an_outage_are_written_on_drain(
+    frail: StoreServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica that goes leaves nothing that only it knew."""
+    monkeypatch.setattr(shared, "CATCH_UP", 3600.0)
+    tree = tree_for(tmp_path, frail)
+    async with replica(tree) as other:
+        async with replica(tree) as one:
+            made = await away_and_back(frail, one)
+            assert await missing(other, made) == len(made)
+        assert await missing(other, made) == 0
