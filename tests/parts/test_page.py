@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import jwt
 import pytest
 from browsing import Visit
-from playwright.sync_api import Browser, FrameLocator, Page, expect
+from playwright.sync_api import Browser, FrameLocator, Page, Route, expect
 from running import Broker, broker
 from website import AGENT, Answer, Website, handout, refusal, website
 
@@ -27,6 +27,15 @@ ALLOWED = "microphone *; camera *; autoplay *"
 
 SIGNING_KEY = secrets.token_urlsafe(48)
 """The broker's key, so that a test can sign what the broker would not."""
+
+
+BLOCKED_ADVERTISEMENT = """() => new Promise((done) => {
+  document.addEventListener("securitypolicyviolation", done);
+  const other = document.createElement("iframe");
+  other.src = "https://advertisement.example/";
+  document.body.append(other);
+}).then(() => undefined)"""
+"""Adds another frame, and waits until the page's policy has blocked it."""
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +198,29 @@ class TestOneTag:
         page.evaluate("dispatchEvent(new PageTransitionEvent('pagehide', { persisted: true }))")
         expect(page.locator("iframe")).to_have_count(0)
 
+    @pytest.mark.parametrize("mode", ["button", "dialog", "inline"])
+    def test_closed_and_opened_at_once_it_stays_open(
+        self, site: Website, visit: Visit, mode: str
+    ) -> None:
+        """The browser tells later that a dialog was closed: that is not about the new opening."""
+        page = visit.page
+        page.goto(site.show(site.tag(mode=mode)))
+        talk(page)
+        connected(page)
+        page.evaluate(
+            """async () => {
+              const tag = document.querySelector("script");
+              const widget = EmbedBroker.mount(tag, tag.dataset);
+              widget.close();
+              await widget.open();
+              await new Promise((done) => setTimeout(done, 100));
+            }"""
+        )
+        connected(page)
+        expect(page.get_by_role("button", name="Close")).to_be_visible()
+        page.get_by_role("button", name="Close").click()
+        expect(page.locator("iframe")).to_have_count(0)
+
 
 class TestByKeyboard:
     @pytest.mark.parametrize("mode", ["button", "dialog", "inline"])
@@ -272,6 +304,23 @@ class TestSessions:
             connected(page)
             page.get_by_role("button", name="Close").click()
         assert len(site.asked) == 1
+
+    @pytest.mark.parametrize("hours", [-2, 2])
+    def test_a_wrong_clock_of_the_device_leaves_the_page_s_token_its_life(
+        self, site: Website, visit: Visit, hours: int
+    ) -> None:
+        """Nobody tells the time: it is good for as long as it was made for, from the page on."""
+        page = visit.page
+        page.clock.install(time=time.time() + hours * 3600)
+        page.goto(site.show(site.tag(token=token(600), token_url="")))  # made for 70 minutes
+        page.get_by_role("button", name=LABEL).click()
+        page.clock.run_for(1_000)
+        assert connected(page) == "signed-here"
+        page.get_by_role("button", name="Close").click()
+        page.clock.fast_forward(4_150_000)
+        page.get_by_role("button", name=LABEL).click()
+        expect(page.get_by_role("status")).to_have_text("This page was open for too long.")
+        assert len(page.frames) == 1
 
     def test_calls_at_the_same_time_share_a_request(self, site: Website, visit: Visit) -> None:
         """Twenty callers and a click: one request, one token."""
@@ -392,6 +441,44 @@ class TestTrouble:
         page.wait_for_timeout(1500)
         assert len(site.asked) == 1
 
+    def test_a_wait_stays_a_wait_for_who_opens_again(self, site: Website, visit: Visit) -> None:
+        """The button that was enabled for the last opening is not for this one."""
+        site.prepared.append(refusal(503, "SERVICE_UNAVAILABLE", 120))
+        page = self.opened(site, visit)
+        expect(page.get_by_role("button", name="Try again")).to_be_disabled()
+        page.get_by_role("button", name="Close").click()
+        talk(page)
+        expect(page.get_by_role("status")).to_have_text(re.compile("Next try in 1[12][0-9] s"))
+        page.wait_for_timeout(200)
+        expect(page.get_by_role("button", name="Try again")).to_be_disabled()
+        assert len(site.asked) == 1
+
+    def test_everybody_who_waits_for_the_same_request_reads_so(
+        self, site: Website, visit: Visit
+    ) -> None:
+        """Two avatars, opened before and while it waits, and a caller from the page between."""
+        site.prepared.append(refusal(429, "RATE_LIMITED", 3))
+        tags = [site.tag(mode="inline", label=label) for label in ("One", "Two", "Three")]
+        page = visit.page
+        page.goto(site.show("".join(tags)))
+        expect(page.get_by_role("button", name="Three")).to_be_visible()
+        page.evaluate(
+            """() => {
+              const [one, two] = document.querySelectorAll("script");
+              EmbedBroker.mount(one, one.dataset).open();
+              EmbedBroker.mount(two, two.dataset).open();
+              EmbedBroker.getToken();
+            }"""
+        )
+        busy = re.compile("The avatar is busy. Next try in [23] s.")
+        said = page.get_by_role("status").filter(visible=True)
+        expect(said.nth(0)).to_have_text(busy)
+        expect(said.nth(1)).to_have_text(busy)
+        page.get_by_role("button", name="Three").click()
+        expect(said.nth(2)).to_have_text(busy)
+        expect(page.locator("iframe")).to_have_count(3)
+        assert len(site.asked) == 2
+
     @pytest.mark.parametrize("status_code", [401, 403, 409, 500])
     def test_a_refusal_that_stays_is_not_tried_again(
         self, site: Website, visit: Visit, status_code: int
@@ -430,9 +517,9 @@ class TestTrouble:
             assert len(site.asked) == 3
             assert self.told(page) == [["RATE_LIMITED", 429, True]]
 
-    def test_a_page_that_was_open_for_too_long_says_so(self, site: Website, visit: Visit) -> None:
-        """`data-token` that has expired and no route: no frame, and the way out is a reload."""
-        page = self.opened(site, visit, token=token(-10), token_url="")
+    def test_a_page_that_is_too_old_says_so(self, site: Website, visit: Visit) -> None:
+        """`data-token` of a cached page, no route: the viewer tells; the way out is a reload."""
+        page = self.opened(site, visit, token=token(-60), token_url="")
         expect(page.get_by_role("status")).to_have_text("This page was open for too long.")
         assert len(page.frames) == 1
         assert self.told(page) == [["TOKEN_EXPIRED", 0, False]]
@@ -488,6 +575,31 @@ class TestTrouble:
             assert page.evaluate("told") == ["FRAME_BLOCKED"]
             assert len(page.frames) == 1
 
+    def test_a_policy_that_only_reports_blocks_nothing(self, site: Website, visit: Visit) -> None:
+        """`Report-Only`: the browser complains and loads the frame, so the call begins."""
+        page = visit.page
+        header = "Content-Security-Policy-Report-Only"
+        page.goto(site.show(site.tag(), {header: "frame-src 'none'"}))
+        talk(page)
+        connected(page)
+        assert any("Report Only" in line or "report-only" in line for line in visit.complaints)
+
+    def test_a_call_that_begins_is_not_ended_by_another_frame_s_trouble(
+        self, site: Website, visit: Visit
+    ) -> None:
+        """The policy blocks an advertisement while the viewer is still loading."""
+        page = visit.page
+        policy = f"frame-src {site.embed_origin} {site.viewer_origin}"
+        page.goto(site.show(site.tag(), {"Content-Security-Policy": policy}))
+        held: list[Route] = []
+        page.route(f"{site.embed_origin}/embed/**", lambda route: held.append(route))  # noqa: PLW0108 - playwright marks it
+        talk(page)
+        expect(page.locator("iframe")).to_have_count(1)
+        page.evaluate(BLOCKED_ADVERTISEMENT)
+        (viewer,) = held
+        viewer.continue_()
+        connected(page)
+
     def test_a_running_call_is_not_ended_by_another_frame_s_trouble(
         self, site: Website, visit: Visit
     ) -> None:
@@ -497,14 +609,7 @@ class TestTrouble:
         page.goto(site.show(site.tag(), {"Content-Security-Policy": policy}))
         talk(page)
         connected(page)
-        page.evaluate(
-            """() => new Promise((done) => {
-              document.addEventListener("securitypolicyviolation", done);
-              const other = document.createElement("iframe");
-              other.src = "https://advertisement.example/";
-              document.body.append(other);
-            }).then(() => undefined)"""
-        )
+        page.evaluate(BLOCKED_ADVERTISEMENT)
         connected(page)
 
 

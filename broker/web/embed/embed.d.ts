@@ -40,7 +40,10 @@ declare global {
     interface TokenOptions {
       /** The agent's code: 1 to 64 of `A-Z a-z 0-9 _ -`. */
       agent: string;
-      /** A token that was minted with the page. Once it has expired, `tokenUrl` is asked if there is one. */
+      /**
+       * A token that was minted with the page. Once it has expired, `tokenUrl` is asked if there is one;
+       * without one its life counts from now, because the device's clock may be wrong.
+       */
       token?: string;
       /**
        * A route of the site's backend, on this origin or https. It gets

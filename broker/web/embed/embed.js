@@ -2,17 +2,16 @@
 (() => {
   "use strict";
 
-  // By kind: <img name="currentScript"> could stand in for it.
+  // It might be an <img name="currentScript">.
   const current = document.currentScript;
   const tag = current instanceof HTMLScriptElement && current;
   const { EmbedBroker } = window;
   if (typeof EmbedBroker?.start === "function") return tag && EmbedBroker.start(tag);
 
-  const VENDOR = "https://www.bithuman.ai";
-  // The stars: without them only the origin in src may listen, and it redirects.
+  // Without stars only the origin in src may listen, which redirects.
   const ALLOW = "microphone *; camera *; autoplay *";
-  const MARGIN = 60_000; // ms that a token must have left to be used
-  const PATIENCE = 30; // s: later retries are left to the visitor
+  const MARGIN = 60_000; // ms that must be left
+  const PATIENCE = 30; // s that may be waited
   const EXPIRED = "TOKEN_EXPIRED";
 
   const texts = {
@@ -72,7 +71,7 @@
   function safeOrigin(text) {
     try {
       const { protocol, hostname, origin } = new URL(text, location);
-      const near = origin === location.origin || /^((.+\.)?localhost|127\.0\.0\.1)$/.test(hostname);
+      const near = origin === location.origin || /^(.+\.)?localhost$|^127\.0\.0\.1$/.test(hostname);
       return (protocol === "https:" || (protocol === "http:" && near)) && origin;
     } catch {
       return false;
@@ -80,8 +79,8 @@
   }
 
   function check(given) {
-    const options = { token: "", mode: "button", embedOrigin: VENDOR, viewerOrigins: "", ...texts,
-      ...given };
+    const options = { token: "", mode: "button", embedOrigin: "https://www.bithuman.ai",
+      viewerOrigins: "", ...texts, ...given };
     const demand = (fine, name, rule) => {
       if (!fine) throw failure("CONFIG", `data-${name}: must ${rule}`);
     };
@@ -94,7 +93,8 @@
     for (const origin of options.origins) {
       demand(safeOrigin(origin) === origin, "embed-origin", "be an origin: https or localhost");
     }
-    options.slot = slots[[agent, tokenUrl, token]] ??= { token, ends: endOf(token) };
+    options.slot = slots[[agent, tokenUrl, token]] ??= {
+      token, skew: 0, ends: endOf(token, !tokenUrl) };
     return options;
   }
 
@@ -102,14 +102,14 @@
 
   let device;
 
-  // In memory only, where storage is blocked.
+  // In memory where storage is blocked.
   function fingerprint() {
     try {
       device ??= localStorage.getItem("avatar-device");
     } catch {}
     if (!/^[0-9a-f]{32}$/.test(device)) {
-      const bytes = [...crypto.getRandomValues(new Uint8Array(16))];
-      device = bytes.map((byte) => (byte + 256).toString(16).slice(1)).join("");
+      const bytes = crypto.getRandomValues(new Uint8Array(16));
+      device = Array.from(bytes, (byte) => (byte + 256).toString(16).slice(1)).join("");
       try {
         localStorage.setItem("avatar-device", device);
       } catch {}
@@ -119,30 +119,32 @@
 
   // -- tokens: one request at a time, one retry
 
-  const slots = {}; // by options: token, end, request under way, back-off
-  let skew = 0; // ms: this device's clock may be hours off
+  const slots = {}; // by options
 
-  // In ms; a token that does not say counts as good.
-  function endOf(token) {
+  // In ms; `alone` by its life only: the device's clock may be off. Unsaid counts as good.
+  function endOf(token, alone) {
     try {
       const claims = token.split(".")[1].replace(/-/g, "+").replace(/_/g, "/");
-      return JSON.parse(atob(claims)).exp * 1000 || Infinity;
+      const { exp, iat } = JSON.parse(atob(claims));
+      return (alone && Date.now() + (exp - iat) * 1000) || exp * 1000 || Infinity;
     } catch {
       return Infinity;
     }
   }
 
-  // `waiting` is told the seconds until a retry.
+  // `waiting` is told the seconds.
   async function obtain(options, waiting) {
     const { slot } = options;
-    if (slot.token && slot.ends - Date.now() - skew > MARGIN) return slot.token;
+    if (slot.token && slot.ends - Date.now() - slot.skew > MARGIN) return slot.token;
     if (!options.tokenUrl) throw failure(EXPIRED, "data-token has expired");
-    slot.waiting = waiting;
+    const retryAfter = Math.ceil((slot.free - Date.now()) / 1000);
     if (!slot.flight) {
-      const retryAfter = Math.ceil((slot.free - Date.now()) / 1000);
       if (retryAfter > 0) throw Object.assign(slot.error, { retryAfter });
+      slot.waiting = [];
       slot.flight = request(options).finally(() => (slot.flight = null));
     }
+    if (retryAfter > 0) waiting?.(retryAfter);
+    slot.waiting.push(waiting);
     return slot.flight;
   }
 
@@ -158,7 +160,7 @@
       const retrying = !retried && wait <= PATIENCE;
       report(error, agent, retrying);
       if (!retrying) throw error;
-      slot.waiting?.(wait);
+      for (const waiting of slot.waiting) waiting?.(wait);
       await new Promise((done) => setTimeout(done, (wait + Math.random()) * 1000));
       return request(options, true);
     }
@@ -179,12 +181,12 @@
       throw failure("NETWORK", `no answer from ${tokenUrl}`, { retryAfter: 2 });
     }
     const { ok, status, headers } = answer;
-    skew = Date.parse(headers.get("Date")) - Date.now() || skew;
     const { token, session_id: session, expires_at: expires } = body?.data ?? body ?? {};
-    if (ok && token) return { token, session, ends: expires * 1000 || endOf(token) };
+    const skew = Date.parse(headers.get("Date")) - Date.now() || 0;
+    if (ok && token) return { token, session, skew, ends: expires * 1000 || endOf(token) };
     const code = ok ? "NO_TOKEN" : body?.error?.code ?? `HTTP_${status}`;
     const wait = Number(headers.get("Retry-After")) || 2;
-    const retryAfter = [429, 502, 503, 504].includes(status) ? wait : undefined;
+    const retryAfter = /429|50[234]/.test(status) ? wait : undefined;
     throw failure(code, `${status} ${code} from ${tokenUrl}`, { status, retryAfter });
   }
 
@@ -203,8 +205,8 @@
     const options = check(given);
     const { agent, mode, label, title, tokenUrl, embedOrigin, origins } = options;
     const inline = mode === "inline";
-    let frame, shown, loaded, retried;
-    let turn = 0; // tells an opening from one closed meanwhile
+    let frame, shown, loaded, retried, timer;
+    let turn = 0;
 
     const launcher = make("button", { className: mode, onclick: () => open() }, label);
     const closer = make("button", { ariaLabel: texts.close, onclick: close }, "\u2715");
@@ -215,7 +217,7 @@
     const panel = make(inline ? "section" : "dialog", {
       className: `panel ${mode}`,
       ariaLabel: title,
-      onclose: close,
+      onclose: () => panel.open || close(), // it comes late
       onkeydown({ key }) {
         if (key === "Escape") close();
       },
@@ -233,19 +235,20 @@
     function say(text, wait = 0, onclick) {
       status.textContent = text.replace("{seconds}", wait);
       Object.assign(again, { hidden: !onclick, disabled: wait, onclick });
-      setTimeout(() => (again.disabled = false), wait * 1000);
+      clearTimeout(timer);
+      timer = setTimeout(() => (again.disabled = false), wait * 1000);
     }
 
     async function open(second = false) {
       retried = second;
-      const mine = (turn += 1);
+      const mine = ++turn;
       if (!shown) show(true);
       say(texts.connecting);
       try {
         const token = await obtain(options, (wait) => mine === turn && say(texts.busy, wait));
         if (mine === turn) play(token);
       } catch (error) {
-        if (error.code === EXPIRED) report(error, agent); // others were
+        if (error.code === EXPIRED) report(error, agent);
         if (mine === turn) fail(error);
       }
     }
@@ -276,14 +279,14 @@
 
     function close() {
       if (!shown) return;
-      turn += 1;
+      turn++;
       frame = frame?.remove();
       say("");
       show(false);
       emit("close", { agent });
     }
 
-    // Anybody can post to a page: source and origin must be known.
+    // Anybody can post to a page.
     function hear({ source, origin, data }) {
       if (source !== frame?.contentWindow || !origins.includes(origin)) return;
       if (data?.type === "embed-broker:close") close();
@@ -295,8 +298,9 @@
     }
 
     // The usual reason for an empty frame.
-    function blocked({ effectiveDirective }) {
-      if (!frame || loaded || effectiveDirective !== "frame-src") return;
+    function blocked({ effectiveDirective, disposition, blockedURI }) {
+      if (disposition !== "enforce" || effectiveDirective !== "frame-src") return;
+      if (!frame || loaded || !origins.includes(safeOrigin(blockedURI))) return;
       stop("FRAME_BLOCKED", "frame-src must allow the viewer");
     }
 
