@@ -29,6 +29,8 @@ from processes import Broker, Tree, good, merged, secret_in
 from redis.exceptions import RedisError
 from servers import AnyServer, StoreServer, free_port
 
+from broker import config
+from broker.app import App
 from broker.testing import FakeVendor, VendorSettings
 
 T = TypeVar("T")
@@ -289,6 +291,19 @@ class Crowd:
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
+
+
+@asynccontextmanager
+async def replica_here(tree: Tree) -> AsyncIterator[App]:
+    """Run one in this process, for what no route can ask of it, and drain it."""
+    settings = config.load(None, {}, tree)
+    app = App(settings, lambda: settings, {})
+    await app.start()
+    try:
+        yield app
+    finally:
+        app.stop()
+        await app.run()
 
 
 async def until(look: Any, what: str, patience: float = PATIENCE) -> float:

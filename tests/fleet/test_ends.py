@@ -1,34 +1,16 @@
 """A visitor who was ended on one replica is over on the other from its next request on: G9."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from processes import Tree
-from replicas import replicas, tree_for, visitor
+from replicas import replica_here, replicas, tree_for, visitor
 from servers import StoreServer
 
-from broker import config
-from broker.app import App
 from broker.errors import ServiceUnavailable
 from broker.testing import FakeVendor, faults
 
 pytestmark = pytest.mark.parts
-
-
-@asynccontextmanager
-async def third_replica(tree: Tree) -> AsyncIterator[App]:
-    """Run one more in this process: there is no route yet that ends a visitor."""
-    settings = config.load(None, {}, tree)
-    app = App(settings, lambda: settings, {})
-    await app.start()
-    try:
-        yield app
-    finally:
-        app.stop()
-        await app.run()
 
 
 async def test_G9_an_ended_visitor_is_given_nothing_of_before(
@@ -36,7 +18,7 @@ async def test_G9_an_ended_visitor_is_given_nothing_of_before(
 ) -> None:
     """Held, held in the other replica's front, and being minted there at that very moment."""
     tree = tree_for(tmp_path, store, vendor)
-    async with replicas(tmp_path, tree) as fleet, third_replica(tree) as ender:
+    async with replicas(tmp_path, tree) as fleet, replica_here(tree) as ender:
         fingerprint, stranger = visitor(), visitor()
         before = [(await replica.ask(fingerprint)).token for replica in fleet]
         strangers = [(await replica.ask(stranger)).token for replica in fleet]
@@ -69,6 +51,6 @@ async def test_G9_an_end_that_the_store_cannot_take_is_refused(
     store: StoreServer, tmp_path: Path
 ) -> None:
     """It must hold for every replica, or it is not said to have happened."""
-    async with third_replica(tree_for(tmp_path, f"unix://{tmp_path}/nobody")) as ender:
+    async with replica_here(tree_for(tmp_path, f"unix://{tmp_path}/nobody")) as ender:
         with pytest.raises(ServiceUnavailable):
             await ender.store.end_visitor("web", visitor())

@@ -3,16 +3,13 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import Tree
-from replicas import tree_for, until
+from replicas import replica_here, tree_for, until
 from servers import StoreServer, store_server, valkey_binary
 
-from broker import config
 from broker.app import App
 from broker.model import Session
 from broker.sessions import shared
@@ -25,19 +22,6 @@ def frail() -> Iterator[StoreServer]:
     """A store that the test may kill."""
     with store_server(valkey_binary()) as server:
         yield server
-
-
-@asynccontextmanager
-async def replica(tree: Tree) -> AsyncIterator[App]:
-    """Run one in this process, and drain it."""
-    settings = config.load(None, {}, tree)
-    app = App(settings, lambda: settings, {})
-    await app.start()
-    try:
-        yield app
-    finally:
-        app.stop()
-        await app.run()
 
 
 def handed_out() -> Session:
@@ -82,7 +66,7 @@ async def test_S1_records_of_an_outage_are_written_when_it_is_over(
 ) -> None:
     """In the background: an operator of another replica finds and ends them."""
     tree = tree_for(tmp_path, frail)
-    async with replica(tree) as one, replica(tree) as other:
+    async with replica_here(tree) as one, replica_here(tree) as other:
         made = await away_and_back(frail, one)
 
         async def is_known() -> bool:
@@ -99,8 +83,8 @@ async def test_S1_records_of_an_outage_are_written_on_drain(
     """A replica that goes leaves nothing that only it knew."""
     monkeypatch.setattr(shared, "CATCH_UP", 3600.0)
     tree = tree_for(tmp_path, frail)
-    async with replica(tree) as other:
-        async with replica(tree) as one:
+    async with replica_here(tree) as other:
+        async with replica_here(tree) as one:
             made = await away_and_back(frail, one)
             assert await missing(other, made) == len(made)
         assert await missing(other, made) == 0
