@@ -191,7 +191,8 @@ class ValkeyStore:
         self.abandon(ask, key, lease, None)  # apart from the question: nobody waits for it
         name = self._names.visitor(ask.visitor).epoch
         epoch = await self._server.command(Operation.RELEASE, name, command(b"GET", name))
-        return lease.epoch == (0 if epoch is None else _number(epoch))
+        in_force = 0 if epoch is None else number(epoch)
+        return lease.epoch == in_force and self._ends.holds(ask.visitor, lease.epoch)
 
     def abandon(self, ask: Ask, key: str, lease: Lease, error: BaseException | None) -> None:
         """End a lease without a token, in the background; those who wait are told `error`."""

@@ -228,7 +228,7 @@ class TestWhileTheServerIsAway:
                 await opened.book.catch_up()
                 server.start()
                 await back(opened, other)
-                await other.book.end(made[0])
+                await other.end(made[0])
                 await opened.book.catch_up()
                 live = sorted(made[1:], key=place_of)
                 assert await everything(other.book, EVERYTHING, 10) == live
