@@ -2,15 +2,23 @@
 
 import secrets
 import time
+from collections.abc import Sequence
 
 import pytest
 from replica import Replica, opened
 from servers import StoreServer, store_server, valkey_binary
 from sharing_cases import ask_of, limits_of
 
-from broker.issuers.refusals import ACCOUNT_MEMORY, AGENT_MEMORY
+from broker.board import Sheet
+from broker.issuers.refusals import ACCOUNT_MEMORY, AGENT_MEMORY, LocalRefusals
+from broker.issuers.upstream import UpstreamIssuer
+from broker.issuers.vendor_client import VendorClient
 from broker.issuers.vendor_replies import Refused, Scope
+from broker.metrics import UpstreamMetrics
 from broker.model import Ask, Secret
+from broker.pacer import Paced
+from broker.slots import Budget
+from broker.testing import FakeClock
 
 pytestmark = pytest.mark.parts
 
@@ -78,6 +86,29 @@ async def test_V3_another_account_is_not_refused_for_this_ones_bill(valkey: Stor
         assert await other.sharing.refusals.find(ask_of()) == UNPAID
         other.sharing.refusals.use_keys(new)
         assert await other.sharing.refusals.find(ask_of()) is None
+
+
+async def test_V3_an_issuers_refusals_are_of_its_keys() -> None:
+    """From its start on, and anew when its list of keys is another one."""
+
+    class Accounts(LocalRefusals):
+        def use_keys(self, keys: Sequence[Secret]) -> None:
+            accounts.append(list(keys))
+
+    accounts: list[list[Secret]] = []
+    clock, (one, other) = FakeClock(), (Secret(secrets.token_urlsafe(16)) for _ in range(2))
+    issuer = UpstreamIssuer(
+        VendorClient("http://127.0.0.1:9", 1.0),
+        [one],
+        Paced(Budget(rate=60, per=60, burst=1, max_wait=1), lambda _seconds: None),
+        clock,
+        UpstreamMetrics(Sheet()),
+        refusals=Accounts(clock),
+    )
+    issuer.use_keys([one])
+    issuer.use_keys([other, one])
+    await issuer.close()
+    assert accounts == [[one], [other, one]]
 
 
 async def test_M4_they_end_by_themselves(valkey: StoreServer) -> None:

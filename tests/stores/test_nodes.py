@@ -100,7 +100,8 @@ async def test_a_slot_that_is_on_its_way_is_asked_for_once_more(town: Town) -> N
     replies = [b"-TRYAGAIN x\r\n", b"$1\r\nw\r\n"]
     town.nodes[0].answer = lambda _piece: replies.pop(0)
     assert await town.get() == b"w"
-    town.nodes[0].answer = lambda _piece: b"-TRYAGAIN x\r\n"
+    said = [b"-TRYAGAIN x\r\n", b"-TRYAGAIN y\r\n", b"$1\r\nw\r\n"]
+    town.nodes[0].answer = lambda _piece: said.pop(0)
     assert await town.get() is Reason.CLUSTER_DOWN
     assert (town.nodes[0].connections, town.readings) == (1, 1)
 
