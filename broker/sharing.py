@@ -163,7 +163,7 @@ class Sharing:
             if self._slots is not None:
                 self._slots.heard(message)
         else:
-            self._remote.heard(message)
+            self._remote.leases.heard(message)
 
 
 async def _for_ever(work: Callable[[], Awaitable[None]]) -> None:

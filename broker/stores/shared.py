@@ -24,9 +24,10 @@ from broker.model import Ask, Clock, EmbedToken, LimitName
 from broker.stores.base import Denial, Kept, Lease, Store, Visit
 from broker.stores.buckets import TokenBucket
 from broker.stores.failures import StoreFailed
+from broker.stores.leases import RENEWAL
 from broker.stores.memory import MemoryStore
 from broker.stores.server import Server
-from broker.stores.valkey import RENEWAL, ValkeyStore
+from broker.stores.valkey import ValkeyStore
 
 
 class SharedStore(Store):
@@ -149,7 +150,7 @@ class SharedStore(Store):
         """Renew leases, for ever; owned by the application."""
         while True:
             await asyncio.sleep(RENEWAL)
-            await self._remote.renew()
+            await self._remote.leases.renew()
 
     async def close(self) -> None:
         """Say to the server what is still to be said."""

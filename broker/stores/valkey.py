@@ -15,14 +15,11 @@ Ends of visitors are the server's to know.  Those that this replica has caused o
 knows, too (`ends`): while the server is away they hold here all the same, and a server that has
 forgotten one is told of it before anybody mints under an older epoch.
 
-A leader's lease is short, so that a leader that was killed is succeeded soon, and renewed as long
-as the mint takes.  Who is told to wait is woken by the one who keeps or abandons, and looks again
-by itself after a moment, in case that message was lost.
+Who leads is `leases`' affair.
 """
 
 import asyncio
 import contextlib
-import random
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 
@@ -32,12 +29,12 @@ from typing_extensions import override
 from broker.limits import Limits, LimitSet
 from broker.model import Ask, Clock, EmbedToken, LimitName, visitor_of
 from broker.rules.bucket import Limit, said
-from broker.rules.reuse import SECOND
 from broker.stores import outcome
 from broker.stores.base import Denial, Kept, Lease, Visit
 from broker.stores.buckets import BucketCounts
 from broker.stores.epochs import ENDS_LAST, KnownEnds
 from broker.stores.failures import Reason, StoreFailed, number
+from broker.stores.leases import LEASE, LEASE_MEMORY, Leases, texts
 from broker.stores.link import Reply
 from broker.stores.names import Names, VisitorKeys, is_epoch
 from broker.stores.scripts import Script, command
@@ -47,23 +44,8 @@ from broker.stores.tokens import TokenCache
 
 log = structlog.get_logger()
 
-LEASE = 3 * SECOND
-"""Microseconds: so long others wait for a leader that was killed."""
-
-RENEWAL = 1.0
-"""Seconds between renewals of a lease: two may fail before it ends."""
-
-LEASE_MEMORY = 120 * SECOND
-"""Microseconds that a lease's fence is remembered: longer than any mint takes."""
-
-ERROR_MEMORY = 2 * SECOND
-"""Microseconds that those who wait can learn how a mint failed."""
-
 MOST_ASKED = 1_000
 """Ends that are asked for at a time; a flood of news that nobody believes must not become one."""
-
-RECHECK, RECHECK_JITTER = 0.25, 0.1
-"""Seconds after which somebody who waits looks again by themselves."""
 
 _NOTHING = b""
 
@@ -107,8 +89,7 @@ class ValkeyStore:
         self._carried = carried
         self._ends = ends
         self._asked: set[bytes] = set()
-        self._leases: dict[bytes, int] = {}
-        self._sleepers: dict[bytes, set[asyncio.Future[None]]] = {}
+        self.leases = Leases(server, names)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def use_limits(self, limits: Limits) -> None:
@@ -162,7 +143,7 @@ class ValkeyStore:
                     known = version
                 case [b"wait", bytes(fence), left]:
                     waited_for = fence
-                    await self._sleep(names.lease(name), left)
+                    await self.leases.sleep(names.lease(name), left)
                 case [b"failed", bytes(error)]:
                     raise outcome.decode(error)
                 case [b"denied", int(wait)]:
@@ -180,7 +161,7 @@ class ValkeyStore:
     async def keep(self, ask: Ask, key: str, token: EmbedToken, lease: Lease) -> Kept:
         """Hold a token for everybody; ends the lease and wakes who waits."""
         lease_name = self._names.visitor(ask.visitor).lease(self._names.token_name(key))
-        self._leases.pop(lease_name, None)
+        self.leases.drop(lease_name)
         kept = await self._write(ask, key, token, lease)
         if kept is Kept.KEPT:
             self._front[key] = token
@@ -197,8 +178,8 @@ class ValkeyStore:
     def abandon(self, ask: Ask, key: str, lease: Lease, error: BaseException | None) -> None:
         """End a lease without a token, in the background; those who wait are told `error`."""
         names, name = self._names.visitor(ask.visitor), self._names.token_name(key)
-        self._leases.pop(names.lease(name), None)
-        self._own(self._release(names.lease(name), lease.fence, outcome.encode(error)))
+        self.leases.drop(names.lease(name))
+        self._own(self.leases.release(names.lease(name), lease.fence, outcome.encode(error)))
 
     async def end_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
         """Begin a new epoch for this visitor: no token from before it is found again."""
@@ -213,19 +194,6 @@ class ValkeyStore:
         if name not in self._asked:
             self._asked.add(name)
             self._own(self._learn_end(name))
-
-    def heard(self, name: bytes) -> None:
-        """Wake those who wait for this lease: its holder is done."""
-        for sleeper in self._sleepers.get(name, ()):
-            if not sleeper.done():
-                sleeper.set_result(None)
-
-    async def renew(self) -> None:
-        """Renew every lease that is held: call it every `RENEWAL` seconds."""
-        held = list(self._leases.items())
-        await asyncio.gather(
-            *(self._renew(name, fence) for name, fence in held), return_exceptions=True
-        )
 
     async def close(self) -> None:
         """Wait for what is still being said to the server."""
@@ -269,8 +237,8 @@ class ValkeyStore:
             self._seal.close(key, content),
             b"%d" % ENDS_LAST,
         )
-        said_, *waiting = _texts(reply)
-        self._wake(waiting, names.lease(name))
+        said_, *waiting = texts(reply)
+        self.leases.wake(waiting, names.lease(name))
         return Kept(said_.decode())
 
     async def _ask_visitor(
@@ -414,7 +382,7 @@ class ValkeyStore:
     async def _begin(self, ask: Ask, key: str, lease: Lease) -> Lease | Denial:
         """Meet the agent's limit, and hold on to the lease; ends it if that fails."""
         names, name = self._names.visitor(ask.visitor), self._names.token_name(key)
-        self._leases[names.lease(name)] = lease.fence
+        self.leases.hold(names.lease(name), lease.fence)
         agent = self._limits.agent
         try:
             denial = await self._charge(agent, ask.agent, self._names.agent(ask.agent), ask.agent)
@@ -444,48 +412,6 @@ class ValkeyStore:
         self._counts[kind.name].note(verdict, dry_run=rule.dry_run)
         return None if verdict.allowed or rule.dry_run else Denial(kind.name, verdict)
 
-    async def _sleep(self, name: bytes, left: Reply) -> None:
-        """Wait to be woken, for a moment, or until the lease has ended."""
-        loop = asyncio.get_running_loop()
-        sleeper: asyncio.Future[None] = loop.create_future()
-        self._sleepers.setdefault(name, set()).add(sleeper)
-        moment = RECHECK + random.random() * RECHECK_JITTER  # noqa: S311 - spreads, guards nothing
-        moment = min(moment, number(left) / SECOND + 0.001)
-        timer = loop.call_later(moment, self.heard, name)
-        try:
-            await sleeper
-        finally:
-            timer.cancel()
-            sleepers = self._sleepers[name]
-            sleepers.discard(sleeper)
-            if not sleepers:
-                del self._sleepers[name]
-
-    async def _renew(self, name: bytes, fence: int) -> None:
-        length, memory = b"%d" % LEASE, b"%d" % LEASE_MEMORY
-        await self._server.run(
-            Operation.RENEW, Script.RENEW, (name,), b"%d" % fence, length, memory
-        )
-
-    async def _release(self, name: bytes, fence: int, error: bytes) -> None:
-        try:
-            waiting = await self._server.run(
-                Operation.RELEASE,
-                Script.ABANDON,
-                (name,),
-                b"%d" % fence,
-                error,
-                b"%d" % ERROR_MEMORY,
-            )
-        except StoreFailed:
-            return  # counted; the lease ends by itself
-        self._wake(_texts(waiting), name)
-
-    def _wake(self, waiting: list[bytes], name: bytes) -> None:
-        for replica in waiting:
-            channel = self._names.wake(replica)
-            self._server.tell(Operation.RELEASE, channel, command(b"PUBLISH", channel, name))
-
     def _own(self, work: "asyncio._CoroutineLike[None]") -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
@@ -493,7 +419,7 @@ class ValkeyStore:
 
     @override
     def __repr__(self) -> str:
-        return f"ValkeyStore(leases={len(self._leases)}, {self._server!r})"
+        return f"ValkeyStore({self.leases!r}, {self._server!r})"
 
 
 async def end_visitor(
@@ -517,9 +443,3 @@ async def end_visitor(
 @lru_cache(maxsize=1024)
 def _numbers(limit: Limit) -> tuple[bytes, bytes]:
     return b"%d" % limit.burst, b"%d" % limit.interval
-
-
-def _texts(reply: Reply) -> list[bytes]:
-    if not isinstance(reply, list):
-        raise StoreFailed(Reason.OTHER)
-    return [text for text in reply if isinstance(text, bytes)]

@@ -70,7 +70,7 @@ async def _everything(server: AnyServer, replica: Replica, asking: Callable[[], 
             )
         assert (await store.visit(ask, ask.key)).denial is None
         lease = await lead(replica, ask)
-        await replica.remote.renew()
+        await replica.remote.leases.renew()
         kept, token = await keep(replica, ask, lease)
         assert kept is Kept.KEPT
         assert (await store.visit(ask, ask.key)).token == token
@@ -131,7 +131,7 @@ async def someone_waits(replica: Replica) -> None:
     lease = await lead(replica, ask)
     own, replica.remote._replica = replica.remote._replica, b"other"
     task = asyncio.create_task(replica.remote.lead(ask, ask.key, never))
-    await eventually(lambda: bool(replica.remote._sleepers) or task.done())
+    await eventually(lambda: bool(replica.remote.leases._sleepers) or task.done())
     replica.remote._replica = own
     replica.store.abandon(ask, ask.key, lease, errors.UpstreamTimeout("late"))
     await replica.settled()

@@ -16,7 +16,7 @@ from broker.model import Ask, EmbedToken, LimitName, Secret
 from broker.rules.bucket import Limit, Verdict
 from broker.stores import valkey as valkey_module
 from broker.stores.base import Denial, Kept, Lease
-from broker.stores.valkey import LEASE, LEASE_MEMORY
+from broker.stores.leases import LEASE, LEASE_MEMORY
 from broker.testing import FakeClock
 
 pytestmark = pytest.mark.parts
@@ -120,7 +120,7 @@ async def waiting(replica: Replica, ask: Ask, count: int = 1) -> "list[asyncio.T
 
 def asleep(replica: Replica) -> int:
     """Count who waits."""
-    return sum(map(len, replica.remote._sleepers.values()))
+    return sum(map(len, replica.remote.leases._sleepers.values()))
 
 
 # --- woken
@@ -196,7 +196,7 @@ async def test_F4_the_error_of_a_mint_is_told_to_those_who_wait(
             failure.message,
         )
         assert (each.retry_after, each.transient) == (failure.retry_after, failure.transient)
-    assert pair.other.remote._leases == {}
+    assert pair.other.remote.leases._held == {}
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ async def waiting_and_gone(pair: Pair, ask: Ask) -> None:
     task.cancel()
     await asyncio.wait([task])
     assert task.cancelled()
-    assert pair.other.remote._sleepers == {}
+    assert pair.other.remote.leases._sleepers == {}
 
 
 async def test_F4_an_agents_limit_is_told_to_those_who_wait(pair: Pair) -> None:
@@ -243,8 +243,8 @@ async def test_F4_an_agents_limit_is_told_to_those_who_wait(pair: Pair) -> None:
     refusal = await pair.one.store.lead(ask, ask.key, never)
     assert isinstance(refusal, Denial)
     assert refusal.limit is LimitName.AGENT
-    assert pair.one.remote._leases.keys() == set(pair.one.remote._leases) - {ask.key}
-    assert len(pair.one.remote._leases) == 1
+    assert pair.one.remote.leases._held.keys() == set(pair.one.remote.leases._held) - {ask.key}
+    assert len(pair.one.remote.leases._held) == 1
     await pair.one.settled()
     refusal = await pair.other.store.lead(ask, ask.key, never)
     assert isinstance(refusal, Denial)
@@ -294,7 +294,7 @@ async def test_S4_a_lease_that_is_renewed_does_not_end(deaf_pair: Pair) -> None:
     (task,) = await waiting(deaf_pair.other, ask)
     for _ in range(60):
         deaf_pair.clock.advance(2.9)
-        await deaf_pair.one.remote.renew()
+        await deaf_pair.one.remote.leases.renew()
     await asyncio.sleep(0.4)
     assert not task.done()
     deaf_pair.clock.advance(3)
@@ -337,7 +337,7 @@ async def test_S4_an_old_leader_renews_nothing(deaf_pair: Pair) -> None:
     deaf_pair.clock.advance(LEASE / SECOND)
     await lead(other, ask)
     deaf_pair.clock.advance(LEASE / SECOND - 1)
-    await one.remote.renew()
+    await one.remote.leases.renew()
     deaf_pair.clock.advance(1)
     third = Replica(one.server.nodes._address, limits_of(), now=deaf_pair.clock.wall)
     async with opened(third):
