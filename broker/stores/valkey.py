@@ -5,15 +5,10 @@ makes a second one to its agent's slot.  Decisions are the scripts' (`lua/`); he
 for and read.  Times that come back are spans, because the server's clock is not ours.  Every method
 raises StoreFailed: what happens then is `shared`'s affair.
 
-Theory of operation.  The front holds, ready to be answered, what this replica has read or minted.
-It saves the transfer and the unsealing of a token, never the question: an entry counts only if the
-script says, in the same breath as it counts the request, that its visitor's epoch is still that of
-the token.  The version tells whether it is still the newest.  If the server has lost a token that
-the front still has (a restart, an eviction), the front's counts, and is put back.
-
-Ends of visitors are the server's to know.  Those that this replica has caused or heard of it
-knows, too (`ends`): while the server is away they hold here all the same, and a server that has
-forgotten one is told of it before anybody mints under an older epoch.
+Theory of operation.  What was read or minted here is held in `front`, and counts as long as the
+script says so.  Ends of visitors are the server's to know.  Those that this replica has caused or
+heard of it knows, too (`ends`): while the server is away they hold here all the same, and a server
+that has forgotten one is told of it before anybody mints under an older epoch.
 
 Who leads is `leases`' affair.
 """
@@ -23,7 +18,6 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 
-import structlog
 from typing_extensions import override
 
 from broker.limits import Limits, LimitSet
@@ -34,15 +28,14 @@ from broker.stores.base import Denial, Kept, Lease, Visit
 from broker.stores.buckets import BucketCounts
 from broker.stores.epochs import ENDS_LAST, KnownEnds
 from broker.stores.failures import Reason, StoreFailed, number
+from broker.stores.front import Front
 from broker.stores.leases import LEASE, LEASE_MEMORY, Leases, texts
 from broker.stores.link import Reply
 from broker.stores.names import Names, VisitorKeys, is_epoch
 from broker.stores.scripts import Script, command
-from broker.stores.seal import Seal, Sealed
+from broker.stores.seal import Seal
 from broker.stores.server import Operation, Server
 from broker.stores.tokens import TokenCache
-
-log = structlog.get_logger()
 
 MOST_ASKED = 1_000
 """Ends that are asked for at a time; a flood of news that nobody believes must not become one."""
@@ -78,14 +71,11 @@ class ValkeyStore:
     ) -> None:
         self._server = server
         self._names = names
-        self._seal = seal
-        self._front = front
+        self._front = Front(front, seal, clock, ends, origin, origins, self._put_back)
         self._limits = limits
         self._clock = clock
         self._counts = counts
         self._replica = replica.encode()
-        self._origin = origin
-        self._origins = origins
         self._carried = carried
         self._ends = ends
         self._asked: set[bytes] = set()
@@ -111,7 +101,7 @@ class ValkeyStore:
         self._counts[kind.name].note(verdict, dry_run=rule.dry_run)
         if not verdict.allowed and not rule.dry_run:
             return Visit(verdict, Denial(kind.name, verdict), None)
-        return Visit(verdict, None, self._token_of(ask, key, reply, front))
+        return Visit(verdict, None, self._front.read(ask, key, reply, front))
 
     async def charge_client(self, client: str) -> Denial | None:
         """Charge the client's limit, where there is one."""
@@ -123,7 +113,7 @@ class ValkeyStore:
     async def look(self, ask: Ask, key: str) -> EmbedToken | None:
         """Look for a token, charging nothing."""
         front = self._front.find(key)
-        return self._token_of(ask, key, await self._ask_visitor(ask, key, front), front)
+        return self._front.read(ask, key, await self._ask_visitor(ask, key, front), front)
 
     async def lead(
         self, ask: Ask, key: str, good: Callable[[EmbedToken], bool]
@@ -137,7 +127,7 @@ class ValkeyStore:
             reply = await self._ask_to_lead(ask, names, name, known, waited_for)
             match reply:
                 case [b"token", bytes(version), left, epoch, sealed]:
-                    token = self._adopt(ask, key, version, left, epoch, sealed)
+                    token = self._front.adopt(ask, key, version, left, epoch, sealed)
                     if token is not None and good(token):
                         return token
                     known = version
@@ -164,7 +154,7 @@ class ValkeyStore:
         self.leases.drop(lease_name)
         kept = await self._write(ask, key, token, lease)
         if kept is Kept.KEPT:
-            self._front[key] = token
+            self._front.hold(key, token)
         return kept
 
     async def release(self, ask: Ask, key: str, lease: Lease) -> bool:
@@ -218,15 +208,6 @@ class ValkeyStore:
     async def _write(self, ask: Ask, key: str, token: EmbedToken, lease: Lease) -> Kept:
         names, name = self._names.visitor(ask.visitor), self._names.token_name(key)
         left = token.left(self._clock.mono(), self._clock.wall())
-        content = Sealed(
-            token.body,
-            token.dies_wall,
-            token.lifetime,
-            token.mark,
-            self._origin(),
-            lease.fence,
-            lease.epoch,
-        )
         reply = await self._server.run(
             Operation.KEEP,
             Script.KEEP,
@@ -234,7 +215,7 @@ class ValkeyStore:
             b"%d" % lease.fence,
             b"%d" % lease.epoch,
             b"%d" % max(left, 1),
-            self._seal.close(key, content),
+            self._front.sealed(key, token, lease),
             b"%d" % ENDS_LAST,
         )
         said_, *waiting = texts(reply)
@@ -273,81 +254,12 @@ class ValkeyStore:
             raise StoreFailed(Reason.OTHER)
         return reply  # type: ignore[return-value]  # its first two are numbers, by the script
 
-    def _token_of(
-        self, ask: Ask, key: str, reply: "list[int] | list[Reply]", front: EmbedToken | None
-    ) -> EmbedToken | None:
-        """Read what a visit said about the token."""
-        match reply:
-            case [_, _, epoch]:
-                return self._only_here(ask, key, epoch, front)
-            case [_, _, epoch, _, _]:
-                return front if self._is_in_force(ask, epoch, front) else None
-            case [_, _, epoch, version, left, sealed]:
-                return self._adopt(ask, key, version, left, epoch, sealed)
-            case _:
-                raise StoreFailed(Reason.OTHER)
+    def _put_back(self, ask: Ask, key: str, token: EmbedToken) -> None:
+        self._own(self._write_again(ask, key, token))
 
-    def _only_here(
-        self, ask: Ask, key: str, epoch: Reply, front: EmbedToken | None
-    ) -> EmbedToken | None:
-        """The server has no token: the front's counts if its visitor was not ended since."""
-        if front is None:
-            return None
-        if not self._is_in_force(ask, epoch, front):
-            self._front.pop(key, None)
-            return None
-        self._own(self._put_back(ask, key, front))
-        return front
-
-    def _is_in_force(self, ask: Ask, epoch: Reply, token: EmbedToken | None) -> bool:
-        """Whether its visitor was not ended since, by the server's epoch and by what is known here.
-
-        An epoch that is older than a known end: the server has forgotten it; who mints tells it.
-        """
-        if token is None or token.epoch != number(epoch):
-            return False
-        return self._ends.holds(ask.visitor, token.epoch)
-
-    def _is_younger(self, ask: Ask, held: EmbedToken, version: Reply, epoch: Reply) -> bool:
-        return held.version > number(version) and self._is_in_force(ask, epoch, held)
-
-    async def _put_back(self, ask: Ask, key: str, token: EmbedToken) -> None:
+    async def _write_again(self, ask: Ask, key: str, token: EmbedToken) -> None:
         with contextlib.suppress(StoreFailed):  # counted; the next visit tries again
             _ = await self._write(ask, key, token, Lease(token.version, token.epoch))
-
-    def _adopt(
-        self, ask: Ask, key: str, version: Reply, left: Reply, epoch: Reply, sealed: Reply
-    ) -> EmbedToken | None:
-        """Unseal a token and hold it in front; None for one that is not ours to give.
-
-        Version and epoch are sealed with it: a writer of the store brings no ended token back by
-        giving it another epoch.  A younger one that is held in front stays, and is put back: it was
-        minted here while the server was away, or lost there.
-        """
-        held = self._front.find(key)
-        if held is not None and self._is_younger(ask, held, version, epoch):
-            self._own(self._put_back(ask, key, held))
-            return held
-        content = self._seal.open(key, sealed) if isinstance(sealed, bytes) else None
-        if content is None or content.origin not in self._origins():
-            return None
-        if (content.version, content.epoch) != (number(version), number(epoch)):
-            return None
-        if not self._ends.holds(ask.visitor, content.epoch):
-            return None
-        mono, wall = self._clock.mono(), self._clock.wall()
-        remaining = min(number(left), content.lifetime)
-        token = EmbedToken(
-            body=content.body,
-            dies_mono=mono + remaining,
-            dies_wall=min(wall + remaining, content.dies_wall),
-            lifetime=content.lifetime,
-            mark=content.mark,
-            version=content.version,
-            epoch=content.epoch,
-        )
-        self._front[key] = token
-        return token
 
     async def _ask_to_lead(
         self, ask: Ask, names: VisitorKeys, name: bytes, known: bytes, waited_for: bytes

@@ -1,5 +1,6 @@
 """S5: who is there, whose share is withheld, and what each may spend by itself."""
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -303,3 +304,18 @@ def test_the_numbers_fit_each_other() -> None:
     """Others notice before a lost member spends, and two late heartbeats lose nobody."""
     assert 2 * HEARTBEAT * SECOND < LOST
     assert LOST / SECOND + HEARTBEAT < ALONE_AFTER
+
+
+async def test_S3_who_is_not_heard_is_degraded_whatever_the_breaker_says(
+    valkey: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other calls may go well: without heartbeats the others take it for lost, and withhold."""
+    valkey.flush()
+    async with opened(Replica(valkey.address, limits_of())) as replica:
+        assert replica.sharing.is_degraded
+        await replica.fleet.beat()
+        assert not replica.sharing.is_degraded
+        later = time.monotonic_ns() + LOST * 1000
+        monkeypatch.setattr(time, "monotonic_ns", lambda: later)
+        assert replica.sharing.is_degraded
+        assert not replica.server.is_away

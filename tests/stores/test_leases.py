@@ -14,7 +14,7 @@ from sharing_cases import WIDE, ask_of, limits_of
 from broker import errors
 from broker.model import Ask, EmbedToken, LimitName, Secret
 from broker.rules.bucket import Limit, Verdict
-from broker.stores import valkey as valkey_module
+from broker.stores import leases as leases_module
 from broker.stores.base import Denial, Kept, Lease
 from broker.stores.leases import LEASE, LEASE_MEMORY
 from broker.testing import FakeClock
@@ -79,7 +79,7 @@ class Pair:
 @pytest.fixture
 async def pair(valkey: StoreServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
     """Two that hear each other's news, and look again by themselves only after a minute."""
-    monkeypatch.setattr(valkey_module, "RECHECK", 60.0)
+    monkeypatch.setattr(leases_module, "RECHECK", 60.0)
     valkey.flush()
     pair = Pair(valkey)
     async with opened(pair.one, beside=True), opened(pair.other, beside=True):
@@ -587,7 +587,7 @@ async def test_news_of_an_end_is_looked_up_and_not_believed(
         valkey.ask("PUBLISH", pair.one.names.channel, noise)
     for number in range(3_000):
         pair.one.remote.heard_news(b"ended etb:{%d}:epoch" % number)
-    assert len(pair.one.remote._asked) <= valkey_module.MOST_ASKED
+    assert len(pair.one.remote._asked) <= leases_module.MOST_ASKED
     await pair.one.settled()
     assert pair.one.remote._asked == set()
     assert await found(pair.one, ask) == token.body
@@ -760,7 +760,7 @@ def with_other_seal(replica: Replica) -> Replica:
     """Seal with a key of its own, as after a rotation."""
     from broker.stores.seal import Seal
 
-    replica.remote._seal = Seal(Secret(secrets.token_urlsafe(48)))
+    replica.remote._front._seal = Seal(Secret(secrets.token_urlsafe(48)))
     return replica
 
 
@@ -811,10 +811,10 @@ async def test_a_mint_begun_alone_is_kept_alone() -> None:
 def test_the_numbers_fit_each_other() -> None:
     """A lease is remembered for longer than it lasts, and survives two lost renewals."""
     assert LEASE_MEMORY > 10 * LEASE
-    assert 3 * valkey_module.RENEWAL * SECOND <= LEASE
-    assert (valkey_module.RECHECK + valkey_module.RECHECK_JITTER) * SECOND < valkey_module.LEASE
+    assert 3 * leases_module.RENEWAL * SECOND <= LEASE
+    assert (leases_module.RECHECK + leases_module.RECHECK_JITTER) * SECOND < leases_module.LEASE
     assert (
-        valkey_module.ERROR_MEMORY > (valkey_module.RECHECK + valkey_module.RECHECK_JITTER) * SECOND
+        leases_module.ERROR_MEMORY > (leases_module.RECHECK + leases_module.RECHECK_JITTER) * SECOND
     )
     assert WIDE.depth < SECOND
     assert KEY.reveal()
