@@ -15,6 +15,7 @@ from broker import errors
 from broker.model import Ask, EmbedToken, LimitName, Secret
 from broker.rules.bucket import Limit, Verdict
 from broker.stores import leases as leases_module
+from broker.stores import valkey as valkey_module
 from broker.stores.base import Denial, Kept, Lease
 from broker.stores.leases import LEASE, LEASE_MEMORY
 from broker.testing import FakeClock
@@ -587,7 +588,7 @@ async def test_news_of_an_end_is_looked_up_and_not_believed(
         valkey.ask("PUBLISH", pair.one.names.channel, noise)
     for number in range(3_000):
         pair.one.remote.heard_news(b"ended etb:{%d}:epoch" % number)
-    assert len(pair.one.remote._asked) <= leases_module.MOST_ASKED
+    assert len(pair.one.remote._asked) <= valkey_module.MOST_ASKED
     await pair.one.settled()
     assert pair.one.remote._asked == set()
     assert await found(pair.one, ask) == token.body
