@@ -9,19 +9,17 @@ in only if all of it could be built.
 import asyncio
 import contextlib
 import os
-import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
-from msgspec import Struct
 from msgspec.structs import replace
 
 from broker import logs, parts, scrape
 from broker.acceptor import Acceptor
-from broker.board import Board, Gauge
+from broker.board import Board
 from broker.clock import SystemClock, sleep_unless
 from broker.health import Health
 from broker.issue import TokenDesk
@@ -29,12 +27,12 @@ from broker.issuers.local import LocalIssuer
 from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor_client import VendorClient
 from broker.listen import CannotListen, listen
-from broker.metrics import Metrics
 from broker.model import LimitName
 from broker.pacer import Paced, Pacer, Unpaced
 from broker.pauses import PauseKeeper
 from broker.reload import needs_restart
 from broker.schema import ConfigError
+from broker.seat import Seat
 from broker.sessions.desk import SessionDesk
 from broker.sessions.memory import MemoryBook
 from broker.settings import Settings
@@ -62,39 +60,6 @@ MINT_GRACE = 6.0
 """Seconds that a mint may take beyond its turn and its call: the longest back-off of a key and the
 pause before a retry.  A mint may outlive its callers, because its token is worth caching; but the
 call has a timeout of its own, and must be the one to tell that it ran out."""
-
-
-ALIVE = 2.0
-"""Seconds since its last round of housekeeping after which a worker is taken to be hung."""
-
-
-class Sibling(Struct, frozen=True):
-    """What a worker sees of another one."""
-
-    beat: Gauge
-    connections: Gauge
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether it would take a connection."""
-        return time.monotonic() - self.beat.value < ALIVE
-
-
-class Seat(Struct, frozen=True):
-    """A worker's place: where it is reached and where it counts, as its supervisor gave it."""
-
-    worker: int
-    sockets: Sequence[socket.socket]
-    url: str
-    admin_url: str
-    board: Board
-    metrics: Metrics
-    siblings: Sequence[Sibling]
-
-    def ahead(self) -> float:
-        """How many connections this worker has more than the one with the fewest."""
-        mine = self.metrics.process.connections.value
-        return mine - min((s.connections.value for s in self.siblings if s.is_alive), default=mine)
 
 
 class App:

@@ -16,11 +16,12 @@ import socket
 import sys
 
 from broker import logs, parts, schema
-from broker.app import App, Seat, Sibling
+from broker.app import App
 from broker.board import Board, shared
 from broker.channel import ORDERS, Begin, Channel, Follow, Followed, Order, Ready, Refused, Stop
 from broker.metrics import Metrics
 from broker.schema import ConfigError
+from broker.seat import Seat, Sibling
 from broker.serve import EX_CONFIG, loop_factory
 
 

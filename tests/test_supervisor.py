@@ -24,13 +24,13 @@ from web.edge import logging_to
 
 from broker import child, config, parts, schema
 from broker import supervisor as supervisor_module
-from broker.app import Seat, Sibling
 from broker.board import share, shared
 from broker.channel import ORDERS, REPORTS, Begin, Channel, Follow, Ready, Stop, packed
 from broker.child import reason_of
 from broker.metrics import Metrics
 from broker.reload import in_force, needs_restart
 from broker.rules import restarts
+from broker.seat import Seat, Sibling
 from broker.settings import Settings
 from broker.supervisor import CannotStart, Supervisor
 from broker.usage import usage
