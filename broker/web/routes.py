@@ -223,9 +223,12 @@ class Routes:
         elif isinstance(error, errors.UpstreamRefused):
             kind = "refused"  # the vendor's codes are an open set
         counted = error.outcome in _COUNTED or error.remembered
-        if isinstance(error, errors.SecretInBrowser):
+        if isinstance(error, errors.SecretInBrowser):  # an event of its own: somebody has to act
             self._tell_of_leak(error, request_id)
-        elif not counted or self.debug or self.refusals.first(kind, self._clock.mono()):
+            worth_a_line = False
+        else:
+            worth_a_line = not counted or self.refusals.first(kind, self._clock.mono())
+        if worth_a_line or self.debug:
             _log_failure(error, kind, request_id, seconds, client, ask)
         return self._error(error, request_id)
 
