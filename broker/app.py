@@ -131,6 +131,7 @@ class App:
                 now,
                 self.metrics.limits.counts[LimitName.AUTH],
                 section="[admin]",
+                wanted="admin secret",
             )
             if admins
             else None

@@ -26,7 +26,7 @@ EX_OK, EX_NO, EX_USAGE, EX_UNAVAILABLE, EX_CONFIG = 0, 1, 64, 69, 78
 
 NOTHING_CONFIGURED = (
     "no configuration: pass --config FILE, set BROKER_CONFIG, set BITHUMAN_API_SECRET for a relay,"
-    " or try `broker serve --dev`, which needs none"
+    " or try `broker serve --dev`, which needs none; `broker mint` needs none with --url"
 )
 
 
@@ -275,7 +275,13 @@ def _mint(arguments: argparse.Namespace) -> int:
             token = mint.sign(_settings(arguments), arguments.agent, arguments.fingerprint)
     except mint.CannotMint as error:
         print(f"broker: {error}", file=sys.stderr)
-        return EX_UNAVAILABLE
+        match error:
+            case mint.Misused():
+                return EX_USAGE
+            case mint.Refused():
+                return EX_NO
+            case _:
+                return EX_UNAVAILABLE
     print(mint.iframe(arguments.agent, token) if arguments.iframe else token)
     return EX_OK
 

@@ -3,6 +3,7 @@
 import asyncio
 import html
 import json
+from http import HTTPStatus
 from urllib.parse import quote
 
 import aiohttp
@@ -13,6 +14,7 @@ from broker.errors import BrokerError
 from broker.issuers.local import LocalIssuer
 from broker.issuers.vendor_token import is_token
 from broker.model import Ask
+from broker.schema import ConfigError
 from broker.settings import Settings
 from broker.web import wire
 
@@ -25,6 +27,14 @@ TIMEOUT = 15.0
 
 class CannotMint(Exception):
     """No token was made; the message says why and what to do."""
+
+
+class Misused(CannotMint):
+    """What was asked for cannot be."""
+
+
+class Refused(CannotMint):
+    """The broker at `--url` will not give it."""
 
 
 def sign(settings: Settings, agent: str, fingerprint: str) -> str:
@@ -45,15 +55,15 @@ def _checked(settings: Settings, agent: str, fingerprint: str) -> Ask:
     try:
         return wire.parse(body, "cli", any_fingerprint=any_fingerprint)
     except BrokerError as error:
-        raise CannotMint(error.message) from None
+        raise Misused(error.message) from None
 
 
 def ask(url: str, secret: str, agent: str, fingerprint: str) -> str:
-    """Return a token from the broker at `url`; raises CannotMint."""
+    """Return a token from the broker at `url`; raises CannotMint, ConfigError without a secret."""
     if not secret:
-        raise CannotMint("BROKER_API_SECRET is not set: it must hold the client secret")
+        raise ConfigError("BROKER_API_SECRET is not set: it must hold the client secret")
     if not url.startswith(("http://", "https://")):
-        raise CannotMint("--url must start with http:// or https://")
+        raise Misused("--url must start with http:// or https://")
     return asyncio.run(_ask(url, secret, {"agent_id": agent, "fingerprint": fingerprint}))
 
 
@@ -79,7 +89,8 @@ async def _ask(url: str, secret: str, body: dict[str, str]) -> str:
     if not isinstance(data, dict) or not isinstance(data.get("token"), str):
         detail = answer.get("error")
         reason = str(detail.get("message") if isinstance(detail, dict) else response.status)
-        raise CannotMint(f"{url} refused: {reason.encode('unicode_escape').decode()}")
+        kind = Refused if response.status < HTTPStatus.INTERNAL_SERVER_ERROR else CannotMint
+        raise kind(f"{url} refused: {reason.encode('unicode_escape').decode()}")
     if not is_token(data["token"]):
         raise CannotMint(f"{url} answered something else than a token")
     return str(data["token"])

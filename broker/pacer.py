@@ -152,7 +152,7 @@ class Paced(Pacer):
         for place in self._line.places():
             if place.until <= self._paused_until and not place.granted.done():
                 wait = self._promise(place.client, self._paused_until - now)
-                place.granted.set_exception(_used_up(wait))
+                place.granted.set_exception(self._used_up(wait))
 
     async def correct(self, remaining: int) -> None:
         """Believe the vendor when it says that fewer calls are left than we think."""
@@ -180,7 +180,7 @@ class Paced(Pacer):
         rank = _RANKS[urgency]
         predicted = self._predict(client, rank)
         if predicted > self._budget.max_wait:
-            raise _used_up(self._promise(client, predicted))
+            raise self._used_up(self._promise(client, predicted))
         arrived = self._loop.time()
         patience = self._budget.max_wait + LATENESS
         place = Place(client, rank, arrived + patience, self._loop.create_future())
@@ -191,7 +191,8 @@ class Paced(Pacer):
                 await place.granted
         except TimeoutError as error:
             self._give_up(place)
-            raise _used_up(self._promise(client, self._predict(client, rank))) from error
+            wait = self._promise(client, self._predict(client, rank))
+            raise self._used_up(wait) from error
         except BaseException:
             self._give_up(place)
             raise
@@ -212,6 +213,9 @@ class Paced(Pacer):
         self._promised[client] = moment = min(moment, now + MAX_PROMISE / (1 + JITTER))
         wait = moment - now
         return int((wait + wait * JITTER * random.random()) * 1_000_000)  # noqa: S311 - spreads callers, guards nothing
+
+    def _used_up(self, wait: int) -> BudgetExhausted:
+        return BudgetExhausted(self._slots.shortage, wait)
 
     async def _take_if_plenty(self) -> None:
         if self.depth or self._paused or not await self._slots.take_if_plenty() or self._paused:
@@ -261,10 +265,6 @@ class Paced(Pacer):
     @override
     def __repr__(self) -> str:
         return f"Paced(waiting={self.depth}, remaining={self.remaining})"
-
-
-def _used_up(wait: int) -> BudgetExhausted:
-    return BudgetExhausted("the vendor's budget is used up", wait)
 
 
 def _stopping() -> ServiceUnavailable:

@@ -50,6 +50,7 @@ class Registrar:
             self._clock.mono(),
             metrics.limits.counts[LimitName.AUTH],
             section="[admin]",
+            wanted="admin secret",
         )
         self._throttled = metrics.rejections[LimitName.AUTH.value]
         self.follow(settings)

@@ -75,6 +75,11 @@ class Slots(Protocol):
         """Take a slot if it is there at once, nobody waits, and half the burst is left."""
         ...
 
+    @property
+    def shortage(self) -> str:
+        """Why there are no more, for whoever is refused one."""
+        return "the vendor's budget is used up"
+
     def predict(self, ahead: int, start: float, *, drained: bool) -> float:
         """Return when (the loop's time) a newcomer gets a slot behind `ahead` others in line.
 

@@ -34,7 +34,7 @@ from broker.stores.scripts import acl_line
 VISITOR = "9f86d081884c7d65"
 NOTHING = (
     b"broker: no configuration: pass --config FILE, set BROKER_CONFIG, set BITHUMAN_API_SECRET for"
-    b" a relay, or try `broker serve --dev`, which needs none\n"
+    b" a relay, or try `broker serve --dev`, which needs none; `broker mint` needs none with --url\n"
 )
 
 
@@ -465,7 +465,7 @@ class TestMintAndVerify:
     ) -> None:
         """No token is signed that the broker itself would have refused."""
         done = run("mint", agent, "--fingerprint", fingerprint, "--config", path)
-        assert (done.returncode, done.stdout) == (69, b"")
+        assert (done.returncode, done.stdout) == (64, b"")
         assert done.stderr.decode().startswith(f"broker: {field}")
 
     def test_prints_an_iframe(self, path: str) -> None:
@@ -480,7 +480,10 @@ class TestMintAndVerify:
         assert run("verify", "--config", path, stdin=token.encode()).returncode == 0
 
     def test_asks_a_running_broker(self, tmp_path: Path, tree: Tree, path: str) -> None:
-        """`--url`: its token is the one that the broker then reuses; errors are its words."""
+        """`--url`: its token is the one that the broker then reuses; errors are its words.
+
+        1 is the broker's no, 64 an address that is none, 78 a secret that is not there.
+        """
         secret = secret_in(tree["clients"]["web"]["secret_file"])
         limited = merged(tree, {"limits.fingerprint": {"rate": 1, "per": "1h", "burst": 2}})
         with Broker.configured(tmp_path, limited) as broker:
@@ -491,9 +494,12 @@ class TestMintAndVerify:
             stranger = run(*ask, broker.url, BROKER_API_SECRET=secrets.token_urlsafe(24))
             nobody = run(*ask, broker.url)
             elsewhere = run(*ask, broker.admin_url, BROKER_API_SECRET=secret)
+            nowhere = run(*ask, "localhost:8080", BROKER_API_SECRET=secret)
         assert (first.returncode, first.stderr, second.stdout) == (0, b"", first.stdout)
         assert run("verify", "--config", path, stdin=first.stdout).returncode == 0
-        assert third.returncode == stranger.returncode == nobody.returncode == 69
+        assert third.returncode == stranger.returncode == elsewhere.returncode == 1
+        assert (nobody.returncode, nowhere.returncode) == (78, 64)
+        assert nowhere.stderr == b"broker: --url must start with http:// or https://\n"
         assert b"fingerprint" in third.stderr
         assert b"unknown client secret" in stranger.stderr
         assert nobody.stderr == (

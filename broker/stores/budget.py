@@ -105,6 +105,13 @@ class SharedSlots(Slots):
         spare = self._budget.depth - max(self._full_at - self._loop.time(), 0.0)
         return int(spare / self._budget.interval + 1e-9)
 
+    @property
+    @override
+    def shortage(self) -> str:
+        if self._alone is None and not self._server.is_away:
+            return super().shortage
+        return "the shared store is away, and this broker's share of the vendor's budget is used up"
+
     @override
     async def take(self, waiting: Callable[[], int]) -> bool:
         while line := waiting():

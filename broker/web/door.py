@@ -65,8 +65,10 @@ class Door:
         now: int,
         counts: BucketCounts | None = None,
         section: str = "[clients]",
+        wanted: str = "client secret",
     ) -> None:
         self._section = section
+        self._wanted = wanted
         self._trusted = tuple(trusted_proxies)
         self._is_trusted = lru_cache(maxsize=1024)(self._look_up)  # parsing takes microseconds
         self._own_origins: frozenset[str] = frozenset()
@@ -96,7 +98,7 @@ class Door:
         if client is None:
             self._throttle(request, now)
             raise Unauthorized(
-                f"unknown client secret: check it against the broker's {self._section}"
+                f"unknown {self._wanted}: check it against the broker's {self._section}"
             )
         if ORIGIN in headers and not client.allow_origin:
             self._refuse_browser(headers, client.name)
@@ -112,7 +114,9 @@ class Door:
 
     def recognise(self, headers: "CIMultiDictProxy[str]") -> KnownClient | None:
         """Return the client of this secret, None if nobody has it."""
-        digest = hashlib.sha256(secret_of(headers).encode("utf-8", "surrogateescape")).digest()
+        digest = hashlib.sha256(
+            secret_of(headers, self._wanted).encode("utf-8", "surrogateescape")
+        ).digest()
         client = self._clients.get(digest)
         if client is None or not hmac.compare_digest(client.digest, digest):
             return None
@@ -172,25 +176,28 @@ def _subject(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
     return str(address)
 
 
-def secret_of(headers: "CIMultiDictProxy[str]") -> str:
-    """Return the secret of the request; raises MissingAuth, or Invalid for two of them."""
+def secret_of(headers: "CIMultiDictProxy[str]", wanted: str = "client secret") -> str:
+    """Return the secret of the request; raises MissingAuth, or Invalid for two of them.
+
+    `wanted` is what it is called in the message.
+    """
     given = headers.getall(API_SECRET, None)
     if given is None:
-        return _bearer(headers)
+        return _bearer(headers, wanted)
     if len(given) > 1:
         raise Invalid("api-secret: sent twice; send the header once")
     if not given[0]:
-        raise MissingAuth("api-secret: empty; send the client secret")
+        raise MissingAuth(f"api-secret: empty; send the {wanted}")
     return given[0]
 
 
-def _bearer(headers: "CIMultiDictProxy[str]") -> str:
+def _bearer(headers: "CIMultiDictProxy[str]", wanted: str) -> str:
     values = headers.getall(AUTHORIZATION, ())
     if len(values) > 1:
         raise Invalid("authorization: sent twice; send the header once")
     scheme, _, token = values[0].partition(" ") if values else ("", "", "")
     if scheme.lower() != "bearer" or not token.strip():
-        raise MissingAuth("api-secret: missing; send the client secret in this header")
+        raise MissingAuth(f"api-secret: missing; send the {wanted} in this header")
     return token.strip()
 
 

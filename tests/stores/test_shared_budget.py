@@ -399,6 +399,7 @@ async def test_S5_without_the_server_a_replica_spends_its_share(
             slots = replica.slots(whole)
             await slots.start()
             assert await slots.take(lambda: 1)
+            assert slots.shortage == "the vendor's budget is used up"
             server.kill()
             began, times = loop.time(), []
             while loop.time() - began < 1.0:
@@ -407,6 +408,7 @@ async def test_S5_without_the_server_a_replica_spends_its_share(
             assert times[0] >= 0.2
             assert len(times) <= 3 + 30 * (1.0 - 0.2) + 2
             assert len(times) >= 8
+            assert slots.shortage.startswith("the shared store is away, and this broker's share")
             for first, start in enumerate(times):
                 for last in range(first, len(times)):
                     assert last - first + 1 <= 3 + (times[last] - start + 0.02) * 30 + 1
