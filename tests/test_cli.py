@@ -34,7 +34,8 @@ from broker.stores.scripts import acl_line
 VISITOR = "9f86d081884c7d65"
 NOTHING = (
     b"broker: no configuration: pass --config FILE, set BROKER_CONFIG, set BITHUMAN_API_SECRET for"
-    b" a relay, or try `broker serve --dev`, which needs none; `broker mint` needs none with --url\n"
+    b" a relay, or try `broker serve --dev`, which needs none; `broker mint` needs none with"
+    b" --url\n"
 )
 
 

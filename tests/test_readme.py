@@ -151,11 +151,13 @@ def test_every_other_command_is_a_known_one() -> None:
     others = {words[0] for words in commands() if Path(words[0]).name != "broker"}
     assert others == {
         ".cache/venv/bin/python",
+        ".cache/dev/bin/pip",
+        ".cache/dev/bin/pytest",
         ".venv/bin/pip",
         "curl",
         "export",
-        "pip",
-        "pytest",
+        "install",
+        "journalctl",
         "python3",
         "tests/load/rolling",
         "tests/load/run",
