@@ -25,6 +25,27 @@ MANIFESTS = sorted((CONFIG / "kubernetes").glob("*.yaml"))
 UNIT = CONFIG / "systemd" / "embed-token-broker.service"
 COMPOSE = CONFIG / "container" / "compose.yaml"
 
+SWITCHED_OFF = re.compile(r"(?m)^( *)#(?=[\w\[]|- )")
+"""What is there for a relay is commented out without a blank; prose has one."""
+
+
+def relaying(text: str) -> str:
+    """Return a shipped file with its lines for a relay switched on."""
+    changed = SWITCHED_OFF.sub(r"\1", text)
+    assert changed != text
+    return changed
+
+
+def require_relay(path: Path, environment: dict[str, str]) -> None:
+    """Check that this configuration is good, and that its tokens come from the vendor."""
+    env = {**os.environ, **environment}
+    for command in ("check", "config show"):
+        broker = [sys.executable, "-m", "broker", *command.split(), "--config", str(path)]
+        done = subprocess.run(broker, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert 'kind = "upstream"' in done.stdout
+
+
 KUBERNETES = ("1.29", "1.34", "1.37")
 """The first that knows native sidecars, and later ones."""
 
@@ -112,8 +133,19 @@ class TestContainer:
         done = output_of([sys.executable, "-m", "broker", "check", "--config", str(path)])
         assert done == "configuration ok\n"
         given = {f"/run/secrets/{name}" for name in yaml.safe_load(COMPOSE.read_text())["secrets"]}
-        wanted = set(re.findall(r'"(/run/secrets/\w+)"', path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
+        wanted = set(re.findall(r'"(/run/secrets/\w+)"', re.sub(r"(?m)^#.*", "", text)))
         assert wanted <= given
+
+    def test_its_lines_for_a_relay_make_one(self, tmp_path: Path) -> None:
+        """With the # taken away in both files: each secret is declared, and given to the broker."""
+        path = tmp_path / "broker.toml"
+        path.write_text(relaying((CONFIG / "container" / "broker.toml").read_text()))
+        require_relay(path, {})
+        compose = yaml.safe_load(relaying(COMPOSE.read_text(encoding="utf-8")))
+        given = {f"/run/secrets/{name}" for name in compose["services"]["broker"]["secrets"]}
+        assert set(re.findall(r'"(/run/secrets/\w+)"', path.read_text())) <= given
+        assert set(compose["services"]["broker"]["secrets"]) <= compose["secrets"].keys()
 
     @pytest.mark.skipif(
         os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare"
@@ -261,6 +293,13 @@ class TestKubernetes:
         assert probe["periodSeconds"] * probe["failureThreshold"] + probe["timeoutSeconds"] < lead
         assert sidecar["terminationGracePeriodSeconds"] > 15 + 15
 
+    def test_the_gateway_s_lines_for_a_relay_make_one(self, tmp_path: Path) -> None:
+        """With the # taken away."""
+        path = tmp_path / "broker.toml"
+        configured = next(r for r in resources() if r["kind"] == "ConfigMap")["data"]["broker.toml"]
+        path.write_text(relaying(configured), encoding="utf-8")
+        require_relay(path, {})
+
     def test_the_sidecar_is_a_native_one(self) -> None:
         """It restarts, is started before the backend, and is probed."""
         (broker,) = pods()[1]["initContainers"]
@@ -374,3 +413,17 @@ class TestSystemd:
             check=False,
         )
         assert (done.returncode, done.stdout, done.stderr) == (0, "configuration ok\n", "")
+
+    def test_the_lines_for_a_relay_make_one(self, tmp_path: Path) -> None:
+        """With the # taken away in unit and file, and the signing key out of the unit."""
+        text = relaying(UNIT.read_text(encoding="utf-8"))
+        variables = dict(re.findall(r"(?m)^Environment=(BROKER_\w+__\w+)=(.*)$", text))
+        credentials = dict(re.findall(r"(?m)^LoadCredential=(\w+):(\S+)$", text))
+        assert {f"%d/{name}" for name in credentials} == set(variables.values())
+        for name in credentials:
+            (tmp_path / name).write_text(secrets.token_urlsafe(36) + "\n", encoding="utf-8")
+        path = tmp_path / "broker.toml"
+        path.write_text(relaying((CONFIG / "systemd" / "broker.toml").read_text()))
+        given = {k: v.replace("%d", str(tmp_path)) for k, v in variables.items()}
+        del given["BROKER_ISSUER__LOCAL__KEYS__MAIN__SECRET_FILE"]
+        require_relay(path, given)
