@@ -30,10 +30,11 @@ from broker.board import Board
 from broker.issuers.vendor_failures import BY_CODE
 from broker.issuers.vendor_replies import Scope
 from broker.metrics import Metrics
-from broker.model import LimitName, Minted, Outcome
+from broker.model import LimitName, Minted, Outcome, Session
 from broker.rules import bucket
 from broker.stores.scripts import acl_line
 from broker.web import wire
+from broker.web.life import session_headers
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -156,8 +157,6 @@ def test_every_other_command_is_a_known_one() -> None:
         ".venv/bin/pip",
         "curl",
         "export",
-        "install",
-        "journalctl",
         "python3",
         "tests/load/rolling",
         "tests/load/run",
@@ -368,6 +367,23 @@ def test_fields_of_a_request_are_those_that_are_read() -> None:
     """No more, no fewer."""
     documented = [code_in(row[0])[0] for row in table("field", "The wire")]
     assert documented == list(wire.TokenRequest.__struct_fields__)
+
+
+def test_answers_about_sessions_have_the_fields_of_the_code() -> None:
+    """All of each, in the order in which they are sent."""
+    shown = {row[0]: code_in(row[1]) for row in table("answer", "The life of a session")}
+    kinds = {
+        "`introspect`, the caller's good token": answers.ActiveToken,
+        "`introspect`, any other": answers.InactiveToken,
+        "one session": answers.SessionAnswer,
+        "list of sessions": answers.SessionsAnswer,
+        "`DELETE`": answers.EndedAnswer,
+    }
+    for row, kind in kinds.items():
+        assert shown[row] == list(kind.__struct_fields__), row
+    session = Session("s", "web", "A1", "f", "", 1, 2)
+    sent = [line.partition(":")[0] for line in session_headers(session).splitlines()]
+    assert shown["`verify`"] == sent
 
 
 def test_commands_are_those_of_the_command_line() -> None:
@@ -705,6 +721,31 @@ def test_the_printed_curl_line_works_in_a_shell(running: Dev) -> None:
         check=True,
     )
     assert json.loads(done.stdout)["success"] is True
+
+
+@pytest.mark.parts
+def test_the_curl_lines_of_a_session_s_life_work_in_a_shell(running: Dev) -> None:
+    """A token is good and the caller's, and after the third line it is not good any more."""
+    _, answer = post(running, b'{"agent_id": "A1", "fingerprint": "00ff00ff"}')
+    block = under("The life of a session", "sh")
+    lines = [line for line in block.text.splitlines() if "127.0.0.1:8080" in line]
+    verify, introspect, revoke = (
+        line.replace("http://127.0.0.1:8080", running.url)
+        .replace("CLIENT_SECRET", running.secret)
+        .replace("TOKEN", answer["data"]["token"])
+        for line in lines
+    )
+
+    def said(line: str) -> str:
+        return subprocess.run(
+            ["bash", "-c", line], capture_output=True, text=True, timeout=PATIENCE, check=True
+        ).stdout
+
+    assert said(verify).startswith("HTTP/1.1 200 ")
+    assert json.loads(said(introspect))["sid"] == answer["data"]["sid"]
+    assert said(revoke).startswith("HTTP/1.1 200 ")
+    assert json.loads(said(introspect)) == {"active": False}
+    assert said(verify).startswith("HTTP/1.1 401 ")
 
 
 def test_the_relay_s_commands_relay(tmp_path: Path) -> None:
