@@ -315,8 +315,8 @@ class Store(_Section, frozen=True):
     budget, `closed` refuses with 503.  Local: the site stays up, and in the long run no limit is
     exceeded; at the moment of the loss a visitor may have up to one burst more."""
     replicas: Literal["auto"] | Annotated[int, Meta(ge=1)] = "auto"
-    """By how many the share is divided; `auto` is how many were seen at the server last, and a tenth
-    of the budget for a process that has not seen it yet."""
+    """By how many the share is divided; `auto` is how many were seen at the server last.  A process
+    that has not seen it yet takes a tenth of the budget."""
     snapshot_file: str | None = None
     """Where tokens and buckets are sealed on drain and found again at the start.  Off: no file
     appears that nobody asked for; without it a restart mints anew for every visitor."""

@@ -32,6 +32,8 @@ from broker.issuers.vendor_replies import Scope
 from broker.metrics import Metrics
 from broker.model import LimitName, Minted, Outcome, Session
 from broker.rules import bucket
+from broker.slots import Budget
+from broker.stores.fleet import ALONE_AFTER, UNSEEN_PARTS
 from broker.stores.scripts import acl_line
 from broker.web import wire
 from broker.web.life import session_headers
@@ -523,6 +525,18 @@ def test_the_budget_s_arithmetic_is_right() -> None:
         assert mints == visitors / 60
         share = f"{mints / budget.rate * 100:.0f} %" if mints <= budget.rate else None
         assert row[2] == (share or "two egress addresses")
+
+
+def test_the_share_of_an_instance_that_has_seen_nobody_is_right() -> None:
+    """A tenth, from when, and what is left of the default budget by then."""
+    told = README.partition("**Started while the store is away.**")[2].partition("\n\n")[0]
+    assert UNSEEN_PARTS == 10
+    assert "a tenth for all its workers" in told
+    assert f"only after {ALONE_AFTER:.0f} s" in told
+    whole = settings.Budget()
+    budget = Budget(whole.rate, whole.per.seconds, whole.burst, whole.max_wait.seconds)
+    assert round(budget.share(UNSEEN_PARTS).rate) == 10
+    assert "about ten first visitors a minute" in " ".join(told.split())
 
 
 def test_default_reuse_marks_are_those_in_the_table() -> None:
