@@ -480,6 +480,18 @@ class TestMintAndVerify:
         token = parse_qs(source.query)["token"][0]
         assert run("verify", "--config", path, stdin=token.encode()).returncode == 0
 
+    def test_a_broker_that_cannot_now_is_not_one_that_refuses(
+        self, tmp_path: Path, tree: Tree
+    ) -> None:
+        """503 is 69: the same command may do later."""
+        budget = {"rate": 1, "per": "60s", "burst": 1, "max_wait": "1s"}
+        secret = secret_in(tree["clients"]["web"]["secret_file"])
+        with Broker.configured(tmp_path, merged(tree, {"issuer.budget": budget})) as broker:
+            ask = ["mint", AGENT, "--fingerprint", VISITOR, "--url", broker.url]
+            done = run(*ask, BROKER_API_SECRET=secret)
+        assert (done.returncode, done.stdout) == (69, b"")
+        assert b"the vendor's budget is used up" in done.stderr
+
     def test_asks_a_running_broker(self, tmp_path: Path, tree: Tree, path: str) -> None:
         """`--url`: its token is the one that the broker then reuses; errors are its words.
 
