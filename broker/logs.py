@@ -123,12 +123,17 @@ class RefusalLog:
         self._seen[kind] = count + 1
         return count == 0
 
-    def tell_of_leak(self, client: str, now: int, request_id: str = "") -> None:
-        """Write that a page sends this client's secret: somebody has to act."""
-        if self.first(f"SECRET_IN_BROWSER {client}", now):
-            structlog.get_logger().error(
-                "broker.secret_in_browser", client=client, request_id=request_id
-            )
+    def tell_of_leak(self, client: str, now: int, request_id: str = "") -> bool:
+        """Write that a page sends this client's secret: somebody has to act.
+
+        Returns whether it was written; once a minute is enough.
+        """
+        if not self.first(f"SECRET_IN_BROWSER {client}", now):
+            return False
+        structlog.get_logger().error(
+            "broker.secret_in_browser", client=client, request_id=request_id
+        )
+        return True
 
     def flush(self, now: int) -> None:
         """Once a minute, write how many were not written, and begin anew."""

@@ -127,7 +127,7 @@ class Routes:
                 if isinstance(error, errors.RateLimited):
                     self._metrics.rejections[error.limit.value].inc()
                 elif isinstance(error, errors.SecretInBrowser):
-                    self._tell_of_leak(error, request_id)
+                    _ = self._tell_of_leak(error, request_id)
                 return self._error(error, request_id)
             except Exception:
                 log.exception("broker.defect", request_id=request_id)
@@ -224,17 +224,18 @@ class Routes:
             kind = "refused"  # the vendor's codes are an open set
         counted = error.outcome in _COUNTED or error.remembered
         if isinstance(error, errors.SecretInBrowser):  # an event of its own: somebody has to act
-            self._tell_of_leak(error, request_id)
-            worth_a_line = False
+            told = self._tell_of_leak(error, request_id)
+            worth_a_line = self.debug and not told
         else:
-            worth_a_line = not counted or self.refusals.first(kind, self._clock.mono())
-        if worth_a_line or self.debug:
+            first = not counted or self.refusals.first(kind, self._clock.mono())
+            worth_a_line = first or self.debug
+        if worth_a_line:
             _log_failure(error, kind, request_id, seconds, client, ask)
         return self._error(error, request_id)
 
-    def _tell_of_leak(self, error: errors.SecretInBrowser, request_id: str) -> None:
-        """Write it, once a minute for each client."""
-        self.refusals.tell_of_leak(error.client, self._clock.mono(), request_id=request_id)
+    def _tell_of_leak(self, error: errors.SecretInBrowser, request_id: str) -> bool:
+        """Write it, once a minute for each client; returns whether it was written now."""
+        return self.refusals.tell_of_leak(error.client, self._clock.mono(), request_id)
 
     async def _validate(self, request: BaseRequest, request_id: str) -> web.StreamResponse:
         valid = self._door.is_valid(request, self._clock.mono())

@@ -80,7 +80,7 @@ class _Guard:
                 self._throttled.inc()
                 raise
             except SecretInBrowser as error:
-                self._refusals.tell_of_leak(error.client, now)
+                _ = self._refusals.tell_of_leak(error.client, now)
                 raise
             return await handler(request)
 
