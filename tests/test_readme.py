@@ -160,7 +160,7 @@ def test_every_other_command_is_a_known_one() -> None:
         "curl",
         "export",
         "python3",
-        "tests/load/rolling",
+        pytest.param("tests/load/rolling", marks=pytest.mark.parts),
         "tests/load/run",
         "tests/run",
     }
@@ -171,12 +171,12 @@ def test_every_other_command_is_a_known_one() -> None:
     [
         "tests/load/run",
         "tests/load/fleet_soak.py",
-        "tests/load/refusals.py",
+        pytest.param("tests/load/refusals.py", marks=pytest.mark.parts),
         "tests/load/rolling",
         "tests/bench/cpu.py",
         "tests/bench/life.py",
         "tests/bench/memory.py",
-        "tests/bench/metrics.py",
+        pytest.param("tests/bench/metrics.py", marks=pytest.mark.parts),
     ],
 )
 def test_every_flag_of_a_load_test_exists(program: str) -> None:
