@@ -160,7 +160,7 @@ def test_every_other_command_is_a_known_one() -> None:
         "curl",
         "export",
         "python3",
-        pytest.param("tests/load/rolling", marks=pytest.mark.parts),
+        "tests/load/rolling",
         "tests/load/run",
         "tests/run",
     }
@@ -172,7 +172,7 @@ def test_every_other_command_is_a_known_one() -> None:
         "tests/load/run",
         "tests/load/fleet_soak.py",
         pytest.param("tests/load/refusals.py", marks=pytest.mark.parts),
-        "tests/load/rolling",
+        pytest.param("tests/load/rolling", marks=pytest.mark.parts),
         "tests/bench/cpu.py",
         "tests/bench/life.py",
         "tests/bench/memory.py",
