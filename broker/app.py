@@ -355,7 +355,7 @@ class App:
         """Pages for people: imported only where they are served."""
         if self._dev:
             from broker import dev  # noqa: PLC0415 - development only
-            from broker.web import demo  # noqa: PLC0415
+            from broker.web import demo  # noqa: PLC0415 - as above
 
             demo.add(self._routes, embed, self.url, dev.client_secret(self._settings))
         if not self._settings.server.docs:
