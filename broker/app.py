@@ -40,6 +40,7 @@ from broker.slots import Budget
 from broker.stores import snapshot
 from broker.stores.memory import MemoryStore
 from broker.stores.tokens import TokenCache
+from broker.streams import stderr
 from broker.watch import SecretFiles
 from broker.web import admin, life, script, sessions
 from broker.web.door import Door
@@ -370,6 +371,7 @@ class App:
     def _publish(self) -> None:
         """Bring the gauges up to date."""
         metrics = self.metrics
+        metrics.process.log_lines_dropped += stderr.take_lost()
         metrics.process.workers.set(not self._health.draining)
         metrics.process.beat.set(0 if self._health.draining else time.monotonic())
         for name, bucket in self.store.buckets.items():
