@@ -105,16 +105,18 @@ class _Render:
             return self._line(logger, name, event)
         except Exception as error:  # noqa: BLE001 - a value may be anything, its repr may fail
             kind = type(error).__name__
-            told = {"event": "broker.unprintable", "level": name, "of": of, "error": kind}
         try:
-            return self._line(logger, name, told)
+            return self.warning("broker.unprintable", of=of, error=kind)
         except Exception:  # noqa: BLE001 - the stack or the memory is at its end
             return '{"event": "broker.unprintable"}'
 
     def loss(self, count: int) -> str:
         """Return the line that tells how many are missing before it."""
-        event = {"event": "broker.log_lines_dropped", "level": "warning", "count": count}
-        return f"{self._line(None, 'warning', event)}\n"
+        return self.warning("broker.log_lines_dropped", count=count) + "\n"
+
+    def warning(self, event: str, **fields: object) -> str:
+        """Return the line of an event of the log's own, whatever its level is."""
+        return self._line(None, "warning", {"event": event, "level": "warning", **fields})
 
     def _line(self, logger: object, name: str, event: EventDict) -> str:
         value: Any = event
@@ -231,22 +233,29 @@ class RefusalLog:
     """
 
     def __init__(self) -> None:
-        self._seen: MutableMapping[str, int] = {}
+        self._unwritten: MutableMapping[str, int] = {}
         self._next = 0
 
-    def first(self, kind: str, now: int) -> bool:
-        """Count one refusal (`now` in us); True if this one is to be written."""
-        self.flush(now)
-        count = self._seen.get(kind, 0)
-        self._seen[kind] = count + 1
-        return count == 0
+    def first(self, kind: str, now: int, *, anyway: bool = False) -> bool:
+        """Count one refusal (`now` in us); True if this one is to be written.
 
-    def tell_of_leak(self, client: str, now: int, request_id: str = "") -> bool:
+        `anyway` tells that the caller writes it also if it is not the first, as at debug.
+        """
+        self.flush(now)
+        if kind not in self._unwritten:
+            self._unwritten[kind] = 0
+            return True
+        self._unwritten[kind] += not anyway
+        return False
+
+    def tell_of_leak(
+        self, client: str, now: int, request_id: str = "", *, anyway: bool = False
+    ) -> bool:
         """Write that a page sends this client's secret: somebody has to act.
 
-        Returns whether it was written; once a minute is enough.
+        Returns whether it was written; once a minute is enough.  `anyway` as above.
         """
-        if not self.first(f"SECRET_IN_BROWSER {client}", now):
+        if not self.first(f"SECRET_IN_BROWSER {client}", now, anyway=anyway):
             return False
         structlog.get_logger().error(
             "broker.secret_in_browser", client=client, request_id=request_id
@@ -263,7 +272,7 @@ class RefusalLog:
     def sum_up(self) -> None:
         """Write how many were not written; the end of a process must not keep it to itself."""
         log = structlog.get_logger()
-        for kind, count in self._seen.items():
-            if count > 1:
-                log.info("broker.refusals", kind=kind, unwritten=count - 1)
-        self._seen.clear()
+        for kind, count in self._unwritten.items():
+            if count:
+                log.info("broker.refusals", kind=kind, unwritten=count)
+        self._unwritten.clear()
