@@ -40,6 +40,7 @@ from broker.slots import Budget
 from broker.stores import snapshot
 from broker.stores.memory import MemoryStore
 from broker.stores.tokens import TokenCache
+from broker.streams import stderr
 from broker.watch import SecretFiles
 from broker.web import admin, life, script, sessions
 from broker.web.door import Door
@@ -87,6 +88,7 @@ class App:
         self._health = Health()
         self._stopping = asyncio.Event()
         self._pauses = PauseKeeper()
+        self._admin_refusals = logs.RefusalLog()
         self._admin: admin.AdminListener | None = None
         self._lead_over = asyncio.Event()
         self._started = False
@@ -317,7 +319,14 @@ class App:
         application = admin.build(self._registry, self._health)
         if self._admin_door is not None:
             throttled = self.metrics.rejections[LimitName.AUTH.value]
-            sessions.add(application, self._admin_door, self.sessions, self._clock, throttled)
+            sessions.add(
+                application,
+                self._admin_door,
+                self.sessions,
+                self._clock,
+                throttled,
+                self._admin_refusals,
+            )
         self._admin = await admin.AdminListener.open(application, self._settings.admin.listen)
         self.admin_url = self._admin.url
 
@@ -370,6 +379,7 @@ class App:
     def _publish(self) -> None:
         """Bring the gauges up to date."""
         metrics = self.metrics
+        metrics.process.log_lines_dropped += stderr.take_lost()
         metrics.process.workers.set(not self._health.draining)
         metrics.process.beat.set(0 if self._health.draining else time.monotonic())
         for name, bucket in self.store.buckets.items():
@@ -403,8 +413,8 @@ class App:
                 await self.desk.flights.drained()
         await self._close_outside()
         self._save_snapshot()
-        self._routes.refusals.sum_up()
-        self.desk.renewal_log.sum_up()
+        for refusals in self._refusal_logs:
+            refusals.sum_up()
         if self._seat is None:
             log.info("broker.stopped")
 
@@ -480,6 +490,10 @@ class App:
             except Exception:
                 log.exception("broker.defect")  # the next round comes all the same
 
+    @property
+    def _refusal_logs(self) -> tuple[logs.RefusalLog, ...]:
+        return self._routes.refusals, self.desk.renewal_log, self._admin_refusals
+
     def _tidy(self) -> None:
         now = self._clock.mono()
         self.store.tidy()
@@ -487,8 +501,8 @@ class App:
         self.door.failures.tidy(now)
         if self._admin_door is not None:
             self._admin_door.failures.tidy(now)
-        self._routes.refusals.flush(now)
-        self.desk.renewal_log.flush(now)
+        for refusals in self._refusal_logs:
+            refusals.flush(now)
         self._pauses.tidy()
         if self.sharing is not None:
             self._health.degraded = self.sharing.is_degraded

@@ -20,6 +20,7 @@ from broker import checks, config, schema
 from broker.model import Secret
 from broker.schema import ConfigError
 from broker.settings import Settings
+from broker.streams import complain, open_missing, stdout, tell
 from broker.version import VERSION
 
 EX_OK, EX_NO, EX_USAGE, EX_UNAVAILABLE, EX_CONFIG = 0, 1, 64, 69, 78
@@ -38,18 +39,14 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    open_missing()
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.run
     try:
-        code = command(arguments)
-        sys.stdout.flush()
+        return command(arguments)
     except ConfigError as error:
-        print(f"broker: {_one_line(error)}", file=sys.stderr)
+        complain(f"broker: {_one_line(error)}")
         return EX_CONFIG
-    except BrokenPipeError:  # the reader has seen enough; Python would complain at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EX_OK
-    return code
 
 
 def _one_line(error: object) -> str:
@@ -228,17 +225,14 @@ def _check(arguments: argparse.Namespace) -> int:
     made_up = parts.make_up(settings, lambda _name: Secret(secrets.token_urlsafe(48)))
     parts.check(made_up, os.environ)
     for name, file in missing:
-        print(
-            f"note: {name}: {file} is not here; it must be where the broker runs", file=sys.stderr
-        )
+        complain(f"note: {name}: {file} is not here; it must be where the broker runs")
     _note_unused_key(settings)
     if parts.shows_password(settings):
-        print(
+        complain(
             "note: store.password crosses the network in clear text: write valkeys:// where others"
-            " can listen",
-            file=sys.stderr,
+            " can listen"
         )
-    print("configuration ok")
+    tell("configuration ok")
     return EX_OK
 
 
@@ -252,15 +246,14 @@ def _note_unused_key(settings: Settings) -> None:
     if settings.issuer.kind == "local" and (
         given or any(os.environ.get(name) for name in config.VENDOR_VARIABLES)
     ):
-        print(
+        complain(
             'note: a vendor key is given but not used, because issuer.kind is "local" and tokens'
-            ' are signed here; set issuer.kind = "upstream" to relay the vendor\'s',
-            file=sys.stderr,
+            ' are signed here; set issuer.kind = "upstream" to relay the vendor\'s'
         )
 
 
 def _config_show(arguments: argparse.Namespace) -> int:
-    print(schema.show(_settings(arguments)), end="")
+    tell(schema.show(_settings(arguments)).removesuffix("\n"))
     return EX_OK
 
 
@@ -274,7 +267,7 @@ def _mint(arguments: argparse.Namespace) -> int:
         else:
             token = mint.sign(_settings(arguments), arguments.agent, arguments.fingerprint)
     except mint.CannotMint as error:
-        print(f"broker: {error}", file=sys.stderr)
+        complain(f"broker: {error}")
         match error:
             case mint.Misused():
                 return EX_USAGE
@@ -282,7 +275,7 @@ def _mint(arguments: argparse.Namespace) -> int:
                 return EX_NO
             case _:
                 return EX_UNAVAILABLE
-    print(mint.iframe(arguments.agent, token) if arguments.iframe else token)
+    tell(mint.iframe(arguments.agent, token) if arguments.iframe else token)
     return EX_OK
 
 
@@ -291,7 +284,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     findings = doctor.examine(_settings(arguments), os.environ)
     for finding in findings:
-        print(finding)
+        tell(str(finding))
     return EX_OK if all(finding.ok for finding in findings) else EX_NO
 
 
@@ -307,7 +300,7 @@ def _fake_vendor(arguments: argparse.Namespace) -> int:
     secret = os.environ.get("BITHUMAN_API_SECRET") or secrets.token_urlsafe(24)
 
     def introduce(vendor: FakeVendor) -> None:
-        print(json.dumps({"url": vendor.url, "api_secret": secret}), flush=True)
+        stdout.write(json.dumps({"url": vendor.url, "api_secret": secret}) + "\n")
 
     settings = VendorSettings(latency=arguments.latency)
     try:
@@ -315,10 +308,7 @@ def _fake_vendor(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return EX_OK
     except OSError as error:
-        print(
-            f"broker: --listen: cannot listen on {arguments.listen}: {error.strerror}",
-            file=sys.stderr,
-        )
+        complain(f"broker: --listen: cannot listen on {arguments.listen}: {error.strerror}")
         return EX_UNAVAILABLE
     return EX_OK
 
@@ -338,9 +328,9 @@ def _verify(arguments: argparse.Namespace) -> int:
             SystemClock().wall(),
         )
     except BadToken as error:
-        print(f"not valid: {error}", file=sys.stderr)
+        complain(f"not valid: {error}")
         return EX_NO
-    print(json.dumps(dict(proof.claims), indent=2))
+    tell(json.dumps(dict(proof.claims), indent=2))
     return EX_OK
 
 
@@ -355,19 +345,19 @@ def _store_acl(arguments: argparse.Namespace) -> int:
         raise ConfigError("--user: a name without blanks, as the server's ACL file has it")
     address = parse_store_url(settings.store.url)
     cluster, database = (False, False) if address is None else (address.cluster, address.db > 0)
-    print(acl_line(user, ">PASSWORD", cluster=cluster, database=database))
+    tell(acl_line(user, ">PASSWORD", cluster=cluster, database=database))
     return EX_OK
 
 
 def _keys_generate(arguments: argparse.Namespace) -> int:
     key = secrets.token_urlsafe(32)
     if not arguments.out:
-        print(key)
+        tell(key)
         return EX_OK
     try:
         handle = os.open(arguments.out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:
-        print(f"broker: cannot write {arguments.out}: {error.strerror}", file=sys.stderr)
+        complain(f"broker: cannot write {arguments.out}: {error.strerror}")
         return EX_NO
     with os.fdopen(handle, "w") as file:
         file.write(key + "\n")
@@ -380,7 +370,7 @@ def _healthcheck(arguments: argparse.Namespace) -> int:
     file = config.find_file(arguments.config, os.environ)
     problem = healthcheck.ask(healthcheck.where(arguments.admin_listen, os.environ, file))
     if problem:
-        print(f"broker: {_one_line(problem)}", file=sys.stderr)
+        complain(f"broker: {_one_line(problem)}")
         return EX_NO
     return EX_OK
 
@@ -388,7 +378,7 @@ def _healthcheck(arguments: argparse.Namespace) -> int:
 def _keys_list(arguments: argparse.Namespace) -> int:
     from broker import keys  # noqa: PLC0415 - as in _run
 
-    print("\n".join(keys.listing(_settings(arguments))))
+    tell("\n".join(keys.listing(_settings(arguments))))
     return EX_OK
 
 
@@ -399,9 +389,9 @@ def _keys_rotate(arguments: argparse.Namespace) -> int:
     try:
         lines = keys.rotate(_settings(arguments), after, drop_old=arguments.drop_old)
     except keys.CannotRotate as error:
-        print(f"broker: {_one_line(error)}", file=sys.stderr)
+        complain(f"broker: {_one_line(error)}")
         return EX_NO
-    print("\n".join(lines))
+    tell("\n".join(lines))
     return EX_OK
 
 

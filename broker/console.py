@@ -10,13 +10,14 @@ events keep their name, so that it can be found in the README's table.
 """
 
 import os
-import traceback
 from collections.abc import Callable
 from typing import TextIO
 
 import structlog
 from structlog.dev import Column, ColumnFormatter
 from structlog.typing import EventDict, ExcInfo, Processor
+
+from broker import traces
 
 CANONICAL = "broker.embed_token"
 
@@ -26,9 +27,9 @@ _LEVELS = {"debug": "2", "info": "32", "warning": "33", "error": "31;1"}
 _DIM = "2"
 
 
-def processors(out: TextIO) -> list[Processor]:
+def processors(out: TextIO | None) -> list[Processor]:
     """Return what makes a line of an event; colours only where somebody looks."""
-    paint = _paint if out.isatty() and "NO_COLOR" not in os.environ else _leave
+    paint = _paint if out is not None and out.isatty() and "NO_COLOR" not in os.environ else _leave
     return [
         structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),  # as on the reader's clock
         _headline,
@@ -121,5 +122,5 @@ def _leave(text: str, _colour: str) -> str:
 
 
 def _lines_only(out: TextIO, error: ExcInfo) -> None:
-    """Print where a defect happened and its type: messages and variables may hold a token."""
-    out.write("\n" + "".join(traceback.format_tb(error[2])) + error[0].__name__)
+    """Print where a defect came from, and not what it says."""
+    out.write("\n" + "\n".join(traces.lines(traces.chain(error[1]))))

@@ -348,6 +348,10 @@ class ProcessMetrics:
         )
         for gauge in build.values():
             gauge.set(1)
+        self.log_lines_dropped = sheet.counters(
+            "broker_log_lines_dropped",
+            "Log lines that were lost, because standard error was full, gone or failed",
+        )[()]
         self.workers = sheet.totals("broker_workers", "Processes that take requests")[()]
         self.beat = sheet.private("beat")
         """Monotonic seconds of the last round of housekeeping, by the clock of the machine."""

@@ -9,6 +9,7 @@ from typing_extensions import override
 from broker import parts
 from broker.clock import SystemClock
 from broker.errors import StoreAway
+from broker.logs import RefusalLog
 from broker.metrics import Metrics
 from broker.model import LimitName
 from broker.sessions.desk import EndsVisitors, SessionRegister
@@ -52,6 +53,7 @@ class Registrar:
             section="[admin]",
             wanted="admin secret",
         )
+        self._refusals = RefusalLog()
         self._throttled = metrics.rejections[LimitName.AUTH.value]
         self.follow(settings)
 
@@ -63,7 +65,14 @@ class Registrar:
 
     def serve_on(self, application: web.Application) -> None:
         """Add the routes."""
-        sessions.add(application, self._door, self._register, self._clock, self._throttled)
+        sessions.add(
+            application,
+            self._door,
+            self._register,
+            self._clock,
+            self._throttled,
+            self._refusals,
+        )
 
     async def open(self) -> None:
         """Begin; a store that is not there is told to whoever asks."""
@@ -72,11 +81,14 @@ class Registrar:
     async def close(self) -> None:
         """Close every connection."""
         await self._server.close()
+        self._refusals.sum_up()
 
     def tidy(self) -> None:
         """Tally calls, forget failures: call it about twice a second."""
         self._server.tidy()
-        self._door.failures.tidy(self._clock.mono())
+        now = self._clock.mono()
+        self._door.failures.tidy(now)
+        self._refusals.flush(now)
 
 
 class _Store(EndsVisitors):

@@ -6,23 +6,28 @@ import json
 import os
 import resource
 import signal
-import sys
 from collections.abc import Callable
 
 import structlog
 
+from broker import logs
 from broker.app import App
 from broker.listen import CannotListen
 from broker.settings import Settings
+from broker.streams import complain, stderr, stdout
 from broker.supervisor import CannotStart, Supervisor
 
 log = structlog.get_logger()
 
 EX_UNAVAILABLE, EX_CONFIG = 69, 78
 
+LAST_WORDS = 0.2
+"""Seconds that an end at once gives the log."""
+
 
 def serve(settings: Settings, load: Callable[[], Settings], *, dev: bool) -> int:
     """Serve until a signal; returns the exit code."""
+    logs.take_over()
     _allow_connections()
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(_serve(settings, load, dev=dev))
@@ -54,7 +59,7 @@ async def _serve(settings: Settings, load: Callable[[], Settings], *, dev: bool)
     try:
         await app.start()
     except CannotListen as error:
-        print(f"broker: {error}", file=sys.stderr)
+        complain(f"broker: {error}")
         return EX_UNAVAILABLE
     except CannotStart as error:
         return error.code
@@ -72,6 +77,7 @@ def _obey_signals(app: App | Supervisor) -> None:
         if asked:
             log.warning("broker.aborted")  # what is under way is cut off, no snapshot is written
             app.abort()
+            stderr.flush(LAST_WORDS)
             os._exit(128 + number)
         asked.append(number)
         app.stop()
@@ -86,5 +92,5 @@ def _introduce(app: App | Supervisor, settings: Settings) -> None:
     from broker import dev  # noqa: PLC0415 - development only
 
     shown = dev.client_secret(settings)
-    print(json.dumps({"url": app.url, "admin_url": app.admin_url, "api_secret": shown}))
-    print(dev.curl_line(app.url, shown), flush=True)
+    said = {"url": app.url, "admin_url": app.admin_url, "api_secret": shown}
+    stdout.write(f"{json.dumps(said)}\n{dev.curl_line(app.url, shown)}\n")

@@ -36,6 +36,7 @@ from broker.reload import in_force, needs_restart
 from broker.rules import restarts
 from broker.schema import ConfigError
 from broker.settings import Settings
+from broker.streams import stderr
 from broker.watch import SecretFiles
 from broker.web import admin
 from broker.web.server import BACKLOG
@@ -295,6 +296,7 @@ class Supervisor:
         """Note what each worker takes of the machine, and how all of them are."""
         self._note_store()
         process = self.metrics.process
+        process.log_lines_dropped += stderr.take_lost()
         for label, memory in process.memory.items():
             child = self._children.get(int(label))
             usage = None if child is None else child.usage()

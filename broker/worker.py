@@ -23,12 +23,14 @@ from broker.metrics import Metrics
 from broker.schema import ConfigError
 from broker.seat import Seat, Sibling
 from broker.serve import EX_CONFIG, loop_factory
+from broker.streams import complain
 
 
 def main() -> int:
     """Work until told to stop; returns the exit code."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    logs.take_over()
     end = socket.socket(fileno=int(sys.argv[1]))
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(_work(end))
@@ -42,7 +44,7 @@ async def _work(end: socket.socket) -> int:
     try:
         app = _build(begin)
     except ConfigError as error:
-        print(f"broker: {error}", file=sys.stderr)
+        complain(f"broker: {error}")
         return EX_CONFIG
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, app.stop)
     await app.start()

@@ -360,6 +360,13 @@ BROKER = Dashboard(
                     description="Open on the data listener, over all workers of an instance.",
                     queries={"{{instance}}": "broker_connections{@}"},
                 ),
+                Panel(
+                    title="Log lines lost",
+                    unit="short",
+                    description="In the last hour, because standard error was full, gone or "
+                    "failed. Alert: BrokerLogDropsLines.",
+                    queries={"{{instance}}": "increase(broker_log_lines_dropped_total{@}[1h])"},
+                ),
             ],
         ),
         Row(

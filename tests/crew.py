@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from broker import config, dev, logs
 from broker.serve import serve
 from broker.settings import Settings
+from broker.streams import open_missing
 
 WORKERS, SOURCE = sys.argv[1], sys.argv[2]
 MADE = dev.Made() if SOURCE == "--dev" else None
@@ -29,6 +30,7 @@ def load() -> Settings:
 
 
 if __name__ == "__main__":
+    open_missing()
     first = load()
     logs.configure(first.log)
     sys.exit(serve(first, load, dev=MADE is not None))

@@ -201,6 +201,64 @@ class TestRefusals:
                 await edge.post(b"")
             assert len(edge.events("broker.embed_token")) == 5
 
+    async def test_what_is_written_at_debug_is_not_told_to_be_unwritten(self) -> None:
+        """Refusals, and requests that leak a secret: each has its line, so nothing is missing."""
+        origin = [("Origin", "https://site.example")]
+        async with serving(level="debug") as edge:
+            for _ in range(4):
+                await edge.post(b"")
+                await edge.ask(headers=origin)
+            edge.time.advance(61)
+            await edge.post(b"")
+        codes = [event["code"] for event in edge.events("broker.embed_token")]
+        assert codes.count("MISSING_PARAM") == 5
+        assert codes.count("SECRET_IN_BROWSER") == 3  # the first has an event of its own
+        assert len(edge.events("broker.secret_in_browser")) == 1
+        assert edge.events("broker.refusals") == []
+
+    async def test_leaks_that_have_no_line_are_summed_up_on_every_listener(self) -> None:
+        """Other routes of the data listener write none, at debug either; nor does the admin's."""
+        admin = secrets.token_urlsafe(36)
+        origin = ("Origin", "https://site.example")
+        async with serving({"admin": {"secret": admin}}, level="debug") as edge:
+            for _ in range(3):
+                await edge.post(b"", path="/v1/validate", headers=[origin])
+                await edge.admin("/v1/sessions", **{"api-secret": admin, origin[0]: origin[1]})
+        told = {e["kind"]: e["unwritten"] for e in edge.events("broker.refusals")}
+        assert told == {"SECRET_IN_BROWSER web": 2, "SECRET_IN_BROWSER admin": 2}
+
+    @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans())))
+    def test_only_what_nobody_has_written_is_counted(self, steps: list[tuple[str, bool]]) -> None:
+        """Whatever was written anyway, first or not."""
+        stream = io.StringIO()
+        unwritten = dict.fromkeys("abc", 0)
+        with logging_to(stream, Settings(log=Log(level="info"))):
+            refusals = RefusalLog()
+            for kind, anyway in steps:
+                first = refusals.first(kind, 5, anyway=anyway)
+                unwritten[kind] += not (first or anyway)
+            refusals.sum_up()
+        told = {event["kind"]: event["unwritten"] for event in records(stream)}
+        assert told == {kind: count for kind, count in unwritten.items() if count}
+
+    async def test_a_defect_in_a_renewal_that_nobody_waits_for_is_written(self) -> None:
+        """The visitor gets the held token; whoever operates this is told of the bug."""
+        async with serving(level="info") as edge:
+            fingerprint = visitor()
+            held = await edge.ask(fingerprint)
+            edge.time.advance(3595 - 360)
+
+            async def fail(*_args: object) -> Any:
+                raise RuntimeError("out of ideas")
+
+            edge.app.issuer.mint = fail  # type: ignore[method-assign]
+            edge.defects_expected = True
+            assert (await edge.ask(fingerprint)).token == held.token
+            await edge.app.desk.flights.drained()
+            (defect,) = edge.events("broker.defect")
+        assert defect["level"] == "error"
+        assert defect["exception"][0]["exc_type"] == "RuntimeError"
+
     @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, SUMMARY_INTERVAL))))
     def test_no_refusal_is_lost_or_counted_twice(self, steps: list[tuple[str, int]]) -> None:
         """Written lines and sums add up to what happened, for each kind."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
@@ -56,6 +56,7 @@ DOCUMENTED: dict[str, tuple[str, Labels]] = {
     "broker_build_info": ("gauge", {"version": set(), "python": set()}),
     "broker_workers": ("gauge", {}),
     "broker_connections": ("gauge", {}),
+    "broker_log_lines_dropped": ("counter", {}),
     "broker_worker_restarts": ("counter", {}),
 }
 """What an operator is promised of a local issuer: kind and the closed sets of its labels."""
@@ -318,6 +319,7 @@ class TestSeries:
                 last = scraped
 
 
+@settings(deadline=None)  # a machine may be busy
 @given(st.lists(st.floats(0, 20) | st.sampled_from(REQUEST_BUCKETS)))
 def test_a_histogram_counts_as_prometheus_does(values: list[float]) -> None:
     """A value on a bound belongs to that bucket; buckets are cumulative and end in all."""

@@ -35,6 +35,7 @@ from broker.rules import bucket
 from broker.slots import Budget
 from broker.stores.fleet import ALONE_AFTER, UNSEEN_PARTS
 from broker.stores.scripts import acl_line
+from broker.streams import EX_IOERR
 from broker.web import wire
 from broker.web.life import session_headers
 
@@ -416,7 +417,7 @@ def commands_of(
 def test_exit_codes_are_those_of_the_command_line() -> None:
     """And the one of a second signal."""
     documented = [row[0] for row in table("exit code", "Configuration")]
-    codes = [cli.EX_OK, cli.EX_NO, cli.EX_USAGE, cli.EX_UNAVAILABLE, cli.EX_CONFIG]
+    codes = [cli.EX_OK, cli.EX_NO, cli.EX_USAGE, cli.EX_UNAVAILABLE, EX_IOERR, cli.EX_CONFIG]
     assert documented == [*map(str, codes), "128 + n"]
 
 

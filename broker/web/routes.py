@@ -224,18 +224,23 @@ class Routes:
             kind = "refused"  # the vendor's codes are an open set
         counted = error.outcome in _COUNTED or error.remembered
         if isinstance(error, errors.SecretInBrowser):  # an event of its own: somebody has to act
-            told = self._tell_of_leak(error, request_id)
+            told = self._tell_of_leak(error, request_id, anyway=self.debug)
             worth_a_line = self.debug and not told
-        else:
-            first = not counted or self.refusals.first(kind, self._clock.mono())
+        elif counted:
+            first = self.refusals.first(kind, self._clock.mono(), anyway=self.debug)
             worth_a_line = first or self.debug
+        else:
+            worth_a_line = True
         if worth_a_line:
             _log_failure(error, kind, request_id, seconds, client, ask)
         return self._error(error, request_id)
 
-    def _tell_of_leak(self, error: errors.SecretInBrowser, request_id: str) -> bool:
+    def _tell_of_leak(
+        self, error: errors.SecretInBrowser, request_id: str, *, anyway: bool = False
+    ) -> bool:
         """Write it, once a minute for each client; returns whether it was written now."""
-        return self.refusals.tell_of_leak(error.client, self._clock.mono(), request_id)
+        now = self._clock.mono()
+        return self.refusals.tell_of_leak(error.client, now, request_id, anyway=anyway)
 
     async def _validate(self, request: BaseRequest, request_id: str) -> web.StreamResponse:
         valid = self._door.is_valid(request, self._clock.mono())

@@ -28,10 +28,18 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def add(
-    app: web.Application, door: Door, register: SessionRegister, clock: Clock, throttled: Counter
+    app: web.Application,
+    door: Door,
+    register: SessionRegister,
+    clock: Clock,
+    throttled: Counter,
+    refusals: RefusalLog,
 ) -> None:
-    """Serve /v1/sessions to whoever the door lets in; `throttled` counts guesses it refused."""
-    behind_the_door = _Guard(door, clock, throttled)
+    """Serve /v1/sessions to whoever the door lets in; `throttled` counts guesses it refused.
+
+    Whoever calls this has `refusals` summed up from time to time, and at the end.
+    """
+    behind_the_door = _Guard(door, clock, throttled, refusals)
 
     async def listed(request: web.Request) -> web.StreamResponse:
         query, after, limit = _query(request)
@@ -65,11 +73,11 @@ def add(
 class _Guard:
     """Lets in who has the secret, and tells of those who guess or who leaked it."""
 
-    def __init__(self, door: Door, clock: Clock, throttled: Counter) -> None:
+    def __init__(self, door: Door, clock: Clock, throttled: Counter, refusals: RefusalLog) -> None:
         self._door = door
         self._clock = clock
         self._throttled = throttled
-        self._refusals = RefusalLog()
+        self._refusals = refusals
 
     def __call__(self, handler: _Handler) -> _Handler:
         async def guarded(request: web.Request) -> web.StreamResponse:

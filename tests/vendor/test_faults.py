@@ -58,6 +58,18 @@ VERDICTS: list[tuple[Refusal, int | None]] = [
 ACCOUNT_WIDE = {Refusal.INSUFFICIENT_BALANCE, Refusal.ACCOUNT_SUSPENDED}
 
 
+async def test_a_refusal_that_is_remembered_is_one_line_a_minute(vendor: FakeVendor) -> None:
+    """What the vendor says is written each time; what is answered from memory is counted."""
+    async with broker_before(vendor, {"log": {"level": "info"}}) as house:
+        vendor.fail(faults.error(Refusal.NOT_FOUND))
+        for _ in range(12):
+            assert (await house.ask()).code == "NOT_FOUND"
+        assert len(vendor.journal.calls) == 1
+    assert len(house.events("broker.embed_token")) == 2  # the vendor's, the first from memory
+    (summary,) = house.events("broker.refusals")
+    assert (summary["kind"], summary["unwritten"]) == ("refused", 10)
+
+
 class TestVerdicts:
     @pytest.mark.parametrize(("what", "remembered"), VERDICTS)
     async def test_V2_pass_through_and_are_remembered_by_class(
