@@ -57,8 +57,8 @@ LAST_LOOK = 0.01
 event loop was busy, are read in between."""
 
 MAX_FIELD = 32 * 1024
-"""Bytes of the target, and of one header with its name: 16 KB of cookies (browsers allow 4 KB for
-each of many), a `Referer` or a forwarded URI with a token in it fit twice."""
+"""Bytes of the target, and of one header's value: 16 KB of cookies (browsers allow 4 KB for each of
+many), a `Referer` or a forwarded URI with a token in it fit twice."""
 
 MAX_HEAD = 64 * 1024
 """Bytes of a whole head: what large balancers pass on at most (Envoy 60 KiB, AWS 64 KB)."""
