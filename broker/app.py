@@ -327,7 +327,11 @@ class App:
                 throttled,
                 self._admin_refusals,
             )
-        self._admin = await admin.AdminListener.open(application, self._settings.admin.listen)
+        self._admin = await admin.AdminListener.open(
+            application,
+            self._settings.admin.listen,
+            keep_alive=self._settings.server.keep_alive.seconds,
+        )
         self.admin_url = self._admin.url
 
     async def _open_data(self) -> None:
@@ -346,7 +350,10 @@ class App:
         life.add(self._routes, self.door, self.sessions, self._clock, self.store.charge_client)
         embed = script.add(self._routes)
         self._server = DataServer(
-            self._routes, self._routes.error_head, self.metrics.process.connections
+            self._routes,
+            self._routes.error_head,
+            self.metrics.process.connections,
+            keep_alive=settings.server.keep_alive.seconds,
         )
         self._listener, self.url = await self._listen()
         self._add_pages(embed)

@@ -23,6 +23,10 @@ MAX_VENDOR_KEYS = 4
 MAX_PORT = 2**16 - 1
 """TCP has no more."""
 
+KEEP_ALIVE_BOUNDS = Duration(1_000_000), Duration(3_600_000_000)
+"""The least and the most of `server.keep_alive`: below it clients connect for every request, and
+above it lies no balancer's own time."""
+
 _PORT = re.compile(r"[0-9]{1,5}")
 
 
@@ -116,6 +120,12 @@ def _check_server(settings: Settings) -> None:
     server = settings.server
     if server.deadline.us <= 0:
         raise ConfigError("server.deadline: must be longer than 0")
+    least, most = KEEP_ALIVE_BOUNDS
+    if not least.us <= server.keep_alive.us <= most.us:
+        raise ConfigError(
+            f"server.keep_alive: must be {least} to {most}; set it some seconds longer than the"
+            " balancer in front keeps an idle connection"
+        )
     if server.drain_lead.us > server.drain.us:
         raise ConfigError("server.drain_lead: must not be longer than server.drain")
     for path, listen in (("server", server.listen), ("admin", settings.admin.listen)):

@@ -13,7 +13,8 @@
     │   ├── RequestTimeout          408 REQUEST_TIMEOUT
     │   ├── PayloadTooLarge         413 PAYLOAD_TOO_LARGE
     │   ├── UnsupportedType         415 UNSUPPORTED_TYPE
-    │   └── RateLimited             429 RATE_LIMITED
+    │   ├── RateLimited             429 RATE_LIMITED
+    │   └── HeadTooLarge            431 HEAD_TOO_LARGE
     ├── VendorError                 what stands behind us failed or refused
     │   ├── UpstreamRefused         the vendor's status and code: on agent, model, account
     │   ├── UpstreamUnavailable     502 UPSTREAM_UNAVAILABLE
@@ -157,6 +158,12 @@ class RateLimited(CallerError):
     @override
     def retry_after(self) -> int:
         return self.verdict.retry_after
+
+
+class HeadTooLarge(CallerError):
+    """The request line or the headers are longer than a listener reads (RFC 6585 section 5)."""
+
+    status, code = 431, "HEAD_TOO_LARGE"
 
 
 class VendorError(BrokerError):

@@ -75,6 +75,10 @@ class Server(_Section, frozen=True):
     drain_lead: Duration = _seconds(3)
     """Part of `drain` in which /readyz already says 503 and requests are still taken, so that a
     balancer notices first; probes commonly run every second or two."""
+    keep_alive: Duration = _seconds(75)
+    """Time that a connection may be idle, on both listeners.  Longer than the 60 s after which
+    common balancers (nginx, AWS) give an idle connection up, so that they close it, and never the
+    broker under a request that is on its way.  Some keep it longer: Google's for 600 s."""
     trusted_proxies: tuple[str, ...] = ()
     """Addresses or networks whose `X-Forwarded-For` counts.  None: a header that anybody can
     send must not choose whose failed logins are throttled."""

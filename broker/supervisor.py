@@ -105,7 +105,11 @@ class Supervisor:
         server = self._settings.server
         application = admin.build(self.registry(), self._health)
         self._registrar = await self._open_registrar(application)
-        self._admin = await admin.AdminListener.open(application, self._settings.admin.listen)
+        self._admin = await admin.AdminListener.open(
+            application,
+            self._settings.admin.listen,
+            keep_alive=server.keep_alive.seconds,
+        )
         self.admin_url = self._admin.url
         try:
             self._listener, self.url = await listen(

@@ -279,6 +279,10 @@ NO_RATE = "rate must be a positive, finite number"
 NO_BURST = "burst must be between 1 and 2147483647"
 NO_OFF = "; no number switches a limit off: raise it, or set dry_run = true"
 NO_UNIT = 'a duration needs a number and a unit (us, ms, s, m, h), such as "12s"'
+KEEP_ALIVE = (
+    "must be 1s to 1h; set it some seconds longer than the balancer in front keeps an idle"
+    " connection"
+)
 NO_ADDRESS = 'expected "HOST:PORT" (0 chooses a port) or "unix:/path"'
 RATES = ("limits.fingerprint", "limits.fingerprint_mints", "limits.agent", "issuer.budget")
 
@@ -320,6 +324,10 @@ WRONG: list[tuple[str, object, str]] = [
     ("server.deadline", "1s\n", f"server.deadline: {NO_UNIT}"),
     ("server.deadline", "9" * 400 + "h", "server.deadline: a duration of more than a year"),
     ("server.deadline", "0s", "server.deadline: must be longer than 0"),
+    ("server.keep_alive", "0s", f"server.keep_alive: {KEEP_ALIVE}"),
+    ("server.keep_alive", "999ms", f"server.keep_alive: {KEEP_ALIVE}"),
+    ("server.keep_alive", "3601s", f"server.keep_alive: {KEEP_ALIVE}"),
+    ("server.keep_alive", 75, f"server.keep_alive: {NO_UNIT}"),
     ("server.drain_lead", "16s", "server.drain_lead: must not be longer than server.drain"),
     ("reuse.floor_in_outage", "6m", "reuse.floor_in_outage: must not be longer than reuse.floor"),
     ("reuse.refresh_ahead", "4m", "reuse.refresh_ahead: must not be shorter than reuse.floor"),

@@ -1,5 +1,6 @@
 """The admin listener: a scrape every few seconds, so comfort goes before speed here.
 
+Routes are aiohttp's; connections and answers are those of the data listener, with the same bounds.
 What `web.sessions` adds to it has a secret; the rest is open to whoever reaches the address.
 """
 
@@ -10,6 +11,7 @@ from secrets import token_hex
 from typing import Self
 
 from aiohttp import web
+from aiohttp.web_request import BaseRequest
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
@@ -17,29 +19,18 @@ from broker.answers import HealthAnswer, error_body, error_body_of, plain_body
 from broker.errors import BrokerError
 from broker.health import Health
 from broker.listen import CannotListen, listen
-from broker.web.answer import JSON_TYPE, retry_after_seconds
-from broker.web.server import BACKLOG, KEEP_ALIVE, LINGER, DataConnection
+from broker.web.answer import JSON_TYPE, ReadyAnswer, head, retry_after_seconds
+from broker.web.server import BACKLOG, DataConnection, Handler
 
 
 def build(registry: CollectorRegistry, health: Health) -> web.Application:
     """Return the application with /metrics, /livez and /readyz."""
-    app = web.Application(middlewares=[_envelope])
+    app = web.Application()
     app.router.add_get("/metrics", _metrics(registry))
     for path in ("/livez", "/health", "/healthz"):
         app.router.add_get(path, _live)
     app.router.add_get("/readyz", _ready(health))
     return app
-
-
-def connections(server: web.Server) -> Callable[[], web.RequestHandler]:
-    """Make connections that answer what is not HTTP as the data listener's do, unquoted."""
-    return lambda: DataConnection(
-        server,
-        loop=asyncio.get_running_loop(),
-        keepalive_timeout=KEEP_ALIVE,
-        lingering_time=LINGER,
-        access_log=None,  # type: ignore[arg-type]  # aiohttp's own documentation: None disables it
-    ).attach(lambda: (f"admin-{token_hex(4)}", formatdate(usegmt=True)))
 
 
 class AdminListener:
@@ -51,14 +42,19 @@ class AdminListener:
         self.url = url
 
     @classmethod
-    async def open(cls, application: web.Application, address: str) -> Self:
-        """Listen; raises CannotListen with nothing left open."""
-        runner = web.AppRunner(application, access_log=None, handle_signals=False)
+    async def open(cls, application: web.Application, address: str, *, keep_alive: float) -> Self:
+        """Listen; raises CannotListen with nothing left open.  `keep_alive` is in seconds."""
+        runner = web.AppRunner(application, handle_signals=False, handler_cancellation=True)
         await runner.setup()
         server = runner.server
         assert server is not None  # set by setup()
+        server.request_handler = _in_envelopes(server.request_handler)
+
+        def connect() -> DataConnection:
+            return DataConnection(server, _error_head, keep_alive)
+
         try:
-            listener, url = await listen(connections(server), address, "admin.listen", BACKLOG)
+            listener, url = await listen(connect, address, "admin.listen", BACKLOG)
         except CannotListen:
             await runner.cleanup()
             raise
@@ -79,60 +75,71 @@ def render(registry: CollectorRegistry, accept: str) -> tuple[str, bytes]:
     return content_type, encoder(registry)
 
 
+def answer(
+    status: int, body: bytes, headers: str = "", content_type: str = JSON_TYPE
+) -> web.StreamResponse:
+    """Return an answer as the data listener's are; `headers` are ready lines with their CRLF."""
+    return ReadyAnswer(
+        status, head(status, len(body), content_type, *_error_head()) + headers, body, close=False
+    )
+
+
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def _metrics(registry: CollectorRegistry) -> _Handler:
-    async def answer(request: web.Request) -> web.StreamResponse:
-        content_type, text = render(registry, request.headers.get("Accept", ""))
-        return web.Response(
-            body=text, headers={"Content-Type": content_type, "Cache-Control": "no-store"}
-        )
+def _error_head() -> tuple[str, str]:
+    return f"admin-{token_hex(4)}", formatdate(usegmt=True)
 
-    return answer
+
+def _metrics(registry: CollectorRegistry) -> _Handler:
+    async def metrics(request: web.Request) -> web.StreamResponse:
+        content_type, text = render(registry, request.headers.get("Accept", ""))
+        return answer(200, text, content_type=content_type)
+
+    return metrics
 
 
 async def _live(_request: web.Request) -> web.StreamResponse:
-    return _json(200, plain_body(HealthAnswer("ok")))
+    return answer(200, plain_body(HealthAnswer("ok")))
 
 
 def _ready(health: Health) -> _Handler:
-    async def answer(_request: web.Request) -> web.StreamResponse:
-        return _json(200 if health.ready else 503, plain_body(HealthAnswer(health.state)))
+    async def ready(_request: web.Request) -> web.StreamResponse:
+        return answer(200 if health.ready else 503, plain_body(HealthAnswer(health.state)))
 
-    return answer
-
-
-@web.middleware
-async def _envelope(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    """Answer errors in the one envelope, here too."""
-    try:
-        return await handler(request)
-    except BrokerError as error:
-        return _failed(error)
-    except web.HTTPNotFound:
-        text = "admin listener: /metrics, /livez, /readyz; /v1/sessions with admin.secret_file"
-        return _json(404, error_body(404, "NOT_FOUND", text))
-    except web.HTTPMethodNotAllowed as error:
-        allowed = ", ".join(sorted(error.allowed_methods))
-        text = f"this route answers {allowed} only"
-        answer = _json(405, error_body(405, "METHOD_NOT_ALLOWED", text))
-        answer.headers["Allow"] = allowed
-        return answer
-    except web.HTTPException as error:
-        text = "request: cannot be answered as it is; send a plain GET"
-        return _json(error.status, error_body(error.status, "VALIDATION_ERROR", text))
+    return ready
 
 
-def _failed(error: BrokerError) -> web.Response:
-    answer = _json(error.status, error_body_of(error))
+def _in_envelopes(handle: Handler) -> Handler:
+    """Answer errors in the one envelope, here too.
+
+    Around the application and not inside of it: it refuses an unknown `Expect` before any
+    middleware, in an answer that repeats it.
+    """
+
+    async def handled(request: BaseRequest) -> web.StreamResponse:
+        try:
+            return await handle(request)
+        except BrokerError as error:
+            return _failed(error)
+        except web.HTTPNotFound:
+            text = "admin listener: /metrics, /livez, /readyz; /v1/sessions with admin.secret_file"
+            return answer(404, error_body(404, "NOT_FOUND", text))
+        except web.HTTPMethodNotAllowed as error:
+            allowed = ", ".join(sorted(error.allowed_methods))
+            body = error_body(405, "METHOD_NOT_ALLOWED", f"this route answers {allowed} only")
+            return answer(405, body, f"Allow: {allowed}\r\n")
+        except web.HTTPException as error:
+            text = "request: cannot be answered as it is; send a plain GET"
+            return answer(error.status, error_body(error.status, "VALIDATION_ERROR", text))
+
+    return handled
+
+
+def _failed(error: BrokerError) -> web.StreamResponse:
+    headers = ""
     if error.retry_after is not None:
-        answer.headers["Retry-After"] = str(retry_after_seconds(error.retry_after))
+        headers += f"Retry-After: {retry_after_seconds(error.retry_after)}\r\n"
     if error.status == 401:  # noqa: PLR2004 - as on the data listener
-        answer.headers["WWW-Authenticate"] = "Bearer"
-    return answer
-
-
-def _json(status: int, body: bytes) -> web.Response:
-    headers = {"Content-Type": JSON_TYPE, "Cache-Control": "no-store"}
-    return web.Response(status=status, body=body, headers=headers)
+        headers += "WWW-Authenticate: Bearer\r\n"
+    return answer(error.status, error_body_of(error), headers)

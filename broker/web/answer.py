@@ -5,7 +5,6 @@ known parts, which is a third of the work.  Nothing that a caller sent gets into
 request id of a fixed alphabet, so there is nothing to escape.
 """
 
-import asyncio
 from functools import lru_cache
 from http import HTTPStatus
 
@@ -16,13 +15,6 @@ from typing_extensions import override
 
 from broker.model import LimitName
 from broker.rules.bucket import Limit, Verdict
-
-MAX_UNSENT = 64 * 1024
-"""Bytes that may wait for a client that pipelines and does not read; then we stop answering it."""
-
-UNSENT_TIMEOUT = 30.0
-"""Seconds that it may wait: a client that reads at all takes 64 KiB in less, and one that does not
-would hold its connection for ever."""
 
 _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus
@@ -50,6 +42,10 @@ class ReadyAnswer(web.StreamResponse):
         return not self._close
 
     @override
+    def force_close(self) -> None:
+        self._close = True
+
+    @override
     async def prepare(self, request: BaseRequest) -> AbstractStreamWriter | None:
         """Write the whole answer; raises ConnectionError if the client is gone."""
         transport = request.transport
@@ -63,8 +59,6 @@ class ReadyAnswer(web.StreamResponse):
             connection = "Connection: keep-alive\r\n\r\n" if old else "\r\n"
         payload = b"" if request.method == "HEAD" else self._payload
         transport.write((self._head + connection).encode("latin-1") + payload)
-        if transport.get_write_buffer_size() > MAX_UNSENT:
-            await _catch_up(request, transport)
         return None
 
     @override
@@ -74,16 +68,6 @@ class ReadyAnswer(web.StreamResponse):
     @override
     def __repr__(self) -> str:
         return f"ReadyAnswer({self._status}, {len(self._payload)} bytes)"
-
-
-async def _catch_up(request: BaseRequest, transport: asyncio.Transport) -> None:
-    """Wait for a client that does not read; raises ConnectionError once it has had its time."""
-    try:
-        async with asyncio.timeout(UNSENT_TIMEOUT):
-            await request.writer.drain()
-    except TimeoutError:
-        transport.abort()
-        raise ClientConnectionResetError("the client does not read") from None
 
 
 def head(

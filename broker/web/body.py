@@ -38,7 +38,11 @@ async def read(request: BaseRequest, limit: int) -> bytes:
     Raises PayloadTooLarge as soon as `limit` bytes are exceeded, RequestTimeout when it does not
     come in time, Invalid for broken framing.
     """
-    if request.headers.get(EXPECT, "").lower() == "100-continue" and request.transport is not None:
+    if (
+        request.headers.get(EXPECT, "").lower() == "100-continue"
+        and request.version >= (1, 1)  # RFC 9110 section 10.1.1: older clients know no 100
+        and request.transport is not None
+    ):
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     body = bytearray()
     try:

@@ -44,6 +44,11 @@ _VALIDATE_ERRORS: Mapping[int, str] = {
 }
 
 
+_EVERYWHERE: Mapping[int, str] = {
+    431: "The request line or the headers are longer than the broker reads",
+}
+
+
 def document(server_url: str, *, any_fingerprint: bool = False) -> dict[str, Any]:
     """Return the document for a broker that answers at `server_url` and takes such fingerprints."""
     types = (
@@ -60,6 +65,18 @@ def document(server_url: str, *, any_fingerprint: bool = False) -> dict[str, Any
     _require(schemas["TokenRequest"], ("agent_id", "fingerprint"))
     if not any_fingerprint:
         schemas["TokenRequest"]["properties"]["fingerprint"]["pattern"] = f"^(?:{HEX})$"
+    paths = {
+        "/v1/embed-tokens/request": {"post": _token_operation(reference)},
+        "/v1/embed-tokens/verify": {"get": openapi_life.verify(reference)},
+        "/v1/introspect": {"post": openapi_life.introspect(reference)},
+        "/v1/revoke": {"post": openapi_life.revoke(reference)},
+        "/v1/validate": {"post": _validate_operation(reference)},
+        "/livez": {"get": _health_operation(reference, "livez", "Is the process alive?")},
+        "/readyz": {"get": _ready_operation(reference)},
+    }
+    for operations in paths.values():
+        for operation in operations.values():
+            operation["responses"].update(errors(reference, _EVERYWHERE))
     return {
         "openapi": "3.1.0",
         "info": {
@@ -69,15 +86,7 @@ def document(server_url: str, *, any_fingerprint: bool = False) -> dict[str, Any
             "license": {"name": "MIT", "identifier": "MIT"},
         },
         "servers": [{"url": server_url}],
-        "paths": {
-            "/v1/embed-tokens/request": {"post": _token_operation(reference)},
-            "/v1/embed-tokens/verify": {"get": openapi_life.verify(reference)},
-            "/v1/introspect": {"post": openapi_life.introspect(reference)},
-            "/v1/revoke": {"post": openapi_life.revoke(reference)},
-            "/v1/validate": {"post": _validate_operation(reference)},
-            "/livez": {"get": _health_operation(reference, "livez", "Is the process alive?")},
-            "/readyz": {"get": _ready_operation(reference)},
-        },
+        "paths": paths,
         "components": {
             "schemas": schemas,
             "securitySchemes": {

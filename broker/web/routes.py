@@ -55,7 +55,8 @@ _COUNTED = frozenset(
 """Outcomes that anybody can cause in any number: one a minute is written, the rest counted."""
 
 _CLOSING = frozenset({408, 413})
-"""After these the rest of the body is still on its way: it must not be read as a request."""
+"""After these nothing more is read from a connection, also where the body has come to its end: who
+got the size or the time of one wrong may have the next one wrong, too."""
 
 _OK = plain_body(HealthAnswer("ok"))
 

@@ -1,36 +1,74 @@
-"""The data listener's plumbing: aiohttp's low-level server with its defaults put right.
+"""The listeners' plumbing: aiohttp's low-level server with its defaults put right.
 
-`aiohttp.web.Server` is the documented way to serve without an application.  What it does by
-default and a public listener must not:
+`aiohttp.web.Server` is the documented way to serve without an application.  `DataConnection` is one
+connection of either listener and the one place of the rules about when a connection ends and how
+much it may hold.  What aiohttp does by default and a public listener must not:
 
+- an answer given before the body has ended keeps the connection, and the next request is read out
+  of that body: here such an answer says `Connection: close`, and the connection ends;
+- bytes that follow a request with `Upgrade` in one packet are dropped, so that what comes after
+  them is read from its middle: here that request is the last;
 - a handler survives its client: here it is cancelled (`handler_cancellation`);
-- an idle or half-sent head keeps its connection for an hour: 75 s, nginx's figure, is enough;
+- an idle connection is kept for an hour, half a head with it: the idle time is a setting, a head
+  has `HEAD_TIMEOUT` from its first byte, and one that began within the idle time is answered;
+- a client that does not read holds its connection for ever: what is unsent for `UNSENT_TIMEOUT`
+  ends it, and no request is taken from it meanwhile;
+- a line of a head has 8 KB, too little behind proxies, and a head has no bound in all;
 - bodies are decompressed, so 8 KiB could become gigabytes: they stay as they come;
 - an unread body is drained for 10 s: one second, then the connection is closed;
 - malformed requests are answered in plain text that quotes them, and logged with them: the error
   handler here answers the one envelope and logs nothing of the input.
+
+Private names of aiohttp 3.14 are used in this file only.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable
 
 import structlog
-from aiohttp import web
+from aiohttp import StreamReader, web
+from aiohttp.http import RawRequestMessage
+from aiohttp.http_exceptions import LineTooLong
+from aiohttp.streams import EMPTY_PAYLOAD
+from aiohttp.web_protocol import _ErrInfo
 from aiohttp.web_request import BaseRequest
 from typing_extensions import override
 
 from broker.answers import error_body
 from broker.board import Gauge
+from broker.errors import HeadTooLarge
 from broker.web.answer import JSON_TYPE, ReadyAnswer, head
 
 log = structlog.get_logger()
 
-KEEP_ALIVE = 75.0
-"""Seconds; longer than the 60 s after which common balancers give up an idle connection, so it
-is them who close it, never we under a request that is on its way."""
+HEAD_TIMEOUT = 20.0
+"""Seconds from the first byte of a head to its end; Apache's figure.  A balancer sends a head in
+one piece, so only a socket that trickles takes longer."""
+
+UNSENT_TIMEOUT = 30.0
+"""Seconds that a part of an answer may wait for a client to read: one that reads at all takes
+64 KiB in less, and one that does not would hold its connection for ever."""
 
 LINGER = 1.0
 """Seconds in which the rest of a refused body is read, so that the client sees our answer."""
+
+LAST_LOOK = 0.01
+"""Seconds between the end of the idle time and the close: bytes that had come in time, while the
+event loop was busy, are read in between."""
+
+MAX_FIELD = 32 * 1024
+"""Bytes of the target, and of one header's value: 16 KB of cookies (browsers allow 4 KB for each of
+many), a `Referer` or a forwarded URI with a token in it fit twice."""
+
+MAX_HEAD = 64 * 1024
+"""Bytes of a whole head: what large balancers pass on at most (Envoy 60 KiB, AWS 64 KB)."""
+
+MAX_FIELDS = 128
+"""Headers in a head: more than any proxy adds (Apache allows 100), and each takes time to read."""
+
+READ_BUFFER = 16 * 1024
+"""Bytes of a body after which a connection is read no further until somebody takes them (aiohttp
+allows twice that): a good body has 8 KiB."""
 
 DRAIN_POLL = 0.02
 """Seconds between looks at what is still busy, while draining."""
@@ -39,23 +77,110 @@ BACKLOG = 1024
 """Connections the kernel may hold for us: a page going viral arrives as a burst of connects, and
 the usual 128 would reset some of them."""
 
+_TOO_MANY_FIELDS = "Too many headers received"
+"""How aiohttp's parser says that there are more than MAX_FIELDS: it has no class of its own."""
+
+_HEAD_TOO_LARGE = HeadTooLarge(
+    f"request head: more than {MAX_FIELD} bytes in one line, {MAX_HEAD} in all or {MAX_FIELDS}"
+    " headers; send fewer cookies, or let the proxy in front drop what the broker does not need"
+)
+
 Handler = Callable[[BaseRequest], Awaitable[web.StreamResponse]]
 
 
 class DataConnection(web.RequestHandler):
-    """One connection; answers what is not HTTP with the envelope."""
+    """One connection; answers what is not HTTP with the envelope.
 
-    __slots__ = ("_error_head",)
+    `error_head` gives request id and date for that.  `keep_alive` is how many seconds it may be
+    idle.
+    """
 
-    def attach(self, error_head: Callable[[], tuple[str, str]]) -> "DataConnection":
-        """Set where request ids and dates come from; returns the connection itself."""
+    __slots__ = ("_body", "_error_head", "_head_bytes", "_head_timer", "_unsent_timer")
+
+    def __init__(
+        self, manager: web.Server, error_head: Callable[[], tuple[str, str]], keep_alive: float
+    ) -> None:
+        super().__init__(
+            manager,
+            loop=asyncio.get_running_loop(),
+            keepalive_timeout=keep_alive,
+            lingering_time=LINGER,
+            max_line_size=MAX_FIELD,
+            max_field_size=MAX_FIELD,
+            max_headers=MAX_FIELDS,
+            read_bufsize=READ_BUFFER,
+            auto_decompress=False,
+            access_log=None,  # type: ignore[arg-type]  # aiohttp's own documentation: None disables it
+        )
         self._error_head = error_head
-        return self
+        self._body: StreamReader = EMPTY_PAYLOAD
+        self._head_bytes = 0
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._unsent_timer: asyncio.TimerHandle | None = None
 
     @property
     def is_busy(self) -> bool:
         """Whether a request has begun and is not answered yet."""
         return bool(self._request_in_progress)
+
+    @override
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        if self.transport is not None:
+            self.transport.set_write_buffer_limits(high=0)  # told of every byte that is not taken
+
+    @override
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._end_head()
+        self._end_unsent()
+        self._body = EMPTY_PAYLOAD
+        super().connection_lost(exc)
+
+    @override
+    def pause_writing(self) -> None:
+        """Give a client that does not read its time; a close would wait for it without an end."""
+        super().pause_writing()
+        if self.transport is not None:
+            self._unsent_timer = self._loop.call_later(UNSENT_TIMEOUT, self.transport.abort)
+
+    @override
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._end_unsent()
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        """Parse, and keep count of heads: aiohttp bounds each line, but not all, nor the time."""
+        known = self._request_count
+        super().data_received(data)
+        new = self._request_count - known
+        if not new:
+            if data and self._body.is_eof() and not (self._close or self._force_close):
+                self._head_goes_on(len(data))
+            return
+        message, self._body = self._messages[-1]
+        if self._head_bytes or not data or len(data) > MAX_HEAD:
+            self._check_sizes(new)
+        if self._close:
+            return
+        if isinstance(message, _ErrInfo):
+            if isinstance(message.exc, LineTooLong) or message.message == _TOO_MANY_FIELDS:
+                self._messages.pop()
+                self._refuse_head()
+        elif message.upgrade and _is_followed(data, self._body):
+            self._close = True
+
+    @override
+    async def finish_response(
+        self, request: BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Answer; the last answer of a connection says so, and no other follows unsent bytes."""
+        if self._close or not request.content.is_eof():
+            resp.force_close()
+        finished = await super().finish_response(request, resp, start_time)
+        if self.writing_paused:
+            await request.writer.drain()
+        return finished
 
     @override
     def handle_error(
@@ -69,6 +194,8 @@ class DataConnection(web.RequestHandler):
         if status >= 500:  # noqa: PLR2004 - the class of server errors
             log.error("broker.defect", request_id=request_id, exc_info=exc)
             code, text = "INTERNAL_ERROR", "internal error: see the log for this X-Request-Id"
+        elif isinstance(exc, HeadTooLarge):
+            code, text = exc.code, exc.message
         else:
             code, text = (
                 "VALIDATION_ERROR",
@@ -87,15 +214,86 @@ class DataConnection(web.RequestHandler):
     def log_debug(self, *args: object, **kw: object) -> None:
         """Say nothing: what clients do to their own connections is not our news."""
 
+    def _head_goes_on(self, size: int) -> None:
+        """Count and time a head that has begun and not ended."""
+        self._head_bytes += size
+        if self._head_bytes > MAX_HEAD:
+            self._refuse_head()
+        elif self._head_timer is None:
+            self._head_timer = self._loop.call_later(HEAD_TIMEOUT, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        """End a connection whose head does not come; unless it is we who did not read it."""
+        self._head_timer = None
+        if self._waiter is None:
+            self._head_timer = self._loop.call_later(HEAD_TIMEOUT, self._head_is_late)
+        else:
+            self.force_close()
+
+    def _end_head(self) -> None:
+        self._head_bytes = 0
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _end_unsent(self) -> None:
+        if self._unsent_timer is not None:
+            self._unsent_timer.cancel()
+            self._unsent_timer = None
+
+    def _check_sizes(self, new: int) -> None:
+        """Refuse the first of the `new` heads that is too large, and what follows it."""
+        self._end_head()
+        for n in range(len(self._messages) - new, len(self._messages)):
+            message, _ = self._messages[n]
+            if isinstance(message, RawRequestMessage) and _size(message) > MAX_HEAD:
+                while len(self._messages) > n:
+                    self._messages.pop()
+                self._refuse_head()
+                return
+
+    def _refuse_head(self) -> None:
+        """Answer next that the head is too large, and read nothing more.
+
+        The body that stands for the rest of it never ends: aiohttp then lingers before it closes,
+        as after a refused body, so that a client which is still sending sees the answer.
+        """
+        self._end_head()
+        self._body = StreamReader(self, READ_BUFFER, loop=self._loop)
+        error = _ErrInfo(_HEAD_TOO_LARGE.status, _HEAD_TOO_LARGE, "")
+        self._messages.append((error, self._body))
+        self._close = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    @override
+    def _process_keepalive(self) -> None:
+        """Close what is idle: aiohttp calls this when the idle time may be over."""
+        if self._loop.time() < self._next_keepalive_close_time:
+            super()._process_keepalive()  # which comes back then
+        else:
+            self._keepalive_handle = self._loop.call_later(LAST_LOOK, self._close_if_idle)
+
+    def _close_if_idle(self) -> None:
+        if self._head_timer is None:
+            super()._process_keepalive()
+        else:  # the next request began in time; its head has a time of its own
+            self._keepalive_handle = None
+
 
 class DataServer(web.Server):
     """Makes `DataConnection`s, and tells how many are open; give it to `loop.create_server`."""
 
     def __init__(
-        self, handler: Handler, error_head: Callable[[], tuple[str, str]], open_now: Gauge
+        self,
+        handler: Handler,
+        error_head: Callable[[], tuple[str, str]],
+        open_now: Gauge,
+        keep_alive: float,
     ) -> None:
         super().__init__(handler, handler_cancellation=True)
         self._error_head = error_head
+        self._keep_alive = keep_alive
         self._open = 0
         self._open_now = open_now
 
@@ -137,11 +335,17 @@ class DataServer(web.Server):
 
     @override
     def __call__(self) -> web.RequestHandler:
-        return DataConnection(
-            self,
-            loop=self._loop,
-            keepalive_timeout=KEEP_ALIVE,
-            lingering_time=LINGER,
-            auto_decompress=False,
-            access_log=None,  # type: ignore[arg-type]  # aiohttp's own documentation: None disables it
-        ).attach(self._error_head)
+        return DataConnection(self, self._error_head, self._keep_alive)
+
+
+def _size(message: RawRequestMessage) -> int:
+    """Bytes of a head, as good as: line ends and blanks of headers are taken as four."""
+    return len(message.path) + sum(
+        len(name) + len(value) + 4 for name, value in message.raw_headers
+    )
+
+
+def _is_followed(data: bytes, body: StreamReader) -> bool:
+    """Whether `data` has more than the one request that ends in it, or cannot be told."""
+    end = data.find(b"\r\n\r\n") + 4
+    return not body.is_eof() or len(data) - end != body.total_bytes

@@ -15,7 +15,7 @@ from broker.logs import RefusalLog
 from broker.model import Clock, Session
 from broker.sessions.base import Place, Query, place_of
 from broker.sessions.desk import PAGE, SessionRegister
-from broker.web.answer import JSON_TYPE
+from broker.web.admin import answer
 from broker.web.door import Door
 
 MOST_IN_PAGE = 1000
@@ -137,6 +137,5 @@ def _answer(session: Session) -> SessionAnswer:
     )
 
 
-def _json(answer: SessionsAnswer | SessionAnswer | EndedAnswer) -> web.Response:
-    headers = {"Content-Type": JSON_TYPE, "Cache-Control": "no-store"}
-    return web.Response(body=plain_body(answer), headers=headers)
+def _json(content: SessionsAnswer | SessionAnswer | EndedAnswer) -> web.StreamResponse:
+    return answer(200, plain_body(content))

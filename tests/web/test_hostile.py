@@ -10,6 +10,8 @@ from contextlib import suppress
 import pytest
 from edge import AGENT, TOKEN_PATH, Edge, Line, Reply, request, serving, visitor
 
+from broker.settings import Duration
+
 BODY = b'{"agent_id":"a","fingerprint":"abcd"}'
 CHUNKED = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
 
@@ -59,17 +61,50 @@ MALFORMED: dict[str, bytes] = {
     "NUL in the path": b"GET /\0CANARY HTTP/1.1\r\nHost: broker\r\n\r\n",
     "no path": b"GET  HTTP/1.1\r\nHost: CANARY\r\n\r\n",
     "no version": b"GET /CANARY HTTP\r\nHost: broker\r\n\r\n",
-    "too long a path": b"GET /%s HTTP/1.1\r\nHost: broker\r\n\r\n" % (b"CANARY" * 2000),
-    "too long a value": HEAD + SECRET + b"X-A: %s\r\n\r\n" % (b"CANARY" * 2000),
-    "too long a name": HEAD + SECRET + b"X-%s: a\r\n\r\n" % (b"CANARY" * 2000),
-    "too many headers": HEAD + SECRET + b"X-A: CANARY\r\n" * 200 + LENGTH + b"\r\n" + BODY,
 }
+
+
+LONG = b"CANARY" * 6000
+"""More than one line of a head may have."""
+
+TOO_LARGE: dict[str, bytes] = {
+    "too long a path": b"GET /%s HTTP/1.1\r\nHost: broker\r\n\r\n" % LONG,
+    "too long a value": HEAD + SECRET + b"X-A: %s\r\n\r\n" % LONG,
+    "too long a name": HEAD + SECRET + b"X-%s: a\r\n\r\n" % LONG,
+    "too many headers": HEAD + SECRET + b"X-A: CANARY\r\n" * 200 + LENGTH + b"\r\n" + BODY,
+    "too much in all": HEAD
+    + SECRET
+    + (b"X-A: %s\r\n" % LONG[:30_000]) * 3
+    + LENGTH
+    + b"\r\n"
+    + BODY,
+    "too much without an end": HEAD + SECRET + (b"X-A: %s\r\n" % LONG[:30_000]) * 3,
+    "a target without an end": b"GET /%s" % LONG,
+}
+
+NOT_HTTP = "request: not valid HTTP/1.1; send a well-formed request"
+HEAD_TOO_LARGE = (
+    "request head: more than 32768 bytes in one line, 65536 in all or 128 headers; send fewer"
+    " cookies, or let the proxy in front drop what the broker does not need"
+)
 
 
 class TestMalformed:
     @pytest.mark.parametrize("data", MALFORMED.values(), ids=MALFORMED)
     async def test_O3_is_a_clean_400_and_the_end(self, edge: Edge, data: bytes) -> None:
         """The envelope with every header; the connection ends; nothing of it anywhere."""
+        await self._refused(edge, data, 400, "VALIDATION_ERROR", NOT_HTTP)
+
+    @pytest.mark.parametrize("data", TOO_LARGE.values(), ids=TOO_LARGE)
+    async def test_O3_too_large_a_head_is_a_clean_431_and_the_end(
+        self, monkeypatch: pytest.MonkeyPatch, data: bytes
+    ) -> None:
+        """The same for what is too long: the answer says so, and what the bounds are."""
+        monkeypatch.setattr("broker.web.server.LINGER", 0.05)
+        async with serving() as edge:
+            await self._refused(edge, data, 431, "HEAD_TOO_LARGE", HEAD_TOO_LARGE)
+
+    async def _refused(self, edge: Edge, data: bytes, status: int, code: str, message: str) -> None:
         canary = secrets.token_hex(16)
         sent = data.replace(b"CANARY", canary.encode()).replace(b"SECRET", edge.secret.encode())
         before = edge.log.getvalue()
@@ -82,12 +117,8 @@ class TestMalformed:
         assert reply.json == {
             "success": False,
             "status": "error",
-            "status_code": 400,
-            "error": {
-                "code": "VALIDATION_ERROR",
-                "message": "request: not valid HTTP/1.1; send a well-formed request",
-                "httpStatus": 400,
-            },
+            "status_code": status,
+            "error": {"code": code, "message": message, "httpStatus": status},
         }
         assert [name for name, _ in reply.headers] == [
             "Content-Type",
@@ -98,7 +129,7 @@ class TestMalformed:
             "X-Request-Id",
             "Connection",
         ]
-        assert (reply.status, reply.header("Connection")) == (400, "close")
+        assert (reply.status, reply.header("Connection")) == (status, "close")
         assert request_id is not None
         assert canary not in reply.text
         assert edge.secret not in reply.text
@@ -213,10 +244,11 @@ class TestSlowSockets:
     @pytest.fixture
     async def impatient(self, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Edge]:
         """A broker whose patience has been cut to a fraction of a second."""
-        monkeypatch.setattr("broker.web.server.KEEP_ALIVE", 0.05)
+        monkeypatch.setattr("broker.checks.KEEP_ALIVE_BOUNDS", (Duration(0), Duration(10**6)))
+        monkeypatch.setattr("broker.web.server.HEAD_TIMEOUT", 0.05)
         monkeypatch.setattr("broker.web.server.LINGER", 0.05)
         monkeypatch.setattr("broker.web.body.BODY_TIMEOUT", 0.05)
-        async with serving() as edge:
+        async with serving({"server": {"keep_alive": "50ms"}}) as edge:
             yield edge
 
     async def test_O4_500_slow_sockets_do_not_hurt_good_traffic(self, edge: Edge) -> None:
@@ -237,7 +269,7 @@ class TestSlowSockets:
     async def test_O4_silent_sockets_and_half_heads_are_closed_in_time(
         self, impatient: Edge
     ) -> None:
-        """However the bytes trickle: time counts from the connection, not from the last byte."""
+        """However the bytes trickle: time counts from the head's first byte, not from the last."""
         lines = [await impatient.connect() for _ in range(30)]
         lines[0].send(HALF_HEAD)
         async with asyncio.timeout(30):

@@ -5,6 +5,7 @@ import email.utils
 import itertools
 import re
 import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -22,8 +23,10 @@ from edge import (
     serving,
     visitor,
 )
+from processes import until
 
 from broker import errors
+from broker.issue import Handout, Refusal
 from broker.issuers.base import Turn
 from broker.model import AGENT_RULE, Ask, Minted, Outcome
 
@@ -525,6 +528,35 @@ class TestWhatIsBehindFails:
         defects = edge.events("broker.defect")
         assert [event["request_id"] for event in defects] == [reply.header("X-Request-Id")]
         assert defects[0]["exception"][0]["exc_type"] == "RuntimeError"
+
+    async def test_the_deadline_counts_from_the_head_and_not_from_the_body(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A body that takes its time takes it from the mint, or `deadline` would be exceeded.
+
+        Sees a start of the clock behind the reading of the body.
+        """
+        given: list[float] = []
+        async with serving({"server": {"deadline": "12s"}}) as edge:
+            issue = edge.app.desk.issue
+
+            async def recorded(ask: Ask, patience: float) -> Handout | Refusal:
+                given.append(patience)
+                return await issue(ask, patience)
+
+            monkeypatch.setattr(edge.app.desk, "issue", recorded)
+            line = await edge.connect()
+            data = edge.asking()
+            line.send(data[:-10])
+            connections = edge.app._server.connections
+            await until(lambda: any(one._request_in_progress for one in connections))
+            began = time.perf_counter()
+            await asyncio.sleep(0.5)
+            took = time.perf_counter() - began
+            line.send(data[-10:])
+            assert (await line.answer()).status == 200
+            await line.close()
+        assert 0 < given[0] <= 12 - took
 
     async def test_a_deadline_is_504(self) -> None:
         """Nobody waits longer than `[server] deadline`; the mint goes on and is cached."""

@@ -16,6 +16,7 @@ from broker.model import Ask
 from broker.web import wire
 
 HEX = st.text("0123456789abcdefABCDEF", min_size=4, max_size=128)
+TRACE = f"00-{'a' * 32}-{'b' * 16}-01"
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner),
@@ -59,6 +60,31 @@ class TestGood:
             '"agent_id":"last","fingerprint":"bbbb","fresh":false,"model":null}'
         )
         assert parse(body) == Ask("web", "last", "bbbb", None)
+
+    @pytest.mark.parametrize(
+        ("given", "kept"),
+        [
+            (TRACE, True),
+            (f"{TRACE}-what-comes-later", False),
+            (f"{TRACE}-", False),
+            (f"{TRACE}\n", False),
+            (f" {TRACE}", False),
+            (TRACE.upper(), False),
+            (TRACE.replace("00-", "ff-", 1), False),
+            (f"00-{'0' * 32}-{'b' * 16}-01", False),
+            (f"00-{'a' * 32}-{'0' * 16}-01", False),
+            (TRACE[:-1], False),
+            (f"{TRACE},{TRACE}", False),
+        ],
+    )
+    def test_a_traceparent_is_passed_on_whole_or_not_at_all(self, given: str, kept: bool) -> None:
+        """W3C Trace Context, section 3.2.2: no tail, no zeros, no version ff, no capitals.
+
+        Sees a `match` where `fullmatch` stands: what follows would reach the vendor's header.
+        """
+        body = json.dumps({"agent_id": "a", "fingerprint": "abcd"}).encode()
+        ask = wire.parse(body, "web", any_fingerprint=False, traceparent=given)
+        assert ask.traceparent == (given if kept else "")
 
     @pytest.mark.parametrize("agent", ["a", "A78WKV4515", "a-b_c", "x" * 64, "-", "_", "0"])
     def test_agents(self, agent: str) -> None:
