@@ -40,6 +40,7 @@ from broker.slots import Budget
 from broker.stores import snapshot
 from broker.stores.memory import MemoryStore
 from broker.stores.tokens import TokenCache
+from broker.tasks import Background, BackgroundTask
 from broker.watch import SecretFiles
 from broker.web import admin, life, script, sessions
 from broker.web.door import Door
@@ -55,6 +56,9 @@ log = structlog.get_logger()
 
 HOUSEKEEPING = 0.5
 """Seconds between rounds of housekeeping; also how fast a changed secret file is noticed."""
+
+BEAT = 0.5
+"""Seconds between signs of life; see `rules.hangs` for who reads them."""
 
 MINT_GRACE = 6.0
 """Seconds that a mint may take beyond its turn and its call: the longest back-off of a key and the
@@ -91,7 +95,6 @@ class App:
         self._lead_over = asyncio.Event()
         self._started = False
         self._restored = False
-        self._tasks: set[asyncio.Task[None]] = set()
         self._build()
 
     def _build(self) -> None:
@@ -101,6 +104,7 @@ class App:
         policy = self._policy = parts.reuse(settings)
         budget = parts.budget(settings)
         self.metrics = self._seat.metrics if self._seat else parts.metrics(settings)
+        self._background = Background(self.metrics.process.background)
         self._sealing_key = parts.sealing_key(settings)
         self._tokens = TokenCache(
             settings.reuse.max_tokens,
@@ -191,9 +195,9 @@ class App:
     def _pace(self, budget: Budget) -> Paced:
         observe = self.metrics.budget.queue_wait.observe
         if self.sharing is None:
-            return Paced(budget, observe)
+            return Paced(budget, observe, counts=self.metrics.process.background)
         slots = self.sharing.slots(budget)
-        paced = Paced(budget, observe, slots)
+        paced = Paced(budget, observe, slots, self.metrics.process.background)
         slots.hold = paced.hold
         return paced
 
@@ -231,8 +235,9 @@ class App:
             if self._restored:  # loading took the file away: the next start needs it, too
                 self._save_snapshot()
             raise
-        self._tasks.add(self._loop.create_task(self._keep_house()))
         self._tidy()
+        self._background.start(BackgroundTask.HOUSEKEEPING, self._keep_house)
+        self._background.start(BackgroundTask.BEAT, self._beat)
         self._started = True
         if self._seat is None:
             name = self.issuer.name
@@ -371,7 +376,6 @@ class App:
         """Bring the gauges up to date."""
         metrics = self.metrics
         metrics.process.workers.set(not self._health.draining)
-        metrics.process.beat.set(0 if self._health.draining else time.monotonic())
         for name, bucket in self.store.buckets.items():
             metrics.limits.tracked[name].set(len(bucket))
         metrics.limits.tracked[LimitName.AUTH].set(len(self.door.failures))
@@ -391,6 +395,7 @@ class App:
         server = self._settings.server
         ends = time.monotonic() + server.drain.seconds
         self._health.draining = True
+        self.metrics.process.beat.set(0)
         self._publish()
         if self._seat is None:
             lead = server.drain_lead.seconds
@@ -409,9 +414,7 @@ class App:
             log.info("broker.stopped")
 
     async def _close_outside(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.close()
         await self.desk.flights.close()
         if self._paced is not None:
             await self._paced.close()
@@ -475,10 +478,14 @@ class App:
             due = loop.time() + HOUSEKEEPING
             await asyncio.sleep(HOUSEKEEPING)
             self.metrics.loop_lag.observe(max(loop.time() - due, 0.0))
-            try:
-                self._tidy()
-            except Exception:
-                log.exception("broker.defect")  # the next round comes all the same
+            self._tidy()
+
+    async def _beat(self) -> None:
+        """Give a sign of life, apart from housekeeping: only a loop that stands is silent."""
+        beat = self.metrics.process.beat
+        while True:
+            beat.set(0 if self._health.draining else time.monotonic())
+            await asyncio.sleep(BEAT)
 
     def _tidy(self) -> None:
         now = self._clock.mono()
