@@ -30,7 +30,7 @@ from broker.listen import CannotListen, listen
 from broker.model import LimitName
 from broker.pacer import Paced, Pacer, Unpaced
 from broker.pauses import PauseKeeper
-from broker.reload import needs_restart
+from broker.reload import READING, UNREADABLE, needs_restart
 from broker.schema import ConfigError
 from broker.seat import Seat
 from broker.sessions.desk import SessionDesk
@@ -40,7 +40,7 @@ from broker.slots import Budget
 from broker.stores import snapshot
 from broker.stores.memory import MemoryStore
 from broker.stores.tokens import TokenCache
-from broker.tasks import Background, BackgroundTask
+from broker.tasks import Background, BackgroundTask, aside
 from broker.watch import SecretFiles
 from broker.web import admin, life, script, sessions
 from broker.web.door import Door
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 HOUSEKEEPING = 0.5
-"""Seconds between rounds of housekeeping; also how fast a changed secret file is noticed."""
+"""Seconds between rounds of housekeeping, and between looks at secret files."""
 
 BEAT = 0.5
 """Seconds between signs of life; see `rules.hangs` for who reads them."""
@@ -93,7 +93,7 @@ class App:
         self._pauses = PauseKeeper()
         self._admin: admin.AdminListener | None = None
         self._lead_over = asyncio.Event()
-        self._started = False
+        self._reload_wanted = asyncio.Event()
         self._restored = False
         self._build()
 
@@ -238,7 +238,9 @@ class App:
         self._tidy()
         self._background.start(BackgroundTask.HOUSEKEEPING, self._keep_house)
         self._background.start(BackgroundTask.BEAT, self._beat)
-        self._started = True
+        if self._seat is None:
+            self._background.start(BackgroundTask.WATCHED_FILES, self._watch_files)
+            self._background.start(BackgroundTask.RELOADS, self._obey_reloads)
         if self._seat is None:
             name = self.issuer.name
             log.info("broker.started", url=self.url, admin_url=self.admin_url, issuer=name)
@@ -257,24 +259,51 @@ class App:
     def abort(self) -> None:
         """Do what has to be done before the process ends without draining."""
 
+    def want_reload(self) -> None:
+        """Read the settings again as soon as all files can be read, and the start is over."""
+        self._reload_wanted.set()
+
+    async def _obey_reloads(self) -> None:
+        while True:
+            await self._reload_wanted.wait()
+            self._reload_wanted.clear()
+            try:
+                async with asyncio.timeout(READING):
+                    await aside(self._rehearse)
+            except TimeoutError:
+                self._note_reload(failed=True)
+                log.error("broker.reload_failed", error=UNREADABLE)
+            else:
+                self.reload()
+
+    def _rehearse(self) -> None:
+        """Read what a reload reads, where it may take its time; what is wrong, the reload says."""
+        with contextlib.suppress(Exception):
+            parts.check(self._load(), self._environ)
+
     def reload(self) -> bool:
         """Read the settings again; all of it takes effect, or nothing does."""
-        if not self._started:
-            log.info("broker.reload_skipped", reason="the start has just read everything")
-            return False
         try:
             loaded = self._load()
             settings = replace(loaded, store=self._settings.store)  # but what its files say
             other_key = parts.sealing_key(settings) != self._sealing_key
             self.follow(settings)
         except ConfigError as error:
-            self.metrics.process.reloads["failure"].inc()
+            self._note_reload(failed=True)
             log.error("broker.reload_failed", error=str(error))
             return False
-        self.metrics.process.reloads["success"].inc()
+        except Exception:
+            self._note_reload(failed=True)
+            log.exception("broker.defect")
+            return False
+        self._note_reload(failed=False)
         changed = needs_restart(self._settings, loaded, other_key=other_key)
         log.info("broker.reloaded", needs_restart=changed)
         return True
+
+    def _note_reload(self, *, failed: bool) -> None:
+        self.metrics.process.reloads["failure" if failed else "success"].inc()
+        self.metrics.process.reload_failed.set(failed)
 
     def follow(self, settings: Settings) -> None:
         """Take over what a running process can; raises ConfigError with nothing changed."""
@@ -472,13 +501,21 @@ class App:
             log.info("broker.snapshot_saved", tokens=count)
 
     async def _keep_house(self) -> None:
-        """Expire, measure the loop, notice changed secrets: so that no request has to."""
+        """Expire, measure the loop: so that no request has to."""
         loop = self._loop
         while True:
             due = loop.time() + HOUSEKEEPING
             await asyncio.sleep(HOUSEKEEPING)
             self.metrics.loop_lag.observe(max(loop.time() - due, 0.0))
             self._tidy()
+
+    async def _watch_files(self) -> None:
+        while True:
+            await asyncio.sleep(HOUSEKEEPING)
+            files = self._files
+            if await aside(files.changed) and files is self._files:
+                log.info("broker.secret_files_changed")
+                self.want_reload()
 
     async def _beat(self) -> None:
         """Give a sign of life, apart from housekeeping: only a loop that stands is silent."""
@@ -501,6 +538,3 @@ class App:
             self._health.degraded = self.sharing.is_degraded
             self._health.refuses = self.sharing.refuses
         self._publish()
-        if self._seat is None and self._files.changed():
-            log.info("broker.secret_files_changed")
-            self.reload()

@@ -341,6 +341,10 @@ class ProcessMetrics:
                 outcome=("success", "failure"),
             )
         )
+        self.reload_failed = sheet.maxima(
+            "broker_config_reload_failed",
+            "1 while the last attempt to reload has failed: the settings before it are in force",
+        )[()]
         build = sheet.maxima(
             "broker_build_info",
             "Always 1; the labels tell what runs",

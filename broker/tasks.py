@@ -10,17 +10,21 @@ Knows nothing of what the tasks do.
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Callable, Coroutine, Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from typing_extensions import override
 
 from broker.board import Counter
+from broker.clock import sleep_unless
 from broker.rules import restarts
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 Work = Callable[[], Coroutine[Any, Any, None]]
 """Begins an endless piece of work; called again for each restart."""
@@ -32,7 +36,7 @@ class BackgroundTask(Enum):
     __hash__ = object.__hash__  # Enum's own is Python code
 
     HOUSEKEEPING = "housekeeping"
-    """Expiry, gauges, changed secret files; the supervisor's, too."""
+    """Expiry and gauges; the supervisor's, too."""
     BEAT = "beat"
     """A worker's sign of life to its supervisor."""
     PACING = "pacing"
@@ -45,12 +49,16 @@ class BackgroundTask(Enum):
     """The writing of sessions that the store could not take."""
     SUBSCRIPTION = "subscription"
     """What other members of a fleet publish."""
+    WATCHED_FILES = "watched_files"
+    """The look at files whose change means a reload."""
     RELOADS = "reloads"
     """The supervisor's reloads, one worker after the other."""
     WORKERS = "workers"
     """The replacement of workers that end."""
+    WORKER_WATCH = "worker_watch"
+    """The look at workers' signs of life."""
     ORDERS = "orders"
-    """What a supervisor says to its worker, and a worker to its supervisor."""
+    """What a supervisor says to its worker."""
 
 
 class Background:
@@ -63,10 +71,18 @@ class Background:
         self._counts = {} if counts is None else counts
         self._tasks: dict[asyncio.Task[None], BackgroundTask] = {}
 
-    def start(self, name: BackgroundTask, work: Work) -> None:
-        """Begin, and begin anew whatever ends it, until `close`."""
-        task = asyncio.get_running_loop().create_task(self._keep(name, work), name=name.value)
-        self._tasks[task] = name
+    def start(self, name: BackgroundTask, work: Work, until: asyncio.Event | None = None) -> None:
+        """Begin, and begin anew whatever ends it, until `close`.
+
+        Work that has an end may end when `until` is set.
+        """
+        work_kept = self._keep(name, work, until or asyncio.Event())
+        self._tasks[asyncio.get_running_loop().create_task(work_kept, name=name.value)] = name
+
+    async def wait(self, seconds: float) -> None:
+        """Wait for the end of all that have one, but not longer than this."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=max(seconds, 0.0))
 
     async def close(self) -> None:
         """Cancel all, and wait until they are gone."""
@@ -79,13 +95,15 @@ class Background:
     def __contains__(self, name: BackgroundTask) -> bool:
         return name in self._tasks.values()
 
-    async def _keep(self, name: BackgroundTask, work: Work) -> None:
+    async def _keep(self, name: BackgroundTask, work: Work, until: asyncio.Event) -> None:
         """Restart after each end: soon at first, later if it keeps ending."""
         loop = asyncio.get_running_loop()
         delay, told = 0.0, set[str]()
         while True:
             began = loop.time()
             failure = await _end_of(work)
+            if until.is_set() and failure is None:
+                return
             lived = loop.time() - began
             delay = restarts.delay(delay, lived)
             if name in self._counts:
@@ -96,7 +114,9 @@ class Background:
             if kind not in told:
                 told.add(kind)
                 _report(name, kind, failure, delay)
-            await asyncio.sleep(delay)
+            await sleep_unless(until, delay)
+            if until.is_set():
+                return
 
     @override
     def __repr__(self) -> str:
@@ -134,6 +154,36 @@ def _report(
             again_in_s=again_in,
             exc_info=failure,
         )
+
+
+async def aside(work: Callable[[], T]) -> T:
+    """Do what may block, such as asking a mounted file system, in a thread of its own.
+
+    The thread may never come back, and nobody waits for it then: neither the loop's executor, which
+    has few threads and others who need them, nor the end of the process, which joins those.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, failure: BaseException | None) -> None:
+        if done.done():
+            return  # whoever asked was cancelled
+        if failure is not None:
+            done.set_exception(failure)
+        else:
+            done.set_result(result)  # type: ignore[arg-type]  # one of both is given
+
+    def run() -> None:
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:  # noqa: BLE001 - raised where it was asked for
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    threading.Thread(target=run, name="aside", daemon=True).start()
+    return await done
 
 
 class TaskSet:

@@ -57,6 +57,7 @@ DOCUMENTED: dict[str, tuple[str, Labels]] = {
     "broker_build_info": ("gauge", {"version": set(), "python": set()}),
     "broker_workers": ("gauge", {}),
     "broker_connections": ("gauge", {}),
+    "broker_config_reload_failed": ("gauge", {}),
     "broker_worker_restarts": ("counter", {}),
     "broker_worker_hangs": ("counter", {}),
     "broker_background_restarts": ("counter", {"task": {task.value for task in BackgroundTask}}),
