@@ -70,10 +70,13 @@ def _digest(path: str) -> bytes | None:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError):
         return None
-    with open(handle, "rb", buffering=0) as file:  # noqa: PTH123 - opened without waiting
-        try:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                return None
-            return blake2b(file.read(LONGEST), digest_size=16).digest()
-        except OSError:
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
             return None
+        size = min(max(status.st_size, 4096), LONGEST)  # some file systems say 0
+        return blake2b(os.read(handle, size), digest_size=16).digest()
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
