@@ -30,7 +30,7 @@ from broker.listen import CannotListen, listen
 from broker.model import LimitName
 from broker.pacer import Paced, Pacer, Unpaced
 from broker.pauses import PauseKeeper
-from broker.reload import needs_restart
+from broker.reload import READING, UNREADABLE, needs_restart
 from broker.schema import ConfigError
 from broker.seat import Seat
 from broker.sessions.desk import SessionDesk
@@ -41,6 +41,7 @@ from broker.stores import snapshot
 from broker.stores.memory import MemoryStore
 from broker.stores.tokens import TokenCache
 from broker.streams import stderr
+from broker.tasks import Background, BackgroundTask, aside
 from broker.watch import SecretFiles
 from broker.web import admin, life, script, sessions
 from broker.web.door import Door
@@ -55,7 +56,10 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 HOUSEKEEPING = 0.5
-"""Seconds between rounds of housekeeping; also how fast a changed secret file is noticed."""
+"""Seconds between rounds of housekeeping, and between looks at secret files."""
+
+BEAT = 0.5
+"""Seconds between signs of life; see `rules.hangs` for who reads them."""
 
 MINT_GRACE = 6.0
 """Seconds that a mint may take beyond its turn and its call: the longest back-off of a key and the
@@ -91,9 +95,8 @@ class App:
         self._admin_refusals = logs.RefusalLog()
         self._admin: admin.AdminListener | None = None
         self._lead_over = asyncio.Event()
-        self._started = False
+        self._reload_wanted = asyncio.Event()
         self._restored = False
-        self._tasks: set[asyncio.Task[None]] = set()
         self._build()
 
     def _build(self) -> None:
@@ -103,6 +106,7 @@ class App:
         policy = self._policy = parts.reuse(settings)
         budget = parts.budget(settings)
         self.metrics = self._seat.metrics if self._seat else parts.metrics(settings)
+        self._background = Background(self.metrics.process.background)
         self._sealing_key = parts.sealing_key(settings)
         self._tokens = TokenCache(
             settings.reuse.max_tokens,
@@ -193,9 +197,9 @@ class App:
     def _pace(self, budget: Budget) -> Paced:
         observe = self.metrics.budget.queue_wait.observe
         if self.sharing is None:
-            return Paced(budget, observe)
+            return Paced(budget, observe, counts=self.metrics.process.background)
         slots = self.sharing.slots(budget)
-        paced = Paced(budget, observe, slots)
+        paced = Paced(budget, observe, slots, self.metrics.process.background)
         slots.hold = paced.hold
         return paced
 
@@ -233,9 +237,12 @@ class App:
             if self._restored:  # loading took the file away: the next start needs it, too
                 self._save_snapshot()
             raise
-        self._tasks.add(self._loop.create_task(self._keep_house()))
         self._tidy()
-        self._started = True
+        self._background.start(BackgroundTask.HOUSEKEEPING, self._keep_house)
+        self._background.start(BackgroundTask.BEAT, self._beat)
+        if self._seat is None:
+            self._background.start(BackgroundTask.WATCHED_FILES, self._watch_files)
+            self._background.start(BackgroundTask.RELOADS, self._obey_reloads)
         if self._seat is None:
             name = self.issuer.name
             log.info("broker.started", url=self.url, admin_url=self.admin_url, issuer=name)
@@ -254,24 +261,51 @@ class App:
     def abort(self) -> None:
         """Do what has to be done before the process ends without draining."""
 
+    def want_reload(self) -> None:
+        """Read the settings again as soon as all files can be read, and the start is over."""
+        self._reload_wanted.set()
+
+    async def _obey_reloads(self) -> None:
+        while True:
+            await self._reload_wanted.wait()
+            self._reload_wanted.clear()
+            try:
+                async with asyncio.timeout(READING):
+                    await aside(self._rehearse)
+            except TimeoutError:
+                self._note_reload(failed=True)
+                log.error("broker.reload_failed", error=UNREADABLE)
+            else:
+                self.reload()
+
+    def _rehearse(self) -> None:
+        """Read what a reload reads, where it may take its time; what is wrong, the reload says."""
+        with contextlib.suppress(Exception):
+            parts.check(self._load(), self._environ)
+
     def reload(self) -> bool:
         """Read the settings again; all of it takes effect, or nothing does."""
-        if not self._started:
-            log.info("broker.reload_skipped", reason="the start has just read everything")
-            return False
         try:
             loaded = self._load()
             settings = replace(loaded, store=self._settings.store)  # but what its files say
             other_key = parts.sealing_key(settings) != self._sealing_key
             self.follow(settings)
         except ConfigError as error:
-            self.metrics.process.reloads["failure"].inc()
+            self._note_reload(failed=True)
             log.error("broker.reload_failed", error=str(error))
             return False
-        self.metrics.process.reloads["success"].inc()
+        except Exception:
+            self._note_reload(failed=True)
+            log.exception("broker.defect")
+            return False
+        self._note_reload(failed=False)
         changed = needs_restart(self._settings, loaded, other_key=other_key)
         log.info("broker.reloaded", needs_restart=changed)
         return True
+
+    def _note_reload(self, *, failed: bool) -> None:
+        self.metrics.process.reloads["failure" if failed else "success"].inc()
+        self.metrics.process.reload_failed.set(failed)
 
     def follow(self, settings: Settings) -> None:
         """Take over what a running process can; raises ConfigError with nothing changed."""
@@ -388,7 +422,6 @@ class App:
         metrics = self.metrics
         metrics.process.log_lines_dropped += stderr.take_lost()
         metrics.process.workers.set(not self._health.draining)
-        metrics.process.beat.set(0 if self._health.draining else time.monotonic())
         for name, bucket in self.store.buckets.items():
             metrics.limits.tracked[name].set(len(bucket))
         metrics.limits.tracked[LimitName.AUTH].set(len(self.door.failures))
@@ -408,6 +441,7 @@ class App:
         server = self._settings.server
         ends = time.monotonic() + server.drain.seconds
         self._health.draining = True
+        self.metrics.process.beat.set(0)
         self._publish()
         if self._seat is None:
             lead = server.drain_lead.seconds
@@ -426,9 +460,7 @@ class App:
             log.info("broker.stopped")
 
     async def _close_outside(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.close()
         await self.desk.flights.close()
         if self._paced is not None:
             await self._paced.close()
@@ -486,16 +518,28 @@ class App:
             log.info("broker.snapshot_saved", tokens=count)
 
     async def _keep_house(self) -> None:
-        """Expire, measure the loop, notice changed secrets: so that no request has to."""
+        """Expire, measure the loop: so that no request has to."""
         loop = self._loop
         while True:
             due = loop.time() + HOUSEKEEPING
             await asyncio.sleep(HOUSEKEEPING)
             self.metrics.loop_lag.observe(max(loop.time() - due, 0.0))
-            try:
-                self._tidy()
-            except Exception:
-                log.exception("broker.defect")  # the next round comes all the same
+            self._tidy()
+
+    async def _watch_files(self) -> None:
+        while True:
+            await asyncio.sleep(HOUSEKEEPING)
+            files = self._files
+            if await aside(files.changed) and files is self._files:
+                log.info("broker.secret_files_changed")
+                self.want_reload()
+
+    async def _beat(self) -> None:
+        """Give a sign of life, apart from housekeeping: only a loop that stands is silent."""
+        beat = self.metrics.process.beat
+        while True:
+            beat.set(0 if self._health.draining else time.monotonic())
+            await asyncio.sleep(BEAT)
 
     @property
     def _refusal_logs(self) -> tuple[logs.RefusalLog, ...]:
@@ -515,6 +559,3 @@ class App:
             self._health.degraded = self.sharing.is_degraded
             self._health.refuses = self.sharing.refuses
         self._publish()
-        if self._seat is None and self._files.changed():
-            log.info("broker.secret_files_changed")
-            self.reload()

@@ -1,6 +1,7 @@
 """A worker as its supervisor sees it: a process, and what it was told and has said."""
 
 import asyncio
+import contextlib
 import signal
 import socket
 import subprocess
@@ -9,10 +10,14 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
+import structlog
 from typing_extensions import override
 
 from broker.channel import REPORTS, Begin, Channel, Follow, Followed, Ready, Refused, Report, Stop
+from broker.rules.hangs import Pulse
 from broker.usage import Usage, usage
+
+log = structlog.get_logger()
 
 ANSWER_TIME = 10.0
 """Seconds in which a worker must have taken over new settings: it takes milliseconds, and a start
@@ -34,6 +39,8 @@ class Child:
         self._answers: asyncio.Queue[Followed | Refused | None] = asyncio.Queue()
         self._met = asyncio.Event()
         self.is_ready = False
+        self.is_hung = False
+        self.pulse = Pulse()
         self.counted_cpu = 0.0
         self._listening = asyncio.ensure_future(self._listen())
 
@@ -63,6 +70,16 @@ class Child:
         return self._process.pid
 
     @property
+    def serves(self) -> bool:
+        """Whether it takes requests, as far as is known."""
+        return self.is_ready and not self.is_silent
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it should take requests, and gives no sign of life."""
+        return self.is_hung or self.pulse.is_quiet
+
+    @property
     def lived(self) -> float:
         """Seconds since its start."""
         return time.monotonic() - self._born
@@ -75,15 +92,11 @@ class Child:
     async def follow(self, settings: dict[str, Any]) -> str | None:
         """Let it take over new settings; returns why it could not, None if it did or has died.
 
-        One that does not answer is hung, and ended: its replacement begins with these settings.
+        Raises TimeoutError if it does not answer: it hangs.
         """
         self._channel.send(Follow(settings))
-        try:
-            async with asyncio.timeout(ANSWER_TIME):
-                answer = await self._answers.get()
-        except TimeoutError:
-            self.kill()
-            return f"worker {self.index} did not answer in {ANSWER_TIME:.0f} s and was ended"
+        async with asyncio.timeout(ANSWER_TIME):
+            answer = await self._answers.get()
         return answer.error if isinstance(answer, Refused) else None
 
     def stop(self) -> None:
@@ -107,16 +120,26 @@ class Child:
         return usage(self.pid)
 
     async def _listen(self) -> None:
-        while (report := await self._channel.receive()) is not None:
-            match report:
-                case Ready():
-                    self.is_ready = True
-                    self._met.set()
-                case Followed() | Refused():
-                    self._answers.put_nowait(report)
-        self.is_ready = False
-        self._met.set()
-        self._answers.put_nowait(None)  # whoever waits for an answer waits in vain
+        """Hear it to its end; one that cannot be understood is ended, because it cannot be led."""
+        try:
+            while (report := await self._channel.receive()) is not None:
+                self._hear(report)
+        except Exception:
+            with contextlib.suppress(Exception):  # the log must not keep it alive
+                log.exception("broker.defect")
+            self.kill()
+        finally:
+            self.is_ready = False
+            self._met.set()
+            self._answers.put_nowait(None)  # whoever waits for an answer waits in vain
+
+    def _hear(self, report: Report) -> None:
+        match report:
+            case Ready():
+                self.is_ready = True
+                self._met.set()
+            case Followed() | Refused():
+                self._answers.put_nowait(report)
 
     @override
     def __repr__(self) -> str:

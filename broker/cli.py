@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -208,6 +209,7 @@ def _names_file(arguments: argparse.Namespace) -> bool:
 
 
 def _run(load: Callable[[], Settings], *, dev: bool) -> int:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # a reload waits for the start
     from broker import logs  # noqa: PLC0415 - the server's imports are slow and other commands need none
     from broker.serve import serve  # noqa: PLC0415 - as above
 
@@ -303,6 +305,7 @@ def _fake_vendor(arguments: argparse.Namespace) -> int:
         stdout.write(json.dumps({"url": vendor.url, "api_secret": secret}) + "\n")
 
     settings = VendorSettings(latency=arguments.latency)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C is how it is stopped
     try:
         asyncio.run(serve_forever(*where, started=introduce, settings=settings, secrets=[secret]))
     except KeyboardInterrupt:

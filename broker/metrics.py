@@ -19,6 +19,7 @@ from broker.issuers.vendor_replies import Reason
 from broker.model import LimitName, Outcome
 from broker.stores.buckets import BucketCounts
 from broker.stores.tokens import TokenCounts
+from broker.tasks import BackgroundTask
 from broker.version import VERSION
 
 BUDGET = "budget"
@@ -340,6 +341,10 @@ class ProcessMetrics:
                 outcome=("success", "failure"),
             )
         )
+        self.reload_failed = sheet.maxima(
+            "broker_config_reload_failed",
+            "1 while the last attempt to reload has failed: the settings before it are in force",
+        )[()]
         build = sheet.maxima(
             "broker_build_info",
             "Always 1; the labels tell what runs",
@@ -354,13 +359,23 @@ class ProcessMetrics:
         )[()]
         self.workers = sheet.totals("broker_workers", "Processes that take requests")[()]
         self.beat = sheet.private("beat")
-        """Monotonic seconds of the last round of housekeeping, by the clock of the machine."""
+        """Monotonic seconds of the last sign of life, by the clock of the machine; 0: takes no
+        connections (any more)."""
         self.connections = sheet.totals(
             "broker_connections", "Connections that are open on the data listener"
         )[()]
         self.restarts = sheet.counters(
             "broker_worker_restarts", "Workers that died and were replaced"
         )[()]
+        self.hangs = sheet.counters(
+            "broker_worker_hangs", "Workers that gave no sign of life and were killed"
+        )[()]
+        background = sheet.counters(
+            "broker_background_restarts",
+            "Background tasks that ended, by an exception or by themselves, and were begun anew",
+            task=[name.value for name in BackgroundTask],
+        )
+        self.background = {name: background[name.value,] for name in BackgroundTask}
         sheet.shown = workers > 0
         indices = [str(index) for index in range(1, workers + 1)]
         self.cpu = _by_label(

@@ -17,18 +17,17 @@ All times are seconds of the event loop's clock.
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Protocol
 
-import structlog
 from typing_extensions import override
 
+from broker.board import Counter
 from broker.errors import BudgetExhausted, ServiceUnavailable
 from broker.line import Line, Place
 from broker.slots import Budget, LocalSlots, Slots
-
-log = structlog.get_logger()
+from broker.tasks import Background, BackgroundTask
 
 MAX_PROMISE = 300.0
 """Seconds: nobody is told to come back later than this; the vendor's own pauses end here too."""
@@ -93,11 +92,15 @@ class Paced(Pacer):
     """A budget.  Between `start` and `close` it owns a task.
 
     `waited` is called with the seconds that each granted caller waited.  Without `slots` they are
-    this process' own.
+    this process' own.  `counts` counts restarts of the task.
     """
 
     def __init__(
-        self, budget: Budget, waited: Callable[[float], object], slots: Slots | None = None
+        self,
+        budget: Budget,
+        waited: Callable[[float], object],
+        slots: Slots | None = None,
+        counts: Mapping[BackgroundTask, Counter] | None = None,
     ) -> None:
         self._budget = budget
         self._slots = slots or LocalSlots(budget)
@@ -107,19 +110,18 @@ class Paced(Pacer):
         self._promised: dict[str, float] = {}
         self._line = Line(len(_RANKS))
         self._wanted = asyncio.Event()
-        self._server: asyncio.Task[None] | None = None
+        self._background = Background(counts)
 
     async def start(self) -> None:
         """Begin with no slot, so that a restart does not add a burst, and begin to serve."""
         self._loop = asyncio.get_running_loop()
         await self._slots.start()
-        self._server = self._loop.create_task(self._serve())
+        self._background.start(BackgroundTask.PACING, self._serve)
 
     async def close(self) -> None:
         """Stop serving; whoever waits is told that the broker stops."""
-        if self._server is not None:
-            self._server.cancel()
-            await asyncio.wait([self._server])
+        if BackgroundTask.PACING in self._background:
+            await self._background.close()
             await self._slots.close()
         while place := self._line.next():
             if not place.granted.done():
@@ -175,7 +177,7 @@ class Paced(Pacer):
         return not self.depth and self.remaining * 2 >= self._budget.burst
 
     async def _queue(self, urgency: Urgency, client: str) -> None:
-        if self._server is None or self._server.done():
+        if BackgroundTask.PACING not in self._background:
             raise _stopping()
         rank = _RANKS[urgency]
         predicted = self._predict(client, rank)
@@ -224,11 +226,7 @@ class Paced(Pacer):
     async def _serve(self) -> None:
         while True:
             await self._wanted.wait()
-            try:
-                await self._serve_next()
-            except Exception:
-                log.exception("broker.defect")  # a queue that stands still would serve nobody, ever
-                await asyncio.sleep(1.0)
+            await self._serve_next()
             if not self.depth and not self._paused:
                 self._wanted.clear()
 

@@ -4,6 +4,12 @@ from msgspec.structs import replace
 
 from broker.settings import Issuer, Settings
 
+READING = 10.0
+"""Seconds in which all files of a configuration must have been read: it takes milliseconds, unless
+a mounted file system hangs."""
+
+UNREADABLE = f"files could not be read in {READING:.0f} s: a mounted file system may hang"
+
 
 def needs_restart(old: Settings, new: Settings, *, other_key: bool = False) -> list[str]:
     """Sections that differ and are not taken over by a reload.

@@ -1,11 +1,8 @@
 """Puts the shared store together, and owns what runs beside it: heartbeats, leases, news."""
 
-import asyncio
 import secrets
 import socket
-from collections.abc import Awaitable, Callable
-
-import structlog
+from collections.abc import Callable
 
 from broker.issuers.refusals import LocalRefusals
 from broker.issuers.shared_refusals import SharedRefusals
@@ -30,15 +27,11 @@ from broker.stores.server import OPERATION_TIMEOUT, Server
 from broker.stores.shared import Carried, SharedStore
 from broker.stores.tokens import TokenCache
 from broker.stores.valkey import ValkeyStore
-
-log = structlog.get_logger()
+from broker.tasks import Background, BackgroundTask
 
 FIRST_BEATS = 10
 """Heartbeats at the start, one after the other, until the server has answered or is known to be
 away: the first answers depend on it."""
-
-AGAIN = 1.0
-"""Seconds before work that failed unexpectedly is begun anew."""
 
 
 class Sharing:
@@ -105,7 +98,7 @@ class Sharing:
         )
         self.refusals = SharedRefusals(self.server, self.names, LocalRefusals(clock))
         self._slots: SharedSlots | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background(metrics.process.background)
 
     def slots(self, budget: Budget) -> SharedSlots:
         """Return the budget's slots, one source for all replicas."""
@@ -121,13 +114,11 @@ class Sharing:
             if self.fleet.is_member or self.server.is_away:
                 break
             await self.fleet.beat()
-        for work in (
-            self.fleet.run,
-            self.store.keep_leases,
-            self.book.keep_written,
-            self._listen,
-        ):
-            self._tasks.add(asyncio.get_running_loop().create_task(_for_ever(work)))
+        # A replica whose heart or ears stopped would be a danger to the others.
+        self._background.start(BackgroundTask.HEARTBEATS, self.fleet.run)
+        self._background.start(BackgroundTask.LEASES, self.store.keep_leases)
+        self._background.start(BackgroundTask.RECORDS, self.book.keep_written)
+        self._background.start(BackgroundTask.SUBSCRIPTION, self._listen)
 
     def use_access(self, access: Access) -> None:
         """Be let in otherwise, from the next connection on."""
@@ -135,9 +126,7 @@ class Sharing:
 
     async def close(self) -> None:
         """Say farewell and close every connection."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.close()
         await self.store.close()
         await self.book.close()
         await self.fleet.leave()
@@ -164,16 +153,6 @@ class Sharing:
                 self._slots.heard(message)
         else:
             self._remote.leases.heard(message)
-
-
-async def _for_ever(work: Callable[[], Awaitable[None]]) -> None:
-    """Keep at it: a replica whose heart or ears stopped would be a danger to the others."""
-    while True:
-        try:
-            await work()
-        except Exception:
-            log.exception("broker.defect")
-        await asyncio.sleep(AGAIN)
 
 
 def names_of(settings: Settings, key: Secret) -> Names:

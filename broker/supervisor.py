@@ -19,7 +19,8 @@ Knows nothing of tokens: no request passes here, only scrapes and probes.
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from aiohttp.web import Application
@@ -32,11 +33,12 @@ from broker.child import Child, reason_of
 from broker.clock import sleep_unless
 from broker.health import Health
 from broker.listen import CannotListen, listen
-from broker.reload import in_force, needs_restart
+from broker.reload import READING, UNREADABLE, in_force, needs_restart
 from broker.rules import restarts
 from broker.schema import ConfigError
 from broker.settings import Settings
 from broker.streams import stderr
+from broker.tasks import Background, BackgroundTask, aside
 from broker.watch import SecretFiles
 from broker.web import admin
 from broker.web.server import BACKLOG
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 ROUND = 0.5
-"""Seconds between looks at secret files and at what workers take of the machine."""
+"""Seconds between looks at workers, at what they take of the machine, and at secret files."""
 
 GRACE = 2.0
 """Seconds beyond `drain` in which a worker must have ended: it closes connections and says so."""
@@ -91,14 +93,14 @@ class Supervisor:
         self._board = shared(self._memory, width)
         self.metrics = parts.metrics(settings, self._board.rows[0])
         self._children: dict[int, Child] = {}
-        self._health = Health(lambda: any(child.is_ready for child in self._children.values()))
+        self._health = Health(lambda: any(child.serves for child in self._children.values()))
         self._stopping = asyncio.Event()
         self._reload_wanted = asyncio.Event()
         self._crew_met = asyncio.Event()
         self._start_failed: int | None = None
         self._aborted = False
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._keepers: set[asyncio.Task[None]] = set()
+        self._background = Background(self.metrics.process.background)
+        self._keepers = Background(self.metrics.process.background)
 
     async def start(self) -> None:
         """Open everything and wait for all workers; raises CannotListen or CannotStart."""
@@ -120,17 +122,17 @@ class Supervisor:
             if self._registrar is not None:
                 await self._registrar.close()
             raise
-        self._keepers = {
-            asyncio.ensure_future(self._keep(index)) for index in range(1, server.workers + 1)
-        }
+        for index in range(1, server.workers + 1):
+            keep = partial(self._keep, index)
+            self._keepers.start(BackgroundTask.WORKERS, keep, until=self._stopping)
+        self._background.start(BackgroundTask.WORKER_WATCH, self._watch_workers)
         await self._crew_met.wait()
         if self._start_failed is not None:
             await self._end()
             raise CannotStart(self._start_failed)
-        self._tasks = {
-            asyncio.ensure_future(self._keep_house()),
-            asyncio.ensure_future(self._obey_reloads()),
-        }
+        self._background.start(BackgroundTask.HOUSEKEEPING, self._keep_house)
+        self._background.start(BackgroundTask.WATCHED_FILES, self._watch_files)
+        self._background.start(BackgroundTask.RELOADS, self._obey_reloads)
         log.info(
             "broker.started",
             url=self.url,
@@ -162,7 +164,7 @@ class Supervisor:
             child.stop()
         await asyncio.sleep(lead)
         self._listener.close()
-        await asyncio.wait(self._keepers, timeout=max(ends - time.monotonic(), 0.0))
+        await self._keepers.wait(ends - time.monotonic())
         await self._end()
         log.info("broker.stopped")
 
@@ -177,7 +179,7 @@ class Supervisor:
         for child in self._children.values():
             child.kill()
 
-    def reload(self) -> None:
+    def want_reload(self) -> None:
         """Read the settings again, and let all workers take them over."""
         self._reload_wanted.set()
 
@@ -195,9 +197,6 @@ class Supervisor:
                 reason, lived = await self._attend(child, settings), child.lived
             except OSError as error:
                 reason, lived = f"cannot be started: {error.strerror}", 0.0
-            except Exception:
-                log.exception("broker.defect")
-                reason, lived = "defect", 0.0
             if self._stopping.is_set():
                 return
             delay = restarts.delay(delay, lived)
@@ -223,6 +222,7 @@ class Supervisor:
                 self._start_failed = code
                 self.stop()
         finally:
+            child.kill()  # if it is not gone: its place in the board is its successor's
             del self._children[child.index]
             self.metrics.sheet.drop_gauges(self._board.rows[child.index])
         return reason_of(code)
@@ -254,36 +254,70 @@ class Supervisor:
             self._reload_wanted.clear()
             try:
                 await self._roll()
-            except Exception:
-                log.exception("broker.defect")  # the next one is heard all the same
+            except BaseException:
+                self._note_reload(failed=True)
+                raise
 
     async def _roll(self) -> None:
         """Check new settings, then put them in force, one worker after the other."""
         try:
-            loaded = self._load()
-            settings = in_force(self._settings, loaded)
-            files = SecretFiles(file for _, file in parts.watched_files(settings))
-            parts.check(settings, self._environ)
-            other_key = parts.sealing_key(settings) != self._sealing_key
-            told = parts.with_store_secrets(settings, self._sealing_key)
+            async with asyncio.timeout(READING):
+                loaded, settings, files, other_key, told = await aside(self._read)
             if self._registrar is not None:
                 self._registrar.follow(told)
         except ConfigError as error:
             self._report_failure([str(error)])
             return
+        except TimeoutError:
+            self._report_failure([UNREADABLE])
+            return
         changed = needs_restart(self._settings, loaded, other_key=other_key)
         self._settings, self._told, self._files = settings, told, files
         tree = packed(told)
-        failures = [await child.follow(tree) for child in list(self._children.values())]
+        failures = [await self._lead(child, tree) for child in list(self._children.values())]
         logs.configure(settings.log)
         if any(failures):
             self._report_failure([failure for failure in failures if failure])
             return
-        self.metrics.process.reloads["success"].inc()
+        self._note_reload(failed=False)
         log.info("broker.reloaded", needs_restart=changed)
 
+    def _read(self) -> tuple[Settings, Settings, SecretFiles, bool, Settings]:
+        """Read all files anew; raises ConfigError.
+
+        Returns what they say, what of it can be in force, the files, whether there is another
+        sealing key, and what workers are told.
+        """
+        loaded = self._load()
+        settings = in_force(self._settings, loaded)
+        files = SecretFiles(file for _, file in parts.watched_files(settings))
+        parts.check(settings, self._environ)
+        other_key = parts.sealing_key(settings) != self._sealing_key
+        return (
+            loaded,
+            settings,
+            files,
+            other_key,
+            parts.with_store_secrets(settings, self._sealing_key),
+        )
+
+    async def _lead(self, child: Child, tree: dict[str, Any]) -> str | None:
+        """Let a worker follow; returns why it did not.
+
+        One that does not answer is ended: its replacement begins with these settings.
+        """
+        try:
+            return await child.follow(tree)
+        except TimeoutError:
+            self._end_hung(child, "no answer to a reload")
+            return f"worker {child.index} did not answer and was ended"
+
+    def _note_reload(self, *, failed: bool) -> None:
+        self.metrics.process.reloads["failure" if failed else "success"].inc()
+        self.metrics.process.reload_failed.set(failed)
+
     def _report_failure(self, failures: list[str]) -> None:
-        self.metrics.process.reloads["failure"].inc()
+        self._note_reload(failed=True)
         log.error("broker.reload_failed", error="; ".join(dict.fromkeys(failures)))
 
     async def _keep_house(self) -> None:
@@ -292,9 +326,48 @@ class Supervisor:
             self._publish()
             if self._registrar is not None:
                 self._registrar.tidy()
-            if self._files.changed():
+
+    async def _watch_files(self) -> None:
+        while True:
+            await asyncio.sleep(ROUND)
+            files = self._files
+            if await aside(files.changed) and files is self._files:
                 log.info("broker.secret_files_changed")
-                self.reload()
+                self.want_reload()
+
+    async def _watch_workers(self) -> None:
+        """Look for signs of life; apart from housekeeping, which may fail."""
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(ROUND)
+            now = time.monotonic()
+            for child in list(self._children.values()):
+                self._look_at(child, now - last)
+            self._health.hung = any(child.is_silent for child in self._children.values())
+            last = now
+
+    def _look_at(self, child: Child, elapsed: float) -> None:
+        """Note whether a worker has given a sign of life; end it if it gives none for long."""
+        if child.is_hung:
+            return  # killed; the kernel holds it
+        process, row = self.metrics.process, self._board.rows[child.index]
+        was_quiet = child.pulse.is_quiet
+        beat = process.beat.of(row).value
+        child.pulse = pulse = child.pulse.after(beat, elapsed, ready=child.is_ready)
+        if pulse.is_quiet and beat:
+            process.workers.of(row).set(0)  # until it says otherwise
+            if not was_quiet:
+                log.warning("broker.worker_silent", worker=child.index, pid=child.pid)
+        server = self._settings.server
+        if pulse.is_hung(server.drain_lead.seconds + server.drain.seconds + GRACE):
+            self._end_hung(child, "silent" if child.is_ready else "never ready")
+
+    def _end_hung(self, child: Child, reason: str) -> None:
+        """Kill a worker that hangs, once: the one who keeps it replaces it."""
+        child.is_hung = True
+        child.kill()
+        self.metrics.process.hangs.inc()
+        log.error("broker.worker_hung", worker=child.index, pid=child.pid, reason=reason)
 
     def _publish(self) -> None:
         """Note what each worker takes of the machine, and how all of them are."""
@@ -320,12 +393,9 @@ class Supervisor:
     async def _end(self) -> None:
         """End whoever is left, and close everything."""
         self.abort()
-        if self._keepers:  # what was killed is gone at once, unless the kernel holds it
-            _, lasting = await asyncio.wait(self._keepers, timeout=GRACE)
-            self._tasks |= lasting
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, *self._keepers, return_exceptions=True)
+        await self._keepers.wait(GRACE)  # killed is gone at once, unless the kernel holds it
+        await self._keepers.close()
+        await self._background.close()
         self._listener.close()
         await self._admin.close()
         if self._registrar is not None:

@@ -15,6 +15,8 @@ import signal
 import socket
 import sys
 
+import structlog
+
 from broker import logs, parts, schema
 from broker.app import App
 from broker.board import Board, shared
@@ -24,6 +26,9 @@ from broker.schema import ConfigError
 from broker.seat import Seat, Sibling
 from broker.serve import EX_CONFIG, loop_factory
 from broker.streams import complain
+from broker.tasks import Background, BackgroundTask
+
+log = structlog.get_logger()
 
 
 def main() -> int:
@@ -49,10 +54,10 @@ async def _work(end: socket.socket) -> int:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, app.stop)
     await app.start()
     channel.send(Ready())
-    obeying = asyncio.ensure_future(_obey(channel, app))
+    background = Background(app.metrics.process.background)
+    background.start(BackgroundTask.ORDERS, lambda: _obey(channel, app))
     await app.run()
-    obeying.cancel()
-    await asyncio.wait([obeying])
+    await background.close()
     channel.close()
     return 0
 
@@ -95,6 +100,7 @@ async def _obey(channel: Channel[Order], app: App) -> None:
             case Begin():
                 raise AssertionError("told to begin twice")
     app.stop(at_once=True)  # nobody tells balancers any more, and a successor wants the address
+    await asyncio.Event().wait()  # for the end: there is nobody left to obey
 
 
 def _follow(app: App, tree: dict[str, object]) -> Followed | Refused:
@@ -102,6 +108,9 @@ def _follow(app: App, tree: dict[str, object]) -> Followed | Refused:
         app.follow(schema.build(tree))
     except ConfigError as error:
         return Refused(str(error))
+    except Exception as error:
+        log.exception("broker.defect")
+        return Refused(f"a defect: {type(error).__name__}")  # a supervisor that waits would end us
     return Followed()
 
 

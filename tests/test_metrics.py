@@ -17,6 +17,7 @@ from broker import scrape
 from broker.board import Board, Sheet
 from broker.metrics import REQUEST_BUCKETS
 from broker.model import Ask
+from broker.tasks import BackgroundTask
 
 OPEN = "application/openmetrics-text; version=1.0.0"
 
@@ -57,7 +58,10 @@ DOCUMENTED: dict[str, tuple[str, Labels]] = {
     "broker_workers": ("gauge", {}),
     "broker_connections": ("gauge", {}),
     "broker_log_lines_dropped": ("counter", {}),
+    "broker_config_reload_failed": ("gauge", {}),
     "broker_worker_restarts": ("counter", {}),
+    "broker_worker_hangs": ("counter", {}),
+    "broker_background_restarts": ("counter", {"task": {task.value for task in BackgroundTask}}),
 }
 """What an operator is promised of a local issuer: kind and the closed sets of its labels."""
 

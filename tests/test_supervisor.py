@@ -277,7 +277,7 @@ class TestSupervisor:
             supervisor._children[1].kill()
             await until(lambda: pids != [])
             async with asyncio.timeout(5):
-                await asyncio.wait(supervisor._keepers)
+                await supervisor._keepers.wait(5)
             with pytest.raises(ProcessLookupError):
                 os.kill(pids[0], 0)
 

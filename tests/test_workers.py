@@ -43,6 +43,7 @@ from test_serve import (
     client_secret,
     command_line,
     connect_and_stop_half_way,
+    end_impatiently,
     introduction,
     turned,
     visitor,
@@ -353,7 +354,7 @@ class TestDrain:
             pids = list(crew.pids().values())
             crew.send(number)
             crew.wait_for(lambda: crew.events("broker.draining"))
-            assert crew.end(number) == 128 + number
+            assert end_impatiently(crew, number) == 128 + number
             wait_for(lambda: not any(map(is_alive, pids)))
             assert crew.events("broker.stopped") == []
 

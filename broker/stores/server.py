@@ -5,7 +5,6 @@ happens then is for the caller to decide.  Successes are tallied twice a second 
 that would cost more than the call.
 """
 
-import asyncio
 import contextlib
 import random
 import time
@@ -24,6 +23,7 @@ from broker.stores.failures import Reason, StoreFailed
 from broker.stores.link import Reply
 from broker.stores.nodes import Nodes, call
 from broker.stores.scripts import Script
+from broker.tasks import TaskSet
 
 log = structlog.get_logger()
 
@@ -87,7 +87,7 @@ class Server:
         self._draw = draw
         self._health = StoreHealth()
         self._well = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet()
 
     @property
     def is_away(self) -> bool:
@@ -108,13 +108,11 @@ class Server:
 
     def tell(self, operation: Operation, key: bytes, packed: bytes) -> None:
         """Send a command whose outcome nobody waits for; a failure is counted."""
-        task = asyncio.get_running_loop().create_task(self._tell(operation, key, packed))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.start(self._tell(operation, key, packed))
 
     async def close(self) -> None:
         """Wait for what is still being said, then close every connection."""
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.finish()
         await self.nodes.close()
 
     def tidy(self) -> None:

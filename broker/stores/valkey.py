@@ -13,7 +13,6 @@ that has forgotten one is told of it before anybody mints under an older epoch.
 Who leads is `leases`' affair.
 """
 
-import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
@@ -36,6 +35,7 @@ from broker.stores.scripts import Script, command
 from broker.stores.seal import Seal
 from broker.stores.server import Operation, Server
 from broker.stores.tokens import TokenCache
+from broker.tasks import TaskSet
 
 MOST_ASKED = 1_000
 """Ends that are asked for at a time; a flood of news that nobody believes must not become one."""
@@ -80,7 +80,7 @@ class ValkeyStore:
         self._ends = ends
         self._asked: set[bytes] = set()
         self.leases = Leases(server, names)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet()
 
     def use_limits(self, limits: Limits) -> None:
         """Put other limits in force, for the next request on."""
@@ -169,7 +169,9 @@ class ValkeyStore:
         """End a lease without a token, in the background; those who wait are told `error`."""
         names, name = self._names.visitor(ask.visitor), self._names.token_name(key)
         self.leases.drop(names.lease(name))
-        self._own(self.leases.release(names.lease(name), lease.fence, outcome.encode(error)))
+        self._tasks.start(
+            self.leases.release(names.lease(name), lease.fence, outcome.encode(error))
+        )
 
     async def end_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
         """Begin a new epoch for this visitor: no token from before it is found again."""
@@ -183,11 +185,11 @@ class ValkeyStore:
             return
         if name not in self._asked:
             self._asked.add(name)
-            self._own(self._learn_end(name))
+            self._tasks.start(self._learn_end(name))
 
     async def close(self) -> None:
         """Wait for what is still being said to the server."""
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.finish()
 
     async def _learn_end(self, name: bytes) -> None:
         try:
@@ -255,7 +257,7 @@ class ValkeyStore:
         return reply  # type: ignore[return-value]  # its first two are numbers, by the script
 
     def _put_back(self, ask: Ask, key: str, token: EmbedToken) -> None:
-        self._own(self._write_again(ask, key, token))
+        self._tasks.start(self._write_again(ask, key, token))
 
     async def _write_again(self, ask: Ask, key: str, token: EmbedToken) -> None:
         with contextlib.suppress(StoreFailed):  # counted; the next visit tries again
@@ -323,11 +325,6 @@ class ValkeyStore:
                 raise StoreFailed(Reason.OTHER)
         self._counts[kind.name].note(verdict, dry_run=rule.dry_run)
         return None if verdict.allowed or rule.dry_run else Denial(kind.name, verdict)
-
-    def _own(self, work: "asyncio._CoroutineLike[None]") -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     @override
     def __repr__(self) -> str:

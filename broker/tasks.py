@@ -1,0 +1,223 @@
+"""Every task has an owner: endless ones are restarted, short ones are kept until they are done.
+
+A task that nobody awaits ends in silence: its exception waits for the garbage collector, and what
+it did is done no more.  For the heart of a process (housekeeping, heartbeats, the supervision of
+workers) that is worse than a crash, because nobody is told.  Here each endless task has a name, is
+begun anew after whatever ended it, and that is counted and said.
+
+Knows nothing of what the tasks do.
+"""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Coroutine, Mapping
+from enum import Enum
+from typing import Any, TypeVar
+
+import structlog
+from typing_extensions import override
+
+from broker.board import Counter
+from broker.clock import sleep_unless
+from broker.rules import restarts
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+Work = Callable[[], Coroutine[Any, Any, None]]
+"""Begins an endless piece of work; called again for each restart."""
+
+
+class BackgroundTask(Enum):
+    """What runs beside the requests: label of `broker_background_restarts_total`."""
+
+    __hash__ = object.__hash__  # Enum's own is Python code
+
+    HOUSEKEEPING = "housekeeping"
+    """Expiry and gauges; the supervisor's, too."""
+    BEAT = "beat"
+    """A worker's sign of life to its supervisor."""
+    PACING = "pacing"
+    """The queue for the vendor's budget."""
+    HEARTBEATS = "heartbeats"
+    """The sign of life to the other members of a fleet."""
+    LEASES = "leases"
+    """The renewal of leases for mints that take long."""
+    RECORDS = "records"
+    """The writing of sessions that the store could not take."""
+    SUBSCRIPTION = "subscription"
+    """What other members of a fleet publish."""
+    WATCHED_FILES = "watched_files"
+    """The look at files whose change means a reload."""
+    RELOADS = "reloads"
+    """The supervisor's reloads, one worker after the other."""
+    WORKERS = "workers"
+    """The replacement of workers that end."""
+    WORKER_WATCH = "worker_watch"
+    """The look at workers' signs of life."""
+    ORDERS = "orders"
+    """What a supervisor says to its worker."""
+
+
+class Background:
+    """Owns endless tasks between `start` and `close`.
+
+    `counts` has a counter for each name; without it restarts are only logged.
+    """
+
+    def __init__(self, counts: Mapping[BackgroundTask, Counter] | None = None) -> None:
+        self._counts = {} if counts is None else counts
+        self._tasks: dict[asyncio.Task[None], BackgroundTask] = {}
+
+    def start(self, name: BackgroundTask, work: Work, until: asyncio.Event | None = None) -> None:
+        """Begin, and begin anew whatever ends it, until `close`.
+
+        Work that has an end may end when `until` is set.
+        """
+        work_kept = self._keep(name, work, until or asyncio.Event())
+        self._tasks[asyncio.get_running_loop().create_task(work_kept, name=name.value)] = name
+
+    async def wait(self, seconds: float) -> None:
+        """Wait for the end of all that have one, but not longer than this."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=max(seconds, 0.0))
+
+    async def close(self) -> None:
+        """Cancel all, and wait until they are gone."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._tasks.clear()
+
+    def __contains__(self, name: BackgroundTask) -> bool:
+        return name in self._tasks.values()
+
+    async def _keep(self, name: BackgroundTask, work: Work, until: asyncio.Event) -> None:
+        """Restart after each end: soon at first, later if it keeps ending."""
+        loop = asyncio.get_running_loop()
+        delay, told = 0.0, set[str]()
+        while True:
+            began = loop.time()
+            failure = await _end_of(work)
+            if until.is_set() and failure is None:
+                return
+            lived = loop.time() - began
+            delay = restarts.delay(delay, lived)
+            if name in self._counts:
+                self._counts[name].inc()
+            if lived >= restarts.WELL:
+                told.clear()
+            kind = type(failure).__name__ if failure is not None else "ended"
+            if kind not in told:
+                told.add(kind)
+                _report(name, kind, failure, delay)
+            await sleep_unless(until, delay)
+            if until.is_set():
+                return
+
+    @override
+    def __repr__(self) -> str:
+        return f"Background({', '.join(sorted(name.value for name in self._tasks.values()))})"
+
+
+async def _end_of(work: Work) -> BaseException | None:
+    """Return what ended the work, None if it just returned; raises what is meant for this task.
+
+    A CancelledError that nobody asked this task for leaked out of something that the work awaited:
+    it is a failure like any other.
+    """
+    try:
+        await work()
+    except (GeneratorExit, KeyboardInterrupt, SystemExit):
+        raise  # the process or the event loop ends
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        return error
+    except BaseException as error:  # noqa: BLE001 - reported by the caller, whatever it is
+        return error
+    return None
+
+
+def _report(
+    name: BackgroundTask, kind: str, failure: BaseException | None, again_in: float
+) -> None:
+    with contextlib.suppress(Exception):  # a log that fails must not end what it tells of
+        log.error(
+            "broker.background_restarted",
+            task=name.value,
+            error=kind,
+            again_in_s=again_in,
+            exc_info=failure,
+        )
+
+
+async def aside(work: Callable[[], T]) -> T:
+    """Do what may block, such as asking a mounted file system, in a thread of its own.
+
+    The thread may never come back, and nobody waits for it then: neither the loop's executor, which
+    has few threads and others who need them, nor the end of the process, which joins those.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, failure: BaseException | None) -> None:
+        if done.done():
+            return  # whoever asked was cancelled
+        if failure is not None:
+            done.set_exception(failure)
+        else:
+            done.set_result(result)  # type: ignore[arg-type]  # one of both is given
+
+    def run() -> None:
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:  # noqa: BLE001 - raised where it was asked for
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    threading.Thread(target=run, name="aside", daemon=True).start()
+    return await done
+
+
+class TaskSet:
+    """Owns short tasks whose outcome nobody awaits: kept until done, failures logged, not lost."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Begin a piece of work."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._note_end)
+
+    async def finish(self) -> None:
+        """Wait for all that are under way, and for those that they begin."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def close(self) -> None:
+        """Cancel all, and wait until they are gone."""
+        for task in list(self._tasks):
+            task.cancel()
+        await self.finish()
+
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            with contextlib.suppress(Exception):  # as in _report
+                log.error("broker.defect", exc_info=failure)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    @override
+    def __repr__(self) -> str:
+        return f"TaskSet(under_way={len(self)})"

@@ -1,0 +1,208 @@
+"""Owners of tasks: whatever ends an endless one, it is begun anew, counted, and reported."""
+
+import asyncio
+import io
+import json
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from web.edge import logging_to
+
+from broker import config
+from broker.board import Counter
+from broker.rules import restarts
+from broker.settings import Settings
+from broker.tasks import Background, BackgroundTask, TaskSet
+from broker.testing.clock import FakeClock, run_virtual
+
+
+class Odd(BaseException):
+    """Not an Exception, as some libraries have them."""
+
+
+FAILURES = (
+    Exception,
+    ValueError,
+    OSError,
+    BrokenPipeError,
+    TimeoutError,
+    RecursionError,
+    MemoryError,
+    StopAsyncIteration,
+    AssertionError,
+    asyncio.InvalidStateError,
+    asyncio.CancelledError,
+    Odd,
+    None,
+)
+"""What ends a task; None: it returns."""
+
+ends = st.lists(st.sampled_from(FAILURES), min_size=1, max_size=12)
+
+
+def settings() -> Settings:
+    """Any settings: only the log's matter."""
+    return config.from_tree({"issuer": {"kind": "local"}})
+
+
+class Mortal:
+    """Endless work that ends, each time for the next reason, and then goes on for good."""
+
+    def __init__(self, ends: list[type[BaseException] | None]) -> None:
+        self._ends = iter(ends)
+        self.begun: list[float] = []
+        self.cancelled = False
+
+    async def run(self) -> None:
+        self.begun.append(asyncio.get_running_loop().time())
+        await asyncio.sleep(0)
+        for end in self._ends:
+            if end is None:
+                return
+            raise end
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+
+
+@given(ends=ends, name=st.sampled_from(BackgroundTask))
+def test_N2_a_background_task_outlives_whatever_ends_it(
+    ends: list[type[BaseException] | None], name: BackgroundTask
+) -> None:
+    """Each end is followed by a new beginning and counted; each kind is told once, by its name.
+
+    The pause grows from 0.1 s to 5 s.  Others are left alone, and the owner's end is the end.
+    """
+    out, count, other = io.StringIO(), Counter(), Counter()
+    work, calm = Mortal(ends), Mortal([])
+
+    async def main(_: FakeClock) -> None:
+        background = Background({name: count})
+        background.start(name, work.run)
+        background.start(name, calm.run)
+        await asyncio.sleep(5.5 * len(ends))
+        assert name in background
+        assert repr(background).count(name.value) == 2
+        async with asyncio.timeout(1):
+            await background.close()
+        assert name not in background
+
+    with logging_to(out, settings()):
+        run_virtual(main)
+    waits = [after - before for before, after in zip(work.begun, work.begun[1:], strict=False)]
+    expected = [min(restarts.FIRST * 2**n, restarts.LONGEST) for n in range(len(ends))]
+    assert waits == pytest.approx(expected, abs=0.01)
+    assert (count.value, other.value, len(calm.begun)) == (len(ends), 0, 1)
+    assert work.cancelled
+    assert calm.cancelled
+    told = [json.loads(line) for line in out.getvalue().splitlines()]
+    kinds = list(dict.fromkeys("ended" if end is None else end.__name__ for end in ends))
+    assert [(e["event"], e["task"], e["error"]) for e in told] == [
+        ("broker.background_restarted", name.value, kind) for kind in kinds
+    ]
+
+
+def test_N2_a_failure_after_a_good_life_is_told_again() -> None:
+    """One a day is a line a day, and the pause is short again."""
+    out, begun = io.StringIO(), list[float]()
+
+    async def work() -> None:
+        begun.append(asyncio.get_running_loop().time())
+        await asyncio.sleep(restarts.WELL + 1)
+        raise ValueError
+
+    async def main(_: FakeClock) -> None:
+        background = Background()
+        background.start(BackgroundTask.LEASES, work)
+        await asyncio.sleep(35)
+        await background.close()
+
+    with logging_to(out, settings()):
+        run_virtual(main)
+    assert begun[2] - begun[1] == pytest.approx(restarts.WELL + 1 + restarts.FIRST, abs=0.01)
+    assert out.getvalue().count("broker.background_restarted") == 3
+
+
+class Dead(io.StringIO):
+    """A log that nobody can write to."""
+
+    def write(self, _: str, /) -> int:
+        raise BrokenPipeError
+
+
+@pytest.mark.filterwarnings("default::pytest.PytestUnraisableExceptionWarning")
+def test_N2_a_log_that_fails_ends_no_background_task() -> None:
+    """The report of a failure must not become the second failure, which nobody would catch."""
+    work, count = Mortal([ValueError, BrokenPipeError]), Counter()
+
+    async def main(_: FakeClock) -> None:
+        background = Background({BackgroundTask.HOUSEKEEPING: count})
+        background.start(BackgroundTask.HOUSEKEEPING, work.run)
+        short = TaskSet()
+        short.start(_fail())
+        await asyncio.sleep(1)
+        await background.close()
+
+    with logging_to(Dead(), settings()):
+        run_virtual(main)
+    assert (count.value, len(work.begun)) == (2, 3)
+
+
+@pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt])
+def test_N2_what_ends_the_process_is_let_through(end: type[BaseException]) -> None:
+    """It is meant for all."""
+
+    async def main(_: FakeClock) -> None:
+        Background().start(BackgroundTask.PACING, Mortal([end]).run)
+        await asyncio.sleep(1)
+
+    with pytest.raises(end):
+        run_virtual(main)
+
+
+async def _fail() -> None:
+    raise ValueError("a token")
+
+
+class TestTaskSet:
+    async def test_N2_a_failure_of_a_short_task_is_told(self) -> None:
+        """As a defect, without its words; nobody awaits the task, so nobody else would say so."""
+        out = io.StringIO()
+        tasks = TaskSet()
+        with logging_to(out, settings()):
+            tasks.start(_fail())
+            await tasks.finish()
+        (line,) = out.getvalue().splitlines()
+        assert json.loads(line)["event"] == "broker.defect"
+        assert "a token" not in line
+        assert len(tasks) == 0
+
+    async def test_finishes_what_is_under_way_and_what_that_begins(self) -> None:
+        """Nothing that is to be said is lost at the end."""
+        tasks, done = TaskSet(), list[int]()
+
+        def later(count: int) -> Coroutine[Any, Any, None]:
+            async def work() -> None:
+                await asyncio.sleep(0)
+                done.append(count)
+                if count:
+                    tasks.start(later(count - 1))
+
+            return work()
+
+        tasks.start(later(3))
+        assert repr(tasks) == "TaskSet(under_way=1)"
+        await tasks.finish()
+        assert done == [3, 2, 1, 0]
+
+    async def test_cancels_at_close(self) -> None:
+        """For work that nobody needs any more."""
+        tasks = TaskSet()
+        tasks.start(asyncio.Event().wait())  # type: ignore[arg-type]  # its answer is of no interest
+        await tasks.close()
+        assert len(tasks) == 0
