@@ -76,8 +76,9 @@ class Server(_Section, frozen=True):
     """Part of `drain` in which /readyz already says 503 and requests are still taken, so that a
     balancer notices first; probes commonly run every second or two."""
     trusted_proxies: tuple[str, ...] = ()
-    """Addresses or networks whose `X-Forwarded-For` counts.  None: a header that anybody can
-    send must not choose whose failed logins are throttled."""
+    """Addresses or networks whose word on their client counts: `X-Forwarded-For`, `Forwarded`, the
+    URI that it asked for.  None: a header that anybody can send must not choose whose failed logins
+    are throttled."""
     docs: bool = False
     """Serve /openapi.json and /docs.  Off: a sidecar in production needs none; `--dev` has it."""
 

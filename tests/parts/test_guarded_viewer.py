@@ -130,7 +130,9 @@ def test_O5_what_a_client_says_of_itself_does_not_get_through(guarded: Guarded, 
     assert len(guarded.viewer.seen) == before
 
 
-@pytest.mark.parametrize("name", ["X-Original-URI", "X-Forwarded-Uri", "X-Embed-Token"])
+@pytest.mark.parametrize(
+    "name", ["X-Original-URI", "X-Original-URL", "X-Forwarded-Uri", "X-Embed-Token"]
+)
 def test_O5_a_good_token_elsewhere_does_not_open_the_door_for_a_bad_one(
     guarded: Guarded, name: str
 ) -> None:
@@ -165,6 +167,7 @@ def test_G7_a_viewer_that_is_down_writes_no_token_to_a_log(kind: str, tmp_path: 
         for ports in ({8080: broker.port, 3000: 1}, {8080: 1, 3000: 1}):
             with gateway(kind, "viewer", tmp_path, ports) as url:
                 referer = {"Referer": f"{url}/?token={good}", "X-Original-URI": f"/?token={good}"}
+                referer["X-Original-URL"] = f"https://viewer.example/?token={good}"
                 for headers in ({}, referer, {"X-Embed-Token": good}):
                     answer = httpx.get(f"{url}/page?token={good}", headers=headers)
                     assert answer.status_code >= 500
