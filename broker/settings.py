@@ -63,7 +63,8 @@ class Server(_Section, frozen=True):
     """The data listener."""
 
     listen: str = "127.0.0.1:8080"
-    """`HOST:PORT` or `unix:/path`.  Loopback: a sidecar is reached by its own host only."""
+    """`HOST:PORT` or `unix:/path`; `[::]:PORT` is every address, of IPv4 and IPv6.  Loopback: a
+    sidecar is reached by its own host only."""
     workers: Annotated[int, Meta(ge=1, le=64)] = 1
     """Processes that answer requests.  One: it serves some thousand visitors a second, and needs no
     store that is shared."""

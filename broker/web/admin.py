@@ -16,7 +16,7 @@ from prometheus_client.exposition import choose_encoder
 from broker.answers import HealthAnswer, error_body, error_body_of, plain_body
 from broker.errors import BrokerError
 from broker.health import Health
-from broker.listen import CannotListen, listen
+from broker.listen import CannotListen, Listener, listen
 from broker.web.answer import JSON_TYPE, retry_after_seconds
 from broker.web.server import BACKLOG, KEEP_ALIVE, LINGER, DataConnection
 
@@ -45,7 +45,7 @@ def connections(server: web.Server) -> Callable[[], web.RequestHandler]:
 class AdminListener:
     """The admin application on its address, at `url`."""
 
-    def __init__(self, runner: web.AppRunner, listener: asyncio.Server, url: str) -> None:
+    def __init__(self, runner: web.AppRunner, listener: Listener, url: str) -> None:
         self._runner = runner
         self._listener = listener
         self.url = url
