@@ -49,7 +49,7 @@ def where(flag: str | None, environ: Mapping[str, str], file: Path | None) -> st
 def _of_file(file: Path | None) -> str | None:
     try:
         listen = (
-            tomllib.loads(file.read_text(encoding="utf-8"))["admin"]["listen"] if file else None
+            tomllib.loads(file.read_text(encoding="utf-8-sig"))["admin"]["listen"] if file else None
         )
     except (OSError, ValueError, RecursionError, LookupError, TypeError):
         return None
