@@ -26,7 +26,7 @@ from broker.issue import TokenDesk
 from broker.issuers.local import LocalIssuer
 from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor_client import VendorClient
-from broker.listen import CannotListen, listen
+from broker.listen import CannotListen, Listener, listen
 from broker.model import LimitName
 from broker.pacer import Paced, Pacer, Unpaced
 from broker.pauses import PauseKeeper
@@ -392,7 +392,7 @@ class App:
         self._listener, self.url = await self._listen()
         self._add_pages(embed)
 
-    async def _listen(self) -> "tuple[asyncio.Server | Acceptor, str]":
+    async def _listen(self) -> "tuple[Listener | Acceptor, str]":
         if self._seat is None:
             return await listen(
                 self._server, self._settings.server.listen, "server.listen", BACKLOG

@@ -195,6 +195,8 @@ def parse_address(text: str) -> tuple[str, int] | str:
         return path
     host, colon, port = text.rpartition(":")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if bare == "*":
+        raise ValueError('for every address, of IPv4 and IPv6, write "[::]:8080"')
     if not colon or not bare or not _PORT.fullmatch(port) or int(port) > MAX_PORT:
         raise ValueError('expected "HOST:PORT" (0 chooses a port) or "unix:/path"')
     if bare == host and ":" in host:

@@ -77,7 +77,7 @@ def read_secret(name: str, inline: Secret | None, file: str | None) -> Secret | 
     if file is None:
         return inline
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{name}_file: cannot read {file}: {_os_reason(error)}") from None
     secret = text.removesuffix("\n").removesuffix("\r")
@@ -88,7 +88,7 @@ def read_secret(name: str, inline: Secret | None, file: str | None) -> Secret | 
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {_os_reason(error)}") from None
     try:

@@ -18,8 +18,11 @@ from broker.settings import Admin
 TIMEOUT = 2.0
 """Seconds; engines commonly wait for three."""
 
-_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - where one listens, not asks
-"""Where to ask a listener that is on all addresses."""
+_EVERYWHERE = {
+    "0.0.0.0": ("127.0.0.1",),  # noqa: S104 - where one listens, not asks
+    "::": ("127.0.0.1", "::1"),
+}
+"""Where to ask a listener that is on all addresses: one family may be off."""
 
 VARIABLE = "BROKER_ADMIN__LISTEN"
 """What overrides the file's `[admin] listen`."""
@@ -46,7 +49,7 @@ def where(flag: str | None, environ: Mapping[str, str], file: Path | None) -> st
 def _of_file(file: Path | None) -> str | None:
     try:
         listen = (
-            tomllib.loads(file.read_text(encoding="utf-8"))["admin"]["listen"] if file else None
+            tomllib.loads(file.read_text(encoding="utf-8-sig"))["admin"]["listen"] if file else None
         )
     except (OSError, ValueError, RecursionError, LookupError, TypeError):
         return None
@@ -55,23 +58,28 @@ def _of_file(file: Path | None) -> str | None:
 
 def ask(listen: str) -> str:
     """Return an empty text if the broker at this admin listener is ready, else why it is not."""
+    failure = ""
     try:
-        connection = _connection(listen)
+        connections = _connections(listen)
     except (ValueError, HTTPException) as error:
         return f"admin listener {listen}: {error}"
-    try:
-        connection.request("GET", "/readyz")
-        status = connection.getresponse().status
-    except (OSError, HTTPException, UnicodeError) as error:
-        return f"no answer at {listen}: {type(error).__name__}"
-    finally:
-        connection.close()
-    return "" if status == 200 else f"not ready: /readyz answers {status}"  # noqa: PLR2004 - HTTP's OK
+    for connection in connections:
+        try:
+            connection.request("GET", "/readyz")
+            status = connection.getresponse().status
+        except (OSError, HTTPException, UnicodeError) as error:
+            failure = type(error).__name__
+            continue
+        finally:
+            connection.close()
+        return "" if status == 200 else f"not ready: /readyz answers {status}"  # noqa: PLR2004 - HTTP's OK
+    return f"no answer at {listen}: {failure}"
 
 
-def _connection(listen: str) -> HTTPConnection:
+def _connections(listen: str) -> list[HTTPConnection]:
+    """Return the ways to the listener, each to be tried until one is answered."""
     address = parse_address(listen)
     if isinstance(address, str):
-        return _UnixConnection(address)
+        return [_UnixConnection(address)]
     host, port = address
-    return HTTPConnection(_EVERYWHERE.get(host, host), port, timeout=TIMEOUT)
+    return [HTTPConnection(h, port, timeout=TIMEOUT) for h in _EVERYWHERE.get(host, (host,))]

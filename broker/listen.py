@@ -1,21 +1,54 @@
-"""Opening listeners: TCP or a Unix socket, with an error that an operator can act on."""
+"""Opening listeners: TCP or a Unix socket, with an error that an operator can act on.
+
+`[::]` is every address of this machine, of IPv6 and of IPv4, over one socket that takes both; where
+there is no IPv6 it is 0.0.0.0.  Of a name with several addresses, as `localhost` has, those are
+taken that the machine has: one family may be off.
+"""
 
 import asyncio
 import errno
 import os
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Self
 
 from broker.checks import parse_address
 
 SOCKET_MODE = 0o660
 """Who may connect to a Unix socket: owner and group.  The secret is still required."""
 
+_EVERYWHERE, _EVERYWHERE_V4 = "::", "0.0.0.0"  # noqa: S104 - only if an operator says so
+
+_ABSENT = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
+"""What the system says of an address that it has not, or of a family that is off."""
+
+_EVERY_PORT_TRIES = 8
+"""A port that was chosen for one family may be taken in the other one."""
+
 
 class CannotListen(Exception):
     """An address that cannot be listened on; exit code 69 (EX_UNAVAILABLE)."""
+
+
+class Listener:
+    """The servers of one setting: a name may have two addresses."""
+
+    def __init__(self, servers: Sequence[asyncio.Server]) -> None:
+        self._servers = servers
+        self.sockets = [socket for server in servers for socket in server.sockets]
+
+    def close(self) -> None:
+        """Take no more connections."""
+        for server in self._servers:
+            server.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
 
 
 async def listen(
@@ -25,7 +58,7 @@ async def listen(
     backlog: int,
     *,
     serve: bool = True,
-) -> tuple[asyncio.Server, str]:
+) -> tuple[Listener, str]:
     """Listen on `address`; returns the server and the URL under which it answers.
 
     `setting` names the key that holds the address, for the error.  Without `serve` the address is
@@ -40,13 +73,91 @@ async def listen(
                 factory, where, backlog=backlog, start_serving=serve
             )
             Path(where).chmod(SOCKET_MODE)  # noqa: ASYNC240 - once, at the start
-            return server, f"unix:{where}"
-        host, port = where
-        server = await loop.create_server(factory, host, port, backlog=backlog, start_serving=serve)
+            return Listener([server]), f"unix:{where}"
+        host, sockets = await _bind(*where)
+        servers = []
+        try:
+            for sock in sockets:
+                server = await loop.create_server(
+                    factory, sock=sock, backlog=backlog, start_serving=serve
+                )
+                servers.append(server)
+        except OSError:
+            Listener(servers).close()
+            for sock in sockets:
+                sock.close()
+            raise
     except OSError as error:
         raise CannotListen(_reason(setting, address, error)) from None
-    port = server.sockets[0].getsockname()[1]
-    return server, f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    port = sockets[0].getsockname()[1]
+    return Listener(servers), f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+async def _bind(host: str, port: int) -> tuple[str, list[socket.socket]]:
+    """Bind every address of a host that this machine has; returns the host to print, too."""
+    if host == _EVERYWHERE:
+        try:
+            return _printed(), [_bound(socket.AF_INET6, (host, port), every_family=True)]
+        except OSError as error:
+            if error.errno not in _ABSENT:
+                raise
+        host = _EVERYWHERE_V4
+    found = await asyncio.get_running_loop().getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    places = list(dict.fromkeys((family, place) for family, _, _, _, place in found))
+    for tries_left in reversed(range(_EVERY_PORT_TRIES if port == 0 else 1)):
+        try:
+            return host, _bind_those_here(places)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not tries_left:
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
+def _bind_those_here(places: Sequence[tuple[int, tuple[object, ...]]]) -> list[socket.socket]:
+    """Bind these addresses at one port; one that the machine has not is left out, all are not."""
+    sockets: list[socket.socket] = []
+    absent: OSError | None = None
+    try:
+        for family, (host, port, *scope) in places:
+            same = sockets[0].getsockname()[1] if sockets else port
+            try:
+                sockets.append(_bound(family, (host, same, *scope)))
+            except OSError as error:
+                if error.errno not in _ABSENT:
+                    raise
+                absent = error
+        if absent is not None and not sockets:
+            raise absent
+    except OSError:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
+
+
+def _bound(family: int, place: tuple[object, ...], *, every_family: bool = False) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(0)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not every_family)
+        sock.bind(place)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _printed() -> str:
+    """Return what to print for every address; where IPv6 is switched off, [::] can be bound."""
+    try:
+        _bound(socket.AF_INET6, ("::1", 0)).close()
+    except OSError:
+        return _EVERYWHERE_V4
+    return _EVERYWHERE
 
 
 def _require_free(path: Path) -> None:

@@ -63,7 +63,8 @@ class Server(_Section, frozen=True):
     """The data listener."""
 
     listen: str = "127.0.0.1:8080"
-    """`HOST:PORT` or `unix:/path`.  Loopback: a sidecar is reached by its own host only."""
+    """`HOST:PORT` or `unix:/path`; `[::]:PORT` is every address, of IPv4 and IPv6.  Loopback: a
+    sidecar is reached by its own host only."""
     workers: Annotated[int, Meta(ge=1, le=64)] = 1
     """Processes that answer requests.  One: it serves some thousand visitors a second, and needs no
     store that is shared."""
@@ -80,8 +81,9 @@ class Server(_Section, frozen=True):
     common balancers (nginx, AWS) give an idle connection up, so that they close it, and never the
     broker under a request that is on its way.  Some keep it longer: Google's for 600 s."""
     trusted_proxies: tuple[str, ...] = ()
-    """Addresses or networks whose `X-Forwarded-For` counts.  None: a header that anybody can
-    send must not choose whose failed logins are throttled."""
+    """Addresses or networks whose word on their client counts: `X-Forwarded-For`, `Forwarded`, the
+    URI that it asked for.  None: a header that anybody can send must not choose whose failed logins
+    are throttled."""
     docs: bool = False
     """Serve /openapi.json and /docs.  Off: a sidecar in production needs none; `--dev` has it."""
 

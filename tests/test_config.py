@@ -440,6 +440,18 @@ class TestFile:
             config.load(path, {}, {})
         assert str(caught.value).startswith(told.format(path))
 
+    def test_N8_a_byte_order_mark_is_no_part_of_it(self, tmp_path: Path) -> None:
+        """Editors put one before text: neither the first section nor a secret begins with it."""
+        secret = secrets.token_urlsafe(24)
+        (tmp_path / "web").write_text(secret + "\r\n", encoding="utf-8-sig")
+        path = tmp_path / "broker.toml"
+        text = f'[server]\nlisten = "[::]:1"\n[clients.web]\nsecret_file = "{tmp_path / "web"}"\n'
+        path.write_text(text, encoding="utf-8-sig")
+        settings = config.load(path, {}, {})
+        assert settings.server.listen == "[::]:1"
+        found = config.read_secret("clients.web.secret", None, settings.clients["web"].secret_file)
+        assert found == Secret(secret)
+
     @pytest.mark.parametrize(
         ("name", "reason"),
         [("nowhere", "No such file or directory"), ("", "Is a directory"), ("a\0b", "not a path")],

@@ -16,6 +16,7 @@ import os
 import secrets
 import tempfile
 import time
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -68,7 +69,7 @@ class BadKeyFile(ValueError):
 def read(path: Path) -> list[Entry]:
     """Return the keys of a file, by the moment from which they sign; raises BadKeyFile, OSError."""
     try:
-        entries = msgspec.json.decode(path.read_bytes(), type=_File).keys
+        entries = msgspec.json.decode(path.read_bytes().removeprefix(BOM_UTF8), type=_File).keys
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         where = str(error).partition(" - at ")[2]
         raise BadKeyFile(f"not written by `broker keys rotate`{where and f' at {where}'}") from None

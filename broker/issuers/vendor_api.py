@@ -17,6 +17,7 @@ Invariants:
 """
 
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import assert_never
@@ -127,7 +128,7 @@ def _fields_of(headers: Headers, body: bytes) -> dict[str, object] | Reason:
     if encoded(headers):
         return Reason.ENCODED
     try:
-        return _decode_fields(body)
+        return _decode_fields(body.removeprefix(BOM_UTF8))
     except (ValueError, RecursionError):
         return Reason.NOT_JSON
 

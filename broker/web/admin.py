@@ -5,7 +5,7 @@ What `web.sessions` adds to it has a secret; the rest is open to whoever reaches
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from email.utils import formatdate
 from secrets import token_hex
 from typing import Self
@@ -18,7 +18,8 @@ from prometheus_client.exposition import choose_encoder
 from broker.answers import HealthAnswer, error_body, error_body_of, plain_body
 from broker.errors import BrokerError
 from broker.health import Health
-from broker.listen import CannotListen, listen
+from broker.listen import CannotListen, Listener, listen
+from broker.rules.accept import ranges as accept_ranges
 from broker.web.answer import JSON_TYPE, ReadyAnswer, head, retry_after_seconds
 from broker.web.server import BACKLOG, DataConnection, Handler
 
@@ -36,7 +37,7 @@ def build(registry: CollectorRegistry, health: Health) -> web.Application:
 class AdminListener:
     """The admin application on its address, at `url`."""
 
-    def __init__(self, runner: web.AppRunner, listener: asyncio.Server, url: str) -> None:
+    def __init__(self, runner: web.AppRunner, listener: Listener, url: str) -> None:
         self._runner = runner
         self._listener = listener
         self.url = url
@@ -66,12 +67,9 @@ class AdminListener:
         self._listener.close()
 
 
-def render(registry: CollectorRegistry, accept: str) -> tuple[str, bytes]:
-    """Return content type and text of a scrape, in the format that `accept` prefers."""
-    try:
-        encoder, content_type = choose_encoder(accept)
-    except (TypeError, ValueError):  # a version in Accept that is none
-        encoder, content_type = choose_encoder("")
+def render(registry: CollectorRegistry, accept: Iterable[str]) -> tuple[str, bytes]:
+    """Return content type and text of a scrape, in the format that these `Accept` lines prefer."""
+    encoder, content_type = choose_encoder(_format(",".join(accept)))
     return content_type, encoder(registry)
 
 
@@ -84,6 +82,39 @@ def answer(
     )
 
 
+_TEXT, _OPEN = "text/plain", "application/openmetrics-text"
+
+_FORMATS = {
+    (_TEXT, None): _TEXT,
+    (_TEXT, "0.0.4"): _TEXT,
+    (_TEXT, "1.0.0"): f"{_TEXT};version=1.0.0",
+    (_OPEN, None): _OPEN,
+    (_OPEN, "1.0.0"): f"{_OPEN};version=1.0.0",
+}
+"""What there is, by type and version, as the library is asked for it: it reads types and versions
+in the order of the header, and no quality."""
+
+_ESCAPING = frozenset({"allow-utf-8", "underscores", "dots", "values"})
+_WILDCARDS = {"*/*": (_TEXT, _OPEN), "text/*": (_TEXT,), "application/*": (_OPEN,)}
+
+
+def _format(accept: str) -> str:
+    """Choose the format that a scraper likes best; text if there is none of those that it names."""
+    ranges = accept_ranges(accept)
+    named = {wanted.media for wanted in ranges}
+    for wanted in ranges:
+        if wanted.quality == 0:
+            break
+        for media in _WILDCARDS.get(wanted.media, ()):
+            if media not in named:  # else its own quality counts, which may be 0
+                return media
+        found = _FORMATS.get((wanted.media, wanted.parameters.get("version")))
+        if found is not None:
+            escaping = wanted.parameters.get("escaping", "")
+            return f"{found};escaping={escaping}" if escaping in _ESCAPING else found
+    return _TEXT
+
+
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -93,7 +124,7 @@ def _error_head() -> tuple[str, str]:
 
 def _metrics(registry: CollectorRegistry) -> _Handler:
     async def metrics(request: web.Request) -> web.StreamResponse:
-        content_type, text = render(registry, request.headers.get("Accept", ""))
+        content_type, text = render(registry, request.headers.getall("Accept", ()))
         return answer(200, text, content_type=content_type)
 
     return metrics

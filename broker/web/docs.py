@@ -114,7 +114,7 @@ def add_development(routes: Routes, registry: CollectorRegistry, url: str) -> No
     """Serve the index, and the metrics on the data listener as well."""
 
     async def metrics(request: BaseRequest, request_id: str) -> web.StreamResponse:
-        content_type, text = admin.render(registry, request.headers.get("Accept", ""))
+        content_type, text = admin.render(registry, request.headers.getall("Accept", ()))
         return await routes.page(content_type, text)(request, request_id)
 
     routes.add("/", "GET", routes.page(_HTML, _INDEX_PAGE.format(url=url).encode(), _POLICY))

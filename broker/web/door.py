@@ -25,11 +25,12 @@ from broker.errors import (
     Unauthorized,
 )
 from broker.model import LimitName
-from broker.rules import bucket
+from broker.rules import bucket, forwarded
 from broker.stores.buckets import BucketCounts, TokenBucket
 
 API_SECRET = istr("api-secret")
 _FORWARDED_FOR = istr("X-Forwarded-For")
+_FORWARDED = istr("Forwarded")
 
 FAILED_AUTH_LIMIT = bucket.limit(rate=30, per=60_000_000, burst=30)
 """The vendor's own figure: enough for a deploy with a wrong secret.  It spares us the work; what
@@ -125,18 +126,23 @@ class Door:
     def trusts(self, peer: str | None) -> bool:
         """Whether this peer's word on what its client asked for counts.
 
-        One on a Unix socket was let in by the mode of the file.
+        One on a Unix socket, which has no address, was let in by the mode of the file.
         """
         return self._is_trusted(peer)
 
     def _look_up(self, peer: str | None) -> bool:
-        address = _parse(peer)
-        if address is None:
-            return not peer
+        if not peer:
+            return True
+        address = forwarded.parse_ip(peer)
+        return address is not None and self._in_trusted(address)
+
+    def _in_trusted(self, address: forwarded.Address) -> bool:
         return any(address in network for network in self._trusted)
 
     def _throttle(self, request: BaseRequest, now: int) -> None:
         address = self.address_of(request.headers, request.remote)
+        if address is None:
+            return
         verdict = self.failures.take(address, FAILED_AUTH_LIMIT, now)
         if not verdict.allowed:
             raise RateLimited(LimitName.AUTH, verdict)
@@ -149,31 +155,19 @@ class Door:
                 client,
             )
 
-    def address_of(self, headers: "CIMultiDictProxy[str]", peer: str | None) -> str:
+    def address_of(self, headers: "CIMultiDictProxy[str]", peer: str | None) -> str | None:
         """Name whose failures are counted: an IPv4 address or an IPv6 /64.
 
-        `X-Forwarded-For` is walked from the right, only as long as the one who says so is trusted.
+        None if nobody can be named: a trusted proxy said "unknown", or what cannot be read.  Such
+        failures are not throttled, for one stranger's would throttle all others.
         """
-        address = _parse(peer)
-        if address is None:
-            return "local"
+        address = forwarded.parse_ip(peer) if peer else None
         if not self.trusts(peer):
-            return _subject(address)
-        hops = [
-            hop.strip() for value in headers.getall(_FORWARDED_FOR, ()) for hop in value.split(",")
-        ]
-        while hops and any(address in network for network in self._trusted):
-            hop = _parse(hops.pop())
-            if hop is None:
-                break
-            address = hop
-        return _subject(address)
-
-
-def _subject(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
-    if address.version == 6:  # noqa: PLR2004 - the version of IP
-        return str(ipaddress.ip_network((address, 64), strict=False))
-    return str(address)
+            return None if address is None else forwarded.subject_of(address)
+        hops = forwarded.hops_from_right(
+            headers.getall(_FORWARDED_FOR, ()), headers.getall(_FORWARDED, ())
+        )
+        return forwarded.client_subject(address, hops, is_trusted=self._in_trusted)
 
 
 def secret_of(headers: "CIMultiDictProxy[str]", wanted: str = "client secret") -> str:
@@ -199,12 +193,3 @@ def _bearer(headers: "CIMultiDictProxy[str]", wanted: str) -> str:
     if scheme.lower() != "bearer" or not token.strip():
         raise MissingAuth(f"api-secret: missing; send the {wanted} in this header")
     return token.strip()
-
-
-def _parse(text: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        address = ipaddress.ip_address(text or "")
-    except ValueError:
-        return None
-    mapped = getattr(address, "ipv4_mapped", None)
-    return mapped or address

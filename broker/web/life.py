@@ -9,14 +9,15 @@ Those who call it know three answers and no more: 200, 401, 403.
 
 A URI in a header is the proxy's word about what its client asked for, so it counts from trusted
 proxies only, and so does what follows the route's own path, where Envoy puts it.  Wherever a token
-is found, all that are found must be the same one: a proxy that passes on a header which its
-client made up would otherwise let one token open the door for another.  What viewers read in two
-ways is refused for the same reason: an empty token beside another one, a URI with a fragment.
+is found, all that are found must be the same one, and all URIs must bear the same: a proxy that
+passes on a header which its client made up would otherwise let one token open the door for
+another, or for none.  What viewers read in two ways is refused for the same reason: an empty token
+beside another one, a URI with a fragment (`rules/forwarded.py`).
 Credentials of another scheme than Bearer are no token of ours, and may stand beside one.
 """
 
 from collections.abc import Awaitable, Callable, Iterator
-from urllib.parse import parse_qsl, quote, unquote_plus
+from urllib.parse import parse_qsl, quote
 
 from aiohttp import web
 from aiohttp.hdrs import AUTHORIZATION
@@ -35,6 +36,7 @@ from broker.errors import (
 )
 from broker.issuers.keyring import BadToken
 from broker.model import Clock, Session
+from broker.rules import forwarded
 from broker.sessions.desk import SessionDesk
 from broker.stores.base import Denial
 from broker.web import body, wire
@@ -45,7 +47,8 @@ VERIFY_PATH = "/v1/embed-tokens/verify"
 
 _TOKEN = istr("X-Embed-Token")
 _REQUIRED_AGENT = istr("X-Embed-Require-Agent")
-_FORWARDED_URIS = (istr("X-Original-URI"), istr("X-Forwarded-Uri"))
+_FORWARDED_URIS = (istr("X-Original-URI"), istr("X-Forwarded-Uri"), istr("X-Original-URL"))
+"""nginx as its manual shows it; Caddy and Traefik; ingress-nginx, which tells the absolute URL."""
 
 _SAFE = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) != "%")
 """What stands for itself in a header of ours: all of visible ASCII but the sign of escapes."""
@@ -99,7 +102,7 @@ def add(routes: Routes, door: Door, desk: SessionDesk, clock: Clock, charge: Cha
 def presented(request: BaseRequest, *, trusted: bool) -> str:
     """Return the one token that a request bears; `trusted` if its peer's URIs count.
 
-    Raises MissingAuth for none, Unauthorized for two that differ or a URI with a fragment.
+    Raises MissingAuth for none, Unauthorized for two that differ or a URI read in two ways.
     """
     headers = request.headers
     found: set[str] = {*_bearers(headers), *headers.getall(_TOKEN, ())}
@@ -115,17 +118,6 @@ def presented(request: BaseRequest, *, trusted: bool) -> str:
             "token: only in a forwarded URI, which counts from server.trusted_proxies alone"
         )
     raise MissingAuth("token: missing; send it as Authorization: Bearer or X-Embed-Token")
-
-
-def tokens_in(uri: str) -> Iterator[str]:
-    """Yield every `token` in the query of a URI, as a viewer would read it."""
-    if "#" in uri:  # no browser sends one: some viewers end the query there, others do not
-        raise Unauthorized("token: in a URI with a fragment, which a request cannot have")
-    query = uri.partition("?")[2]
-    for pair in query.split("&"):
-        name, _, value = pair.partition("=")
-        if unquote_plus(name) == "token":
-            yield unquote_plus(value)
 
 
 def session_headers(session: Session) -> str:
@@ -145,12 +137,28 @@ def _bearers(headers: "CIMultiDictProxy[str]") -> Iterator[str]:
             yield token.strip()
 
 
-def _forwarded(request: BaseRequest) -> Iterator[str]:
-    """Yield every token of the URIs that the peer says its client asked for."""
-    for name in _FORWARDED_URIS:
-        for uri in request.headers.getall(name, ()):
-            yield from tokens_in(uri)
-    yield from tokens_in(request.raw_path.partition(VERIFY_PATH)[2])
+def _forwarded(request: BaseRequest) -> tuple[str, ...]:
+    """Return the tokens of the URI that the peer says its client asked for."""
+    stated = [
+        _tokens_in(uri)
+        for name in _FORWARDED_URIS
+        for uri in request.headers.getall(name, ())
+        if uri
+    ]
+    rest = request.raw_path.partition(VERIFY_PATH)[2]
+    tokens = _tokens_in(rest)
+    if tokens or rest.partition("?")[0] not in ("", "/"):  # else it is the route as configured
+        stated.append(tokens)
+    if len({frozenset(tokens) for tokens in stated}) > 1:
+        raise Unauthorized("token: two different ones, or one and none, in forwarded URIs")
+    return stated[0] if stated else ()
+
+
+def _tokens_in(uri: str) -> tuple[str, ...]:
+    try:
+        return forwarded.tokens_in(uri)
+    except ValueError as error:
+        raise Unauthorized(f"token: {error}") from None
 
 
 async def _token_field(request: BaseRequest) -> str:

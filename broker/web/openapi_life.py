@@ -33,7 +33,8 @@ def verify(reference: Mapping[str, Any]) -> dict[str, Any]:
         "summary": "Is this embed token good? For proxies in front of a viewer",
         "description": "Answers any method, without reading a body. The token comes as"
         " `Authorization: Bearer`, as `X-Embed-Token`, or from a trusted proxy as `token` in the"
-        " query of `X-Original-URI`, of `X-Forwarded-Uri`, or of what follows this path.",
+        " query of `X-Original-URI`, `X-Forwarded-Uri` or `X-Original-URL`, or of what follows this"
+        " path.",
         "security": [{"embedToken": []}, {"bearer": []}],
         "parameters": [
             {

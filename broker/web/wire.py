@@ -5,6 +5,7 @@ characters.
 """
 
 import re
+from codecs import BOM_UTF8
 from typing import Annotated
 
 import msgspec
@@ -103,6 +104,7 @@ def parse(
     `request_id` and `traceparent` accompany the ask; a malformed traceparent is dropped, as W3C
     Trace Context asks.
     """
+    body = body.removeprefix(BOM_UTF8)  # RFC 8259 section 8.1: a parser may ignore it
     try:
         request = _decode(body)
     except msgspec.ValidationError as error:

@@ -69,7 +69,7 @@ class Sample:
     """One folder."""
 
     def __init__(self, folder: Path) -> None:
-        meta = tomllib.loads((folder / "meta.toml").read_text())
+        meta = tomllib.loads((folder / "meta.toml").read_text(encoding="utf-8"))
         self.name = folder.name
         self.rows: list[str] = meta.get("rows", [])
         self.status: int = meta["status"]
@@ -80,7 +80,7 @@ class Sample:
 
     def _body(self, folder: Path, meta: Mapping[str, Any]) -> bytes:
         (answer,) = folder.glob("answer.*")
-        text = answer.read_text() * meta.get("repeat", 1)
+        text = answer.read_text(encoding="utf-8") * meta.get("repeat", 1)
         for name, value in (
             ("token", self.token),
             ("key", KEY),

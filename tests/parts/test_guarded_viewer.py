@@ -70,6 +70,66 @@ def test_a_good_token_passes_and_the_viewer_is_told_whose_it_is(guarded: Guarded
     assert httpx.head(f"{guarded.url}/a", **by_header).status_code == 200
 
 
+NEEDED = {
+    *("host", "authorization", "x-embed-token", "x-request-id", "x-original-uri"),
+    *("x-forwarded-uri", "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host"),
+    *("x-forwarded-method", "via", "x-envoy-internal", "x-envoy-expected-rq-timeout-ms"),
+    *("x-b3-traceid", "accept-encoding", "user-agent", "content-length"),
+}
+"""What a proxy may tell the broker: the token, whose request it is, and what proxies add."""
+
+BROWSING = {
+    "Cookie": "; ".join(f"c{n}={'x' * 1000}" for n in range(16)),
+    "Referer": f"https://site.example/?{'r' * 7000}",
+    "User-Agent": "Mozilla/5.0 " + "u" * 500,
+    "Accept": "text/html,*/*;q=0.8",
+    "Accept-Language": "de",
+    "Sec-Fetch-Mode": "navigate",
+    "Sec-CH-UA": "v" * 500,
+    "If-None-Match": '"etag"',
+    "X-Own": "own",
+}
+"""What a browser sends with each request: 16 KB of cookies, a Referer as long as URLs are."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_N5_the_broker_is_sent_only_what_it_needs(kind: str, tmp_path: Path) -> None:
+    """No cookies, no Referer, no body, and no length of one; the viewer gets all of it."""
+    with (
+        Site(200, {"X-Embed-Session": "s"}) as asked,
+        Site() as viewer,
+        gateway(kind, "viewer", tmp_path, {8080: asked.port, 3000: viewer.port}) as url,
+    ):
+        asked.seen.clear()
+        for method, content in (("GET", b""), ("POST", b"y" * 100_000), ("HEAD", b"")):
+            answer = httpx.request(method, f"{url}/?token=t", headers=BROWSING, content=content)
+            assert answer.status_code == 200, answer.text
+            (told,) = asked.seen
+            names = [name for name, _ in told["headers"]]
+            assert set(names) <= NEEDED, set(names) - NEEDED
+            assert sum(len(name) + len(value) + 4 for name, value in told["headers"]) < 1500
+            assert dict(told["headers"]).get("content-length", "0") == "0"
+            assert "transfer-encoding" not in names
+            assert told["body"] == ""
+            got = viewer.seen[-1]
+            assert dict(got["headers"])["cookie"] == BROWSING["Cookie"]
+            assert dict(got["headers"])["referer"] == BROWSING["Referer"]
+            assert got["body"] == content.decode()
+            asked.seen.clear()
+
+
+def test_N5_visitors_with_many_cookies_get_through(guarded: Guarded) -> None:
+    """With the real broker, in any method, one after the other over kept connections."""
+    token = guarded.broker.token()["token"]
+    with httpx.Client(headers=BROWSING) as client:
+        for method in ("GET", "POST", "GET", "POST"):
+            content = b"y" * 77 if method == "POST" else b""
+            good = client.request(method, f"{guarded.url}/?token={token}", content=content)
+            assert good.status_code == 200, good.text
+            bad = client.request(method, f"{guarded.url}/?token=bad", content=content)
+            assert bad.status_code == 401, bad.text
+
+
 def expired(broker: Broker) -> str:
     """Sign a token that was good an hour ago."""
     now = int(time.time())
@@ -130,7 +190,9 @@ def test_O5_what_a_client_says_of_itself_does_not_get_through(guarded: Guarded, 
     assert len(guarded.viewer.seen) == before
 
 
-@pytest.mark.parametrize("name", ["X-Original-URI", "X-Forwarded-Uri", "X-Embed-Token"])
+@pytest.mark.parametrize(
+    "name", ["X-Original-URI", "X-Original-URL", "X-Forwarded-Uri", "X-Embed-Token"]
+)
 def test_O5_a_good_token_elsewhere_does_not_open_the_door_for_a_bad_one(
     guarded: Guarded, name: str
 ) -> None:
@@ -165,6 +227,7 @@ def test_G7_a_viewer_that_is_down_writes_no_token_to_a_log(kind: str, tmp_path: 
         for ports in ({8080: broker.port, 3000: 1}, {8080: 1, 3000: 1}):
             with gateway(kind, "viewer", tmp_path, ports) as url:
                 referer = {"Referer": f"{url}/?token={good}", "X-Original-URI": f"/?token={good}"}
+                referer["X-Original-URL"] = f"https://viewer.example/?token={good}"
                 for headers in ({}, referer, {"X-Embed-Token": good}):
                     answer = httpx.get(f"{url}/page?token={good}", headers=headers)
                     assert answer.status_code >= 500

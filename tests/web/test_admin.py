@@ -9,6 +9,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as plain_text
 
 OPEN = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+OM, TEXT = "application/openmetrics-text", "text/plain"
 PROMETHEUS = (
     "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
     "application/openmetrics-text;version=0.0.1;q=0.5,text/plain;version=1.0.0;q=0.4,*/*;q=0.2"
@@ -35,6 +36,45 @@ class TestMetrics:
         assert reply.body.endswith(b"# EOF\n")
         names = {family.name for family in open_metrics(reply.body.decode())}
         assert "broker_requests" in names
+
+    @pytest.mark.parametrize(
+        ("accept", "media", "version"),
+        [
+            (f"{OM};q=0.5, text/plain", TEXT, "0.0.4"),
+            (f"text/plain;q=0.5, {OM}", OM, "1.0.0"),
+            (f"text/plain, {OM}", TEXT, "0.0.4"),
+            (f"{OM}, text/plain", OM, "1.0.0"),
+            (f"{OM};version=1.0.0;q=0.2, text/plain;version=0.0.4;q=0.3", TEXT, "0.0.4"),
+            (f"text/plain;version=1.0.0;q=0.3, {OM};q=0.2", TEXT, "1.0.0"),
+            (f"{OM};q=0, text/plain;q=0.1", TEXT, "0.0.4"),
+            (f"{OM};q=0", TEXT, "0.0.4"),
+            ("text/plain;q=0, */*;q=0.1", OM, "1.0.0"),
+            ("text/plain;q=0.1, */*", OM, "1.0.0"),
+            (f"text/plain;q=0.2, {OM};q=0.1, */*", TEXT, "0.0.4"),
+            (f"*/*, {OM};q=0.9", TEXT, "0.0.4"),
+            (f"*/*;q=0.1, {OM};q=0.9", OM, "1.0.0"),
+            ("application/*", OM, "1.0.0"),
+            ("text/*;q=0.5, application/*;q=0.4", TEXT, "0.0.4"),
+            (f"{OM};version=0.0.1, text/plain;q=0.1", TEXT, "0.0.4"),
+            (f"{OM};version=99.0.0, {OM};version=1.0.0;q=0.1", OM, "1.0.0"),
+            (f"{OM};version=x.y.z", TEXT, "0.0.4"),
+            (f"{OM};q=nan, {OM};q=2;version=1.0.0", TEXT, "0.0.4"),
+            ("APPLICATION/OpenMetrics-Text ; VERSION=1.0.0 ; Q=1.0", OM, "1.0.0"),
+            (f'{OM};version="1.0.0"', OM, "1.0.0"),
+            ("application/json", TEXT, "0.0.4"),
+            ("*/*;q=0", TEXT, "0.0.4"),
+            (f"application/vnd.google.protobuf;q=0.7,{PROMETHEUS}", OM, "1.0.0"),
+            (PROMETHEUS.replace("q=0.6", "q=0.1"), TEXT, "1.0.0"),
+        ],
+    )
+    async def test_N8_the_format_that_is_liked_best(
+        self, edge: Edge, accept: str, media: str, version: str
+    ) -> None:
+        """By quality, then by order; 0 is no; a wildcard stands for what is not named."""
+        reply = await edge.admin("/metrics", Accept=accept)
+        told = reply.header("Content-Type") or ""
+        assert told.startswith(f"{media}; version={version}"), told
+        assert reply.body.endswith(b"# EOF\n") == (media == OM)
 
     async def test_no_secret_is_needed_and_none_is_taken(self, edge: Edge) -> None:
         """The listener is loopback by default; a query or a method changes nothing."""

@@ -1,6 +1,8 @@
 """Tokens of the vendor: known by what was handed out, since only the vendor can verify them."""
 
+import json
 import secrets
+from codecs import BOM_UTF8
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from urllib.parse import urlencode
@@ -8,6 +10,8 @@ from urllib.parse import urlencode
 from edge import AGENT, Edge, Reply, request, serving, visitor
 
 from broker.testing import FakeVendor, faults
+from broker.testing.faults import Fault
+from broker.testing.replies import Answer
 
 VERIFY = "/v1/embed-tokens/verify"
 
@@ -65,3 +69,25 @@ async def test_G9_a_revoked_session_that_the_vendor_opens_again_is_not_handed_ou
         assert (again.status, again.code) == (503, "SERVICE_UNAVAILABLE")
         after = await edge.ask(fingerprint)
         assert after.session != minted.session
+
+
+async def test_N8_a_byte_order_mark_is_no_part_of_json_on_either_side() -> None:
+    """Some editors and edges put one before everything; one, and no more."""
+
+    def marked(times: int) -> Fault:
+        return Fault(
+            name="marked",
+            edit=lambda it: Answer(it.status, BOM_UTF8 * times + it.body, it.headers),
+        )
+
+    async with FakeVendor() as vendor, relaying(vendor) as edge:
+        body = json.dumps({"agent_id": AGENT, "fingerprint": visitor()}).encode()
+        with vendor.fail(marked(1)):
+            reply = await edge.post(BOM_UTF8 + body)
+            assert reply.status == 200, reply.body
+            assert reply.token
+        assert (await edge.post(BOM_UTF8 * 2 + body)).code == "VALIDATION_ERROR"
+        with vendor.fail(marked(2)):
+            assert (await edge.ask(visitor())).status in {502, 503}
+        scraped = await edge.scrape()
+        assert scraped['broker_upstream_errors_total{reason="not_json"}'] >= 1

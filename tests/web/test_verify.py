@@ -6,7 +6,8 @@ from collections.abc import Iterable
 import pytest
 from edge import AGENT, OTHER_AGENT, Edge, Reply, request, serving, visitor
 
-from broker.web.life import VERIFY_PATH, tokens_in
+from broker.rules.forwarded import tokens_in
+from broker.web.life import VERIFY_PATH
 
 PROXY = {"server": {"trusted_proxies": ["127.0.0.1"]}}
 HOUR = 3600
@@ -144,7 +145,7 @@ def uri(token: str, path: str = "/viewer") -> str:
 class TestForwardedUris:
     """Row O5: whose word on the original URI counts, and what it can do."""
 
-    @pytest.mark.parametrize("name", ["X-Original-URI", "X-Forwarded-Uri"])
+    @pytest.mark.parametrize("name", ["X-Original-URI", "X-Forwarded-Uri", "X-Original-URL"])
     async def test_O5_a_trusted_proxy_s_uri_counts(self, name: str) -> None:
         """In any of its forms, with the token anywhere in the query."""
         async with serving(PROXY) as edge:
@@ -161,7 +162,7 @@ class TestForwardedUris:
                 reply = await verify(edge, (name, form))
                 assert reply.status == 200, (form, reply.body)
 
-    @pytest.mark.parametrize("name", ["X-Original-URI", "X-Forwarded-Uri"])
+    @pytest.mark.parametrize("name", ["X-Original-URI", "X-Forwarded-Uri", "X-Original-URL"])
     async def test_O5_anybody_else_s_uri_does_not_count(self, name: str) -> None:
         """Not without a trusted proxy, nor from another address than its; the remedy is told."""
         async with serving() as edge:

@@ -211,17 +211,18 @@ class TestBad:
             b'{"agent_id":"a","fingerprint":"\\udc00abcd"}',
             b'{"agent_id":"a","fingerprint":"ab\x00cd"}',
             b'\x00{"agent_id":"a","fingerprint":"abcd"}',
-            b'\xef\xbb\xbf{"agent_id":"a","fingerprint":"abcd"}',
+            b'\xef\xbb\xbf\xef\xbb\xbf{"agent_id":"a","fingerprint":"abcd"}',
+            b' \xef\xbb\xbf{"agent_id":"a","fingerprint":"abcd"}',
             '{"agent_id":"a","fingerprint":"abcd"}'.encode("utf-16"),
             b'{"agent_id":"\xff\xfe","fingerprint":"abcd"}',
         ],
-        ids=range(14),
+        ids=range(15),
     )
     def test_O3_malformed_json(self, body: bytes) -> None:
         """NaN, lone surrogates, NUL, other encodings."""
         assert refusal(body) == NOT_JSON
 
-    @pytest.mark.parametrize("body", [b"", b" ", b"\r\n\t "])
+    @pytest.mark.parametrize("body", [b"", b" ", b"\r\n\t ", b"\xef\xbb\xbf"])
     def test_an_empty_body_is_told_so(self, body: bytes) -> None:
         """The most common mistake of a first attempt."""
         assert refusal(body) == (
