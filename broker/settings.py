@@ -137,7 +137,8 @@ class UpstreamIssuer(_Section, frozen=True):
     """Tokens relayed from the vendor, or from anything that speaks its API."""
 
     base_url: str = "https://api.bithuman.ai"
-    """Where the vendor answers; the path of the mint call is added.  HTTPS, except on loopback."""
+    """Where the vendor answers; the paths of its calls are added, and taken off where they were
+    written.  HTTPS, except on loopback; without user, query or fragment."""
     api_secret: Secret | None = None
     """The vendor key; prefer `api_secret_files`.  The variable BITHUMAN_API_SECRET (or its old name
     BITHUMAN_API_KEY) is used when neither is set."""
