@@ -205,8 +205,9 @@ class App:
         assert self._paced is not None  # the relay always has a budget
         upstream = settings.issuer.upstream
         keys = parts.vendor_keys(settings, self._environ)  # before the client, which must be closed
+        proxy = parts.vendor_proxy(settings, self._environ)
         return UpstreamIssuer(
-            VendorClient(upstream.base_url, upstream.timeout.seconds),
+            VendorClient(upstream.base_url, upstream.timeout.seconds, proxy),
             keys,
             self._paced,
             self._clock,
@@ -299,7 +300,13 @@ class App:
             return lambda: None  # told as needing a restart
         if isinstance(issuer, UpstreamIssuer):
             keys = parts.vendor_keys(settings, self._environ)
-            return lambda: issuer.use_keys(keys)
+            proxy = parts.vendor_proxy(settings, self._environ)
+
+            def replace() -> None:
+                issuer.use_keys(keys)
+                issuer.use_proxy(proxy)
+
+            return replace
         keyring = parts.keyring(settings)
 
         def turn() -> None:

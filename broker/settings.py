@@ -145,6 +145,12 @@ class UpstreamIssuer(_Section, frozen=True):
     api_secret_files: tuple[str, ...] = ()
     """Files with vendor keys, up to 4.  The first good one is used: to rotate without a gap, put
     the new key in front, then revoke the old one."""
+    proxy: Secret | None = None
+    """`http://HOST:PORT` or `https://HOST:PORT` of a proxy that calls go through, with user and
+    password in front of the host where it asks for them; `direct` goes without one.  Left out, the
+    environment's HTTPS_PROXY and NO_PROXY decide, as for other programs.  Shown nowhere."""
+    proxy_file: str | None = None
+    """File with that address: for one with a password in it."""
     timeout: Duration = _seconds(10)
     """One call, connecting included: within the 12 s of a request, with room for a retry of what
     fails fast."""
