@@ -218,12 +218,12 @@ class App:
     async def start(self) -> None:
         """Open everything; raises CannotListen with nothing left open."""
         self._loop = asyncio.get_running_loop()
+        self._pauses.start()
         self._restore_snapshot()
         if self.sharing is not None:
             await self.sharing.open()
         if self._paced is not None:
             await self._paced.start()
-        self._pauses.start()
         try:
             await self._open_admin()
             await self._open_data()
