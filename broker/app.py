@@ -211,8 +211,9 @@ class App:
         assert self._paced is not None  # the relay always has a budget
         upstream = settings.issuer.upstream
         keys = parts.vendor_keys(settings, self._environ)  # before the client, which must be closed
+        proxy = parts.vendor_proxy(settings, self._environ)
         return UpstreamIssuer(
-            VendorClient(upstream.base_url, upstream.timeout.seconds),
+            VendorClient(upstream.base_url, upstream.timeout.seconds, proxy),
             keys,
             self._paced,
             self._clock,
@@ -223,12 +224,12 @@ class App:
     async def start(self) -> None:
         """Open everything; raises CannotListen with nothing left open."""
         self._loop = asyncio.get_running_loop()
+        self._pauses.start()
         self._restore_snapshot()
         if self.sharing is not None:
             await self.sharing.open()
         if self._paced is not None:
             await self._paced.start()
-        self._pauses.start()
         try:
             await self._open_admin()
             await self._open_data()
@@ -335,7 +336,13 @@ class App:
             return lambda: None  # told as needing a restart
         if isinstance(issuer, UpstreamIssuer):
             keys = parts.vendor_keys(settings, self._environ)
-            return lambda: issuer.use_keys(keys)
+            proxy = parts.vendor_proxy(settings, self._environ)
+
+            def replace() -> None:
+                issuer.use_keys(keys)
+                issuer.use_proxy(proxy)
+
+            return replace
         keyring = parts.keyring(settings)
 
         def turn() -> None:

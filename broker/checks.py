@@ -29,6 +29,16 @@ above it lies no balancer's own time."""
 
 _PORT = re.compile(r"[0-9]{1,5}")
 
+_OWN_PORTS = {"http": 80, "https": 443}
+"""Schemes that a vendor may have, and the port that each means where none is written."""
+
+_HOST = re.compile(r"[A-Za-z0-9_.-]+|[0-9A-Fa-f:.]+(%[A-Za-z0-9]+)?")
+
+_API_PATHS = re.compile(r"(/+v1(/+(validate|embed-tokens(/+request)?))?)*/*$", re.IGNORECASE)
+"""The end of a path that the broker adds by itself, and slashes that mean nothing."""
+
+_EXPECTED_BASE_URL = 'expected "https://HOST", or "https://HOST/PREFIX"'
+
 
 def check(settings: Settings) -> None:
     """Rules that span more than one value."""
@@ -80,17 +90,9 @@ def _check_rate(path: str, rate: float, per: Duration, burst: int) -> None:
 def _check_upstream(settings: Settings) -> None:
     upstream = settings.issuer.upstream
     try:
-        url = URL(upstream.base_url)
-    except ValueError:
-        url = URL()
-    if url.scheme not in ("http", "https") or not url.host or url.query_string or url.user:
-        raise ConfigError(
-            'issuer.upstream.base_url: expected "https://HOST", without query or user'
-        )
-    if url.scheme == "http" and not is_loopback(url.host):
-        raise ConfigError(
-            "issuer.upstream.base_url: http would show the key to the network; use https"
-        )
+        normal_base_url(upstream.base_url)
+    except ValueError as error:
+        raise ConfigError(f"issuer.upstream.base_url: {error}") from None
     if len(upstream.api_secret_files) > MAX_VENDOR_KEYS:
         raise ConfigError(
             f"issuer.upstream.api_secret_files: more than {MAX_VENDOR_KEYS}; each refused key is"
@@ -98,6 +100,44 @@ def _check_upstream(settings: Settings) -> None:
         )
     if upstream.timeout.us <= 0:
         raise ConfigError("issuer.upstream.timeout: must be longer than 0")
+
+
+def normal_base_url(url: str) -> str:
+    """Return the one way to write this vendor's address; raises ValueError with the remedy.
+
+    What differs in writing only is mended: capitals in scheme and host, a dot behind the host, the
+    scheme's own port, slashes at the end, and the paths of the API's own calls (other APIs want
+    their `/v1` here).  So whatever is named after the vendor has one name.  What would be lost, or
+    shown to somebody, is refused: a query, a fragment, a user or a password, plain HTTP to another
+    machine.  No message repeats a password.
+    """
+    try:
+        given = URL(url)
+        port = given.explicit_port
+    except ValueError:
+        raise ValueError(f"not a URL; {_EXPECTED_BASE_URL}") from None
+    host = (given.raw_host or "").rstrip(".")
+    usable = _HOST.fullmatch(host) and url == url.strip() and "@" not in given.raw_path
+    if given.scheme not in _OWN_PORTS or port == 0 or not usable:
+        raise ValueError(_EXPECTED_BASE_URL)
+    shown = f"[{host}]" if ":" in host else host
+    origin = f"{given.scheme}://{shown}"
+    if port is not None and port != _OWN_PORTS[given.scheme]:
+        origin += f":{port}"
+    normal = origin + _API_PATHS.sub("", given.raw_path)
+    if given.user is not None or given.password is not None:
+        raise ValueError(
+            f"must not hold a user or a password, because it is shown; write {normal!r}, and put"
+            " the vendor's key into a file of api_secret_files"
+        )
+    if "?" in url or "#" in url:
+        raise ValueError(f"must not have a query or a fragment; write {normal!r}")
+    if given.scheme == "http" and not is_loopback(host):
+        raise ValueError(
+            "http would show the key to the network; use https:"
+            f" write {normal.replace('http', 'https', 1)!r}"
+        )
+    return normal
 
 
 def is_loopback(host: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 
 from msgspec.structs import replace
 
-from broker.checks import check
+from broker.checks import check, normal_base_url
 from broker.model import Secret
 from broker.schema import ConfigError, bare, build, fields_of, is_table, refuse_unknown
 from broker.settings import Budget, Settings
@@ -58,7 +58,9 @@ def from_tree(tree: Mapping[str, Any]) -> Settings:
         issuer = replace(settings.issuer, budget=Budget())  # a relay always has one
         settings = replace(settings, issuer=issuer)
     check(settings)
-    return settings
+    upstream = settings.issuer.upstream
+    upstream = replace(upstream, base_url=normal_base_url(upstream.base_url))
+    return replace(settings, issuer=replace(settings.issuer, upstream=upstream))
 
 
 def find_file(flag: str | None, environ: Mapping[str, str]) -> Path | None:

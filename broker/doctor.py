@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from broker import parts
 from broker.clock import SystemClock
+from broker.issuers.egress import Proxy
 from broker.issuers.vendor_client import Answer, CallFailed, VendorClient
 from broker.issuers.vendor_headers import vendor_date
 from broker.issuers.vendor_replies import Reason
@@ -33,6 +34,13 @@ _REMEDIES = {
     Reason.DNS: "the name is not known: check base_url and the resolver",
     Reason.TLS: "no trusted TLS: check base_url, the CA certificates, and proxies in between",
     Reason.CONNECT: "no connection: check the firewall and egress rules",
+    Reason.PROXY_CONNECT: "no connection to the egress proxy: check its address and the firewall",
+    Reason.PROXY_AUTH: "the egress proxy wants a user and a password (407): put them into the file"
+    " of issuer.upstream.proxy_file",
+    Reason.PROXY_REFUSED: "the egress proxy opens no way there: permit CONNECT to the vendor in it,"
+    ' or go without it by issuer.upstream.proxy = "direct"',
+    Reason.HEADERS_TOO_LARGE: "headers beyond 64 KiB or 512 lines: look at what an edge or a proxy"
+    " in between adds",
     Reason.TIMEOUT: "no answer in time: check the network, or raise issuer.upstream.timeout",
 }
 
@@ -58,7 +66,8 @@ def examine(settings: Settings, environ: Mapping[str, str]) -> list[Finding]:
     parts.check(settings, environ)
     findings = [_file(name, Path(file)) for name, file in parts.secret_files(settings)]
     if settings.issuer.kind == "upstream":
-        findings += asyncio.run(_vendor(settings, parts.vendor_keys(settings, environ)))
+        keys, proxy = parts.vendor_keys(settings, environ), parts.vendor_proxy(settings, environ)
+        findings += asyncio.run(_vendor(settings, keys, proxy))
     if parts.store_address(settings) is not None:
         findings += asyncio.run(_store(settings))
     return findings or [
@@ -118,10 +127,10 @@ def _eviction(where: str, told: bytes) -> Finding:
     return Finding(ok=False, name="store", text=text)
 
 
-async def _vendor(settings: Settings, keys: list[Secret]) -> list[Finding]:
+async def _vendor(settings: Settings, keys: list[Secret], proxy: Proxy | None) -> list[Finding]:
     upstream = settings.issuer.upstream
-    client = VendorClient(upstream.base_url, upstream.timeout.seconds)
-    findings: list[Finding] = []
+    client = VendorClient(upstream.base_url, upstream.timeout.seconds, proxy)
+    findings = [] if proxy is None else [_through(proxy)]
     try:
         for number, key in enumerate(keys, 1):
             try:
@@ -135,6 +144,12 @@ async def _vendor(settings: Settings, keys: list[Secret]) -> list[Finding]:
     finally:
         await client.close()
     return findings
+
+
+def _through(proxy: Proxy) -> Finding:
+    known = "with a user and a password" if proxy.authorization else "without a password"
+    text = f"calls to the vendor go through {proxy.url}, {known} ({proxy.source})"
+    return Finding(ok=True, name="egress proxy", text=text)
 
 
 def _reached(base_url: str, answer: Answer) -> Finding:

@@ -47,6 +47,8 @@ class BrokerError(Exception):
     transient: bool = False
     remembered: bool = False
     """Whether this repeats what was known already, without a new call: logs count it."""
+    reason: str = ""
+    """What went wrong on the way to the vendor, as the metric calls it; empty for anything else."""
     outcome: ClassVar[Outcome] = Outcome.FAILED
 
     def __init__(self, message: str) -> None:

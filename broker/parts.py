@@ -19,6 +19,7 @@ from broker.checks import is_loopback, parse_address
 from broker.config import MIN_CLIENT_SECRET, VENDOR_VARIABLES, read_secret
 from broker.issue import ReusePolicy
 from broker.issuers import keyfile
+from broker.issuers.egress import Proxy, check_proxy, proxy_for
 from broker.issuers.keyring import BadKey, Keyring, check_key
 from broker.limits import Limits, LimitSet, Rule
 from broker.metrics import Metrics
@@ -126,6 +127,18 @@ def vendor_keys(settings: Settings, environ: Mapping[str, str]) -> list[Secret]:
         if not key.reveal().isascii() or not key.reveal().isprintable() or " " in key.reveal():
             raise ConfigError(f"{name}: not a key: it holds blanks or unprintable characters")
     return list(dict.fromkeys(usable))
+
+
+def vendor_proxy(settings: Settings, environ: Mapping[str, str]) -> Proxy | None:
+    """Return the proxy on the way to the vendor, None for none; raises ConfigError."""
+    upstream = settings.issuer.upstream
+    given = read_secret("issuer.upstream.proxy", upstream.proxy, upstream.proxy_file)
+    try:
+        if given is not None:
+            check_proxy(given)
+        return proxy_for(upstream.base_url, given, environ)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def keyring(settings: Settings) -> Keyring:
@@ -289,6 +302,7 @@ def check(settings: Settings, environ: Mapping[str, str]) -> None:
     admin_clients(settings)
     if settings.issuer.kind == "upstream":
         vendor_keys(settings, environ)
+        vendor_proxy(settings, environ)
     else:
         keyring(settings)
     sealing_key(settings)
@@ -310,6 +324,7 @@ def secret_files(settings: Settings) -> list[tuple[str, str]]:
             ("issuer.upstream.api_secret_files", file)
             for file in settings.issuer.upstream.api_secret_files
         ),
+        ("issuer.upstream.proxy_file", settings.issuer.upstream.proxy_file),
         ("store.encryption_key_file", settings.store.encryption_key_file),
         ("store.password_file", settings.store.password_file),
         ("store.tls_key_file", settings.store.tls_key_file),

@@ -1,33 +1,31 @@
-"""Keeps garbage collection short, however many tokens are held.
+"""Keeps garbage collection short and thorough, however many tokens are held.
 
-CPython's full collection visits every container there is: a million tokens in cachetools' links
-would stop the loop for a few hundred milliseconds.  Tokens are freed by reference counting alone,
-so the collector never finds anything among them.  Hence: what has survived a young collection is
-moved out of its sight (`gc.freeze`) as soon as enough has gathered, and full collections look only
-at what came since.
+What is held by the million (tokens, sessions, buckets) lies in containers that CPython's collector
+does not look into: see `stores.tokens`.  So a full collection visits connections and what is under
+way, and can be had often; whatever is left in a cycle is freed by the next one.
 
-What is frozen is still freed when its last reference goes; only a *cycle* frozen while alive would
-stay.  Ours are broken where they arise (see `flight`), and uvloop's connections have none.  Those
-of asyncio's own loop have one each, so under that loop nothing is frozen.
+`gc.freeze` is used once, on what the imports and the configuration left: nothing of a request
+exists yet.  Nothing that is alive later is frozen, because a cycle that is frozen while it is alive
+stays for ever, with all that hangs on it: a connection, a request, a client's secret.
 """
 
-import asyncio
 import gc
+import time
 
 YOUNG_THRESHOLD = 2_000
 """Container allocations between young collections; a request leaves few behind, so the default
 of 700 would run one every dozen requests for nothing."""
 
-MIDDLE_THRESHOLD = 1
-"""Young collections between middle ones, which then visit 6,000 objects at most.  Each costs 0.2 us
-while memory is fresh and 2 us when tokens have come and gone all over it: 12 ms, measured."""
+MIDDLE_THRESHOLD = 5
+"""Young collections between middle ones, which then visit 12,000 objects at most: a millisecond."""
 
-FREEZE_AFTER = 1
-"""Middle collections between freezes: a full collection visits the survivors of one, and of those
-that a round of housekeeping's mints cause."""
+OLD_THRESHOLD = 100
+"""Middle collections between full ones, should housekeeping ever stand still: a million containers
+and more."""
 
-_NEVER = 1_000_000
-"""A threshold that is not reached: full collections are ours to start."""
+SHARE = 0.005
+"""Of the time, for full collections: one of 1 ms may come every round of housekeeping, one of 30 ms
+(ten thousand connections) every six seconds."""
 
 
 class PauseKeeper:
@@ -35,35 +33,28 @@ class PauseKeeper:
 
     def __init__(self) -> None:
         self._thresholds = gc.get_threshold()
-        self._middle = 0
         self._active = False
+        self._next = 0.0
 
     def start(self) -> None:
-        """Freeze what the start-up left and take over; does nothing on a loop other than uvloop."""
-        if not type(asyncio.get_running_loop()).__module__.startswith("uvloop"):
-            return
+        """Freeze what the imports left and take over: call it before anything is opened."""
         self._active = True
         gc.collect()
         gc.freeze()
-        gc.set_threshold(YOUNG_THRESHOLD, MIDDLE_THRESHOLD, _NEVER)
-        gc.callbacks.append(self._after)
+        gc.set_threshold(YOUNG_THRESHOLD, MIDDLE_THRESHOLD, OLD_THRESHOLD)
 
     def stop(self) -> None:
         """Give everything back to the collector."""
         if not self._active:
             return
         self._active = False
-        gc.callbacks.remove(self._after)
         gc.set_threshold(*self._thresholds)
         gc.unfreeze()
 
     def tidy(self) -> None:
-        """Collect what came since the last freeze, and freeze what is left, if it is enough."""
-        if self._active and self._middle >= FREEZE_AFTER:
-            self._middle = 0
+        """Collect, unless the last collection took so long that this one would come too soon."""
+        began = time.monotonic()
+        if self._active and began >= self._next:
             gc.collect()
-            gc.freeze()
-
-    def _after(self, phase: str, info: dict[str, int]) -> None:
-        if phase == "stop" and info["generation"] == 1:
-            self._middle += 1
+            ended = time.monotonic()
+            self._next = ended + (ended - began) / SHARE

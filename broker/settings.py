@@ -143,13 +143,20 @@ class UpstreamIssuer(_Section, frozen=True):
     """Tokens relayed from the vendor, or from anything that speaks its API."""
 
     base_url: str = "https://api.bithuman.ai"
-    """Where the vendor answers; the path of the mint call is added.  HTTPS, except on loopback."""
+    """Where the vendor answers; the paths of its calls are added, and taken off where they were
+    written.  HTTPS, except on loopback; without user, query or fragment."""
     api_secret: Secret | None = None
     """The vendor key; prefer `api_secret_files`.  The variable BITHUMAN_API_SECRET (or its old name
     BITHUMAN_API_KEY) is used when neither is set."""
     api_secret_files: tuple[str, ...] = ()
     """Files with vendor keys, up to 4.  The first good one is used: to rotate without a gap, put
     the new key in front, then revoke the old one."""
+    proxy: Secret | None = None
+    """`http://HOST:PORT` or `https://HOST:PORT` of a proxy that calls go through, with user and
+    password in front of the host where it asks for them; `direct` goes without one.  Left out, the
+    environment's HTTPS_PROXY and NO_PROXY decide, as for other programs.  Shown nowhere."""
+    proxy_file: str | None = None
+    """File with that address: for one with a password in it."""
     timeout: Duration = _seconds(10)
     """One call, connecting included: within the 12 s of a request, with room for a retry of what
     fails fast."""

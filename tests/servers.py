@@ -271,8 +271,8 @@ def store_with_tls(
             yield server
 
 
-def write_certificates(folder: Path) -> None:
-    """Make an authority (ca.crt) and a server of 127.0.0.1 that it vouches for."""
+def write_certificates(folder: Path, *names: str) -> None:
+    """Make an authority (ca.crt) and a server of 127.0.0.1 and `names` that it vouches for."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -298,9 +298,10 @@ def write_certificates(folder: Path) -> None:
         )
         if not ca:
             loopback = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-            names = x509.SubjectAlternativeName([loopback])
+            alternatives = [loopback, *map(x509.DNSName, names)]
             authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
-            builder = builder.add_extension(names, critical=False)
+            alternative = x509.SubjectAlternativeName(alternatives)
+            builder = builder.add_extension(alternative, critical=False)
             builder = builder.add_extension(authority, critical=False)
         else:
             usage = x509.KeyUsage(

@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from broker import errors
 from broker.issuers.base import Issuer, Turn
+from broker.issuers.egress import Proxy
 from broker.issuers.refusals import LocalRefusals, Refusals
 from broker.issuers.vendor_api import build_request, read_answer
 from broker.issuers.vendor_client import CallFailed, VendorClient
@@ -53,7 +54,16 @@ DEFAULT_PAUSE = 5 * SECOND
 RETRY_BASE = 250_000
 """Microseconds: the one retry comes after up to this long, at random."""
 
-_RETRIED = frozenset({Reason.STATUS_5XX, Reason.CONNECT, Reason.DNS, Reason.RESET})
+_RETRIED = frozenset(
+    {
+        Reason.STATUS_5XX,
+        Reason.CONNECT,
+        Reason.DNS,
+        Reason.RESET,
+        Reason.PROXY_CONNECT,
+        Reason.PROXY_REFUSED,
+    }
+)
 """What a second try may cure within a visitor's patience.  A time-out has used that up."""
 
 
@@ -98,6 +108,10 @@ class UpstreamIssuer(Issuer):
         self._reported.clear()
         self._refusals.use_keys(self._keys)
         self.credentials = self.credentials.keys_changed(self._clock.mono())
+
+    def use_proxy(self, proxy: Proxy | None) -> None:
+        """Send the next calls through this proxy; None: directly."""
+        self._client.proxy = proxy
 
     @property
     @override
@@ -275,7 +289,9 @@ class UpstreamIssuer(Issuer):
             case Broken(Reason.TIMEOUT):
                 raise errors.UpstreamTimeout("the vendor did not answer in time")
             case Broken(reason):
-                raise errors.UpstreamUnavailable(f"no token from the vendor: {reason.value}")
+                failed = errors.UpstreamUnavailable(f"no token from the vendor: {reason.value}")
+                failed.reason = reason.value
+                raise failed
             case _:
                 assert_never(reply)
 

@@ -7,12 +7,14 @@ status, headers and bytes: `vendor_api` says what they mean.
 
 import asyncio
 from collections.abc import Mapping
+from http import HTTPStatus
 
 import aiohttp
 from msgspec import Struct
 from typing_extensions import override
 from yarl import URL
 
+from broker.issuers.egress import Proxy
 from broker.issuers.vendor_api import MAX_BODY
 from broker.issuers.vendor_replies import Reason
 from broker.model import Secret
@@ -27,6 +29,15 @@ budget's worst window; three seconds' worth is what the default budget leaves ro
 
 DNS_TTL = 60
 """Seconds that an address is remembered; a vendor that moves is found again within a minute."""
+
+MAX_FIELD = 64 * 1024
+"""Bytes of one header of an answer: edges add policies of ten kilobytes that nobody here reads."""
+
+MAX_FIELDS = 512
+"""Headers of an answer; a few dozen are usual."""
+
+_TOO_LARGE = ("Got more than", "Too many headers")
+"""How aiohttp's message begins when one of these two bounds is exceeded; it has no class for it."""
 
 USER_AGENT = f"embed-token-broker/{VERSION}"
 
@@ -54,22 +65,32 @@ class Answer(Struct, frozen=True):
 class VendorClient:
     """One pooled session to `base_url`; `timeout` is seconds for one call, connecting included.
 
+    `proxy` may be replaced at any time; calls that begin later go through the new one.  Cookies are
+    not kept: the next visitor's call would carry what an edge told about the one before.
+
     Connections are not limited: the budget bounds the calls, and one that waited for a place in
     the pool would look like a vendor that does not answer.
     """
 
-    def __init__(self, base_url: str, timeout: float) -> None:
-        self.base_url = base_url.rstrip("/")
-        base = URL(self.base_url)
+    def __init__(self, base_url: str, timeout: float, proxy: Proxy | None = None) -> None:
+        self.base_url = base_url
+        self.proxy = proxy
+        base = URL(base_url)
         self._mint_url = base.joinpath(MINT_PATH[1:])
         self._validate_url = base.joinpath(VALIDATE_PATH[1:])
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=DNS_TTL),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=timeout, connect=CONNECT_TIMEOUT),
-            headers={"User-Agent": USER_AGENT, "Accept": "application/json"},
-            skip_auto_headers={"Accept-Encoding"},
+            headers={
+                "User-Agent": USER_AGENT,
+                "Accept": "application/json",
+                "Accept-Encoding": "identity",  # none at all would permit any (RFC 9110, 12.5.3)
+            },
             auto_decompress=False,
+            max_line_size=MAX_FIELD,
+            max_field_size=MAX_FIELD,
+            max_headers=MAX_FIELDS,
         )
 
     async def mint(self, key: Secret, body: bytes, headers: Mapping[str, str]) -> Answer:
@@ -85,16 +106,26 @@ class VendorClient:
         await self._session.close()
 
     async def _post(self, url: URL, key: Secret, body: bytes, headers: Mapping[str, str]) -> Answer:
+        proxy = self.proxy
         try:
             async with self._session.post(
                 url,
                 data=body,
+                proxy=None if proxy is None else proxy.url,
+                proxy_headers=_credentials(proxy),
                 headers={"api-secret": key.reveal(), "Content-Type": "application/json", **headers},
                 allow_redirects=False,
             ) as response:
                 return Answer(response.status, response.headers, await _read(response))
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise CallFailed(_reason(error)) from error
+            blamed = None if proxy is None else _proxy_reason(error)
+            raise CallFailed(blamed or _reason(error)) from error
+
+
+def _credentials(proxy: Proxy | None) -> Mapping[str, str] | None:
+    if proxy is None or proxy.authorization is None:
+        return None
+    return {"Proxy-Authorization": proxy.authorization.reveal()}
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:
@@ -108,6 +139,19 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
     return bytes(body[: MAX_BODY + 1])
 
 
+def _proxy_reason(error: Exception) -> Reason | None:
+    """Say what the proxy has to do with it; None for what happened beyond it."""
+    match error:
+        case aiohttp.ClientHttpProxyError(status=HTTPStatus.PROXY_AUTHENTICATION_REQUIRED):
+            return Reason.PROXY_AUTH
+        case aiohttp.ClientHttpProxyError():
+            return Reason.PROXY_REFUSED
+        case aiohttp.ClientProxyConnectionError() | aiohttp.ClientConnectorDNSError():
+            return Reason.PROXY_CONNECT  # a vendor's name is for the proxy to look up
+        case _:
+            return None
+
+
 def _reason(error: Exception) -> Reason:
     match error:
         case asyncio.TimeoutError():  # aiohttp's own time-outs are of this class, too
@@ -118,7 +162,8 @@ def _reason(error: Exception) -> Reason:
             return Reason.TLS
         case aiohttp.ClientConnectorError():
             return Reason.CONNECT
-        case aiohttp.ClientResponseError():
-            return Reason.NOT_JSON
+        case aiohttp.ClientResponseError(message=message):
+            too_large = message.startswith(_TOO_LARGE)
+            return Reason.HEADERS_TOO_LARGE if too_large else Reason.NOT_JSON
         case _:
             return Reason.RESET

@@ -26,7 +26,7 @@ class Scope(Enum):
 class Reason(Enum):
     """What went wrong between us and the vendor; the label of `broker_upstream_errors_total`.
 
-    Down to EXPIRED it is read from an answer; TIMEOUT to RESET are the client's to report,
+    Down to EXPIRED it is read from an answer; TIMEOUT to PROXY_REFUSED are the client's to report,
     because there was no answer; the last three are verdicts, counted here beside the accidents.
     """
 
@@ -44,6 +44,8 @@ class Reason(Enum):
     """A 200 without a usable token and without a failure that we know."""
     TOO_LARGE = "too_large"
     """A body beyond the bound."""
+    HEADERS_TOO_LARGE = "headers_too_large"
+    """A header, or a number of headers, beyond the bound."""
     ENCODED = "encoded"
     """A compressed body, which we did not ask for and do not unpack."""
     EXPIRED = "expired"
@@ -58,6 +60,12 @@ class Reason(Enum):
     """No trust: the handshake or the certificate failed."""
     RESET = "reset"
     """The connection broke before the answer was complete."""
+    PROXY_CONNECT = "proxy_connect"
+    """No connection to the egress proxy, or no address for its name."""
+    PROXY_AUTH = "proxy_auth"
+    """The egress proxy wants to know who we are, or does not believe it: its 407."""
+    PROXY_REFUSED = "proxy_refused"
+    """The egress proxy opened no tunnel: its 502, or any other answer."""
     RATE_LIMITED = "rate_limited"
     """Too many calls."""
     BAD_KEY = "bad_key"

@@ -120,7 +120,7 @@ class Front:
         if front is None:
             return None
         if not self._is_in_force(ask, epoch, front):
-            self._cache.pop(key, None)
+            self._cache.discard(key)
             return None
         self._put_back(ask, key, front)
         return front

@@ -96,7 +96,7 @@ class MemoryStore(Store):
         token = self.tokens.find(key)
         if token is None or self._epochs.holds(visitor, token.epoch):
             return token
-        del self.tokens[key]
+        self.tokens.discard(key)
         return None
 
     def was_ended(self, key: str, token: EmbedToken) -> bool:

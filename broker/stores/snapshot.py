@@ -123,12 +123,11 @@ def load(
 
 def _collect(store: MemoryStore, book: MemoryBook, clock: Clock, origin: str) -> _Content:
     mono, wall = clock.mono(), clock.wall()
-    with store.tokens.timer:  # nothing may expire while it is listed
-        tokens = [
-            _HeldToken(key, token.body, token.left(mono, wall), token.lifetime, token.mark)
-            for key, token in store.tokens.items()
-            if not store.was_ended(key, token)
-        ]
+    tokens = [
+        _HeldToken(key, token.body, token.left(mono, wall), token.lifetime, token.mark)
+        for key, token in store.tokens.items()
+        if not store.was_ended(key, token)
+    ]
     buckets = {name.value: bucket.entries(mono) for name, bucket in store.buckets.items()}
     return _Content(
         written=wall,

@@ -34,6 +34,7 @@ class Call(Struct):
     user_agent: str | None = None
     traceparent: str | None = None
     request_id: str | None = None
+    cookie: str | None = None
     agent: str | None = None
     fingerprint: str | None = None
     model: str | None = None

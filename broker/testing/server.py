@@ -9,6 +9,7 @@ nothing that outlives its connection, so to end a call it is enough to abort the
 """
 
 import asyncio
+import gzip
 import logging
 from email.utils import formatdate
 from random import Random
@@ -17,7 +18,7 @@ from aiohttp import web
 from typing_extensions import override
 
 from broker.model import Secret
-from broker.testing.delivery import answers, deliver
+from broker.testing.delivery import Whole, answers, deliver
 from broker.testing.faults import Fault
 from broker.testing.journal import MINT_PATH, Call, Journal
 from broker.testing.mint import Mint, read_ask
@@ -112,7 +113,10 @@ class Server:
         await self._wait(fault.delay)
         if answers(fault.delivery):
             call.status = answer.status
-        return await deliver(request, self._stamped(answer), fault.delivery)
+        stamped = self._stamped(answer)
+        if fault.delivery == Whole() and _takes_gzip(request):
+            stamped = _compressed(stamped)
+        return await deliver(request, stamped, fault.delivery)
 
     def _arrival(self, request: web.BaseRequest) -> Call:
         headers = request.headers
@@ -127,6 +131,7 @@ class Server:
             user_agent=headers.get("User-Agent"),
             traceparent=headers.get("traceparent"),
             request_id=headers.get("X-Request-Id"),
+            cookie=headers.get("Cookie"),
         )
 
     def _decide(self, call: Call, fault: Fault) -> Answer:
@@ -153,9 +158,30 @@ class Server:
             (
                 ("Date", formatdate(self._mint.now(), usegmt=True)),
                 ("X-Request-Id", f"fake-{self._mint.run}-{self._asked:06d}"),
+                ("Set-Cookie", f"__edge={self._mint.run}-{self._asked:06d}; Path=/; HttpOnly"),
             )
         )
 
     @override
     def __repr__(self) -> str:
         return f"Server(connections={len(self._http.connections)}, asked={self._asked})"
+
+
+def _takes_gzip(request: web.BaseRequest) -> bool:
+    """Whether the caller permits gzip (RFC 9110 section 12.5.3); edges compress for whoever does.
+
+    One that says nothing gets the body as it is, as from the edges that were seen.
+    """
+    for part in request.headers.get("Accept-Encoding", "").lower().split(","):
+        coding, _, quality = part.replace(" ", "").partition(";q=")
+        if coding in {"gzip", "*"}:
+            return quality not in {"0", "0.0", "0.00", "0.000"}
+    return False
+
+
+def _compressed(answer: Answer) -> Answer:
+    """Compress as an edge does, unless it is done already."""
+    if not answer.body or any(name.lower() == "content-encoding" for name, _ in answer.headers):
+        return answer
+    encoded = (("Content-Encoding", "gzip"), ("Vary", "Accept-Encoding"))
+    return Answer(answer.status, gzip.compress(answer.body, 1), (*answer.headers, *encoded))

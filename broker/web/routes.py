@@ -353,6 +353,8 @@ def _log_failure(
     }
     if isinstance(error, errors.RateLimited | errors.BudgetExhausted):
         fields["limit"] = kind
+    if error.reason:
+        fields["reason"] = error.reason
     if client is not None:
         fields["client"] = client.name
     if ask is not None:

@@ -55,7 +55,11 @@ class Caller:
         self.vendor = vendor
         connector = aiohttp.TCPConnector(local_addr=(source, 0))
         timeout = aiohttp.ClientTimeout(total=5)
-        self.http = aiohttp.ClientSession(connector=connector, timeout=timeout)
+        self.http = aiohttp.ClientSession(
+            connector=connector,
+            timeout=timeout,
+            headers={"Accept-Encoding": "identity"},  # or the vendor compresses
+        )
 
     def ask(
         self,
