@@ -4,7 +4,6 @@ Routes are aiohttp's; connections and answers are those of the data listener, wi
 What `web.sessions` adds to it has a secret; the rest is open to whoever reaches the address.
 """
 
-import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from email.utils import formatdate
 from secrets import token_hex
