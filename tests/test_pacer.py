@@ -84,11 +84,12 @@ class Crowd:
 
     async def _ask(self, name: str, urgency: Urgency, client: str) -> None:
         try:
-            await self.pacer.turn(urgency, client)
+            slot = await self.pacer.turn(urgency, client)
         except BudgetExhausted as error:
             self.refused[name] = (now(), error.retry_after / 1_000_000)
         else:
             self.served.append((name, now()))
+            slot.settle()
 
     async def done(self) -> None:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -106,11 +107,12 @@ async def greedy(pacer: Paced, calls: list[float], client: str) -> None:
     """Call again and again, as early as one is let."""
     while True:
         try:
-            await pacer.turn(Urgency.FIRST, client)
+            slot = await pacer.turn(Urgency.FIRST, client)
         except BudgetExhausted as error:
             await asyncio.sleep(min(error.retry_after / 1_000_000, 2.0))
         else:
             calls.append(now())
+            slot.settle()
 
 
 async def besiege(pacer: Paced, calls: list[float], seconds: float, callers: int = 30) -> None:
@@ -485,11 +487,12 @@ def test_V11_retry_after_is_kept(count: int) -> None:
 
         async def caller() -> None:
             try:
-                await pacer.turn(Urgency.FIRST, "web")
+                slot = await pacer.turn(Urgency.FIRST, "web")
             except BudgetExhausted as error:
                 await asyncio.sleep(error.retry_after / 1_000_000)
-                await pacer.turn(Urgency.FIRST, "web")
+                slot = await pacer.turn(Urgency.FIRST, "web")
             calls.append(now())
+            slot.settle()
 
         await asyncio.gather(*(caller() for _ in range(count)))
         await pacer.close()
@@ -629,4 +632,4 @@ def test_repr_shows_what_helps() -> None:
     async def main(_clock: FakeClock) -> str:
         return repr(await filled())
 
-    assert run_virtual(main) == "Paced(waiting=0, remaining=4)"
+    assert run_virtual(main) == "Paced(waiting=0, remaining=4, outstanding=0)"

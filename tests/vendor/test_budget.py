@@ -10,6 +10,7 @@ from relaying import Relay, relaying, visitor
 
 from broker.errors import BudgetExhausted
 from broker.pacer import Paced, Urgency
+from broker.rules.outstanding import Ledger
 from broker.slots import Budget
 from broker.testing import FakeClock, FakeVendor, Refusal, VendorSettings, faults, run_virtual
 from broker.testing.settings import Allowance
@@ -55,11 +56,12 @@ class TestVirtualTime:
             async def ask(pacer: Paced) -> None:
                 urgency = chance.choice([Urgency.FIRST, Urgency.FIRST, *Urgency])
                 try:
-                    await pacer.turn(urgency, f"client {chance.randrange(5)}")
+                    slot = await pacer.turn(urgency, f"client {chance.randrange(5)}")
                 except Exception as error:  # noqa: BLE001 - who is told to wait is no call
                     refused[type(error).__name__] += 1
                 else:
                     calls.append(now())
+                    slot.settle()
 
             refused: Counter[str] = Counter()
             while now() < ends:
@@ -131,11 +133,12 @@ def _modest_waits(gap: float, *, noisy: bool) -> tuple[float, float]:
         async def ask(name: str, note: list[float]) -> None:
             began = now()
             try:
-                await pacer.turn(Urgency.FIRST, name)
+                slot = await pacer.turn(Urgency.FIRST, name)
             except BudgetExhausted:
                 note.append(math.inf)
             else:
                 note.append(now() - began)
+                slot.settle()
 
         async def client(name: str, gap: float, note: list[float]) -> None:
             ends = now() + 3600
@@ -183,7 +186,7 @@ class TestOverSockets:
         once = Budget(rate=1, per=3600, burst=3, max_wait=0.1)
         async with relaying(budget=once) as relay:
             relay.pacer._slots._limiter._level = 0.0  # as after three idle hours
-            relay.pacer._full_at = 0.0
+            relay.pacer._slots._ledger = Ledger()
             relay.vendor.fail(faults.html())
             for _ in range(3):
                 await relay.failure()
