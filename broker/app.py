@@ -438,6 +438,7 @@ class App:
         if self._paced is not None:
             metrics.budget.remaining.set(self._paced.remaining)
             metrics.budget.queue_depth.set(self._paced.depth)
+            metrics.budget.outstanding.set(self._paced.outstanding)
         if self.sharing is not None:
             metrics.store.degraded.set(self.sharing.is_degraded)
         if isinstance(self.issuer, UpstreamIssuer):

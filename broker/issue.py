@@ -34,6 +34,7 @@ from broker.rules.bucket import Verdict
 from broker.rules.reuse import SECOND, Life
 from broker.sessions.base import SessionBook
 from broker.sessions.desk import digest_of
+from broker.slots import UNCOUNTED, Slot
 from broker.stores.base import Denial, Kept, Lease, Store
 
 log = structlog.get_logger()
@@ -216,9 +217,10 @@ class TokenDesk:
         lease: Lease,
     ) -> EmbedToken:
         """Call the issuer and hold what it made; the lease ends here, whatever happens."""
+        turn = _Turn(self._pacer, urgency, ask.client, flight, self._clock)
         try:
-            turn = _Turn(self._pacer, urgency, ask.client, flight, self._clock)
             minted = await self._timed(self._issuer.mint(ask, turn), turn)
+            turn.settle()
             session = None
             if held is not None and minted.token == token_in(held.body):
                 token = self._same_again(key, held, lease)
@@ -229,6 +231,7 @@ class TokenDesk:
                 session = await self._record(ask, minted, token, turn.wall)
             await self._keep(ask, key, token, lease, session)
         except BaseException as error:
+            turn.settle()
             modest = urgency is Urgency.AHEAD and isinstance(error, errors.BudgetExhausted)
             # a visitor who waits elsewhere has a claim to a turn that a renewal has not
             self._store.abandon(ask, key, lease, None if modest else error)
@@ -372,21 +375,29 @@ class _Turn:
         self._client = client
         self._flight = flight
         self._clock = clock
+        self._slot = UNCOUNTED
         self.waited = 0.0
         self.taken = False
         self.mono, self.wall = clock.mono(), clock.wall()
 
-    async def __call__(self) -> None:
+    async def __call__(self) -> Slot:
+        self.settle()
         if self.taken and self._flight.deserted:
             raise errors.UpstreamUnavailable("nobody waits for another try")
         began = time.perf_counter()
         self._flight.sent = False
         try:
-            await self._take(self._present_urgency, self._client)
+            self._slot = await self._take(self._present_urgency, self._client)
         finally:
             self.waited += time.perf_counter() - began
         self._flight.sent = self.taken = True
         self.mono, self.wall = self._clock.mono(), self._clock.wall()
+        return self._slot
+
+    def settle(self) -> None:
+        """Give the slot back, unless the issuer keeps it."""
+        if not self._slot.kept:
+            self._slot.settle()
 
     @property
     def _present_urgency(self) -> Urgency:

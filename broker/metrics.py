@@ -263,6 +263,10 @@ class BudgetMetrics:
         self.queue_depth = sheet.totals(
             "broker_upstream_queue_depth", "Mints waiting for the budget"
         )[()]
+        self.outstanding = sheet.totals(
+            "broker_upstream_calls_outstanding",
+            "Calls to the vendor that are out, and count as if they arrived now",
+        )[()]
         self.queue_wait = sheet.histograms(
             "broker_upstream_queue_wait_seconds",
             "Time that a mint waited for its slot in the budget",

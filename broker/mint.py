@@ -16,6 +16,7 @@ from broker.issuers.vendor_token import is_token
 from broker.model import Ask
 from broker.schema import ConfigError
 from broker.settings import Settings
+from broker.slots import UNCOUNTED, Slot
 from broker.web import wire
 
 EMBED_ORIGIN = "https://www.bithuman.ai"
@@ -42,8 +43,9 @@ def sign(settings: Settings, agent: str, fingerprint: str) -> str:
     local = settings.issuer.local
     issuer = LocalIssuer(parts.keyring(settings), local.issuer, local.audience, SystemClock())
 
-    async def at_once() -> None:
+    async def at_once() -> Slot:
         """The command line has no budget: a person mints one token."""
+        return UNCOUNTED
 
     return asyncio.run(issuer.mint(_checked(settings, agent, fingerprint), at_once)).token
 

@@ -11,6 +11,8 @@ Theory of operation.  `slots` decide *when* a call may be made, the queue here *
 - A renewal ahead of time never queues: it takes a slot only if nobody waits and half the burst
   is left, because every slot it takes is one that a first visitor may need.
 - A slot whose taker went away in the same moment is passed on; if nobody waits, it lapses.
+- A slot stays outstanding until its taker gives it back (`Slot`): what was sent and has not been
+  answered may arrive at the vendor at any moment, and counts as if it did now.
 
 All times are seconds of the event loop's clock.
 """
@@ -26,7 +28,7 @@ from typing_extensions import override
 from broker.board import Counter
 from broker.errors import BudgetExhausted, ServiceUnavailable
 from broker.line import Line, Place
-from broker.slots import Budget, LocalSlots, Slots
+from broker.slots import UNCOUNTED, Budget, LocalSlots, Slot, Slots
 from broker.tasks import Background, BackgroundTask
 
 MAX_PROMISE = 300.0
@@ -63,8 +65,8 @@ class Pacer(Protocol):
         """Whether a renewal ahead of time may take a slot now."""
         ...
 
-    async def turn(self, urgency: Urgency, client: str) -> None:
-        """Return when the caller may make one call to the vendor.
+    async def turn(self, urgency: Urgency, client: str) -> Slot:
+        """Return when the caller may make one call to the vendor; the slot has to be given back.
 
         Raises `ServiceUnavailable` with the predicted time when that would take too long.
         """
@@ -80,8 +82,8 @@ class Unpaced(Pacer):
         return True
 
     @override
-    async def turn(self, urgency: Urgency, client: str) -> None:
-        return
+    async def turn(self, urgency: Urgency, client: str) -> Slot:
+        return UNCOUNTED
 
     @override
     def __repr__(self) -> str:
@@ -128,7 +130,7 @@ class Paced(Pacer):
                 place.granted.set_exception(_stopping())
 
     @override
-    async def turn(self, urgency: Urgency, client: str) -> None:
+    async def turn(self, urgency: Urgency, client: str) -> Slot:
         if urgency is Urgency.AHEAD:
             await self._take_if_plenty()
         elif not self.depth and not self._paused and self._slots.is_free:
@@ -136,6 +138,7 @@ class Paced(Pacer):
             self._waited(0.0)
         else:
             await self._queue(urgency, client)
+        return Slot(self._slots, self._pass_on)
 
     def pause(self, seconds: float) -> None:
         """Give out nothing for this long (the vendor said so), and no burst afterwards."""
@@ -164,6 +167,11 @@ class Paced(Pacer):
     def depth(self) -> int:
         """How many wait."""
         return len(self._line)
+
+    @property
+    def outstanding(self) -> int:
+        """Calls that are out, and may arrive at the vendor yet."""
+        return self._slots.outstanding
 
     @property
     def remaining(self) -> int:
@@ -220,8 +228,11 @@ class Paced(Pacer):
         return BudgetExhausted(self._slots.shortage, wait)
 
     async def _take_if_plenty(self) -> None:
-        if self.depth or self._paused or not await self._slots.take_if_plenty() or self._paused:
-            raise BudgetExhausted("the vendor's budget is needed elsewhere", 1_000_000)
+        if not self.depth and not self._paused and await self._slots.take_if_plenty():
+            if not self._paused:
+                return
+            self._slots.settle()  # a pause began meanwhile
+        raise BudgetExhausted("the vendor's budget is needed elsewhere", 1_000_000)
 
     async def _serve(self) -> None:
         while True:
@@ -246,23 +257,27 @@ class Paced(Pacer):
         await self._slots.resume()
 
     def _pass_on(self) -> None:
-        """Give the slot at hand to whoever is next; if nobody is, it lapses."""
-        while place := self._line.next():
+        """Give the slot at hand to whoever is next; if nobody is, or in a pause, it lapses."""
+        while not self._paused and (place := self._line.next()):
             if not place.granted.done():
                 place.granted.set_result(None)
                 return
+        self._slots.settle()
 
     def _give_up(self, place: Place) -> None:
         """Leave the queue; a slot that was granted in the same moment goes to the next."""
         self._line.leave(place)
         granted = place.granted
         had_slot = granted.done() and not granted.cancelled() and granted.exception() is None
-        if had_slot and not self._paused:
+        if had_slot:
             self._pass_on()
 
     @override
     def __repr__(self) -> str:
-        return f"Paced(waiting={self.depth}, remaining={self.remaining})"
+        return (
+            f"Paced(waiting={self.depth}, remaining={self.remaining}, "
+            f"outstanding={self.outstanding})"
+        )
 
 
 def _stopping() -> ServiceUnavailable:

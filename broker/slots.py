@@ -1,19 +1,30 @@
 """When the vendor may be called next.  `pacer` decides who it is that calls.
 
-Slots of one process come from aiolimiter.  It starts full, so every restart would add a burst: it
-is drained first, and again after each pause.  Its waiters are unbounded and overtake each other:
-only one at a time ever waits here, the pacer's server.
+Slots of one process come from aiolimiter, which paces what is *sent*.  It starts full, so every
+restart would add a burst: it is drained first, and again after each pause.  Its waiters are
+unbounded and overtake each other: only one at a time ever waits here, the pacer's server.
 
-All times are seconds of the event loop's clock, which is the clock the limiter runs on.
+What *arrives* at the vendor is bounded by the ledger of `rules.outstanding`: a slot is outstanding
+from `take` until `settle`.  As long as answers come, the ledger has room whenever the limiter has;
+when they do not, the ledger says no, however much the limiter has refilled.
+
+All times are seconds of the event loop's clock, which is the clock the limiter runs on; the ledger
+has the same in whole microseconds.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Protocol
 
 from aiolimiter import AsyncLimiter
 from msgspec import Struct
 from typing_extensions import override
+
+from broker.rules import outstanding
+from broker.rules.bucket import Limit
+from broker.rules.outstanding import Ledger
+from broker.rules.reuse import SECOND
 
 
 class Budget(Struct, frozen=True):
@@ -33,6 +44,11 @@ class Budget(Struct, frozen=True):
     def depth(self) -> float:
         """Seconds from no slot to a burst of them."""
         return self.burst * self.interval
+
+    @property
+    def limit(self) -> Limit:
+        """The same in whole microseconds, rounded to the safe side."""
+        return Limit(burst=self.burst, interval=-int(-self.interval * SECOND // 1))
 
     def share(self, replicas: int) -> "Budget":
         """Return one part in `replicas`: in no window do all parts allow more than the whole.
@@ -67,13 +83,33 @@ class Slots(Protocol):
         """How many could be taken at this moment, as far as it is known here."""
         ...
 
+    @property
+    def outstanding(self) -> int:
+        """How many slots were taken and are not settled."""
+        return 0
+
     async def take(self, waiting: Callable[[], int]) -> bool:
-        """Return True when a call may be made, False when `waiting` says that nobody is in line."""
+        """Return True when a call may be made, False when `waiting` says that nobody is in line.
+
+        The slot is outstanding until it is settled, or abandoned.
+        """
         ...
 
     async def take_if_plenty(self) -> bool:
         """Take a slot if it is there at once, nobody waits, and half the burst is left."""
         ...
+
+    def settle(self, calls: int = 1) -> None:  # noqa: ARG002 - the default counts nothing
+        """Charge slots that were taken: their calls can no longer arrive at the vendor."""
+        return
+
+    def abandon(self) -> None:
+        """Give up a slot whose call may yet arrive, because it was out for as long as one may."""
+        self.settle()
+
+    def answered(self, took: float) -> None:  # noqa: ARG002 - the default remembers nothing
+        """Take note that the vendor answered a call after so many seconds."""
+        return
 
     @property
     def shortage(self) -> str:
@@ -105,14 +141,17 @@ class LocalSlots(Slots):
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
-        self._limiter = AsyncLimiter(budget.burst, budget.depth)
-        self._full_at = 0.0
+        self._limit = budget.limit
+        self._limiter = AsyncLimiter(budget.burst, self._limit.depth / SECOND)
+        self._ledger = Ledger()
+        self._settled = asyncio.Event()
+        self._stuck_since = 0.0
 
     @override
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
-        await self._limiter.acquire(self._budget.burst)
-        self._full_at = self._loop.time() + self._budget.depth
+        await self._drain_limiter()
+        self._ledger = outstanding.started(self._limit, self._now)
 
     @override
     async def close(self) -> None:
@@ -121,31 +160,66 @@ class LocalSlots(Slots):
     @property
     @override
     def is_free(self) -> bool:
-        return self._limiter.has_capacity()
+        return self._limiter.has_capacity() and self._wait == 0
 
     @property
     @override
     def remaining(self) -> int:
-        spare = self._budget.depth - max(self._full_at - self._loop.time(), 0.0)
-        return int(spare / self._budget.interval + 1e-9)
+        return outstanding.remaining(self._ledger, self._limit, self._now)
+
+    @property
+    @override
+    def outstanding(self) -> int:
+        return self._ledger.outstanding
 
     @override
     async def take(self, waiting: Callable[[], int]) -> bool:
         await self._limiter.acquire()
-        self._full_at = max(self._full_at, self._loop.time()) + self._budget.interval
+        while (wait := self._wait) != 0:
+            if not waiting():
+                return False
+            self._settled.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if wait is None else wait / SECOND):
+                    await self._settled.wait()
+        self._ledger = outstanding.take(self._ledger)
+        self._stuck_since = self._loop.time()
         return True
 
     @override
     async def take_if_plenty(self) -> bool:
-        if self.remaining * 2 < self._budget.burst or not self._limiter.has_capacity():
+        if self.remaining * 2 < self._budget.burst or not self.is_free:
             return False
         return await self.take(lambda: 1)
 
     @override
+    def settle(self, calls: int = 1) -> None:
+        self._ledger = outstanding.settle(self._ledger, self._limit, self._now, calls)
+        self._settled.set()
+
+    @override
+    def abandon(self) -> None:
+        self._ledger = outstanding.abandon(self._ledger, self._limit)
+        self._settled.set()
+
+    @override
+    def answered(self, took: float) -> None:
+        self._ledger = outstanding.answered(
+            self._ledger, self._limit, self._now, int(took * SECOND)
+        )
+        self._settled.set()
+
+    @override
     def predict(self, ahead: int, start: float, *, drained: bool) -> float:
-        budget = self._budget
-        level = start + budget.depth if drained else max(self._full_at, start)
-        return max(level + (ahead + 1) * budget.interval - budget.depth, start)
+        """Where only an answer makes room, expect it to take as long again as it has taken."""
+        at = max(int(start * SECOND), self._now)
+        ledger = self._ledger
+        if drained:
+            ledger = outstanding.drained(ledger, self._limit, at)
+        calls = ledger.outstanding + ahead + 1
+        due = max(ledger.full_at, at) + calls * self._limit.interval - self._limit.depth
+        silence = self._loop.time() - self._stuck_since if self._wait is None else 0.0
+        return max(due / SECOND, start) + silence
 
     @override
     def pause(self, seconds: float) -> None:
@@ -153,18 +227,79 @@ class LocalSlots(Slots):
 
     @override
     async def resume(self) -> None:
-        if free := self.remaining:
-            await self._limiter.acquire(free)
-        self._full_at = self._loop.time() + self._budget.depth
+        await self._drain_limiter()
+        self._ledger = outstanding.drained(self._ledger, self._limit, self._now)
 
     @override
     async def correct(self, remaining: int) -> None:
         excess = self.remaining - max(remaining, 0)
-        if excess > 0 and self._limiter.has_capacity(excess):
-            await self._limiter.acquire(excess)
-            self._full_at = max(self._full_at, self._loop.time())
-            self._full_at += excess * self._budget.interval
+        if excess > 0:
+            self._ledger = outstanding.charge(self._ledger, self._limit, self._now, excess)
+
+    @property
+    def _now(self) -> int:
+        return int(self._loop.time() * SECOND)
+
+    @property
+    def _wait(self) -> int | None:
+        return outstanding.wait(self._ledger, self._limit, self._now)
+
+    async def _drain_limiter(self) -> None:
+        while self._limiter.has_capacity():
+            await self._limiter.acquire()
 
     @override
     def __repr__(self) -> str:
-        return f"LocalSlots(remaining={self.remaining})"
+        return f"LocalSlots(remaining={self.remaining}, outstanding={self.outstanding})"
+
+
+class Slot:
+    """Leave to make one call, of which the budget takes note until it is given back, once.
+
+    Whoever takes over (`keep`) gives it back; otherwise the end of the mint does.
+    """
+
+    __slots__ = ("_slots", "_unused", "kept")
+
+    def __init__(self, slots: Slots | None, unused: Callable[[], object]) -> None:
+        self._slots = slots
+        self._unused = unused
+        self.kept = False
+
+    def keep(self) -> None:
+        """Give it back yourself: the call may outlive the mint."""
+        self.kept = True
+
+    def settle(self) -> None:
+        """The call arrived, or never will."""
+        if slots := self._ended():
+            slots.settle()
+
+    def answered(self, took: float) -> None:
+        """The vendor answered after so many seconds."""
+        if slots := self._slots:
+            slots.answered(took)
+        self.settle()
+
+    def abandon(self) -> None:
+        """The call may yet arrive, and nobody waits any longer to see it."""
+        if slots := self._ended():
+            slots.abandon()
+
+    def unused(self) -> None:
+        """No call was made: the slot is whoever's who is next."""
+        if self._ended():
+            self._unused()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it was given back."""
+        return self._slots is None
+
+    def _ended(self) -> Slots | None:
+        slots, self._slots = self._slots, None
+        return slots
+
+
+UNCOUNTED = Slot(None, lambda: None)
+"""The slot of an issuer that has no budget."""

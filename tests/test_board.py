@@ -58,6 +58,7 @@ class TestSheet:
         assert names - {f.name for f in bare.sheet.families if f.shown} == {
             "broker_upstream_budget_remaining",
             "broker_upstream_queue_depth",
+            "broker_upstream_calls_outstanding",
             "broker_upstream_queue_wait_seconds",
             "broker_store_duration_seconds",
             "broker_store_errors",

@@ -987,7 +987,8 @@ def test_M4_a_cancelled_or_timed_out_mint_is_never_remembered_as_a_refusal() -> 
         desk.issuer.delay = 0
         began = asyncio.get_running_loop().time()
         assert (await desk.hand_out(visitor("bbbb"))).outcome is Outcome.MINTED
-        assert asyncio.get_running_loop().time() - began <= 1  # a first back-off or a slot's wait
+        took = asyncio.get_running_loop().time() - began
+        assert took <= 1 + A_BIT  # a first back-off or a slot's wait
         assert len(desk.desk.patience) == 0
         await pacer.close()
         await desk.settled()
@@ -1096,7 +1097,7 @@ def test_closing_while_callers_wait_tells_them_and_leaves_nothing() -> None:
     """Flights first, then the budget: 503 for who queues and for whose request was out."""
 
     async def main(clock: FakeClock) -> None:
-        pacer = await queueing()
+        pacer = await queueing(Budget(rate=60, per=60, burst=2, max_wait=30))
         desk = Desk(clock, pacer=pacer)
         desk.issuer.delay = 10
         waiting = [desk.begin(visitor(f"{number:04x}")) for number in range(4)]

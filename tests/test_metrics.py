@@ -68,6 +68,7 @@ DOCUMENTED: dict[str, tuple[str, Labels]] = {
 WITH_A_BUDGET: dict[str, tuple[str, Labels]] = {
     "broker_upstream_budget_remaining": ("gauge", {}),
     "broker_upstream_queue_depth": ("gauge", {}),
+    "broker_upstream_calls_outstanding": ("gauge", {}),
     "broker_upstream_queue_wait_seconds": ("histogram", {}),
 }
 

@@ -1,6 +1,7 @@
 """The budget in virtual time: rows V10 and V11, and the promises made in Retry-After."""
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from broker.errors import BudgetExhausted, ServiceUnavailable
 from broker.pacer import JITTER, LATENESS, MAX_PROMISE, Paced, Urgency
-from broker.slots import Budget
+from broker.slots import Budget, Slot
 from broker.testing import FakeClock, run_virtual
 
 SHIPPED = Budget(rate=106, per=60, burst=8, max_wait=8)
@@ -84,11 +85,12 @@ class Crowd:
 
     async def _ask(self, name: str, urgency: Urgency, client: str) -> None:
         try:
-            await self.pacer.turn(urgency, client)
+            slot = await self.pacer.turn(urgency, client)
         except BudgetExhausted as error:
             self.refused[name] = (now(), error.retry_after / 1_000_000)
         else:
             self.served.append((name, now()))
+            slot.settle()
 
     async def done(self) -> None:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -106,11 +108,12 @@ async def greedy(pacer: Paced, calls: list[float], client: str) -> None:
     """Call again and again, as early as one is let."""
     while True:
         try:
-            await pacer.turn(Urgency.FIRST, client)
+            slot = await pacer.turn(Urgency.FIRST, client)
         except BudgetExhausted as error:
             await asyncio.sleep(min(error.retry_after / 1_000_000, 2.0))
         else:
             calls.append(now())
+            slot.settle()
 
 
 async def besiege(pacer: Paced, calls: list[float], seconds: float, callers: int = 30) -> None:
@@ -455,6 +458,170 @@ def test_V1_those_who_wait_are_told_at_once_when_a_pause_outlasts_them() -> None
     run_virtual(main)
 
 
+def test_V1_those_who_can_wait_out_a_short_pause_stay_in_line() -> None:
+    """None is refused; the slot that was due comes at its end, then one by one, in their order."""
+
+    async def main(_clock: FakeClock) -> None:
+        crowd = Crowd(await started())
+        began = now()
+        for number in range(5):
+            crowd.comes(f"{number}")
+        await asyncio.sleep(1.5)
+        crowd.pacer.pause(2)
+        await crowd.done()
+        assert crowd.refused == {}
+        assert crowd.order == [f"{number}" for number in range(5)]
+        times = [at - began for at in crowd.times]
+        assert times == pytest.approx([1, 3.5, 4.5, 5.5, 6.5], abs=2 * A_BIT)
+
+    run_virtual(main)
+
+
+@pytest.mark.parametrize("leaver_leaves", [True, False])
+def test_V1_no_slot_is_handed_out_inside_a_pause(*, leaver_leaves: bool) -> None:
+    """Not the one that was due, nor one whose taker went away as the pause began."""
+
+    async def main(_clock: FakeClock) -> None:
+        crowd = Crowd(await started())
+        began = now()
+        for name in ("first", "next"):
+            crowd.comes(name)
+        if leaver_leaves:
+            await until_granted(crowd.pacer)
+        else:
+            await asyncio.sleep(SLOW.interval - A_BIT)
+        crowd.pacer.pause(3)
+        if leaver_leaves:
+            crowd.leaves("first")
+        crowd.comes("newcomer")
+        crowd.comes("ahead", Urgency.AHEAD)
+        await crowd.done()
+        assert all(at - began > 4 - 2 * A_BIT for at in crowd.times), crowd.served
+        assert crowd.order == (["next", "newcomer"] if leaver_leaves else crowd.order)
+        assert set(crowd.refused) == {"ahead"}
+        assert crowd.pacer.outstanding == 0
+
+    run_virtual(main)
+
+
+def test_V1_a_slot_that_comes_due_in_a_pause_is_given_after_it() -> None:
+    """The pacer was waiting for it when the pause began, with a line of two."""
+
+    async def main(_clock: FakeClock) -> None:
+        crowd = Crowd(await started())
+        for name in ("first", "second"):
+            crowd.comes(name)
+        await asyncio.sleep(0.5)
+        paused = now()
+        crowd.pacer.pause(5)
+        await crowd.done()
+        assert [at - paused for at in crowd.times] == pytest.approx([5, 6], abs=2 * A_BIT)
+
+    run_virtual(main)
+
+
+class Held(Crowd):
+    """Callers whose calls stay out, each until it is said that it is over."""
+
+    def __init__(self, pacer: Paced) -> None:
+        super().__init__(pacer)
+        self.slots: list[Slot] = []
+
+    async def calls(self, count: int) -> None:
+        for _ in range(count):
+            self.slots.append(await self.pacer.turn(Urgency.FIRST, "web"))
+
+
+def test_N13_calls_that_are_out_count_in_everything_that_is_told() -> None:
+    """What is left, whether there is plenty, who may come, and after what time."""
+
+    async def main(_clock: FakeClock) -> None:
+        pacer = await filled()
+        pacer._slots.answered(0.0)
+        held = Held(pacer)
+        await held.calls(2)
+        assert (pacer.remaining, pacer.outstanding, pacer.plenty) == (2, 2, True)
+        await held.calls(1)
+        assert (pacer.remaining, pacer.outstanding, pacer.plenty) == (1, 3, False)
+        await held.calls(1)
+        assert (pacer.remaining, pacer.outstanding) == (0, 4)
+        await asyncio.sleep(60)
+        assert pacer.remaining == 0  # however much time passes
+        crowd = Crowd(pacer)
+        crowd.comes("too late")
+        await crowd.done()
+        _, after = crowd.refused["too late"]
+        assert after >= 60  # as long again as the silence lasts
+        held.slots[0].settle()
+        held.slots[0].settle()  # once is enough
+        assert (pacer.remaining, pacer.outstanding) == (0, 3)
+        await asyncio.sleep(1)
+        assert pacer.remaining == 1
+
+    run_virtual(main)
+
+
+def test_N13_whoever_waits_for_an_answer_is_served_as_it_comes() -> None:
+    """Nothing but the end of a call makes room: then it goes to the first in line, in its pace."""
+
+    async def main(_clock: FakeClock) -> None:
+        pacer = await filled()
+        pacer._slots.answered(0.0)
+        held = Held(pacer)
+        await held.calls(4)
+        crowd = Crowd(pacer)
+        began = now()
+        crowd.comes("first")
+        crowd.comes("second")
+        await asyncio.sleep(3)
+        assert crowd.served == []
+        for slot in held.slots:
+            slot.settle()
+        await crowd.done()
+        assert crowd.order == ["first", "second"]
+        assert [at - began for at in crowd.times] == pytest.approx([4, 5], abs=2 * A_BIT)
+        await pacer.close()
+
+    run_virtual(main)
+
+
+@pytest.mark.parametrize("latency", [0.0, 0.1, 1.0, 3.0])
+def test_N13_without_a_stall_the_budget_is_used_up_as_before(latency: float) -> None:
+    """106 a minute for as long as there are askers, whatever answers take below the burst.
+
+    The shipped budget, from a cold start, with answers that take up to twice `latency`.
+    """
+    chance = random.Random(13)
+
+    async def main(_clock: FakeClock) -> list[float]:
+        pacer = await started(SHIPPED)
+        calls: list[float] = []
+
+        async def caller(client: str) -> None:
+            while True:
+                try:
+                    slot = await pacer.turn(Urgency.FIRST, client)
+                except BudgetExhausted as error:
+                    await asyncio.sleep(min(error.retry_after / 1_000_000, 2.0))
+                    continue
+                calls.append(now())
+                took = min(latency * 2 * chance.random(), 3.9)
+                await asyncio.sleep(took)
+                slot.answered(took)
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(600), asyncio.TaskGroup() as group:
+                for number in range(30):
+                    group.create_task(caller(f"client {number % 3}"))
+        await pacer.close()
+        return calls
+
+    calls = run_virtual(main)
+    print(f"answers after {latency} s: {len(calls) / 10:.1f} calls a minute")
+    assert len(calls) >= 1060 - 1 - 8 * (latency > 1)  # a slow first answer takes back at most 8
+    assert worst_window(calls) <= 114
+
+
 def test_V11_one_noisy_client_cannot_starve_another() -> None:
     """Clients take turns: whoever asks for little is served within a slot or two."""
 
@@ -485,11 +652,12 @@ def test_V11_retry_after_is_kept(count: int) -> None:
 
         async def caller() -> None:
             try:
-                await pacer.turn(Urgency.FIRST, "web")
+                slot = await pacer.turn(Urgency.FIRST, "web")
             except BudgetExhausted as error:
                 await asyncio.sleep(error.retry_after / 1_000_000)
-                await pacer.turn(Urgency.FIRST, "web")
+                slot = await pacer.turn(Urgency.FIRST, "web")
             calls.append(now())
+            slot.settle()
 
         await asyncio.gather(*(caller() for _ in range(count)))
         await pacer.close()
@@ -629,4 +797,4 @@ def test_repr_shows_what_helps() -> None:
     async def main(_clock: FakeClock) -> str:
         return repr(await filled())
 
-    assert run_virtual(main) == "Paced(waiting=0, remaining=4)"
+    assert run_virtual(main) == "Paced(waiting=0, remaining=4, outstanding=0)"

@@ -16,7 +16,7 @@ from broker.issuers.base import Turn
 from broker.model import Ask, Minted, Outcome
 from broker.pacer import Paced
 from broker.rules.reuse import SECOND
-from broker.slots import Budget
+from broker.slots import UNCOUNTED, Budget, Slot
 from broker.testing import FakeClock, FakeIssuer, run_virtual
 
 A_BIT = 0.01
@@ -45,8 +45,9 @@ class WatchedIssuer(FakeIssuer):
             if self._chance.random() < self._failures:
                 raise errors.UpstreamUnavailable("down")
 
-            async def free() -> None:
+            async def free() -> Slot:
                 """The turn was taken above."""
+                return UNCOUNTED
 
             return await super().mint(ask, free)
         finally:

@@ -8,10 +8,12 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from broker.model import Ask, Minted, Session
+from broker.slots import Slot
 
-Turn = Callable[[], Awaitable[None]]
+Turn = Callable[[], Awaitable[Slot]]
 """Waits for a slot in the budget.  Awaited before every call that costs somebody something: a
-retry or a second key is a call like the first.  Raises `errors.BudgetExhausted`."""
+retry or a second key is a call like the first.  Raises `errors.BudgetExhausted`.  The slot is given
+back when the mint ends, unless the issuer keeps it for a call that may outlive the mint."""
 
 
 class Issuer(Protocol):

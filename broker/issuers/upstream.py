@@ -5,6 +5,9 @@ Around one call (`vendor_client`) and its meaning (`vendor_api`), in this order:
     remembered refusal, open breaker? -> a turn in the budget -> breakers: a ticket each -> call
     -> settle -> next key, or one retry -> remember, pause, or hand the token on
 
+The slot of a turn is given back where the call ends, not where its caller's patience does
+(`calls`); one that no call was made with goes to whoever is next.
+
 Theory of operation.  Breakers are asked twice: before the turn, so that nobody queues for a call
 that will not be made, and after it, where the ticket is taken and the key is chosen.  So what
 happened in the queue counts: mints that waited while the key was refused do not try it one by one,
@@ -24,10 +27,11 @@ from typing_extensions import override
 
 from broker import errors
 from broker.issuers.base import Issuer, Turn
+from broker.issuers.calls import Calls
 from broker.issuers.egress import Proxy
 from broker.issuers.refusals import LocalRefusals, Refusals
 from broker.issuers.vendor_api import build_request, read_answer
-from broker.issuers.vendor_client import CallFailed, VendorClient
+from broker.issuers.vendor_client import Answer, CallFailed, VendorClient
 from broker.issuers.vendor_headers import rate_limit_hint
 from broker.issuers.vendor_replies import (
     BadKey,
@@ -45,6 +49,7 @@ from broker.pacer import Paced
 from broker.rules.backoff import full_jitter
 from broker.rules.breaker import Credentials, Health, KeyOutcome, Outcome, Ticket
 from broker.rules.reuse import SECOND
+from broker.slots import Slot
 
 log = structlog.get_logger()
 
@@ -83,6 +88,7 @@ class UpstreamIssuer(Issuer):
         refusals: Refusals | None = None,
     ) -> None:
         self._client = client
+        self._calls = Calls(client.timeout, self._learn_late)
         self._pacer = pacer
         self._clock = clock
         self._metrics = metrics
@@ -96,7 +102,8 @@ class UpstreamIssuer(Issuer):
         self._refusals.use_keys(self._keys)
 
     async def close(self) -> None:
-        """Close the connections to the vendor."""
+        """End the calls that are out, and close the connections to the vendor."""
+        await self._calls.close()
         await self._client.close()
 
     def use_keys(self, keys: Sequence[Secret]) -> None:
@@ -104,7 +111,7 @@ class UpstreamIssuer(Issuer):
         if list(keys) == self._keys:
             return
         self._keys = list(keys)
-        self._passed_over.clear()
+        self._passed_over.clear()  # whoever was refused before is asked for again, if still there
         self._reported.clear()
         self._refusals.use_keys(self._keys)
         self.credentials = self.credentials.keys_changed(self._clock.mono())
@@ -159,7 +166,10 @@ class UpstreamIssuer(Issuer):
     @property
     def _key(self) -> Secret:
         """The first key that the vendor has not refused."""
-        return next(key for key in self._keys if key not in self._passed_over)
+        return next(filter(self._is_good, self._keys))
+
+    def _is_good(self, key: Secret) -> bool:
+        return key not in self._passed_over
 
     def _deserves_another(self, reply: Reply, used: Secret) -> bool:
         match reply:
@@ -177,11 +187,15 @@ class UpstreamIssuer(Issuer):
     async def _attempt(self, ask: Ask, turn: Turn) -> tuple[Reply, Secret]:
         """Make one call: turn, tickets, call, settlement; returns the key that was used, too."""
         self._check_breakers()
-        await turn()
-        key_ticket, health_ticket = self._enter()
+        slot = await turn()
+        try:
+            key_ticket, health_ticket = self._enter()
+        except errors.BrokerError:
+            slot.unused()
+            raise
         key = self._key
         try:
-            reply = await self._call(ask, key)
+            reply = await self._call(ask, key, slot)
         except BaseException:
             self._settle(key_ticket, KeyOutcome.UNKNOWN, health_ticket, Outcome.ABANDONED)
             raise
@@ -208,22 +222,41 @@ class UpstreamIssuer(Issuer):
             raise _vendor_is_unwell(self.health.wait(now))
         return key_ticket, health_ticket
 
-    async def _call(self, ask: Ask, key: Secret) -> Reply:
+    async def _call(self, ask: Ask, key: Secret, slot: Slot) -> Reply:
         headers = {"X-Request-Id": ask.request_id} if ask.request_id else {}
         if ask.traceparent:
             headers["traceparent"] = ask.traceparent
+        body = build_request(ask)
         try:
-            answer = await self._client.mint(key, build_request(ask), headers)
+            answer = await self._calls.make(
+                lambda arrived: self._client.mint(key, body, headers, arrived), slot
+            )
         except CallFailed as failed:
             self._metrics.count_status(None)
             return Broken(failed.reason)
         self._metrics.count_status(answer.status)
         wall = self._clock.wall()
+        await self._correct(answer, wall)
+        private = (key.reveal(), ask.fingerprint)
+        return read_answer(answer.status, answer.headers, answer.body, wall, private)
+
+    async def _correct(self, answer: Answer, wall: int) -> None:
         hint = rate_limit_hint(answer.headers, wall)
         if hint is not None:
             await self._pacer.correct(hint.remaining)
-        private = (key.reveal(), ask.fingerprint)
-        return read_answer(answer.status, answer.headers, answer.body, wall, private)
+
+    async def _learn_late(self, answer: Answer) -> None:
+        """Heed what an answer says of the budget, though its caller has gone: all else is told."""
+        wall = self._clock.wall()
+        await self._correct(answer, wall)
+        reply = read_answer(answer.status, answer.headers, answer.body, wall)
+        if isinstance(reply, Throttled):
+            self._pause(reply)
+
+    def _pause(self, throttled: Throttled) -> None:
+        """Pause the budget, unless it is failed authentication that is throttled."""
+        if not self.credentials.rejected:
+            self._pacer.pause((throttled.retry_after or DEFAULT_PAUSE) / SECOND)
 
     def _learn(self, reply: Reply, key: Secret, key_ticket: Ticket, health_ticket: Ticket) -> None:
         """Let both breakers, the key list and the budget draw their conclusions."""
@@ -237,10 +270,9 @@ class UpstreamIssuer(Issuer):
                 self._reported.discard(key)
             case BadKey(code):
                 outcome = self._pass_over(key, code)
-            case Throttled(retry_after):
+            case Throttled():
                 outcome = KeyOutcome.THROTTLED
-                if not self.credentials.rejected:
-                    self._pacer.pause((retry_after or DEFAULT_PAUSE) / SECOND)
+                self._pause(reply)
             case Broken():
                 outcome = KeyOutcome.UNKNOWN
             case _:
@@ -255,7 +287,7 @@ class UpstreamIssuer(Issuer):
             self._reported.add(key)
             log.error("broker.upstream_key_refused", key=self._keys.index(key) + 1, code=code)
         self._passed_over.add(key)
-        if len(self._passed_over) < len(self._keys):
+        if any(map(self._is_good, self._keys)):
             return KeyOutcome.ROTATED
         self._passed_over.clear()
         return KeyOutcome.REJECTED

@@ -6,7 +6,8 @@ status, headers and bytes: `vendor_api` says what they mean.
 """
 
 import asyncio
-from collections.abc import Mapping
+import socket
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 
 import aiohttp
@@ -26,6 +27,10 @@ VALIDATE_PATH = "/v1/validate"
 CONNECT_TIMEOUT = 3.0
 """Seconds: calls that hang while connecting arrive together when the hang ends, on top of the
 budget's worst window; three seconds' worth is what the default budget leaves room for."""
+
+VANISHED = 30.0
+"""Seconds without an acknowledgement after which the kernel ends a connection (TCP_USER_TIMEOUT,
+RFC 5482): a call on it can arrive no more, and must not hold its slot of the budget for longer."""
 
 DNS_TTL = 60
 """Seconds that an address is remembered; a vendor that moves is found again within a minute."""
@@ -62,8 +67,13 @@ class Answer(Struct, frozen=True):
         return f"Answer({self.status}, {len(self.body)} bytes)"
 
 
+_UNENDED = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT)
+
+
 class VendorClient:
     """One pooled session to `base_url`; `timeout` is seconds for one call, connecting included.
+
+    A mint is not ended by it: its caller says how long (`calls`).
 
     `proxy` may be replaced at any time; calls that begin later go through the new one.  Cookies are
     not kept: the next visitor's call would carry what an edge told about the one before.
@@ -74,12 +84,15 @@ class VendorClient:
 
     def __init__(self, base_url: str, timeout: float, proxy: Proxy | None = None) -> None:
         self.base_url = base_url
+        self.timeout = timeout
         self.proxy = proxy
         base = URL(base_url)
         self._mint_url = base.joinpath(MINT_PATH[1:])
         self._validate_url = base.joinpath(VALIDATE_PATH[1:])
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=DNS_TTL),
+            connector=aiohttp.TCPConnector(
+                limit=0, ttl_dns_cache=DNS_TTL, socket_factory=_impatient_socket
+            ),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=timeout, connect=CONNECT_TIMEOUT),
             headers={
@@ -93,19 +106,33 @@ class VendorClient:
             max_headers=MAX_FIELDS,
         )
 
-    async def mint(self, key: Secret, body: bytes, headers: Mapping[str, str]) -> Answer:
-        """Ask for one token; raises CallFailed."""
-        return await self._post(self._mint_url, key, body, headers)
+    async def mint(
+        self,
+        key: Secret,
+        body: bytes,
+        headers: Mapping[str, str],
+        arrived: Callable[[], None] = lambda: None,
+    ) -> Answer:
+        """Ask for one token; raises CallFailed.  `arrived` is called at the head of the answer."""
+        return await self._post(self._mint_url, key, body, headers, _UNENDED, arrived)
 
     async def validate(self, key: Secret) -> Answer:
         """Ask whether the key is good, which costs the vendor little; raises CallFailed."""
-        return await self._post(self._validate_url, key, b"{}", {})
+        return await self._post(self._validate_url, key, b"{}", {}, self._session.timeout)
 
     async def close(self) -> None:
         """Close every connection."""
         await self._session.close()
 
-    async def _post(self, url: URL, key: Secret, body: bytes, headers: Mapping[str, str]) -> Answer:
+    async def _post(
+        self,
+        url: URL,
+        key: Secret,
+        body: bytes,
+        headers: Mapping[str, str],
+        limits: aiohttp.ClientTimeout,
+        arrived: Callable[[], None] = lambda: None,
+    ) -> Answer:
         proxy = self.proxy
         try:
             async with self._session.post(
@@ -115,7 +142,9 @@ class VendorClient:
                 proxy_headers=_credentials(proxy),
                 headers={"api-secret": key.reveal(), "Content-Type": "application/json", **headers},
                 allow_redirects=False,
+                timeout=limits,
             ) as response:
+                arrived()
                 return Answer(response.status, response.headers, await _read(response))
         except (aiohttp.ClientError, OSError, ValueError) as error:
             blamed = None if proxy is None else _proxy_reason(error)
@@ -167,3 +196,12 @@ def _reason(error: Exception) -> Reason:
             return Reason.HEADERS_TOO_LARGE if too_large else Reason.NOT_JSON
         case _:
             return Reason.RESET
+
+
+def _impatient_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """Make a socket whose connection the kernel ends when its peer has vanished."""
+    family, kind, protocol, _, _ = address
+    made = socket.socket(family, kind, protocol)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; elsewhere a call is given up in the end
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(VANISHED * 1000))
+    return made

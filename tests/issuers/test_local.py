@@ -13,6 +13,7 @@ from broker.issuers.local import MOST_PROVEN, LocalIssuer
 from broker.model import Ask
 from broker.rules.reuse import SECOND
 from broker.sessions.base import MARK_LIFE
+from broker.slots import UNCOUNTED, Slot
 from broker.testing import FakeClock
 
 ISSUER, AUDIENCE = "embed-token-broker", "embed"
@@ -88,9 +89,10 @@ async def test_it_takes_one_turn_of_the_budget_before_it_signs() -> None:
     clock = FakeClock()
     turns = []
 
-    async def turn() -> None:
+    async def turn() -> Slot:
         turns.append(clock.wall())
         clock.advance(8)
+        return UNCOUNTED
 
     minted = await local(clock).mint(Ask("web", AGENT, VISITOR), turn)
     assert len(turns) == 1

@@ -414,7 +414,7 @@ class TestThrottling:
         """X-RateLimit-Remaining below our own count: the budget shrinks to it."""
         await until(lambda: relay.pacer.remaining == 100, "a whole burst")
         slots = relay.pacer._slots
-        slots._budget = msgspec.structs.replace(slots._budget, rate=1)
+        slots._limit = msgspec.structs.replace(slots._limit, interval=60_000_000)
         headers = {"X-RateLimit-Remaining": "3"}
         relay.vendor.fail(faults.error(Refusal.UNPROCESSABLE, headers=headers))
         corrected: list[int] = []

@@ -300,7 +300,7 @@ async def _besiege(house: House, rounds: int) -> None:
 
 async def test_V8_of_those_who_queue_only_one_becomes_the_probe() -> None:
     """They came before the key was refused; their turns come while the probe is out."""
-    slow = Budget(rate=1200, per=60, burst=1, max_wait=5)
+    slow = Budget(rate=1200, per=60, burst=2, max_wait=5)
     async with relaying(budget=slow) as relay:
         relay.vendor.revoke_secret(relay.vendor.secret)
         crowd = [relay.begin() for _ in range(6)]

@@ -1,0 +1,110 @@
+"""A budget that counts arrivals, not departures: no clock, no tasks, no I/O.
+
+The vendor counts a call when it arrives.  While the vendor or the network stands still, calls are
+sent and arrive later, together; a bucket that is charged when they are sent refills meanwhile, and
+allows as many again.  So a call is charged when it is *settled*: answered, failed, or over
+otherwise.  Until then it is *outstanding* and counts as if it were to arrive at this moment.
+
+    admit:   max(full_at, now) + (outstanding + 1) * interval <= now + burst * interval
+    settle:  outstanding -= 1;  full_at = max(full_at, now) + interval
+
+Why that suffices.  A call arrives between its admission and its settlement.  Take any window that
+begins at `s`, and the last admission `u` in it.  Of the calls that arrive in the window, `k` were
+settled between `s` and `u`, so `full_at >= s + k * interval`; the others were outstanding at `u`.
+The admission at `u` then says: `k + outstanding <= burst + (u - s) / interval`.
+
+Without a stall the rule costs nothing: a settled call leaves as much room as an outstanding one
+takes, so a saturated budget gives a slot every `interval` as long as answers take less than
+`(burst - 1) * interval`.
+
+*Owed* are calls of which nobody here can see the end: those of the process before this one, which
+may have been killed in the middle of a stall, and those whose connection was given up after the
+longest time that is waited for an answer.  While there are any, `PROBES` calls at most are out at
+once.  The first answer ends that: the vendor reads.  If it stood still, what is owed arrives now, no
+earlier, and what refilled since the answered call was sent had not been earned: it is taken back,
+up to what is owed.  An answer that comes soon takes back nothing.
+
+Integers throughout, microseconds.  Limits come from `bucket`.
+"""
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from broker.rules.bucket import Limit
+
+PROBES = 2
+"""Calls that may be out while others are owed: each restart within one stall of the vendor adds so
+many to the worst window.  Slots come one by one after a start, so with answers within a slot's
+interval two are as good as a burst."""
+
+
+class Ledger(Struct, frozen=True, gc=False):
+    """What was charged, and what may yet arrive.
+
+    `full_at` is the microsecond at which all that was charged is refilled; `outstanding` counts
+    the calls that are out, `owed` those that are out of sight.
+    """
+
+    full_at: int = 0
+    outstanding: int = 0
+    owed: int = 0
+
+
+def started(limit: Limit, now: int) -> Ledger:
+    """Begin empty, and with what the process before this one may have left out."""
+    return Ledger(full_at=now + limit.depth, owed=limit.burst)
+
+
+def wait(ledger: Ledger, limit: Limit, now: int) -> int | None:
+    """Return the microseconds until one more call may be sent; 0 for at once.
+
+    None if time alone does not bring it: first a call must be settled.
+    """
+    most = min(PROBES, limit.burst) if ledger.owed else limit.burst
+    if ledger.outstanding >= most:
+        return None
+    return max(_level(ledger, limit, now) + limit.interval - limit.depth, 0)
+
+
+def remaining(ledger: Ledger, limit: Limit, now: int) -> int:
+    """How many calls could be sent at this moment, if what is owed does not arrive after all."""
+    return max((limit.depth - _level(ledger, limit, now)) // limit.interval, 0)
+
+
+def take(ledger: Ledger) -> Ledger:
+    """Send a call."""
+    return replace(ledger, outstanding=ledger.outstanding + 1)
+
+
+def settle(ledger: Ledger, limit: Limit, now: int, calls: int = 1) -> Ledger:
+    """Charge calls that were out and can no longer arrive later than now."""
+    return replace(charge(ledger, limit, now, calls), outstanding=ledger.outstanding - calls)
+
+
+def abandon(ledger: Ledger, limit: Limit) -> Ledger:
+    """Give up a call that may yet arrive.  Three bursts are the most that is remembered."""
+    owed = min(ledger.owed + 1, 3 * limit.burst)
+    return replace(ledger, outstanding=ledger.outstanding - 1, owed=owed)
+
+
+def answered(ledger: Ledger, limit: Limit, now: int, took: int) -> Ledger:
+    """Take note that the vendor answered a call after `took` microseconds."""
+    if not ledger.owed:
+        return ledger
+    return replace(charge(ledger, limit, now, min(ledger.owed, took // limit.interval)), owed=0)
+
+
+def charge(ledger: Ledger, limit: Limit, now: int, calls: int) -> Ledger:
+    """Count calls that arrived, by whoever's doing."""
+    return replace(ledger, full_at=max(ledger.full_at, now) + calls * limit.interval)
+
+
+def drained(ledger: Ledger, limit: Limit, now: int) -> Ledger:
+    """Leave nothing to be sent at this moment; what is outstanding is part of that."""
+    empty_at = now + limit.depth - ledger.outstanding * limit.interval
+    return replace(ledger, full_at=max(ledger.full_at, empty_at))
+
+
+def _level(ledger: Ledger, limit: Limit, now: int) -> int:
+    """Microseconds of refill that everything takes which was charged or is out."""
+    return max(ledger.full_at - now, 0) + ledger.outstanding * limit.interval
