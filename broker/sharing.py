@@ -101,6 +101,7 @@ class Sharing:
         self.book = SharedBook(
             ValkeyBook(self.server, self.names, box, most, clock),
             MemoryBook(most, clock),
+            self.store,
             closed=self._closed,
         )
         self.refusals = SharedRefusals(self.server, self.names, LocalRefusals(clock))
