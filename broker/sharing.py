@@ -44,8 +44,8 @@ AGAIN = 1.0
 class Sharing:
     """The store on a server, and everything that needs the same server.
 
-    `place` names this process among those of its host, the same after a restart; `origin` and
-    `origins` are the issuer's.  Made in the event loop's thread; `open` before the first request.
+    `place` names this process among those of its host, the same after a restart; `origins` are the
+    issuer's.  Made in the event loop's thread; `open` before the first request.
     """
 
     def __init__(
@@ -59,7 +59,6 @@ class Sharing:
         clock: Clock,
         metrics: Metrics,
         place: str,
-        origin: Callable[[], str],
         origins: Callable[[], frozenset[str]],
         timeout: float = OPERATION_TIMEOUT,
     ) -> None:
@@ -83,7 +82,6 @@ class Sharing:
             clock,
             metrics.limits.counts,
             self._replica,
-            origin,
             origins,
             Carried(self.alone, clock),
             ends,
