@@ -182,7 +182,6 @@ class App:
             self._clock,
             self.metrics,
             place=self._place,
-            origin=lambda: self.issuer.origin,
             origins=lambda: self.issuer.origins,
         )
 
@@ -518,7 +517,7 @@ class App:
                 self.store,
                 self.book,
                 self._clock,
-                self.issuer.origin,
+                self.issuer.origins,
             )
         except OSError as error:
             log.error("broker.snapshot_failed", reason=error.strerror)

@@ -13,6 +13,7 @@ mint is an exception of `broker.errors`.
 
 import asyncio
 import random
+import sys
 import time
 from collections.abc import Awaitable, Callable
 
@@ -321,6 +322,7 @@ class TokenDesk:
             mark=reuse.renewal_mark(self._policy.marks(whole), self._draw),
             version=lease.fence,
             epoch=lease.epoch,
+            origin=sys.intern(minted.origin or self._issuer.origin),  # once, not once a token
         )
 
     def _better_than(self, held: EmbedToken | None) -> Callable[[EmbedToken], bool]:

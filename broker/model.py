@@ -93,7 +93,8 @@ class Minted(Struct, frozen=True):
     `lifetime` is the microseconds it has left on arrival.  `whole` is the life it was made for,
     counted from the start of the mint; it differs where the vendor handed out an old token again,
     and 0 stands for "the same".  `expires_at` is the token's own `exp` (Unix seconds); `extra` are
-    further fields of the vendor's `data` object that callers get unchanged.
+    further fields of the vendor's `data` object that callers get unchanged.  `origin` names what
+    signed it, one of the issuer's `origins`.
     """
 
     token: str
@@ -102,6 +103,7 @@ class Minted(Struct, frozen=True):
     lifetime: int
     whole: int = 0
     extra: Mapping[str, object] = {}
+    origin: str = ""
 
     @override
     def __repr__(self) -> str:
@@ -109,12 +111,13 @@ class Minted(Struct, frozen=True):
 
 
 class EmbedToken(Struct, frozen=True, gc=False):
-    """A token that is held for reuse: the ready answer and six numbers.
+    """A token that is held for reuse: the ready answer, six numbers and a name.
 
     `body` is the JSON answer, byte for byte; the token is not held a second time.  `dies_mono`
     and `dies_wall` are the microsecond of expiry on the monotonic and on the wall clock;
     `lifetime` and `mark` (life left at which it asks for a successor) are microseconds.
     `version` is the fence under which it was minted, `epoch` its visitor's at that moment.
+    `origin` names what signed it: a token is gone with its key, wherever it is kept.
     """
 
     body: bytes
@@ -124,6 +127,7 @@ class EmbedToken(Struct, frozen=True, gc=False):
     mark: int
     version: int = 0
     epoch: int = 0
+    origin: str = ""
 
     def left(self, mono: int, wall: int) -> int:
         """Microseconds of life left; of the two clocks the one that leaves less decides."""

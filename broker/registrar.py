@@ -43,8 +43,9 @@ class Registrar:
         remote = ValkeyBook(
             self._server, names, Box(key, "sessions in a shared store"), most, self._clock
         )
-        book = SharedBook(remote, MemoryBook(1, self._clock), closed=True)
-        self._register = SessionRegister(book, _Store(self._server, names), metrics.sessions)
+        store = _Store(self._server, names)
+        book = SharedBook(remote, MemoryBook(1, self._clock), store, closed=True)
+        self._register = SessionRegister(book, store, metrics.sessions)
         self._door = Door(
             [],
             parts.trusted_proxies(settings),

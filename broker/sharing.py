@@ -37,8 +37,8 @@ away: the first answers depend on it."""
 class Sharing:
     """The store on a server, and everything that needs the same server.
 
-    `place` names this process among those of its host, the same after a restart; `origin` and
-    `origins` are the issuer's.  Made in the event loop's thread; `open` before the first request.
+    `place` names this process among those of its host, the same after a restart; `origins` are the
+    issuer's.  Made in the event loop's thread; `open` before the first request.
     """
 
     def __init__(
@@ -52,7 +52,6 @@ class Sharing:
         clock: Clock,
         metrics: Metrics,
         place: str,
-        origin: Callable[[], str],
         origins: Callable[[], frozenset[str]],
         timeout: float = OPERATION_TIMEOUT,
     ) -> None:
@@ -76,7 +75,6 @@ class Sharing:
             clock,
             metrics.limits.counts,
             self._replica,
-            origin,
             origins,
             Carried(self.alone, clock),
             ends,
@@ -94,6 +92,7 @@ class Sharing:
         self.book = SharedBook(
             ValkeyBook(self.server, self.names, box, most, clock),
             MemoryBook(most, clock),
+            self.store,
             closed=self._closed,
         )
         self.refusals = SharedRefusals(self.server, self.names, LocalRefusals(clock))

@@ -125,7 +125,6 @@ class Replica:
             self.clock,
             self.metrics,
             place=place or secrets.token_hex(4),
-            origin=lambda: origins[0],
             origins=lambda: frozenset(origins),
             timeout=timeout,
         )

@@ -32,28 +32,28 @@ class LocalIssuer(Issuer):
     proves = True
 
     def __init__(self, keyring: Keyring, issuer: str, audience: str, clock: Clock) -> None:
-        self.keyring = keyring
         self._issuer = issuer
         self._audience = audience
         self._clock = clock
-        self._proven = _Proven()
+        self.use_keyring(keyring)
 
     def use_keyring(self, keyring: Keyring) -> None:
         """Sign and verify with other keys from now on."""
         self.keyring = keyring
+        self._origins = {key.kid: self._origin_of(key.kid) for key in keyring.keys}
         self._proven = _Proven()
 
     @property
     @override
     def origin(self) -> str:
-        return self._origin_of(self.keyring.signing(self._clock.wall()))
+        return self._origins[self.keyring.signing(self._clock.wall())]
 
     @property
     @override
     def origins(self) -> frozenset[str]:
         now = self._clock.wall()
         good = (key.kid for key in self.keyring.keys if now < key.verifies_until)
-        return frozenset(self._origin_of(kid) for kid in good)
+        return frozenset(self._origins[kid] for kid in good)
 
     def _origin_of(self, kid: str) -> str:
         return f"local {self._issuer} {self._audience} {self.keyring.name_of(kid)}"
@@ -91,6 +91,7 @@ class LocalIssuer(Issuer):
             expires_at=expires,
             lifetime=(LIFETIME_SECONDS - BACKDATED_SECONDS) * SECOND,
             extra={} if ask.model is None else {"model": ask.model},
+            origin=self._origins[self.keyring.signing(now)],
         )
 
     @override

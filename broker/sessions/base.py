@@ -54,11 +54,22 @@ class SessionBook(Protocol):
         ...
 
     async def find(self, session_id: str) -> Session | None:
-        """Return a session that was recorded, has not expired and was not forgotten."""
+        """Return a session that was recorded, has not expired and was not forgotten.
+
+        None is an answer, "there is none"; a book that cannot know raises errors.StoreAway.
+        """
         ...
 
     async def find_token(self, digest: bytes) -> Session | None:
         """Return the same by the SHA-256 of its token, for those recorded with one."""
+        ...
+
+    async def disown(self, digest: bytes, client: str) -> Session | None:
+        """Take note that a client wants a token ended of which no record is known.
+
+        Whoever writes one later, because it could not when the token was made, ends its session.
+        Returns the session if it was written meanwhile: then nothing else will end it.
+        """
         ...
 
     async def page(self, query: Query, after: Place, limit: int) -> Sequence[Session]:

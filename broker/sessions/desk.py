@@ -43,6 +43,10 @@ class EndsVisitors(Protocol):
         ...
 
 
+class NotRecorded(BadToken):
+    """A token that does not prove itself, and of which there is no record."""
+
+
 class SessionRegister:
     """Finds sessions and ends them: for operators, who have no token."""
 
@@ -64,15 +68,16 @@ class SessionRegister:
         session = await self._book.find(session_id)
         if session is None:
             return 0
-        await self._end(session)
-        return 1 + (await self._end_others(session) if visitor else 0)
+        others = await self._end_others(session) if visitor else 0
+        await self._end(session)  # last: by it the rest is found when this is asked for again
+        return others + 1
 
     async def _end_others(self, session: Session) -> int:
         query, after, ended = Query(fingerprint=session.fingerprint), Place(), 0
         while page := await self._book.page(query, after, PAGE):
             after = place_of(page[-1])
             for other in page:
-                if other.client == session.client:
+                if other.client == session.client and other.session_id != session.session_id:
                     await self._end(other)
                     ended += 1
         return ended
@@ -128,7 +133,7 @@ class SessionDesk(SessionRegister):
         if session is None:
             session = await self._book.find_token(digest_of(token))
             if session is None:
-                raise BadToken("not handed out here, or expired, or revoked")
+                raise NotRecorded("not handed out here, or expired, or revoked")
         return session
 
     async def introspect(self, token: str, client: str) -> Session | None:
@@ -148,10 +153,16 @@ class SessionDesk(SessionRegister):
     async def revoke(self, token: str, client: str) -> bool:
         """End the session of a token that was handed to this client; False otherwise.
 
-        Again, if it was ended: the first time may have failed half-way.
+        Again, if it was ended: the first time may have failed half-way.  Raises errors.StoreAway
+        where nobody can know.
         """
         try:
             session = await self._session_of(token)
+        except NotRecorded:
+            recorded = await self._book.disown(digest_of(token), client)
+            if recorded is None:
+                return False
+            session = recorded
         except BadToken:
             return False
         mine = await self._if_of(client, session)

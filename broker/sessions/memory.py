@@ -68,6 +68,10 @@ class MemoryBook(SessionBook):
         return None if session_id is None else await self.find(session_id)
 
     @override
+    async def disown(self, digest: bytes, client: str) -> Session | None:
+        return None  # what this process does not know, nobody will write later
+
+    @override
     async def page(self, query: Query, after: Place, limit: int) -> Sequence[Session]:
         found: list[Session] = []
         everything = iter(list(self._sessions.values()))

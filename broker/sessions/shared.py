@@ -1,12 +1,19 @@
 """What happens to sessions when the shared store does not answer: written here, once.
 
-`local`: this replica goes on with the records and ends that it knows itself.  A token that is
-signed still proves itself; one of the vendor's is known to the replica that handed it out.
-`closed`: whoever asks is told 503.  Ending a session needs the server in either case: an end that
-only one replica knows would be none.
+"There is none" and "I cannot know" are two answers, and only the server can give the first: without
+it nobody is told that a session or a token is unknown, but 503.
+
+`local`: this replica goes on with the tokens and ends that it knows itself.  A token that is signed
+still proves itself; one of the vendor's is known to the replica that handed it out.  `closed`:
+whoever asks is told 503.  To look at a session, to list them and to end one needs the server in
+either case: an end that only one replica knows would be none, and one that was ended elsewhere
+would be shown as live.
 
 Coming back: what is recorded meanwhile is unknown to operators and to other replicas, so it is
 written as soon as the server can be reached, a few at a time, and what is left of it on drain.
+Until then another replica may be asked to end a token of which the server has no record: it leaves
+a note (`disown`), and whoever writes the record ends the session.  Each writes first and looks
+afterwards, so that one of the two sees the other.
 """
 
 import asyncio
@@ -16,9 +23,10 @@ from itertools import islice
 
 from typing_extensions import override
 
-from broker.errors import StoreAway
+from broker.errors import ServiceUnavailable, StoreAway
 from broker.model import Session
 from broker.sessions.base import BookFull, Place, Query, SessionBook
+from broker.sessions.desk import EndsVisitors
 from broker.sessions.memory import MemoryBook
 from broker.sessions.valkey import ValkeyBook
 from broker.stores.failures import StoreFailed
@@ -37,12 +45,15 @@ LAST_WORDS = 2.0
 class SharedBook(SessionBook):
     """The book on the server, and this replica's own while that is away.
 
-    `alone` has what this replica handed out.
+    `alone` has what this replica handed out; `store` ends visitors on the same server.
     """
 
-    def __init__(self, remote: ValkeyBook, alone: MemoryBook, *, closed: bool) -> None:
+    def __init__(
+        self, remote: ValkeyBook, alone: MemoryBook, store: EndsVisitors, *, closed: bool
+    ) -> None:
         self._remote = remote
         self._alone = alone
+        self._store = store
         self._closed = closed
         self._unwritten: set[str] = set()
 
@@ -60,8 +71,7 @@ class SharedBook(SessionBook):
         try:
             found = await self._remote.find(session_id)
         except StoreFailed as failed:
-            self._require_open(failed)
-            return await self._alone.find(session_id)
+            raise StoreAway from failed  # known here or not, it may have been ended elsewhere
         return found or await self._only_here(await self._alone.find(session_id))
 
     @override
@@ -70,8 +80,19 @@ class SharedBook(SessionBook):
             found = await self._remote.find_token(digest)
         except StoreFailed as failed:
             self._require_open(failed)
-            return await self._alone.find_token(digest)
+            known = await self._alone.find_token(digest)
+            if known is None:
+                raise StoreAway from failed
+            return known
         return found or await self._only_here(await self._alone.find_token(digest))
+
+    @override
+    async def disown(self, digest: bytes, client: str) -> Session | None:
+        try:
+            await self._remote.disown(digest, client)
+            return await self._remote.find_token(digest)
+        except StoreFailed as failed:
+            raise StoreAway from failed
 
     @override
     async def page(self, query: Query, after: Place, limit: int) -> Sequence[Session]:
@@ -144,16 +165,20 @@ class SharedBook(SessionBook):
         """Write what is known here only; False if the server fails.
 
         Another replica may have ended the session while this one could not know, for a vendor gives
-        one to both: what was ended stays so.  In this order, because it may be ended meanwhile.
+        one to both, or was asked to: what was ended stays so.  In this order, because it may be
+        ended meanwhile.
         """
         session = await self._alone.find(session_id)
         if session is not None:
             try:
                 await self._remote.record(session)
+                if await self._remote.disowned(session):
+                    await self.mark(session, by_client=True)
+                    await self._store.end_visitor(session.client, session.fingerprint, session.key)
                 if await self._remote.ended(session_id):
                     await self._remote.forget(session)
                     await self._alone.forget(session)
-            except StoreFailed:
+            except (StoreFailed, ServiceUnavailable):
                 return False  # counted
         self._unwritten.discard(session_id)
         return True

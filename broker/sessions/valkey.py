@@ -63,6 +63,17 @@ class ValkeyBook:
         """Return a live session by its token's SHA-256."""
         return await self._read(self._names.handed_out(digest)) if digest else None
 
+    async def disown(self, digest: bytes, client: str) -> None:
+        """Remember that a client wants a token ended of which there is no record."""
+        await self._put(self._names.disowned(client, digest), b"1", MARK_LIFE)
+
+    async def disowned(self, session: Session) -> bool:
+        """Whether its client wanted its token ended before it was written down."""
+        if not session.digest:
+            return False
+        key = self._names.disowned(session.client, session.digest)
+        return await self._command(key, b"GET", key) is not None
+
     async def page(self, query: Query, after: Place, limit: int) -> Sequence[Session]:
         """Return live sessions beyond a place; lists name some that are gone, so it reads on."""
         names = self._names
@@ -90,12 +101,17 @@ class ValkeyBook:
         await self._put(self._names.ended(session.session_id), b"1", MARK_LIFE)
 
     async def forget(self, session: Session) -> None:
-        """Drop the record of a session."""
+        """Drop the record of a session.
+
+        What a client finds it by goes last: if the server fails in between, the client's next try
+        completes it, and no list shows a session that is over.
+        """
         names = self._names
         gone = [names.session(session.session_id)]
         if session.digest:
             gone.append(names.handed_out(session.digest))
-        await asyncio.gather(*(self._command(key, b"DEL", key) for key in gone))
+        for key in gone:
+            _ = await self._command(key, b"DEL", key)
 
     async def ended(self, session_id: str) -> bool:
         """Whether this session was ended."""

@@ -6,6 +6,7 @@ the token.  The version tells whether it is still the newest.  If the server has
 is held here (a restart, an eviction), this one counts, and is put back.
 """
 
+import sys
 from collections.abc import Callable
 
 from typing_extensions import override
@@ -22,8 +23,8 @@ from broker.stores.tokens import TokenCache
 class Front:
     """Tokens before the server.
 
-    `origin` names what signs new tokens and `origins` whose are good; `ends` are those that are
-    known here; `put_back` tells the server of a token that it has lost.
+    `origins` are those whose tokens are good; `ends` are those that are known here; `put_back`
+    tells the server of a token that it has lost.
     """
 
     def __init__(
@@ -32,7 +33,6 @@ class Front:
         seal: Seal,
         clock: Clock,
         ends: KnownEnds,
-        origin: Callable[[], str],
         origins: Callable[[], frozenset[str]],
         put_back: Callable[[Ask, str, EmbedToken], None],
     ) -> None:
@@ -40,7 +40,6 @@ class Front:
         self._seal = seal
         self._clock = clock
         self._ends = ends
-        self._origin = origin
         self._origins = origins
         self._put_back = put_back
 
@@ -49,8 +48,9 @@ class Front:
         return self._cache.find(key)
 
     def hold(self, key: str, token: EmbedToken) -> None:
-        """Hold a token that the server has, too."""
-        self._cache[key] = token
+        """Hold a token that the server has, too; not if its key was dropped in that moment."""
+        if token.origin in self._origins():
+            self._cache[key] = token
 
     def sealed(self, key: str, token: EmbedToken, lease: Lease) -> bytes:
         """Return the form in which the server keeps it."""
@@ -59,7 +59,7 @@ class Front:
             token.dies_wall,
             token.lifetime,
             token.mark,
-            self._origin(),
+            token.origin,
             lease.fence,
             lease.epoch,
         )
@@ -109,6 +109,7 @@ class Front:
             mark=content.mark,
             version=content.version,
             epoch=content.epoch,
+            origin=sys.intern(content.origin),  # once, not once a token
         )
         self._cache[key] = token
         return token

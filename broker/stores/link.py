@@ -16,10 +16,14 @@ loop has looked at its sockets.
 """
 
 import asyncio
+import contextlib
+import socket
 import ssl
 from collections import deque
 from collections.abc import Callable
+from typing import Any, TypeVar
 
+import aiohappyeyeballs
 import hiredis
 from msgspec import Struct
 from typing_extensions import override
@@ -37,10 +41,41 @@ ONE_MORE_LOOK = 0.001
 LONGEST_REPLY = 2**20
 """Bytes of a reply, far above any: a server that says more is not ours, and memory is bounded."""
 
+NEXT_ADDRESS = 0.25
+"""Seconds after which the next address of a name is tried beside those that are silent still: RFC
+8305 section 5 recommends them."""
+
 Reply = int | bytes | list["Reply"] | None
 """What the server answers."""
 
 _Call = tuple[bytes, "asyncio.Future[Reply]"]
+
+
+_Spoken = TypeVar("_Spoken", bound=asyncio.BaseProtocol)
+
+
+class Route:
+    """To which address of a name the last connection led, and which one to try last from now on.
+
+    An address may accept and never answer, or be a replica's: a name that has a better one leads
+    there with the next connection.
+    """
+
+    def __init__(self) -> None:
+        self._last: Any = None
+        self._avoided: Any = None
+
+    def follow(self, address: Any) -> None:  # noqa: ANN401 - a pair, or four of IPv6
+        """Take note of where a connection leads."""
+        self._last = address
+
+    def avoid(self) -> None:
+        """Try the last address last: it was of no use."""
+        self._avoided = self._last
+
+    def order(self, addresses: list[Any]) -> list[Any]:
+        """Return what a name resolved to, in the order of trying."""
+        return sorted(addresses, key=lambda info: info[4] == self._avoided)
 
 
 class Target(Struct, frozen=True):
@@ -54,14 +89,32 @@ class Target(Struct, frozen=True):
     password: Secret | None = None
     db: int = 0
 
-    async def connect(self, make: "Callable[[], Conversation]") -> "Conversation":
-        """Open a connection; raises OSError."""
+    async def connect(self, make: Callable[[], _Spoken], route: Route) -> _Spoken:
+        """Open a connection; raises OSError.
+
+        The addresses of a name are raced (RFC 8305).  uvloop's `create_connection` tries one after
+        the other, each for as long as the system does.
+        """
         loop = asyncio.get_running_loop()
         if self.path:
-            _, conversation = await loop.create_unix_connection(make, self.path)
-        else:
-            _, conversation = await loop.create_connection(make, self.host, self.port, ssl=self.tls)
-        return conversation
+            _, protocol = await loop.create_unix_connection(make, self.path)
+            return protocol
+        found = await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        reached = await aiohappyeyeballs.start_connection(
+            route.order(found), happy_eyeballs_delay=NEXT_ADDRESS, interleave=1, loop=loop
+        )
+        try:
+            route.follow(reached.getpeername())
+            reached.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            name = self.host if self.tls is not None else None
+            _, protocol = await loop.create_connection(
+                make, sock=reached, ssl=self.tls, server_hostname=name
+            )
+        except BaseException:
+            with contextlib.suppress(OSError):
+                reached.close()
+            raise
+        return protocol
 
     def greeting(self) -> list[bytes]:
         """Return the commands that come first."""
@@ -175,6 +228,7 @@ class Link:
 
     def __init__(self, target: Target, timeout: float) -> None:
         self.target = target
+        self._route = Route()
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()
         self._waiting: list[_Call] = []
@@ -221,11 +275,12 @@ class Link:
         talk: Conversation | None = None
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                talk = await self.target.connect(self._new_conversation)
+                talk = await self.target.connect(self._new_conversation, self._route)
                 await self._greet(talk)
         except (OSError, TimeoutError, StoreFailed) as error:
             if talk is not None:
                 talk.close()
+            self._route.avoid()
             self._fail(error)
         else:
             self._talk = talk
@@ -255,6 +310,8 @@ class Link:
     def _ended(self, talk: Conversation) -> None:
         if self._talk is talk:
             self._talk = None
+            if talk.reason is not Reason.CONNECTION:  # silent, or the wrong server
+                self._route.avoid()
             if talk.reason is Reason.TIMEOUT:
                 self._expire()  # they have waited behind it
             elif self._waiting:

@@ -101,6 +101,11 @@ class Names:
         """The same session by the SHA-256 of its token."""
         return f"{PREFIX}{{handed:{self._hash('handed out', digest.hex())}}}:record".encode()
 
+    def disowned(self, client: str, digest: bytes) -> bytes:
+        """That a client wanted this token ended before there was a record of it."""
+        name = self._hash("disowned", f"{client}{SEPARATOR}{digest.hex()}")
+        return f"{PREFIX}{{disowned:{name}}}:mark".encode()
+
     def of_agent(self, agent: str) -> bytes:
         """The list of an agent's sessions."""
         return self._of_agent(agent) + b"sessions"

@@ -2,40 +2,183 @@
 
 Messages are hints.  Whoever waits for one looks again by itself after a while, so a message that
 was lost while the server was away costs a moment, not an outcome.
+
+A connection that lives may deliver nothing: a middlebox has forgotten it, a node is cut off from
+the others of its cluster, the process behind it stands still.  So where nothing has come for a
+while, the replica sends itself a word by the way that its calls take.  If that is taken and does
+not arrive, the subscription is made anew.  (PING would ask for one more right of the server's user,
+and tells of the connection only, not of what passes through it.)
 """
 
 import asyncio
-import math
+import secrets
 from collections.abc import Callable, Sequence
 
-from redis.exceptions import RedisError
+import hiredis
+import structlog
+from typing_extensions import override
 
-from broker.stores.link import CONNECT_TIMEOUT
+from broker.stores.failures import Reason, StoreFailed, error_of
+from broker.stores.link import CONNECT_TIMEOUT, LONGEST_REPLY, Route, Target
 from broker.stores.nodes import Nodes
 from broker.stores.scripts import command
 
+log = structlog.get_logger()
+
 RETRY = 1.0
 """Seconds between attempts to subscribe."""
+
+SILENCE = 5.0
+"""Seconds without a message after which a replica sends itself one."""
+
+PATIENCE = 2.0
+"""Seconds in which that has to arrive: nodes of a cluster pass it on."""
+
+AT_A_TIME = 100
+"""Messages in a turn of the loop: a flood of them must not keep requests waiting."""
+
+_ECHO = b"echo "
 
 Listener = Callable[[bytes, bytes], None]
 """Gets channel and message."""
 
 
-async def listen(nodes: Nodes, channels: Sequence[bytes], heard: Listener) -> None:
-    """Call `heard` for each message on the channels, until cancelled."""
-    while True:
-        connection = nodes.dedicated()
+class Subscription(asyncio.Protocol):
+    """One connection that does nothing but listen; `ready` and `ended` tell of its life."""
+
+    def __init__(self, channels: Sequence[bytes], opening: bytes, heard: Listener) -> None:
+        loop = asyncio.get_running_loop()
+        self._channels = channels
+        self._opening = opening
+        self._heard = heard
+        self._loop = loop
+        self._reader = hiredis.Reader(replyError=error_of, protocolError=ValueError)
+        self._unread = 0
+        self._echo = b""
+        self._echoed: asyncio.Future[None] = loop.create_future()
+        self._transport: asyncio.Transport | None = None
+        self.messages = 0
+        self.ready: asyncio.Future[None] = loop.create_future()
+        self.ended: asyncio.Future[None] = loop.create_future()
+
+    @override
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]  # uvloop's is no asyncio.Transport
+        assert self._transport is not None  # for the type checker, which was told otherwise
+        self._transport.write(self._opening + command(b"SUBSCRIBE", *self._channels))
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        self._unread += len(data)
+        self._reader.feed(data)
+        self._deliver()
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._fail(StoreFailed(Reason.CONNECTION))
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    def close(self) -> None:
+        """End it."""
+        if self._transport is not None:
+            self._transport.abort()
+        self._fail(StoreFailed(Reason.CONNECTION))
+        if not self.ready.cancelled():
+            self.ready.exception()  # whoever ends it need not hear of that
+
+    def expect(self) -> tuple[bytes, "asyncio.Future[None]"]:
+        """Return a word, and what is done once it has arrived."""
+        self._echo = _ECHO + secrets.token_hex(8).encode()
+        self._echoed = self._loop.create_future()
+        return self._echo, self._echoed
+
+    def _deliver(self) -> None:
+        """Hand on what has come, some at a time."""
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT):
-                await connection.connect()  # type: ignore[no-untyped-call]  # has no annotations
-                await connection.send_packed_command(command(b"SUBSCRIBE", *channels), False)  # noqa: FBT003 - no health check
-            while True:
-                reply = await connection.read_response(disable_decoding=True, timeout=math.inf)
-                if isinstance(reply, list) and reply[0] == b"message":
-                    heard(reply[1], reply[2])
-                    await asyncio.sleep(0)  # a flood of messages must not keep requests waiting
-        except (RedisError, OSError, TimeoutError):
+            for _ in range(AT_A_TIME):
+                if (reply := self._reader.gets()) is False:
+                    break
+                self._unread = 0
+                self._take(reply)
+            else:
+                self._rest()
+                return
+        except ValueError:  # not the protocol
+            self._unread = LONGEST_REPLY + 1
+        if self._unread > LONGEST_REPLY and self._transport is not None:
+            self._transport.abort()
+
+    def _rest(self) -> None:
+        if self._transport is not None and not self.ended.done():
+            self._transport.pause_reading()
+            self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        if self._transport is not None and not self.ended.done():
+            self._transport.resume_reading()
+            self._deliver()
+
+    def _take(self, reply: object) -> None:
+        match reply:
+            case [b"message", bytes(channel), bytes(message)]:
+                self.messages += 1
+                if not message.startswith(_ECHO):
+                    self._heard(channel, message)
+                elif message == self._echo and not self._echoed.done():
+                    self._echoed.set_result(None)
+            case [b"subscribe", _, int(count)]:
+                if count == len(self._channels) and not self.ready.done():
+                    self.ready.set_result(None)
+            case Exception():
+                self._fail(reply)
+            case _:
+                pass  # it was let in, or chose its database
+
+    def _fail(self, error: Exception) -> None:
+        if not self.ready.done():
+            self.ready.set_exception(error)
+
+
+async def listen(nodes: Nodes, channels: Sequence[bytes], heard: Listener) -> None:
+    """Call `heard` for each message on the channels, until cancelled; the first is one's own."""
+    route = Route()
+    while True:
+        target = nodes.anywhere()
+        subscription = Subscription(channels, b"".join(target.greeting()), heard)
+        try:
+            await _open(target, route, subscription)
+            await _stay(nodes, channels[0], subscription)
+        except (OSError, TimeoutError, StoreFailed):
             pass  # looked at again, with everything else, by whoever needs the store
         finally:
-            await connection.disconnect(nowait=True)
+            subscription.close()
+        route.avoid()
         await asyncio.sleep(RETRY)
+
+
+async def _open(target: Target, route: Route, subscription: Subscription) -> None:
+    """Connect and subscribe; raises OSError, TimeoutError, StoreFailed."""
+    async with asyncio.timeout(CONNECT_TIMEOUT):
+        await target.connect(lambda: subscription, route)
+        await subscription.ready
+
+
+async def _stay(nodes: Nodes, channel: bytes, subscription: Subscription) -> None:
+    """Return when the subscription has ended, or delivers nothing any more."""
+    while True:
+        before = subscription.messages
+        await asyncio.wait([subscription.ended], timeout=SILENCE)
+        if subscription.ended.done():
+            return
+        if subscription.messages != before:
+            continue
+        word, echoed = subscription.expect()
+        try:
+            _ = await nodes.command(channel, command(b"PUBLISH", channel, word))
+        except StoreFailed:
+            continue  # nobody can say anything: no word about this connection
+        await asyncio.wait([echoed, subscription.ended], timeout=PATIENCE)
+        if not echoed.done():
+            log.warning("broker.news_silent")
+            return

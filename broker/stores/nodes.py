@@ -11,14 +11,8 @@ import contextlib
 import random
 import ssl
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-from redis.asyncio.connection import (
-    AbstractConnection,
-    Connection,
-    SSLConnection,
-    UnixDomainSocketConnection,
-)
 from redis.crc import key_slot
 from typing_extensions import override
 
@@ -31,7 +25,7 @@ from broker.stores.failures import (
     Reason,
     StoreFailed,
 )
-from broker.stores.link import CONNECT_TIMEOUT, Link, Reply, Target
+from broker.stores.link import Link, Reply, Target
 from broker.stores.scripts import Script, command
 
 REDIRECTS = 3
@@ -66,8 +60,8 @@ class Nodes(Protocol):
         """Send a packed command to where `key` is; raises StoreFailed."""
         ...
 
-    def dedicated(self) -> AbstractConnection:
-        """Make a connection of one's own, to any node: for subscriptions."""
+    def anywhere(self) -> Target:
+        """Return how any node is reached: subscriptions have connections of their own."""
         ...
 
     def use_access(self, access: Access) -> None:
@@ -117,8 +111,8 @@ class SingleServer(Nodes):
             raise StoreFailed(Reason.CLUSTER_DOWN) from None
 
     @override
-    def dedicated(self) -> AbstractConnection:
-        return dedicated(self._address, self._access)
+    def anywhere(self) -> Target:
+        return target(self._address, self._access)
 
     @override
     def use_access(self, access: Access) -> None:
@@ -250,9 +244,9 @@ class Cluster(Nodes):
             await self._links.pop(gone).close()
 
     @override
-    def dedicated(self) -> AbstractConnection:
+    def anywhere(self) -> Target:
         node = random.choice(self._owners or self._address.hosts)  # noqa: S311 - any node will do
-        return dedicated(self._address, self._access, node)
+        return target(self._address, self._access, node)
 
     @override
     def use_access(self, access: Access) -> None:
@@ -298,25 +292,3 @@ def target(address: StoreAddress, access: Access, where: Where | None = None) ->
     host, port = where or (address.hosts[0] if address.hosts else ("", 0))
     tls = (access.tls or ssl.create_default_context()) if address.tls else None
     return Target(host, port, address.path, tls, access.username, access.password, address.db)
-
-
-def dedicated(
-    address: StoreAddress, access: Access, where: Where | None = None
-) -> AbstractConnection:
-    """Return a connection of the library's that is not open yet; its own retries are off."""
-    node = target(address, access, where)
-    common: dict[str, Any] = {
-        "username": access.username or None,
-        "password": None if access.password is None else access.password.reveal(),
-        "socket_timeout": None,
-        "socket_connect_timeout": CONNECT_TIMEOUT,
-        "driver_info": None,  # CLIENT SETINFO: one permission more, for nothing
-        "protocol": 2,
-    }
-    if node.path:
-        return UnixDomainSocketConnection(path=node.path, **common)
-    if address.tls:
-        connection = SSLConnection(host=node.host, port=node.port, **common)
-        connection.ssl_context.context = node.tls  # or it would make one of its own
-        return connection
-    return Connection(host=node.host, port=node.port, **common)

@@ -61,7 +61,7 @@ class StoreStats(Protocol):
 
     @property
     def duration(self) -> Mapping[str, Observer]:
-        """Seconds of calls that were answered."""
+        """Seconds from asking to the answer or the failure."""
         ...
 
     @property
@@ -140,6 +140,7 @@ class Server:
         try:
             answer = await reply
         except StoreFailed as failed:
+            self._duration[operation].observe(time.perf_counter() - began)
             self._stats.errors[failed.reason.value].inc()
             # an answer about one poisoned key is an answer: it must not part us from all others
             self._settle(ticket, Outcome.SUCCEEDED if failed.of_key else Outcome.FAILED, failed)

@@ -29,7 +29,7 @@ from broker.model import Clock, EmbedToken, LimitName, Secret, Session
 from broker.sessions.memory import MemoryBook
 from broker.stores.memory import MemoryStore
 
-_MAGIC = b"embed-token-broker snapshot 3\n"
+_MAGIC = b"embed-token-broker snapshot 4\n"
 _NONCE = 12
 
 MAX_CLOCK_SKEW = 60_000_000
@@ -43,8 +43,8 @@ class SnapshotIgnored(Exception):
 class Terms(Struct, frozen=True):
     """What a snapshot has to agree with.
 
-    `origins` name the issuers whose tokens are good: those of another one, or of a key that was
-    taken out, must not come back.
+    `origins` name those whose tokens are good: tokens of another issuer, or of a key that was taken
+    out, must not come back.
     `max_age` is microseconds; `floor` gives the floor in force for a token of some lifetime, in
     case it was raised in between.
     """
@@ -60,6 +60,8 @@ class _HeldToken(Struct, frozen=True, array_like=True):
     left: int
     lifetime: int
     mark: int
+    origin: int
+    """Its place in the list of origins."""
 
     @override
     def __repr__(self) -> str:
@@ -68,7 +70,7 @@ class _HeldToken(Struct, frozen=True, array_like=True):
 
 class _Content(Struct, frozen=True, array_like=True):
     written: int
-    origin: str
+    origins: list[str]
     tokens: list[_HeldToken]
     buckets: dict[str, dict[str, int]]
     sessions: list[Session]
@@ -80,13 +82,18 @@ class _Content(Struct, frozen=True, array_like=True):
 
 
 def save(
-    path: Path, key: Secret, store: MemoryStore, book: MemoryBook, clock: Clock, origin: str
+    path: Path,
+    key: Secret,
+    store: MemoryStore,
+    book: MemoryBook,
+    clock: Clock,
+    origins: frozenset[str],
 ) -> int:
     """Seal the store's state into `path`, replacing it atomically; returns the tokens saved.
 
-    `origin` names the issuer whose tokens these are.
+    `origins` name those whose tokens are good at this moment.
     """
-    content = _collect(store, book, clock, origin)
+    content = _collect(store, book, clock, sorted(origins))
     nonce = token_bytes(_NONCE)
     plain = msgspec.msgpack.encode(content)
     sealed = _cipher(key).encrypt(nonce, plain, _MAGIC)
@@ -99,8 +106,9 @@ def load(
 ) -> int:
     """Restore the state in `path` and remove the file; returns the tokens restored.
 
-    Raises SnapshotIgnored, with nothing restored, for a file that is absent, foreign, damaged, of
-    another origin, or too old.
+    Tokens of a key that was taken out stay out, one by one; ends and buckets come back.  Raises
+    SnapshotIgnored, with nothing restored, for a file that is absent, foreign, damaged, too old, or
+    has no origin in common with the terms.
     """
     try:
         raw = _read(path)
@@ -115,23 +123,31 @@ def load(
     age = clock.wall() - content.written
     if not -MAX_CLOCK_SKEW <= age <= terms.max_age:
         raise SnapshotIgnored(f"written {age // 1_000_000} s ago: store.snapshot_max_age")
-    if content.origin not in terms.origins:
+    if terms.origins.isdisjoint(content.origins):
         raise SnapshotIgnored("of another issuer, or of a key that was taken out")
     book.restore(content.sessions, content.ended)
-    return _restore(content, store, clock, max(age, 0), terms.floor)
+    return _restore(content, store, clock, max(age, 0), terms)
 
 
-def _collect(store: MemoryStore, book: MemoryBook, clock: Clock, origin: str) -> _Content:
+def _collect(store: MemoryStore, book: MemoryBook, clock: Clock, origins: list[str]) -> _Content:
     mono, wall = clock.mono(), clock.wall()
+    places = {origin: place for place, origin in enumerate(origins)}
     tokens = [
-        _HeldToken(key, token.body, token.left(mono, wall), token.lifetime, token.mark)
+        _HeldToken(
+            key,
+            token.body,
+            token.left(mono, wall),
+            token.lifetime,
+            token.mark,
+            places[token.origin],
+        )
         for key, token in store.tokens.items()
-        if not store.was_ended(key, token)
+        if token.origin in places and not store.was_ended(key, token)
     ]
     buckets = {name.value: bucket.entries(mono) for name, bucket in store.buckets.items()}
     return _Content(
         written=wall,
-        origin=origin,
+        origins=origins,
         tokens=tokens,
         buckets=buckets,
         sessions=list(book.sessions),
@@ -139,23 +155,19 @@ def _collect(store: MemoryStore, book: MemoryBook, clock: Clock, origin: str) ->
     )
 
 
-def _restore(
-    content: _Content,
-    store: MemoryStore,
-    clock: Clock,
-    age: int,
-    floor: Callable[[int], int],
-) -> int:
+def _restore(content: _Content, store: MemoryStore, clock: Clock, age: int, terms: Terms) -> int:
     mono, wall = clock.mono(), clock.wall()
     for held in content.tokens:
         left = min(held.left, held.lifetime) - age
-        if left > 0:
+        origin = content.origins[held.origin]
+        if left > 0 and origin in terms.origins:
             store.tokens[held.key] = EmbedToken(
                 body=held.body,
                 dies_mono=mono + left,
                 dies_wall=wall + left,
                 lifetime=held.lifetime,
-                mark=max(held.mark, floor(held.lifetime)),
+                mark=max(held.mark, terms.floor(held.lifetime)),
+                origin=origin,
             )
     for name, entries in content.buckets.items():
         aged = {key: wait - age for key, wait in entries.items()}

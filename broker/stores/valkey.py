@@ -49,9 +49,9 @@ ENDED = b"ended "
 class ValkeyStore:
     """Buckets, tokens and leases on a server that replicas share.
 
-    `front` holds what was read; `counts` are told of decisions; `origin` names what signs new
-    tokens and `origins` whose are good; `carried` tells the microseconds that a bucket was charged
-    while the server was away; `ends` are those that are known here.
+    `front` holds what was read; `counts` are told of decisions; `origins` are those whose tokens
+    are good; `carried` tells the microseconds that a bucket was charged while the server was away;
+    `ends` are those that are known here.
     """
 
     def __init__(
@@ -64,14 +64,13 @@ class ValkeyStore:
         clock: Clock,
         counts: Mapping[LimitName, BucketCounts],
         replica: str,
-        origin: Callable[[], str],
         origins: Callable[[], frozenset[str]],
         carried: Callable[[LimitName, str], int],
         ends: KnownEnds,
     ) -> None:
         self._server = server
         self._names = names
-        self._front = Front(front, seal, clock, ends, origin, origins, self._put_back)
+        self._front = Front(front, seal, clock, ends, origins, self._put_back)
         self._limits = limits
         self._clock = clock
         self._counts = counts

@@ -5,7 +5,9 @@ secret, and know that client's tokens only: of any other they say what they say 
 
 `/v1/embed-tokens/verify` is asked by a proxy in front of a viewer (nginx `auth_request`, Envoy
 `ext_authz`, Caddy `forward_auth`) for each of the viewer's requests: any method, no body is read.
-Those who call it know three answers and no more: 200, 401, 403.
+Those who call it know three answers: 200, 401, 403.  The fourth is 503, where only a shared store
+that is away could tell: nobody is let in (nginx makes 500 of it), and nobody is told that a good
+token is bad.
 
 A URI in a header is the proxy's word about what its client asked for, so it counts from trusted
 proxies only, and so does what follows the route's own path, where Envoy puts it.  Wherever a token

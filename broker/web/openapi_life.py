@@ -8,6 +8,7 @@ from broker.web.openapi_parts import COMMON_HEADERS, errors, header, json
 _VERIFY_ERRORS: Mapping[int, str] = {
     401: "No token, two that differ, or one that is not good; the message says why",
     403: "A good token, but of another agent than the one required",
+    503: "Only the shared store could tell, which is away: let nobody in",
 }
 
 _FORM_ERRORS: Mapping[int, str] = {
@@ -20,9 +21,15 @@ _FORM_ERRORS: Mapping[int, str] = {
     429: "Too many failed attempts from this address",
 }
 
+_INTROSPECT_ERRORS: Mapping[int, str] = {
+    **_FORM_ERRORS,
+    503: "Only the shared store could tell, which is away",
+}
+
 _REVOKE_ERRORS: Mapping[int, str] = {
     **_FORM_ERRORS,
-    503: "More sessions were ended within an hour than can be remembered",
+    503: "Nothing was ended: the shared store is away, or more sessions were ended within an hour"
+    " than can be remembered",
 }
 
 
@@ -66,7 +73,7 @@ def introspect(reference: Mapping[str, Any]) -> dict[str, Any]:
                 "headers": COMMON_HEADERS,
                 "content": json({"anyOf": [reference["ActiveToken"], reference["InactiveToken"]]}),
             },
-            **errors(reference, _FORM_ERRORS),
+            **errors(reference, _INTROSPECT_ERRORS),
         },
     }
 

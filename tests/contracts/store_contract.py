@@ -89,6 +89,7 @@ def token_at(opened: Opened, lifetime: int = HOUR) -> EmbedToken:
         dies_wall=wall + lifetime,
         lifetime=lifetime,
         mark=lifetime // 5,
+        origin="a key",
     )
 
 

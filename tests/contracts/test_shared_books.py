@@ -48,16 +48,29 @@ PATIENT = 5.0
 class Opened(OpenedBook):
     """A book on a server, by the system's clock."""
 
-    def __init__(self, book: SharedBook, server: Server, on: AnyServer) -> None:
+    def __init__(self, book: SharedBook, server: Server, on: AnyServer, store: "Ends") -> None:
         self.book = book
         self.server = server
         self.on = on
+        self.store = store
 
     def wall(self) -> int:
         return SystemClock().wall()
 
     async def pass_time(self, seconds: float) -> None:
         await sleep(seconds)
+
+
+class Ends:
+    """Takes note of visitors that were ended."""
+
+    def __init__(self) -> None:
+        self.visitors: list[tuple[str, str]] = []
+
+    async def end_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
+        """As a store does."""
+        assert keys
+        self.visitors.append((client, fingerprint))
 
 
 @asynccontextmanager
@@ -71,7 +84,9 @@ async def opened_on(
     names = Names(derive(key, "key names"), "test")
     remote = ValkeyBook(server, names, Box(key, "sessions in a shared store"), most, clock)
     try:
-        yield Opened(SharedBook(remote, MemoryBook(most, clock), closed=closed), server, on)
+        store = Ends()
+        book = SharedBook(remote, MemoryBook(most, clock), store, closed=closed)
+        yield Opened(book, server, on, store)
     finally:
         await server.close()
 
@@ -195,7 +210,7 @@ class TestWhileTheServerIsAway:
     """Row S1: the policy holds, and nothing is lost or brought back."""
 
     async def test_S1_local_goes_on_with_what_is_known_here(self) -> None:
-        """Own records are found; whoever asks for one after the return finds it everywhere."""
+        """Own tokens are known; whoever asks for one after the return finds it everywhere."""
         with store_server(valkey_binary()) as server:
             async with opened_on(server) as opened, opened_on(server) as other:
                 before = await recorded(opened, token="before")
@@ -203,10 +218,10 @@ class TestWhileTheServerIsAway:
                 await fails(opened.book.page(EVERYTHING, Place(), 10))
                 during = await recorded(opened, token="during")
                 for session in (before, during):
-                    assert await opened.book.find(session.session_id) == session
+                    await fails(opened.book.find(session.session_id))
                     assert await opened.book.find_token(session.digest) == session
                     assert not await opened.book.ended(session.session_id)
-                assert await other.book.find(before.session_id) is None
+                await fails(other.book.find_token(before.digest))
                 await fails(opened.end(before))
                 server.start()
                 await back(opened, other)
@@ -237,6 +252,51 @@ class TestWhileTheServerIsAway:
                     assert await one.book.find(made[0].session_id) is None
                     assert await one.book.find_token(made[0].digest) is None
                 assert "unwritten=0" in repr(opened.book)
+
+    async def test_N21_local_does_not_say_that_there_is_none(self) -> None:
+        """A token, a session, a list: what is not known here may be known to the server."""
+        with store_server(valkey_binary()) as server:
+            async with opened_on(server) as opened, opened_on(server) as other:
+                session = await recorded(other, token="t")
+                server.kill()
+                await fails(opened.book.find(session.session_id))
+                await fails(opened.book.find("never"))
+                await fails(opened.book.find_token(session.digest))
+                await fails(opened.book.disown(session.digest, session.client))
+                await fails(opened.book.page(EVERYTHING, Place(), 10))
+                server.start()
+                await back(opened)
+                assert await opened.book.find("never") is None
+                assert await opened.book.find_token(session.digest) is None, "it kept nothing"
+
+    async def test_N21_a_token_that_was_ended_before_its_record_came_is_ended(self) -> None:
+        """Made while one replica was cut off; ended at another, which cannot know it yet.
+
+        A stranger's wish ends nothing.
+        """
+        with store_server(valkey_binary()) as server:
+            async with opened_on(server) as opened, opened_on(server) as other:
+                server.kill()
+                mine, theirs = [await recorded(opened, token=t, client="web") for t in "ab"]
+                server.start()
+                await back(other)
+                assert await other.book.disown(mine.digest, "web") is None
+                assert await other.book.disown(theirs.digest, "stranger") is None
+                await back(opened)
+                await opened.book.catch_up()
+                for one in (opened, other):
+                    assert await one.book.ended(mine.session_id)
+                    assert await one.book.find_token(mine.digest) is None
+                    assert await one.book.find(theirs.session_id) == theirs
+                    assert not await one.book.ended(theirs.session_id)
+                assert opened.store.visitors == [("web", mine.fingerprint)]
+
+    async def test_N21_a_record_that_comes_while_it_is_missed_is_found(self) -> None:
+        """The note is written before the second look: one of the two sees the other."""
+        with store_server(valkey_binary()) as server:
+            async with opened_on(server) as opened, opened_on(server) as other:
+                session = await recorded(opened, token="t")
+                assert await other.book.disown(session.digest, session.client) == session
 
     async def test_S1_closed_refuses(self) -> None:
         """503 and when to come back, for every question."""

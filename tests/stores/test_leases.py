@@ -34,6 +34,7 @@ def token_of(replica: Replica, lease: Lease, lifetime: int = HOUR) -> EmbedToken
         mark=lifetime // 5,
         version=lease.fence,
         epoch=lease.epoch,
+        origin="a key",
     )
 
 
@@ -755,6 +756,28 @@ async def test_G8_a_token_of_another_key_or_issuer_is_not_adopted(valkey: StoreS
             assert isinstance(lease, Lease)
             reader.store.abandon(ask, ask.key, lease, None)
             assert reader.errors == {}
+
+
+async def test_N20_a_token_keeps_the_name_of_its_key_whoever_writes_it(valkey: StoreServer) -> None:
+    """Put back after the key was turned, it is still the old key's: gone with that.
+
+    And one whose key is dropped while it is written is not held in front.
+    """
+    valkey.flush()
+    ask, good = ask_of(), ["a key", "a new key"]
+    async with opened(Replica(valkey.address, limits_of(), origins=good)) as one:
+        await keep(one, ask, await lead(one, ask))
+        valkey.flush()
+        assert await found(one, ask) is not None, "from the front, and put back"
+        await one.settled()
+        for origins, is_there in ((good, True), (["a new key"], False)):
+            async with opened(Replica(valkey.address, limits_of(), origins=origins)) as reader:
+                assert (await found(reader, ask) is not None) == is_there
+        good.remove("a key")
+        other = ask_of()
+        await keep(one, other, await lead(one, other))
+        assert one.front.find(other.key) is None
+        assert await found(one, other) is None
 
 
 def with_other_seal(replica: Replica) -> Replica:

@@ -12,7 +12,7 @@ import pytest
 
 from broker.model import Secret
 from broker.stores.failures import Elsewhere, Forgotten, Reason, StoreFailed, why
-from broker.stores.link import LONGEST_REPLY, Conversation, Link, Reply, Target
+from broker.stores.link import LONGEST_REPLY, Conversation, Link, Reply, Route, Target
 from broker.stores.scripts import command
 
 TIMEOUT = 0.1
@@ -353,8 +353,8 @@ async def test_a_conversation_that_was_over_is_told_to_who_opens_it(node: Node) 
     """Its end came before the link knew of it: it must not wait for ever behind a dead one."""
 
     class Gone(Target, frozen=True):
-        async def connect(self, make: "Callable[[], Conversation]") -> Conversation:
-            talk = await super().connect(make)
+        async def connect(self, make: "Callable[[], Conversation]", route: Route) -> Conversation:
+            talk = await super().connect(make, route)
             talk.close()
             await asyncio.sleep(0.01)
             return talk

@@ -65,7 +65,12 @@ def save(
 ) -> int:
     """Save, with sessions where a test is about them."""
     return snapshot.save(
-        path, key, store, MemoryBook(1000, clock) if book is None else book, clock, origin
+        path,
+        key,
+        store,
+        MemoryBook(1000, clock) if book is None else book,
+        clock,
+        frozenset({origin}),
     )
 
 
@@ -101,6 +106,7 @@ def some_token(clock: FakeClock, lifetime: int = HOUR) -> EmbedToken:
         dies_wall=clock.wall() + lifetime,
         lifetime=lifetime,
         mark=secrets.randbelow(lifetime),
+        origin=ORIGIN,
     )
 
 
@@ -450,6 +456,48 @@ def test_the_tokens_of_another_issuer_do_not_come_back(clock: FakeClock, path: P
     key, (store, _, _) = new_key(), lived_in(clock)
     save(path, key, store, clock, "local elsewhere")
     assert_ignored(path, key, clock, r"^of another issuer")
+
+
+def test_N20_each_token_comes_back_with_the_key_that_signed_it(
+    clock: FakeClock, path: Path
+) -> None:
+    """Of two keys one is taken out: its tokens stay out, what else there was comes back."""
+    key, (store, ask, token) = new_key(), lived_in(clock)
+    other = some_ask()
+    store.tokens[other.key] = msgspec.structs.replace(token, origin="local dropped")
+    book = MemoryBook(1000, clock)
+    book.restore([], {"ended": "web"})
+    both = frozenset({ORIGIN, "local dropped"})
+    assert snapshot.save(path, key, store, book, clock, both) == 2
+    new, new_book = store_of(clock), MemoryBook(1000, clock)
+    assert load(path, key, new, clock, TERMS, new_book) == 1
+    assert new.tokens.find(ask.key) == token
+    assert new.tokens.find(other.key) is None
+    assert new_book.marks == {"ended": "web"}
+    assert new.charge_mint(ask) is not None, "the bucket is as exhausted as before"
+
+
+def test_N20_a_token_of_a_dropped_key_is_not_even_saved(clock: FakeClock, path: Path) -> None:
+    """Held by accident, for an issuer that no longer stands behind it."""
+    key, (store, _, token) = new_key(), lived_in(clock)
+    store.tokens[some_ask().key] = msgspec.structs.replace(token, origin="local dropped")
+    store.tokens[some_ask().key] = msgspec.structs.replace(token, origin="")
+    assert save(path, key, store, clock, ORIGIN) == 1
+
+
+def test_G9_no_token_of_an_ended_visitor_is_held_after_a_restart(
+    clock: FakeClock, path: Path
+) -> None:
+    """What was held for them at the moment of the end is not sealed; a stranger's is."""
+    key, (store, ask, token) = new_key(), lived_in(clock)
+    other = some_ask()
+    store.tokens[other.key] = token
+    asyncio.run(store.end_visitor(ask.client, ask.fingerprint))
+    assert save(path, key, store, clock, ORIGIN) == 1
+    new = store_of(clock)
+    assert load(path, key, new, clock, TERMS) == 1
+    assert new.tokens.find(ask.key) is None
+    assert new.tokens.find(other.key) is not None
 
 
 def test_G9_what_was_ended_stays_ended(path: Path, clock: FakeClock) -> None:

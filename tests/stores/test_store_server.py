@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typing_extensions import override
 
+from broker import scrape
+from broker.board import Board
 from broker.metrics import STORE_ERRORS, Metrics
 from broker.rules.breaker import Outcome, StoreHealth
 from broker.stores.failures import Elsewhere, Forgotten, Reason, StoreFailed, error_of
-from broker.stores.link import Reply
+from broker.stores.link import Reply, Target
 from broker.stores.nodes import Nodes, call
 from broker.stores.scripts import Script
 from broker.stores.server import Operation, Server
@@ -44,7 +46,7 @@ class Answering(Nodes):
         return self.answer(packed)
 
     @override
-    def dedicated(self) -> "object":  # type: ignore[override]
+    def anywhere(self) -> Target:
         raise NotImplementedError
 
     def fail(self, reason: Reason) -> None:
@@ -287,3 +289,26 @@ def test_a_single_failure_after_successes_never_opens(
             assert event is Outcome.FAILED
             assert row >= 5 or calls + 1 >= 5
             assert 0 < health.wait(now) <= SECOND // 2
+
+
+@pytest.mark.parametrize("reason", [Reason.TIMEOUT, Reason.SCRIPT, Reason.CONNECTION])
+async def test_the_duration_counts_what_failed(reason: Reason) -> None:
+    """As the metric's help says: to the answer or the failure.  A call that is not made has none."""
+    shop = Shop()
+    await shop.ask()
+    shop.nodes.fail(reason)
+    await shop.ask()
+    assert counted(shop) == 2
+    while not shop.server.is_away:
+        await shop.ask()
+    before = counted(shop)
+    assert await shop.ask() is Reason.CONNECTION
+    assert counted(shop) == before
+
+
+def counted(shop: Shop) -> float:
+    """Return how many calls were timed."""
+    sheet = shop.metrics.sheet
+    registry = scrape.registry(sheet.families, Board([sheet.cells]), lambda: None)
+    name = "broker_store_duration_seconds_count"
+    return registry.get_sample_value(name, {"operation": "visit"}) or 0.0

@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import AsyncIterator
+from typing import Any
 from urllib.parse import urlencode
 
 import pytest
@@ -202,6 +203,35 @@ class TestEnding:
         assert (await look(edge, path, "DELETE")).status == 404
         (event,) = edge.events("broker.session_ended")
         assert (event["session"], event["by"]) == (minted.session, "operator")
+
+    async def test_N21_all_of_a_visitor_s_are_ended_by_the_retry_of_an_end_that_failed(
+        self, edge: Edge
+    ) -> None:
+        """The session that was named goes last: by it the others are found again.
+
+        However many were over before the store went away: 503, and then none is left.
+        """
+        for broken_at in (1, 2, 3):
+            fingerprint = visitor()
+            made = [await edge.ask(fingerprint, agent=agent) for agent in ("A1", "A2", "A3")]
+            path = f"{PATH}/{made[1].session}"
+            end_visitor, calls = edge.app.store.end_visitor, 0
+
+            async def away(*who: str, at: int = broken_at, end: Any = end_visitor) -> None:
+                nonlocal calls
+                calls += 1
+                if calls == at:
+                    raise ServiceUnavailable("the shared store is away", 1_000_000)
+                await end(*who)
+
+            edge.app.store.end_visitor = away  # type: ignore[method-assign]
+            refused = await look(edge, path, "DELETE", scope="visitor")
+            assert (refused.status, calls) == (503, broken_at)
+            again = await look(edge, path, "DELETE", scope="visitor")
+            assert again.json == {"ended": 3 - (broken_at - 1)}
+            assert (await look(edge, fingerprint=fingerprint)).json["sessions"] == []
+            assert [await good(edge, each.token) for each in made] == [False] * 3
+            edge.app.store.end_visitor = end_visitor  # type: ignore[method-assign]
 
     async def test_one_session_of_a_visitor_or_all_of_them(self, edge: Edge) -> None:
         """`scope=visitor` ends what the visitor has with other agents, too; nobody else's."""

@@ -1,0 +1,211 @@
+"""Subscriptions: every message once, whatever comes with it; one that is silent is made anew."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+import structlog
+from servers import StoreServer
+
+from broker.stores import news
+from broker.stores.address import Access, StoreAddress
+from broker.stores.nodes import Nodes, nodes_at
+from broker.stores.scripts import command
+
+pytestmark = pytest.mark.parts
+
+PATIENT = 20.0
+"""Seconds for what should happen at once, on a machine that is busy."""
+
+
+class Wire:
+    """A relay to a server: it can stop to deliver what comes from there, and stay connected."""
+
+    def __init__(self, to: str) -> None:
+        self._to = to
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.port = 0
+        self.subscriptions = 0
+        self.is_deaf = False
+
+    async def open(self) -> None:
+        """Listen."""
+        self._server = await asyncio.start_server(self._talk, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def close(self) -> None:
+        """Cut all connections."""
+        assert self._server is not None
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        there, back = await asyncio.open_unix_connection(self._to)
+        listens = asyncio.Event()
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._forward(reader, back, listens))
+                await self._deliver(there, writer, listens)
+                raise ConnectionResetError
+        except* ConnectionError:
+            pass
+        finally:
+            writer.close()
+            back.close()
+
+    async def _forward(
+        self, reader: asyncio.StreamReader, back: asyncio.StreamWriter, listens: asyncio.Event
+    ) -> None:
+        while data := await reader.read(1 << 16):
+            if b"SUBSCRIBE" in data:
+                self.subscriptions += 1
+                listens.set()
+            back.write(data)
+        raise ConnectionResetError
+
+    async def _deliver(
+        self, there: asyncio.StreamReader, writer: asyncio.StreamWriter, listens: asyncio.Event
+    ) -> None:
+        deaf = False
+        while data := await there.read(1 << 16):
+            deaf = deaf or (listens.is_set() and self.is_deaf)
+            if not deaf:
+                writer.write(data)
+
+
+class Ears:
+    """A subscriber on two channels, and what it heard."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        self.nodes = nodes
+        self.channels = [b"etb:wake:" + secrets.token_hex(8).encode(), b"etb:{x}:news"]
+        self.heard: list[tuple[bytes, bytes]] = []
+
+    def hear(self, channel: bytes, message: bytes) -> None:
+        """Keep it."""
+        self.heard.append((channel, message))
+
+    async def hears(self, server: StoreServer) -> None:
+        """Publish until something arrives."""
+        word = secrets.token_hex(8).encode()
+        async with asyncio.timeout(PATIENT):
+            while (self.channels[1], word) not in self.heard:
+                server.ask("PUBLISH", self.channels[1], word)
+                await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+async def wire(valkey: StoreServer) -> AsyncIterator[Wire]:
+    """The way to the server."""
+    wire = Wire(valkey.address.path)
+    await wire.open()
+    yield wire
+    await wire.close()
+
+
+@pytest.fixture
+async def ears(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Ears]:
+    """Somebody who listens by that way, and is impatient."""
+    monkeypatch.setattr(news, "SILENCE", 0.1)
+    monkeypatch.setattr(news, "PATIENCE", 1.0)
+    monkeypatch.setattr(news, "RETRY", 0.05)
+    nodes = nodes_at(StoreAddress(hosts=(("127.0.0.1", wire.port),)), Access(), PATIENT)
+    await nodes.open()
+    ears = Ears(nodes)
+    task = asyncio.create_task(news.listen(nodes, ears.channels, ears.hear))
+    yield ears
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await nodes.close()
+
+
+async def until(look: Callable[[], bool]) -> None:
+    """Look every few milliseconds until it is so."""
+    ends = time.monotonic() + PATIENT
+    while not look():
+        assert time.monotonic() < ends
+        await asyncio.sleep(0.02)
+
+
+def published(server: StoreServer) -> int:
+    """Count the messages that were published there."""
+    told = server.ask("INFO", "commandstats")
+    count: int = told["cmdstat_publish"]["calls"]
+    return count
+
+
+async def test_N26_a_subscription_that_delivers_nothing_is_made_anew(
+    ears: Ears, wire: Wire, valkey: StoreServer
+) -> None:
+    """Its connection lives and says nothing any more, while calls are answered as before."""
+    await ears.hears(valkey)
+    with structlog.testing.capture_logs() as told:
+        for round_ in range(2, 4):
+            wire.is_deaf = True
+            valkey.ask("PUBLISH", ears.channels[1], b"lost")
+            await until(lambda: any(e["event"] == "broker.news_silent" for e in told))
+            wire.is_deaf = False
+            await ears.hears(valkey)
+            assert wire.subscriptions >= round_
+            told.clear()
+
+
+async def test_N26_a_quiet_subscription_that_delivers_stays(
+    ears: Ears, wire: Wire, valkey: StoreServer
+) -> None:
+    """Its own words come back to it, and are no news to anybody."""
+    await ears.hears(valkey)
+    count = len(ears.heard)
+    before = published(valkey)
+    await until(lambda: published(valkey) >= before + 5)
+    assert wire.subscriptions == 1
+    assert len(ears.heard) == count
+
+
+async def test_N26_a_store_that_is_away_is_no_word_about_the_subscription(
+    ears: Ears, wire: Wire, valkey: StoreServer
+) -> None:
+    """Calls fail as well: the connection is left alone, and delivers again by itself."""
+    ears.nodes._link._timeout = 0.1  # type: ignore[attr-defined]
+    await ears.hears(valkey)
+    valkey.pause()
+    try:
+        await asyncio.sleep(1.0)
+    finally:
+        valkey.resume()
+    await ears.hears(valkey)
+    assert wire.subscriptions == 1
+
+
+async def test_a_flood_is_heard_in_full_and_in_order(ears: Ears, valkey: StoreServer) -> None:
+    """Ten thousand in one piece; others get their turn meanwhile."""
+    await ears.hears(valkey)
+    ears.heard.clear()
+    words = [b"%d" % number for number in range(10_000)]
+    longest, stop = 0, asyncio.Event()
+
+    async def tick() -> None:
+        nonlocal longest
+        while not stop.is_set():
+            before = len(ears.heard)
+            await asyncio.sleep(0)
+            longest = max(longest, len(ears.heard) - before)
+
+    ticking = asyncio.create_task(tick())
+    flood = b"".join(command(b"PUBLISH", ears.channels[1], word) for word in words)
+    _, writer = await asyncio.open_unix_connection(valkey.address.path)
+    writer.write(flood)
+    await until(lambda: len(ears.heard) >= len(words))
+    stop.set()
+    await ticking
+    assert [message for _, message in ears.heard] == words
+    assert longest <= 2 * news.AT_A_TIME
+    writer.close()
