@@ -131,7 +131,7 @@ class LineWriter:
         size = 0
         while item is not None:
             if isinstance(item, str):
-                line = item.encode("ascii", "backslashreplace")
+                line = item.encode("utf-8", "backslashreplace")
                 if size + len(line) > select.PIPE_BUF:
                     self._write_lines(lines)
                     lines, size = [], 0
@@ -153,7 +153,7 @@ class LineWriter:
         lost = self._lost
         head = b"\n" if self._torn else b""  # what was cut off stays a line of its own
         if lost > self._told and self.notice is not None:
-            head += self.notice(lost - self._told).encode("ascii", "backslashreplace")
+            head += self.notice(lost - self._told).encode("utf-8", "backslashreplace")
         done = self._put(head + b"".join(lines))
         if done:
             self._torn = False
