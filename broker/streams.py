@@ -37,8 +37,9 @@ LONGEST = 16_384
 """Characters of a line; a longer one is lost.  The longest of ours, a defect's, is a quarter."""
 
 LINGER = 0.005
-"""Seconds in which lines gather before they are written: to wake the thread costs as much as to
-write, so that one write for all halves the price of a line under load."""
+"""Seconds after a write in which lines gather: to wake the thread costs as much as to write, so
+that one write for all halves the price of a line under load.  A line that comes alone is written
+at once."""
 
 FLUSH = 0.5
 """Seconds that the end of a process waits for what can still be written."""
@@ -121,9 +122,8 @@ class LineWriter:
 
     def _work(self) -> None:
         while True:
-            item = self._queue.get()
+            self._write_from(self._queue.get())
             time.sleep(LINGER)
-            self._write_from(item)
 
     def _write_from(self, item: str | threading.Event | None) -> None:
         """Write this item and all that waits behind it."""
@@ -131,7 +131,7 @@ class LineWriter:
         size = 0
         while item is not None:
             if isinstance(item, str):
-                line = item.encode("ascii", "backslashreplace")
+                line = item.encode("utf-8", "backslashreplace")
                 if size + len(line) > select.PIPE_BUF:
                     self._write_lines(lines)
                     lines, size = [], 0
@@ -153,7 +153,7 @@ class LineWriter:
         lost = self._lost
         head = b"\n" if self._torn else b""  # what was cut off stays a line of its own
         if lost > self._told and self.notice is not None:
-            head += self.notice(lost - self._told).encode("ascii", "backslashreplace")
+            head += self.notice(lost - self._told).encode("utf-8", "backslashreplace")
         done = self._put(head + b"".join(lines))
         if done:
             self._torn = False

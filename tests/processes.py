@@ -166,6 +166,10 @@ class Broker:
         events = [_event(line) for line in lines]
         return [event for event in events if name in (None, event["event"])]
 
+    def logged(self, name: str, count: int) -> list[dict[str, Any]]:
+        """Return the events of one name once there are so many: an answer waits for no line."""
+        return self.wait_for(lambda: len(self.events(name)) >= count and self.events(name)) or []
+
     def wait_for(self, look: Callable[[], T]) -> T:
         """Return what `look` finds as soon as it finds something."""
 

@@ -419,6 +419,36 @@ class TestWhatIsLost:
         ids = [int(e["request_id"].split("-")[1], 16) for e in events if "request_id" in e]
         assert ids == sorted(ids)
 
+    def test_G12_a_reload_leaves_lines_that_wait_as_they_are(
+        self, tmp_path: Path, tree: Tree
+    ) -> None:
+        """Another format holds for what comes after it; nothing is lost, the order is kept."""
+        json_tree = merged(tree, {"log.format": "json", "log.level": "info"})
+        with (
+            pipe(SMALLEST_PIPE) as (reader, writer),
+            Deaf(tmp_path, json_tree, stderr=writer) as broker,
+        ):
+            os.close(writer)
+            broker.mint(60)
+            config = tmp_path / "broker.toml"
+            write(config, config.read_text().replace('"json"', '"console"'))
+            broker.process.send_signal(signal.SIGHUP)
+            wait_for(lambda: broker.metric(RELOADED) == 1)
+            broker.mint(60)
+            told = bytearray()
+
+            def read() -> None:
+                while piece := os.read(reader, 65536):
+                    told.extend(piece)
+
+            reading = threading.Thread(target=read)
+            reading.start()
+            assert broker.end() == 0
+            reading.join(PATIENCE)
+        lines = told.decode().splitlines()
+        assert [line.startswith("{") for line in lines] == [True] * 61 + [False] * (len(lines) - 61)
+        assert sum(" minted " in line for line in lines[61:]) == 60
+
 
 def minted_in(log: Path) -> int:
     """How many mints a log has whole lines of."""

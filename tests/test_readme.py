@@ -176,6 +176,7 @@ def test_every_other_command_is_a_known_one() -> None:
         pytest.param("tests/load/rolling", marks=pytest.mark.parts),
         "tests/bench/cpu.py",
         "tests/bench/life.py",
+        "tests/bench/logs.py",
         "tests/bench/memory.py",
         pytest.param("tests/bench/metrics.py", marks=pytest.mark.parts),
     ],

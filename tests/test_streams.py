@@ -1,6 +1,7 @@
 """The line writer against real descriptors: nothing is lost in silence, torn or out of order."""
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -162,6 +163,33 @@ def test_G12_an_end_waits_for_what_can_be_written_and_not_longer(tmp_path: Path)
     assert not stuck.flush(0.1)
     assert time.monotonic() - started < PATIENCE
     drain(reader, stuck, end)
+
+
+def test_N1_a_socket_is_a_log_like_any_other() -> None:
+    """As a service manager's journal gives one: read, then read no more, then gone."""
+    ours, theirs = socket.socketpair()
+    writer = writer_to(theirs.fileno())
+    with theirs:
+        writer.write("first\n")
+        assert ours.recv(100) == b"first\n"
+        for number in range(ROOM):
+            writer.write(f"{number} {'.' * 1000}\n")
+        assert not writer.flush(0.05)
+        ours.close()
+        assert writer.flush(PATIENCE)
+        assert writer.lost > ROOM / 2
+        before = writer.lost
+        writer.write("last\n")
+        assert writer.flush(PATIENCE)
+        assert writer.lost == before + 1
+
+
+def test_G12_a_text_is_written_as_it_is_and_one_that_is_none_escaped() -> None:
+    """Names of files may be in any language, and may be no text at all."""
+    reader, end = os.pipe()
+    writer = writer_to(end)
+    writer.write("caf\u00e9 \udcff\n")
+    assert drain(reader, writer, end) == "caf\u00e9 \\udcff\n"
 
 
 INTERRUPTED = """
