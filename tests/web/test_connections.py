@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import json
 import secrets
+import signal
 import socket
 import time
 from collections.abc import Awaitable, Iterator
@@ -29,7 +30,7 @@ from processes import (
     write,
 )
 
-from broker.settings import Duration, Settings
+from broker.settings import Settings
 from broker.web import server
 
 KEEP_ALIVE = 2.0
@@ -508,16 +509,18 @@ class TestTime:
         monkeypatch.setattr("broker.web.server.UNSENT_TIMEOUT", PATIENCE)
         async with serving() as edge:
             client = await _deaf(edge.port)
-            connection, _ = await _end_of(edge, "data", client)
-            reader, writer = await asyncio.open_connection(sock=client)
-            line = Line(reader, writer)
+            connection, transport = await _end_of(edge, "data", client)
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
             for n in range(2000):
-                line.send(request("GET", f"/{n}", [("X-Request-Id", f"n{n}")]))
+                client.sendall(request("GET", f"/{n}", [("X-Request-Id", f"n{n}")]))
+            await until(lambda: connection.writing_paused)
+            line = Line(*await asyncio.open_connection(sock=client))
             assert [(await line.answer()).header("X-Request-Id") for _ in range(2000)] == [
                 f"n{n}" for n in range(2000)
             ]
             assert connection.transport is not None
             assert not connection.writing_paused
+            assert connection._unsent_timer is None
             await line.close()
 
     @pytest.mark.parametrize("listener", LISTENERS)
@@ -539,18 +542,21 @@ class TestTime:
 
     @pytest.mark.parametrize("listener", LISTENERS)
     async def test_N4_a_request_that_came_in_time_to_a_busy_broker_is_answered(
-        self, monkeypatch: pytest.MonkeyPatch, listener: str
+        self, running: Running, listener: str
     ) -> None:
-        """The event loop stands still while the idle time ends: what the kernel has is read."""
-        monkeypatch.setattr("broker.checks.KEEP_ALIVE_BOUNDS", (Duration(0), Duration(10**6)))
-        async with serving({"server": {"keep_alive": "200ms"}}) as edge:
-            line = await edge.connect(port=edge.port if listener == "data" else edge.admin_port)
+        """It stands still while the idle time ends: what the kernel has for it is read first."""
+        line = await connected(port_of(running, listener))
+        line.send(request("GET", "/livez"))
+        assert (await line.answer()).status == 200
+        running.broker.send(signal.SIGSTOP)
+        try:
             line.send(request("GET", "/livez"))
-            assert (await line.answer()).status == 200
-            line.send(request("GET", "/livez"))
-            time.sleep(0.4)  # noqa: ASYNC251 - this is the loop that stands still
-            assert (await line.answer()).status == 200
-            assert await ended(line) == b""
+            await line.writer.drain()
+            await asyncio.sleep(KEEP_ALIVE + 0.5)
+        finally:
+            running.broker.send(signal.SIGCONT)
+        assert (await line.answer()).status == 200
+        assert await ended(line) == b""
 
 
 async def _embed_script(running: Running) -> int:
