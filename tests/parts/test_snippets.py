@@ -267,7 +267,7 @@ class _Failing(BaseHTTPRequestHandler):
             self.wfile.write(b'{"success":true')
         if asked["fingerprint"] in {SILENT, HALF}:
             assert isinstance(self.server, Unwell)
-            self.server.over.wait(60)
+            self.server.over.wait()
 
     def log_message(self, *_: object) -> None: ...
 
