@@ -254,8 +254,22 @@ def _note_unused_key(settings: Settings) -> None:
         )
 
 
+def _resolved(settings: Settings) -> dict[str, str]:
+    """Say of keys that are left out what is used in their place."""
+    notes = {}
+    local, upstream = settings.issuer.local, settings.issuer.upstream
+    if settings.issuer.kind == "local" and not local.signing_key and len(local.keys) == 1:
+        notes["issuer.local.signing_key"] = f"the only key signs: {next(iter(local.keys))}"
+    variable = next((name for name in config.VENDOR_VARIABLES if os.environ.get(name)), None)
+    given = upstream.api_secret or upstream.api_secret_files
+    if settings.issuer.kind == "upstream" and variable and not given:
+        notes["issuer.upstream.api_secret"] = f"the key in {variable} is used"
+    return notes
+
+
 def _config_show(arguments: argparse.Namespace) -> int:
-    tell(schema.show(_settings(arguments)).removesuffix("\n"))
+    settings = _settings(arguments)
+    tell(schema.show(settings, _resolved(settings)).removesuffix("\n"))
     return EX_OK
 
 

@@ -6,7 +6,7 @@ Knows the settings tree and TOML's words for it; does not know where a tree come
 import re
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any, Literal, get_args, get_origin
 
 import msgspec
@@ -43,23 +43,38 @@ def build(tree: Mapping[str, Any]) -> Settings:
         raise ConfigError(explain(Settings, tree, (), error)) from None
 
 
-def show(settings: Settings) -> str:
-    """Render the effective settings as TOML, secrets masked."""
+def show(settings: Settings, notes: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Render the effective settings as TOML, secrets masked.
+
+    What is inherited is a comment: read back, it is inherited still.  `notes` are further comments,
+    by the path of a key.
+    """
     lines: list[str] = []
-    _render(msgspec.to_builtins(settings, enc_hook=encode), (), lines)
+    _render(msgspec.to_builtins(settings, enc_hook=encode), (), {}, notes, lines)
     return "\n".join(lines).strip() + "\n"
 
 
-def _render(table: Mapping[str, Any], path: tuple[str, ...], lines: list[str]) -> None:
+def _render(
+    table: Mapping[str, Any],
+    path: tuple[str, ...],
+    inherited: Mapping[str, Any],
+    notes: Mapping[str, str],
+    lines: list[str],
+) -> None:
+    """Append a table; in an override, `inherited` is the table that has what it leaves out."""
     plain = {k: v for k, v in table.items() if not isinstance(v, Mapping)}
     if path and (plain or not table):
         lines.append(f"\n[{'.'.join(_toml_key(part) for part in path)}]")
     for key, value in plain.items():
         shown = f"# {key} is not set" if value is None else f"{key} = {_toml(value)}"
-        lines.append(shown)
+        if value is None and key in inherited:
+            shown = f"# {key} = {_toml(inherited[key])}, inherited"
+        note = notes.get(".".join((*path, key)))
+        lines.append(f"{shown}  # {note}" if note else shown)
     for key, value in table.items():
         if isinstance(value, Mapping):
-            _render(value, (*path, key), lines)
+            above = table if key == "overrides" else inherited
+            _render(value, (*path, key), above, notes, lines)
 
 
 def _toml(value: object) -> str:

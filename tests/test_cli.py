@@ -232,6 +232,20 @@ class TestUsage:
             assert by_name.returncode == by_module.returncode
             assert (by_name.stdout, by_name.stderr) == (by_module.stdout, by_module.stderr)
 
+    def test_show_says_what_is_used_for_keys_that_are_left_out(self, path: str) -> None:
+        """The key that signs, and the variable that holds the vendor's; never a value of it."""
+        key = secrets.token_urlsafe(24)
+        shown = run("config", "show", "--config", path, BITHUMAN_API_SECRET=key).stdout.decode()
+        assert 'signing_key = ""  # the only key signs: one\n' in shown
+        assert "BITHUMAN_API_SECRET" not in shown  # it signs by itself
+        relay = {"BROKER_ISSUER__KIND": "upstream", "BITHUMAN_API_KEY": key}
+        shown = run("config", "show", "--config", path, **relay).stdout.decode()
+        assert "# api_secret is not set  # the key in BITHUMAN_API_KEY is used\n" in shown
+        assert key not in shown
+        given = {**relay, "BROKER_ISSUER__UPSTREAM__API_SECRET": key}
+        shown = run("config", "show", "--config", path, **given).stdout.decode()
+        assert 'api_secret = "**********"\n' in shown
+
     def test_reader_that_has_seen_enough_is_no_error(self, path: str) -> None:
         """`broker config show | head -1` ends without a word."""
         read, to_nobody = socket.socketpair()

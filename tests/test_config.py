@@ -572,6 +572,26 @@ class TestShow:
         path = Path(write(tmp_path / "shown.toml", schema.show(settings)))
         assert config.load(path, {}, {}) == settings
 
+    def test_says_what_an_override_inherits(self) -> None:
+        """As comments with the value: what is left out of a file goes on following the limit."""
+        overrides = {"A1": {"rate": 5.5}, "A2": {"per": "2m", "burst": 1, "dry_run": False}}
+        tree = {"limits": {"agent": {"rate": 60, "dry_run": True, "overrides": overrides}}}
+        shown = schema.show(config.from_tree(tree))
+        tables = {text.partition("]")[0]: text.splitlines()[1:] for text in shown.split("\n[")}
+        assert tables["limits.agent.overrides.A1"][:4] == [
+            "rate = 5.5",
+            '# per = "1m", inherited',
+            "# burst = 1000, inherited",
+            "# dry_run = true, inherited",
+        ]
+        assert tables["limits.agent.overrides.A2"][:4] == [
+            "# rate = 60.0, inherited",
+            'per = "2m"',
+            "burst = 1",
+            "dry_run = false",
+        ]
+        assert "inherited" not in "".join(tables["limits.agent"] + tables["limits.fingerprint"])
+
     def test_G7_masks_every_secret(self) -> None:
         """A canary in each place for a secret is not in the output, and all places are."""
         canary = secrets.token_urlsafe(32)

@@ -28,6 +28,7 @@ SWITCH = {
 """How a family is switched off in a namespace."""
 
 V4, V6 = "127.0.0.1", "::1"
+CONFIG = Path(__file__).parents[1] / "config"
 THERE = {"both": [V4, V6], "no IPv6": [V4], "no IPv4": [V6]}
 
 HOSTS = "127.0.0.1 localhost\n::1 localhost\n::1 v6.test\n"
@@ -282,3 +283,15 @@ def test_N7_an_asterisk_is_answered_with_what_to_write() -> None:
     """Other servers write it for every address."""
     with pytest.raises(ValueError, match=r'write "\[::\]:8080"'):
         parse_address("*:8080")
+
+
+def test_N7_the_shipped_files_serve_both_families() -> None:
+    """Containers and pods may have either: none of the files is for IPv4 alone."""
+    texts = {
+        file.relative_to(CONFIG).as_posix(): file.read_text(encoding="utf-8")
+        for file in CONFIG.rglob("*")
+        if file.is_file()
+    }
+    assert [name for name, text in texts.items() if "0.0.0.0:" in text] == []
+    for name in ("container/broker.toml", "kubernetes/gateway.yaml", "kubernetes/sidecar.yaml"):
+        assert '"[::]:' in texts[name]

@@ -12,8 +12,9 @@ from urllib.parse import unquote_plus
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-_ABSOLUTE = re.compile(r"(?:http|ws)s?://[^/@\\\s]+(?:/.*)?", re.IGNORECASE | re.DOTALL)
-"""Without user and password: what stands before an @ is read as the host by some."""
+_ABSOLUTE = re.compile(r"(?:http|ws)s?://[^/@\\\s]+/.*", re.IGNORECASE | re.DOTALL)
+"""Without user and password, for some read as the host what stands before an @; and with a path: a
+proxy that puts a client's `Host` before the request's target may have been told `h?token=...`."""
 
 _PORT = r"(?::(?:[0-9]{1,5}|_[A-Za-z0-9._-]{1,64}))?"
 _BRACKETED = re.compile(rf"\[([^\]]+)\]{_PORT}")

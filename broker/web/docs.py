@@ -72,8 +72,9 @@ _INDEX_PAGE = """<!doctype html>
 <title>embed-token-broker (development)</title>
 <link rel="icon" href="data:,">
 <style>
-body {{ font: 1rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: 3rem auto; padding: 0 1rem;
-  color-scheme: light dark; }}
+:root {{ color-scheme: light dark; background: Canvas; color: CanvasText; }}
+body {{ font: 1rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: 3rem auto;
+  padding: 0 1rem; }}
 code {{ overflow-wrap: anywhere; }}
 </style>
 </head>

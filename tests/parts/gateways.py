@@ -217,6 +217,16 @@ def gateway(
         yield f"http://127.0.0.1:{entrance}"
 
 
+@contextmanager
+def nginx(text: str, folder: Path, entrance: int) -> Iterator[str]:
+    """Run nginx with a site of the test's own; yields its URL."""
+    file = folder / "site.conf"
+    file.write_text(text, encoding="utf-8")
+    url = f"http://127.0.0.1:{entrance}"
+    with daemon(_command("nginx", file, folder), folder / "site.log", f"{url}/", any_status=True):
+        yield url
+
+
 def logged(kind: str, folder: Path) -> str:
     """Return everything that the proxy wrote."""
     names = (f"{kind}.log", "embed-viewer.log", "embed-viewer-error.log", "nginx-error.log")

@@ -1,8 +1,10 @@
 """The interactive document in a real browser: a token by hand, and nothing from elsewhere."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from browsing import Visit
@@ -61,3 +63,33 @@ def test_the_index_leads_to_pages_that_work(running: Broker, browser: Browser) -
         assert answer.ok, link
     assert visit.foreign(running.url) == []
     assert visit.complaints == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_index_can_be_read(
+    running: Broker, browser: Browser, scheme: Literal["light", "dark"]
+) -> None:
+    """Text and links stand out from what is behind them (WCAG 2.2 AA), in the dark too."""
+    visit = Visit(browser, scheme=scheme)
+    visit.page.goto(running.url)
+    behind, *inks = visit.page.evaluate(
+        """() => [
+          getComputedStyle(document.documentElement).backgroundColor,
+          ...Array.from(document.querySelectorAll("h1, p, li, code, a"),
+            (element) => getComputedStyle(element).color),
+        ]"""
+    )
+    assert "rgba" not in behind, "what shows through is the browser's, and no one's to measure"
+    assert (luminance(behind) < 0.5) == (scheme == "dark")
+    assert len(inks) > 10
+    for ink in set(inks):
+        low, high = sorted((luminance(behind), luminance(ink)))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, (behind, ink)
+    visit.close()
+
+
+def luminance(colour: str) -> float:
+    """Return the relative luminance of `rgb(R, G, B)`, as WCAG defines it."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)]
+    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue

@@ -1,11 +1,13 @@
 """A viewer behind real proxies that ask the broker: the shipped files, rows O2 and O5."""
 
 import re
+import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import aiohttp
 import httpx
@@ -13,7 +15,8 @@ import jwt
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from gateways import AGENT, KINDS, Broker, Site, brokers, gateway, logged
+from gateways import AGENT, KINDS, Broker, Site, brokers, gateway, logged, nginx
+from running import free_port
 
 pytestmark = pytest.mark.parts
 
@@ -128,6 +131,88 @@ def test_N5_visitors_with_many_cookies_get_through(guarded: Guarded) -> None:
             assert good.status_code == 200, good.text
             bad = client.request(method, f"{guarded.url}/?token=bad", content=content)
             assert bad.status_code == 401, bad.text
+
+
+INGRESS = """
+server {{
+    listen 127.0.0.1:{entrance};
+    large_client_header_buffers 4 32k;
+    location / {{
+        auth_request /_auth;
+        auth_request_set $session $upstream_http_x_embed_session;
+        proxy_set_header X-Embed-Session $session;
+        proxy_pass http://127.0.0.1:{viewer};
+    }}
+    location = /_auth {{
+        internal;
+        proxy_pass_request_body off;
+        proxy_set_header Content-Length "";
+        proxy_set_header Cookie "";
+        proxy_set_header X-Original-URL $scheme://$http_host$request_uri;
+        proxy_set_header X-Original-Method $request_method;
+        proxy_set_header X-Forwarded-For $remote_addr;
+        proxy_pass http://127.0.0.1:{broker}/v1/embed-tokens/verify;
+    }}
+}}
+"""
+"""How ingress-nginx asks: all of the client's headers, and the URL whole, by its `Host`."""
+
+FRAGMENT = "/v?token={}#&token=bad"
+
+
+def asked_with(url: str, host: str, target: str) -> int:
+    """Ask with a Host and a target as they stand, which a client of HTTP would mend."""
+    address = urlsplit(url)
+    assert address.hostname is not None
+    with socket.create_connection((address.hostname, address.port or 80), timeout=20) as line:
+        line.sendall(f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        return int(line.makefile("rb").readline().split()[1])
+
+
+def test_N6_a_viewer_behind_ingress_nginx(tmp_path: Path) -> None:
+    """The token is found in the absolute URL; a client that lends it another one gets nowhere."""
+    entrance = free_port()
+    with brokers(Broker(tmp_path)) as (broker,), Site() as viewer:
+        text = INGRESS.format(entrance=entrance, viewer=viewer.port, broker=broker.port)
+        with nginx(text, tmp_path, entrance) as url:
+            good = broker.token()
+            token = good["token"]
+            for method in ("GET", "POST"):
+                cookies = {"Cookie": BROWSING["Cookie"]}
+                answer = httpx.request(method, f"{url}/v?token={token}", headers=cookies)
+                assert answer.status_code == 200, answer.text
+                told = dict(answer.json()["headers"])
+                assert told["x-embed-session"] == good["session_id"]
+            assert asked_with(url, "h", f"/v?token={token}") == 200
+            viewer.seen.clear()
+            for name in ("X-Original-URI", "X-Forwarded-Uri"):
+                lent = httpx.get(f"{url}/v", headers={name: f"/v?token={token}"})
+                assert lent.status_code == 401
+            for host in ("h", f"h?token={token}&", f"h?token={token}#", f"h/?token={token}", "u@h"):
+                assert 400 <= asked_with(url, host, "/v") < 500, host
+            for target in (
+                "/v?token=bad&token={}",
+                "/v?token={}#",
+                FRAGMENT,
+                "/v?token={};token=bad",
+            ):
+                assert asked_with(url, "h", target.format(token)) == 401, target
+            assert viewer.seen == []
+
+
+@pytest.mark.parametrize("target", ["/v?token={}#", FRAGMENT, "/v#?token={}"])
+def test_O5_a_fragment_in_a_request_opens_nothing(guarded: Guarded, target: str) -> None:
+    """Some viewers would end the query there, others would read on: none is asked with it."""
+    host = urlsplit(guarded.url).netloc
+    good = guarded.broker.token()["token"]
+    assert asked_with(guarded.url, host, f"/v?token={good}") == 200
+    before = len(guarded.viewer.seen)
+    status = asked_with(guarded.url, host, target.format(good))
+    seen = [asked["path"] for asked in guarded.viewer.seen[before:]]
+    if seen:  # a proxy may take the sign for a letter of the path, and then writes it as one
+        assert seen == [f"/v%23?token={good}"]
+    else:
+        assert 400 <= status < 500
 
 
 def expired(broker: Broker) -> str:

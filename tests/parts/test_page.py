@@ -391,7 +391,14 @@ class TestTrouble:
         return told
 
     @pytest.mark.parametrize(
-        ("status_code", "code"), [(429, "RATE_LIMITED"), (503, "SERVICE_UNAVAILABLE")]
+        ("status_code", "code"),
+        [
+            (429, "RATE_LIMITED"),
+            (503, "SERVICE_UNAVAILABLE"),
+            (500, "INTERNAL_ERROR"),
+            (502, "BAD_GATEWAY"),
+            (504, "TIMEOUT"),
+        ],
     )
     def test_a_passing_refusal_is_tried_once_more(
         self, site: Website, visit: Visit, status_code: int, code: str
@@ -403,6 +410,38 @@ class TestTrouble:
         connected(page)
         assert len(site.asked) == 2
         assert self.told(page) == [[code, status_code, True]]
+
+    @pytest.mark.parametrize("chance", [0.0, 0.4, 0.9])
+    def test_the_second_try_comes_up_to_a_second_later_by_chance(
+        self, site: Website, visit: Visit, chance: float
+    ) -> None:
+        """All pages of a site are refused at the same moment: they must not come again at one."""
+        site.prepared.append(refusal(503, "SERVICE_UNAVAILABLE", 5))
+        page = visit.page
+        page.clock.install()
+        page.add_init_script(f"Math.random = () => {chance};")
+        page.goto(site.show(site.tag()))
+        page.clock.pause_at(page.evaluate("Date.now()") + 1000)
+        page.get_by_role("button", name=LABEL).click()
+        expect(page.get_by_role("status")).to_have_text("The avatar is busy. Next try in 5 s.")
+        page.clock.run_for(5000 + round(chance * 1000) - 50)
+        page.wait_for_timeout(300)  # what must not be asked would be on its way
+        assert len(site.asked) == 1
+        with page.expect_request("**/avatar-token"):
+            page.clock.run_for(100)
+        page.clock.resume()
+        connected(page)
+        assert len(site.asked) == 2
+
+    def test_an_unwell_backend_is_asked_twice_and_no_more(
+        self, site: Website, visit: Visit
+    ) -> None:
+        """500 without `Retry-After`, again and again: two requests, then a button."""
+        site.prepared += [Answer("", {}, 500)] * 3
+        page = self.opened(site, visit)
+        expect(page.get_by_role("button", name="Try again")).to_be_visible(timeout=30_000)
+        assert len(site.asked) == 2
+        assert self.told(page) == [["HTTP_500", 500, True], ["HTTP_500", 500, False]]
 
     def test_closing_while_it_waits_opens_nothing_later(self, site: Website, visit: Visit) -> None:
         """The retry that was under way ends, and its token is kept for the next click."""
@@ -479,7 +518,7 @@ class TestTrouble:
         expect(page.locator("iframe")).to_have_count(3)
         assert len(site.asked) == 2
 
-    @pytest.mark.parametrize("status_code", [401, 403, 409, 500])
+    @pytest.mark.parametrize("status_code", [401, 403, 409, 501])
     def test_a_refusal_that_stays_is_not_tried_again(
         self, site: Website, visit: Visit, status_code: int
     ) -> None:
@@ -644,3 +683,51 @@ class TestMessages:
         page.evaluate("new Promise((done) => setTimeout(done))")  # messages come in their order
         assert len(page.frames) == 3
         assert len(site.asked) == 1
+
+
+ATTRIBUTES = {
+    'data-agent="A1" data-token-uri="/t"': [
+        "data-token-uri: unknown",
+        "data-token-url: missing",
+    ],
+    'data-agent="A1" data-tokenUrl="/t" data-token="x.y.z"': ["data-tokenurl: unknown"],
+    'data-token-url="/t"': ["data-agent: missing"],
+    'data-agnt="A1" data-token-url="/t"': [
+        "data-agnt: unknown",
+        "data-agent: missing",
+    ],
+    'data-agnt="A1"': ["data-agnt: unknown"],
+    'data-agent="" data-token-url="/t"': ["data-agent: missing"],
+    'data-agent="A 1" data-token-url="/t"': ["data-agent: must match /^[\\w-]{1,64}$/"],
+    'data-agent="A1"': ["data-token-url: missing"],
+    'data-agent="A1" data-token-url="http://x.example/"': [
+        "data-token-url: must be https or of this origin"
+    ],
+    'data-agent="A1" data-token-url="/t" data-mode="Dialog"': [
+        "data-mode: must match /^(button|dialog|inline|none)$/"
+    ],
+    'data-agent="A1" data-token="a b"': ["data-token: must match /^[\\w.~+/=-]{0,4096}$/"],
+    'data-agent="A1" data-token-url="/t" data-embed-origin="https://x/"': [
+        "data-embed-origin: must be an origin: https or localhost"
+    ],
+    'data-agent="A1" data-token-url="/t" data-viewer-origins="y"': [
+        "data-viewer-origins: must be an origin: https or localhost"
+    ],
+    "": [],
+    'nonce="n" id="x" data-agent="A1" data-token-url="/t"': [],
+}
+"""What a page may get wrong, and what its console says of it."""
+
+
+@pytest.mark.parametrize("attributes", ATTRIBUTES)
+def test_the_console_names_the_attribute_that_is_unknown_missing_or_wrong(
+    site: Website, visit: Visit, attributes: str
+) -> None:
+    """One line for each; nothing where nothing is wrong, nor for a tag that wants the functions."""
+    page = visit.page
+    page.goto(
+        site.show(f'<script src="{site.broker.url}/embed.js" {attributes}></script>'),
+        wait_until="load",
+    )
+    page.evaluate("EmbedBroker.fingerprint()")
+    assert visit.complaints == [f"embed.js: {told}" for told in ATTRIBUTES[attributes]]

@@ -6,10 +6,13 @@ import re
 import secrets
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import jwt
@@ -40,11 +43,16 @@ serve(app)
 
 WSGI = """
 import os
-from wsgiref.simple_server import make_server
+from socketserver import ThreadingMixIn
+from wsgiref.simple_server import WSGIServer, make_server
+
+
+class Threads(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
 
 
 def serve(app):
-    make_server("127.0.0.1", int(os.environ["PORT"]), app).serve_forever()
+    make_server("127.0.0.1", int(os.environ["PORT"]), app, Threads).serve_forever()
 
 """
 
@@ -191,7 +199,7 @@ def _listens(url: str) -> bool:
 def ask(url: str, fingerprint: object) -> httpx.Response:
     """Ask as embed.js does."""
     body = {"agent_id": "IGNORED", "fingerprint": fingerprint}
-    return httpx.post(url, json=body, timeout=30)
+    return httpx.post(url, json=body, timeout=60)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -225,13 +233,70 @@ def test_a_route_hands_out_tokens_and_passes_refusals_on(
         assert int(refused.headers["Retry-After"]) >= 1
 
 
-@pytest.mark.parametrize("name", ["Node", "Go", "PHP"])
-def test_a_route_survives_a_broker_that_is_not_there(tmp_path: Path, name: str) -> None:
-    """502 where the snippet says so: frameworks answer 500 by themselves."""
-    command = BACKENDS[name](tmp_path)
-    absent = f"http://127.0.0.1:{free_port()}"
-    with serving(command, tmp_path, absent, "x") as url:
-        assert ask(url, "beefbeef").status_code == 502
+class Unwell(ThreadingHTTPServer):
+    """Stands in the place of a broker that fails in the way that the fingerprint names."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Failing)
+        self.over = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.shutdown()
+        self.server_close()
+
+
+class _Failing(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if asked["fingerprint"] == HALF:  # a head, the half of a body, and silence
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b'{"success":true')
+        if asked["fingerprint"] in {SILENT, HALF}:
+            assert isinstance(self.server, Unwell)
+            self.server.over.wait()
+
+    def log_message(self, *_: object) -> None: ...
+
+
+GONE, SILENT, HALF = "aaaaaaaa", "bbbbbbbb", "cccccccc"
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_route_is_502_where_the_broker_is_down_or_slow(
+    tmp_path: Path, request: pytest.FixtureRequest, name: str
+) -> None:
+    """With Retry-After, so that the page tries again; a silent broker holds nobody for ever.
+
+    The three ways to be slow are asked at the same time: each takes the timeout of the snippet.
+    """
+    needs = {"packages": request.getfixturevalue("packages")} if name == "Express" else {}
+    command = BACKENDS[name](tmp_path, **needs)
+    with serving(command, tmp_path, f"http://127.0.0.1:{free_port()}", "x") as url:
+        told = [ask(url, "beefbeef")]
+    with (
+        Unwell() as unwell,
+        serving(command, tmp_path, unwell.url, "x") as url,
+        ThreadPoolExecutor() as threads,
+    ):
+        told += threads.map(lambda way: ask(url, way), (GONE, SILENT, HALF))
+    for way, answer in zip(("down", GONE, SILENT, HALF), told, strict=True):
+        assert answer.status_code == 502, (way, answer.text)
+        assert answer.headers["Retry-After"] == "2", way
+        assert "success" not in answer.text
 
 
 def test_the_curl_line_is_the_one_that_the_broker_prints(running: Broker) -> None:

@@ -248,6 +248,11 @@ def test_N6_no_uri_is_another_exception(uri: str) -> None:
         *("https://h#?token=a", "/?token=a#", "//h/#&token=b?token=a"),
         *("https://u:p@h/?token=a", "https://u@h?token=a", r"https://h\@x/?token=a"),
         *("ftp://h/?token=a", "javascript:x?token=a", "https:/h?token=a", "https:?token=a"),
+        *(
+            "https://h?token=a",
+            "https://h?token=a&/viewer",
+            "https://h:443?token=a&/viewer?token=a",
+        ),
         *("https://?token=a", "https:///x?token=a", "h/x?token=a", "x?token=a", " /?token=a"),
         *("/?token=a;b", "/?a;token=b", "/?token=a&x=;token=b"),
     ],
@@ -265,7 +270,7 @@ def test_N6_a_uri_that_is_read_in_two_ways_is_not_read(uri: str) -> None:
             "/?token=a",
             "?token=a",
             "//x?token=a",
-            "https://h?token=a",
+            "https://h/?token=a",
             "HTTPS://h:8443/x@y?token=a",
         ),
         *(

@@ -14,6 +14,9 @@
   const PATIENCE = 30; // s that may be waited
   const EXPIRED = "TOKEN_EXPIRED";
 
+  const DEFAULTS = { agent: "", token: "", tokenUrl: "", mode: "button",
+    embedOrigin: "https://www.bithuman.ai", viewerOrigins: "" };
+
   const texts = {
     label: "Talk to the avatar",
     title: "Talking avatar",
@@ -59,8 +62,6 @@
     if (code === "CONFIG") console.error(`embed.js: ${message}`);
   }
 
-  // -- what a page may ask for
-
   const PATTERNS = {
     agent: /^[\w-]{1,64}$/,
     token: /^[\w.~+/=-]{0,4096}$/,
@@ -79,30 +80,28 @@
   }
 
   function check(given) {
-    const options = { token: "", mode: "button", embedOrigin: "https://www.bithuman.ai",
-      viewerOrigins: "", ...texts, ...given };
-    const demand = (fine, name, rule) => {
-      if (!fine) throw failure("CONFIG", `data-${name}: must ${rule}`);
+    const options = { ...DEFAULTS, ...texts, ...given };
+    const { agent, token, tokenUrl, embedOrigin, viewerOrigins } = options;
+    const demand = (fine, name, value, rule) => {
+      if (!fine) throw failure("CONFIG", `data-${name}: ${value ? `must ${rule}` : "missing"}`);
     };
     for (const name in PATTERNS) {
-      demand(PATTERNS[name].test(options[name] ?? ""), name, `match ${PATTERNS[name]}`);
+      demand(PATTERNS[name].test(options[name]), name, options[name], `match ${PATTERNS[name]}`);
     }
-    const { agent, token, tokenUrl, embedOrigin, viewerOrigins } = options;
-    demand(tokenUrl ? safeOrigin(tokenUrl) : token, "token-url", "be https or of this origin");
-    options.origins = `${embedOrigin} ${viewerOrigins}`.trim().split(" ");
-    for (const origin of options.origins) {
-      demand(safeOrigin(origin) === origin, "embed-origin", "be an origin: https or localhost");
-    }
+    const route = tokenUrl ? safeOrigin(tokenUrl) : token;
+    demand(route, "token-url", tokenUrl, "be https or of this origin");
+    options.origins = `${embedOrigin} ${viewerOrigins}`.trim().split(/\s+/);
+    options.origins.forEach((origin, index) => {
+      const name = index ? "viewer-origins" : "embed-origin";
+      demand(safeOrigin(origin) === origin, name, 1, "be an origin: https or localhost");
+    });
     options.slot = slots[[agent, tokenUrl, token]] ??= {
       token, skew: 0, ends: endOf(token, !tokenUrl) };
     return options;
   }
 
-  // -- who the visitor is
-
   let device;
 
-  // In memory where storage is blocked.
   function fingerprint() {
     try {
       device ??= localStorage.getItem("avatar-device");
@@ -117,11 +116,9 @@
     return device;
   }
 
-  // -- tokens: one request at a time, one retry
+  const slots = {};
 
-  const slots = {}; // by options
-
-  // In ms; `alone` by its life only: the device's clock may be off. Unsaid counts as good.
+  // In ms; `alone`: by its life, for the device's clock may be off.
   function endOf(token, alone) {
     try {
       const claims = token.split(".")[1].replace(/-/g, "+").replace(/_/g, "/");
@@ -155,7 +152,7 @@
       emit("token", { agent, session: slot.session, expires: slot.ends });
       return slot.token;
     } catch (error) {
-      const wait = error.retryAfter; // undefined: never
+      const wait = error.retryAfter;
       Object.assign(slot, { error, free: Date.now() + wait * 1000 });
       const retrying = !retried && wait <= PATIENCE;
       report(error, agent, retrying);
@@ -186,11 +183,9 @@
     if (ok && token) return { token, session, skew, ends: expires * 1000 || endOf(token) };
     const code = ok ? "NO_TOKEN" : body?.error?.code ?? `HTTP_${status}`;
     const wait = Number(headers.get("Retry-After")) || 2;
-    const retryAfter = /429|50[234]/.test(status) ? wait : undefined;
+    const retryAfter = /429|50[0234]/.test(status) ? wait : undefined;
     throw failure(code, `${status} ${code} from ${tokenUrl}`, { status, retryAfter });
   }
-
-  // -- what the visitor sees
 
   function make(name, properties, ...children) {
     const element = Object.assign(document.createElement(name), properties);
@@ -217,7 +212,7 @@
     const panel = make(inline ? "section" : "dialog", {
       className: `panel ${mode}`,
       ariaLabel: title,
-      onclose: () => panel.open || close(), // it comes late
+      onclose: () => panel.open || close(),
       onkeydown({ key }) {
         if (key === "Escape") close();
       },
@@ -228,7 +223,7 @@
       bar.hidden = !visible;
       launcher.style.visibility = visible ? "hidden" : "";
       const way = mode === "dialog" ? "showModal" : "show";
-      panel[visible ? way : "close"]?.(); // inline has neither
+      panel[visible ? way : "close"]?.();
       (visible ? closer : launcher).focus();
     }
 
@@ -297,8 +292,7 @@
       if (retrying) open(true);
     }
 
-    // The usual reason for an empty frame.
-    function blocked({ effectiveDirective, disposition, blockedURI }) {
+      function blocked({ effectiveDirective, disposition, blockedURI }) {
       if (disposition !== "enforce" || effectiveDirective !== "frame-src") return;
       if (!frame || loaded || !origins.includes(safeOrigin(blockedURI))) return;
       stop("FRAME_BLOCKED", "frame-src must allow the viewer");
@@ -339,13 +333,17 @@
     return widget;
   }
 
-  // -- the page's side
-
   let first; // for getToken() without options
   const getToken = async (given = first) => obtain(check(given));
 
   function start(script) {
     const { dataset } = script;
+    let known;
+    for (const name in dataset) {
+      if (name in { ...DEFAULTS, ...texts }) known = true;
+      else console.warn(`embed.js: data-${name.replace(/[A-Z]/g, "-$&").toLowerCase()}: unknown`);
+    }
+    if (!known) return; // for its functions
     first ??= dataset;
     try {
       if (check(dataset).mode !== "none") mount(script, dataset);
@@ -356,7 +354,7 @@
   }
 
   window.EmbedBroker = Object.freeze({ fingerprint, getToken, mount, start, texts });
-  if (!tag?.dataset.agent) return;
+  if (!tag) return;
   if (document.body) start(tag);
   else addEventListener("DOMContentLoaded", () => start(tag));
 })();
