@@ -353,8 +353,7 @@ class Supervisor:
             process.workers.of(row).set(0)  # until it says otherwise
             if not was_quiet:
                 log.warning("broker.worker_silent", worker=child.index, pid=child.pid)
-        server = self._settings.server
-        if pulse.is_hung(server.drain_lead.seconds + server.drain.seconds + GRACE):
+        if pulse.is_hung(self._settings.server.drain.seconds + GRACE):
             self._end_hung(child, "silent" if child.is_ready else "never ready")
 
     def _end_hung(self, child: Child, reason: str) -> None:
