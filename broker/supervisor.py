@@ -189,9 +189,10 @@ class Supervisor:
             settings = self._told
             try:
                 child = await Child.start(self._begin(index, settings))
-                reason, lived = await self._attend(child, settings), child.lived
             except OSError as error:
                 reason, lived = f"cannot be started: {error.strerror}", 0.0
+            else:
+                reason, lived = await self._attend(child, settings), child.lived
             if self._stopping.is_set():
                 return
             delay = restarts.delay(delay, lived)
