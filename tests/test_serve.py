@@ -591,7 +591,7 @@ class TestSnapshot:
         Sees a drain that does not wait for flights without a caller.
         """
         async with FakeVendor(VendorSettings(latency=2.0)) as vendor:
-            paid = write(tmp_path / "vendor", vendor.secret + "\n")
+            paid = write(tmp_path / "vendor", vendor.secret.reveal() + "\n")
             relay = {
                 "kind": "upstream",
                 "upstream": {"base_url": vendor.url, "api_secret_files": [paid]},
