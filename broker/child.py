@@ -112,7 +112,6 @@ class Child:
         """Wait for its end; returns its exit code, or minus the signal that ended it."""
         code = await self._process.wait()
         await self._listening
-        self._channel.close()
         return code
 
     def usage(self) -> Usage | None:
@@ -132,6 +131,7 @@ class Child:
             self.is_ready = False
             self._met.set()
             self._answers.put_nowait(None)  # whoever waits for an answer waits in vain
+            self._channel.close()
 
     def _hear(self, report: Report) -> None:
         match report:

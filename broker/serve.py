@@ -34,7 +34,7 @@ ONE_WISH = 1.0
 process and to its group, a terminal to everybody in the foreground."""
 
 CLOSING = 10.0
-"""Seconds beyond `drain_lead` and `drain` in which a process that was asked to stop has ended: it
+"""Seconds beyond `drain` in which a process that was asked to stop has ended: it
 closes connections, says farewell to the store, writes a snapshot.  Then it is ended, whatever
 hangs."""
 
@@ -76,7 +76,7 @@ async def _serve(settings: Settings, load: Callable[[], Settings], *, dev: bool)
     kind = Supervisor if settings.server.workers > 1 else App
     app = kind(settings, load, os.environ, dev=dev)
     # first: a signal that meets the start must not kill half a process
-    Ending(app, settings.server.drain_lead.seconds + settings.server.drain.seconds).obey()
+    Ending(app, settings.server.drain.seconds).obey()
     try:
         await app.start()
     except CannotListen as error:

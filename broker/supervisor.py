@@ -194,9 +194,10 @@ class Supervisor:
             settings = self._told
             try:
                 child = await Child.start(self._begin(index, settings))
-                reason, lived = await self._attend(child, settings), child.lived
             except OSError as error:
                 reason, lived = f"cannot be started: {error.strerror}", 0.0
+            else:
+                reason, lived = await self._attend(child, settings), child.lived
             if self._stopping.is_set():
                 return
             delay = restarts.delay(delay, lived)
@@ -358,8 +359,7 @@ class Supervisor:
             process.workers.of(row).set(0)  # until it says otherwise
             if not was_quiet:
                 log.warning("broker.worker_silent", worker=child.index, pid=child.pid)
-        server = self._settings.server
-        if pulse.is_hung(server.drain_lead.seconds + server.drain.seconds + GRACE):
+        if pulse.is_hung(self._settings.server.drain.seconds + GRACE):
             self._end_hung(child, "silent" if child.is_ready else "never ready")
 
     def _end_hung(self, child: Child, reason: str) -> None:

@@ -297,11 +297,12 @@ BROKER = Dashboard(
                 Panel(
                     title="Workers",
                     unit="short",
-                    description="Workers that run, and how many were replaced in the last hour. "
-                    "Alert: BrokerWorkersRestart.",
+                    description="Workers that run, and how many were replaced in the last hour, "
+                    "those that hung among them. Alerts: BrokerWorkersRestart, BrokerWorkerHung.",
                     queries={
                         "{{instance}} running": "broker_workers{@}",
                         "{{instance}} replaced": "increase(broker_worker_restarts_total{@}[1h])",
+                        "{{instance}} hung": "increase(broker_worker_hangs_total{@}[1h])",
                     },
                 ),
                 Panel(
@@ -340,11 +341,12 @@ BROKER = Dashboard(
                 Panel(
                     title="Configuration reloads",
                     unit="short",
-                    description="In the last hour. After a failure the old settings are in force. "
-                    "Alert: BrokerReloadFailed.",
+                    description="In the last hour. After a failure the old settings are in force, "
+                    "as long as the last one is shown as failed. Alert: BrokerReloadFailed.",
                     queries={
                         "{{outcome}}": "sum by (outcome) "
-                        "(increase(broker_config_reloads_total{@}[1h]))"
+                        "(increase(broker_config_reloads_total{@}[1h]))",
+                        "{{instance}} failed last": "broker_config_reload_failed{@}",
                     },
                     colours={"success": "green", "failure": "red"},
                 ),
@@ -366,6 +368,15 @@ BROKER = Dashboard(
                     description="In the last hour, because standard error was full, gone or "
                     "failed. Alert: BrokerLogDropsLines.",
                     queries={"{{instance}}": "increase(broker_log_lines_dropped_total{@}[1h])"},
+                ),
+                Panel(
+                    title="Background tasks restarted",
+                    unit="short",
+                    description="In the last hour, by task: each ended by an exception, which the "
+                    "log names. Alert: BrokerBackgroundTaskRestarted.",
+                    queries={
+                        "{{instance}} {{task}}": "increase(broker_background_restarts_total{@}[1h])"
+                    },
                 ),
             ],
         ),

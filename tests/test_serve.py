@@ -39,6 +39,8 @@ from processes import (
     write,
 )
 
+from broker.testing import FakeVendor, VendorSettings
+
 CONFIG = Path(__file__).parent.parent / "config"
 MINTED = 'broker_mint_duration_seconds_count{issuer="local",outcome="minted"}'
 ROOMY: Tree = {"rate": 1_000_000, "burst": 1_000_000}
@@ -301,7 +303,40 @@ async def reloaded(broker: Broker, to: Tree | str) -> dict[str, Any]:
     return await asyncio.to_thread(broker.reload)
 
 
+async def operator_gets(caller: Caller, secret: str) -> int:
+    """Ask for a visitor's sessions as the operator; returns the status."""
+    url = f"{caller.admin_url}/v1/sessions?fingerprint={visitor(0)}"
+    async with caller.http.get(url, headers={"api-secret": secret}) as answer:
+        return answer.status
+
+
 class TestReload:
+    async def test_O7_takes_over_a_rotated_admin_secret(self, tmp_path: Path, tree: Tree) -> None:
+        """The file changed: the old secret opens nothing any more.
+
+        Sees a reload that leaves the operator's clients out.
+        """
+        admin = secret_file(tmp_path / "admin")
+        old = secret_in(admin)
+        with Broker.configured(tmp_path, merged(tree, {"admin.secret_file": admin})) as broker:
+            async with Caller(broker, client_secret(tree)) as caller:
+                assert await operator_gets(caller, old) == 200
+                new = secret_in(secret_file(tmp_path / "admin"))
+                await until(lambda: len(broker.events("broker.reloaded")) == 1)
+                assert [await operator_gets(caller, s) for s in (old, new)] == [401, 200]
+
+    async def test_a_failed_one_is_told_until_it_is_mended(
+        self, tmp_path: Path, tree: Tree
+    ) -> None:
+        """By a gauge, so that an alert lasts as long as the fault; a defect counts as well."""
+        with Broker.configured(tmp_path, tree) as broker:
+            async with Caller(broker, client_secret(tree)) as caller:
+                seen = [await caller.metric("broker_config_reload_failed")]
+                for text in ("[server\n", toml(tree)):
+                    await reloaded(broker, text)
+                    seen.append(await caller.metric("broker_config_reload_failed"))
+        assert seen == [0, 1, 0]
+
     async def test_O7_loses_no_request(self, tmp_path: Path, tree: Tree) -> None:
         """SIGHUP under load: clients and keys rotate without a gap, and every token verifies."""
         in_use = [client_secret(tree)]
@@ -549,6 +584,33 @@ class TestSnapshot:
             assert after.events("broker.snapshot_loaded")[0]["tokens"] == visitors + 1
         assert changed == []
         assert not (tmp_path / "snapshot").exists()
+
+    async def test_V12_a_mint_that_its_caller_has_left_is_kept(
+        self, tmp_path: Path, lasting: Tree
+    ) -> None:
+        """It is paid for: the drain waits for it, and the next start hands it out.
+
+        Sees a drain that does not wait for flights without a caller.
+        """
+        async with FakeVendor(VendorSettings(latency=2.0)) as vendor:
+            paid = write(tmp_path / "vendor", vendor.secret.reveal() + "\n")
+            relay = {
+                "kind": "upstream",
+                "upstream": {"base_url": vendor.url, "api_secret_files": [paid]},
+            }
+            tree = put(lasting, "issuer", relay)
+            with Broker.configured(tmp_path, tree) as before:
+                async with Caller(before, client_secret(tree)) as caller:
+                    asking = asyncio.ensure_future(caller.ask(visitor(1)))
+                    await until(lambda: len(vendor.journal.calls) == 1)
+                    asking.cancel()
+                    await asyncio.wait([asking])
+                    assert await asyncio.to_thread(before.end) == 0
+                assert before.events("broker.snapshot_saved")[0]["tokens"] == 1
+            with Broker.configured(tmp_path, tree) as after:
+                async with Caller(after, client_secret(tree)) as caller:
+                    assert await caller.token(visitor(1))
+            assert len(vendor.journal.calls) == 1
 
     async def test_is_ignored_with_one_line_when_it_is_not_good(
         self, tmp_path: Path, lasting: Tree

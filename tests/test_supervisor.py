@@ -323,6 +323,28 @@ class TestSupervisor:
             await until_true(lambda: says(503, "no_worker"))
             await until_true(lambda: says(200, "ok"))
 
+    async def test_one_worker_without_the_store_leaves_the_instance_ready(
+        self, tmp_path: Path
+    ) -> None:
+        """It refuses by itself (`on_error` is "closed"); balancers look away when all of them do.
+
+        Sees `all` becoming `any` where the workers' rows are put together.
+        """
+        async with supervised(crew_of(tmp_path, 2, store__on_error="closed")) as supervisor:
+            degraded = supervisor.metrics.store.degraded
+            states = []
+            for without in ((), (1,), (2,), (1, 2)):
+                for index in (1, 2):
+                    degraded.of(supervisor._board.rows[index]).set(index in without)
+                supervisor._note_store()
+                states.append((supervisor._health.state, supervisor._health.ready))
+            assert states == [
+                ("ok", True),
+                ("degraded", True),
+                ("degraded", True),
+                ("no_store", False),
+            ]
+
     async def test_workers_run_this_broker_and_not_one_that_lies_about(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

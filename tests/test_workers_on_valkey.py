@@ -20,7 +20,7 @@ from processes import (
     wait_for,
 )
 from redis import Redis
-from test_serve import client_secret, visitor
+from test_serve import client_secret, operator_gets, visitor
 from test_workers import Crew, ask_all
 
 pytestmark = pytest.mark.parts
@@ -84,6 +84,21 @@ async def test_a_visitor_has_one_token_whichever_worker_answers(tmp_path: Path, 
             await ask_all(crew, caller, visitors=1)
             assert await caller.token(visitor(0)) == token
             assert await caller.metric('broker_requests_total{outcome="minted"}') == 1
+
+
+async def test_O7_a_rotated_admin_secret_is_taken_over(tmp_path: Path, tree: Tree) -> None:
+    """By the supervisor, who has the admin listener: the old secret opens nothing any more.
+
+    Sees the supervisor's reload leaving the routes of the operator out.
+    """
+    admin = secret_file(tmp_path / "admin")
+    old = secret_in(admin)
+    with Workers.on(tmp_path, merged(tree, {"admin.secret_file": admin})) as crew:
+        async with Caller(crew, client_secret(tree)) as caller:
+            assert await operator_gets(caller, old) == 200
+            new = secret_in(secret_file(tmp_path / "admin"))
+            await asyncio.to_thread(crew.wait_for, lambda: crew.events("broker.reloaded"))
+            assert [await operator_gets(caller, s) for s in (old, new)] == [401, 200]
 
 
 async def test_O8_no_limit_loosens_when_a_worker_is_killed(tmp_path: Path, tree: Tree) -> None:

@@ -63,6 +63,7 @@ class Broker:
         log = self.log
         assert code == 0, log
         assert "broker.defect" not in log
+        assert "broker.background_restarted" not in log
         assert "Traceback" not in log
         assert self.secret not in log
 

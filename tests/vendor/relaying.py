@@ -392,7 +392,8 @@ async def broker_before(
             await house.http.close()
             app.stop()
             await app.run()
-        assert "broker.defect" not in log.getvalue(), log.getvalue()
+        for bug in ("broker.defect", "broker.background_restarted"):
+            assert bug not in log.getvalue(), log.getvalue()
         assert len(app.desk.flights) == 0
 
 

@@ -318,7 +318,8 @@ async def serving(
         finally:
             app.stop()
             await app.run()
-        assert edge.defects_expected or "broker.defect" not in log.getvalue(), log.getvalue()
+        for bug in ("broker.defect", "broker.background_restarted"):
+            assert edge.defects_expected or bug not in log.getvalue(), log.getvalue()
         assert len(app.desk.flights) == 0
         await _settle(before)
 

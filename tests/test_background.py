@@ -1,0 +1,238 @@
+"""What runs beside the requests of a whole broker: killed in each place, and back in each."""
+
+import asyncio
+import os
+import secrets
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import until, wait_for
+from servers import StoreServer
+from test_supervisor import crew_of, supervised
+from web.edge import Edge, serving
+
+from broker.board import Counter
+from broker.supervisor import Supervisor
+from broker.tasks import BackgroundTask, aside
+
+
+class Odd(BaseException):
+    """Not an Exception."""
+
+
+FAILURES = [ValueError, BrokenPipeError, asyncio.CancelledError, Odd]
+
+
+class Bomb:
+    """Stands in for a function: fails once, and counts how often it is called afterwards."""
+
+    def __init__(self, owner: Any, name: str, failure: type[BaseException]) -> None:
+        self._real = getattr(owner, name)
+        self._failure: type[BaseException] | None = failure
+        self.calls = 0
+        setattr(owner, name, self._call)
+
+    def _call(self, *given: Any, **named: Any) -> Any:
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        self.calls += 1
+        return self._real(*given, **named)
+
+
+PLACES: dict[BackgroundTask, Callable[[Edge], tuple[Any, str]]] = {
+    BackgroundTask.HOUSEKEEPING: lambda edge: (edge.app, "_tidy"),
+    BackgroundTask.BEAT: lambda edge: (edge.app.metrics.process, "beat"),
+    BackgroundTask.PACING: lambda edge: (edge.app._paced, "_serve_next"),
+    BackgroundTask.HEARTBEATS: lambda edge: (_sharing(edge).fleet, "beat"),
+    BackgroundTask.LEASES: lambda edge: (_sharing(edge)._remote.leases, "renew"),
+    BackgroundTask.RECORDS: lambda edge: (_sharing(edge).book, "catch_up"),
+    BackgroundTask.SUBSCRIPTION: lambda edge: (_sharing(edge)._remote, "heard_news"),
+    BackgroundTask.WATCHED_FILES: lambda edge: (edge.app._files, "changed"),
+    BackgroundTask.RELOADS: lambda edge: (edge.app, "reload"),
+}
+"""In which function each task of a process with a shared store and a budget is hit."""
+
+
+def _sharing(edge: Edge) -> Any:
+    assert edge.app.sharing is not None
+    return edge.app.sharing
+
+
+async def _cause(edge: Edge, name: BackgroundTask) -> None:
+    """Bring about what a task waits for, over and over."""
+    while True:
+        if name is BackgroundTask.SUBSCRIPTION:
+            channel = _sharing(edge).names.channel
+            packed = b"*3\r\n$7\r\nPUBLISH\r\n$%d\r\n%s\r\n$1\r\nx\r\n" % (len(channel), channel)
+            await _sharing(edge).server.nodes.command(channel, packed)
+        elif name is BackgroundTask.RELOADS:
+            edge.app.want_reload()
+        elif name is BackgroundTask.PACING:
+            await edge.ask(fresh=True)
+        await asyncio.sleep(0.05)
+
+
+class Heart:
+    """Stands in for the gauge of a worker's beat."""
+
+    def __init__(self, gauge: Any, failure: type[BaseException]) -> None:
+        self._gauge = gauge
+        self.bomb = Bomb(self, "_set", failure)
+
+    def _set(self, value: float) -> None:
+        self._gauge.set(value)
+
+    def set(self, value: float) -> None:
+        self._set(value)
+
+
+@pytest.mark.parts
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("name", PLACES, ids=lambda name: name.value)
+async def test_N2_a_task_that_is_killed_comes_back(
+    valkey: StoreServer, name: BackgroundTask, failure: type[BaseException]
+) -> None:
+    """It does its work again, is counted once under its name, and the log names the error.
+
+    A subscription whose connection fails is begun anew by itself, which is no defect.
+    """
+    known = name is BackgroundTask.SUBSCRIPTION and issubclass(failure, OSError)
+    tree = {
+        "store": {"url": valkey.url, "encryption_key": secrets.token_urlsafe(48)},
+        "issuer": {"budget": {"rate": 6000, "per": "60s", "burst": 10}},
+    }
+    async with serving(tree) as edge:
+        edge.defects_expected = True
+        owner, attribute = PLACES[name](edge)
+        if name is BackgroundTask.BEAT:
+            edge.app.metrics.process.beat = heart = Heart(owner.beat, failure)
+            edge.app._background.start(name, edge.app._beat)
+            bomb = heart.bomb
+        else:
+            bomb = Bomb(owner, attribute, failure)
+        causing = asyncio.ensure_future(_cause(edge, name))
+        await until(lambda: bomb.calls >= 2)
+        causing.cancel()
+        await asyncio.wait([causing])
+        counts = {task: c.value for task, c in edge.app.metrics.process.background.items()}
+        told = edge.events("broker.background_restarted")
+    assert counts == {task: float(task is name and not known) for task in BackgroundTask}
+    expected = [] if known else [(name.value, failure.__name__)]
+    assert [(e["task"], e["error"]) for e in told] == expected
+
+
+SUPERVISED: dict[BackgroundTask, str] = {
+    BackgroundTask.HOUSEKEEPING: "_publish",
+    BackgroundTask.WORKER_WATCH: "_look_at",
+    BackgroundTask.RELOADS: "_roll",
+    BackgroundTask.WORKERS: "_note_met",
+}
+"""In which method of the supervisor each of its tasks is hit."""
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("name", SUPERVISED, ids=lambda name: name.value)
+async def test_N2_the_supervisor_goes_on(
+    tmp_path: Path, name: BackgroundTask, failure: type[BaseException]
+) -> None:
+    """Workers are replaced and watched, reloads are heard, whatever happened before."""
+    async with supervised(crew_of(tmp_path, 1)) as supervisor:
+        bomb = Bomb(supervisor, SUPERVISED[name], failure)
+        if name is BackgroundTask.WORKERS:
+            first = supervisor._children[1]
+            first.kill()
+            await until(lambda: _is_served(supervisor) and supervisor._children[1] is not first)
+            await until(lambda: bomb.calls >= 1)
+        else:
+            while bomb.calls < 2:
+                supervisor.want_reload()
+                await asyncio.sleep(0.05)
+        counts = {t: c.value for t, c in supervisor.metrics.process.background.items()}
+        assert counts == {task: float(task is name) for task in BackgroundTask}
+        assert _is_served(supervisor)
+
+
+def _is_served(supervisor: Supervisor) -> bool:
+    return 1 in supervisor._children and supervisor._children[1].is_ready
+
+
+async def test_N2_a_worker_obeys_after_an_order_that_it_cannot_read(tmp_path: Path) -> None:
+    """Counted in its row, and the next order is followed."""
+    async with supervised(crew_of(tmp_path, 1)) as supervisor:
+        child = supervisor._children[1]
+        orders = supervisor.metrics.process.background[BackgroundTask.ORDERS]
+        mine = Counter(supervisor._board.rows[1], orders._index)
+        child._channel._writer.write(b'{"type": "Nonsense"}\n')
+        await until(lambda: mine.value == 1)
+        await supervisor._roll()
+        assert supervisor.metrics.process.reloads["success"].value == 1
+        assert supervisor._children[1] is child
+
+
+async def test_N2_a_worker_that_talks_nonsense_is_replaced(tmp_path: Path) -> None:
+    """It cannot be led any more; nobody waits for its answers for ever."""
+    async with supervised(crew_of(tmp_path, 1)) as supervisor:
+        child = supervisor._children[1]
+        child._channel._reader.feed_data(b"nonsense\n")
+        await until(lambda: 1 in supervisor._children and supervisor._children[1] is not child)
+        await until(lambda: _is_served(supervisor))
+        assert supervisor.metrics.process.restarts.value == 1
+
+
+class TestMountThatHangs:
+    """A FIFO stands for it: whoever opens it to read waits, as at a mount that does not answer."""
+
+    async def test_N2_a_look_that_hangs_delays_nothing(self) -> None:
+        """Housekeeping goes on, requests are answered, and the end comes all the same."""
+        async with serving() as edge:
+            held = threading.Event()
+            edge.app._files.changed = held.wait  # type: ignore[method-assign]
+            rounds = Bomb(edge.app, "_tidy", ValueError)
+            edge.defects_expected = True
+            await until(lambda: rounds.calls >= 3)
+            assert (await edge.ask()).status == 200
+        held.set()
+
+    async def test_N2_a_reload_that_hangs_is_a_failed_one(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Told and counted; the next is heard."""
+        monkeypatch.setattr("broker.app.READING", 0.2)
+        async with serving() as edge:
+            held, load = threading.Event(), edge.app._load
+
+            def hang() -> Any:
+                held.wait()
+                return load()
+
+            edge.app._load = hang
+            edge.app.want_reload()
+            reloads = edge.app.metrics.process.reloads
+            await until(lambda: reloads["failure"].value == 1)
+            held.set()
+            edge.app.want_reload()
+            await until(lambda: reloads["success"].value == 1)
+            assert (await edge.ask()).status == 200
+
+    async def test_N2_what_is_done_aside_tells_how_it_went(self, tmp_path: Path) -> None:
+        """A value, an error, or nothing at all to somebody who has gone."""
+
+        def fail() -> None:
+            raise LookupError
+
+        assert await aside(lambda: 7) == 7
+        with pytest.raises(LookupError):
+            await aside(fail)
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await aside(lambda: pipe.open("rb").close())
+        pipe.open("wb").close()
+        await asyncio.to_thread(
+            wait_for, lambda: not any(t.name == "aside" for t in threading.enumerate())
+        )
