@@ -11,6 +11,7 @@ stays for ever, with all that hangs on it: a connection, a request, a client's s
 
 import gc
 import time
+from collections.abc import Callable
 
 YOUNG_THRESHOLD = 2_000
 """Container allocations between young collections; a request leaves few behind, so the default
@@ -29,9 +30,10 @@ SHARE = 0.005
 
 
 class PauseKeeper:
-    """Owns the process' garbage collector between `start` and `stop`."""
+    """Owns the process' garbage collector between `start` and `stop`; `now` returns seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
         self._thresholds = gc.get_threshold()
         self._active = False
         self._next = 0.0
@@ -53,8 +55,8 @@ class PauseKeeper:
 
     def tidy(self) -> None:
         """Collect, unless the last collection took so long that this one would come too soon."""
-        began = time.monotonic()
+        began = self._now()
         if self._active and began >= self._next:
             gc.collect()
-            ended = time.monotonic()
+            ended = self._now()
             self._next = ended + (ended - began) / SHARE

@@ -172,6 +172,7 @@ def test_every_other_command_is_a_known_one() -> None:
     [
         "tests/load/run",
         "tests/load/fleet_soak.py",
+        "tests/load/failing.py",
         pytest.param("tests/load/refusals.py", marks=pytest.mark.parts),
         pytest.param("tests/load/rolling", marks=pytest.mark.parts),
         "tests/bench/cpu.py",

@@ -1,8 +1,8 @@
 """Tokens held for reuse: bounded, least recently used first, gone when dead.
 
 The collector visits none of them, however many there are: a dict of strings and numbers, and of
-values without `gc`, is nothing that it looks into, and an array is no container to it.  A million
-of cachetools' links would be visited one by one at every full collection.
+values without `gc`, is nothing that it tracks, and into an array it does not look.  A million of
+cachetools' links would be visited one by one at every full collection.
 
 Theory of operation.  A token has a place, a small number.  The places form a ring in the order of
 use, in two arrays; place 0 is where newest and oldest meet.  When tokens die is kept in slots of a
