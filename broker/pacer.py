@@ -102,7 +102,7 @@ class Paced(Pacer):
         self, budget: Budget, waited: Callable[[float], object], slots: Slots | None = None
     ) -> None:
         self._budget = budget
-        self._slots = slots or LocalSlots(budget)
+        self._slots = slots or LocalSlots(budget, successor=True)
         self._waited = waited
         self._paused = False
         self._paused_until = 0.0

@@ -34,8 +34,9 @@ from broker.rules.bucket import Limit
 
 PROBES = 2
 """Calls that may be out while others are owed: each restart within one stall of the vendor adds so
-many to the worst window, and the default budget leaves room for three (106 + 8 + 3 * 2 = 120).  Slots come one by one after a start, so with answers within a slot's
-interval two are as good as a burst."""
+many to the worst window, and the default budget leaves room for three (106 + 8 + 3 * 2 = 120).
+Slots come one by one after a start, so with answers within a slot's interval two are as good as a
+burst."""
 
 
 class Ledger(Struct, frozen=True, gc=False):
@@ -51,7 +52,7 @@ class Ledger(Struct, frozen=True, gc=False):
 
 
 def started(limit: Limit, now: int) -> Ledger:
-    """Begin empty, and with what the process before this one may have left out."""
+    """Begin empty, and with what a process before this one may have left out."""
     return Ledger(full_at=now + limit.depth, owed=limit.burst)
 
 
