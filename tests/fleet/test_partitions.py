@@ -1,15 +1,21 @@
 """N13 on the wire: the way to the vendor is cut, packets are dropped, and nobody is told."""
 
 import asyncio
+import secrets
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from networks import Place, network
-from processes import good, merged
-from replicas import UNLIMITED, Crowd, Replica, start, until
+from networks import network
+from processes import merged
+from replicas import Replica, until
 
-from broker.testing import FakeVendor
+VENDOR = Path(__file__).resolve().parent.parent / "vendor"
+sys.path.append(str(VENDOR))
+
+from processes import Broker  # noqa: E402
+from standing import Visitors, relay_settings, standing_vendor, worst_window  # noqa: E402
 
 pytestmark = pytest.mark.parts
 
@@ -28,56 +34,48 @@ async def test_N13_a_partition_that_heals_and_one_that_does_not(tmp_path: Path) 
     In the second the kernel ends the connections after half a minute: what was sent on them can
     arrive no more, and their slots are free, long before a call is given up otherwise.
     """
+    secret = secrets.token_urlsafe(24)
     with network() as net:
-        place = net.add()
-        async with FakeVendor(UNLIMITED, seed=1, host=net.here, monotonic=time.monotonic) as vendor:
+        place, home = net.add(), net.add()
+        with standing_vendor(home.prefix, home.address) as vendor:
             port = int(vendor.url.rpartition(":")[2])
-            place.reach_as_loopback(net.here, port)
+            place.reach_as_loopback(home.address, port)
             tree = merged(
-                good(tmp_path),
+                relay_settings(vendor, secret),
                 {
                     "server.listen": f"{place.address}:8080",
                     "admin.listen": f"{place.address}:9464",
-                    "issuer.kind": "upstream",
                     "issuer.upstream": {
                         "base_url": f"http://127.0.0.1:{port}",
-                        "api_secret": vendor.secret.reveal(),
+                        "api_secret": vendor.key,
                         "timeout": "500ms",
                     },
                     "issuer.budget": {"rate": 106, "per": "6s", "burst": 8, "max_wait": "800ms"},
                 },
             )
-            replica = await start(tmp_path, tree, place.prefix)
+            broker = await asyncio.to_thread(Broker.configured, tmp_path, tree, place.prefix)
+            replica = Replica(broker, secret)
             try:
-                async with Crowd() as crowd:
-                    crowd.let("asker", replica, 40)
-                    await vendor.journal.arrived(40)
-                    _cut(place, port)
+                visitors = Visitors(lambda: [broker.url], secret, 40)
+                async with visitors.asking():
+                    await visitors.served(40)
+                    home.cut_off_from(place.address)
                     await asyncio.sleep(3)
-                    place.heal()
+                    home.heal()
                     healed = time.monotonic()
-                    before = len(vendor.journal.calls)
-                    await vendor.journal.arrived(before + 60)
+                    await visitors.served(60)
                     await asyncio.sleep(max(healed + MINUTE - time.monotonic(), 0))
-                    _cut(place, port)
+                    home.cut_off_from(place.address)
                     await asyncio.sleep(1)
-                    await crowd.stop()
-                    assert not {500} & set(crowd.statuses("asker"))
-                assert vendor.journal.in_window(MINUTE) <= WORST
+                assert visitors.answers[500] == 0
                 cut = time.monotonic()
                 assert await replica.metric(OUT) >= 1
                 await until(lambda: _nothing_out(replica), "the kernel's time-out", 90)
-                assert (
-                    time.monotonic() - cut > 10
-                )  # a caller's patience, and connecting, end sooner
+                assert time.monotonic() - cut > 10  # a caller's patience and connecting end sooner
             finally:
                 await replica.close()
-
-
-def _cut(place: Place, port: int) -> None:
-    """Drop every packet to and from the vendor, and no others: what is asked here goes on."""
-    place.run("iptables", "-A", "OUTPUT", "-p", "tcp", "--dport", str(port), "-j", "DROP")
-    place.run("iptables", "-A", "INPUT", "-p", "tcp", "--sport", str(port), "-j", "DROP")
+            arrived = vendor.arrivals()
+    assert worst_window(arrived, MINUTE) <= WORST
 
 
 async def _nothing_out(replica: Replica) -> bool:
