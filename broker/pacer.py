@@ -105,7 +105,7 @@ class Paced(Pacer):
         counts: Mapping[BackgroundTask, Counter] | None = None,
     ) -> None:
         self._budget = budget
-        self._slots = slots or LocalSlots(budget)
+        self._slots = slots or LocalSlots(budget, successor=True)
         self._waited = waited
         self._paused = False
         self._paused_until = 0.0

@@ -166,8 +166,8 @@ class Budget(_Section, frozen=True):
     """How many mints the vendor is sent: `rate` per `per`, `burst` at once."""
 
     rate: float = 106
-    """Below the vendor's 120: in the worst window the burst comes on top, and a slow connection
-    bunches a few more (106 + 8 + 5 = 119)."""
+    """Below the vendor's 120: in the worst window the burst comes on top, and two calls for each
+    time that this was started again while the vendor stood still (106 + 8 + 3 x 2 = 120)."""
     per: Duration = _seconds(60)
     """The window of `rate`."""
     burst: int = 8

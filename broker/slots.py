@@ -137,10 +137,14 @@ class Slots(Protocol):
 
 
 class LocalSlots(Slots):
-    """The budget of one process, on aiolimiter."""
+    """The budget of one process, on aiolimiter.
 
-    def __init__(self, budget: Budget) -> None:
+    A `successor` takes the place of a process that may have left calls out.
+    """
+
+    def __init__(self, budget: Budget, *, successor: bool = False) -> None:
         self._budget = budget
+        self._successor = successor
         self._limit = budget.limit
         self._limiter = AsyncLimiter(budget.burst, self._limit.depth / SECOND)
         self._ledger = Ledger()
@@ -151,7 +155,10 @@ class LocalSlots(Slots):
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         await self._drain_limiter()
-        self._ledger = outstanding.started(self._limit, self._now)
+        if self._successor:
+            self._ledger = outstanding.started(self._limit, self._now)
+        else:
+            self._ledger = outstanding.drained(Ledger(), self._limit, self._now)
 
     @override
     async def close(self) -> None:

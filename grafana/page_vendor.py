@@ -82,8 +82,12 @@ VENDOR = Dashboard(
                     title="Budget left",
                     unit="short",
                     description="Calls that the budget would allow at this moment, by instance: "
-                    "at most the burst, 0 while the vendor has asked for a pause.",
-                    queries={"{{instance}}": "broker_upstream_budget_remaining{@}"},
+                    "at most the burst, 0 while the vendor has asked for a pause; and calls that "
+                    "are out: if those stay at the burst, the vendor stands still.",
+                    queries={
+                        "{{instance}} left": "broker_upstream_budget_remaining{@}",
+                        "{{instance}} out": "broker_upstream_calls_outstanding{@}",
+                    },
                 ),
                 Panel(
                     title="Mints waiting",

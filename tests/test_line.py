@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from broker.line import Line, Place
 from broker.testing import FakeClock, run_virtual
 
-CLIENTS = "abcdefgh"
+CLIENTS = "abcde"
 RANKS = 2
 
 
@@ -40,10 +40,11 @@ class Hall:
         self.history: list[tuple[str, frozenset[str]]] = []
         self.overtaken: list[tuple[str, Waiting]] = []
 
-    def join(self, client: str, rank: int = 0) -> None:
-        place = Place(client, rank, 0.0, asyncio.get_running_loop().create_future())
-        self.line.join(place)
-        self.waiting.append(Waiting(place))
+    def join(self, client: str, rank: int = 0, callers: int = 1) -> None:
+        for _ in range(callers):
+            place = Place(client, rank, 0.0, asyncio.get_running_loop().create_future())
+            self.line.join(place)
+            self.waiting.append(Waiting(place))
 
     def leave(self, number: int) -> None:
         if self.waiting:
@@ -68,12 +69,14 @@ class Hall:
 
 acts = st.lists(
     st.one_of(
-        st.tuples(st.just("join"), st.sampled_from(CLIENTS), st.integers(0, RANKS - 1)),
+        st.tuples(
+            st.just("join"), st.sampled_from(CLIENTS), st.integers(0, RANKS - 1), st.integers(1, 5)
+        ),
         st.tuples(st.just("leave"), st.integers(0, 100)),
         st.just(("serve",)),
         st.just(("serve",)),
     ),
-    max_size=120,
+    max_size=60,
 )
 
 
@@ -120,8 +123,8 @@ def test_V11_two_clients_who_both_wait_get_the_same_to_within_two_slots(
 ) -> None:
     """In every stretch of time in which both always have somebody in line."""
     history = played(story, greedy).history
-    for one in CLIENTS[:4]:
-        for other in CLIENTS[1:5]:
+    for one in CLIENTS:
+        for other in CLIENTS:
             if one < other:
                 assert _widest(history, one, other) <= 2
 
@@ -140,10 +143,13 @@ def _widest(history: Sequence[tuple[str, frozenset[str]]], one: str, other: str)
 
 @settings(deadline=None, max_examples=100)
 @given(story=acts, newcomer=st.sampled_from(CLIENTS), rank=st.integers(0, RANKS - 1))
-def test_V11_the_place_that_is_predicted_is_the_place_that_is_had(
+def test_V11_nobody_is_served_later_than_was_predicted(
     story: Sequence[tuple[object, ...]], newcomer: str, rank: int
 ) -> None:
-    """`ahead_of` is what a Retry-After is made of: exact, if nobody else comes or leaves."""
+    """`ahead_of` is what a Retry-After is made of, if nobody else comes.
+
+    Exact where one's client has nobody in line; otherwise its older ones may win a tie for it.
+    """
 
     async def main(_clock: FakeClock) -> None:
         hall = Hall("")
@@ -152,9 +158,10 @@ def test_V11_the_place_that_is_predicted_is_the_place_that_is_had(
         ahead = hall.line.ahead_of(newcomer, rank)
         hall.join(newcomer, rank)
         mine = hall.waiting[-1]
+        alone = sum(one.place.client == newcomer for one in hall.waiting) == 1
         for _ in range(ahead):
             hall.serve()
-            assert mine in hall.waiting
+            assert mine in hall.waiting or not alone
         hall.serve()
         assert mine not in hall.waiting
 
@@ -175,3 +182,22 @@ def test_V11_one_who_asks_again_at_once_takes_turns_with_those_who_wait() -> Non
 
     order = run_virtual(main)
     assert [sorted(order[start : start + 3]) for start in (0, 3, 6)] == [list("abc")] * 3
+
+
+def test_V11_a_newcomer_does_not_make_up_for_the_time_before_it_came() -> None:
+    """Whoever comes late with many gets their part from now on, not what others had before."""
+
+    async def main(_clock: FakeClock) -> Counter[str]:
+        hall = Hall("ab")
+        hall.join("a", callers=3)
+        hall.join("b", callers=3)
+        for _ in range(20):
+            hall.serve()
+        hall.join("c", callers=20)
+        before = len(hall.history)
+        for _ in range(12):
+            hall.serve()
+        return Counter(client for client, _ in hall.history[before:])
+
+    got = run_virtual(main)
+    assert max(got.values()) - min(got.values()) <= 2, got

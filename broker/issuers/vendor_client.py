@@ -25,8 +25,8 @@ MINT_PATH = "/v1/embed-tokens/request"
 VALIDATE_PATH = "/v1/validate"
 
 CONNECT_TIMEOUT = 3.0
-"""Seconds: calls that hang while connecting arrive together when the hang ends, on top of the
-budget's worst window; three seconds' worth is what the default budget leaves room for."""
+"""Seconds: nothing was sent yet, so whoever waits is told soon, and the slot of the budget, which
+the call holds meanwhile, is free for one that may get through."""
 
 VANISHED = 30.0
 """Seconds without an acknowledgement after which the kernel ends a connection (TCP_USER_TIMEOUT,

@@ -20,8 +20,8 @@ takes, so a saturated budget gives a slot every `interval` as long as answers ta
 *Owed* are calls of which nobody here can see the end: those of the process before this one, which
 may have been killed in the middle of a stall, and those whose connection was given up after the
 longest time that is waited for an answer.  While there are any, `PROBES` calls at most are out at
-once.  The first answer ends that: the vendor reads.  If it stood still, what is owed arrives now, no
-earlier, and what refilled since the answered call was sent had not been earned: it is taken back,
+once.  The first answer ends that: the vendor reads.  If it stood still, what is owed arrives now,
+not earlier, and what refilled since the answered call was sent was not earned: it is taken back,
 up to what is owed.  An answer that comes soon takes back nothing.
 
 Integers throughout, microseconds.  Limits come from `bucket`.
@@ -34,8 +34,9 @@ from broker.rules.bucket import Limit
 
 PROBES = 2
 """Calls that may be out while others are owed: each restart within one stall of the vendor adds so
-many to the worst window.  Slots come one by one after a start, so with answers within a slot's
-interval two are as good as a burst."""
+many to the worst window, and the default budget leaves room for three (106 + 8 + 3 * 2 = 120).
+Slots come one by one after a start, so with answers within a slot's interval two are as good as a
+burst."""
 
 
 class Ledger(Struct, frozen=True, gc=False):
@@ -51,7 +52,7 @@ class Ledger(Struct, frozen=True, gc=False):
 
 
 def started(limit: Limit, now: int) -> Ledger:
-    """Begin empty, and with what the process before this one may have left out."""
+    """Begin empty, and with what a process before this one may have left out."""
     return Ledger(full_at=now + limit.depth, owed=limit.burst)
 
 

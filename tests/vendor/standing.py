@@ -1,6 +1,6 @@
 """A vendor as a process of its own, which can be made to stand still, and those who ask.
 
-    python tests/vendor/standing.py
+    python tests/vendor/standing.py 127.0.0.1
 
 Its first line says where it answers and with which key; at SIGTERM it prints when each mint call
 arrived, in seconds of the monotonic clock that all processes of a machine share.
@@ -40,11 +40,14 @@ def worst_window(times: Sequence[float], width: float) -> int:
 
 
 class StandingVendor:
-    """The process.  `arrivals` ends it, and returns what it saw."""
+    """The process.  `arrivals` ends it, and returns what it saw.
 
-    def __init__(self) -> None:
+    `prefix` is a command that runs it, `host` where it listens.
+    """
+
+    def __init__(self, prefix: Sequence[str] = (), host: str = "127.0.0.1") -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdout=subprocess.PIPE, text=True
+            [*prefix, sys.executable, __file__, host], stdout=subprocess.PIPE, text=True
         )
         assert self._process.stdout is not None
         told = json.loads(self._process.stdout.readline())
@@ -74,9 +77,11 @@ class StandingVendor:
 
 
 @contextmanager
-def standing_vendor() -> Iterator[StandingVendor]:
+def standing_vendor(
+    prefix: Sequence[str] = (), host: str = "127.0.0.1"
+) -> Iterator[StandingVendor]:
     """Run one."""
-    vendor = StandingVendor()
+    vendor = StandingVendor(prefix, host)
     try:
         yield vendor
     finally:
@@ -146,10 +151,10 @@ def relay_settings(vendor: StandingVendor, secret: str) -> dict[str, Any]:
     }
 
 
-async def _serve() -> None:
+async def _serve(host: str) -> None:
     ended = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
-    async with FakeVendor(VendorSettings(ip=None), monotonic=time.monotonic) as vendor:
+    async with FakeVendor(VendorSettings(ip=None), host=host, monotonic=time.monotonic) as vendor:
         print(json.dumps({"url": vendor.url, "key": vendor.secret.reveal()}), flush=True)
         await ended.wait()
         print(json.dumps([call.mono for call in vendor.journal.calls]), flush=True)
@@ -158,4 +163,4 @@ async def _serve() -> None:
 if __name__ == "__main__":
     sys.path[:] = [path for path in sys.path if Path(path) != Path(__file__).parent]
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve())
+        asyncio.run(_serve(sys.argv[1]))
