@@ -1,168 +1,274 @@
-"""The JSON that goes out, as types: what callers read, what the API document is built from.
+"""Examines the way to the vendor and to the shared store, so that an operator need not guess.
 
-The success body has two vendor generations' shapes at once (`success` with `session_id`, and
-`status` with `sid`), so clients of either work unchanged.  Bytes are made once, when a token is
-stored, not when it is handed out.
+Costs the vendor one cheap call per key and no token, the store some hundred calls under names of
+their own.  Each finding is one line: ok, or a problem with its remedy.
 """
 
+import asyncio
+import stat
 from collections.abc import Mapping
-from functools import lru_cache
-from typing import Annotated, Literal
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import Struct
+from typing_extensions import override
 
-from broker.errors import BrokerError
-from broker.health import HealthState
-from broker.model import Minted
+from broker import parts
+from broker.clock import SystemClock
+from broker.issuers.vendor_client import Answer, CallFailed, VendorClient
+from broker.issuers.vendor_headers import vendor_date
+from broker.issuers.vendor_replies import Reason
+from broker.model import Secret
+from broker.rules.reuse import SECOND
+from broker.settings import Settings
 
-ErrorCode = Annotated[
-    str,
-    Meta(
-        pattern="^[A-Z][A-Z0-9_]*$",
-        description="What failed, for programs",
-        examples=["VALIDATION_ERROR"],
-    ),
-]
+if TYPE_CHECKING:
+    from broker.stores.failures import StoreFailed
 
+MAX_SKEW = 30 * SECOND
+"""Microseconds: half of the minute that verifiers commonly forgive."""
 
-class TokenData(Struct, frozen=True):
-    """The token and the session it opens.  Fields that the vendor adds pass through."""
+OLDEST = 7
+"""Major version of a store's server: scripts and ACLs are those of 7."""
 
-    token: Annotated[str, Meta(description="The embed token, a JWT")]
-    session_id: Annotated[str, Meta(description="Names the visitor's session from mint to expiry")]
-    sid: Annotated[str, Meta(description="The same as `session_id`")]
-    expires_at: Annotated[int, Meta(description="The token's `exp`: Unix seconds")]
-
-
-class TokenAnswer(Struct, frozen=True):
-    """A token was minted or reused."""
-
-    success: Literal[True]
-    status: Literal["success"]
-    status_code: Literal[200]
-    data: TokenData
+_REMEDIES = {
+    Reason.DNS: "the name is not known: check base_url and the resolver",
+    Reason.TLS: "no trusted TLS: check base_url, the CA certificates, and proxies in between",
+    Reason.CONNECT: "no connection: check the firewall and egress rules",
+    Reason.TIMEOUT: "no answer in time: check the network, or raise issuer.upstream.timeout",
+}
 
 
-class ErrorDetail(Struct, frozen=True):
-    """What failed."""
+class Finding(Struct, frozen=True):
+    """One examined thing; `text` has the remedy if it is not ok."""
 
-    code: ErrorCode
-    message: Annotated[str, Meta(description="What failed and what to do, for people")]
-    httpStatus: Annotated[int, Meta(ge=400, le=599)]  # noqa: N815 - the vendor's spelling
+    ok: bool
+    name: str
+    text: str
 
-
-class ErrorAnswer(Struct, frozen=True):
-    """Every failure has this shape; all three numbers equal the HTTP status."""
-
-    success: Literal[False]
-    status: Literal["error"]
-    status_code: Annotated[int, Meta(ge=400, le=599)]
-    error: ErrorDetail
+    @override
+    def __str__(self) -> str:
+        return f"{'ok     ' if self.ok else 'problem'}  {self.name}: {self.text}"
 
 
-class ValidAnswer(Struct, frozen=True):
-    """Whether the client secret of the request is a known one."""
-
-    valid: bool
+class _Reply(Struct):
+    valid: bool = False
 
 
-class HealthAnswer(Struct, frozen=True):
-    """`ok`, or the reason why not."""
-
-    status: HealthState
-
-
-class ActiveToken(Struct, frozen=True):
-    """A token that is good and was handed to the caller (RFC 7662 section 2.2)."""
-
-    active: Literal[True]
-    client_id: Annotated[str, Meta(description="The client it was handed to")]
-    sub: Annotated[str, Meta(description="The same as `agent_id`")]
-    agent_id: Annotated[str, Meta(description="The agent that it opens")]
-    fingerprint: Annotated[str, Meta(description="Its visitor")]
-    sid: Annotated[str, Meta(description="The session's id")]
-    iat: Annotated[int, Meta(description="Issued: Unix seconds")]
-    exp: Annotated[int, Meta(description="Expires: Unix seconds")]
-    model: Annotated[str, Meta(description="The model that was asked for")] | UnsetType = UNSET
+def examine(settings: Settings, environ: Mapping[str, str]) -> list[Finding]:
+    """Return every finding; raises ConfigError for a configuration that cannot be used."""
+    parts.check(settings, environ)
+    findings = [_file(name, Path(file)) for name, file in parts.secret_files(settings)]
+    if settings.issuer.kind == "upstream":
+        findings += asyncio.run(_vendor(settings, parts.vendor_keys(settings, environ)))
+    if parts.store_address(settings) is not None:
+        findings += asyncio.run(_store(settings))
+    return findings or [
+        Finding(ok=True, name="configuration", text="complete; nothing else to examine")
+    ]
 
 
-class InactiveToken(Struct, frozen=True):
-    """Expired, revoked, unknown, another client's: no reason is given."""
+async def _store(settings: Settings) -> list[Finding]:
+    """Do once what the broker does with the store; then look at it, if that is permitted."""
+    from broker.rehearsal import rehearsed  # noqa: PLC0415 - as below
+    from broker.stores.failures import StoreFailed  # noqa: PLC0415 - the store's client is slow to import
 
-    active: Literal[False]
-
-
-class SessionAnswer(Struct, frozen=True):
-    """A live session, as an operator sees it."""
-
-    session_id: str
-    client: str
-    agent_id: str
-    fingerprint: str
-    model: str | None
-    issued_at: Annotated[int, Meta(description="Unix seconds")]
-    expires_at: Annotated[int, Meta(description="Unix seconds")]
-
-
-class SessionsAnswer(Struct, frozen=True):
-    """A page of live sessions; `next` is the `after` of the following page, null at the end."""
-
-    sessions: list[SessionAnswer]
-    next: str | None
-
-
-class EndedAnswer(Struct, frozen=True):
-    """How many sessions were ended."""
-
-    ended: int
+    address = parts.store_address(settings)
+    assert address is not None  # or there is nothing to look at
+    findings = [_clear_text()] if parts.shows_password(settings) else []
+    where = address.shown
+    async with rehearsed(address, parts.store_access(settings)) as witness:
+        told = await witness.ask(b"INFO")
+        fields = _fields(told)
+        role = await witness.ask(b"ROLE") if witness.failures and not fields else None
+    if fields.get("redis_mode") == _SENTINEL or _is_sentinel(role):
+        return [*findings, _problem(where, _IS_SENTINEL)]
+    plain = [each for each in witness.failures if each.detail in _BY_WORD]
+    problems = [_store_problem(each, where) for each in plain or witness.failures]
+    problems += [*_slow(witness.fastest, where), *_by_its_own_words(fields, where)]
+    if problems:
+        return [*findings, *dict.fromkeys(problems)]
+    if isinstance(told, StoreFailed):
+        return [*findings, _not_seen(where)]
+    return [*findings, _eviction(where, fields)]
 
 
-_encode = msgspec.json.Encoder().encode
+def _is_sentinel(role: object) -> bool:
+    """Whether this is what a Sentinel says of itself."""
+    return isinstance(role, list) and role[:1] == [_SENTINEL.encode()]
 
 
-def success_body(minted: Minted) -> bytes:
-    """Return the ready 200 body of a token, in no more memory than it needs."""
-    data: dict[str, object] = {
-        **minted.extra,
-        "token": minted.token,
-        "session_id": minted.session_id,
-        "sid": minted.session_id,
-        "expires_at": minted.expires_at,
-    }
-    encoded = _encode({"success": True, "status": "success", "status_code": 200, "data": data})
-    # Copied, because the encoder's bytes keep the buffer it wrote into: up to half as much again.
-    return memoryview(encoded).tobytes()
+_SENTINEL = "sentinel"
+
+_IS_SENTINEL = (
+    "is a Sentinel, which has no keys: put the address of the primary into store.url, or one that"
+    " follows it (a virtual address, a proxy, a service)"
+)
+
+_IS_REPLICA = "is a replica and takes no writes: put the address of the primary into store.url"
+
+_BY_WORD = {
+    "READONLY": _IS_REPLICA,
+    "OOM": "is full and evicts nothing: raise its maxmemory, or give the broker one of its own",
+    "NOPERM": "refuses the broker's user something it needs, a command, a key or a channel: give it"
+    " the line of `broker store acl`",
+    "NOAUTH": "asks for a password: set store.password_file, and store.username if it has users",
+    "WRONGPASS": "refuses user or password (WRONGPASS): check store.username and"
+    " store.password_file",
+    "MISCONF": "takes no writes because it cannot save them: mend its disk, or set"
+    " stop-writes-on-bgsave-error no",
+    "NOREPLICAS": "takes no writes because too few replicas follow it: mend them, or lower its"
+    " min-replicas-to-write",
+    "LOADING": "is loading its data: try again when it has",
+    "unknown command": "does not know EVAL or EVALSHA: the broker decides in scripts; remove the"
+    " rename-command of its configuration, or use another server",
+    "max number of clients reached": "has no connection left: raise its maxclients; each worker of"
+    " each broker needs two",
+}
+"""What to do, by the server's own word."""
 
 
-@lru_cache(maxsize=256)  # a flood of refusals says the same again and again
-def error_body(status: int, code: str, message: str) -> bytes:
-    """Return the ready body of a failure."""
-    detail = ErrorDetail(code=code, message=message, httpStatus=status)
-    return _encode(ErrorAnswer(success=False, status="error", status_code=status, error=detail))
+def _store_problem(failed: "StoreFailed", where: str) -> Finding:
+    known = _BY_WORD.get(failed.detail)
+    if known is not None:
+        return _problem(where, known)
+    reason = f"{failed.reason.value}{': ' if failed.detail else ''}{failed.detail}"
+    if failed.reason.value == "cluster_down":
+        return _problem(
+            where,
+            f"says that another server has the keys ({reason}): write valkey+cluster:// for a"
+            " cluster, and look whether it is well",
+        )
+    if failed.reason.value in ("timeout", "connection", "other"):
+        text = f"{where} does not answer ({reason}): check store.url, user and password, TLS"
+        return Finding(ok=False, name="store", text=text)
+    return _problem(where, f"refuses what the broker does ({reason}): look into its log")
 
 
-def error_body_of(error: BrokerError) -> bytes:
-    """Return the ready body of this error."""
-    return error_body(error.status, error.code, error.message)
+def _problem(where: str, text: str) -> Finding:
+    return Finding(ok=False, name="store", text=f"{where} {text}")
 
 
-def plain_body(answer: Struct | Mapping[str, object]) -> bytes:
-    """Return any other answer as JSON."""
-    return _encode(answer)
+def _slow(fastest: float, where: str) -> list[Finding]:
+    """Judge by the fastest of some hundred calls, so that a busy machine is no slow store."""
+    from broker.rehearsal import TIMEOUT  # noqa: PLC0415 - as above
+    from broker.stores.server import OPERATION_TIMEOUT  # noqa: PLC0415 - as above
+
+    if not OPERATION_TIMEOUT <= fastest < TIMEOUT:
+        return []
+    took, waits = round(fastest * 1000), round(OPERATION_TIMEOUT * 1000)
+    return [_problem(where, f"takes {took} ms for a call, the broker waits {waits}: put it nearer")]
 
 
-class _TokenOnly(Struct):
-    token: str
+def _fields(told: object) -> dict[str, str]:
+    """Read what INFO told; nothing where it was not permitted."""
+    if not isinstance(told, bytes):
+        return {}
+    pairs = (line.partition(":") for line in told.decode("utf-8", "replace").split("\r\n"))
+    return {name: value for name, _, value in pairs}
 
 
-class _DataOnly(Struct):
-    data: _TokenOnly
+def _by_its_own_words(fields: Mapping[str, str], where: str) -> list[Finding]:
+    """Judge what a rehearsal cannot see: a replica that takes writes loses them."""
+    found = []
+    if fields.get("role") == "slave":
+        found.append(_problem(where, _IS_REPLICA))
+    version = fields.get("valkey_version") or fields.get("redis_version") or ""
+    if version.partition(".")[0].isdigit() and int(version.partition(".")[0]) < OLDEST:
+        found.append(_problem(where, f"is of version {version}: at least {OLDEST} is needed"))
+    return found
 
 
-_decode_data = msgspec.json.Decoder(_DataOnly).decode
+def _clear_text() -> Finding:
+    text = (
+        "crosses the network in clear text: write valkeys://, unless nobody else can listen there"
+    )
+    return Finding(ok=False, name="store.password", text=text)
 
 
-def token_in(body: bytes) -> str:
-    """Read the token back out of a ready success body: for logs and snapshots, not per request."""
-    return _decode_data(body).data.token
+def _not_seen(where: str) -> Finding:
+    text = (
+        f"{where} does all that the broker needs; whether it evicts was not seen: that needs +info,"
+        " or look whether its maxmemory-policy is noeviction"
+    )
+    return Finding(ok=True, name="store", text=text)
+
+
+def _eviction(where: str, fields: Mapping[str, str]) -> Finding:
+    """Judge by INFO memory: what is evicted is a limit that is full again, or an end forgotten."""
+    policy, most = fields.get("maxmemory_policy", "?"), fields.get("maxmemory", "0")
+    if policy == "noeviction":
+        return Finding(ok=True, name="store", text=f"{where} answers, and evicts nothing")
+    if most == "0":
+        text = f"{where} answers; with a maxmemory it would evict ({policy}): set noeviction"
+        return Finding(ok=True, name="store", text=text)
+    text = f"{where} evicts ({policy}), limits and ends, too: set maxmemory-policy noeviction"
+    return Finding(ok=False, name="store", text=text)
+
+
+async def _vendor(settings: Settings, keys: list[Secret]) -> list[Finding]:
+    upstream = settings.issuer.upstream
+    client = VendorClient(upstream.base_url, upstream.timeout.seconds)
+    findings: list[Finding] = []
+    try:
+        for number, key in enumerate(keys, 1):
+            try:
+                answer = await client.validate(key)
+            except CallFailed as failed:
+                remedy = _REMEDIES.get(failed.reason, f"the call failed: {failed.reason.value}")
+                return [*findings, Finding(ok=False, name=upstream.base_url, text=remedy)]
+            if number == 1:
+                findings += [_reached(upstream.base_url, answer), _skew(answer)]
+            findings.append(_key(number, answer))
+    finally:
+        await client.close()
+    return findings
+
+
+def _reached(base_url: str, answer: Answer) -> Finding:
+    if HTTPStatus.MULTIPLE_CHOICES <= answer.status < HTTPStatus.BAD_REQUEST:
+        target = answer.headers.get("Location", "somewhere else")[:200]
+        text = (
+            f"redirects to {target!r}, which is never followed: put the final address into base_url"
+        )
+        return Finding(ok=False, name=base_url, text=text)
+    secure = "TLS is trusted" if base_url.startswith("https:") else "plain HTTP on this machine"
+    return Finding(ok=True, name=base_url, text=f"answers without a redirect, {secure}")
+
+
+def _skew(answer: Answer) -> Finding:
+    now = SystemClock().wall()
+    theirs = vendor_date(answer.headers, now)
+    if theirs is None:
+        return Finding(ok=True, name="clock", text="the vendor sent no Date to compare with")
+    skew = abs(theirs - now)
+    seconds = skew // SECOND
+    if skew <= MAX_SKEW:
+        return Finding(ok=True, name="clock", text=f"within {seconds + 1} s of the vendor's")
+    return Finding(
+        ok=False, name="clock", text=f"{seconds} s off the vendor's: synchronize it (chrony, NTP)"
+    )
+
+
+def _key(number: int, answer: Answer) -> Finding:
+    name = f"vendor key {number}"
+    try:
+        valid = msgspec.json.decode(answer.body, type=_Reply).valid
+    except msgspec.DecodeError:
+        valid = False
+    if answer.status == HTTPStatus.OK and valid:
+        return Finding(ok=True, name=name, text="the vendor accepts it")
+    if answer.status in (HTTPStatus.OK, HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        text = "the vendor refuses it: make a new one in the vendor's dashboard"
+        return Finding(ok=False, name=name, text=text)
+    return Finding(ok=False, name=name, text=f"cannot tell: the vendor answered {answer.status}")
+
+
+def _file(name: str, path: Path) -> Finding:
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        text = f"{path} has mode {mode:04o}, others can read it: chmod 600 {path}"
+        return Finding(ok=False, name=name, text=text)
+    return Finding(ok=True, name=name, text=f"{path} is readable by its owner only")
