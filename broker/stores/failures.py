@@ -40,6 +40,11 @@ class StoreFailed(Exception):
         """Whether the connection leads to the wrong server: another one may lead to the right."""
         return self.reason in _WRONG_SERVER and not self.of_key
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether something of another type lies under this key: nobody of ours put it there."""
+        return self.detail == "WRONGTYPE"
+
     @override
     def __repr__(self) -> str:
         return f"StoreFailed({self.reason.value}, {self.detail!r})"
