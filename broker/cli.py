@@ -8,6 +8,7 @@ draining ends the process at once with 128 + its number.
 import argparse
 import asyncio
 import json
+import logging
 import os
 import secrets
 import signal
@@ -296,8 +297,12 @@ def _mint(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    import structlog  # noqa: PLC0415 - as in _run
+
     from broker import doctor  # noqa: PLC0415 - as in _run
 
+    # what is rehearsed would be logged as if it were a broker's: the findings say it better
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     findings = doctor.examine(_settings(arguments), os.environ)
     for finding in findings:
         tell(str(finding))

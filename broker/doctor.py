@@ -1,7 +1,7 @@
 """Examines the way to the vendor and to the shared store, so that an operator need not guess.
 
-Costs the vendor one cheap call per key and no token, the store one call.  Each finding is one line:
-ok, or a problem with its remedy.
+Costs the vendor one cheap call per key and no token, the store some hundred calls under names of
+their own.  Each finding is one line: ok, or a problem with its remedy.
 """
 
 import asyncio
@@ -9,6 +9,7 @@ import stat
 from collections.abc import Mapping
 from http import HTTPStatus
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec import Struct
@@ -24,11 +25,14 @@ from broker.model import Secret
 from broker.rules.reuse import SECOND
 from broker.settings import Settings
 
+if TYPE_CHECKING:
+    from broker.stores.failures import StoreFailed
+
 MAX_SKEW = 30 * SECOND
 """Microseconds: half of the minute that verifiers commonly forgive."""
 
-STORE_TIMEOUT = 3.0
-"""Seconds for the store to answer: the first call connects, too."""
+OLDEST = 7
+"""Major version of a store's server: scripts and ACLs are those of 7."""
 
 _REMEDIES = {
     Reason.DNS: "the name is not known: check base_url and the resolver",
@@ -76,23 +80,114 @@ def examine(settings: Settings, environ: Mapping[str, str]) -> list[Finding]:
 
 
 async def _store(settings: Settings) -> list[Finding]:
-    """Look at the shared store: one more command than the broker needs, if it is permitted."""
+    """Do once what the broker does with the store; then look at it, if that is permitted."""
+    from broker.rehearsal import rehearsed  # noqa: PLC0415 - as below
     from broker.stores.failures import StoreFailed  # noqa: PLC0415 - the store's client is slow to import
-    from broker.stores.nodes import nodes_at  # noqa: PLC0415 - as above
-    from broker.stores.scripts import command  # noqa: PLC0415 - as above
 
     address = parts.store_address(settings)
     assert address is not None  # or there is nothing to look at
     findings = [_clear_text()] if parts.shows_password(settings) else []
-    nodes = nodes_at(address, parts.store_access(settings), STORE_TIMEOUT)
-    await nodes.open()
-    try:
-        told = await nodes.command(b"etb:", command(b"INFO", b"memory"))
-    except StoreFailed as failed:
-        return [*findings, _store_failed(address.shown, failed.reason.value, failed.detail)]
-    finally:
-        await nodes.close()
-    return [*findings, _eviction(address.shown, told if isinstance(told, bytes) else b"")]
+    where = address.shown
+    async with rehearsed(address, parts.store_access(settings)) as witness:
+        told = await witness.ask(b"INFO")
+        fields = _fields(told)
+        role = await witness.ask(b"ROLE") if witness.failures and not fields else None
+    if fields.get("redis_mode") == _SENTINEL or _is_sentinel(role):
+        return [*findings, _problem(where, _IS_SENTINEL)]
+    plain = [each for each in witness.failures if each.detail in _BY_WORD]
+    problems = [_store_problem(each, where) for each in plain or witness.failures]
+    problems += [*_slow(witness.fastest, where), *_by_its_own_words(fields, where)]
+    if problems:
+        return [*findings, *dict.fromkeys(problems)]
+    if isinstance(told, StoreFailed):
+        return [*findings, _not_seen(where)]
+    return [*findings, _eviction(where, fields)]
+
+
+def _is_sentinel(role: object) -> bool:
+    """Whether this is what a Sentinel says of itself."""
+    return isinstance(role, list) and role[:1] == [_SENTINEL.encode()]
+
+
+_SENTINEL = "sentinel"
+
+_IS_SENTINEL = (
+    "is a Sentinel, which has no keys: put the address of the primary into store.url, or one that"
+    " follows it (a virtual address, a proxy, a service)"
+)
+
+_IS_REPLICA = "is a replica and takes no writes: put the address of the primary into store.url"
+
+_BY_WORD = {
+    "READONLY": _IS_REPLICA,
+    "OOM": "is full and evicts nothing: raise its maxmemory, or give the broker one of its own",
+    "NOPERM": "refuses the broker's user something it needs, a command, a key or a channel: give it"
+    " the line of `broker store acl`",
+    "NOAUTH": "asks for a password: set store.password_file, and store.username if it has users",
+    "WRONGPASS": "refuses user or password (WRONGPASS): check store.username and"
+    " store.password_file",
+    "MISCONF": "takes no writes because it cannot save them: mend its disk, or set"
+    " stop-writes-on-bgsave-error no",
+    "NOREPLICAS": "takes no writes because too few replicas follow it: mend them, or lower its"
+    " min-replicas-to-write",
+    "LOADING": "is loading its data: try again when it has",
+    "unknown command": "does not know EVAL or EVALSHA: the broker decides in scripts; remove the"
+    " rename-command of its configuration, or use another server",
+    "max number of clients reached": "has no connection left: raise its maxclients; each worker of"
+    " each broker needs two",
+}
+"""What to do, by the server's own word."""
+
+
+def _store_problem(failed: "StoreFailed", where: str) -> Finding:
+    known = _BY_WORD.get(failed.detail)
+    if known is not None:
+        return _problem(where, known)
+    reason = f"{failed.reason.value}{': ' if failed.detail else ''}{failed.detail}"
+    if failed.reason.value == "cluster_down":
+        return _problem(
+            where,
+            f"says that another server has the keys ({reason}): write valkey+cluster:// for a"
+            " cluster, and look whether it is well",
+        )
+    if failed.reason.value in ("timeout", "connection", "other"):
+        text = f"{where} does not answer ({reason}): check store.url, user and password, TLS"
+        return Finding(ok=False, name="store", text=text)
+    return _problem(where, f"refuses what the broker does ({reason}): look into its log")
+
+
+def _problem(where: str, text: str) -> Finding:
+    return Finding(ok=False, name="store", text=f"{where} {text}")
+
+
+def _slow(fastest: float, where: str) -> list[Finding]:
+    """Judge by the fastest of some hundred calls, so that a busy machine is no slow store."""
+    from broker.rehearsal import TIMEOUT  # noqa: PLC0415 - as above
+    from broker.stores.server import OPERATION_TIMEOUT  # noqa: PLC0415 - as above
+
+    if not OPERATION_TIMEOUT <= fastest < TIMEOUT:
+        return []
+    took, waits = round(fastest * 1000), round(OPERATION_TIMEOUT * 1000)
+    return [_problem(where, f"takes {took} ms for a call, the broker waits {waits}: put it nearer")]
+
+
+def _fields(told: object) -> dict[str, str]:
+    """Read what INFO told; nothing where it was not permitted."""
+    if not isinstance(told, bytes):
+        return {}
+    pairs = (line.partition(":") for line in told.decode("utf-8", "replace").split("\r\n"))
+    return {name: value for name, _, value in pairs}
+
+
+def _by_its_own_words(fields: Mapping[str, str], where: str) -> list[Finding]:
+    """Judge what a rehearsal cannot see: a replica that takes writes loses them."""
+    found = []
+    if fields.get("role") == "slave":
+        found.append(_problem(where, _IS_REPLICA))
+    version = fields.get("valkey_version") or fields.get("redis_version") or ""
+    if version.partition(".")[0].isdigit() and int(version.partition(".")[0]) < OLDEST:
+        found.append(_problem(where, f"is of version {version}: at least {OLDEST} is needed"))
+    return found
 
 
 def _clear_text() -> Finding:
@@ -102,21 +197,16 @@ def _clear_text() -> Finding:
     return Finding(ok=False, name="store.password", text=text)
 
 
-def _store_failed(where: str, reason: str, detail: str) -> Finding:
-    if detail == "NOPERM":
-        text = (
-            f"{where} answers; whether it evicts was not seen: that needs +info, or look whether"
-            " its maxmemory-policy is noeviction"
-        )
-        return Finding(ok=True, name="store", text=text)
-    text = f"{where} does not answer ({reason}{': ' if detail else ''}{detail})"
-    return Finding(ok=False, name="store", text=f"{text}: check store.url, user and password, TLS")
+def _not_seen(where: str) -> Finding:
+    text = (
+        f"{where} does all that the broker needs; whether it evicts was not seen: that needs +info,"
+        " or look whether its maxmemory-policy is noeviction"
+    )
+    return Finding(ok=True, name="store", text=text)
 
 
-def _eviction(where: str, told: bytes) -> Finding:
+def _eviction(where: str, fields: Mapping[str, str]) -> Finding:
     """Judge by INFO memory: what is evicted is a limit that is full again, or an end forgotten."""
-    pairs = (line.partition(b":") for line in told.split(b"\r\n"))
-    fields = {name.decode(): value.decode() for name, _, value in pairs}
     policy, most = fields.get("maxmemory_policy", "?"), fields.get("maxmemory", "0")
     if policy == "noeviction":
         return Finding(ok=True, name="store", text=f"{where} answers, and evicts nothing")

@@ -7,7 +7,7 @@ checked the start.
 
 import ipaddress
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from broker.schema import ConfigError
 from broker.settings import (
     AgentLimit,
     AgentOverride,
+    Client,
     FingerprintLimit,
     FingerprintMintsLimit,
     Key,
@@ -52,19 +53,31 @@ def clients(settings: Settings, environ: Mapping[str, str]) -> list[KnownClient]
         return _holders_of_vendor_keys(settings, environ)
     known: dict[bytes, KnownClient] = {}
     for name, client in settings.clients.items():
-        path = f"clients.{name}.secret"
-        secret = read_secret(path, client.secret, client.secret_file)
-        if secret is None:
-            raise ConfigError(f"{path}_file: required; a client is known by its secret")
-        _check_header_secret(path, secret)
-        digest = secret.digest()
-        if digest in known:
-            raise ConfigError(
-                f"{path}: the same as that of {known[digest].name!r}; secrets name clients"
-            )
         agents = None if "*" in client.agents else frozenset(client.agents)
-        known[digest] = KnownClient(name, digest, agents, client.allow_origin_header)
+        for path, secret in _secrets_of(name, client):
+            _check_header_secret(path, secret)
+            digest = secret.digest()
+            if digest in known and known[digest].name == name:
+                raise ConfigError(f"{path}: the same as its secret; take one of the two out")
+            if digest in known:
+                raise ConfigError(
+                    f"{path}: the same as that of {known[digest].name!r}; secrets name clients"
+                )
+            known[digest] = KnownClient(name, digest, agents, client.allow_origin_header)
     return list(known.values())
+
+
+def _secrets_of(name: str, client: Client) -> Iterator[tuple[str, Secret]]:
+    """Yield a client's secret, and its next one while it is being changed; raises ConfigError."""
+    path = f"clients.{name}.secret"
+    secret = read_secret(path, client.secret, client.secret_file)
+    if secret is None:
+        raise ConfigError(f"{path}_file: required; a client is known by its secret")
+    yield path, secret
+    path = f"clients.{name}.next_secret"
+    following = read_secret(path, client.next_secret, client.next_secret_file)
+    if following is not None:
+        yield path, following
 
 
 def admin_clients(settings: Settings) -> list[KnownClient]:
@@ -315,6 +328,10 @@ def secret_files(settings: Settings) -> list[tuple[str, str]]:
     files = [
         ("admin.secret_file", settings.admin.secret_file),
         *((f"clients.{name}.secret_file", c.secret_file) for name, c in settings.clients.items()),
+        *(
+            (f"clients.{name}.next_secret_file", client.next_secret_file)
+            for name, client in settings.clients.items()
+        ),
         *(
             (f"issuer.local.keys.{kid}.secret_file", key.secret_file)
             for kid, key in settings.issuer.local.keys.items()

@@ -107,6 +107,11 @@ class Client(_Section, frozen=True):
     """The client secret, at least 16 characters; prefer `secret_file`."""
     secret_file: str | None = None
     """File with the client secret (one trailing newline is dropped)."""
+    next_secret: Secret | None = None
+    """A second secret that is as good, while the client is being given it; prefer
+    `next_secret_file`.  None: two at once are for the length of a rotation."""
+    next_secret_file: str | None = None
+    """File with that secret: set it, change the client, then let `secret_file` name it alone."""
     agents: tuple[str, ...] = ()
     """Agents this client may use; `["*"]` for all.  Empty allows none: access is granted."""
     allow_origin_header: bool = False

@@ -57,6 +57,7 @@ class Sharing:
     ) -> None:
         store = settings.store
         self._replica = secrets.token_hex(8)
+        self._origins = origins
         self._closed = store.on_error == "closed"
         fixed = store.replicas if isinstance(store.replicas, int) else None
         self.names = names_of(settings, key)
@@ -130,6 +131,11 @@ class Sharing:
         await self.book.close()
         await self.fleet.leave()
         await self.server.close()
+
+    @property
+    def origins(self) -> frozenset[str]:
+        """Names of what signs tokens that are good."""
+        return self._origins()
 
     @property
     def is_degraded(self) -> bool:

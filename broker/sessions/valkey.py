@@ -114,9 +114,14 @@ class ValkeyBook:
             _ = await self._command(key, b"DEL", key)
 
     async def ended(self, session_id: str) -> bool:
-        """Whether this session was ended."""
+        """Whether this session was ended: anything in the mark's place is one."""
         key = self._names.ended(session_id)
-        return await self._command(key, b"GET", key) is not None
+        try:
+            return await self._command(key, b"GET", key) is not None
+        except StoreFailed as failed:
+            if failed.is_foreign:
+                return True
+            raise
 
     async def _put(self, key: bytes, value: bytes, life: int) -> None:
         _ = await self._command(key, b"SET", key, value, b"PX", b"%d" % -(-life // 1000))
@@ -147,7 +152,12 @@ class ValkeyBook:
         ]
 
     async def _read(self, key: bytes) -> Session | None:
-        sealed = await self._command(key, b"GET", key)
+        try:
+            sealed = await self._command(key, b"GET", key)
+        except StoreFailed as failed:
+            if failed.is_foreign:  # nobody of ours wrote it: no record, like one that does not open
+                return None
+            raise
         plain = self._box.open(key.decode(), sealed) if isinstance(sealed, bytes) else None
         if plain is None:
             return None

@@ -68,6 +68,11 @@ def parse_store_url(text: str) -> StoreAddress | None:
         raise ValueError(_EXPECTED)
     if scheme.lower() == "unix":
         return _socket(urlsplit(text))
+    if "sentinel" in scheme.lower():
+        raise ValueError(
+            "Sentinel is not asked for the primary: name that itself, by an address that follows it"
+            " (a virtual one, a proxy, a service), as valkey://HOST:PORT; or use a cluster"
+        )
     if scheme.lower() not in _SCHEMES or not netloc or "?" in rest:
         raise ValueError(_EXPECTED)
     tls, cluster = _SCHEMES[scheme.lower()]

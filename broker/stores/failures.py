@@ -40,10 +40,23 @@ class StoreFailed(Exception):
         """Whether the connection leads to the wrong server: another one may lead to the right."""
         return self.reason in _WRONG_SERVER and not self.of_key
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether something of another type lies under this key: nobody of ours put it there."""
+        return self.detail == "WRONGTYPE"
+
     @override
     def __repr__(self) -> str:
         return f"StoreFailed({self.reason.value}, {self.detail!r})"
 
+
+UNKNOWN_COMMAND = "unknown command"
+"""What a server says of a command that was renamed, or that it never had, as a Sentinel."""
+
+TOO_MANY_CLIENTS = "max number of clients reached"
+"""What a server says instead of anything else, and hangs up."""
+
+_SAID = (UNKNOWN_COMMAND, TOO_MANY_CLIENTS)
 
 _LARGEST = 2**63
 
@@ -99,6 +112,9 @@ _REASONS = {
 _WITHIN_SCRIPTS = ("READONLY", "OOM", "NOPERM", "CLUSTERDOWN", "MISCONF", "NOREPLICAS")
 """Where a command fails in a script, servers put words of their own before its error."""
 
+_FORBIDDEN_TO_A_SCRIPT = "ACL failure in script"
+"""What servers say of a command or a key that the user of a script has no right to."""
+
 _WRONG_SERVER = frozenset({Reason.READONLY, Reason.LOADING, Reason.CLUSTER_DOWN})
 
 _BY_A_SCRIPT = "user_script"
@@ -114,8 +130,11 @@ def error_of(text: str) -> Exception:
         return _elsewhere(rest, asking=first == "ASK")
     if first == "ERR":
         first = next((word for word in _WITHIN_SCRIPTS if f"{word} " in rest), first)
+        first = "NOPERM" if _FORBIDDEN_TO_A_SCRIPT in rest else first
     of_key = first in ("WRONGTYPE", TRY_AGAIN) or (first == "ERR" and _BY_A_SCRIPT in rest)
     word = first if first.isalpha() else ""
+    if first == "ERR" and not of_key:
+        word = next((known for known in _SAID if rest.startswith(known)), word)
     return StoreFailed(_REASONS.get(first, Reason.OTHER), word, of_key=of_key)
 
 

@@ -177,6 +177,9 @@ class Conversation(asyncio.Protocol):
             while (reply := reader.gets()) is not False:
                 self._unread = 0
                 self._answered += 1
+                if not due and isinstance(reply, StoreFailed):  # said before it hangs up
+                    self.close(reply.reason)
+                    break
                 future = due.popleft()
                 if isinstance(reply, Exception):
                     self._fail(future, reply)

@@ -147,7 +147,7 @@ async def listen(nodes: Nodes, channels: Sequence[bytes], heard: Listener) -> No
         target = nodes.anywhere()
         subscription = Subscription(channels, b"".join(target.greeting()), heard)
         try:
-            await _open(target, route, subscription)
+            await subscribe(target, subscription, route)
             await _stay(nodes, channels[0], subscription)
         except (OSError, TimeoutError, StoreFailed):
             pass  # looked at again, with everything else, by whoever needs the store
@@ -157,10 +157,10 @@ async def listen(nodes: Nodes, channels: Sequence[bytes], heard: Listener) -> No
         await asyncio.sleep(RETRY)
 
 
-async def _open(target: Target, route: Route, subscription: Subscription) -> None:
+async def subscribe(target: Target, subscription: Subscription, route: Route | None = None) -> None:
     """Connect and subscribe; raises OSError, TimeoutError, StoreFailed."""
     async with asyncio.timeout(CONNECT_TIMEOUT):
-        await target.connect(lambda: subscription, route)
+        await target.connect(lambda: subscription, route or Route())
         await subscription.ready
 
 

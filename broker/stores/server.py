@@ -110,9 +110,13 @@ class Server:
         """Send a command whose outcome nobody waits for; a failure is counted."""
         self._tasks.start(self._tell(operation, key, packed))
 
+    async def settle(self) -> None:
+        """Wait for what is still being said."""
+        await self._tasks.finish()
+
     async def close(self) -> None:
         """Wait for what is still being said, then close every connection."""
-        await self._tasks.finish()
+        await self.settle()
         await self.nodes.close()
 
     def tidy(self) -> None:
@@ -143,19 +147,19 @@ class Server:
             self._duration[operation].observe(time.perf_counter() - began)
             self._stats.errors[failed.reason.value].inc()
             # an answer about one poisoned key is an answer: it must not part us from all others
-            self._settle(ticket, Outcome.SUCCEEDED if failed.of_key else Outcome.FAILED, failed)
+            self._note(ticket, Outcome.SUCCEEDED if failed.of_key else Outcome.FAILED, failed)
             raise
         except BaseException:
-            self._settle(ticket, Outcome.ABANDONED)
+            self._note(ticket, Outcome.ABANDONED)
             raise
         self._duration[operation].observe(time.perf_counter() - began)
         if self._health.phase is Phase.CLOSED:
             self._well += 1
         else:
-            self._settle(ticket, Outcome.SUCCEEDED)
+            self._note(ticket, Outcome.SUCCEEDED)
         return answer
 
-    def _settle(self, ticket: Ticket, outcome: Outcome, failed: StoreFailed | None = None) -> None:
+    def _note(self, ticket: Ticket, outcome: Outcome, failed: StoreFailed | None = None) -> None:
         was_away = self.is_away
         now = self._clock.mono()
         self.tidy()

@@ -150,7 +150,11 @@ class SharedStore(Store):
         """Renew leases, for ever; owned by the application."""
         while True:
             await asyncio.sleep(RENEWAL)
-            await self._remote.leases.renew()
+            await self.renew_leases()
+
+    async def renew_leases(self) -> None:
+        """Renew those that are held, once."""
+        await self._remote.leases.renew()
 
     async def close(self) -> None:
         """Say to the server what is still to be said."""

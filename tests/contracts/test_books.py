@@ -159,3 +159,16 @@ def test_a_long_listing_lets_others_have_their_turn() -> None:
         await task
 
     run_virtual(main)
+
+
+async def test_an_expired_session_is_not_found() -> None:
+    """From the second of its expiry on, by its id and by its token, before anybody tidies up."""
+    opened = OpenedMemoryBook()
+    session = await recorded(opened, token="t", life=60)
+    opened.clock.advance(59.9)
+    assert await opened.book.find(session.session_id) == session
+    opened.clock.advance(0.1)
+    assert len(opened.memory) == 1, "the record is still there"
+    assert await opened.book.find(session.session_id) is None
+    assert await opened.book.find_token(session.digest) is None
+    assert await opened.book.page(EVERYTHING, Place(), 10) == []

@@ -29,6 +29,7 @@ from broker.clock import SystemClock  # noqa: E402
 from broker.errors import ServiceUnavailable  # noqa: E402
 from broker.metrics import StoreMetrics  # noqa: E402
 from broker.model import Secret  # noqa: E402
+from broker.rules.reuse import SECOND  # noqa: E402
 from broker.sessions.base import MARK_LIFE, Place, place_of  # noqa: E402
 from broker.sessions.memory import MemoryBook  # noqa: E402
 from broker.sessions.shared import BATCH, SharedBook  # noqa: E402
@@ -37,6 +38,7 @@ from broker.stores.names import Names  # noqa: E402
 from broker.stores.nodes import nodes_at  # noqa: E402
 from broker.stores.seal import Box, derive  # noqa: E402
 from broker.stores.server import Server  # noqa: E402
+from broker.testing import FakeClock  # noqa: E402
 
 pytestmark = pytest.mark.parts
 
@@ -204,6 +206,21 @@ async def test_G6_a_list_is_bounded_and_loses_what_expires_first(valkey: StoreSe
         valkey.ask("ZADD", listed, long_ago, "long-gone")
         await recorded(opened, life=200)
         assert valkey.ask("ZSCORE", listed, "long-gone") is None
+
+
+async def test_an_expired_session_is_not_found_though_the_server_has_it(
+    valkey: StoreServer,
+) -> None:
+    """By this replica's clock as well: the server's may be behind."""
+    valkey.flush()
+    async with opened_on(valkey) as opened:
+        session = await recorded(opened, token="t", life=60)
+        clock = opened.book._remote._clock = FakeClock(wall=session.expires * SECOND - 1)
+        assert await opened.book._remote.find(session.session_id) == session
+        clock.advance(0.000001)
+        assert await opened.book._remote.find(session.session_id) is None
+        assert await opened.book._remote.find_token(session.digest) is None
+        assert await opened.book._remote.page(EVERYTHING, Place(), 10) == []
 
 
 class TestWhileTheServerIsAway:

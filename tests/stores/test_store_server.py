@@ -293,7 +293,7 @@ def test_a_single_failure_after_successes_never_opens(
 
 @pytest.mark.parametrize("reason", [Reason.TIMEOUT, Reason.SCRIPT, Reason.CONNECTION])
 async def test_the_duration_counts_what_failed(reason: Reason) -> None:
-    """As the metric's help says: to the answer or the failure.  A call that is not made has none."""
+    """To the answer or the failure, as its help says.  A call that is not made has none."""
     shop = Shop()
     await shop.ask()
     shop.nodes.fail(reason)

@@ -2,14 +2,25 @@
 
 import asyncio
 import secrets
+import socket
+import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from redis.exceptions import RedisError
 from relaying import UNLIMITED
-from servers import StoreServer, free_port, store_server, valkey_binary
+from servers import (
+    StoreCluster,
+    StoreServer,
+    free_port,
+    redis_binary,
+    store_server,
+    valkey_binary,
+)
 
 from broker import config
 from broker.doctor import Finding, examine
@@ -226,3 +237,128 @@ async def test_a_password_that_others_can_read() -> None:
         "problem  store.password: crosses the network in clear text: write valkeys://, unless"
         " nobody else can listen there"
     )
+
+
+SCRIPTS_OFF = ("--rename-command", "EVAL", "", "--rename-command", "EVALSHA", "")
+
+REPLICA = "is a replica and takes no writes: put the address of the primary into store.url"
+
+
+async def problem_of(server: StoreServer, **more: object) -> str:
+    """Return the one problem that the doctor finds."""
+    (told,) = await of_store({"url": server.url, **more})
+    assert told.startswith("problem  store: "), told
+    return told
+
+
+@pytest.mark.parts
+@pytest.mark.parametrize("read_only", ["yes", "no"])
+async def test_N17_a_replica(server: StoreServer, read_only: str) -> None:
+    """It takes no writes, or takes them and loses them."""
+    _, port = server.address.hosts[0]
+    options = ["--replicaof", "127.0.0.1", str(port), "--replica-read-only", read_only]
+    with store_server(redis_binary(), *options, tcp=True) as replica:
+        assert (await problem_of(replica)).endswith(REPLICA)
+
+
+@pytest.mark.parts
+async def test_N17_a_sentinel(server: StoreServer, tmp_path: Path) -> None:
+    """Named as such, by its own word; and its scheme is refused at load, with the way out."""
+    _, port = server.address.hosts[0]
+    own = free_port()
+    config_file = tmp_path / "sentinel.conf"
+    config_file.write_text(
+        f"port {own}\nbind 127.0.0.1\ndir {tmp_path}\nsentinel monitor m 127.0.0.1 {port} 1\n",
+        encoding="utf-8",
+    )
+    command = [redis_binary(), str(config_file), "--sentinel"]
+    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.DEVNULL)
+    try:
+        told = ""
+        async with asyncio.timeout(30):
+            while "is a Sentinel, which has no keys" not in told:
+                (told,) = await of_store({"url": f"valkey://127.0.0.1:{own}"})
+        assert "put the address of the primary into store.url" in told
+    finally:
+        process.kill()
+        await process.wait()
+    for scheme in ("valkey+sentinel", "redis+sentinel", "redis-sentinel", "rediss+sentinel"):
+        with pytest.raises(ConfigError, match="Sentinel is not asked for the primary: name that"):
+            await of_store({"url": f"{scheme}://127.0.0.1:{own}/m"})
+
+
+@pytest.mark.parts
+async def test_N17_scripts_that_are_switched_off() -> None:
+    """Nothing works there, however well it answers."""
+    with store_server(redis_binary(), *SCRIPTS_OFF, tcp=True) as bare:
+        assert "does not know EVAL or EVALSHA" in await problem_of(bare)
+
+
+@pytest.mark.parts
+async def test_N17_a_full_server() -> None:
+    """It evicts nothing, as it should, and has no room left."""
+    with store_server(redis_binary(), "--maxmemory", "2mb", tcp=True) as full:
+        with full.client() as client, suppress(RedisError):
+            for number in range(100):
+                client.set(f"filler {number}", "x" * 100_000)
+        assert "is full and evicts nothing: raise its maxmemory" in await problem_of(full)
+
+
+@pytest.mark.parts
+async def test_N17_a_server_without_a_connection_left() -> None:
+    """Also where there is one for calls and none for the subscription."""
+    with store_server(redis_binary(), "--maxclients", "10", tcp=True) as busy, ExitStack() as stack:
+        for _ in range(9):
+            stack.enter_context(socket.create_connection(busy.address.hosts[0]))
+        assert "has no connection left: raise its maxclients" in await problem_of(busy)
+        stack.enter_context(socket.create_connection(busy.address.hosts[0]))
+        assert "has no connection left: raise its maxclients" in await problem_of(busy)
+
+
+@pytest.mark.parts
+async def test_N17_a_server_that_cannot_save_or_has_too_few_replicas(server: StoreServer) -> None:
+    """It refuses writes for a while, whoever asks."""
+    server.ask("CONFIG", "SET", "min-replicas-to-write", "1")
+    assert "too few replicas follow it" in await problem_of(server)
+
+
+RIGHTS = [part.removeprefix("+") for part in acl_line("u", ">p").split() if part.startswith("+")]
+
+
+@pytest.mark.parts
+async def test_N17_every_missing_right_is_found(server: StoreServer) -> None:
+    """Each command of the broker's line, its keys, its channels; with all of them it is well."""
+    password = secrets.token_urlsafe(16)
+    line = acl_line("broker", f">{password}").split()[1:]
+    store = {"url": server.url, "username": "broker", "password": password}
+
+    async def told(rights: list[str]) -> str:
+        server.ask("ACL", "SETUSER", "broker", "reset", *rights[1:])
+        server.ask("SCRIPT", "FLUSH")
+        (said,) = await of_store(store)
+        return said
+
+    assert (await told(line)).startswith("ok       store: ")
+    assert server.all_keys() == [], "nothing is left behind"
+    missed = []
+    for right in [*(f"+{name}" for name in RIGHTS), "~etb:*", "&etb:*"]:
+        said = await told([part for part in line if part != right])
+        if not said.startswith("problem  store: ") or "broker store acl" not in said:
+            missed.append((right, said))
+    assert missed == []
+
+
+@pytest.mark.parts
+async def test_N17_a_cluster(valkey_cluster: StoreCluster) -> None:
+    """Well by its own scheme; by the other one, that it is one; one primary that is full shows."""
+    (told,) = await of_store({"url": valkey_cluster.url})
+    assert told.startswith("ok       store: ")
+    node = valkey_cluster.masters[0]
+    assert "write valkey+cluster://" in await problem_of(node)
+    full = valkey_cluster.masters[-1]
+    full.ask("CONFIG", "SET", "maxmemory", "1")
+    try:
+        (told,) = await of_store({"url": valkey_cluster.url})
+        assert "is full and evicts nothing" in told
+    finally:
+        full.ask("CONFIG", "SET", "maxmemory", "0")
