@@ -176,6 +176,7 @@ class App:
             self._clock,
             self.metrics,
             place=self._place,
+            is_first=self._seat is None or self._seat.worker == 1,
             origin=lambda: self.issuer.origin,
             origins=lambda: self.issuer.origins,
         )

@@ -96,6 +96,25 @@ def _check_upstream(settings: Settings) -> None:
         raise ConfigError("issuer.upstream.timeout: must be longer than 0")
 
 
+def normal_base_url(url: str) -> str:
+    """Return the one form of a base URL under which everybody knows this vendor.
+
+    Scheme and host in lower case, no default port, no slash or dot at the end, no `/v1` and what
+    follows it.  A text that is no URL comes back as it is: `check` refuses it.
+    """
+    try:
+        parsed = URL(url.strip())
+    except ValueError:
+        return url
+    if not parsed.host:
+        return url
+    path = re.split(r"/v1(?=/|$)", parsed.path, maxsplit=1)[0].rstrip("/")
+    host = parsed.host.lower().removesuffix(".")
+    port = None if parsed.port == URL.build(scheme=parsed.scheme, host=host).port else parsed.port
+    whole = URL.build(scheme=parsed.scheme, host=host, port=port, path=path)
+    return str(whole).rstrip("/")
+
+
 def is_loopback(host: str) -> bool:
     """Whether this host is this machine."""
     try:

@@ -158,6 +158,10 @@ class Paced(Pacer):
         """Believe the vendor when it says that fewer calls are left than we think."""
         await self._slots.correct(remaining)
 
+    def settle(self, calls: int = 1) -> None:
+        """Take note that calls that had a turn are over, made or not."""
+        self._slots.settle(calls)
+
     @property
     def depth(self) -> int:
         """How many wait."""
@@ -209,7 +213,7 @@ class Paced(Pacer):
         """Choose when to come back: a slot after what this client was last told.  In us."""
         now = self._loop.time()
         last = self._promised.get(client, 0.0)
-        moment = max(last + self._budget.interval, now + predicted)
+        moment = max(last + self._slots.interval, now + predicted)
         self._promised[client] = moment = min(moment, now + MAX_PROMISE / (1 + JITTER))
         wait = moment - now
         return int((wait + wait * JITTER * random.random()) * 1_000_000)  # noqa: S311 - spreads callers, guards nothing
@@ -218,7 +222,10 @@ class Paced(Pacer):
         return BudgetExhausted(self._slots.shortage, wait)
 
     async def _take_if_plenty(self) -> None:
-        if self.depth or self._paused or not await self._slots.take_if_plenty() or self._paused:
+        if self.depth or self._paused or not await self._slots.take_if_plenty():
+            raise BudgetExhausted("the vendor's budget is needed elsewhere", 1_000_000)
+        if self._paused:
+            self._slots.settle()
             raise BudgetExhausted("the vendor's budget is needed elsewhere", 1_000_000)
 
     async def _serve(self) -> None:
@@ -253,13 +260,16 @@ class Paced(Pacer):
             if not place.granted.done():
                 place.granted.set_result(None)
                 return
+        self._slots.settle()
 
     def _give_up(self, place: Place) -> None:
         """Leave the queue; a slot that was granted in the same moment goes to the next."""
         self._line.leave(place)
         granted = place.granted
         had_slot = granted.done() and not granted.cancelled() and granted.exception() is None
-        if had_slot and not self._paused:
+        if had_slot and self._paused:
+            self._slots.settle()
+        elif had_slot:
             self._pass_on()
 
     @override

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
+from broker.checks import normal_base_url
 from broker.issuers.refusals import LocalRefusals
 from broker.issuers.shared_refusals import SharedRefusals
 from broker.limits import Limits
@@ -45,7 +46,8 @@ class Sharing:
     """The store on a server, and everything that needs the same server.
 
     `place` names this process among those of its host, the same after a restart; `origin` and
-    `origins` are the issuer's.  Made in the event loop's thread; `open` before the first request.
+    `origins` are the issuer's; `is_first` says that it is the first of its instance's workers.
+    Made in the event loop's thread; `open` before the first request.
     """
 
     def __init__(
@@ -62,6 +64,8 @@ class Sharing:
         origin: Callable[[], str],
         origins: Callable[[], frozenset[str]],
         timeout: float = OPERATION_TIMEOUT,
+        *,
+        is_first: bool = True,
     ) -> None:
         store = settings.store
         self._replica = secrets.token_hex(8)
@@ -71,7 +75,9 @@ class Sharing:
         self.server = Server(nodes_at(address, access, timeout), clock, metrics.store)
         self.seal = Seal(key)
         name = f"{socket.gethostname()}/{place}"
-        self.fleet = Fleet(self.server, self.names, name, fixed, settings.server.workers)
+        self.fleet = Fleet(
+            self.server, self.names, name, fixed, settings.server.workers, is_first=is_first
+        )
         ends = KnownEnds(lambda visitor: self.names.visitor(visitor).epoch, clock.mono)
         self.alone = MemoryStore(limits, front, clock, metrics.limits.counts, ends, clock.wall)
         self._remote = ValkeyStore(
@@ -184,5 +190,5 @@ def names_of(settings: Settings, key: Secret) -> Names:
 def _vendor_of(settings: Settings) -> str:
     """Name whose budget it is: two brokers before the same vendor share it."""
     if settings.issuer.kind == "upstream":
-        return settings.issuer.upstream.base_url
+        return normal_base_url(settings.issuer.upstream.base_url)
     return f"local {settings.issuer.local.issuer}"

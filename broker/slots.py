@@ -15,6 +15,9 @@ from aiolimiter import AsyncLimiter
 from msgspec import Struct
 from typing_extensions import override
 
+LEAST_RATE = 0.01
+"""Part of the rate that bursts of one must leave, or there is no share: it would take hours."""
+
 
 class Budget(Struct, frozen=True):
     """`rate` calls every `per` seconds, `burst` at once; nobody waits over `max_wait` seconds."""
@@ -34,15 +37,17 @@ class Budget(Struct, frozen=True):
         """Seconds from no slot to a burst of them."""
         return self.burst * self.interval
 
-    def share(self, replicas: int) -> "Budget":
+    def share(self, replicas: int) -> "Budget | None":
         """Return one part in `replicas`: in no window do all parts allow more than the whole.
 
         A burst under one is one.  What that is too much in all, the rate gives back: the vendor's
-        window is one `per` long, and holds a burst and a `per` of refill.
+        window is one `per` long, and holds a burst and a `per` of refill.  None if that leaves no
+        rate: so many parts of one call each are more than the whole.
         """
         burst = max(self.burst // replicas, 1)
-        excess = max(burst * replicas - self.burst, 0)
-        rate = max(self.rate - excess, self.rate / 100) / replicas
+        rate = (self.rate - max(burst * replicas - self.burst, 0)) / replicas
+        if rate * replicas < self.rate * LEAST_RATE:
+            return None
         return Budget(rate, self.per, burst, self.max_wait)
 
 
@@ -97,6 +102,15 @@ class Slots(Protocol):
 
     async def correct(self, remaining: int) -> None:
         """Believe the vendor when it says that fewer calls are left than we think."""
+        ...
+
+    def settle(self, calls: int = 1) -> None:
+        """Take note that so many calls that were granted are over: none can arrive any more."""
+        ...
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two slots, at this moment."""
         ...
 
 
@@ -164,6 +178,15 @@ class LocalSlots(Slots):
             await self._limiter.acquire(excess)
             self._full_at = max(self._full_at, self._loop.time())
             self._full_at += excess * self._budget.interval
+
+    @override
+    def settle(self, calls: int = 1) -> None:
+        """Charged when they were granted."""
+
+    @property
+    @override
+    def interval(self) -> float:
+        return self._budget.interval
 
     @override
     def __repr__(self) -> str:

@@ -107,6 +107,7 @@ class Replica:
         origins: Sequence[str] = ("a key",),
         front: int = 10_000,
         most_sessions: int = 1000,
+        is_first: bool = True,
     ) -> None:
         self.clock = clock or FakeClock()
         self.metrics = Metrics("upstream", budget=True, shared_store=True)
@@ -125,6 +126,7 @@ class Replica:
             self.clock,
             self.metrics,
             place=place or secrets.token_hex(4),
+            is_first=is_first,
             origin=lambda: origins[0],
             origins=lambda: frozenset(origins),
             timeout=timeout,
@@ -136,6 +138,7 @@ class Replica:
         self.fleet = self.sharing.fleet
         if now is not None:
             self._go_by(now)
+            self.fleet.time.mono = self.clock.mono
 
     def slots(self, budget: Budget) -> SharedSlots:
         """Return the budget's slots."""

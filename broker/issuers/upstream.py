@@ -23,6 +23,7 @@ import structlog
 from typing_extensions import override
 
 from broker import errors
+from broker.checks import normal_base_url
 from broker.issuers.base import Issuer, Turn
 from broker.issuers.refusals import LocalRefusals, Refusals
 from broker.issuers.vendor_api import build_request, read_answer
@@ -102,7 +103,7 @@ class UpstreamIssuer(Issuer):
     @property
     @override
     def origin(self) -> str:
-        return f"upstream {self._client.base_url}"
+        return f"upstream {normal_base_url(self._client.base_url)}"
 
     @property
     @override
@@ -164,6 +165,12 @@ class UpstreamIssuer(Issuer):
         """Make one call: turn, tickets, call, settlement; returns the key that was used, too."""
         self._check_breakers()
         await turn()
+        try:
+            return await self._call_once(ask)
+        finally:
+            self._pacer.settle()
+
+    async def _call_once(self, ask: Ask) -> tuple[Reply, Secret]:
         key_ticket, health_ticket = self._enter()
         key = self._key
         try:
