@@ -114,10 +114,9 @@ async def test_G4_S5_something_is_left_for_whoever_comes_later(crew: Crew) -> No
     await crew.beat()
     crew.cut(a)
     crew.cut(b)
+    await asyncio.sleep(LOST + 0.05)
     late = crew.join("late")
     await crew.beat()
-    assert crew.spent() <= 1, "how long they have been silent, nobody was there to tell"
-    await crew.pass_time()
     assert late.withheld == pytest.approx(2 / 3, abs=1e-5)
     assert late.parts == 6
     crew.cut_off.remove(a)

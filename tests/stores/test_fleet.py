@@ -276,7 +276,7 @@ def test_N24_who_comes_when_nothing_is_left_has_no_share(house: House) -> None:
 
 
 def test_N24_one_more_than_configured_has_no_share(house: House) -> None:
-    """`replicas = 2`, and a third comes: the two keep theirs, the third has none until one leaves."""
+    """`replicas = 2`, and a third comes: two keep theirs, it has none till one leaves."""
     for name in "abab":
         assert (house.beat(name, said=name == "x", fixed=2) or (0,))[0] == 2
     assert house.beat("c", said=False, fixed=2) == (0, 0, {"a": 2, "b": 2})

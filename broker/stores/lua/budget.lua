@@ -41,14 +41,17 @@ if ARGV[6] == '1' then
 end
 
 local message, out, settled = tonumber(ARGV[12]), tonumber(ARGV[13]), tonumber(ARGV[14])
-local all_out, charged, stale = out, 0, false
+local mine = string.match(redis.call('HGET', KEYS[3], ARGV[3]) or '', '^%d+')
+if mine and message <= tonumber(mine) then
+  return {0, interval, 0, paused, era, now}
+end
+local all_out, charged = out, 0
 local calls = redis.call('HGETALL', KEYS[3])
 for place = 1, #calls, 2 do
   local last, left, before, told = string.match(calls[place + 1], '^(%d+) (%d+) (%d+) (%d+)$')
   if not last then -- nobody of ours wrote this
     redis.call('HDEL', KEYS[3], calls[place])
   elseif calls[place] == ARGV[3] then
-    stale = message <= tonumber(last)
     charged = charged + math.max(settled - tonumber(before), 0)
   elseif math.abs(now - tonumber(told)) > tonumber(ARGV[15]) then
     redis.call('HDEL', KEYS[3], calls[place])
@@ -56,9 +59,6 @@ for place = 1, #calls, 2 do
   else
     all_out = all_out + tonumber(left)
   end
-end
-if stale then
-  return {0, interval, 0, paused, era, now}
 end
 wait_full = wait_full + charged * step
 
@@ -94,8 +94,8 @@ end
 redis.call('HSET', KEYS[1], 'full_at', text(now + wait_full))
 redis.call('HSET', KEYS[1], 'paused_until', text(paused > 0 and now + paused or 0))
 redis.call('PEXPIRE', KEYS[1], px(tonumber(ARGV[7])))
-local mine = {text(message), text(out), text(settled), text(now)}
-redis.call('HSET', KEYS[3], ARGV[3], table.concat(mine, ' '))
+local told = {text(message), text(out), text(settled), text(now)}
+redis.call('HSET', KEYS[3], ARGV[3], table.concat(told, ' '))
 redis.call('PEXPIRE', KEYS[3], px(tonumber(ARGV[7])))
 local free = paused > 0 and 0 or math.max(math.floor((depth - taken) / step), 0)
 return {reserved, wait, free, paused, era, now, unpack(others)}

@@ -17,8 +17,10 @@
 -- farewell, or is forgotten.  With a configured number each has one part in as many, and of those who
 -- are lost no more can live than are missing; one more than configured has no share.  A server that
 -- does not know somebody who has been there has lost its memory, and is told of the others.  Silence
--- is measured by the fleet's own time, so a server whose clock steps forwards forgets nobody.  A member
--- whose answers do not reach it is lost, although it is heard.  Atomic, so that shares are counted once.
+-- is measured by the fleet's own time, so a server whose clock steps forwards forgets nobody.  That
+-- time stands still while no member is heard: a newcomer, who cannot tell for how long, has the
+-- server's clock say which of them are lost by now.  A member whose answers do not reach it is lost,
+-- although it is heard.  Atomic, so that shares are counted once.
 
 local now, era = fleet_us(KEYS[2], ARGV[7], ARGV[8])
 local me, drawn = ARGV[1], ARGV[2]
@@ -36,19 +38,26 @@ elseif ARGV[3] == '1' and owner ~= drawn then
   return {0}
 end
 
+local clock, is_newcomer = now_us(), not (ARGV[7] == era and tonumber(ARGV[8]) > 0)
 local alive, holders, silent, withheld, given, reply = 1, 0, 0, 0, 0, {}
 local members = redis.call('HGETALL', KEYS[1])
 for place = 1, #members, 2 do
   local name = members[place]
-  local seen, who, parts = string.match(members[place + 1], '^(%d+) (%S+) (%d+)$')
+  local seen, who, parts, at = string.match(members[place + 1], '^(%d+) (%S+) (%d+) ?(%d*)$')
   local silence = now - tonumber(seen or '0')
   if not parts then -- nobody of ours wrote this
     redis.call('HDEL', KEYS[1], name)
   elseif name ~= me and silence > forgotten then
     redis.call('HDEL', KEYS[1], name)
   elseif name ~= me then
-    if silence < 0 then -- another era's: count from here
-      redis.call('HSET', KEYS[1], name, text(now) .. ' ' .. who .. ' ' .. parts)
+    local least = 0
+    if is_newcomer and at ~= '' then
+      least = math.max(math.min(clock - tonumber(at), lost), 0)
+    end
+    if silence < least then -- or it is another era's: count from here
+      silence = least
+      local since = text(math.max(now - least, 0))
+      redis.call('HSET', KEYS[1], name, table.concat({since, who, parts, at}, ' '))
     end
     local share = tonumber(parts) > 0 and 1 / tonumber(parts) or 0
     given = given + share
@@ -75,13 +84,13 @@ if fixed > 0 then
 end
 withheld = math.min(math.ceil(withheld * 1000000 - 0.001), 1000000)
 local seen = now -- or when it was sent: one that a server kept for a while is old
-if ARGV[7] == era and tonumber(ARGV[8]) > 0 then
+if not is_newcomer then
   seen = math.min(now, tonumber(ARGV[8]))
 end
 if ARGV[9] == '1' then
   seen = math.max(seen - lost, 0)
 end
-redis.call('HSET', KEYS[1], me, text(seen) .. ' ' .. drawn .. ' ' .. text(parts))
+redis.call('HSET', KEYS[1], me, table.concat({text(seen), drawn, text(parts), text(clock)}, ' '))
 redis.call('PEXPIRE', KEYS[1], px(forgotten))
 redis.call('HSET', KEYS[2], 'withheld', withheld)
 redis.call('PEXPIRE', KEYS[2], px(forgotten))
