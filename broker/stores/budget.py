@@ -108,13 +108,14 @@ class SharedSlots(Slots):
         self._loop = asyncio.get_running_loop()
         self._started = self._loop.time()
         self._full_at = self._started + self._budget.depth
-        self._own(self._watch())
+        self._watching = self._loop.create_task(self._watch())
 
     @override
     async def close(self) -> None:
-        for task in self._tasks:
+        tasks = [self._watching, *self._tasks]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._untold:
             await self._tell()
 
