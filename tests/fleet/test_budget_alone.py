@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import aiohttp
 import pytest
 from processes import Tree, merged
 from replicas import Crowd, Replica, back, start, tree_for
@@ -40,9 +41,14 @@ async def closed(fleet: Sequence[Replica]) -> None:
 async def test_N18_a_start_without_the_store_serves_somebody(
     workers: int, vendor: FakeVendor, tmp_path: Path
 ) -> None:
-    """A relay with the shipped budget and no store: a first visitor within its share's interval."""
+    """A relay with the shipped budget and no store: a first visitor within its share's interval.
+
+    A connection each: without the store one worker of all has the share.
+    """
     tree = tree_for(tmp_path, f"valkey://127.0.0.1:{free_port()}", vendor)
     replica = await start(tmp_path, merged(tree, SHIPPED | {"server.workers": workers}))
+    await replica.http.close()
+    replica.http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True))
     try:
         async with asyncio.timeout(150):
             while (reply := await replica.ask()).status != 200:
