@@ -182,6 +182,7 @@ class App:
             self._clock,
             self.metrics,
             place=self._place,
+            is_first=self._seat is None or self._seat.worker == 1,
             origins=lambda: self.issuer.origins,
         )
 

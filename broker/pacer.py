@@ -219,7 +219,7 @@ class Paced(Pacer):
         """Choose when to come back: a slot after what this client was last told.  In us."""
         now = self._loop.time()
         last = self._promised.get(client, 0.0)
-        moment = max(last + self._budget.interval, now + predicted)
+        moment = max(last + self._slots.interval, now + predicted)
         self._promised[client] = moment = min(moment, now + MAX_PROMISE / (1 + JITTER))
         wait = moment - now
         return int((wait + wait * JITTER * random.random()) * 1_000_000)  # noqa: S311 - spreads callers, guards nothing

@@ -333,8 +333,9 @@ class Store(_Section, frozen=True):
     budget, `closed` refuses with 503.  Local: the site stays up, and in the long run no limit is
     exceeded; at the moment of the loss a visitor may have up to one burst more."""
     replicas: Literal["auto"] | Annotated[int, Meta(ge=1)] = "auto"
-    """By how many the share is divided; `auto` is how many were seen at the server last.  A process
-    that has not seen it yet takes a tenth of the budget."""
+    """By how many the share is divided; `auto`: how many were seen at the server last.  An instance
+    that has not seen it yet takes a part in 32 of the budget, because it cannot know of others; one
+    process more than a number that is set here has no share."""
     snapshot_file: str | None = None
     """Where tokens and buckets are sealed on drain and found again at the start.  Off: no file
     appears that nobody asked for; without it a restart mints anew for every visitor."""

@@ -4,6 +4,7 @@ import secrets
 import socket
 from collections.abc import Callable
 
+from broker.checks import normal_base_url
 from broker.issuers.refusals import LocalRefusals
 from broker.issuers.shared_refusals import SharedRefusals
 from broker.limits import Limits
@@ -38,7 +39,8 @@ class Sharing:
     """The store on a server, and everything that needs the same server.
 
     `place` names this process among those of its host, the same after a restart; `origins` are the
-    issuer's.  Made in the event loop's thread; `open` before the first request.
+    issuer's; `is_first` says that it is the first of its instance's workers.  Made in the event
+    loop's thread; `open` before the first request.
     """
 
     def __init__(
@@ -54,6 +56,8 @@ class Sharing:
         place: str,
         origins: Callable[[], frozenset[str]],
         timeout: float = OPERATION_TIMEOUT,
+        *,
+        is_first: bool = True,
     ) -> None:
         store = settings.store
         self._replica = secrets.token_hex(8)
@@ -64,7 +68,9 @@ class Sharing:
         self.server = Server(nodes_at(address, access, timeout), clock, metrics.store)
         self.seal = Seal(key)
         name = f"{socket.gethostname()}/{place}"
-        self.fleet = Fleet(self.server, self.names, name, fixed, settings.server.workers)
+        self.fleet = Fleet(
+            self.server, self.names, name, fixed, settings.server.workers, is_first=is_first
+        )
         ends = KnownEnds(lambda visitor: self.names.visitor(visitor).epoch, clock.mono)
         self.alone = MemoryStore(limits, front, clock, metrics.limits.counts, ends, clock.wall)
         self._remote = ValkeyStore(
@@ -98,12 +104,19 @@ class Sharing:
         )
         self.refusals = SharedRefusals(self.server, self.names, LocalRefusals(clock))
         self._slots: SharedSlots | None = None
-        self._background = Background(metrics.process.background)
+        self._counts = metrics.process.background
+        self._background = Background(self._counts)
 
     def slots(self, budget: Budget) -> SharedSlots:
         """Return the budget's slots, one source for all replicas."""
         self._slots = SharedSlots(
-            budget, self.server, self.names, self.fleet, self._replica, closed=self._closed
+            budget,
+            self.server,
+            self.names,
+            self.fleet,
+            self._replica,
+            self._counts,
+            closed=self._closed,
         )
         return self._slots
 
@@ -168,5 +181,5 @@ def names_of(settings: Settings, key: Secret) -> Names:
 def _vendor_of(settings: Settings) -> str:
     """Name whose budget it is: two brokers before the same vendor share it."""
     if settings.issuer.kind == "upstream":
-        return settings.issuer.upstream.base_url
+        return normal_base_url(settings.issuer.upstream.base_url)
     return f"local {settings.issuer.local.issuer}"

@@ -26,6 +26,9 @@ from broker.rules.bucket import Limit
 from broker.rules.outstanding import Ledger
 from broker.rules.reuse import SECOND
 
+LEAST_RATE = 0.01
+"""Part of the rate that bursts of one must leave, or there is no share: it would take hours."""
+
 
 class Budget(Struct, frozen=True):
     """`rate` calls every `per` seconds, `burst` at once; nobody waits over `max_wait` seconds."""
@@ -50,15 +53,17 @@ class Budget(Struct, frozen=True):
         """The same in whole microseconds, rounded to the safe side."""
         return Limit(burst=self.burst, interval=-int(-self.interval * SECOND // 1))
 
-    def share(self, replicas: int) -> "Budget":
+    def share(self, replicas: int) -> "Budget | None":
         """Return one part in `replicas`: in no window do all parts allow more than the whole.
 
         A burst under one is one.  What that is too much in all, the rate gives back: the vendor's
-        window is one `per` long, and holds a burst and a `per` of refill.
+        window is one `per` long, and holds a burst and a `per` of refill.  None if that leaves no
+        rate: so many parts of one call each are more than the whole.
         """
         burst = max(self.burst // replicas, 1)
-        excess = max(burst * replicas - self.burst, 0)
-        rate = max(self.rate - excess, self.rate / 100) / replicas
+        rate = (self.rate - max(burst * replicas - self.burst, 0)) / replicas
+        if rate * replicas < self.rate * LEAST_RATE:
+            return None
         return Budget(rate, self.per, burst, self.max_wait)
 
 
@@ -133,6 +138,11 @@ class Slots(Protocol):
 
     async def correct(self, remaining: int) -> None:
         """Believe the vendor when it says that fewer calls are left than we think."""
+        ...
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two slots, at this moment."""
         ...
 
 
@@ -254,6 +264,11 @@ class LocalSlots(Slots):
     async def _drain_limiter(self) -> None:
         while self._limiter.has_capacity():
             await self._limiter.acquire()
+
+    @property
+    @override
+    def interval(self) -> float:
+        return self._budget.interval
 
     @override
     def __repr__(self) -> str:

@@ -41,6 +41,8 @@ class BackgroundTask(Enum):
     """A worker's sign of life to its supervisor."""
     PACING = "pacing"
     """The queue for the vendor's budget."""
+    SHARE = "share"
+    """The look-out for when this process' own share of the vendor's budget begins and ends."""
     HEARTBEATS = "heartbeats"
     """The sign of life to the other members of a fleet."""
     LEASES = "leases"

@@ -5,7 +5,6 @@ more argument: only `now_us` and `px` of the prelude are others then (keys must 
 server's clock while the test's stands still), all else is the text that ships.
 """
 
-import asyncio
 import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -107,6 +106,7 @@ class Replica:
         origins: Sequence[str] = ("a key",),
         front: int = 10_000,
         most_sessions: int = 1000,
+        is_first: bool = True,
     ) -> None:
         self.clock = clock or FakeClock()
         self.metrics = Metrics("upstream", budget=True, shared_store=True)
@@ -125,6 +125,7 @@ class Replica:
             self.clock,
             self.metrics,
             place=place or secrets.token_hex(4),
+            is_first=is_first,
             origins=lambda: frozenset(origins),
             timeout=timeout,
         )
@@ -135,6 +136,7 @@ class Replica:
         self.fleet = self.sharing.fleet
         if now is not None:
             self._go_by(now)
+            self.fleet.time.mono = self.clock.mono
 
     def slots(self, budget: Budget) -> SharedSlots:
         """Return the budget's slots."""
@@ -156,8 +158,9 @@ class Replica:
 
     async def settled(self) -> None:
         """Wait until all that is said in the background has been said."""
-        while tasks := [*self.remote._tasks, *self.server._tasks]:
-            await asyncio.gather(*tasks, return_exceptions=True)
+        while len(self.remote._tasks) or len(self.server._tasks):
+            await self.remote._tasks.finish()
+            await self.server._tasks.finish()
 
     def _go_by(self, now: Callable[[], int]) -> None:
         run = self.server.run

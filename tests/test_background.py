@@ -47,6 +47,7 @@ PLACES: dict[BackgroundTask, Callable[[Edge], tuple[Any, str]]] = {
     BackgroundTask.HOUSEKEEPING: lambda edge: (edge.app, "_tidy"),
     BackgroundTask.BEAT: lambda edge: (edge.app.metrics.process, "beat"),
     BackgroundTask.PACING: lambda edge: (edge.app._paced, "_serve_next"),
+    BackgroundTask.SHARE: lambda edge: (edge.app._paced._slots, "_look"),
     BackgroundTask.HEARTBEATS: lambda edge: (_sharing(edge).fleet, "beat"),
     BackgroundTask.LEASES: lambda edge: (_sharing(edge)._remote.leases, "renew"),
     BackgroundTask.RECORDS: lambda edge: (_sharing(edge).book, "catch_up"),

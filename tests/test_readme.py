@@ -493,7 +493,12 @@ def test_log_events_are_those_of_the_source() -> None:
     assert documented.keys() == found.keys()
     for event, (levels, fields) in documented.items():
         if event == "broker.embed_token":
-            fields -= {"status", "code", "limit", "reason"}  # of a failure only: put into a dict first
+            fields -= {
+                "status",
+                "code",
+                "limit",
+                "reason",
+            }  # of a failure only: put into a dict first
         assert (levels, fields) == found[event], event
 
 
@@ -532,15 +537,19 @@ def test_the_budget_s_arithmetic_is_right() -> None:
 
 
 def test_the_share_of_an_instance_that_has_seen_nobody_is_right() -> None:
-    """A tenth, from when, and what is left of the default budget by then."""
+    """A part in 32, from when, how often that is a call, and for how many the window holds."""
     told = README.partition("**Started while the store is away.**")[2].partition("\n\n")[0]
-    assert UNSEEN_PARTS == 10
-    assert "a tenth for all its workers" in told
+    told = " ".join(told.split())
+    assert f"a part in {UNSEEN_PARTS}, the others none" in told
     assert f"only after {ALONE_AFTER:.0f} s" in told
+    assert f"up to {UNSEEN_PARTS} such instances" in told
     whole = settings.Budget()
     budget = Budget(whole.rate, whole.per.seconds, whole.burst, whole.max_wait.seconds)
-    assert round(budget.share(UNSEEN_PARTS).rate) == 10
-    assert "about ten first visitors a minute" in " ".join(told.split())
+    share = budget.share(UNSEEN_PARTS)
+    assert share is not None
+    assert f"a first visitor every {share.interval:.0f} s" in told
+    shares = [parts for parts in range(1, 500) if budget.share(parts) is not None]
+    assert f"(with the default more than {max(shares)})" in " ".join(README.split())
 
 
 def test_default_reuse_marks_are_those_in_the_table() -> None:

@@ -2,29 +2,38 @@
 
 Theory of operation.  A replica whose line is not empty reserves the next call, waits until it may
 be made, and gives it to whoever is first in its line; then it reserves again.  So no replica holds
-more than one, and those that have a line take turns.  What stands in the lines of the others comes
-back with each reservation, and predictions count with it.
+more than one reservation, and those that have a line take turns.  What stands in the lines of the
+others comes back with each reservation, and predictions count with it.
 
-While the server is away the replica spends its share, from a bucket of its own that starts empty,
-and only after the others have noticed that it is lost: anew each time, for with every heartbeat
-that gets through they give the share back to all.  When the server is back the shared bucket
-starts empty, too: nobody knows what all have spent.
+A call is out from its reservation until it is settled.  Each message to the server tells how many
+are out here and how many were settled since the start: totals, numbered, so that a message that is
+lost or late does no harm.  What is settled is told at once, or with a reservation that goes anyway.
+
+While the server is away the replica spends its share, from a bucket of its own that starts empty at
+`Fleet.alone_from`: then the others have noticed that it is lost, whether or not anybody asks for a
+call here.  It makes none before those are settled that were out at the loss, for the others' share
+does not count them.  When the server is back the shared bucket starts empty, too: nobody knows what
+all have spent; what is still out is told.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import structlog
 from typing_extensions import override
 
+from broker.board import Counter
 from broker.rules.reuse import SECOND
 from broker.slots import Budget, LocalSlots, Slots
 from broker.stores.failures import StoreFailed
-from broker.stores.fleet import ALONE_AFTER, ALONE_FOR, Fleet
+from broker.stores.fleet import ALONE_AFTER, Fleet
+from broker.stores.link import Reply
 from broker.stores.names import Names
 from broker.stores.scripts import Script, command
 from broker.stores.server import Operation, Server
+from broker.tasks import Background, BackgroundTask, TaskSet
 
 log = structlog.get_logger()
 
@@ -45,6 +54,13 @@ LATE = 1.0
 """Seconds after its moment in which a reserved call may still be made: a process that was suspended
 must not make its call on top of what others were given meanwhile."""
 
+OUT = 300.0
+"""Seconds after which a call whose replica tells nothing any more is taken to have arrived: no
+connection delivers anything after that."""
+
+LOOK = 0.5
+"""Seconds between two looks at whether the share begins or ends, at most."""
+
 PAUSED = b"paused"
 """The news that the vendor asked for a pause; for how long, the server tells."""
 
@@ -59,6 +75,7 @@ class SharedSlots(Slots):
         names: Names,
         fleet: Fleet,
         replica: str,
+        counts: Mapping[BackgroundTask, Counter] | None = None,
         *,
         closed: bool,
     ) -> None:
@@ -70,27 +87,39 @@ class SharedSlots(Slots):
         self._closed = closed
         self.hold: Callable[[float], None] = lambda _seconds: None
         self._alone: LocalSlots | None = None
-        self._alone_from = 0.0
-        self._alone_since = 0
+        self._carried = 0
+        self._started = 0.0
+        self._failed = False
         self._returned = True
         self._full_at = 0.0
         self._lines: list[int] = []
         self._lines_told = 0.0
         self._asking = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet()
+        self._background = Background(counts)
         interval = b"%d" % -int(-budget.interval * SECOND // 1)
         self._numbers = (b"%d" % budget.burst, interval)
+        self._turn = asyncio.Lock()
+        self._messages = 0
+        self._out = 0
+        self._settled = 0
+        self._untold = 0
+        self._telling = False
+        self._freed = asyncio.Event()
 
     @override
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._full_at = self._loop.time() + self._budget.depth
+        self._started = self._loop.time()
+        self._full_at = self._started + self._budget.depth
+        self._background.start(BackgroundTask.SHARE, self._watch)
 
     @override
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.close()
+        await self._tasks.close()
+        if self._untold:
+            await self._tell()
 
     @property
     @override
@@ -100,16 +129,32 @@ class SharedSlots(Slots):
     @property
     @override
     def remaining(self) -> int:
-        if self._alone is not None:
-            return self._alone.remaining
+        if self._is_alone:
+            return self._alone.remaining if self._alone is not None and self._may_spend else 0
         spare = self._budget.depth - max(self._full_at - self._loop.time(), 0.0)
         return int(spare / self._budget.interval + 1e-9)
 
     @property
     @override
+    def outstanding(self) -> int:
+        return self._out
+
+    @property
+    @override
+    def interval(self) -> float:
+        share = self._share if self._is_alone else self._budget
+        return self._budget.interval if share is None else share.interval
+
+    @property
+    @override
     def shortage(self) -> str:
-        if self._alone is None and not self._server.is_away:
+        if not self._is_alone:
             return super().shortage
+        if self._share is None:
+            return (
+                "the shared store is away, and this process has no share of the vendor's budget;"
+                " set [store] replicas to the number of processes"
+            )
         return "the shared store is away, and this broker's share of the vendor's budget is used up"
 
     @override
@@ -122,12 +167,13 @@ class SharedSlots(Slots):
                     return True
                 continue
             if not reserved:
-                await asyncio.sleep(min(wait, LONGEST_NAP))
+                await self._nap(wait)
                 continue
             due = self._loop.time() + wait
             await asyncio.sleep(wait)
             if self._loop.time() - due < LATE:
                 return True
+            self.settle()  # it lapses
         return False
 
     @override
@@ -136,18 +182,38 @@ class SharedSlots(Slots):
             reserved, _ = await self._reserve(0, modest=True)
         except StoreFailed:
             alone = self._alone
-            if alone is None or self._loop.time() < self._alone_from:
+            if alone is None or not self._may_spend or not await alone.take_if_plenty():
                 return False
-            return await alone.take_if_plenty()
+            self._out += 1
+            return True
         return reserved
 
     @override
-    def predict(self, ahead: int, start: float, *, drained: bool) -> float:
+    def settle(self, calls: int = 1) -> None:
+        """Tell the server, at once; the share that is being spent takes note of what it gave."""
+        self._out -= calls
+        self._settled += calls
+        self._untold += calls
+        self._freed.set()
+        before = min(calls, self._carried)
+        self._carried -= before
+        if self._alone is not None and before:
+            self._tasks.start(self._alone.resume())  # they may have arrived just now: begin anew
+        if self._alone is not None and calls > before:
+            self._alone.settle(calls - before)
+        if not self._telling:
+            self._telling = True
+            self._tasks.start(self._tell_settled())
+
+    @override
+    def answered(self, took: float) -> None:
         if self._alone is not None:
-            return max(self._alone.predict(ahead, start, drained=drained), self._alone_from)
-        if self._server.is_away:  # and nobody has asked for a call since
-            share = self._budget.share(self._fleet.parts)
-            return max(start, self._loop.time() + ALONE_AFTER) + (ahead + 1) * share.interval
+            self._alone.answered(took)
+
+    @override
+    def predict(self, ahead: int, start: float, *, drained: bool) -> float:
+        if self._is_alone:
+            return self._predict_alone(ahead, start, drained=drained)
         budget = self._budget
         recent = self._loop.time() - self._lines_told < QUEUE_TOLD
         lines = self._lines if recent else []
@@ -155,10 +221,20 @@ class SharedSlots(Slots):
         level = start + budget.depth if drained else max(self._full_at, start)
         return max(level + turns * budget.interval - budget.depth, start)
 
+    def _predict_alone(self, ahead: int, start: float, *, drained: bool) -> float:
+        share = self._share
+        if share is None or self._closed:
+            return math.inf
+        if self._alone is not None:
+            moment = self._alone.predict(ahead, start, drained=drained)
+        else:
+            moment = max(start, self._alone_from) + (ahead + 1) * share.interval
+        return moment if moment < self._fleet.alone_until else math.inf
+
     @override
     def pause(self, seconds: float) -> None:
         """Tell the server, and the others at once: they have reserved calls already."""
-        self._own(self._pause(int(seconds * SECOND)))
+        self._tasks.start(self._pause(int(seconds * SECOND)))
 
     @override
     async def resume(self) -> None:
@@ -174,29 +250,16 @@ class SharedSlots(Slots):
         if self._alone is not None:
             await self._alone.correct(remaining)
             return
-        self._own(self._hold(0, max(remaining, 0)))
+        self._tasks.start(self._hold(0, max(remaining, 0)))
 
     async def _reserve(self, waiting: int, *, modest: bool = False) -> tuple[bool, float]:
         """Ask for the next call; returns whether it is ours, and seconds to wait.
 
         `modest` takes it only if nobody else could want it.
         """
-        reply = await self._server.run(
-            Operation.BUDGET,
-            Script.BUDGET,
-            (self._names.budget, self._names.queues),
-            *self._numbers,
-            self._replica,
-            b"%d" % waiting,
-            b"%d" % int(AHEAD * SECOND),
-            b"0" if self._returned else b"1",
-            b"%d" % REMEMBERED,
-            b"%d" % int(QUEUE_TOLD * SECOND),
-            b"1" if modest else b"0",
-        )
+        reply = await self._send(waiting, b"modest" if modest else b"reserve")
         match reply:
-            case [int(reserved), int(wait), int(free), int(paused), *lines]:
-                self._returned, self._alone = True, None
+            case [int(reserved), int(wait), int(free), int(paused), bytes(), int(), *lines]:
                 self._lines = [line for line in lines if isinstance(line, int)]
                 self._lines_told = self._loop.time()
                 self._note(wait / SECOND, free, reserved=bool(reserved))
@@ -206,6 +269,59 @@ class SharedSlots(Slots):
             case _:
                 return False, LONGEST_NAP
 
+    async def _send(self, waiting: int, what: bytes) -> Reply:
+        """Send one message, after the one before: it tells what is out and what was settled."""
+        async with self._turn:
+            self._messages += 1
+            untold = self._untold
+            try:
+                reply = await self._server.run(
+                    Operation.BUDGET,
+                    Script.BUDGET,
+                    (self._names.budget, self._names.queues, self._names.calls),
+                    *self._numbers,
+                    self._replica,
+                    b"%d" % waiting,
+                    b"%d" % int(AHEAD * SECOND),
+                    b"0" if self._returned else b"1",
+                    b"%d" % REMEMBERED,
+                    b"%d" % int(QUEUE_TOLD * SECOND),
+                    what,
+                    *self._fleet.time.vouched(),
+                    b"%d" % self._messages,
+                    b"%d" % self._out,
+                    b"%d" % self._settled,
+                    b"%d" % int(OUT * SECOND),
+                )
+            except StoreFailed:
+                self._failed = True
+                raise
+            match reply:
+                case [int(reserved), int(), int(), int(), bytes(era), int(told), *_]:
+                    self._fleet.time.learn(era, told)
+                    self._failed, self._returned, self._alone = False, True, None
+                    self._untold -= untold
+                    self._out += reserved
+                case _:
+                    pass  # nothing of ours
+            return reply
+
+    async def _tell_settled(self) -> None:
+        """Tell what was settled, unless a reservation does; the next look tries again."""
+        try:
+            await asyncio.sleep(0)
+            while self._untold and not self._server.is_away and await self._tell():
+                pass
+        finally:
+            self._telling = False
+
+    async def _tell(self) -> bool:
+        try:
+            _ = await self._send(0, b"tell")
+        except StoreFailed:
+            return False  # counted; totals are told again
+        return True
+
     def _note(self, wait: float, free: int, *, reserved: bool) -> None:
         """Remember how full the bucket was: with free slots, or with calls reserved ahead."""
         now, budget = self._loop.time(), self._budget
@@ -214,28 +330,79 @@ class SharedSlots(Slots):
         else:
             self._full_at = now + budget.depth - free * budget.interval
 
+    @property
+    def _is_lost(self) -> bool:
+        """Whether the server is away, as far as it is known here."""
+        unheard = self._failed and not self._fleet.is_heard
+        return self._server.is_away or unheard or self._fleet.is_lost
+
+    @property
+    def _is_alone(self) -> bool:
+        return self._alone is not None or self._is_lost
+
+    @property
+    def _share(self) -> Budget | None:
+        """This replica's part of the budget; None if there is none for it."""
+        return self._budget.share(self._fleet.parts) if self._fleet.parts else None
+
+    @property
+    def _alone_from(self) -> float:
+        return max(self._fleet.alone_from, self._started + ALONE_AFTER)
+
+    @property
+    def _may_spend(self) -> bool:
+        """Whether the share is ours now, and nothing is out that it does not count."""
+        now = self._loop.time()
+        return not self._carried and self._alone_from <= now < self._fleet.alone_until
+
+    async def _watch(self) -> None:
+        """Begin and end the share when its time has come, and tell what could not be told."""
+        while True:
+            await self._look()
+            left = self._alone_from - self._loop.time()
+            await asyncio.sleep(min(left, LOOK) if left > 0 else LOOK)
+
+    async def _look(self) -> None:
+        due = self._alone_from <= self._loop.time()
+        if self._alone is not None and not (due and self._is_lost):
+            self._alone = None  # it was heard: the others have this share again
+        elif self._alone is None and due and self._is_lost:
+            await self._begin_share()
+        if self._untold and not self._telling and not self._server.is_away:
+            _ = await self._tell()
+
+    async def _begin_share(self) -> None:
+        share = self._share
+        if share is None or self._closed:
+            return
+        self._returned = False
+        alone = LocalSlots(share)
+        await alone.start()
+        self._alone, self._carried = alone, self._out
+        log.warning("broker.budget_alone", parts=self._fleet.parts)
+
     async def _take_alone(self) -> bool:
         """Take a slot of this replica's share; False if there is none yet."""
-        if self._closed:
-            await asyncio.sleep(LONGEST_NAP)
+        alone, now = self._alone, self._loop.time()
+        if alone is None or not self._may_spend:
+            await self._nap(max(self._alone_from - now, LOOK / 5))
             return False
-        alone = self._alone
-        if alone is None or self._alone_since != self._fleet.beats:
-            alone = LocalSlots(self._budget.share(self._fleet.parts))
-            self._alone, self._returned = alone, False
-            await alone.start()
-            self._alone_from = self._loop.time() + ALONE_AFTER
-            self._alone_since = self._fleet.beats
-            log.warning("broker.budget_alone", parts=self._fleet.parts)
-        if (early := self._alone_from - self._loop.time()) > 0:
-            await asyncio.sleep(min(early, LONGEST_NAP))
-            if early > LONGEST_NAP or self._alone is not alone:
-                return False  # the server may be back, or is
-            await alone.resume()  # what gathered meanwhile is the others'
-        if self._loop.time() > self._alone_from + ALONE_FOR and not self._fleet.is_fixed:
-            await asyncio.sleep(LONGEST_NAP)
-            return False  # by now the others have this share
-        return await alone.take(lambda: 1)
+        if not alone.is_free:
+            await self._nap(alone.predict(0, now, drained=False) - now)
+            return False  # the server may be back
+        taken = await alone.take(lambda: 1)
+        self._out += taken
+        if not taken or (self._alone is alone and self._may_spend):
+            return taken
+        self.settle()  # this process was suspended meanwhile: by now the others have the share
+        return False
+
+    async def _nap(self, seconds: float) -> None:
+        """Wait so long, or until a call is over: it may have been what kept the next one back."""
+        self._freed.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(seconds, LONGEST_NAP)):
+                _ = await self._freed.wait()
 
     async def _pause(self, us: int) -> None:
         await self._hold(us, -1)
@@ -253,6 +420,7 @@ class SharedSlots(Slots):
                 b"%d" % us,
                 b"%d" % remaining,
                 b"%d" % REMEMBERED,
+                *self._fleet.time.vouched(),
             )
             if isinstance(left, int) and left > 0:
                 self.hold(left / SECOND)
@@ -261,7 +429,7 @@ class SharedSlots(Slots):
         """Look for a pause that another replica was told of: channels are open to more than we."""
         if news == PAUSED and not self._asking:
             self._asking = True
-            self._own(self._follow_news())
+            self._tasks.start(self._follow_news())
 
     async def _follow_news(self) -> None:
         try:
@@ -269,11 +437,7 @@ class SharedSlots(Slots):
         finally:
             self._asking = False
 
-    def _own(self, work: "asyncio._CoroutineLike[None]") -> None:
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     @override
     def __repr__(self) -> str:
-        return f"SharedSlots(remaining={self.remaining}, alone={self._alone is not None})"
+        alone = self._alone is not None
+        return f"SharedSlots(remaining={self.remaining}, out={self._out}, alone={alone})"

@@ -6,17 +6,26 @@ double the traffic to the vendor: so a member that falls silent is lost, not gon
 withheld (by the script) until it is back, says farewell, or is forgotten.  A process that is
 started again in the same place takes the name of the one that died there, and its share with it.
 A server that lost its memory is told by each replica whom it knew.
+
+When the share begins follows from the heartbeats alone, not from whoever asks for a call: so long
+after the last one that was answered, or may have been heard, that the others have noticed.  A
+replica that is not answered says so in its next heartbeats: they may be heard all the same, and
+must not make the others believe that it is well.
+
+Who has never been answered was told no share, and cannot know how many others there are.  It takes
+one part in `replicas`, if the configuration has that number.  Else one process of each instance
+takes one part in `UNSEEN_PARTS`, and its siblings take none.
 """
 
 import asyncio
 import secrets
-import time
 
 import structlog
 from typing_extensions import override
 
 from broker.rules.reuse import SECOND
 from broker.stores.failures import StoreFailed
+from broker.stores.fleet_time import FleetTime
 from broker.stores.names import Names
 from broker.stores.scripts import Script, command
 from broker.stores.server import Operation, Server
@@ -33,15 +42,25 @@ FORGOTTEN = 3600 * SECOND
 """Microseconds after which it is forgotten: a machine that was lost for good costs its share of the
 budget for an hour."""
 
+NEVER_FORGOTTEN = 30 * 24 * 3600 * SECOND
+"""Microseconds: the same where the number of replicas is configured.  A share is theirs for ever,
+and no more are taken for lost than are missing."""
+
 ALONE_AFTER = 5.0
 """Seconds without the server until a replica spends its own share: the others have noticed."""
 
 ALONE_FOR = FORGOTTEN / SECOND - 60.0
 """Seconds that it does so at most: then the others forget it, and have its share."""
 
-UNSEEN_PARTS = 10
-"""In how many parts the budget is divided by a process that has never seen the others: nobody has
-told it a share, and of what a fleet leaves over several newcomers have to live."""
+UNSEEN_PARTS = 32
+"""In how many parts the budget is divided by an instance that has never seen the others.
+
+Nobody has told it a share, so this is how many such instances may run at once; beside a fleet of n
+processes that went on by itself, which leaves one part in n + 1, it is this divided by n + 1.  With
+the shipped budget such an instance makes a call every 23 s; with twice as many parts, every 70."""
+
+UNHEARD = 2
+"""Heartbeats without an answer after which the next ones say so: one may be late."""
 
 _MILLION = 1_000_000
 
@@ -50,47 +69,84 @@ class Fleet:
     """The members as they were last seen; `name` is this one's, the same after a restart.
 
     `fixed` is how many there are by configuration, None to count them; `workers` how many
-    processes are kept beside this one, itself included.  `beats` is how often the others were told
-    that this one is there.
+    processes are kept beside this one, itself included; `is_first` whether it is the one of them
+    that has a share before any was told.
     """
 
     def __init__(
-        self, server: Server, names: Names, name: str, fixed: int | None, workers: int = 1
+        self,
+        server: Server,
+        names: Names,
+        name: str,
+        fixed: int | None,
+        workers: int = 1,
+        *,
+        is_first: bool = True,
     ) -> None:
         self._server = server
         self._names = names
         self._name = name.encode()
         self._fixed = fixed
         self._drawn = secrets.token_hex(8).encode()
+        self.time = FleetTime(self._drawn)
         self._said = False
         self._told: int | None = None
         self._workers = workers
+        self._is_first = is_first
         self._others: dict[bytes, int] = {}
-        self._heard_at = -LOST
+        self._heard_at: float | None = None
+        self._hopeful_at: float | None = None
+        self._unheard = 0
         self.withheld = 0.0
-        self.beats = 0
 
     @property
     def parts(self) -> int:
-        """In how many parts the budget is divided; one of them is this replica's share."""
-        return self._fixed or self._told or UNSEEN_PARTS * self._workers
+        """In how many parts the budget is divided; one is this replica's share.  0: it has none."""
+        if self._told is not None:
+            return self._told
+        if self._fixed is not None:
+            return self._fixed
+        return UNSEEN_PARTS if self._is_first else 0
 
     @property
     def replicas(self) -> int:
         """By how many limits are divided; they need no part for newcomers."""
         if self._fixed is not None:
             return self._fixed
-        return self._workers if self._told is None else max(self._told - 1, 1)
-
-    @property
-    def is_fixed(self) -> bool:
-        """Whether the configuration says how many there are, so that a share holds for ever."""
-        return self._fixed is not None
+        if self._told is None:
+            return self._workers
+        return max(self._told - 1, 1) if self._told else len(self._others) + 1
 
     @property
     def is_heard(self) -> bool:
         """Whether the server has answered a heartbeat lately."""
-        return time.monotonic_ns() // 1000 - self._heard_at < LOST
+        heard = self._heard_at
+        return heard is not None and _now() - heard < LOST / SECOND
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it did once, and does not now."""
+        return self._heard_at is not None and not self.is_heard
+
+    @property
+    def alone_from(self) -> float:
+        """From when on (the loop's time) this replica may spend its share, if nothing is heard.
+
+        By then the others have noticed, whichever heartbeat reached them last.
+        """
+        moments = [moment for moment in (self._heard_at, self._hopeful_at) if moment is not None]
+        if not moments:
+            return float("-inf")
+        heard = moments[0] + ALONE_AFTER
+        hopeful = (self._hopeful_at or moments[0]) + ALONE_AFTER - HEARTBEAT
+        return max(heard, hopeful)
+
+    @property
+    def alone_until(self) -> float:
+        """Until when: then the others forget it, and have its share."""
+        if self._fixed is not None or self._heard_at is None:
+            return float("inf")
+        return self._heard_at + ALONE_FOR
 
     @property
     def is_member(self) -> bool:
@@ -106,6 +162,9 @@ class Fleet:
     async def beat(self) -> None:
         """Say that this replica is there, and learn who is."""
         known = [part for name, parts in self._others.items() for part in (name, b"%d" % parts)]
+        is_alone = self._unheard >= UNHEARD
+        if not is_alone:
+            self._hopeful_at = _now()
         try:
             reply = await self._server.run(
                 Operation.HEARTBEAT,
@@ -115,18 +174,22 @@ class Fleet:
                 self._drawn,
                 b"1" if self._said else b"0",
                 b"%d" % LOST,
-                b"%d" % FORGOTTEN,
+                b"%d" % (FORGOTTEN if self._fixed is None else NEVER_FORGOTTEN),
                 b"%d" % (self._fixed or 0),
+                *self.time.vouched(),
+                b"1" if is_alone else b"0",
                 *known,
             )
         except StoreFailed:
+            self._unheard += 1
             return  # counted; the breaker decides what follows
         match reply:
-            case [1, int(parts), int(withheld), *members]:
+            case [1, int(parts), int(withheld), bytes(era), int(told), *members]:
+                self.time.learn(era, told)
                 self._said = True
-                self.beats += 1
-                self._heard_at = time.monotonic_ns() // 1000
-                self._told = max(parts, 1)
+                self._unheard = 0
+                self._heard_at = _now()
+                self._note_told(parts)
                 self._note_withheld(withheld / _MILLION)
                 pairs = zip(members[::2], members[1::2], strict=False)
                 self._others = {
@@ -154,6 +217,12 @@ class Fleet:
         self._name = self._name + b"#" + self._drawn
         self._said = False
 
+    def _note_told(self, parts: int) -> None:
+        """Say once that there is no share for this replica: it could not go on by itself."""
+        if not parts and self._told != 0:
+            log.warning("broker.no_share", replicas=self._fixed or len(self._others) + 1)
+        self._told = parts
+
     def _note_withheld(self, withheld: float) -> None:
         """Say how much of the budget is left to members that are lost, whenever that changes."""
         if withheld != self.withheld:
@@ -163,3 +232,7 @@ class Fleet:
     @override
     def __repr__(self) -> str:
         return f"Fleet(others={len(self._others)}, parts={self.parts}, withheld={self.withheld})"
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

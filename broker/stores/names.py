@@ -3,8 +3,8 @@
 What belongs together lies in one slot of a cluster: everything of one visitor, everything of one
 agent, what the whole fleet shares.  A name tells a reader of the store nothing: visitors, agents,
 clients, models and the account go into it as HMAC-SHA256, under a key of its own that is derived
-from the configured one.  Budget, lines, members and news do not depend on that key: they are the
-vendor's, and replicas whose keys differ in the middle of a change still share them.  Every name
+from the configured one.  Budget, lines, calls, members and news do not depend on that key: they are
+the vendor's, and replicas whose keys differ in the middle of a change still share them.  Every name
 depends on the vendor: what one said of an agent is not another's word, and brokers before two of
 them may use one server.
 """
@@ -56,6 +56,7 @@ class Names:
         slot = f"{PREFIX}{{{self._fleet}}}:"
         self.budget = f"{slot}budget".encode()
         self.queues = f"{slot}queues".encode()
+        self.calls = f"{slot}calls".encode()
         self.members = f"{slot}members".encode()
         self.channel = f"{slot}news".encode()
         self.visitor = lru_cache(maxsize=50_000)(self._visitor)

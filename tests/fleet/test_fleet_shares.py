@@ -167,12 +167,14 @@ async def test_G4_a_second_loss_is_waited_out_like_the_first(
     await crew.beat()
     await slots.start()
     assert await slots.take(lambda: 1)
+    slots.settle()
     waits = []
     for _ in range(2):
         store.ask("CLIENT", "PAUSE", 2500)
         began = time.monotonic()
         assert await slots.take(lambda: 1)
         waits.append(time.monotonic() - began)
+        slots.settle()
         await asyncio.sleep(max(2.6 - (time.monotonic() - began), 0))
         await crew.beat()
     await slots.close()

@@ -89,7 +89,7 @@ async def _everything(server: AnyServer, replica: Replica, asking: Callable[[], 
         await asyncio.wait_for(slots._reserve(2), 1)
         await asyncio.wait_for(slots._reserve(0), 1)
         slots.pause(1.0)
-        await asyncio.gather(*slots._tasks)
+        await slots._tasks.finish()
         for scope in Scope:
             replica.sharing.refusals.remember(ask, Refused(404, "NOT_FOUND", "no", scope))
         await replica.settled()

@@ -54,7 +54,7 @@ async def used(server: StoreServer) -> AsyncIterator[None]:
             await anything(replica, chance, chance.choice(asks))
         await slots._reserve(3)
         slots.pause(0.5)
-        await asyncio.gather(*slots._tasks)
+        await slots._tasks.finish()
         for scope in Scope:
             replica.sharing.refusals.remember(visitor(), Refused(404, "NOT_FOUND", "no", scope))
         await replica.settled()

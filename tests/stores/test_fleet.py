@@ -1,5 +1,6 @@
 """S5: who is there, whose share is withheld, and what each may spend by itself."""
 
+import asyncio
 import time
 from collections.abc import Iterator
 
@@ -29,14 +30,17 @@ class House:
         self._talk = talk
         self._script = talk.load(at_given_time(Script.HEARTBEAT.source))
         self.now = 1_790_000_000_000_000
+        self.clock = self.now
 
     def beat(
-        self, name: str, *, drawn: str = "", said: bool = True, fixed: int = 0, **known: int
-    ) -> tuple[int, int, dict[str, int]] | None:
+        self, name: str, *, drawn: str = "", said: bool = True, fixed: int = 0,
+        unheard: bool = False, era: str = "era", vouched: int | None = None, **known: int,
+    ) -> tuple[int, int, dict[str, int]] | None:  # fmt: skip
         """Say that a member is there; returns its parts, withheld, and who else: None if taken."""
         parts = [part for other in known.items() for part in map(str, other)]
         arguments = [name, drawn or f"of-{name}", str(int(said)), str(LOST), str(FORGOTTEN)]
-        arguments += [str(fixed), *parts, str(self.now)]
+        arguments += [str(fixed), era, str(self.now if vouched is None else vouched)]
+        arguments += [str(int(unheard)), *parts, str(self.clock)]
         (reply,) = self._talk.ask(
             [
                 command(
@@ -48,7 +52,7 @@ class House:
         assert isinstance(reply, list), reply
         if reply == [0]:
             return None
-        _, parts_, withheld, *others = reply
+        _, parts_, withheld, self.era, self.told, *others = reply
         return (
             parts_,
             withheld,
@@ -63,6 +67,10 @@ class House:
     def leave(self, name: str) -> None:
         """Say farewell."""
         self._talk.ask([command(b"HDEL", b"members", name.encode())])
+
+    def forget_time(self) -> None:
+        """Lose the fleet's time."""
+        self._talk.ask([command(b"HDEL", b"budget", b"era", b"time")])
 
     def write(self, name: bytes, value: bytes) -> None:
         """Write what no replica writes."""
@@ -100,7 +108,7 @@ def test_members_are_counted(house: House) -> None:
 
 
 def test_S5_who_comes_after_a_fleet_that_died_has_something_to_begin_with(house: House) -> None:
-    """Killed, and started anew under other names: half, a quarter, an eighth, but never nothing."""
+    """Killed, and started anew under other names: half, a quarter, an eighth."""
     for generation, left in enumerate([1, 0.5, 0.25, 0.125]):
         parts, withheld, _ = house.beat(f"new-{generation}", said=False) or (0, 0, {})
         assert 1 - withheld / 1_000_000 == pytest.approx(left, abs=1e-5)
@@ -172,8 +180,7 @@ def test_S5_all_shares_never_exceed_the_whole(house: House) -> None:
             answer = house.beat(name, said=name in told)
             assert answer is not None
             told[name] = answer[0]
-            dust = sum(parts == 1000 for parts in told.values())
-            assert sum(1 / parts for parts in told.values()) <= 1 + dust / 1000 + 1e-5
+            assert sum(1 / parts for parts in told.values() if parts) <= 1 + 1e-5
 
     check()
 
@@ -216,19 +223,83 @@ def test_S5_who_left_is_not_brought_back_by_one_who_did_not_hear_of_it(house: Ho
     assert house.beat("a", b=3) == (2, 0, {})
 
 
-def test_T5_a_servers_clock_that_steps_back_keeps_nobody_alive(house: House) -> None:
-    """By a day: a member that is silent from then on is lost three seconds later."""
+@pytest.mark.parametrize("step", [86_400 * SECOND, -86_400 * SECOND])
+def test_N19_steps_of_the_servers_clock_lose_and_forget_nobody(house: House, step: int) -> None:
+    """Silence is measured by the fleet's own time: lost after three seconds, then withheld."""
     everybody(house, "ab")
+    for _ in range(5):
+        house.clock += step
+        assert house.beat("a") == (3, 0, {"b": 3})
+    house.now += LOST
+    for _ in range(5):
+        house.clock += step
+        assert house.beat("a") == (3, THIRD, {"b": 3})
+
+
+def test_T5_who_was_seen_in_another_time_is_lost_three_seconds_later(house: House) -> None:
+    """The fleet's time began anew, a day back: what is in the future counts from now."""
+    everybody(house, "ab")
+    house.forget_time()
     house.now -= 86_400 * SECOND
     assert house.beat("a") == (3, 0, {"b": 3})
     house.now += LOST
     assert house.beat("a") == (3, THIRD, {"b": 3})
 
 
+def test_N18_who_is_not_answered_keeps_no_share_from_being_withheld(house: House) -> None:
+    """Its heartbeats are heard, their answers are not: it may spend its share all the same."""
+    everybody(house, "ab")
+    house.beat("b", unheard=True)
+    assert house.beat("a") == (3, THIRD, {"b": 3})
+    house.beat("b")
+    assert house.beat("a") == (3, 0, {"b": 3})
+
+
+def test_N18_a_heartbeat_that_was_kept_for_a_while_is_as_old_as_it_is(house: House) -> None:
+    """A server that stood still answers what came before: its sender has been alone since."""
+    everybody(house, "ab")
+    sent = house.now
+    house.now += 60 * SECOND
+    house.beat("a")
+    house.beat("b", vouched=sent)
+    assert house.beat("a") == (3, THIRD, {"b": 3})
+
+
+def test_N24_who_comes_when_nothing_is_left_has_no_share(house: House) -> None:
+    """Not a thousandth for each: a thousand of them would be another budget."""
+    for generation in range(40):
+        assert house.beat(f"new-{generation}", said=False) is not None
+        house.now += LOST
+    assert [house.beat(f"late-{number}", said=False) for number in range(3)] != []
+    told = [house.beat(f"late-{number}") for number in range(3)]
+    assert [answer and answer[0] for answer in told] == [0, 0, 0]
+
+
+def test_N24_one_more_than_configured_has_no_share(house: House) -> None:
+    """`replicas = 2`, and a third comes: two keep theirs, it has none till one leaves."""
+    for name in "abab":
+        assert (house.beat(name, said=name == "x", fixed=2) or (0,))[0] == 2
+    assert house.beat("c", said=False, fixed=2) == (0, 0, {"a": 2, "b": 2})
+    assert (house.beat("a", fixed=2) or (0,))[0] == 2
+    house.leave("b")
+    assert house.beat("c", fixed=2) == (2, 0, {"a": 2})
+
+
+def test_N24_of_a_configured_number_no_more_are_lost_than_are_missing(house: House) -> None:
+    """Killed, and started under other names: both live, so the dead spend nothing."""
+    for name in ("a", "b", "c", "d"):
+        house.beat(name, said=False, fixed=2)
+        if name == "b":
+            house.now += LOST
+    assert house.beat("c", fixed=2) == (2, 0, {"a": 2, "b": 2, "d": 2})
+    house.now += LOST
+    assert (house.beat("c", fixed=2) or (0, 0))[1] == 500_000
+
+
 def test_what_nobody_of_ours_wrote_is_taken_out(house: House) -> None:
     """Names and values of any form, from the far future too: nobody's heartbeat fails for them."""
     house.beat("a", said=False)
-    for name, value in ((b"\xff", b"x"), (b"n", b""), (b"zero", b"1 x 0"), (b"neg", b"1 x -1")):
+    for name, value in ((b"\xff", b"x"), (b"n", b""), (b"neg", b"1 x -1")):
         house.write(name, value)
     assert house.beat("a") == (2, 0, {})
     house.write(b"future", b"9999999999999999 x 4")
@@ -315,7 +386,7 @@ async def test_S3_who_is_not_heard_is_degraded_whatever_the_breaker_says(
         assert replica.sharing.is_degraded
         await replica.fleet.beat()
         assert not replica.sharing.is_degraded
-        later = time.monotonic_ns() + LOST * 1000
-        monkeypatch.setattr(time, "monotonic_ns", lambda: later)
+        later = time.monotonic() + LOST / SECOND
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: later)
         assert replica.sharing.is_degraded
         assert not replica.server.is_away

@@ -3,7 +3,8 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import pytest
 from msgspec.structs import replace
@@ -18,6 +19,9 @@ from broker.stores import leases as leases_module
 from broker.stores import valkey as valkey_module
 from broker.stores.base import Denial, Kept, Lease
 from broker.stores.leases import LEASE, LEASE_MEMORY
+from broker.stores.link import Reply
+from broker.stores.scripts import Script
+from broker.stores.server import Operation
 from broker.testing import FakeClock
 
 pytestmark = pytest.mark.parts
@@ -301,6 +305,70 @@ async def test_S4_a_lease_that_is_renewed_does_not_end(deaf_pair: Pair) -> None:
     assert not task.done()
     deaf_pair.clock.advance(3)
     assert isinstance(await asyncio.wait_for(task, PATIENT), Lease)
+
+
+class Gate:
+    """Counts a replica's calls, and holds back those of one operation."""
+
+    def __init__(self, replica: Replica, held: Operation | None = None) -> None:
+        self.counted = Counter[Operation]()
+        self.reached = asyncio.Event()
+        self._held = held
+        self._run = replica.server.run
+        replica.server.run = self._pass  # type: ignore[method-assign]  # a slow network
+
+    async def _pass(
+        self, operation: Operation, script: Script, keys: Sequence[bytes], *arguments: bytes
+    ) -> Reply:
+        self.counted[operation] += 1
+        if operation is self._held:
+            self.reached.set()
+            await asyncio.Event().wait()
+        return await self._run(operation, script, keys, *arguments)
+
+
+@pytest.mark.parametrize("ending", ["kept", "released", "abandoned", "denied"])
+async def test_S4_a_lease_is_renewed_only_while_its_mint_is_under_way(
+    deaf_pair: Pair, ending: str
+) -> None:
+    """Kept, handed out and not kept, failed, refused by the agent's limit: no renewal after it."""
+    one, ask = deaf_pair.one, ask_of()
+    if ending == "denied":
+        one.use_limits(limits_of(agent=Limit(burst=1, interval=HOUR)))
+        await keep(one, ask_of(fingerprint="0001"), await lead(one, ask_of(fingerprint="0001")))
+        assert isinstance(await one.store.lead(ask, ask.key, never), Denial)
+    else:
+        lease = await lead(one, ask)
+        assert len(one.remote.leases) == 1
+        if ending == "kept":
+            await keep(one, ask, lease)
+        elif ending == "released":
+            await one.store.release(ask, ask.key, lease)
+        else:
+            one.store.abandon(ask, ask.key, lease, errors.UpstreamTimeout("late"))
+    await one.settled()
+    gate = Gate(one)
+    await one.remote.leases.renew()
+    assert not gate.counted
+    assert len(one.remote.leases) == 0
+
+
+async def test_S4_a_mint_that_is_cancelled_while_its_agent_is_charged_keeps_no_lease(
+    deaf_pair: Pair,
+) -> None:
+    """It is ended, not only renewed no longer: another replica leads at once."""
+    one, other, ask = deaf_pair.one, deaf_pair.other, ask_of()
+    gate = Gate(one, Operation.AGENT)
+    task = asyncio.create_task(one.store.lead(ask, ask.key, never))
+    await asyncio.wait_for(gate.reached.wait(), PATIENT)
+    assert len(one.remote.leases) == 1
+    task.cancel()
+    await asyncio.wait([task])
+    await one.settled()
+    assert len(one.remote.leases) == 0
+    await one.remote.leases.renew()
+    assert gate.counted[Operation.RENEW] == 0
+    assert isinstance(await asyncio.wait_for(other.store.lead(ask, ask.key, never), PATIENT), Lease)
 
 
 async def test_S4_an_old_leader_overwrites_nothing(deaf_pair: Pair) -> None:

@@ -8,14 +8,18 @@ from hypothesis import strategies as st
 from redis.crc import key_slot
 
 from broker import errors
+from broker.checks import normal_base_url
 from broker.model import Ask, LimitName, Secret
 from broker.rules.bucket import Limit, said
+from broker.settings import Issuer, Settings, UpstreamIssuer
+from broker.sharing import names_of
 from broker.stores import outcome
 from broker.stores.base import Denial
 from broker.stores.names import PREFIX, Names
 from broker.stores.seal import KEY_ID, NONCE, Seal, Sealed, derive
 
 KEY = secrets.token_bytes(32)
+SECRET = Secret(secrets.token_urlsafe(48))
 NAMES = Names(KEY, "https://vendor.example")
 
 hostile = st.one_of(
@@ -285,3 +289,66 @@ def test_a_limit_is_told_as_its_refusal() -> None:
     told = outcome.decode(outcome.encode(outcome.limited(Denial(LimitName.AGENT, verdict))))
     assert isinstance(told, errors.RateLimited)
     assert (told.limit, told.verdict) == (LimitName.AGENT, verdict)
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        "https://vendor.example/",
+        "https://vendor.example//",
+        "https://VENDOR.Example",
+        "HTTPS://vendor.example",
+        "https://vendor.example:443",
+        "https://Vendor.example:443/",
+        "https://vendor.example.",
+        "https://vendor.example/v1",
+        "https://vendor.example/v1/embed-tokens/request",
+    ],
+)
+def test_N22_one_vendor_has_one_set_of_names_however_it_is_spelled(spelled: str) -> None:
+    """Budget, members and lines, and what is sealed for it: all as for the plain spelling."""
+    plain = "https://vendor.example"
+    assert normal_base_url(spelled) == plain
+    assert every_name_for(spelled) == every_name_for(plain)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("https://vendor.example", "https://vendor.example:8443"),
+        ("https://vendor.example", "https://other.example"),
+        ("http://localhost", "https://localhost"),
+        ("http://localhost:80", "http://localhost:443"),
+        ("https://vendor.example/a", "https://vendor.example/b"),
+        ("https://vendor.example/A", "https://vendor.example/a"),
+        ("https://vendor.example/v1x", "https://vendor.example/"),
+        ("http://[::1]:8080", "http://[::1]:8081"),
+    ],
+)
+def test_N22_two_vendors_have_two_sets_of_names(one: str, other: str) -> None:
+    """Another port, host, scheme or path is another vendor, in any spelling."""
+    assert not every_name_for(one) & every_name_for(other)
+    assert not every_name_for(one + "/") & every_name_for(other)
+
+
+@given(
+    scheme=st.sampled_from(["http", "https"]),
+    host=st.sampled_from(["a.example", "xn--bcher-kva.example", "10.0.0.1", "[::1]"]),
+    port=st.sampled_from([None, 80, 443, 8443]),
+    path=st.sampled_from(["", "/", "/a", "/a/", "/a/v1", "/a/v1/"]),
+)
+def test_N22_the_one_form_is_its_own_form(
+    scheme: str, host: str, port: int | None, path: str
+) -> None:
+    """Nothing more to mend in what was mended, and upper case changes nothing."""
+    url = f"{scheme}://{host}{'' if port is None else f':{port}'}"
+    normal = normal_base_url(url + path)
+    assert normal_base_url(normal) == normal == normal_base_url(url.upper() + path)
+    assert not normal.endswith("/")
+
+
+def every_name_for(base_url: str) -> set[bytes]:
+    """Return the names that a fleet before this vendor shares."""
+    upstream = UpstreamIssuer(base_url=base_url)
+    names = names_of(Settings(issuer=Issuer(kind="upstream", upstream=upstream)), SECRET)
+    return {names.budget, names.queues, names.calls, names.members, names.channel}

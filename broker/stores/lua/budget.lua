@@ -1,20 +1,27 @@
--- Reserve the next call to the vendor.
+-- Reserve the next call to the vendor, and say which are over.
 --
--- KEYS  1 budget   2 queues
+-- KEYS  1 budget   2 queues   3 calls
 -- ARGV  1 burst   2 interval (us)   3 this replica   4 how many wait there   5 how far ahead a call
 --       may be reserved (us)   6 "1" after a time without the server   7 how long all this is
 --       remembered (us)   8 after how long a queue that was not told of is over (us)
---       9 "1" to reserve only what nobody needs: at once, no queue anywhere, half the burst left
--- Reply {reserved, wait (us), free, paused (us), queue of another replica, ...}
+--       9 "reserve", "modest" to reserve only what nobody needs (at once, no queue anywhere, half the
+--       burst left), "tell" to reserve nothing   10 era   11 vouched (us): the fleet's time
+--       12 number of this message, one more each time   13 calls of this replica that are out: made or
+--       reserved, and not settled   14 how many it has settled since its start
+--       15 after how long (us) calls that are not told of any more are taken to have arrived
+-- Reply {reserved, wait (us), free, paused (us), era, time (us), queue of another replica, ...}
 --       reserved 1: one call may be made after `wait`; 0: ask again after `wait`, none was taken
 --
 -- A token bucket that may be overdrawn: its moment lies up to `ahead` beyond a full drain, so calls
--- that wait stand in one line, whichever replica they wait in.  An absent budget starts empty,
+-- that wait stand in one line, whichever replica they wait in.  A call that is out may arrive at any
+-- moment until it is settled: all that are out count as if they arrived last, and each is charged when
+-- it is settled.  So no more are out at once than the burst holds, and whenever they arrive, a window
+-- holds burst and refill.  A replica that died leaves its calls out until nobody can deliver them any
+-- more.  A message that was overtaken by a later one changes nothing.  An absent budget starts empty,
 -- because nobody knows what was spent before.  What is cut (a pause is five minutes at most) is stored
--- as it was cut, or a clock that stepped back would hold for as long as it stepped.  Atomic, so that
--- no slot is given twice.
+-- as it was cut.  Atomic, so that no slot is given twice.
 
-local now = now_us()
+local now, era = fleet_us(KEYS[1], ARGV[10], ARGV[11])
 local burst, interval, ahead = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[5])
 local depth = burst * interval
 local budget = redis.call('HMGET', KEYS[1], 'full_at', 'paused_until', 'withheld')
@@ -27,16 +34,40 @@ end
 depth = math.max(depth, step) -- however little is left, one call at a time is a burst
 local wait_full = depth
 if budget[1] then
-  wait_full = math.min(math.max(tonumber(budget[1]) - now, 0), paused + depth + ahead)
+  wait_full = math.min(math.max(tonumber(budget[1]) - now, 0), paused + 2 * depth + ahead)
 end
 if ARGV[6] == '1' then
   wait_full = math.max(wait_full, depth)
 end
 
-if tonumber(ARGV[4]) > 0 then
-  redis.call('HSET', KEYS[2], ARGV[3], text(now) .. ' ' .. ARGV[4])
-else
-  redis.call('HDEL', KEYS[2], ARGV[3])
+local message, out, settled = tonumber(ARGV[12]), tonumber(ARGV[13]), tonumber(ARGV[14])
+local mine = string.match(redis.call('HGET', KEYS[3], ARGV[3]) or '', '^%d+')
+if mine and message <= tonumber(mine) then
+  return {0, interval, 0, paused, era, now}
+end
+local all_out, charged = out, 0
+local calls = redis.call('HGETALL', KEYS[3])
+for place = 1, #calls, 2 do
+  local last, left, before, told = string.match(calls[place + 1], '^(%d+) (%d+) (%d+) (%d+)$')
+  if not last then -- nobody of ours wrote this
+    redis.call('HDEL', KEYS[3], calls[place])
+  elseif calls[place] == ARGV[3] then
+    charged = charged + math.max(settled - tonumber(before), 0)
+  elseif math.abs(now - tonumber(told)) > tonumber(ARGV[15]) then
+    redis.call('HDEL', KEYS[3], calls[place])
+    charged = charged + tonumber(left)
+  else
+    all_out = all_out + tonumber(left)
+  end
+end
+wait_full = wait_full + charged * step
+
+if ARGV[9] ~= 'tell' then
+  if tonumber(ARGV[4]) > 0 then
+    redis.call('HSET', KEYS[2], ARGV[3], text(now) .. ' ' .. ARGV[4])
+  else
+    redis.call('HDEL', KEYS[2], ARGV[3])
+  end
 end
 local others = {}
 local queues = redis.call('HGETALL', KEYS[2])
@@ -50,15 +81,21 @@ for place = 1, #queues, 2 do
 end
 redis.call('PEXPIRE', KEYS[2], px(tonumber(ARGV[8])))
 
-local wait = math.max(wait_full + step - depth, paused, 0)
+local taken = wait_full + all_out * step
+local wait = math.max(taken + step - depth, paused, 0)
+local plenty = wait == 0 and #others == 0 and (depth - taken) / step * 2 >= burst
+local asked = ARGV[9] == 'reserve' or ARGV[9] == 'modest' and plenty
 local reserved = 0
-local plenty = wait == 0 and #others == 0 and (depth - wait_full) / step * 2 >= burst
-if share > 0 and wait <= ahead and (ARGV[9] ~= '1' or plenty) then
+if asked and share > 0 and wait <= ahead and (all_out + 1) * step <= depth then
   reserved = 1
-  wait_full = wait_full + step
+  out = out + 1
+  taken = taken + step
 end
 redis.call('HSET', KEYS[1], 'full_at', text(now + wait_full))
 redis.call('HSET', KEYS[1], 'paused_until', text(paused > 0 and now + paused or 0))
 redis.call('PEXPIRE', KEYS[1], px(tonumber(ARGV[7])))
-local free = paused > 0 and 0 or math.max(math.floor((depth - wait_full) / step), 0)
-return {reserved, wait, free, paused, unpack(others)}
+local told = {text(message), text(out), text(settled), text(now)}
+redis.call('HSET', KEYS[3], ARGV[3], table.concat(told, ' '))
+redis.call('PEXPIRE', KEYS[3], px(tonumber(ARGV[7])))
+local free = paused > 0 and 0 or math.max(math.floor((depth - taken) / step), 0)
+return {reserved, wait, free, paused, era, now, unpack(others)}

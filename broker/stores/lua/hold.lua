@@ -2,13 +2,13 @@
 --
 -- KEYS  1 budget
 -- ARGV  1 burst   2 interval (us)   3 pause (us), 0 for none   4 calls left, -1 if it did not say
---       5 how long this is remembered (us)
+--       5 how long this is remembered (us)   6 era   7 vouched (us): the fleet's time
 -- Reply pause left (us)
 --
 -- A pause only grows and leaves no burst behind it.  Atomic, so that of two answers at once the
 -- stricter one stands.
 
-local now = now_us()
+local now = fleet_us(KEYS[1], ARGV[6], ARGV[7])
 local interval = tonumber(ARGV[2])
 local depth = tonumber(ARGV[1]) * interval
 local budget = redis.call('HMGET', KEYS[1], 'full_at', 'paused_until')
