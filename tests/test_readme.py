@@ -493,12 +493,8 @@ def test_log_events_are_those_of_the_source() -> None:
     assert documented.keys() == found.keys()
     for event, (levels, fields) in documented.items():
         if event == "broker.embed_token":
-            fields -= {
-                "status",
-                "code",
-                "limit",
-                "reason",
-            }  # of a failure only: put into a dict first
+            # of a failure only: put into a dict first
+            fields -= {"status", "code", "limit", "reason"}
         assert (levels, fields) == found[event], event
 
 
