@@ -59,6 +59,8 @@ class ReadyAnswer(web.StreamResponse):
             connection = "Connection: keep-alive\r\n\r\n" if old else "\r\n"
         payload = b"" if request.method == "HEAD" else self._payload
         transport.write((self._head + connection).encode("latin-1") + payload)
+        if request.protocol.writing_paused:  # one who does not read gets no other answer meanwhile
+            await request.writer.drain()
         return None
 
     @override

@@ -12,7 +12,7 @@ much it may hold.  What aiohttp does by default and a public listener must not:
 - an idle connection is kept for an hour, half a head with it: the idle time is a setting, a head
   has `HEAD_TIMEOUT` from its first byte, and one that began within the idle time is answered;
 - a client that does not read holds its connection for ever: what is unsent for `UNSENT_TIMEOUT`
-  ends it, and no request is taken from it meanwhile;
+  ends it, and no request is taken from it meanwhile (`ReadyAnswer`, which all answers are);
 - a line of a head has 8 KB, too little behind proxies, and a head has no bound in all;
 - bodies are decompressed, so 8 KiB could become gigabytes: they stay as they come;
 - an unread body is drained for 10 s: one second, then the connection is closed;
@@ -23,7 +23,8 @@ Private names of aiohttp 3.14 are used in this file only.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 import structlog
 from aiohttp import StreamReader, web
@@ -171,16 +172,13 @@ class DataConnection(web.RequestHandler):
             self._close = True
 
     @override
-    async def finish_response(
+    def finish_response(
         self, request: BaseRequest, resp: web.StreamResponse, start_time: float | None
-    ) -> tuple[web.StreamResponse, bool]:
-        """Answer; the last answer of a connection says so, and no other follows unsent bytes."""
+    ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
+        """Answer; the last answer of a connection says that it is."""
         if self._close or not request.content.is_eof():
             resp.force_close()
-        finished = await super().finish_response(request, resp, start_time)
-        if self.writing_paused:
-            await request.writer.drain()
-        return finished
+        return super().finish_response(request, resp, start_time)
 
     @override
     def handle_error(
