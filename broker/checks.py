@@ -167,7 +167,10 @@ def _check_server(settings: Settings) -> None:
             " balancer in front keeps an idle connection"
         )
     if server.drain_lead.us > server.drain.us:
-        raise ConfigError("server.drain_lead: must not be longer than server.drain")
+        raise ConfigError(
+            "server.drain_lead: must not be longer than server.drain; raise drain or lower"
+            " drain_lead"
+        )
     for path, listen in (("server", server.listen), ("admin", settings.admin.listen)):
         try:
             parse_address(listen)
@@ -178,7 +181,8 @@ def _check_server(settings: Settings) -> None:
             ipaddress.ip_network(network)
         except ValueError:
             raise ConfigError(
-                f"server.trusted_proxies: {network!r} is neither an address nor a network"
+                f"server.trusted_proxies: {network!r} is neither an address nor a network,"
+                " such as 10.0.0.1 or 10.0.0.0/8 (no bits set behind the prefix)"
             ) from None
 
 

@@ -103,7 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     _config_flag(verify)
     verify.set_defaults(run=_verify)
 
-    doctor = commands.add_parser("doctor", help="examine the relay: keys, clock, TLS, files")
+    doctor = commands.add_parser(
+        "doctor", help="examine the relay: keys, clock, TLS, egress proxy, shared store, files"
+    )
     _config_flag(doctor)
     doctor.set_defaults(run=_doctor)
 
@@ -265,6 +267,12 @@ def _resolved(settings: Settings) -> dict[str, str]:
     given = upstream.api_secret or upstream.api_secret_files
     if settings.issuer.kind == "upstream" and variable and not given:
         notes["issuer.upstream.api_secret"] = f"the key in {variable} is used"
+    if settings.issuer.kind == "upstream" and not (upstream.proxy or upstream.proxy_file):
+        from broker import parts  # noqa: PLC0415 - as in _run
+
+        proxy = parts.vendor_proxy(settings, os.environ)
+        if proxy is not None:
+            notes["issuer.upstream.proxy"] = f"{proxy.source} is used"
     return notes
 
 

@@ -372,7 +372,8 @@ class ProcessMetrics:
             "broker_worker_restarts", "Workers that died and were replaced"
         )[()]
         self.hangs = sheet.counters(
-            "broker_worker_hangs", "Workers that gave no sign of life and were killed"
+            "broker_worker_hangs",
+            "Workers that gave no sign of life, or never became ready, and were killed",
         )[()]
         background = sheet.counters(
             "broker_background_restarts",

@@ -61,7 +61,8 @@ def clients(settings: Settings, environ: Mapping[str, str]) -> list[KnownClient]
                 raise ConfigError(f"{path}: the same as its secret; take one of the two out")
             if digest in known:
                 raise ConfigError(
-                    f"{path}: the same as that of {known[digest].name!r}; secrets name clients"
+                    f"{path}: the same as that of {known[digest].name!r}; a client is known by its"
+                    " secret: make another one with `broker keys generate`"
                 )
             known[digest] = KnownClient(name, digest, agents, client.allow_origin_header)
     return list(known.values())

@@ -168,7 +168,15 @@ def explain(kind: Any, value: object, path: tuple[str, ...], error: Exception) -
         text = text.replace(theirs, ours)
     if get_origin(bare(kind)) is Literal:
         text = f"must be {' or '.join(get_args(bare(kind)))}"
+    elif words := _words_of(kind):
+        text = f"must be {' or '.join(words)}, or a whole number from 1"
     return f"{'.'.join(path) or 'configuration'}: {text[:1].lower()}{text[1:]}"
+
+
+def _words_of(kind: Any) -> list[str]:
+    """Words that stand for a number; the decoder names the number only, or the words only."""
+    literals = [part for part in get_args(bare(kind)) if get_origin(part) is Literal]
+    return [f'"{word}"' for literal in literals for word in get_args(literal)]
 
 
 def _entries(kind: Any, value: object) -> Iterator[tuple[str, Any, object]]:

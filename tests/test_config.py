@@ -274,7 +274,10 @@ class TestUnknownKeys:
         assert refusal({"admin": {"zzz": 1}}) == told
 
 
-NOWHERE = " is neither an address nor a network"
+NOWHERE = (
+    " is neither an address nor a network, such as 10.0.0.1 or 10.0.0.0/8 (no bits set behind the"
+    " prefix)"
+)
 NO_RATE = "rate must be a positive, finite number"
 NO_BURST = "burst must be between 1 and 2147483647"
 NO_OFF = "; no number switches a limit off: raise it, or set dry_run = true"
@@ -328,7 +331,13 @@ WRONG: list[tuple[str, object, str]] = [
     ("server.keep_alive", "999ms", f"server.keep_alive: {KEEP_ALIVE}"),
     ("server.keep_alive", "3601s", f"server.keep_alive: {KEEP_ALIVE}"),
     ("server.keep_alive", 75, f"server.keep_alive: {NO_UNIT}"),
-    ("server.drain_lead", "16s", "server.drain_lead: must not be longer than server.drain"),
+    (
+        "server.drain_lead",
+        "16s",
+        "server.drain_lead: must not be longer than server.drain; raise drain or lower drain_lead",
+    ),
+    ("store.replicas", "many", 'store.replicas: must be "auto", or a whole number from 1'),
+    ("store.replicas", 0, 'store.replicas: must be "auto", or a whole number from 1'),
     ("reuse.floor_in_outage", "6m", "reuse.floor_in_outage: must not be longer than reuse.floor"),
     ("reuse.refresh_ahead", "4m", "reuse.refresh_ahead: must not be shorter than reuse.floor"),
     ("issuer.budget.max_wait", "0s", "issuer.budget.max_wait: must be longer than 0"),

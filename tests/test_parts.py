@@ -98,7 +98,10 @@ class TestClients:
         tree = good(tmp_path)
         path = tree["clients"]["web"]["secret_file"]
         tree = put(tree, "clients.shop", {"secret_file": path, "agents": ["A1"]})
-        told = "clients.shop.secret: the same as that of 'web'; secrets name clients"
+        told = (
+            "clients.shop.secret: the same as that of 'web'; a client is known by its secret: make"
+            " another one with `broker keys generate`"
+        )
         assert refusal(tree) == told
 
 

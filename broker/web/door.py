@@ -65,7 +65,7 @@ class Door:
         trusted_proxies: Sequence[Network],
         now: int,
         counts: BucketCounts | None = None,
-        section: str = "[clients]",
+        section: str = "[clients]; without them it is the vendor's key",
         wanted: str = "client secret",
     ) -> None:
         self._section = section

@@ -425,7 +425,10 @@ CASES: dict[str, Case] = {
     "unknown secret": (
         401,
         "UNAUTHORIZED",
-        "unknown client secret: check it against the broker's [clients]",
+        (
+            "unknown client secret: check it against the broker's [clients]; without them it is"
+            " the vendor's key"
+        ),
         lambda edge: edge.fail_to_log_in(),
         {"WWW-Authenticate": "Bearer"},
     ),
