@@ -240,6 +240,7 @@ class App:
             raise
         self._tidy()
         self._background.start(BackgroundTask.HOUSEKEEPING, self._keep_house)
+        self.metrics.process.beat.set(time.monotonic())  # before it says that it is ready
         self._background.start(BackgroundTask.BEAT, self._beat)
         if self._seat is None:
             self._background.start(BackgroundTask.WATCHED_FILES, self._watch_files)

@@ -72,12 +72,12 @@ class Child:
     @property
     def serves(self) -> bool:
         """Whether it takes requests, as far as is known."""
-        return self.is_ready and not self.is_silent
+        return self.is_ready and not self.is_hung and not self.pulse.is_quiet
 
     @property
     def is_silent(self) -> bool:
         """Whether it should take requests, and gives no sign of life."""
-        return self.is_hung or self.pulse.is_quiet
+        return self.is_hung or self.pulse.is_stuck
 
     @property
     def lived(self) -> float:
