@@ -57,13 +57,13 @@ class Running:
     async def ask(self, took: float = 0.3) -> bool:
         """Be a first visitor, whose call takes a while; returns whether it was made."""
         try:
-            await self.paced.turn(Urgency.FIRST, "web")
+            slot = await self.paced.turn(Urgency.FIRST, "web")
         except BudgetExhausted as refused:
             self.told.append(refused.retry_after / 1_000_000)
             return False
         self.calls.append(asyncio.get_running_loop().time())
         await asyncio.sleep(took)
-        self.paced.settle()
+        slot.settle()
         return True
 
     async def ask_for_ever(self) -> None:
@@ -298,7 +298,7 @@ def test_N13_a_stalled_vendor_gets_no_more_than_a_window_when_it_lets_go(stall: 
         async def visitor(replica: Running) -> None:
             while True:
                 try:
-                    await replica.paced.turn(Urgency.FIRST, "web")
+                    slot = await replica.paced.turn(Urgency.FIRST, "web")
                 except BudgetExhausted:
                     await asyncio.sleep(0.5)
                     continue
@@ -307,7 +307,7 @@ def test_N13_a_stalled_vendor_gets_no_more_than_a_window_when_it_lets_go(stall: 
                 await asyncio.sleep(until - sent)
                 arrivals.append(loop.time())
                 await asyncio.sleep(0.3)
-                replica.paced.settle()
+                slot.settle()
 
         crowd = [asyncio.ensure_future(visitor(r)) for r in replicas for _ in range(20)]
         await asyncio.sleep(90)
