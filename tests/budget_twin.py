@@ -36,7 +36,7 @@ class Twin:
         self.owed: tuple[int, int] | None = None
         self.reserved_at: int | None = None
 
-    def send(self, now: int, arguments: Sequence[bytes]) -> list[int]:
+    def send(self, now: int, arguments: Sequence[bytes]) -> list[int]:  # noqa: C901, PLR0912, PLR0915 - one after the other, as the script has it
         """Decide; `arguments` as the script gets them, the reply without era and time."""
         burst, interval, ahead, remembered = (int(arguments[n]) for n in (0, 1, 4, 6))
         who, waiting, what = arguments[2], int(arguments[3]), arguments[8]

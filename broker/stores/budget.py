@@ -7,11 +7,11 @@ others comes back with each reservation, and predictions count with it.
 
 A call is out from its reservation until it is settled or abandoned.  Each message to the server
 tells how many are out here, and how many were settled and abandoned since the start: totals,
-numbered, so that a message that is lost or late does no harm.  What is over is told at once, or with
-a reservation that goes anyway; what stays out is told again each second, for a replica that has
-calls out and tells nothing is taken for dead.  What an abandoned call or a dead replica still
-delivers is owed, as in `rules.outstanding`: it lets `PROBES` calls go at once until the vendor has
-answered one, and how long ago it last answered is told with each message.
+numbered, so that a message that is lost or late does no harm.  What is over is told at once, or
+with a reservation that goes anyway; what stays out is told again each second, for a replica that
+has calls out and tells nothing is taken for dead.  Calls that were abandoned, and those of a dead
+replica, are owed, as in `rules.outstanding`: `PROBES` calls at most are out until the vendor has
+answered one.  How long ago it last answered is told with each message.
 
 While the server is away the replica spends its share, from a bucket of its own that starts empty at
 `Fleet.alone_from`: then the others have noticed that it is lost, whether or not anybody asks for a
@@ -60,7 +60,7 @@ LATE = 1.0
 must not make its call on top of what others were given meanwhile."""
 
 TELL_AGAIN = 1.0
-"""Seconds between two messages while calls are out here, or while only the end of one makes room."""
+"""Seconds between two messages while calls are out here, or only the end of one makes room."""
 
 SILENT = 5.0
 """Seconds without a message after which the calls that a replica has out are owed: it was killed,

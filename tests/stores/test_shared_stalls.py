@@ -1,6 +1,6 @@
-"""N13 for replicas that share a budget: a vendor that stands still, and what becomes of its replicas.
+"""N13 for replicas that share a budget, before a vendor that stands still.
 
-In virtual time, on the script's twin; the pacer, the slots and the heartbeats are the ones that ship.
+In virtual time, on the script's twin; pacer, slots, calls and heartbeats are the ones that ship.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from broker.issuers.calls import Calls
 from broker.issuers.vendor_client import Answer, CallFailed
 from broker.pacer import MAX_PROMISE, Paced, Urgency
 from broker.rules.outstanding import PROBES
-from broker.slots import Budget, Slot
+from broker.slots import Budget
 from broker.stores.budget import SILENT
 from broker.testing.clock import FakeClock, run_virtual
 
@@ -36,6 +36,7 @@ def virtual(scene: Callable[[], Awaitable[None]]) -> None:
 
 
 def now() -> float:
+    """Return the loop's time."""
     return asyncio.get_running_loop().time()
 
 
@@ -362,5 +363,3 @@ def test_N13_alone_too_what_was_given_up_is_owed() -> None:
         await process.stop()
 
     virtual(scene)
-
-
