@@ -471,10 +471,10 @@ class App:
     async def _close_outside(self) -> None:
         await self._background.close()
         await self.desk.flights.close()
+        if isinstance(self.issuer, UpstreamIssuer):
+            await self.issuer.close()  # before the budget, which tells what that leaves out
         if self._paced is not None:
             await self._paced.close()
-        if isinstance(self.issuer, UpstreamIssuer):
-            await self.issuer.close()
         if self.sharing is not None:
             await self.sharing.close()
         if self._admin is not None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from broker.errors import BudgetExhausted, ServiceUnavailable
 from broker.pacer import JITTER, LATENESS, MAX_PROMISE, Paced, Urgency
-from broker.slots import Budget, Slot
+from broker.slots import UNCOUNTED, Budget, Slot
 from broker.testing import FakeClock, run_virtual
 
 SHIPPED = Budget(rate=106, per=60, burst=8, max_wait=8)
@@ -518,6 +518,30 @@ def test_V1_a_slot_that_comes_due_in_a_pause_is_given_after_it() -> None:
         assert [at - paused for at in crowd.times] == pytest.approx([5, 6], abs=2 * A_BIT)
 
     run_virtual(main)
+
+
+def test_V1_a_slot_that_is_held_back_by_a_pause_is_not_lost_with_its_task() -> None:
+    """The pacer ends while a slot that came due waits for the end of the pause."""
+
+    async def main(_clock: FakeClock) -> None:
+        pacer = await started()
+        crowd = Crowd(pacer)
+        crowd.comes("first")
+        await asyncio.sleep(0.5)
+        pacer.pause(3)
+        await asyncio.sleep(1)
+        assert pacer.outstanding == 1
+        await pacer.close()
+        assert pacer.outstanding == 0
+        await crowd.done()
+
+    run_virtual(main)
+
+
+def test_the_slot_without_a_budget_is_everybodys() -> None:
+    """Whoever keeps it changes nothing for the others."""
+    UNCOUNTED.keep()
+    assert not UNCOUNTED.kept
 
 
 class Held(Crowd):

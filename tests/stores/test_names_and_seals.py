@@ -346,6 +346,6 @@ def test_N22_the_one_form_is_its_own_form(host: str, port: int | None, path: str
 
 def every_name_for(base_url: str) -> set[bytes]:
     """Return the names that a fleet before this vendor shares."""
-    upstream = UpstreamIssuer(base_url=base_url)
+    upstream = UpstreamIssuer(base_url=normal_base_url(base_url))  # as `config` does
     names = names_of(Settings(issuer=Issuer(kind="upstream", upstream=upstream)), SECRET)
     return {names.budget, names.queues, names.calls, names.members, names.channel}
