@@ -234,9 +234,10 @@ class App:
             await self._open_admin()
             await self._open_data()
         except CannotListen:
-            await self._close_outside()
+            await self._close_admin()
             if self._restored:  # loading took the file away: the next start needs it, too
                 self._save_snapshot()
+            await self._close_outside()
             raise
         self._tidy()
         self._background.start(BackgroundTask.HOUSEKEEPING, self._keep_house)
@@ -460,12 +461,17 @@ class App:
         with contextlib.suppress(TimeoutError):  # mints under way are paid for: into the snapshot
             async with asyncio.timeout(max(ends - time.monotonic(), 0.1)):
                 await self.desk.flights.drained()
+        await self._close_admin()  # before the snapshot: it has every end that was answered
+        self._save_snapshot()  # before whatever else there is, which may hang
         await self._close_outside()
-        self._save_snapshot()
         for refusals in self._refusal_logs:
             refusals.sum_up()
         if self._seat is None:
             log.info("broker.stopped")
+
+    async def _close_admin(self) -> None:
+        if self._admin is not None:
+            await self._admin.close()
 
     async def _close_outside(self) -> None:
         await self._background.close()
@@ -476,8 +482,6 @@ class App:
             await self.issuer.close()
         if self.sharing is not None:
             await self.sharing.close()
-        if self._admin is not None:
-            await self._admin.close()
         self._pauses.stop()
 
     def _restore_snapshot(self) -> None:

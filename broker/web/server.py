@@ -158,6 +158,17 @@ class DataConnection(web.RequestHandler):
         self._end_unsent()
 
     @override
+    async def shutdown(self, timeout: float | None = LINGER) -> None:
+        """End it; what its client has not read by then is dropped.
+
+        A close would wait for that client, and uvloop's own end for the close, without an end.
+        """
+        transport = self.transport
+        await super().shutdown(timeout)
+        if transport is not None:
+            transport.abort()
+
+    @override
     def data_received(self, data: bytes) -> None:
         """Parse, and keep count of heads: aiohttp bounds each line, but not all, nor the time."""
         known, in_body = self._request_count, not self._body.is_eof()
