@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
-from msgspec.structs import replace
 
 from broker import logs, parts, scrape
 from broker.acceptor import Acceptor
@@ -30,7 +29,7 @@ from broker.listen import CannotListen, Listener, listen
 from broker.model import LimitName
 from broker.pacer import Paced, Pacer, Unpaced
 from broker.pauses import PauseKeeper
-from broker.reload import READING, UNREADABLE, needs_restart
+from broker.reload import READING, UNREADABLE, in_force, needs_restart
 from broker.schema import ConfigError
 from broker.seat import Seat
 from broker.sessions.desk import SessionDesk
@@ -289,7 +288,7 @@ class App:
         """Read the settings again; all of it takes effect, or nothing does."""
         try:
             loaded = self._load()
-            settings = replace(loaded, store=self._settings.store)  # but what its files say
+            settings = in_force(self._settings, loaded)
             other_key = parts.sealing_key(settings) != self._sealing_key
             self.follow(settings)
         except ConfigError as error:
