@@ -20,8 +20,8 @@ from broker.usage import Usage, usage
 log = structlog.get_logger()
 
 ANSWER_TIME = 10.0
-"""Seconds in which a worker must have taken over new settings: it takes milliseconds, and a start
-that it may have to finish first less than a second."""
+"""Seconds in which a worker that is ready must have taken over new settings: it takes
+milliseconds."""
 
 _ROOT = Path(__file__).resolve().parents[1]
 

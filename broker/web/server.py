@@ -96,7 +96,14 @@ class DataConnection(web.RequestHandler):
     idle.
     """
 
-    __slots__ = ("_body", "_error_head", "_head_bytes", "_head_timer", "_unsent_timer")
+    __slots__ = (
+        "_body",
+        "_error_head",
+        "_head_bytes",
+        "_head_timer",
+        "_maybe_head",
+        "_unsent_timer",
+    )
 
     def __init__(
         self, manager: web.Server, error_head: Callable[[], tuple[str, str]], keep_alive: float
@@ -116,6 +123,7 @@ class DataConnection(web.RequestHandler):
         self._error_head = error_head
         self._body: StreamReader = EMPTY_PAYLOAD
         self._head_bytes = 0
+        self._maybe_head = 0  # came with the request before: at most this much of it is of a head
         self._head_timer: asyncio.TimerHandle | None = None
         self._unsent_timer: asyncio.TimerHandle | None = None
 
@@ -150,17 +158,34 @@ class DataConnection(web.RequestHandler):
         self._end_unsent()
 
     @override
+    async def shutdown(self, timeout: float | None = LINGER) -> None:
+        """End it; what its client has not read by then is dropped.
+
+        A close would wait for that client, and uvloop's own end for the close, without an end.
+        """
+        transport = self.transport
+        await super().shutdown(timeout)
+        if transport is not None:
+            transport.abort()
+
+    @override
     def data_received(self, data: bytes) -> None:
         """Parse, and keep count of heads: aiohttp bounds each line, but not all, nor the time."""
-        known = self._request_count
+        known, in_body = self._request_count, not self._body.is_eof()
         super().data_received(data)
         new = self._request_count - known
         if not new:
-            if data and self._body.is_eof() and not (self._close or self._force_close):
+            if self._close or self._force_close:
+                return
+            if in_body:
+                self._maybe_head += len(data)
+            elif data:
                 self._head_goes_on(len(data))
             return
         message, self._body = self._messages[-1]
-        if self._head_bytes or not data or len(data) > MAX_HEAD:
+        maybe_head = self._maybe_head + len(data)
+        self._maybe_head = len(data) or self._maybe_head
+        if self._head_bytes or not data or maybe_head > MAX_HEAD:
             self._check_sizes(new)
         if self._close:
             return

@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import re
 import secrets
 import signal
 import socket
@@ -403,6 +404,19 @@ class TestHeads:
             assert await ended(line) == b""
 
     @pytest.mark.parametrize("listener", LISTENERS)
+    async def test_N5_a_head_that_begins_behind_another_request_has_no_more_room(
+        self, running: Running, listener: str
+    ) -> None:
+        """Half of it comes in the packet of the request before, the rest with its end."""
+        half = b"".join(b"X-%d: %s\r\n" % (n, b"z" * 20_000) for n in range(3))
+        line = await connected(port_of(running, listener))
+        line.send(request("GET", "/livez") + b"GET /livez HTTP/1.1\r\nHost: broker\r\n" + half)
+        assert (await line.answer()).status == 200
+        line.send(half + b"\r\n")
+        assert (await line.answer()).code == "HEAD_TOO_LARGE"
+        assert await ended(line) == b""
+
+    @pytest.mark.parametrize("listener", LISTENERS)
     async def test_N5_heads_without_an_end_cost_no_memory(
         self, running: Running, listener: str
     ) -> None:
@@ -670,6 +684,24 @@ class TestKeepAlive:
                 assert connection.keepalive_timeout == 620
                 client.close()
 
+    @pytest.mark.parametrize("is_chunked", [False, True])
+    async def test_N8_the_end_of_a_body_is_not_taken_for_a_head(
+        self, monkeypatch: pytest.MonkeyPatch, *, is_chunked: bool
+    ) -> None:
+        """Head and body in packets of their own: what is idle then has all of its idle time.
+
+        Another connection has begun a head and is ended after the time of heads; this one stays.
+        """
+        monkeypatch.setattr("broker.web.server.HEAD_TIMEOUT", 0.3)
+        async with serving() as edge:
+            line = await edge.connect()
+            await _answered_in_pieces(line, edge.asking(), is_chunked=is_chunked)
+            slow = await edge.connect()
+            slow.send(b"GET /livez HTTP/1.1\r\n")
+            assert await ended(slow) == b""
+            await _answered_in_pieces(line, edge.asking(), is_chunked=is_chunked)
+            await line.close()
+
     def test_N8_a_change_of_it_needs_a_restart_and_a_reload_says_so(self, tmp_path: Path) -> None:
         """Connections that are open were made with the old one."""
         tree = good(tmp_path)
@@ -680,6 +712,21 @@ class TestKeepAlive:
             failed = broker.reload()
             assert failed["event"] == "broker.reload_failed"
             assert failed["error"].startswith("server.keep_alive: a duration needs a number")
+
+
+async def _answered_in_pieces(line: Line, ask: bytes, *, is_chunked: bool) -> None:
+    """Send a head, and only when it has been read the body of it, in several packets."""
+    head, _, body = ask.partition(b"\r\n\r\n")
+    pieces = [body[:5], body[5:]]
+    if is_chunked:
+        head = re.sub(rb"Content-Length: \d+", b"Transfer-Encoding: chunked", head)
+        pieces = [b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces] + [b"0\r\n\r\n"]
+    line.send(head + b"\r\nExpect: 100-continue\r\n\r\n")
+    assert await line.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    for piece in pieces:
+        line.send(piece)
+        await asyncio.sleep(0.01)
+    assert (await line.answer()).status == 200
 
 
 class TestAdminListener:
