@@ -337,6 +337,53 @@ HEADS: dict[str, list[tuple[str, str]]] = {
 }
 
 
+class TestOddTargets:
+    """N2, N3: whatever a request names, somebody answers it or ends its connection."""
+
+    @pytest.mark.parametrize("listener", LISTENERS)
+    @pytest.mark.parametrize(
+        "target", ["http://xn--a/livez", "http://xn--/", "https://xn--a:8/x?y"]
+    )
+    @pytest.mark.parametrize("before", [b"", request("GET", "/livez", [])], ids=["alone", "behind"])
+    async def test_N2_a_host_that_cannot_be_read_is_refused(
+        self, running: Running, listener: str, target: str, before: bytes
+    ) -> None:
+        """With the envelope; the connection ends, and the next one is served."""
+        line = await connected(port_of(running, listener))
+        line.send(before + request("GET", target, [("Host", "x")]))
+        said = await ended(line)
+        assert said.count(b"HTTP/1.1 ") == 1 + bool(before)
+        assert b"HTTP/1.1 400 " in said
+        assert target.encode() not in said
+
+    @pytest.mark.parametrize("listener", LISTENERS)
+    async def test_N3_a_body_of_connect_is_no_request(
+        self, running: Running, listener: str
+    ) -> None:
+        """It comes later, and finds nobody: a tunnel is not to be had here."""
+        line = await connected(port_of(running, listener))
+        line.send(request("CONNECT", "b:80", [("Content-Length", str(len(INSIDE)))]))
+        assert (await line.answer()).status >= 400
+        line.send(INSIDE)
+        assert await ended(line) == b""
+
+    async def test_N2_a_connection_ends_with_what_answers_it(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whatever that was: it is told, and no client waits for ever."""
+
+        async def start(_connection: object) -> None:
+            raise RuntimeError
+
+        async with serving({}) as edge:
+            edge.defects_expected = True
+            monkeypatch.setattr(server.DataConnection, "start", start)
+            line = await connected(int(edge.app.url.rpartition(":")[2]))
+            line.send(request("GET", "/livez", []))
+            assert await ended(line) == b""
+            assert [e["event"] for e in edge.events("broker.defect")] == ["broker.defect"]
+
+
 class TestHeads:
     """N5: what callers behind proxies send is read; more than that is refused by name."""
 
