@@ -15,14 +15,30 @@ TURNS = 50
 """Of the event loop, in which what was sent has arrived at the client in the same loop."""
 
 
-@asynccontextmanager
-async def vendor_that_adds(unasked: bytes) -> AsyncIterator[str]:
-    """Answer each call with its own body, then send this on the idle connection."""
+async def turns() -> None:
+    """Let everybody in this loop read what has been sent."""
+    for _ in range(TURNS):
+        await asyncio.sleep(0)
 
-    serving: list[asyncio.Task[None] | None] = []
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        serving.append(asyncio.current_task())
+class Vendor:
+    """Answers each call with its own body, then sends more on the connection; then sets `sent`."""
+
+    def __init__(self, unasked: bytes) -> None:
+        self._unasked = unasked
+        self._serving: list[asyncio.Task[None] | None] = []
+        self.sent = asyncio.Event()
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[str]:
+        """Yield the base URL; the client must have hung up at the end."""
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        async with server:
+            yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            await asyncio.gather(*filter(None, self._serving))
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._serving.append(asyncio.current_task())
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
@@ -30,26 +46,12 @@ async def vendor_that_adds(unasked: bytes) -> AsyncIterator[str]:
                 body = await reader.readexactly(length)
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % length + body)
                 await turns()  # the client has it before the next bytes come
-                writer.write(unasked)
-                sent.set()
+                writer.write(self._unasked)
+                self.sent.set()
         except (asyncio.IncompleteReadError, ConnectionError):
-            sent.set()
+            self.sent.set()
         finally:
             writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        await asyncio.gather(*filter(None, serving))  # their client has gone
-
-
-sent = asyncio.Event()
-
-
-async def turns() -> None:
-    """Let everybody in this loop read what has been sent."""
-    for _ in range(TURNS):
-        await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize(
@@ -63,15 +65,15 @@ async def turns() -> None:
 )
 async def test_G8_the_next_call_gets_its_own_answer(unasked: bytes) -> None:
     """An answer too many would be the next visitor's, with somebody else's token in it."""
-    sent.clear()
-    async with vendor_that_adds(unasked) as url:
+    vendor = Vendor(unasked)
+    async with vendor.listening() as url:
         client = VendorClient(url, 5.0)
         try:
             for body in (b"first", b"second", b"third"):
                 answer = await client.mint(KEY, body, {})
                 assert (answer.status, answer.body) == (200, body)
-                await sent.wait()
-                sent.clear()
+                await vendor.sent.wait()
+                vendor.sent.clear()
                 await turns()
         finally:
             await client.close()
