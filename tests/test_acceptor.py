@@ -106,6 +106,32 @@ async def test_who_is_ahead_and_alone_takes_them_all_the_same() -> None:
         await ended(taken)
 
 
+async def test_who_is_far_ahead_comes_back_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wait grows with each connection, and has a bound that a caller hardly notices."""
+    monkeypatch.setattr(module, "STEP", 3600.0)
+    taken = Taken()
+    with shared_socket(1) as sockets, callers(sockets[0], 1):
+        acceptor = Acceptor(sockets, taken.make, lambda: 1000)
+        acceptor.start(BACKLOG)
+        await until(lambda: len(taken) == 1)
+        acceptor.close()
+        await ended(taken)
+
+
+async def test_who_is_closed_while_it_steps_back_stays_closed() -> None:
+    """Its socket is gone when the wait is over: nothing is watched, and nothing fails."""
+    failures: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+    taken = Taken()
+    with shared_socket(1) as sockets, callers(sockets[0], 1):
+        acceptor = Acceptor(sockets, taken.make, lambda: 2)
+        acceptor.start(BACKLOG)
+        acceptor._notice(sockets[0])
+        acceptor.close()
+        await asyncio.sleep(4 * module.STEP + module.LONGEST)
+    assert (failures, taken) == ([], [])
+
+
 async def test_without_descriptors_it_waits_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """EMFILE: callers stay in the queue, and are taken as soon as there is room."""
     monkeypatch.setattr(module, "PAUSE", 0.02)

@@ -43,6 +43,8 @@ REFUSED = {
     "https://me@api.bithuman.ai/v1": "write 'https://api.bithuman.ai'",
     "http://api.bithuman.ai/v1": "write 'https://api.bithuman.ai'",
     "http://api.bithuman.ai:80": "write 'https://api.bithuman.ai'",
+    "http://localhost.bithuman.ai": "write 'https://localhost.bithuman.ai'",
+    "http://127.0.0.1.bithuman.ai": "write 'https://127.0.0.1.bithuman.ai'",
     "ftp://api.bithuman.ai": 'expected "https://HOST"',
     "api.bithuman.ai": 'expected "https://HOST"',
     "https://": 'expected "https://HOST"',

@@ -106,6 +106,24 @@ class TestSharedRows:
         assert [labels["version"] for labels in _labels(first, handle, width)] != []
         assert value("broker_build_info", _labels(first, handle, width)[0]) == 1
 
+    def test_what_is_true_of_several_is_true_once(self, handle: int) -> None:
+        """Gauges that are 1 while something is so: alerts and dashboards look for the 1."""
+        width = Metrics("upstream").sheet.width
+        for row in shared(handle, width).rows:
+            process = Metrics("upstream", shared_store=True, cells=row)
+            process.store.degraded.set(True)
+            process.process.reload_failed.set(True)
+            for breaker in process.upstream.breakers.values():
+                breaker.set(True)
+        seen = shown(process, shared(handle, width)).collect()
+        told = {m.name: {s.value for s in m.samples} for m in seen if "1 while" in m.documentation}
+        assert set(told) >= {
+            "broker_breaker_open",
+            "broker_config_reload_failed",
+            "broker_store_degraded",
+        }
+        assert set(map(frozenset, told.values())) == {frozenset({1.0})}
+
     def test_O8_what_a_dead_process_counted_stays_and_what_it_held_goes(self, handle: int) -> None:
         """Its replacement counts on in the same row."""
         width = Metrics("local").sheet.width

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from processes import Broker, good, put, run, toml, write
 
+from broker import healthcheck
 from broker.healthcheck import where
 
 
@@ -51,6 +52,25 @@ def test_something_else_at_that_address_is_not_healthy(tmp_path: Path) -> None:
         done = run("healthcheck", "--config", path)
     assert (done.returncode, done.stdout) == (1, b"")
     assert done.stderr == f"broker: no answer at {address}: BadStatusLine\n".encode()
+
+
+def test_where_one_family_is_off_the_other_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a listener on all addresses each is tried, until one is answered."""
+    import threading
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    class Ready(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    monkeypatch.setattr(healthcheck, "_EVERYWHERE", {"::": ("127.0.0.2", "127.0.0.1")})
+    with HTTPServer(("127.0.0.1", 0), Ready) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        assert healthcheck.ask(f"[::]:{server.server_port}") == ""
 
 
 def test_it_needs_to_know_no_more_than_where_to_ask(tmp_path: Path) -> None:

@@ -397,6 +397,14 @@ class TestConsole:
         assert canary not in out.getvalue()
 
 
+    def test_a_zero_is_shown_and_nothing_is_not(self) -> None:
+        """0 s of lead is an answer; an empty list and None say what a field that is absent does."""
+        line = shown(
+            io.StringIO(), "info", "broker.draining", lead_s=0.0, count=0, to=[], reason=None
+        )
+        assert line == "info  broker.draining lead_s=0.0 count=0"
+
+
 class TestEscaping:
     @pytest.mark.parametrize("form", FORMS)
     @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives import serialization
 from msgspec.structs import replace
 from processes import Tree, good, merged, put, secret_file, secret_in, write
 from servers import write_certificates
+from test_config import alone, keys
 
 from broker import config, parts
 from broker.model import LimitName, Secret
@@ -409,3 +410,13 @@ def test_the_stores_secrets_travel_in_place_of_their_files(tmp_path: Path) -> No
     assert parts.store_access(told).password is not None
     assert told.store.password_file is told.store.encryption_key_file is None
     assert replace(told, store=tree.store) == tree
+
+
+@pytest.mark.parametrize(
+    "dotted", [dotted for dotted, _ in keys() if dotted.endswith(("_file", "_files"))]
+)
+def test_N12_every_file_of_the_settings_is_watched(dotted: str) -> None:
+    """One that is not is read again by chance only; the snapshot is the broker's own."""
+    value = ["/there/it/is"] if dotted.endswith("_files") else "/there/it/is"
+    watched = [file for _, file in parts.watched_files(alone(dotted, value))]
+    assert ("/there/it/is" in watched) is (dotted != "store.snapshot_file")

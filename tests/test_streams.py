@@ -70,6 +70,17 @@ def test_N1_G12_whatever_fails_lines_come_whole_or_are_counted(
     assert sum(told) >= writer.lost  # a notice that was cut off is written again
 
 
+def test_G12_what_a_notice_takes_of_a_write_is_no_part_of_the_lines(tmp_path: Path) -> None:
+    """A write that is cut off behind the notice: the line behind it is lost, and counted."""
+    path = tmp_path / "log"
+    with path.open("wb") as file:
+        writer = _Disk(file.fileno(), [0, len("lost 1\n") + 2])
+        writer.notice = lambda count: f"lost {count}\n"
+        for line in (b"one\n", b"two\n", b"six\n"):
+            writer._write_lines([line])
+    assert (path.read_text(), writer.lost) == ("lost 1\ntw\nlost 1\nsix\n", 2)
+
+
 def test_G12_a_queue_that_is_full_loses_the_oldest_and_says_so() -> None:
     """Bounded, whatever comes; what is new is what one wants to know."""
     reader, end = os.pipe()

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import PATIENCE
 from web.edge import logging_to
 
 from broker import config
 from broker.board import Counter
 from broker.rules import restarts
 from broker.settings import Settings
-from broker.tasks import Background, BackgroundTask, TaskSet
+from broker.tasks import Background, BackgroundTask, TaskSet, aside
 from broker.testing.clock import FakeClock, run_virtual
 
 
@@ -150,6 +151,42 @@ def test_N2_a_failure_after_a_good_life_is_told_again() -> None:
         run_virtual(main)
     assert begun[2] - begun[1] == pytest.approx(restarts.WELL + 1 + restarts.FIRST, abs=0.01)
     assert out.getvalue().count("broker.background_restarted") == 3
+
+
+def test_N2_a_failure_at_the_end_is_told_like_any_other() -> None:
+    """Work that was asked to end and fails has not ended well; it is not begun anew."""
+    out, count = io.StringIO(), Counter()
+
+    async def main(_: FakeClock) -> None:
+        until = asyncio.Event()
+
+        async def work() -> None:
+            await until.wait()
+            raise ValueError
+
+        background = Background({BackgroundTask.WORKERS: count})
+        background.start(BackgroundTask.WORKERS, work, until=until)
+        await asyncio.sleep(1)
+        until.set()
+        async with asyncio.timeout(1):
+            await background.wait(60)
+        await background.close()
+
+    with logging_to(out, settings()):
+        run_virtual(main)
+    (told,) = map(json.loads, out.getvalue().splitlines())
+    assert (told["task"], told["error"], count.value) == ("workers", "ValueError", 1)
+
+
+async def test_N2_whatever_ends_work_aside_is_raised_where_it_was_asked_for() -> None:
+    """Also what is no Exception: nobody waits for a thread that has ended."""
+
+    def work() -> None:
+        raise Odd
+
+    with pytest.raises(Odd):
+        async with asyncio.timeout(PATIENCE):
+            await aside(work)
 
 
 class Dead(io.StringIO):

@@ -188,6 +188,21 @@ def test_N25_a_circle_and_a_crowd_and_a_recursion_are_bounded() -> None:
     assert sum(len(trace["frames"]) for trace in traces.chain(caught.value)) == traces.MOST_FRAMES
 
 
+def test_N25_a_cause_of_a_deep_error_takes_no_more_room() -> None:
+    """The frames of one event are bounded, not those of each error; its type is told still."""
+
+    def deeper(depth: int) -> None:
+        if depth:
+            deeper(depth - 1)
+        raise ValueError
+
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - its type is all it has
+        deeper(500)
+    told = traces.chain(chained(caught.value, raised(KeyError(), ""), cause=True))
+    assert [trace["exc_type"] for trace in told] == ["ValueError", "KeyError"]
+    assert sum(len(trace["frames"]) for trace in told) == traces.MOST_FRAMES
+
+
 def test_N25_a_hidden_context_stays_hidden() -> None:
     """`raise ... from None` means it."""
     error = chained(ValueError(), KeyError(), cause=False)

@@ -162,6 +162,24 @@ def test_N12_what_reading_would_consume_is_not_read(tmp_path: Path) -> None:
     assert files.changed()
 
 
+def test_N12_a_file_of_which_the_system_says_0_bytes_is_read(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some mounted file systems do: the size is a hint, the contents tell."""
+    real = os.fstat
+
+    def sizeless(handle: int) -> Any:
+        known = list(real(handle))
+        known[6] = 0
+        return os.stat_result(known)
+
+    monkeypatch.setattr(os, "fstat", sizeless)
+    files = SecretFiles([str(file)])
+    rewrite(file)
+    assert files.changed()
+    assert not files.changed()
+
+
 def test_N12_what_lies_behind_a_mebibyte_is_known_by_its_time(tmp_path: Path) -> None:
     """Reading stays bounded."""
     large = tmp_path / "large"
