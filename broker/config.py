@@ -63,6 +63,10 @@ def from_tree(tree: Mapping[str, Any]) -> Settings:
     return replace(settings, issuer=replace(settings.issuer, upstream=upstream))
 
 
+MAX_FILE = 2**20
+"""Bytes of a configuration or secret file that are read: a thousand clients take a tenth of it."""
+
+
 def find_file(flag: str | None, environ: Mapping[str, str]) -> Path | None:
     """Choose the configuration file: flag, `BROKER_CONFIG`, the default path if it is there."""
     if flag:
@@ -79,7 +83,7 @@ def read_secret(name: str, inline: Secret | None, file: str | None) -> Secret | 
     if file is None:
         return inline
     try:
-        text = Path(file).read_text(encoding="utf-8-sig")
+        text = _text_of(Path(file))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{name}_file: cannot read {file}: {_os_reason(error)}") from None
     secret = text.removesuffix("\n").removesuffix("\r")
@@ -90,7 +94,7 @@ def read_secret(name: str, inline: Secret | None, file: str | None) -> Secret | 
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = _text_of(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {_os_reason(error)}") from None
     try:
@@ -99,9 +103,24 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 
+class _TooLarge(ValueError):
+    """A file of more than MAX_FILE bytes, or without an end."""
+
+
+def _text_of(path: Path) -> str:
+    """Read a file up to its bound: one that leads to a device has no end."""
+    with path.open("rb") as file:
+        raw = file.read(MAX_FILE + 1)
+    if len(raw) > MAX_FILE:
+        raise _TooLarge
+    return raw.decode("utf-8-sig")
+
+
 def _os_reason(error: Exception) -> str:
     if isinstance(error, OSError):
         return error.strerror or "error"
+    if isinstance(error, _TooLarge):
+        return f"more than {MAX_FILE >> 20} MiB; name a file that holds nothing else"
     return "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not a path"
 
 

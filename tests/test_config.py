@@ -472,6 +472,14 @@ class TestFile:
             config.load(path, {}, {})
         assert str(caught.value) == f"cannot read {path}: {reason}"
 
+    @pytest.mark.parametrize("path", [Path("/dev/zero"), Path("/dev/urandom")], ids=str)
+    def test_G12_without_an_end_are_read_to_a_bound(self, path: Path) -> None:
+        """A link to a device would take all memory, at the start or at a reload."""
+        with pytest.raises(ConfigError, match="more than 1 MiB"):
+            config.load(path, {}, {})
+        with pytest.raises(ConfigError, match=r"clients\.web\.secret_file.*more than 1 MiB"):
+            config.read_secret("clients.web.secret", None, str(path))
+
     def test_that_may_not_be_read_is_named(self, tmp_path: Path) -> None:
         """Permission denied, for the configuration and for a secret."""
         path = tmp_path / "broker.toml"

@@ -24,12 +24,15 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextvars import Context
 
+import structlog
 from typing_extensions import override
 
 from broker.issuers.vendor_client import CONNECT_TIMEOUT, VANISHED, Answer, CallFailed
 from broker.issuers.vendor_replies import Reason
 from broker.pacer import MAX_PROMISE
 from broker.slots import Slot
+
+log = structlog.get_logger()
 
 LONGEST = MAX_PROMISE
 """Seconds that a call holds its slot without any sign: as long as the longest pause that the vendor
@@ -117,8 +120,11 @@ class Calls:
 
     def _over(self, call: _Call, task: "asyncio.Task[Answer]") -> None:
         self._out.discard(call)
-        if not task.cancelled():
-            task.exception()  # or it would be reported as never retrieved
+        if task.cancelled():
+            return
+        failure = task.exception()  # or it would be reported as never retrieved
+        if failure is not None and not call.awaited and not isinstance(failure, CallFailed):
+            log.error("broker.defect", exc_info=failure)  # nobody waits: it would vanish
 
     def __len__(self) -> int:
         return len(self._out)

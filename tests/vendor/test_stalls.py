@@ -10,6 +10,7 @@ import pytest
 from processes import Broker, Tree, merged
 from relaying import Relay, relaying, until, visitor
 from standing import StandingVendor, Visitors, relay_settings, standing_vendor, worst_window
+from structlog.testing import capture_logs
 
 from broker.errors import BrokerError, UpstreamTimeout, UpstreamUnavailable
 from broker.issuers import calls, vendor_client
@@ -157,6 +158,20 @@ async def test_N13_a_late_429_pauses_the_budget() -> None:
         assert relay.paused_for == 0
         await until(lambda: 6 < relay.paused_for <= 7, "the pause")
         assert relay.pacer.outstanding == 0
+
+
+async def test_N2_a_defect_in_what_comes_late_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for it any more: it would vanish."""
+    async with relaying(budget=FEW, timeout=0.2) as relay:
+
+        async def fail(_answer: object) -> None:
+            raise RuntimeError
+
+        monkeypatch.setattr(relay.issuer._calls, "_late", fail)
+        with relay.vendor.fail(faults.slow(1.0)), capture_logs() as told:
+            assert isinstance(await relay.failure(), UpstreamTimeout)
+            await until(lambda: not len(relay.issuer._calls), "the answer")
+        assert [event["event"] for event in told] == ["broker.defect"]
 
 
 async def test_N13_a_mint_that_is_given_up_leaves_its_call_out() -> None:
