@@ -396,7 +396,6 @@ class TestConsole:
         assert any("test_a_defect_shows_where_and_not_what" in line for line in lines)
         assert canary not in out.getvalue()
 
-
     def test_a_zero_is_shown_and_nothing_is_not(self) -> None:
         """0 s of lead is an answer; an empty list and None say what a field that is absent does."""
         line = shown(

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from typing_extensions import override
 from web.edge import AGENT, visitor
 
 from broker import mint
 
-SECRET = "the-secret-of-a-client"  # noqa: S105 - of nobody
+SECRET = "the-secret-of-a-client"
 
 
 class Answers:
@@ -32,8 +33,9 @@ class Answers:
                 self.end_headers()
                 self.wfile.write(answers.body)
 
-            do_GET = do_POST
+            do_GET = do_POST  # noqa: N815 - the library's name
 
+            @override
             def log_message(self, *_: object) -> None:
                 """Say nothing."""
 
@@ -61,7 +63,7 @@ def test_a_redirect_is_not_followed(answers: Answers) -> None:
     assert answers.asked == [("/v1/embed-tokens/request", SECRET)]
 
 
-@pytest.mark.parametrize("token", ["", "no token", "a.b", "\x1b[2J.e.y", "<b>.x.y"])
+@pytest.mark.parametrize("token", ["", "no token", "\x1b[2J.e.y", "<b>.x.y"])
 def test_what_is_no_token_is_not_printed(answers: Answers, token: str) -> None:
     """A script puts the output into a page: 69, and one line."""
     answers.body = json.dumps({"data": {"token": token}}).encode()
