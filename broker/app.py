@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
-from msgspec.structs import replace
 
 from broker import logs, parts, scrape
 from broker.acceptor import Acceptor
@@ -30,7 +29,7 @@ from broker.listen import CannotListen, Listener, listen
 from broker.model import LimitName
 from broker.pacer import Paced, Pacer, Unpaced
 from broker.pauses import PauseKeeper
-from broker.reload import READING, UNREADABLE, needs_restart
+from broker.reload import READING, UNREADABLE, in_force, needs_restart
 from broker.schema import ConfigError
 from broker.seat import Seat
 from broker.sessions.desk import SessionDesk
@@ -234,12 +233,14 @@ class App:
             await self._open_admin()
             await self._open_data()
         except CannotListen:
-            await self._close_outside()
+            await self._close_admin()
             if self._restored:  # loading took the file away: the next start needs it, too
                 self._save_snapshot()
+            await self._close_outside()
             raise
         self._tidy()
         self._background.start(BackgroundTask.HOUSEKEEPING, self._keep_house)
+        self.metrics.process.beat.set(time.monotonic())  # before it says that it is ready
         self._background.start(BackgroundTask.BEAT, self._beat)
         if self._seat is None:
             self._background.start(BackgroundTask.WATCHED_FILES, self._watch_files)
@@ -288,7 +289,7 @@ class App:
         """Read the settings again; all of it takes effect, or nothing does."""
         try:
             loaded = self._load()
-            settings = replace(loaded, store=self._settings.store)  # but what its files say
+            settings = in_force(self._settings, loaded)
             other_key = parts.sealing_key(settings) != self._sealing_key
             self.follow(settings)
         except ConfigError as error:
@@ -460,24 +461,27 @@ class App:
         with contextlib.suppress(TimeoutError):  # mints under way are paid for: into the snapshot
             async with asyncio.timeout(max(ends - time.monotonic(), 0.1)):
                 await self.desk.flights.drained()
+        await self._close_admin()  # before the snapshot: it has every end that was answered
+        self._save_snapshot()  # before whatever else there is, which may hang
         await self._close_outside()
-        self._save_snapshot()
         for refusals in self._refusal_logs:
             refusals.sum_up()
         if self._seat is None:
             log.info("broker.stopped")
 
+    async def _close_admin(self) -> None:
+        if self._admin is not None:
+            await self._admin.close()
+
     async def _close_outside(self) -> None:
         await self._background.close()
         await self.desk.flights.close()
+        if isinstance(self.issuer, UpstreamIssuer):
+            await self.issuer.close()  # before the budget, which tells what that leaves out
         if self._paced is not None:
             await self._paced.close()
-        if isinstance(self.issuer, UpstreamIssuer):
-            await self.issuer.close()
         if self.sharing is not None:
             await self.sharing.close()
-        if self._admin is not None:
-            await self._admin.close()
         self._pauses.stop()
 
     def _restore_snapshot(self) -> None:

@@ -20,8 +20,8 @@ from broker.usage import Usage, usage
 log = structlog.get_logger()
 
 ANSWER_TIME = 10.0
-"""Seconds in which a worker must have taken over new settings: it takes milliseconds, and a start
-that it may have to finish first less than a second."""
+"""Seconds in which a worker that is ready must have taken over new settings: it takes
+milliseconds."""
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -72,12 +72,12 @@ class Child:
     @property
     def serves(self) -> bool:
         """Whether it takes requests, as far as is known."""
-        return self.is_ready and not self.is_silent
+        return self.is_ready and not self.is_hung and not self.pulse.is_quiet
 
     @property
     def is_silent(self) -> bool:
         """Whether it should take requests, and gives no sign of life."""
-        return self.is_hung or self.pulse.is_quiet
+        return self.is_hung or self.pulse.is_stuck
 
     @property
     def lived(self) -> float:

@@ -244,7 +244,11 @@ class Paced(Pacer):
     async def _serve_next(self) -> None:
         await self._sleep_out_pause()
         if self.depth and await self._slots.take(lambda: self.depth):
-            await self._sleep_out_pause()
+            try:
+                await self._sleep_out_pause()
+            except BaseException:
+                self._slots.settle()
+                raise
             self._pass_on()
 
     async def _sleep_out_pause(self) -> None:

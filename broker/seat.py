@@ -13,7 +13,7 @@ from broker.board import Board, Gauge
 from broker.metrics import Metrics
 
 ALIVE = 2.0
-"""Seconds since its last round of housekeeping after which a worker is taken to be hung."""
+"""Seconds since its last sign of life after which a worker is taken to be hung."""
 
 
 class Sibling(Struct, frozen=True):

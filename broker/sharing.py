@@ -4,7 +4,6 @@ import secrets
 import socket
 from collections.abc import Callable
 
-from broker.checks import normal_base_url
 from broker.issuers.refusals import LocalRefusals
 from broker.issuers.shared_refusals import SharedRefusals
 from broker.limits import Limits
@@ -179,7 +178,7 @@ def names_of(settings: Settings, key: Secret) -> Names:
 
 
 def _vendor_of(settings: Settings) -> str:
-    """Name whose budget it is: two brokers before the same vendor share it."""
+    """Name whose budget it is: two brokers before one vendor share it; `config` has one form."""
     if settings.issuer.kind == "upstream":
-        return normal_base_url(settings.issuer.upstream.base_url)
+        return settings.issuer.upstream.base_url
     return f"local {settings.issuer.local.issuer}"

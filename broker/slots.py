@@ -90,8 +90,8 @@ class Slots(Protocol):
 
     @property
     def outstanding(self) -> int:
-        """How many slots were taken and are not settled."""
-        return 0
+        """How many slots were taken, and neither settled nor abandoned."""
+        ...
 
     async def take(self, waiting: Callable[[], int]) -> bool:
         """Return True when a call may be made, False when `waiting` says that nobody is in line.
@@ -104,17 +104,17 @@ class Slots(Protocol):
         """Take a slot if it is there at once, nobody waits, and half the burst is left."""
         ...
 
-    def settle(self, calls: int = 1) -> None:  # noqa: ARG002 - the default counts nothing
-        """Charge slots that were taken: their calls can no longer arrive at the vendor."""
-        return
+    def settle(self) -> None:
+        """Charge a slot that was taken: its call can no longer arrive at the vendor."""
+        ...
 
     def abandon(self) -> None:
-        """Give up a slot whose call may yet arrive, because it was out for as long as one may."""
-        self.settle()
+        """Give up a slot whose call may yet arrive, though nobody here can see when: it is owed."""
+        ...
 
-    def answered(self, took: float) -> None:  # noqa: ARG002 - the default remembers nothing
+    def answered(self, took: float) -> None:
         """Take note that the vendor answered a call after so many seconds."""
-        return
+        ...
 
     @property
     def shortage(self) -> str:
@@ -149,12 +149,14 @@ class Slots(Protocol):
 class LocalSlots(Slots):
     """The budget of one process, on aiolimiter.
 
-    A `successor` takes the place of a process that may have left calls out.
+    A `successor` takes the place of a process that may have left calls out; `out` calls are out
+    already, and to be settled or abandoned here.
     """
 
-    def __init__(self, budget: Budget, *, successor: bool = False) -> None:
+    def __init__(self, budget: Budget, *, successor: bool = False, out: int = 0) -> None:
         self._budget = budget
         self._successor = successor
+        self._out = out
         self._limit = budget.limit
         self._limiter = AsyncLimiter(budget.burst, self._limit.depth / SECOND)
         self._ledger = Ledger()
@@ -168,7 +170,8 @@ class LocalSlots(Slots):
         if self._successor:
             self._ledger = outstanding.started(self._limit, self._now)
         else:
-            self._ledger = outstanding.drained(Ledger(), self._limit, self._now)
+            self._ledger = Ledger(outstanding=self._out)
+            self.drain()
 
     @override
     async def close(self) -> None:
@@ -210,8 +213,8 @@ class LocalSlots(Slots):
         return await self.take(lambda: 1)
 
     @override
-    def settle(self, calls: int = 1) -> None:
-        self._ledger = outstanding.settle(self._ledger, self._limit, self._now, calls)
+    def settle(self) -> None:
+        self._ledger = outstanding.settle(self._ledger, self._limit, self._now)
         self._settled.set()
 
     @override
@@ -245,6 +248,10 @@ class LocalSlots(Slots):
     @override
     async def resume(self) -> None:
         await self._drain_limiter()
+        self.drain()
+
+    def drain(self) -> None:
+        """Begin as empty as after a start, at once: the ledger's word is enough."""
         self._ledger = outstanding.drained(self._ledger, self._limit, self._now)
 
     @override
@@ -323,5 +330,15 @@ class Slot:
         return slots
 
 
-UNCOUNTED = Slot(None, lambda: None)
+class _Uncounted(Slot):
+    """Nothing to give back, so everybody may have the same one: it never changes."""
+
+    __slots__ = ()
+
+    @override
+    def keep(self) -> None:
+        """Whoever gives it back, nobody takes note."""
+
+
+UNCOUNTED: Slot = _Uncounted(None, lambda: None)
 """The slot of an issuer that has no budget."""

@@ -213,11 +213,12 @@ class Supervisor:
                 child.kill()
             elif self._stopping.is_set():
                 child.stop()
-            if settings is not self._told:  # a reload came while it was being started
-                await child.follow(packed(self._told))
+            missed = settings is not self._told  # a reload, while there was nobody to lead
             if await child.met():
                 log.info("broker.worker_started", worker=child.index, pid=child.pid)
                 self._note_met()
+            if missed and (failure := await self._lead(child, packed(self._told))):
+                self._report_failure([failure])
             code = await child.gone()
             if not self._crew_met.is_set() and code in HOPELESS:
                 self._start_failed = code
@@ -303,10 +304,12 @@ class Supervisor:
         )
 
     async def _lead(self, child: Child, tree: dict[str, Any]) -> str | None:
-        """Let a worker follow; returns why it did not.
+        """Let a worker follow once it is ready; returns why it did not.
 
-        One that does not answer is ended: its replacement begins with these settings.
+        One that does not answer is ended: its replacement begins with these settings.  One that
+        does not become ready is the affair of whoever watches.
         """
+        _ = await child.met()
         try:
             return await child.follow(tree)
         except TimeoutError:

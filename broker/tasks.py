@@ -140,7 +140,11 @@ async def _end_of(work: Work) -> BaseException | None:
         if task is None or task.cancelling():
             raise
         return error
-    except BaseException as error:  # noqa: BLE001 - reported by the caller, whatever it is
+    except BaseException as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():  # its cleaning up failed: no reason to go on
+            _defect(error)
+            raise asyncio.CancelledError from error
         return error
     return None
 
@@ -156,6 +160,11 @@ def _report(
             again_in_s=again_in,
             exc_info=failure,
         )
+
+
+def _defect(failure: BaseException) -> None:
+    with contextlib.suppress(Exception):  # as in _report
+        log.error("broker.defect", exc_info=failure)
 
 
 async def aside(work: Callable[[], T]) -> T:
@@ -214,8 +223,7 @@ class TaskSet:
     def _note_end(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (failure := task.exception()) is not None:
-            with contextlib.suppress(Exception):  # as in _report
-                log.error("broker.defect", exc_info=failure)
+            _defect(failure)
 
     def __len__(self) -> int:
         return len(self._tasks)

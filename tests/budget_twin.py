@@ -32,13 +32,15 @@ class Twin:
         self.paused_until = 0
         self.withheld = 0
         self.queues: dict[bytes, tuple[int, int]] = {}
-        self.calls: dict[bytes, tuple[int, int, int, int]] = {}
+        self.calls: dict[bytes, tuple[int, int, int, int, int]] = {}
+        self.owed: tuple[int, int] | None = None
+        self.reserved_at: int | None = None
 
-    def send(self, now: int, arguments: Sequence[bytes]) -> list[int]:
+    def send(self, now: int, arguments: Sequence[bytes]) -> list[int]:  # noqa: C901, PLR0912, PLR0915 - one after the other, as the script has it
         """Decide; `arguments` as the script gets them, the reply without era and time."""
         burst, interval, ahead, remembered = (int(arguments[n]) for n in (0, 1, 4, 6))
         who, waiting, what = arguments[2], int(arguments[3]), arguments[8]
-        message, out, settled, gone = map(int, arguments[11:15])
+        message, out, settled, abandoned, answered, silent, probes = map(int, arguments[11:18])
         assert remembered
         step = 3600 * SECOND
         if self.withheld < SECOND:
@@ -52,13 +54,25 @@ class Twin:
             wait_full = max(wait_full, depth)
         known = self.calls.get(who)
         if known is not None and message <= known[0]:
-            return [0, interval, 0, paused]
-        for other, (_, left, _, told) in list(self.calls.items()):
-            if other != who and abs(now - told) > gone:
+            return [0, interval, 0, paused, -1]
+        lost = charged = 0
+        for other, (_, left, _, _, told) in list(self.calls.items()):
+            if other != who and abs(now - told) > silent:
                 del self.calls[other]
-                wait_full += left * step
+                lost += left
         if known is not None:
-            wait_full += max(settled - known[2], 0) * step
+            charged += max(settled - known[2], 0)
+            lost += max(abandoned - known[3], 0)
+        owed, owed_at = self.owed or (burst, now)
+        owed_at = min(owed_at, now)
+        if answered >= 0 and now - answered >= owed_at:
+            charged += min(owed, (now - owed_at) // step)
+            owed = 0
+        if lost:
+            charged += min(owed, (now - owed_at) // step) + lost
+            owed, owed_at = min(owed + lost, 3 * burst), now
+        self.owed = owed, owed_at
+        wait_full += charged * step
         if what != b"tell":
             self.queues.pop(who, None)
             if waiting:
@@ -67,17 +81,27 @@ class Twin:
         self.queues = {n: q for n, q in self.queues.items() if abs(now - q[0]) <= over}
         others = [line for name, (_, line) in self.queues.items() if name != who]
         all_out = out + sum(left for name, (_, left, *_) in self.calls.items() if name != who)
+        most = min(probes, burst) if owed else burst
         taken = wait_full + all_out * step
         wait = max(taken + step - depth, paused, 0)
+        if all_out >= most:
+            wait = max(wait, step)
         plenty = not wait and not others and (depth - taken) / step * 2 >= burst
         reserved = what == b"reserve" or (what == b"modest" and plenty)
-        reserved = reserved and self.withheld < SECOND and wait <= ahead
+        reserved = reserved and self.withheld < SECOND and wait <= ahead and all_out < most
         reserved = reserved and (all_out + 1) * step <= depth
+        if self.reserved_at is None:
+            self.reserved_at = now
+        if reserved:
+            self.reserved_at = now + wait
+        all_out += reserved
+        is_stuck = all_out >= most or (all_out + 1) * step > depth
+        silence = max(now - self.reserved_at, 0) if is_stuck else -1
         self.full_at = now + wait_full
         self.paused_until = now + paused if paused else 0
-        self.calls[who] = message, out + reserved, settled, now
+        self.calls[who] = message, out + reserved, settled, abandoned, now
         free = 0 if paused else max((depth - taken - reserved * step) // step, 0)
-        return [int(reserved), wait, free, paused, *others]
+        return [int(reserved), wait, free, paused, silence, *others]
 
 
 class Store:

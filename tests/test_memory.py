@@ -99,6 +99,16 @@ def test_N11_what_lived_through_collections_is_freed_with_its_ring(
     assert seen() is None
 
 
+def test_N11_what_was_frozen_is_given_back_at_the_end() -> None:
+    """Who has a broker in their process, as a test has, gets their collector as it was."""
+    before = gc.get_threshold(), gc.get_freeze_count()
+    keeper = PauseKeeper()
+    keeper.start()
+    assert gc.get_freeze_count() > before[1]
+    keeper.stop()
+    assert (gc.get_threshold(), gc.get_freeze_count()) == before
+
+
 def test_N11_housekeeping_spends_a_small_share_on_full_collections(
     keeper: PauseKeeper, watch: Watch
 ) -> None:

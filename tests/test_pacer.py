@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from broker.errors import BudgetExhausted, ServiceUnavailable
 from broker.pacer import JITTER, LATENESS, MAX_PROMISE, Paced, Urgency
-from broker.slots import Budget, Slot
+from broker.slots import UNCOUNTED, Budget, LocalSlots, Slot
 from broker.testing import FakeClock, run_virtual
 
 SHIPPED = Budget(rate=106, per=60, burst=8, max_wait=8)
@@ -520,6 +520,30 @@ def test_V1_a_slot_that_comes_due_in_a_pause_is_given_after_it() -> None:
     run_virtual(main)
 
 
+def test_V1_a_slot_that_is_held_back_by_a_pause_is_not_lost_with_its_task() -> None:
+    """The pacer ends while a slot that came due waits for the end of the pause."""
+
+    async def main(_clock: FakeClock) -> None:
+        pacer = await started()
+        crowd = Crowd(pacer)
+        crowd.comes("first")
+        await asyncio.sleep(0.5)
+        pacer.pause(3)
+        await asyncio.sleep(1)
+        assert pacer.outstanding == 1
+        await pacer.close()
+        assert pacer.outstanding == 0
+        await crowd.done()
+
+    run_virtual(main)
+
+
+def test_the_slot_without_a_budget_is_everybodys() -> None:
+    """Whoever keeps it changes nothing for the others."""
+    UNCOUNTED.keep()
+    assert not UNCOUNTED.kept
+
+
 class Held(Crowd):
     """Callers whose calls stay out, each until it is said that it is over."""
 
@@ -798,3 +822,31 @@ def test_repr_shows_what_helps() -> None:
         return repr(await filled())
 
     assert run_virtual(main) == "Paced(waiting=0, remaining=4, outstanding=0)"
+
+
+class Distant(LocalSlots):
+    """Slots that are asked for elsewhere: the answer takes a second."""
+
+    async def take_if_plenty(self) -> bool:
+        taken = await super().take_if_plenty()
+        await asyncio.sleep(1)
+        return taken
+
+
+def test_V10_a_slot_that_comes_in_a_pause_is_given_back_by_a_renewal() -> None:
+    """The pause began while it was asked for: no call is made, and none is out."""
+
+    async def scenario(_clock: FakeClock) -> None:
+        pacer = Paced(SLOW, lambda _seconds: None, Distant(SLOW))
+        await pacer.start()
+        await asyncio.sleep(SLOW.depth + 1)
+        renewal = asyncio.create_task(pacer.turn(Urgency.AHEAD, "web"))
+        await asyncio.sleep(0.5)
+        assert pacer.outstanding == 1
+        pacer.pause(5)
+        with pytest.raises(BudgetExhausted):
+            await renewal
+        assert pacer.outstanding == 0
+        await pacer.close()
+
+    run_virtual(scenario)

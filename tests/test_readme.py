@@ -175,6 +175,7 @@ def test_every_other_command_is_a_known_one() -> None:
         "tests/load/fleet_soak.py",
         "tests/load/failing.py",
         "tests/load/stall.py",
+        "tests/load/chaos.py",
         pytest.param("tests/load/refusals.py", marks=pytest.mark.parts),
         pytest.param("tests/load/rolling", marks=pytest.mark.parts),
         "tests/bench/cpu.py",

@@ -12,8 +12,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -658,6 +658,36 @@ class TestSnapshot:
         with Broker.configured(tmp_path, lasting) as broker:
             async with Caller(broker, secret) as caller:
                 assert await caller.token(visitor(1)) == token
+
+
+class TestClientThatDoesNotRead:
+    """It holds its connection, and nothing else."""
+
+    @pytest.mark.parametrize("listener", ["data", "admin"])
+    async def test_N1_it_delays_no_end_and_the_snapshot_is_written(
+        self, tmp_path: Path, lasting: Tree, listener: str
+    ) -> None:
+        """Neither its own time-out nor that of the end decides: exit code 0, as without it."""
+        with Broker.configured(tmp_path, put(lasting, "server.drain", "2s")) as broker:
+            async with Caller(broker, client_secret(lasting)) as caller:
+                await caller.token(visitor(1))
+            with stuck(broker.url if listener == "data" else broker.admin_url):
+                assert broker.end() == 0
+            assert broker.events("broker.snapshot_saved")[0]["tokens"] == 1
+            assert broker.events("broker.defect") == []
+
+
+@contextmanager
+def stuck(url: str) -> Iterator[None]:
+    """Ask and read no answer, until the listener has taken nothing for a second."""
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        client.settimeout(1.0)
+        with suppress(TimeoutError):
+            while True:
+                client.sendall(b"GET /metrics HTTP/1.1\r\nHost: broker\r\n\r\n" * 100)
+        yield
 
 
 class TestUnixSocket:

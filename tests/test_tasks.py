@@ -108,6 +108,30 @@ def test_N2_a_background_task_outlives_whatever_ends_it(
     ]
 
 
+@pytest.mark.parametrize("failure", [OSError, Odd])
+def test_N2_work_whose_cleaning_up_fails_ends_with_its_owner(failure: type[BaseException]) -> None:
+    """The failure is told, and takes nothing away from the end that was asked for."""
+    out = io.StringIO()
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise failure
+
+    async def main(_: FakeClock) -> None:
+        background = Background()
+        background.start(BackgroundTask.SHARE, work)
+        await asyncio.sleep(1)
+        async with asyncio.timeout(60):
+            await background.close()
+        assert BackgroundTask.SHARE not in background
+
+    with logging_to(out, settings()):
+        run_virtual(main)
+    assert [json.loads(line)["event"] for line in out.getvalue().splitlines()] == ["broker.defect"]
+
+
 def test_N2_a_failure_after_a_good_life_is_told_again() -> None:
     """One a day is a line a day, and the pause is short again."""
     out, begun = io.StringIO(), list[float]()

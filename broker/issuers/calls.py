@@ -9,8 +9,11 @@ caller, not the slot: the call goes on in a task of its own until
 - it fails: nothing was sent, or the connection is gone (`vendor_client` has the kernel end one
   whose peer has vanished, after `VANISHED` seconds);
 - the vendor answers a younger call, and this one is older than `SEEN`: the vendor reads, so it has
-  read this one, and hangs on it;
-- `LONGEST` has passed: then the slot is owed (`rules.outstanding`).
+  most likely read this one, and hangs on it;
+- `LONGEST` has passed, or this process ends.
+
+In the last two cases the call may yet arrive: a proxy may hold it, or one of the vendor's processes
+that stands still while others answer.  Then its slot is abandoned, and owed (`rules.outstanding`).
 
 An answer that nobody waits for any more is read for what it says of the budget, and its token is
 dropped: the visitor has been told that there is none, may have been ended since, and a token that
@@ -34,8 +37,8 @@ may ask for.  Without an end, a vendor that reads and never answers would block 
 a stall that is longer finds the slots owed, and two more calls each time."""
 
 SEEN = VANISHED + CONNECT_TIMEOUT
-"""Seconds after which a call has been received if its connection still lives: bytes that nobody
-acknowledged would have ended it."""
+"""Seconds after which a call has been received by whoever is next on the way to the vendor, if its
+connection still lives: bytes that nobody acknowledged would have ended it."""
 
 Send = Callable[[Callable[[], None]], Awaitable[Answer]]
 """Makes a call; is given what to call when the head of the answer is there."""
@@ -80,8 +83,12 @@ class Calls:
         return call.task.result()
 
     async def close(self) -> None:
-        """End all calls: the process ends, and its connections with it."""
+        """End all calls: the process ends, and its connections with it.
+
+        What they have written may lie unread before a vendor that stands still.
+        """
         for call in self._out:
+            call.slot.abandon()
             call.task.cancel()
         if self._out:
             await asyncio.wait([call.task for call in self._out])
@@ -100,11 +107,12 @@ class Calls:
         return answer
 
     def _arrived(self, call: _Call) -> None:
-        """The vendor reads: give back this slot, and those of calls that it must have read."""
+        """The vendor reads: give back this slot, and those of calls that hang."""
         now = asyncio.get_running_loop().time()
         call.slot.answered(now - call.began)
         for other in self._out:
             if not other.awaited and other.began < min(call.began, now - SEEN):
+                other.slot.abandon()
                 other.task.cancel()
 
     def _over(self, call: _Call, task: "asyncio.Task[Answer]") -> None:

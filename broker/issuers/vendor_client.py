@@ -78,8 +78,10 @@ class VendorClient:
     `proxy` may be replaced at any time; calls that begin later go through the new one.  Cookies are
     not kept: the next visitor's call would carry what an edge told about the one before.
 
-    Connections are not limited: the budget bounds the calls, and one that waited for a place in
-    the pool would look like a vendor that does not answer.
+    Each call has a connection of its own: what a vendor or its edge sends on an idle one (an answer
+    too many, a 408) would be the answer to the next visitor's call, with somebody else's token.  At
+    the budget's rate a handshake a call is affordable.  Connections are not limited: the budget
+    bounds the calls, and one that waited for a place would look like a vendor that does not answer.
     """
 
     def __init__(self, base_url: str, timeout: float, proxy: Proxy | None = None) -> None:
@@ -91,7 +93,10 @@ class VendorClient:
         self._validate_url = base.joinpath(VALIDATE_PATH[1:])
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
-                limit=0, ttl_dns_cache=DNS_TTL, socket_factory=_impatient_socket
+                limit=0,
+                ttl_dns_cache=DNS_TTL,
+                socket_factory=_impatient_socket,
+                force_close=True,
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=timeout, connect=CONNECT_TIMEOUT),

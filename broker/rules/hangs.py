@@ -47,6 +47,11 @@ class Pulse:
         """Whether it cannot be counted on at the moment."""
         return self.ready and self.quiet >= QUIET
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether it is quiet without having said that it drains, as its last beat does."""
+        return self.is_quiet and self.beat != 0
+
     def is_hung(self, drain: float) -> bool:
         """Whether it will not come back.
 

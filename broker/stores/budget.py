@@ -5,9 +5,13 @@ be made, and gives it to whoever is first in its line; then it reserves again.  
 more than one reservation, and those that have a line take turns.  What stands in the lines of the
 others comes back with each reservation, and predictions count with it.
 
-A call is out from its reservation until it is settled.  Each message to the server tells how many
-are out here and how many were settled since the start: totals, numbered, so that a message that is
-lost or late does no harm.  What is settled is told at once, or with a reservation that goes anyway.
+A call is out from its reservation until it is settled or abandoned.  Each message to the server
+tells how many are out here, and how many were settled and abandoned since the start: totals,
+numbered, so that a message that is lost or late does no harm.  What is over is told at once, or
+with a reservation that goes anyway; what stays out is told again each second, for a replica that
+has calls out and tells nothing is taken for dead.  Calls that were abandoned, and those of a dead
+replica, are owed, as in `rules.outstanding`: `PROBES` calls at most are out until the vendor has
+answered one.  How long ago it last answered is told with each message.
 
 While the server is away the replica spends its share, from a bucket of its own that starts empty at
 `Fleet.alone_from`: then the others have noticed that it is lost, whether or not anybody asks for a
@@ -25,6 +29,7 @@ import structlog
 from typing_extensions import override
 
 from broker.board import Counter
+from broker.rules.outstanding import PROBES
 from broker.rules.reuse import SECOND
 from broker.slots import Budget, LocalSlots, Slots
 from broker.stores.failures import StoreFailed
@@ -54,9 +59,12 @@ LATE = 1.0
 """Seconds after its moment in which a reserved call may still be made: a process that was suspended
 must not make its call on top of what others were given meanwhile."""
 
-OUT = 300.0
-"""Seconds after which a call whose replica tells nothing any more is taken to have arrived: no
-connection delivers anything after that."""
+TELL_AGAIN = 1.0
+"""Seconds between two messages while calls are out here, or only the end of one makes room."""
+
+SILENT = 5.0
+"""Seconds without a message after which the calls that a replica has out are owed: it was killed,
+or is cut off and begins to spend its own share.  A few messages may be late."""
 
 LOOK = 0.5
 """Seconds between two looks at whether the share begins or ends, at most."""
@@ -103,7 +111,11 @@ class SharedSlots(Slots):
         self._messages = 0
         self._out = 0
         self._settled = 0
+        self._abandoned = 0
         self._untold = 0
+        self._told_at = 0.0
+        self._answered_at: float | None = None
+        self._stuck_since: float | None = None
         self._telling = False
         self._freed = asyncio.Event()
 
@@ -170,7 +182,11 @@ class SharedSlots(Slots):
                 await self._nap(wait)
                 continue
             due = self._loop.time() + wait
-            await asyncio.sleep(wait)
+            try:
+                await asyncio.sleep(wait)
+            except BaseException:
+                self.settle()
+                raise
             if self._loop.time() - due < LATE:
                 return True
             self.settle()  # it lapses
@@ -189,37 +205,50 @@ class SharedSlots(Slots):
         return reserved
 
     @override
-    def settle(self, calls: int = 1) -> None:
-        """Tell the server, at once; the share that is being spent takes note of what it gave."""
-        self._out -= calls
-        self._settled += calls
-        self._untold += calls
+    def settle(self) -> None:
+        if self._alone is not None:
+            self._alone.settle()
+        self._settled += 1
+        self._note_end()
+
+    @override
+    def abandon(self) -> None:
+        if self._alone is not None:
+            self._alone.abandon()
+        self._abandoned += 1
+        self._note_end()
+
+    def _note_end(self) -> None:
+        """Tell the server, at once; after what was out at the loss the share begins anew."""
+        self._out -= 1
+        self._untold += 1
+        if self._carried:
+            self._carried -= 1
+            if self._alone is not None:
+                self._alone.drain()  # before whoever waits for a slot of it goes on
         self._freed.set()
-        before = min(calls, self._carried)
-        self._carried -= before
-        if self._alone is not None and before:
-            self._tasks.start(self._alone.resume())  # they may have arrived just now: begin anew
-        if self._alone is not None and calls > before:
-            self._alone.settle(calls - before)
         if not self._telling:
             self._telling = True
-            self._tasks.start(self._tell_settled())
+            self._tasks.start(self._tell_ended())
 
     @override
     def answered(self, took: float) -> None:
+        """Note it for the next message: a slot whose call was answered is settled with it."""
+        self._answered_at = self._loop.time()
         if self._alone is not None:
             self._alone.answered(took)
 
     @override
     def predict(self, ahead: int, start: float, *, drained: bool) -> float:
+        """Where only the end of a call makes room, expect it after as long again."""
         if self._is_alone:
             return self._predict_alone(ahead, start, drained=drained)
-        budget = self._budget
-        recent = self._loop.time() - self._lines_told < QUEUE_TOLD
-        lines = self._lines if recent else []
+        budget, now = self._budget, self._loop.time()
+        lines = self._lines if now - self._lines_told < QUEUE_TOLD else []
         turns = ahead + 1 + sum(min(line, ahead + 1) for line in lines)
         level = start + budget.depth if drained else max(self._full_at, start)
-        return max(level + turns * budget.interval - budget.depth, start)
+        due = max(level + turns * budget.interval - budget.depth, start)
+        return due if self._stuck_since is None else due + now - self._stuck_since
 
     def _predict_alone(self, ahead: int, start: float, *, drained: bool) -> float:
         share = self._share
@@ -259,7 +288,7 @@ class SharedSlots(Slots):
         """
         reply = await self._send(waiting, b"modest" if modest else b"reserve")
         match reply:
-            case [int(reserved), int(wait), int(free), int(paused), bytes(), int(), *lines]:
+            case [int(reserved), int(wait), int(free), int(paused), bytes(), int(), int(), *lines]:
                 self._lines = [line for line in lines if isinstance(line, int)]
                 self._lines_told = self._loop.time()
                 self._note(wait / SECOND, free, reserved=bool(reserved))
@@ -270,10 +299,12 @@ class SharedSlots(Slots):
                 return False, LONGEST_NAP
 
     async def _send(self, waiting: int, what: bytes) -> Reply:
-        """Send one message, after the one before: it tells what is out and what was settled."""
+        """Send one message, after the one before: it tells what is out, and what is over."""
         async with self._turn:
             self._messages += 1
-            untold = self._untold
+            untold, now = self._untold, self._loop.time()
+            self._told_at = now
+            answered = self._answered_at
             try:
                 reply = await self._server.run(
                     Operation.BUDGET,
@@ -291,23 +322,27 @@ class SharedSlots(Slots):
                     b"%d" % self._messages,
                     b"%d" % self._out,
                     b"%d" % self._settled,
-                    b"%d" % int(OUT * SECOND),
+                    b"%d" % self._abandoned,
+                    b"-1" if answered is None else b"%d" % int((now - answered) * SECOND),
+                    b"%d" % int(SILENT * SECOND),
+                    b"%d" % PROBES,
                 )
             except StoreFailed:
                 self._failed = True
                 raise
             match reply:
-                case [int(reserved), int(), int(), int(), bytes(era), int(told), *_]:
+                case [int(reserved), int(), int(), int(), bytes(era), int(told), int(silence), *_]:
                     self._fleet.time.learn(era, told)
                     self._failed, self._returned, self._alone = False, True, None
                     self._untold -= untold
                     self._out += reserved
+                    self._stuck_since = now - silence / SECOND if silence >= 0 else None
                 case _:
                     pass  # nothing of ours
             return reply
 
-    async def _tell_settled(self) -> None:
-        """Tell what was settled, unless a reservation does; the next look tries again."""
+    async def _tell_ended(self) -> None:
+        """Tell what is over, unless a reservation does; the next look tries again."""
         try:
             await asyncio.sleep(0)
             while self._untold and not self._server.is_away and await self._tell():
@@ -356,7 +391,7 @@ class SharedSlots(Slots):
         return not self._carried and self._alone_from <= now < self._fleet.alone_until
 
     async def _watch(self) -> None:
-        """Begin and end the share when its time has come, and tell what could not be told."""
+        """Begin and end the share when its time has come, and tell what has to be told."""
         while True:
             await self._look()
             left = self._alone_from - self._loop.time()
@@ -368,7 +403,10 @@ class SharedSlots(Slots):
             self._alone = None  # it was heard: the others have this share again
         elif self._alone is None and due and self._is_lost:
             await self._begin_share()
-        if self._untold and not self._telling and not self._server.is_away:
+        since = self._loop.time() - self._told_at
+        is_out = bool(self._out) or self._stuck_since is not None
+        due = bool(self._untold) or (is_out and since >= TELL_AGAIN)
+        if due and not self._telling and not self._server.is_away:
             _ = await self._tell()
 
     async def _begin_share(self) -> None:
@@ -376,7 +414,7 @@ class SharedSlots(Slots):
         if share is None or self._closed:
             return
         self._returned = False
-        alone = LocalSlots(share)
+        alone = LocalSlots(share, out=self._out)
         await alone.start()
         self._alone, self._carried = alone, self._out
         log.warning("broker.budget_alone", parts=self._fleet.parts)

@@ -44,7 +44,10 @@ Listener = Callable[[bytes, bytes], None]
 
 
 class Subscription(asyncio.Protocol):
-    """One connection that does nothing but listen; `ready` and `ended` tell of its life."""
+    """One connection that does nothing but listen; `ready` and `ended` tell of its life.
+
+    It ends with what a listener raised: the loop would take that for a fault of the connection.
+    """
 
     def __init__(self, channels: Sequence[bytes], opening: bytes, heard: Listener) -> None:
         loop = asyncio.get_running_loop()
@@ -84,8 +87,9 @@ class Subscription(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
         self._fail(StoreFailed(Reason.CONNECTION))
-        if not self.ready.cancelled():
-            self.ready.exception()  # whoever ends it need not hear of that
+        for told in (self.ready, self.ended):
+            if told.done() and not told.cancelled():
+                told.exception()  # whoever ends it need not hear of that
 
     def expect(self) -> tuple[bytes, "asyncio.Future[None]"]:
         """Return a word, and what is done once it has arrived."""
@@ -124,7 +128,7 @@ class Subscription(asyncio.Protocol):
             case [b"message", bytes(channel), bytes(message)]:
                 self.messages += 1
                 if not message.startswith(_ECHO):
-                    self._heard(channel, message)
+                    self._hand_on(channel, message)
                 elif message == self._echo and not self._echoed.done():
                     self._echoed.set_result(None)
             case [b"subscribe", _, int(count)]:
@@ -134,6 +138,15 @@ class Subscription(asyncio.Protocol):
                 self._fail(reply)
             case _:
                 pass  # it was let in, or chose its database
+
+    def _hand_on(self, channel: bytes, message: bytes) -> None:
+        try:
+            self._heard(channel, message)
+        except BaseException as error:  # noqa: BLE001 - raised where the subscription is awaited
+            if not self.ended.done():
+                self.ended.set_exception(error)
+            if self._transport is not None:
+                self._transport.abort()
 
     def _fail(self, error: Exception) -> None:
         if not self.ready.done():
@@ -165,12 +178,15 @@ async def subscribe(target: Target, subscription: Subscription, route: Route | N
 
 
 async def _stay(nodes: Nodes, channel: bytes, subscription: Subscription) -> None:
-    """Return when the subscription has ended, or delivers nothing any more."""
+    """Return when the subscription has ended, or delivers nothing any more.
+
+    Raises what a listener raised.
+    """
     while True:
         before = subscription.messages
         await asyncio.wait([subscription.ended], timeout=SILENCE)
         if subscription.ended.done():
-            return
+            return subscription.ended.result()
         if subscription.messages != before:
             continue
         word, echoed = subscription.expect()
@@ -181,4 +197,4 @@ async def _stay(nodes: Nodes, channel: bytes, subscription: Subscription) -> Non
         await asyncio.wait([echoed, subscription.ended], timeout=PATIENCE)
         if not echoed.done():
             log.warning("broker.news_silent")
-            return
+            return None

@@ -22,6 +22,10 @@ from broker.rules.accept import ranges as accept_ranges
 from broker.web.answer import JSON_TYPE, ReadyAnswer, head, retry_after_seconds
 from broker.web.server import BACKLOG, DataConnection, Handler
 
+CLOSING_TIME = 1.0
+"""Seconds that an answer may take once the listener closes; as many again until it is cut off.  A
+scrape takes milliseconds, and a client that does not read must not delay the end of the process."""
+
 
 def build(registry: CollectorRegistry, health: Health) -> web.Application:
     """Return the application with /metrics, /livez and /readyz."""
@@ -44,7 +48,12 @@ class AdminListener:
     @classmethod
     async def open(cls, application: web.Application, address: str, *, keep_alive: float) -> Self:
         """Listen; raises CannotListen with nothing left open.  `keep_alive` is in seconds."""
-        runner = web.AppRunner(application, handle_signals=False, handler_cancellation=True)
+        runner = web.AppRunner(
+            application,
+            handle_signals=False,
+            handler_cancellation=True,
+            shutdown_timeout=CLOSING_TIME,
+        )
         await runner.setup()
         server = runner.server
         assert server is not None  # set by setup()
@@ -61,7 +70,7 @@ class AdminListener:
         return cls(runner, listener, url)
 
     async def close(self) -> None:
-        """Answer what is under way, and close."""
+        """Answer what is under way, and close; takes `CLOSING_TIME` twice at most."""
         await self._runner.cleanup()
         self._listener.close()
 

@@ -7,7 +7,10 @@ much it may hold.  What aiohttp does by default and a public listener must not:
 - an answer given before the body has ended keeps the connection, and the next request is read out
   of that body: here such an answer says `Connection: close`, and the connection ends;
 - bytes that follow a request with `Upgrade` in one packet are dropped, so that what comes after
-  them is read from its middle: here that request is the last;
+  them is read from its middle: here that request is the last, as is each CONNECT, whose body would
+  be the next request;
+- a target whose host is broken Punycode ends what answers, and its connection stays for ever: here
+  it is refused, and a connection ends with whatever answers it;
 - a handler survives its client: here it is cancelled (`handler_cancellation`);
 - an idle connection is kept for an hour, half a head with it: the idle time is a setting, a head
   has `HEAD_TIMEOUT` from its first byte, and one that began within the idle time is answered;
@@ -28,6 +31,7 @@ from typing import Any
 
 import structlog
 from aiohttp import StreamReader, web
+from aiohttp.hdrs import METH_CONNECT
 from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
@@ -96,7 +100,14 @@ class DataConnection(web.RequestHandler):
     idle.
     """
 
-    __slots__ = ("_body", "_error_head", "_head_bytes", "_head_timer", "_unsent_timer")
+    __slots__ = (
+        "_body",
+        "_error_head",
+        "_head_bytes",
+        "_head_timer",
+        "_maybe_head",
+        "_unsent_timer",
+    )
 
     def __init__(
         self, manager: web.Server, error_head: Callable[[], tuple[str, str]], keep_alive: float
@@ -116,6 +127,7 @@ class DataConnection(web.RequestHandler):
         self._error_head = error_head
         self._body: StreamReader = EMPTY_PAYLOAD
         self._head_bytes = 0
+        self._maybe_head = 0  # came with the request before: at most this much of it is of a head
         self._head_timer: asyncio.TimerHandle | None = None
         self._unsent_timer: asyncio.TimerHandle | None = None
 
@@ -129,6 +141,16 @@ class DataConnection(web.RequestHandler):
         super().connection_made(transport)
         if self.transport is not None:
             self.transport.set_write_buffer_limits(high=0)  # told of every byte that is not taken
+        if self._task_handler is not None:
+            self._task_handler.add_done_callback(self._note_end)
+
+    def _note_end(self, handling: "asyncio.Task[None]") -> None:
+        """End a connection whose requests nobody answers any more: no timer of it would."""
+        if handling.cancelled() or (failure := handling.exception()) is None:
+            return
+        log.error("broker.defect", exc_info=failure)
+        if self.transport is not None:
+            self.transport.abort()
 
     @override
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -150,17 +172,35 @@ class DataConnection(web.RequestHandler):
         self._end_unsent()
 
     @override
+    async def shutdown(self, timeout: float | None = LINGER) -> None:
+        """End it; what its client has not read by then is dropped.
+
+        A close would wait for that client, and uvloop's own end for the close, without an end.
+        """
+        transport = self.transport
+        await super().shutdown(timeout)
+        if transport is not None:
+            transport.abort()
+
+    @override
     def data_received(self, data: bytes) -> None:
         """Parse, and keep count of heads: aiohttp bounds each line, but not all, nor the time."""
-        known = self._request_count
+        known, in_body = self._request_count, not self._body.is_eof()
         super().data_received(data)
         new = self._request_count - known
         if not new:
-            if data and self._body.is_eof() and not (self._close or self._force_close):
+            if self._close or self._force_close:
+                return
+            if in_body:
+                self._maybe_head += len(data)
+            elif data:
                 self._head_goes_on(len(data))
             return
+        self._check_targets(new)
         message, self._body = self._messages[-1]
-        if self._head_bytes or not data or len(data) > MAX_HEAD:
+        maybe_head = self._maybe_head + len(data)
+        self._maybe_head = len(data) or self._maybe_head
+        if self._head_bytes or not data or maybe_head > MAX_HEAD:
             self._check_sizes(new)
         if self._close:
             return
@@ -168,7 +208,7 @@ class DataConnection(web.RequestHandler):
             if isinstance(message.exc, LineTooLong) or message.message == _TOO_MANY_FIELDS:
                 self._messages.pop()
                 self._refuse_head()
-        elif message.upgrade and _is_followed(data, self._body):
+        elif message.upgrade and (message.method == METH_CONNECT or _is_followed(data, self._body)):
             self._close = True
 
     @override
@@ -238,6 +278,19 @@ class DataConnection(web.RequestHandler):
         if self._unsent_timer is not None:
             self._unsent_timer.cancel()
             self._unsent_timer = None
+
+    def _check_targets(self, new: int) -> None:
+        """Refuse targets whose host cannot be read, such as one of broken Punycode.
+
+        aiohttp asks for the host outside of what it guards, and nobody would answer any more.
+        """
+        for n in range(len(self._messages) - new, len(self._messages)):
+            message, _ = self._messages[n]
+            if isinstance(message, RawRequestMessage) and not _is_origin_form(message):
+                try:
+                    _ = message.url.host
+                except ValueError as error:
+                    self._messages[n] = (_ErrInfo(400, error, ""), EMPTY_PAYLOAD)
 
     def _check_sizes(self, new: int) -> None:
         """Refuse the first of the `new` heads that is too large, and what follows it."""
@@ -341,6 +394,11 @@ def _size(message: RawRequestMessage) -> int:
     return len(message.path) + sum(
         len(name) + len(value) + 4 for name, value in message.raw_headers
     )
+
+
+def _is_origin_form(message: object) -> bool:
+    """Whether a request names a path, as nearly all do, and no host (RFC 9112 section 3.2)."""
+    return isinstance(message, RawRequestMessage) and message.path.startswith("/")
 
 
 def _is_followed(data: bytes, body: StreamReader) -> bool:

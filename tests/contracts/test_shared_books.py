@@ -34,6 +34,8 @@ from broker.sessions.base import MARK_LIFE, Place, place_of  # noqa: E402
 from broker.sessions.memory import MemoryBook  # noqa: E402
 from broker.sessions.shared import BATCH, SharedBook  # noqa: E402
 from broker.sessions.valkey import ValkeyBook  # noqa: E402
+from broker.stores.failures import Reason, StoreFailed  # noqa: E402
+from broker.stores.link import Reply  # noqa: E402
 from broker.stores.names import Names  # noqa: E402
 from broker.stores.nodes import nodes_at  # noqa: E402
 from broker.stores.seal import Box, derive  # noqa: E402
@@ -135,6 +137,31 @@ async def test_G9_what_one_replica_ends_is_over_for_all(valkey: StoreServer) -> 
             assert await opened.book.find(session.session_id) is None
             assert await opened.book.find_token(session.digest) is None
             assert await opened.book.page(EVERYTHING, Place(), 10) == []
+
+
+async def test_G9_an_end_that_the_server_cuts_short_is_completed_by_the_token(
+    valkey: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One record of two is gone: no list shows the session, and its client can ask again."""
+    valkey.flush()
+    async with opened_on(valkey) as one:
+        session = await recorded(one, token="t")
+        send, sent = one.server.command, 0
+
+        async def once(*call: Any) -> Reply:
+            nonlocal sent
+            sent += 1
+            if sent > 1:
+                raise StoreFailed(Reason.CONNECTION)
+            return await send(*call)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(one.server, "command", once)
+            await fails(one.book.forget(session))
+        assert await one.book.page(EVERYTHING, Place(), 10) == []
+        assert await one.book.find_token(session.digest) == session
+        await one.end(session)
+        assert await one.book.find_token(session.digest) is None
 
 
 async def test_G9_an_end_counts_though_this_replica_can_note_no_more(valkey: StoreServer) -> None:

@@ -152,6 +152,33 @@ class Dam:
         target.close()
 
 
+async def test_N13_a_process_that_ends_in_a_stall_leaves_its_calls_owed(
+    store: StoreServer, vendor: FakeVendor, tmp_path: Path
+) -> None:
+    """SIGTERM with calls out before a network that stands still: the store is told of them."""
+    dam = Dam(vendor)
+    async with dam.opened() as url:
+        here = {"issuer.upstream.base_url": url, "issuer.upstream.timeout": "1s"}
+        replica = await start(tmp_path, merged(tree_for(tmp_path, store, vendor), SMALL | here))
+        try:
+            await back([replica])
+            assert (await replica.ask()).status == 200
+            assert owed_in(store) == 0
+            dam.flows.clear()
+            replies = await asyncio.gather(*(replica.ask() for _ in range(2)))
+            assert [reply.status for reply in replies] == [504, 504]
+        finally:
+            await replica.close()
+            dam.flows.set()
+        assert owed_in(store) == 2
+
+
+def owed_in(store: StoreServer) -> int:
+    """Return how many calls may yet arrive that nobody sees the end of."""
+    (name,) = (name for name in store.all_keys() if name.endswith(b"budget"))
+    return int(store.ask("HGET", name, "owed"))
+
+
 @pytest.mark.parametrize(("replicas", "workers"), [(3, 1), (1, 2)])
 async def test_N13_a_vendor_that_stalls_gets_no_more_than_a_window_at_once(
     replicas: int, workers: int, store: StoreServer, vendor: FakeVendor, tmp_path: Path

@@ -49,8 +49,12 @@ MOST_BYTES = 10 * 1024 * 1024
 MOST_OBJECTS = 500
 """How many objects of one type may come: what is under way at the moment of counting."""
 
-BOUNDED = {"broker.patience._Failing": KEYS, "cachetools.TTLCache._Link": KEYS}
-"""Types that a cache with a bound fills: they may grow up to it."""
+BOUNDED = {
+    "broker.patience._Failing": KEYS,
+    "cachetools.TTLCache._Link": KEYS,
+    "array.array": 3600,  # of tokens: one for each second of the hour in which some of them die
+}
+"""Types that something with a bound fills: they may grow up to it."""
 
 PATIENCE = 60.0
 """Seconds for something that should happen at once, on a machine that is busy."""

@@ -12,7 +12,9 @@ from servers import StoreServer
 from sharing_cases import limits_of
 from store_trace import Talk
 
+from broker.stores.failures import Reason, StoreFailed
 from broker.stores.fleet import ALONE_AFTER, FORGOTTEN, HEARTBEAT, LOST
+from broker.stores.fleet_time import FleetTime
 from broker.stores.scripts import Script, command
 from broker.testing import FakeClock
 
@@ -369,6 +371,43 @@ async def test_a_flushed_server_learns_of_everybody_again(valkey: StoreServer) -
         assert (one.fleet._name, other.fleet._name) == names
         assert (one.fleet.replicas, other.fleet.replicas) == (2, 2)
         assert one.fleet.withheld == 0
+
+
+async def test_N18_who_is_answered_again_is_no_longer_taken_for_lost(
+    valkey: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three heartbeats without an answer, then one with: the next one says that all is well."""
+    valkey.flush()
+    one, other = (Replica(valkey.address, limits_of()) for _ in range(2))
+
+    async def silence(*_call: object) -> None:
+        raise StoreFailed(Reason.TIMEOUT)
+
+    async with opened(one), opened(other):
+        for _ in range(3):
+            await one.fleet.beat()
+            await other.fleet.beat()
+        with monkeypatch.context() as patch:
+            patch.setattr(one.server, "run", silence)
+            for _ in range(3):
+                await one.fleet.beat()
+        await one.fleet.beat()
+        await other.fleet.beat()
+        assert other.fleet.withheld > 0, "it may be spending its share"
+        await one.fleet.beat()
+        await other.fleet.beat()
+        assert (other.fleet.withheld, other.fleet.replicas) == (0.0, 2)
+
+
+def test_N19_what_another_era_told_vouches_for_nothing_in_this_one() -> None:
+    """A store that lost its memory begins at another number: a larger one must not come back."""
+    clock = FakeClock()
+    fleet_time = FleetTime(b"newborn", clock.mono)
+    assert fleet_time.vouched() == (b"newborn", b"0")
+    fleet_time.learn(b"before", 1000 * SECOND)
+    fleet_time.learn(b"after", 5 * SECOND)
+    clock.advance(1)
+    assert fleet_time.vouched() == (b"after", b"%d" % (6 * SECOND))
 
 
 def test_the_numbers_fit_each_other() -> None:

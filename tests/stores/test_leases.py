@@ -206,12 +206,19 @@ async def test_F4_the_error_of_a_mint_is_told_to_those_who_wait(
 
 
 @pytest.mark.parametrize(
-    "failure", [None, asyncio.CancelledError(), ValueError("defect"), errors.SessionEnded()]
+    "failure",
+    [
+        None,
+        asyncio.CancelledError(),
+        ValueError("defect"),
+        errors.SessionEnded(),
+        errors.StoreAway(),
+    ],
 )
 async def test_F4_what_tells_others_nothing_lets_the_next_one_try(
     pair: Pair, failure: BaseException | None
 ) -> None:
-    """A mint that was cancelled, a defect, an ended session: one of those who wait leads."""
+    """A cancelled mint, a defect, an ended session, a lost store: one of those who wait leads."""
     ask = ask_of()
     lease = await lead(pair.one, ask)
     (task,) = await waiting(pair.other, ask)
@@ -274,6 +281,26 @@ async def test_F4_a_lost_message_loses_no_error(deaf_pair: Pair) -> None:
     deaf_pair.one.store.abandon(ask, ask.key, lease, errors.UpstreamTimeout("too slow"))
     with pytest.raises(errors.UpstreamTimeout, match="too slow"):
         await asyncio.wait_for(task, PATIENT)
+
+
+async def test_F4_an_old_error_is_not_told_to_who_waits_for_the_next_leader(
+    deaf_pair: Pair,
+) -> None:
+    """A mint failed, the next one is under way: who waits for that looks again, and waits on."""
+    ask = ask_of()
+    lease = await lead(deaf_pair.one, ask)
+    deaf_pair.one.store.abandon(ask, ask.key, lease, errors.UpstreamTimeout("too slow"))
+    await deaf_pair.one.settled()
+    next_ = await lead(deaf_pair.one, ask)
+    (task,) = await waiting(deaf_pair.other, ask)
+    sleepers = deaf_pair.other.remote.leases._sleepers
+    first = set().union(*sleepers.values())
+    await eventually(lambda: task.done() or not first & set().union(*sleepers.values()))
+    await eventually(lambda: task.done() or asleep(deaf_pair.other) == 1)
+    _, token = await keep(deaf_pair.one, ask, next_)
+    told = await asyncio.wait_for(task, PATIENT)
+    assert isinstance(told, EmbedToken)
+    assert told.body == token.body
 
 
 # --- leases that end

@@ -1,12 +1,14 @@
 """How a cluster is found and followed, through real sockets to nodes that say what a test wants."""
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 import pytest
 from test_link import Node
 
+from broker.model import Secret
 from broker.stores import nodes as module
 from broker.stores.address import Access, StoreAddress
 from broker.stores.failures import Reason, StoreFailed
@@ -162,3 +164,52 @@ async def test_links_to_nodes_that_have_gone_are_closed(town: Town) -> None:
     await cluster._refreshing
     assert list(cluster._links) == [("127.0.0.1", town.nodes[0].port)]
     assert await town.get() == b"v"
+
+
+async def test_a_node_that_has_gone_is_heard_out(town: Town) -> None:
+    """A call to it is out at that moment: it gets its answer, then the link is closed."""
+    cluster, (first, _, gone) = town.cluster, town.nodes
+    cluster._timeout = 30.0
+    town.told = slots(*town.nodes)
+    assert await town.get() == b"v"
+    link = cluster._link(("127.0.0.1", gone.port))
+    arrived = asyncio.Event()
+
+    def say_nothing(_piece: bytes) -> bytes:
+        arrived.set()
+        return b""
+
+    gone.answer = say_nothing
+    call = link.send(GET)
+    await asyncio.wait_for(arrived.wait(), 10)
+    town.told = slots(first)
+    for _ in range(2):
+        cluster._not_before = 0.0
+        cluster._refresh()
+        assert cluster._refreshing is not None
+        await cluster._refreshing
+        if not call.done():
+            gone._writers[-1].write(b"$1\r\nv\r\n")
+            assert await call == b"v"
+    assert await call == b"v"
+    assert list(cluster._links) == [("127.0.0.1", first.port)]
+
+
+async def test_O7_every_node_is_told_the_new_password_from_its_next_connection_on(
+    town: Town,
+) -> None:
+    """Also those that are connected already when the password changes."""
+    town.told = slots(*town.nodes)
+    assert await town.get() == b"v"
+    links = [town.cluster._link(("127.0.0.1", node.port)) for node in town.nodes]
+    for link in links:
+        assert await link.send(GET) == b"v"
+    password = secrets.token_urlsafe(16)
+    town.cluster.use_access(Access(password=Secret(password)))
+    for node, link in zip(town.nodes, links, strict=True):
+        node.hang_up()
+        while not link.rests or link._talk is not None:  # noqa: ASYNC110 - the end has to arrive
+            await asyncio.sleep(0.001)
+        node.pieces.clear()
+        assert await link.send(GET) == b"v"
+        assert node.pieces[0] == command(b"AUTH", password.encode())

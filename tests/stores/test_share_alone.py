@@ -57,13 +57,13 @@ class Running:
     async def ask(self, took: float = 0.3) -> bool:
         """Be a first visitor, whose call takes a while; returns whether it was made."""
         try:
-            await self.paced.turn(Urgency.FIRST, "web")
+            slot = await self.paced.turn(Urgency.FIRST, "web")
         except BudgetExhausted as refused:
             self.told.append(refused.retry_after / 1_000_000)
             return False
         self.calls.append(asyncio.get_running_loop().time())
         await asyncio.sleep(took)
-        self.paced.settle()
+        slot.answered(took)
         return True
 
     async def ask_for_ever(self) -> None:
@@ -242,17 +242,22 @@ def test_N13_calls_that_are_out_at_the_loss_hold_the_share_back() -> None:
     async def scene() -> None:
         store = Store(2)
         (replica,) = await opened(store.replica("a"))
+        assert await replica.ask()
         await asyncio.sleep(10)
         stalled = [asyncio.ensure_future(replica.ask(100)) for _ in range(3)]
         await asyncio.sleep(3)
-        assert len(replica.calls) == 3
+        assert len(replica.calls) == 4
         store.away = True
         crowd = asyncio.ensure_future(replica.ask_for_ever())
         await asyncio.sleep(90)
-        assert len(replica.calls) == 3
+        assert len(replica.calls) == 4
         await asyncio.gather(*stalled)
+        settled = asyncio.get_running_loop().time()
         await asyncio.sleep(20)
-        assert len(replica.calls) > 6
+        assert len(replica.calls) > 7
+        share = SHIPPED.share(2)
+        assert share is not None
+        assert replica.calls[4] >= settled + share.interval - 0.01, "no burst of the share first"
         await closed([replica], crowd)
 
     virtual(scene)
@@ -264,6 +269,7 @@ def test_N13_calls_that_are_out_alone_count_when_the_store_is_back() -> None:
     async def scene() -> None:
         store = Store(2)
         one, other = await opened(store.replica("a"), store.replica("b"))
+        assert await other.ask()
         one.member.cut_off = True
         await asyncio.sleep(30)
         stalled = [asyncio.ensure_future(one.ask(100)) for _ in range(3)]
@@ -276,7 +282,7 @@ def test_N13_calls_that_are_out_alone_count_when_the_store_is_back() -> None:
         await asyncio.sleep(20)
         hung = [asyncio.ensure_future(other.ask(100)) for _ in range(8)]
         await asyncio.sleep(7)
-        assert len(other.calls) == 5, "three of eight are out elsewhere"
+        assert len(other.calls) == 6, "three of eight are out elsewhere"
         for each in [*stalled, *hung, back]:
             each.cancel()
         await closed([one, other])
@@ -298,7 +304,7 @@ def test_N13_a_stalled_vendor_gets_no_more_than_a_window_when_it_lets_go(stall: 
         async def visitor(replica: Running) -> None:
             while True:
                 try:
-                    await replica.paced.turn(Urgency.FIRST, "web")
+                    slot = await replica.paced.turn(Urgency.FIRST, "web")
                 except BudgetExhausted:
                     await asyncio.sleep(0.5)
                     continue
@@ -307,7 +313,7 @@ def test_N13_a_stalled_vendor_gets_no_more_than_a_window_when_it_lets_go(stall: 
                 await asyncio.sleep(until - sent)
                 arrivals.append(loop.time())
                 await asyncio.sleep(0.3)
-                replica.paced.settle()
+                slot.answered(loop.time() - sent)
 
         crowd = [asyncio.ensure_future(visitor(r)) for r in replicas for _ in range(20)]
         await asyncio.sleep(90)

@@ -15,10 +15,11 @@ from sharing_cases import limits_of
 from store_trace import Talk
 from test_leases import eventually
 
+from broker.rules.outstanding import PROBES
 from broker.slots import Budget
 from broker.stores import budget as budget_module
 from broker.stores import fleet as fleet_module
-from broker.stores.budget import AHEAD, OUT, QUEUE_TOLD, REMEMBERED, SharedSlots
+from broker.stores.budget import AHEAD, QUEUE_TOLD, REMEMBERED, SILENT, SharedSlots
 from broker.stores.scripts import Script, command
 
 pytestmark = pytest.mark.parts
@@ -70,22 +71,43 @@ class Till:
         self.settled[who] += calls
         self.send("tell", who, 0)
 
+    def abandon(self, who: str = "a", calls: int = 1) -> None:
+        """Say that calls are given up, and may arrive yet."""
+        self.out[who] -= calls
+        self.abandoned[who] += calls
+        self.send("tell", who, 0)
+
+    def answer(self, who: str = "a", ago: int = 0) -> None:
+        """Say that the vendor has answered."""
+        self.send("tell", who, 0, answered=ago)
+
+    @property
+    def owed(self) -> int:
+        """How many calls are owed."""
+        (owed,) = self._talk.ask([command(b"HGET", b"budget", b"owed")])
+        assert isinstance(owed, bytes | None)
+        return int(owed or 0)
+
     def send(
         self, what: str, who: str, waiting: int, *, ahead: int = int(AHEAD * SECOND),
         returned: bool = True, message: int = 0, vouched: int | None = None, era: str = "era",
+        answered: int = -1,
     ) -> list[int]:  # fmt: skip
-        """Send one message, the next of this replica; returns the reply without the time."""
+        """Send one message, the next of this replica.
+
+        Returns the reply without the time and the silence, which is kept.
+        """
         self.messages[who] += 1
         arguments = [BURST, INTERVAL, who, waiting, ahead, int(not returned), REMEMBERED, TOLD]
         arguments += [what, era, self.now if vouched is None else vouched]
         arguments += [message or self.messages[who], self.out[who], self.settled[who]]
-        arguments += [int(OUT * SECOND), self.clock]
+        arguments += [self.abandoned[who], answered, int(SILENT * SECOND), PROBES, self.clock]
         self.sent = [str(part).encode() for part in arguments]
         reply = self._call(self._reserve, ["budget", "queues", "calls"], arguments)
         assert isinstance(reply, list)
         assert reply[4] == b"era"
-        self.told = reply[5]
-        return [*reply[:4], *reply[6:]]
+        self.told, self.silence = reply[5:7]
+        return [*reply[:4], *reply[7:]]
 
     def hold(self, pause: int = 0, left: int = -1) -> int:
         """Take note of a pause, or of how many calls are left."""
@@ -93,6 +115,14 @@ class Till:
         told = self._call(self._hold, ["budget"], arguments)
         assert isinstance(told, int)
         return told
+
+    @property
+    def ghosts_out(self) -> bool:
+        """Whether replicas that died are still taken to live, with calls out."""
+        reply = self._talk.ask([command(b"HGETALL", b"calls")])[0]
+        assert isinstance(reply, list)
+        pairs = zip(reply[::2], reply[1::2], strict=True)
+        return any(n.startswith(b"ghost") and int(v.split()[1]) for n, v in pairs)
 
     def dies(self, who: str) -> None:
         """Let a replica die, and another one come with its letter."""
@@ -102,7 +132,8 @@ class Till:
             self.ghosts += 1
             self._talk.ask([command(b"HDEL", b"calls", who.encode())])
             self._talk.ask([command(b"HSET", b"calls", ghost, known)])
-        self.out[who] = self.settled[who] = self.messages[who] = 0
+        for counted in (self.out, self.settled, self.abandoned, self.messages):
+            counted[who] = 0
 
     def begin_anew(self, now: int) -> None:
         """Let the fleet's time be lost, and begin at this moment."""
@@ -126,11 +157,13 @@ class Till:
     def forget(self) -> None:
         """Lose the budget, and all who use it."""
         self._talk.ask([command(b"DEL", b"budget", b"queues", b"calls")])
-        self.out, self.settled, self.messages = Counter[str](), Counter[str](), Counter[str]()
+        self.out, self.settled, self.abandoned = Counter[str](), Counter[str](), Counter[str]()
+        self.messages = Counter[str]()
 
     def fill(self) -> None:
-        """Let a first asker make the empty one, then let it fill."""
+        """Let a first asker make the empty one, have the vendor answer, then let it fill."""
         self.reserve(ahead=-1)
+        self.answer()
         self.now += DEPTH
 
     def _call(
@@ -361,12 +394,19 @@ def test_N13_no_more_are_out_than_the_burst(till: Till) -> None:
     """Nobody settles: eight are out, however long it takes and whoever asks."""
     till.fill()
     assert [till.reserve("abc"[n % 3], settled=False)[0] for n in range(8)] == [1] * 8
+    sent = till.now
+    assert till.silence == 0
     for who in "abcd":
-        till.now += 60 * SECOND
+        for _ in range(15):
+            till.now += int(SILENT * SECOND)
+            for other in "abc":
+                till.send("tell", other, 0)
         reserved, wait, free, *_ = till.reserve(who, settled=False)
         assert (reserved, free) == (0, 0)
         assert 0 < wait <= INTERVAL
+        assert till.silence == till.now - sent
     till.settle("a", 3)
+    assert till.silence == -1
     ahead = [till.reserve("b", settled=False)[:2] for _ in range(4)]
     assert ahead == [*([1, n * INTERVAL] for n in (1, 2, 3)), [0, 4 * INTERVAL]]
 
@@ -388,15 +428,79 @@ def test_N13_without_a_stall_the_line_is_as_quick(till: Till) -> None:
     assert calls >= 60 * SECOND // INTERVAL + BURST
 
 
-def test_N13_what_a_dead_replica_had_out_is_out_until_it_can_have_arrived(till: Till) -> None:
-    """Five minutes, then it is charged, as if it had arrived then."""
+def test_N13_what_a_silent_replica_had_out_is_owed(till: Till) -> None:
+    """After five seconds: it is charged, and two calls go at once until the vendor answers."""
     till.fill()
     for _ in range(8):
         till.reserve("dead", settled=False)
-    till.now += int(OUT * SECOND)
+    till.now += int(SILENT * SECOND)
     assert till.reserve("b", settled=False)[0] == 0
     till.now += 1
     assert till.reserve("b", settled=False)[:2] == [1, INTERVAL]
+    assert (till.owed, till.silence) == (8, -1)
+    assert till.reserve("c", settled=False)[:2] == [1, 2 * INTERVAL]
+    assert till.silence == 0
+    assert till.reserve("b", settled=False)[0] == 0
+
+
+def test_N13_what_is_owed_is_charged_again_as_far_as_it_has_refilled(till: Till) -> None:
+    """The vendor answers after a minute: all of it may have arrived just then."""
+    till.fill()
+    for _ in range(8):
+        till.reserve("a", settled=False)
+    till.abandon("a", 8)
+    assert till.owed == 8
+    assert till.reserve(settled=False)[:2] == [1, INTERVAL]
+    till.now += 3 * INTERVAL
+    till.settle()
+    till.answer()
+    assert till.owed == 0
+    assert till.reserve()[1] == (8 + 3 + 1 - 3 + 1 - 8) * INTERVAL
+
+
+def test_N13_an_answer_from_before_calls_were_owed_says_nothing_of_them(till: Till) -> None:
+    """It is told late; one from after it counts, whoever tells it."""
+    till.fill()
+    till.reserve("a", settled=False)
+    till.abandon()
+    owed_at = till.now
+    till.now += 10 * SECOND
+    till.answer("b", ago=till.now - owed_at + 1)
+    assert till.owed == 1
+    till.answer("b", ago=till.now - owed_at)
+    assert till.owed == 0
+
+
+def test_N13_three_bursts_are_the_most_that_is_owed(till: Till) -> None:
+    """A vendor that never answers is asked two calls at a time, and wakes to no endless debt."""
+    till.fill()
+    for _ in range(40):
+        reserved, wait, *_ = till.reserve(settled=False)
+        if reserved:
+            till.abandon()
+        till.now += wait
+    assert till.owed == 3 * BURST
+
+
+def test_T5_calls_owed_in_a_time_that_was_lost_are_answered_for(till: Till) -> None:
+    """The fleet's time began anew, a day back: the next answer clears them all the same."""
+    till.fill()
+    till.reserve(settled=False)
+    till.abandon()
+    till.begin_anew(till.now - 86_400 * SECOND)
+    till.answer()
+    assert till.owed == 0
+
+
+def test_N13_a_budget_that_was_lost_owes_a_burst(till: Till) -> None:
+    """Nobody knows what those who are gone have left out: two at once until the first answer."""
+    till.reserve(ahead=-1)
+    till.now += DEPTH
+    assert till.owed == BURST
+    assert [till.reserve(settled=False)[0] for _ in range(3)] == [1, 1, 0]
+    till.answer()
+    assert till.owed == 0
+    assert till.reserve()[:2] == [1, 3 * INTERVAL]  # what had refilled was not earned
 
 
 def test_N13_a_message_that_was_overtaken_changes_nothing(till: Till) -> None:
@@ -432,32 +536,38 @@ def test_what_nobody_of_ours_wrote_among_calls_is_taken_out(till: Till) -> None:
     assert till.read_call(b"noise") is None
 
 
-def _check_windows(calls: list[tuple[int, int | None]]) -> None:
-    """Hold every window to burst and refill: calls arrive between being made and being settled.
+class Call:
+    """Made at a moment, over at another (None: not yet); a probe was made while others are owed."""
 
-    A window from `start` to `end` can hold whatever was made before its end and not settled before
-    its start; what is never settled arrives five minutes later at most.
-    """
-    far = int(OUT * SECOND)
-    spans = [(made, made + far if settled is None else settled) for made, settled in calls]
-    for start in {settled for _, settled in spans}:
-        for end in {made for made, _ in spans if made >= start} | {start}:
-            held = sum(made <= end and settled >= start for made, settled in spans)
+    def __init__(self, made: int, *, probe: bool) -> None:
+        self.made = made
+        self.over: int | None = None
+        self.probe = probe
+
+
+def _check_windows(calls: list[Call], now: int) -> None:
+    """Hold every window to burst, refill and probes: a call arrives between its two moments."""
+    spans = [(c.made, now if c.over is None else c.over, c.probe) for c in calls]
+    for start in {over for _, over, _ in spans}:
+        for end in {made for made, _, _ in spans if made >= start} | {start}:
+            held = sum(made <= end and over >= start for made, over, probe in spans if not probe)
             assert held <= BURST + (end - start) // INTERVAL + 1, (start, end, spans)
 
 
-def test_G4_N13_no_window_holds_more_than_burst_and_refill(till: Till) -> None:  # noqa: C901 - a branch a move
+def test_G4_N13_no_window_holds_more_than_burst_and_refill(till: Till) -> None:  # noqa: C901, PLR0915 - a branch a move
     """However replicas reserve, pause, correct, come back, die or have shares withheld.
 
     A call arrives at any moment between that for which it was reserved and that at which it is
-    settled: the worst one is drawn, all that can arrive together do.  The server's clock steps.
+    settled, or the vendor answers after it was abandoned: the worst one is drawn, all that can
+    arrive together do.  The server's clock steps.
     """
     moves = st.lists(
         st.tuples(
             st.sampled_from(
                 ["reserve"] * 12
-                + ["settle"] * 6
-                + ["pause", "correct", "return", "withhold", "lose", "step", "die"]
+                + ["settle"] * 4
+                + ["answer"] * 4
+                + ["pause", "correct", "return", "withhold", "lose", "step", "die", "abandon"]
             ),
             st.sampled_from([0, 0, 0, 1, INTERVAL // 2, INTERVAL, DEPTH, 60 * SECOND]),
             st.integers(0, 10),
@@ -467,14 +577,17 @@ def test_G4_N13_no_window_holds_more_than_burst_and_refill(till: Till) -> None: 
 
     @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
     @given(moves=moves)
-    def check(moves: list[tuple[str, int, int]]) -> None:  # noqa: C901 - a branch a move
+    def check(moves: list[tuple[str, int, int]]) -> None:  # noqa: C901, PLR0912 - a branch a move
         till.forget()
         till.now += 86_400 * SECOND
-        calls: list[tuple[int, int | None]] = []
-        out: dict[str, list[int]] = {who: [] for who in "abcd"}
+        calls: list[Call] = []
+        out: dict[str, list[Call]] = {who: [] for who in "abc"}
+        gone: list[Call] = []
         for move, gap, number in moves:
             till.now += gap
             who = "abc"[number % 3]
+            for each in "abc":
+                till.send("tell", each, 0)  # as each second while calls are out
             match move:
                 case "pause":
                     till.hold(pause=(number + 1) * SECOND)
@@ -485,25 +598,38 @@ def test_G4_N13_no_window_holds_more_than_burst_and_refill(till: Till) -> None: 
                 case "lose":
                     till.forget()
                     calls = []  # reserved calls of before are within the first window's burst
-                    out = {who: [] for who in "abcd"}
+                    out = {who: [] for who in "abc"}
+                    gone = []
                 case "step":
                     till.clock += (number - 5) * 3600 * SECOND
-                case "settle":
-                    if out[who] and out[who][0] <= till.now:
-                        calls.append((out[who].pop(0), till.now))
+                case "settle" | "answer" | "abandon":
+                    if out[who] and out[who][0].made <= till.now:
+                        over = out[who].pop(0)
+                        if move == "abandon":
+                            gone.append(over)
+                            till.abandon(who)
+                            continue
+                        over.over = till.now
                         till.settle(who)
+                        if move == "answer":
+                            till.answer(who)
+                            if not till.owed and not till.ghosts_out:
+                                while gone:
+                                    gone.pop().over = till.now
                 case "die":
-                    out["d"] += out[who]
+                    gone += out[who]
                     out[who] = []
                     till.dies(who)
                 case _:
+                    probe = bool(till.owed)
                     reserved, wait, *_ = till.reserve(
                         who, number, returned=move != "return", settled=False
                     )
                     if reserved:
-                        out[who].append(till.now + wait)
-        calls += [(made, None) for replica in out.values() for made in replica]
-        _check_windows(calls)
+                        call = Call(till.now + wait, probe=probe)
+                        out[who].append(call)
+                        calls.append(call)
+        _check_windows(calls, till.now)
 
     check()
 
@@ -523,11 +649,11 @@ def test_G4_from_nothing_a_minute_holds_no_burst(till: Till) -> None:
 def test_S6_the_script_and_its_twin_in_python_decide_the_same(till: Till) -> None:
     """Number for number, over a random trace of messages, steps, losses and withheld shares."""
     draw, twin = random.Random(11), Twin()
-    kinds = Counter[int]()
+    kinds, owes = Counter[int](), Counter[bool]()
     for _ in range(3000):
         till.now += draw.choice([0, 0, 1, INTERVAL // 2, INTERVAL, 2 * SECOND, 10 * SECOND])
         if draw.random() < 0.01:
-            till.now += int(OUT * SECOND)
+            till.now += int(SILENT * SECOND)
         if draw.random() < 0.02:
             twin.withheld = draw.choice([0, 0, 250_000, 999_000, 1_000_000])
             till.withhold(twin.withheld)
@@ -535,18 +661,24 @@ def test_S6_the_script_and_its_twin_in_python_decide_the_same(till: Till) -> Non
         if till.out[who] and draw.random() < 0.4:
             done = draw.randint(1, till.out[who])
             till.out[who] -= done
-            till.settled[who] += done
+            ended = till.abandoned if draw.random() < 0.2 else till.settled
+            ended[who] += done
         what = draw.choice(["reserve", "reserve", "modest", "tell"])
         message = 1 if draw.random() < 0.05 else 0
         back = draw.random() < 0.03
-        reply = till.send(what, who, draw.randint(0, 3), returned=not back, message=message)
+        answered = draw.choice([-1, -1, 0, SECOND])
+        reply = till.send(
+            what, who, draw.randint(0, 3), returned=not back, message=message, answered=answered
+        )
         expected = twin.send(till.now, till.sent)
-        assert reply[:4] == expected[:4]
-        assert sorted(reply[4:]) == sorted(expected[4:])
+        assert [*reply[:4], till.silence] == expected[:5]
+        assert sorted(reply[4:]) == sorted(expected[5:])
+        owes[bool(till.owed)] += 1
         if not message:
             till.out[who] += reply[0]
         kinds[reply[0]] += 1
     assert min(kinds[0], kinds[1]) > 300, kinds
+    assert min(owes.values()) > 300, owes
 
 
 # --- the slots of a replica

@@ -484,6 +484,18 @@ async def test_S3_alone_a_replica_has_its_share_and_no_more(server: StoreServer)
         assert await admitted(replica, 50) == 10
 
 
+async def test_S3_a_reload_while_the_server_is_away_gives_out_a_share_of_the_new_limit(
+    server: StoreServer,
+) -> None:
+    """Limits that are changed in an outage are divided like those that they replace."""
+    limits = limits_of(Limit(burst=30, interval=HOUR))
+    async with opened(Replica(server.address, limits, timeout=TIMEOUT, replicas=3)) as replica:
+        server.kill()
+        assert await admitted(replica, 50) == 10
+        replica.use_limits(limits_of(Limit(burst=60, interval=HOUR)))
+        assert await admitted(replica, 50, ask_of("0002")) == 20
+
+
 async def test_S3_recovery_grants_no_second_burst(server: StoreServer) -> None:
     """What was charged here while the server was away is carried to it; time gives it back."""
     limit = Limit(burst=10, interval=10 * SECOND)

@@ -110,6 +110,30 @@ def test_M2_the_dead_make_room_before_the_living(clock: FakeClock) -> None:
     assert (len(cache), cache.counts.evicted.value, cache.counts.expired.value) == (3, 0, 3)
 
 
+def test_M1_the_dead_go_by_themselves_whenever_in_a_second_they_die(clock: FakeClock) -> None:
+    """Nobody asks for them again: at the next whole second housekeeping has dropped them all."""
+    cache = cache_of(clock)
+    for number in range(10):
+        cache[str(number)] = held(clock, OUTAGE + number * SECOND // 10 + 1)
+    clock.advance(0.95)
+    cache.expire(clock.mono())
+    clock.advance(0.05)
+    cache.expire(clock.mono())
+    assert (len(cache), cache.counts.expired.value) == (0, 10)
+
+
+def test_M1_tokens_that_come_and_go_leave_nothing_behind(clock: FakeClock) -> None:
+    """A broker that runs for months: places are used again, however their tokens left."""
+    cache = cache_of(clock, maxsize=3)
+    for number in range(1000):
+        cache[str(number)] = held(clock, OUTAGE + SECOND)
+        if number % 3 == 0:
+            cache.discard(str(number))
+        if number % 5 == 0:
+            clock.advance(1)
+    assert max(map(len, (cache._ends, cache._older, cache._newer, cache._free))) <= 4
+
+
 def test_T5_neither_clock_makes_a_token_outlive_its_hour(clock: FakeClock) -> None:
     """What the cache still holds when the monotonic clock stalled says itself that it is over.
 

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from broker.testing import faults
+from broker.testing import mint as mint_module
 from broker.testing.mint import visitor_mark
 from broker.testing.replies import Answer, Refusal
 
@@ -315,6 +316,16 @@ class TestTokens:
         assert other.session.startswith(visitor_mark(AGENT, "b"))
         assert other_again.token == other.token
         assert (await caller.mint(fingerprint="a")).token != before.token
+
+    async def test_are_remembered_of_those_who_came_last(self, vendor, caller, monkeypatch):
+        """Of more visitors than it remembers those go first that were unseen longest."""
+        monkeypatch.setattr(mint_module, "REMEMBERED", 2)
+        with vendor.fail(faults.same_token()):
+            first = {each: (await caller.mint(fingerprint=each)).token for each in "ab"}
+            assert (await caller.mint(fingerprint="a")).token == first["a"]
+            await caller.mint(fingerprint="c")
+            assert (await caller.mint(fingerprint="a")).token == first["a"]
+            assert (await caller.mint(fingerprint="b")).token != first["b"]
 
     @pytest.mark.parametrize(
         "exp", [253402300799, -1, 0, 1.5, "tomorrow", True, None, [1], float("inf")]

@@ -82,15 +82,18 @@ async def test_a_dead_key_among_good_ones(
     ]
 
 
-async def test_a_key_file_that_others_can_read(vendor: FakeVendor, tmp_path: Path) -> None:
-    """The mode, and the command that repairs it."""
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o620])
+async def test_a_key_file_that_others_can_read(
+    vendor: FakeVendor, tmp_path: Path, mode: int
+) -> None:
+    """The mode, and the command that repairs it; a group is others, too."""
     file = tmp_path / "key"
     file.write_text(vendor.secret.reveal())
-    file.chmod(0o644)
+    file.chmod(mode)
     found = await examined(vendor, api_secret_files=[str(file)])
     assert lines(found)[0] == (
-        f"problem  issuer.upstream.api_secret_files: {file} has mode 0644, others can read it:"
-        f" chmod 600 {file}"
+        f"problem  issuer.upstream.api_secret_files: {file} has mode {mode:04o},"
+        f" others can read it: chmod 600 {file}"
     )
     file.chmod(0o600)
     assert (await examined(vendor, api_secret_files=[str(file)]))[0].ok

@@ -24,7 +24,8 @@ from relaying import (
 
 from broker.errors import BrokerError
 from broker.issuers.vendor_api import MAX_BODY
-from broker.issuers.vendor_client import USER_AGENT
+from broker.issuers.vendor_client import CONNECT_TIMEOUT, USER_AGENT, CallFailed
+from broker.issuers.vendor_replies import Reason
 from broker.rules.breaker import MIN_CALLS
 from broker.testing import FakeVendor, Refusal, faults
 from broker.testing.faults import Fault
@@ -288,6 +289,15 @@ class TestPassingFaults:
             assert relay.errors == {"timeout": 1}
             await relay.vendor.accept_connections()
             await relay.ask()
+
+    async def test_N13_a_call_without_a_connection_does_not_hold_its_slot_for_long(self) -> None:
+        """It cannot arrive: its slot is for one that may get through, whatever a call may take."""
+        async with relaying(timeout=60) as relay:
+            await relay.vendor.ignore_connections()
+            call = relay.issuer._client.mint(relay.vendor.secret, b"{}", {})
+            with pytest.raises(CallFailed) as failed:
+                await asyncio.wait_for(call, 5 * CONNECT_TIMEOUT)
+            assert failed.value.reason is Reason.TIMEOUT
 
     async def test_V5_a_name_without_an_address(self) -> None:
         """The resolver knows nothing: 502, counted as dns."""

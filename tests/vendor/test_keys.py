@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import structlog
 from relaying import (
     IMPATIENT,
     UNLIMITED,
@@ -208,6 +209,21 @@ async def test_V3_new_keys_are_tried_at_once_and_a_good_one_opens_the_way(relay:
     await relay.ask()
     assert not relay.issuer.credentials.is_open
     assert not relay.issuer.credentials.rejected
+
+
+async def test_V3_a_key_that_is_refused_again_is_told_of_again(relay: Relay) -> None:
+    """Once each time it dies: what an operator has mended may break a second time."""
+    secret = relay.vendor.secret
+    with structlog.testing.capture_logs() as told:
+        for _ in range(2):
+            relay.vendor.revoke_secret(secret)
+            for _ in range(2):
+                await relay.failure()
+                relay.clock.advance(KEY_PAUSE / SECOND)
+            relay.vendor.add_secret(secret.reveal())
+            await relay.ask()
+    refused = [each["key"] for each in told if each["event"] == "broker.upstream_key_refused"]
+    assert refused == [1, 1]
 
 
 async def test_V3_a_new_key_that_is_bad_too_is_tried_once(relay: Relay) -> None:

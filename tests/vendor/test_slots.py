@@ -96,6 +96,19 @@ async def test_V7_a_retry_that_nobody_waits_for_is_not_paid_for(relay: Relay) ->
     assert relay.pacer.outstanding == 0
 
 
+async def test_V7_a_retry_that_is_left_while_it_queues_is_not_made() -> None:
+    """Its callers go before its turn comes: its place is given up, and the slot is another's."""
+    slow = Budget(rate=20, per=60, burst=1, max_wait=10)
+    async with relaying(budget=slow) as relay:
+        relay.vendor.fail(faults.html(), times=1)
+        asking = relay.begin()
+        await until(lambda: relay.calls == 1 and relay.pacer.depth == 1, "the retry to queue")
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await relay.settled()
+        assert (relay.calls, relay.pacer.depth, relay.pacer.outstanding) == (1, 0, 0)
+
+
 async def test_the_time_of_a_mint_is_told_without_its_wait_in_the_queue() -> None:
     """`broker_mint_duration_seconds` is the vendor's; the queue has a histogram of its own."""
     async with relaying(budget=A_SLOT_A_SECOND) as relay:

@@ -13,7 +13,7 @@ from standing import StandingVendor, Visitors, relay_settings, standing_vendor, 
 
 from broker.errors import BrokerError, UpstreamTimeout, UpstreamUnavailable
 from broker.issuers import calls, vendor_client
-from broker.slots import Budget
+from broker.slots import Budget, LocalSlots
 from broker.testing import Refusal, faults
 
 MINUTE = 6.0
@@ -105,6 +105,13 @@ FEW = Budget(rate=600_000, per=60, burst=4, max_wait=0.3)
 """Four calls may be out; a slot each 0.1 ms, so that nothing else holds anybody up."""
 
 
+def owed_by(relay: Relay) -> int:
+    """Return how many calls may yet arrive that nobody sees the end of."""
+    slots = relay.pacer._slots
+    assert isinstance(slots, LocalSlots)
+    return slots._ledger.owed
+
+
 async def failures(relay: Relay, count: int) -> list[BrokerError]:
     """Let so many new visitors ask in vain at the same time."""
     return list(await asyncio.gather(*(relay.failure() for _ in range(count))))
@@ -175,7 +182,21 @@ async def test_N13_a_call_that_hangs_while_the_vendor_answers_others_is_not_wait
         await asyncio.sleep(0.3)
         await relay.ask()
         await until(lambda: relay.pacer.outstanding == 0, "the slots")
-        assert len(relay.issuer._calls) == 0
+        await until(lambda: len(relay.issuer._calls) == 0, "the calls")
+        assert owed_by(relay) == 3  # one that a proxy holds has not arrived
+        await relay.ask()
+        assert owed_by(relay) == 0
+
+
+async def test_N13_calls_that_are_out_when_a_process_ends_are_owed() -> None:
+    """They may lie unread before a vendor that stands still."""
+    async with relaying(budget=FEW, timeout=0.1) as relay:
+        await relay.ask()
+        relay.vendor.fail(faults.hang(), times=3)
+        await failures(relay, 3)
+        assert (relay.pacer.outstanding, owed_by(relay)) == (3, 0)
+        await relay.issuer.close()
+        assert (relay.pacer.outstanding, owed_by(relay)) == (0, 3)
 
 
 async def test_N13_a_call_out_for_as_long_as_one_may_be_is_owed(

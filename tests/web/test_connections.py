@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import re
 import secrets
 import signal
 import socket
@@ -336,6 +337,53 @@ HEADS: dict[str, list[tuple[str, str]]] = {
 }
 
 
+class TestOddTargets:
+    """N2, N3: whatever a request names, somebody answers it or ends its connection."""
+
+    @pytest.mark.parametrize("listener", LISTENERS)
+    @pytest.mark.parametrize(
+        "target", ["http://xn--a/livez", "http://xn--/", "https://xn--a:8/x?y"]
+    )
+    @pytest.mark.parametrize("before", [b"", request("GET", "/livez", [])], ids=["alone", "behind"])
+    async def test_N2_a_host_that_cannot_be_read_is_refused(
+        self, running: Running, listener: str, target: str, before: bytes
+    ) -> None:
+        """With the envelope; the connection ends, and the next one is served."""
+        line = await connected(port_of(running, listener))
+        line.send(before + request("GET", target, [("Host", "x")]))
+        said = await ended(line)
+        assert said.count(b"HTTP/1.1 ") == 1 + bool(before)
+        assert b"HTTP/1.1 400 " in said
+        assert target.encode() not in said
+
+    @pytest.mark.parametrize("listener", LISTENERS)
+    async def test_N3_a_body_of_connect_is_no_request(
+        self, running: Running, listener: str
+    ) -> None:
+        """It comes later, and finds nobody: a tunnel is not to be had here."""
+        line = await connected(port_of(running, listener))
+        line.send(request("CONNECT", "b:80", [("Content-Length", str(len(INSIDE)))]))
+        assert (await line.answer()).status >= 400
+        line.send(INSIDE)
+        assert await ended(line) == b""
+
+    async def test_N2_a_connection_ends_with_what_answers_it(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whatever that was: it is told, and no client waits for ever."""
+
+        async def start(_connection: object) -> None:
+            raise RuntimeError
+
+        async with serving({}) as edge:
+            edge.defects_expected = True
+            monkeypatch.setattr(server.DataConnection, "start", start)
+            line = await connected(int(edge.app.url.rpartition(":")[2]))
+            line.send(request("GET", "/livez", []))
+            assert await ended(line) == b""
+            assert [e["event"] for e in edge.events("broker.defect")] == ["broker.defect"]
+
+
 class TestHeads:
     """N5: what callers behind proxies send is read; more than that is refused by name."""
 
@@ -401,6 +449,19 @@ class TestHeads:
                 "close",
             )
             assert await ended(line) == b""
+
+    @pytest.mark.parametrize("listener", LISTENERS)
+    async def test_N5_a_head_that_begins_behind_another_request_has_no_more_room(
+        self, running: Running, listener: str
+    ) -> None:
+        """Half of it comes in the packet of the request before, the rest with its end."""
+        half = b"".join(b"X-%d: %s\r\n" % (n, b"z" * 20_000) for n in range(3))
+        line = await connected(port_of(running, listener))
+        line.send(request("GET", "/livez") + b"GET /livez HTTP/1.1\r\nHost: broker\r\n" + half)
+        assert (await line.answer()).status == 200
+        line.send(half + b"\r\n")
+        assert (await line.answer()).code == "HEAD_TOO_LARGE"
+        assert await ended(line) == b""
 
     @pytest.mark.parametrize("listener", LISTENERS)
     async def test_N5_heads_without_an_end_cost_no_memory(
@@ -670,6 +731,24 @@ class TestKeepAlive:
                 assert connection.keepalive_timeout == 620
                 client.close()
 
+    @pytest.mark.parametrize("is_chunked", [False, True])
+    async def test_N8_the_end_of_a_body_is_not_taken_for_a_head(
+        self, monkeypatch: pytest.MonkeyPatch, *, is_chunked: bool
+    ) -> None:
+        """Head and body in packets of their own: what is idle then has all of its idle time.
+
+        Another connection has begun a head and is ended after the time of heads; this one stays.
+        """
+        monkeypatch.setattr("broker.web.server.HEAD_TIMEOUT", 0.3)
+        async with serving() as edge:
+            line = await edge.connect()
+            await _answered_in_pieces(line, edge.asking(), is_chunked=is_chunked)
+            slow = await edge.connect()
+            slow.send(b"GET /livez HTTP/1.1\r\n")
+            assert await ended(slow) == b""
+            await _answered_in_pieces(line, edge.asking(), is_chunked=is_chunked)
+            await line.close()
+
     def test_N8_a_change_of_it_needs_a_restart_and_a_reload_says_so(self, tmp_path: Path) -> None:
         """Connections that are open were made with the old one."""
         tree = good(tmp_path)
@@ -680,6 +759,21 @@ class TestKeepAlive:
             failed = broker.reload()
             assert failed["event"] == "broker.reload_failed"
             assert failed["error"].startswith("server.keep_alive: a duration needs a number")
+
+
+async def _answered_in_pieces(line: Line, ask: bytes, *, is_chunked: bool) -> None:
+    """Send a head, and only when it has been read the body of it, in several packets."""
+    head, _, body = ask.partition(b"\r\n\r\n")
+    pieces = [body[:5], body[5:]]
+    if is_chunked:
+        head = re.sub(rb"Content-Length: \d+", b"Transfer-Encoding: chunked", head)
+        pieces = [b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces] + [b"0\r\n\r\n"]
+    line.send(head + b"\r\nExpect: 100-continue\r\n\r\n")
+    assert await line.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    for piece in pieces:
+        line.send(piece)
+        await asyncio.sleep(0.01)
+    assert (await line.answer()).status == 200
 
 
 class TestAdminListener:

@@ -7,24 +7,35 @@
 --       9 "reserve", "modest" to reserve only what nobody needs (at once, no queue anywhere, half the
 --       burst left), "tell" to reserve nothing   10 era   11 vouched (us): the fleet's time
 --       12 number of this message, one more each time   13 calls of this replica that are out: made or
---       reserved, and not settled   14 how many it has settled since its start
---       15 after how long (us) calls that are not told of any more are taken to have arrived
--- Reply {reserved, wait (us), free, paused (us), era, time (us), queue of another replica, ...}
+--       reserved, and not over   14 how many it has settled since its start   15 how many it has
+--       abandoned since its start: they may yet arrive   16 how long ago (us) the vendor last answered
+--       it, -1 for never   17 after how long (us) a replica that has calls out and tells nothing is
+--       silent   18 how many calls may be out while others are owed
+-- Reply {reserved, wait (us), free, paused (us), era, time (us), silence (us), queue of another
+--       replica, ...}
 --       reserved 1: one call may be made after `wait`; 0: ask again after `wait`, none was taken
+--       silence: since the last reservation, while only the end of a call makes room; else -1
 --
 -- A token bucket that may be overdrawn: its moment lies up to `ahead` beyond a full drain, so calls
 -- that wait stand in one line, whichever replica they wait in.  A call that is out may arrive at any
 -- moment until it is settled: all that are out count as if they arrived last, and each is charged when
 -- it is settled.  So no more are out at once than the burst holds, and whenever they arrive, a window
--- holds burst and refill.  A replica that died leaves its calls out until nobody can deliver them any
--- more.  A message that was overtaken by a later one changes nothing.  An absent budget starts empty,
--- because nobody knows what was spent before.  What is cut (a pause is five minutes at most) is stored
--- as it was cut.  Atomic, so that no slot is given twice.
+-- holds burst and refill.
+--
+-- Calls that were abandoned, and those of a silent replica, are owed (rules/outstanding.py): they do
+-- not block, but until the vendor has answered somebody, few others go.  They are charged when that
+-- begins, because they may just have arrived, and when it ends: so much of it as has refilled since,
+-- because they may have arrived only now.  An answer from before they were owed says nothing of them.
+-- An absent budget starts empty and with a burst owed, because nobody knows what was spent before.
+--
+-- A message that was overtaken by a later one changes nothing.  What is cut (a pause is five minutes
+-- at most) is stored as it was cut.  Atomic, so that no slot is given twice.
 
 local now, era = fleet_us(KEYS[1], ARGV[10], ARGV[11])
 local burst, interval, ahead = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[5])
 local depth = burst * interval
-local budget = redis.call('HMGET', KEYS[1], 'full_at', 'paused_until', 'withheld')
+local budget = redis.call('HMGET', KEYS[1], 'full_at', 'paused_until', 'withheld', 'owed', 'owed_at',
+  'reserved_at')
 local paused = math.min(math.max(tonumber(budget[2] or '0') - now, 0), 300000000)
 local share = math.min(1 - tonumber(budget[3] or '0') / 1000000, 1)
 local step = 3600000000
@@ -40,25 +51,43 @@ if ARGV[6] == '1' then
   wait_full = math.max(wait_full, depth)
 end
 
-local message, out, settled = tonumber(ARGV[12]), tonumber(ARGV[13]), tonumber(ARGV[14])
+local message, out = tonumber(ARGV[12]), tonumber(ARGV[13])
+local settled, abandoned = tonumber(ARGV[14]), tonumber(ARGV[15])
 local mine = string.match(redis.call('HGET', KEYS[3], ARGV[3]) or '', '^%d+')
 if mine and message <= tonumber(mine) then
-  return {0, interval, 0, paused, era, now}
+  return {0, interval, 0, paused, era, now, -1}
 end
-local all_out, charged = out, 0
+local all_out, charged, lost = out, 0, 0
 local calls = redis.call('HGETALL', KEYS[3])
 for place = 1, #calls, 2 do
-  local last, left, before, told = string.match(calls[place + 1], '^(%d+) (%d+) (%d+) (%d+)$')
+  local last, left, before, gone, told = string.match(
+    calls[place + 1], '^(%d+) (%d+) (%d+) (%d+) (%d+)$')
   if not last then -- nobody of ours wrote this
     redis.call('HDEL', KEYS[3], calls[place])
   elseif calls[place] == ARGV[3] then
     charged = charged + math.max(settled - tonumber(before), 0)
-  elseif math.abs(now - tonumber(told)) > tonumber(ARGV[15]) then
+    lost = lost + math.max(abandoned - tonumber(gone), 0)
+  elseif math.abs(now - tonumber(told)) > tonumber(ARGV[17]) then
     redis.call('HDEL', KEYS[3], calls[place])
-    charged = charged + tonumber(left)
+    lost = lost + tonumber(left)
   else
     all_out = all_out + tonumber(left)
   end
+end
+
+local owed, owed_at = burst, now
+if budget[4] then
+  owed, owed_at = tonumber(budget[4]), math.min(tonumber(budget[5]), now)
+end
+local refilled = math.min(owed, math.floor((now - owed_at) / step))
+local answered = tonumber(ARGV[16])
+if answered >= 0 and now - answered >= owed_at then
+  charged = charged + refilled
+  owed, refilled = 0, 0
+end
+if lost > 0 then
+  charged = charged + refilled + lost
+  owed, owed_at = math.min(owed + lost, 3 * burst), now
 end
 wait_full = wait_full + charged * step
 
@@ -81,21 +110,32 @@ for place = 1, #queues, 2 do
 end
 redis.call('PEXPIRE', KEYS[2], px(tonumber(ARGV[8])))
 
+local most = owed > 0 and math.min(tonumber(ARGV[18]), burst) or burst
 local taken = wait_full + all_out * step
 local wait = math.max(taken + step - depth, paused, 0)
+if all_out >= most then
+  wait = math.max(wait, step)
+end
 local plenty = wait == 0 and #others == 0 and (depth - taken) / step * 2 >= burst
 local asked = ARGV[9] == 'reserve' or ARGV[9] == 'modest' and plenty
-local reserved = 0
-if asked and share > 0 and wait <= ahead and (all_out + 1) * step <= depth then
-  reserved = 1
+local reserved, reserved_at = 0, tonumber(budget[6] or text(now))
+if asked and share > 0 and wait <= ahead and all_out < most and (all_out + 1) * step <= depth then
+  reserved, reserved_at = 1, now + wait
   out = out + 1
+  all_out = all_out + 1
   taken = taken + step
+end
+local silence = -1
+if all_out >= most or (all_out + 1) * step > depth then
+  silence = math.max(now - reserved_at, 0)
 end
 redis.call('HSET', KEYS[1], 'full_at', text(now + wait_full))
 redis.call('HSET', KEYS[1], 'paused_until', text(paused > 0 and now + paused or 0))
+redis.call('HSET', KEYS[1], 'owed', text(owed), 'owed_at', text(owed_at))
+redis.call('HSET', KEYS[1], 'reserved_at', text(reserved_at))
 redis.call('PEXPIRE', KEYS[1], px(tonumber(ARGV[7])))
-local told = {text(message), text(out), text(settled), text(now)}
+local told = {text(message), text(out), text(settled), text(abandoned), text(now)}
 redis.call('HSET', KEYS[3], ARGV[3], table.concat(told, ' '))
 redis.call('PEXPIRE', KEYS[3], px(tonumber(ARGV[7])))
 local free = paused > 0 and 0 or math.max(math.floor((depth - taken) / step), 0)
-return {reserved, wait, free, paused, era, now, unpack(others)}
+return {reserved, wait, free, paused, era, now, silence, unpack(others)}
