@@ -62,7 +62,7 @@ def test_a_redirect_is_not_followed(answers: Answers) -> None:
     assert answers.asked == [("/v1/embed-tokens/request", SECRET)]
 
 
-@pytest.mark.parametrize("token", ["", "no token", "a.b", "\x1b[2J.e.y", "<b>.x.y"])
+@pytest.mark.parametrize("token", ["", "no token", "\x1b[2J.e.y", "<b>.x.y"])
 def test_what_is_no_token_is_not_printed(answers: Answers, token: str) -> None:
     """A script puts the output into a page: 69, and one line."""
     answers.body = json.dumps({"data": {"token": token}}).encode()

@@ -150,6 +150,14 @@ def test_L3_idling_for_less_than_the_refill_leaves_the_bucket_short(
     assert verdict.remaining == idle // limit.interval < limit.burst
 
 
+def test_L6_a_look_after_a_clock_that_stepped_back_promises_no_longer_wait() -> None:
+    """Nobody is told to wait for more than a full drain: what `spend` says, `peek` says."""
+    limit = Limit(burst=3, interval=SECOND)
+    far = T0 + 1000 * limit.depth
+    assert peek(far, limit, T0) == spend(far, limit, T0)[1]
+    assert peek(far, limit, T0).full_in == limit.depth
+
+
 # --- L5, L6, L9, L10
 
 

@@ -195,3 +195,11 @@ def test_N13_what_was_given_up_is_owed_and_bounded() -> None:
     assert (ledger.outstanding, ledger.owed) == (0, 3 * SHIPPED.burst)
     woken = outstanding.answered(ledger, SHIPPED, now, MINUTE * 9)
     assert woken.full_at - now == 3 * SHIPPED.depth
+
+
+def test_G4_a_burst_of_one_has_one_probe() -> None:
+    """While calls are owed, and one is out: no time brings the next one, only its end does."""
+    limit = Limit(burst=1, interval=SECOND)
+    ledger = outstanding.take(outstanding.started(limit, 0))
+    assert ledger.owed
+    assert outstanding.wait(ledger, limit, 100 * SECOND) is None

@@ -1,5 +1,6 @@
 """Bodies: counted while they arrive, in time, as they come."""
 
+import asyncio
 import gzip
 import json
 from collections.abc import AsyncIterator
@@ -84,6 +85,16 @@ class TestArrival:
         head, _, body = data.partition(b"\r\n\r\n")
         line.send(head + b"\r\n\r\n")
         assert await line.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        line.send(body)
+        assert (await line.answer()).status == 200
+        await line.close()
+
+    async def test_expect_is_not_continued_for_http_1_0(self, edge: Edge, line: Line) -> None:
+        """Which knows no 100 and would take it for the answer (RFC 9110 section 10.1.1)."""
+        data = edge.asking(headers=[("Expect", "100-continue")])
+        head, _, body = data.replace(b"HTTP/1.1", b"HTTP/1.0", 1).partition(b"\r\n\r\n")
+        line.send(head + b"\r\n\r\n")
+        await asyncio.sleep(0.05)  # in which a 100 would be sent
         line.send(body)
         assert (await line.answer()).status == 200
         await line.close()

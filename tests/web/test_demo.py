@@ -79,6 +79,14 @@ async def test_a_name_that_is_not_this_machine_s_gets_nothing(
     assert (await asked(demo, path, host)).code == "NOT_FOUND"
 
 
+@pytest.mark.parametrize("path", ["/demo/token", "/demo/verify"])
+async def test_a_name_that_is_not_this_machine_s_gets_no_token(demo: Edge, path: str) -> None:
+    """A page whose own name resolves here may send JSON to it: for the browser it is its site."""
+    body = f'{{"agent_id": "{AGENT}", "fingerprint": "{visitor()}"}}'.encode()
+    reply = await asked(demo, path, "evil.example", body, JSON)
+    assert (reply.status, reply.code) == (404, "NOT_FOUND")
+
+
 @pytest.mark.parametrize("host", ["localhost:99999", "localhost:abc", "[", "a b", ""])
 @pytest.mark.parametrize("path", ["/demo", "/embed/A1?token=x", "/metrics"])
 async def test_a_host_that_is_none_gets_nothing(demo: Edge, host: str, path: str) -> None:
