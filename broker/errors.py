@@ -186,6 +186,13 @@ class UpstreamUnavailable(VendorError):
     status, code, transient = 502, "UPSTREAM_UNAVAILABLE", True
 
 
+class SessionTaken(UpstreamUnavailable):
+    """The vendor, or a cache before it, gave a session or a token that is another visitor's."""
+
+    def __init__(self) -> None:
+        super().__init__("the vendor gave a session that is another visitor's")
+
+
 class UpstreamTimeout(VendorError):
     """The vendor did not answer before the deadline."""
 

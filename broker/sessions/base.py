@@ -50,7 +50,12 @@ class SessionBook(Protocol):
     """Sessions from mint to expiry."""
 
     async def record(self, session: Session) -> None:
-        """Write a session down until it expires."""
+        """Write a session down until it expires.
+
+        Raises errors.SessionTaken if its id or its token is on record for another client, agent,
+        fingerprint or model: one of them would be handed the other's, and to end it for one would
+        leave it to the other.
+        """
         ...
 
     async def find(self, session_id: str) -> Session | None:

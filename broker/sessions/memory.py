@@ -17,6 +17,7 @@ from itertools import islice
 
 from typing_extensions import override
 
+from broker.errors import SessionTaken
 from broker.model import Clock, Session
 from broker.rules.reuse import SECOND
 from broker.sessions.base import MARK_LIFE, BookFull, Place, Query, SessionBook, place_of
@@ -50,6 +51,10 @@ class MemoryBook(SessionBook):
 
     @override
     async def record(self, session: Session) -> None:
+        for other_id in (session.session_id, self._by_digest.get(session.digest, "")):
+            other = await self.find(other_id)
+            if other is not None and other.key != session.key:
+                raise SessionTaken
         self._forget(session.session_id)  # or it would keep its place in the order
         if len(self._sessions) >= self._most:
             most = max(self._orders, key=lambda client: len(self._orders[client]))

@@ -23,7 +23,7 @@ from itertools import islice
 
 from typing_extensions import override
 
-from broker.errors import ServiceUnavailable, StoreAway
+from broker.errors import ServiceUnavailable, SessionTaken, StoreAway
 from broker.model import Session
 from broker.sessions.base import BookFull, Place, Query, SessionBook
 from broker.sessions.desk import EndsVisitors
@@ -62,6 +62,9 @@ class SharedBook(SessionBook):
         await self._alone.record(session)
         try:
             await self._remote.record(session)
+        except SessionTaken:
+            await self._alone.forget(session)
+            raise
         except StoreFailed as failed:
             self._require_open(failed)
             self._unwritten.add(session.session_id)
@@ -178,6 +181,8 @@ class SharedBook(SessionBook):
                 if await self._remote.ended(session_id):
                     await self._remote.forget(session)
                     await self._alone.forget(session)
+            except SessionTaken:  # given to two while nobody could tell: the other one has it
+                await self._alone.forget(session)
             except (StoreFailed, ServiceUnavailable):
                 return False  # counted
         self._unwritten.discard(session_id)

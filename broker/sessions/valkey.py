@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import msgspec
 from typing_extensions import override
 
+from broker.errors import SessionTaken
 from broker.model import Clock, Session
 from broker.rules.reuse import SECOND
 from broker.sessions.base import MARK_LIFE, Place, Query, place_of
@@ -40,7 +41,11 @@ class ValkeyBook:
         self._clock = clock
 
     async def record(self, session: Session) -> None:
-        """Write a session down, under each of its names and in both of its lists."""
+        """Write a session down, under each of its names and in both of its lists.
+
+        A name is claimed before anything is written over it, for two replicas may be given the
+        same session at once.  Raises SessionTaken, with what was claimed given back.
+        """
         left = session.expires * SECOND - self._clock.wall()
         if left <= 0:
             return
@@ -49,9 +54,22 @@ class ValkeyBook:
         keys = [names.session(session.session_id)]
         if session.digest:
             keys.append(names.handed_out(session.digest))
+        values = [self._box.close(key.decode(), sealed) for key in keys]
+        claims = await asyncio.gather(
+            *(self._claim(key, value, left) for key, value in zip(keys, values, strict=True))
+        )
+        if any(holder is not None and holder.key != session.key for _, holder in claims):
+            for key, (is_ours, _) in zip(keys, claims, strict=True):
+                if is_ours:
+                    _ = await self._command(key, b"DEL", key)
+            raise SessionTaken
         lists = (names.of_agent(session.agent), names.of_visitor(session.fingerprint))
         await asyncio.gather(
-            *(self._put(key, self._box.close(key.decode(), sealed), left) for key in keys),
+            *(
+                self._put(key, value, left)
+                for key, value, (is_ours, _) in zip(keys, values, claims, strict=True)
+                if not is_ours
+            ),
             *(self._enlist(key, session, left) for key in lists),
         )
 
@@ -123,6 +141,20 @@ class ValkeyBook:
                 return True
             raise
 
+    async def _claim(self, key: bytes, value: bytes, life: int) -> tuple[bool, Session | None]:
+        """Write where there is nothing; returns whether that was so, and whose live record it is.
+
+        What nobody of ours wrote is nobody's, and may be written over.
+        """
+        lasts = b"%d" % -(-life // 1000)
+        try:
+            old = await self._command(key, b"SET", key, value, b"NX", b"GET", b"PX", lasts)
+        except StoreFailed as failed:
+            if failed.is_foreign:
+                return False, None
+            raise
+        return old is None, self._opened(key, old)
+
     async def _put(self, key: bytes, value: bytes, life: int) -> None:
         _ = await self._command(key, b"SET", key, value, b"PX", b"%d" % -(-life // 1000))
 
@@ -158,6 +190,10 @@ class ValkeyBook:
             if failed.is_foreign:  # nobody of ours wrote it: no record, like one that does not open
                 return None
             raise
+        return self._opened(key, sealed)
+
+    def _opened(self, key: bytes, sealed: Reply) -> Session | None:
+        """Return the live session that a value holds, None for anything else."""
         plain = self._box.open(key.decode(), sealed) if isinstance(sealed, bytes) else None
         if plain is None:
             return None

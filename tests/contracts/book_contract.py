@@ -6,6 +6,10 @@ import secrets
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
+import pytest
+from msgspec.structs import replace
+
+from broker.errors import SessionTaken
 from broker.model import Session
 from broker.rules.reuse import SECOND
 from broker.sessions.base import MARK_LIFE, Place, Query, SessionBook, place_of
@@ -155,6 +159,49 @@ class BookContract:
         await opened.book.record(again)
         assert await opened.book.find(first.session_id) == again
         assert await everything(opened.book, EVERYTHING, 10) == [again]
+
+    @pytest.mark.parametrize("what", ["id", "token"])
+    async def test_G8_G9_what_is_another_visitor_s_is_not_written_down(
+        self, open_book: OpenBook, what: str
+    ) -> None:
+        """A vendor that repeats itself: the first one keeps it, whole, until it is ended."""
+        opened = await open_book()
+        first = await recorded(opened, token="once")
+        second = session_of(opened, token="once" if what == "token" else "another")
+        if what == "id":
+            second = replace(second, session_id=first.session_id)
+        for field in ("client", "agent", "fingerprint", "model"):
+            same = replace(
+                first, session_id=second.session_id, digest=second.digest, **{field: "other"}
+            )
+            with pytest.raises(SessionTaken):
+                await opened.book.record(same)
+        assert await opened.book.find(first.session_id) == first
+        assert await opened.book.find_token(first.digest) == first
+        if what == "id":
+            assert await opened.book.find_token(second.digest) is None
+        else:
+            assert await opened.book.find(second.session_id) is None
+        assert await opened.book.page(EVERYTHING, Place(), 10) == [first]
+        await opened.book.forget(first)
+        await opened.book.record(second)
+        assert await opened.book.find(second.session_id) == second
+
+    async def test_G8_one_session_for_two_visitors_at_once_is_one_s(
+        self, open_book: OpenBook
+    ) -> None:
+        """Not both, and not neither for long: whoever asks again gets what is theirs."""
+        opened = await open_book()
+        first = session_of(opened, token="once")
+        second = replace(first, fingerprint="another")
+        done = await asyncio.gather(
+            *map(opened.book.record, (first, second)), return_exceptions=True
+        )
+        assert sum(result is None for result in done) <= 1
+        found = await opened.book.find(first.session_id)
+        assert found in (None, first, second)
+        if found is not None:
+            assert await opened.book.find_token(first.digest) == found
 
     async def test_pages_have_everything_once_in_the_order_of_expiry(
         self, open_book: OpenBook

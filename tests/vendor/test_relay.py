@@ -17,6 +17,8 @@ import pytest
 from relaying import AGENT, TOKEN_PATH, UNLIMITED, House, broker_before, visitor
 
 from broker.testing import FakeVendor, Refusal, Shape, faults
+from broker.testing.faults import Fault
+from broker.testing.replies import Answer, json_answer
 
 START = 30.0
 """Seconds that a process may take until it answers, on a machine that is busy with other tests."""
@@ -199,14 +201,18 @@ class TestShapes:
         self, house: House
     ) -> None:
         """Whatever shallow field is added reaches the caller; session and expiry stay ours."""
-        token = (await house.ask()).token
-        data = {"token": token, "sid": "s1", "expires_at": "never", "quota": {"left": 3}, "a": [1]}
-        with house.vendor.fail(faults.body({"status": "success", "data": data})):
+
+        def add(answer: Answer) -> Answer:
+            said = msgspec.json.decode(answer.body)
+            said["data"] |= {"sid": "s1", "expires_at": "never", "quota": {"left": 3}, "a": [1]}
+            return json_answer(said)
+
+        with house.vendor.fail(Fault(name="new fields", edit=add)):
             got = (await house.ask()).data
         assert got["quota"] == {"left": 3}
         assert got["a"] == [1]
         assert (got["session_id"], got["sid"]) == ("s1", "s1")
-        assert got["expires_at"] == house.vendor.claims_of(token)["exp"]
+        assert got["expires_at"] == house.vendor.claims_of(got["token"])["exp"]
 
 
 class TestTheKeyStays:

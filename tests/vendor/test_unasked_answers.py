@@ -4,10 +4,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
+from relaying import relaying, visitor
 
 from broker.issuers.vendor_client import VendorClient
 from broker.model import Secret
+from broker.testing.faults import Fault
+from broker.testing.replies import Answer, json_answer
 
 KEY = Secret("a-key-of-this-test")
 
@@ -77,3 +81,30 @@ async def test_G8_the_next_call_gets_its_own_answer(unasked: bytes) -> None:
                 await turns()
         finally:
             await client.close()
+
+
+@pytest.mark.parametrize("kept", ["token", "sid"])
+async def test_G8_G9_an_answer_that_is_another_visitor_s_is_refused(kept: str) -> None:
+    """A cache before the vendor, or a vendor that repeats itself: the first visitor keeps theirs.
+
+    Else the second could be handed the first one's session, and to end it for one would leave it
+    to the other.
+    """
+    first: dict[str, object] = {}
+
+    def repeat(answer: Answer) -> Answer:
+        said = msgspec.json.decode(answer.body)
+        first.setdefault(kept, said["data"][kept])
+        said["data"] |= first
+        return json_answer(said)
+
+    async with relaying() as relay:
+        relay.vendor.fail(Fault(name="repeats", edit=repeat))
+        mine, theirs = visitor(), visitor()
+        held = await relay.ask(mine)
+        error = await relay.failure(theirs)
+        assert (error.status, error.code, error.transient) == (502, "UPSTREAM_UNAVAILABLE", True)
+        assert (await relay.ask(mine)).token == held.token
+        relay.vendor.heal()
+        relay.clock.advance(10)
+        assert (await relay.ask(theirs)).token.body != held.token.body
