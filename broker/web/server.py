@@ -105,6 +105,7 @@ class DataConnection(web.RequestHandler):
         "_error_head",
         "_head_bytes",
         "_head_timer",
+        "_is_full",
         "_maybe_head",
         "_unsent_timer",
     )
@@ -130,6 +131,7 @@ class DataConnection(web.RequestHandler):
         self._maybe_head = 0  # came with the request before: at most this much of it is of a head
         self._head_timer: asyncio.TimerHandle | None = None
         self._unsent_timer: asyncio.TimerHandle | None = None
+        self._is_full = False  # what it has taken is answered, and nothing more is
 
     @property
     def is_busy(self) -> bool:
@@ -185,16 +187,13 @@ class DataConnection(web.RequestHandler):
     @override
     def data_received(self, data: bytes) -> None:
         """Parse, and keep count of heads: aiohttp bounds each line, but not all, nor the time."""
+        if self._is_full:
+            return
         known, in_body = self._request_count, not self._body.is_eof()
         super().data_received(data)
         new = self._request_count - known
         if not new:
-            if self._close or self._force_close:
-                return
-            if in_body:
-                self._maybe_head += len(data)
-            elif data:
-                self._head_goes_on(len(data))
+            self._goes_on(len(data), in_body=in_body)
             return
         self._check_targets(new)
         message, self._body = self._messages[-1]
@@ -202,21 +201,22 @@ class DataConnection(web.RequestHandler):
         self._maybe_head = len(data) or self._maybe_head
         if self._head_bytes or not data or maybe_head > MAX_HEAD:
             self._check_sizes(new)
-        if self._close:
+        if self._is_full:
             return
         if isinstance(message, _ErrInfo):
             if isinstance(message.exc, LineTooLong) or message.message == _TOO_MANY_FIELDS:
                 self._messages.pop()
                 self._refuse_head()
         elif message.upgrade and (message.method == METH_CONNECT or _is_followed(data, self._body)):
-            self._close = True
+            self._is_full = True
 
     @override
     def finish_response(
         self, request: BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
         """Answer; the last answer of a connection says that it is."""
-        if self._close or not request.content.is_eof():
+        is_last = self._is_full and not self._messages
+        if is_last or self._close or not request.content.is_eof():
             resp.force_close()
         return super().finish_response(request, resp, start_time)
 
@@ -252,8 +252,13 @@ class DataConnection(web.RequestHandler):
     def log_debug(self, *args: object, **kw: object) -> None:
         """Say nothing: what clients do to their own connections is not our news."""
 
-    def _head_goes_on(self, size: int) -> None:
-        """Count and time a head that has begun and not ended."""
+    def _goes_on(self, size: int, *, in_body: bool) -> None:
+        """Count what has begun and not ended, a body or a head; a head has its time, too."""
+        if not size or self._close or self._force_close:
+            return
+        if in_body:
+            self._maybe_head += size
+            return
         self._head_bytes += size
         if self._head_bytes > MAX_HEAD:
             self._refuse_head()
@@ -304,7 +309,7 @@ class DataConnection(web.RequestHandler):
                 return
 
     def _refuse_head(self) -> None:
-        """Answer next that the head is too large, and read nothing more.
+        """Answer that the head is too large, after what came before it, and read nothing more.
 
         The body that stands for the rest of it never ends: aiohttp then lingers before it closes,
         as after a refused body, so that a client which is still sending sees the answer.
@@ -313,7 +318,7 @@ class DataConnection(web.RequestHandler):
         self._body = StreamReader(self, READ_BUFFER, loop=self._loop)
         error = _ErrInfo(_HEAD_TOO_LARGE.status, _HEAD_TOO_LARGE, "")
         self._messages.append((error, self._body))
-        self._close = True
+        self._is_full = True
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

@@ -247,6 +247,19 @@ class TestUnreadBodies:
         cuts = (len(first), len(first) + 1, len(first) + cut, len(first) + cut + 5)
         await at_once([one(at) for at in cuts])
 
+    @pytest.mark.parametrize("listener", LISTENERS)
+    async def test_N3_a_connect_behind_other_requests_is_answered_after_them(
+        self, running: Running, listener: str
+    ) -> None:
+        """It is the last of its connection, not those before it."""
+        line = await connected(port_of(running, listener))
+        line.send(request("GET", "/livez") * 2 + request("CONNECT", "broker:1") + b"GET / HTTP/1.1")
+        answers = [await line.answer() for _ in range(3)]
+        assert [answer.status for answer in answers[:2]] == [200, 200]
+        assert answers[2].status // 100 == 4
+        assert [answer.header("Connection") for answer in answers] == [None, None, "close"]
+        assert await ended(line) == b""
+
     async def test_N3_a_client_that_asks_for_an_upgrade_keeps_its_connection(
         self, running: Running
     ) -> None:
@@ -461,6 +474,19 @@ class TestHeads:
         assert (await line.answer()).status == 200
         line.send(half + b"\r\n")
         assert (await line.answer()).code == "HEAD_TOO_LARGE"
+        assert await ended(line) == b""
+
+    @pytest.mark.parametrize("listener", LISTENERS)
+    async def test_N5_what_came_before_a_head_that_is_too_large_is_answered_and_so_is_it(
+        self, running: Running, listener: str
+    ) -> None:
+        """In one packet, and so that it comes while the one before is still being answered."""
+        too_large = request("GET", "/livez", [(f"X-{n}", "z" * 1000) for n in range(66)])
+        line = await connected(port_of(running, listener))
+        line.send(request("GET", "/livez") * 2 + too_large + request("GET", "/livez"))
+        answers = [await line.answer() for _ in range(3)]
+        assert [answer.status for answer in answers] == [200, 200, 431]
+        assert [answer.header("Connection") for answer in answers] == [None, None, "close"]
         assert await ended(line) == b""
 
     @pytest.mark.parametrize("listener", LISTENERS)
