@@ -66,6 +66,11 @@ class Place:
         self.run("iptables", "-A", "OUTPUT", "-d", address, "-j", "DROP")
         self.run("iptables", "-A", "INPUT", "-s", address, "-j", "DROP")
 
+    def drop_what_carries_data(self, address: str) -> None:
+        """Let connections from an address be made, and drop all that is sent on them."""
+        sizes = ("-m", "length", "--length", "100:65535")  # an answer to a handshake is shorter
+        self.run("iptables", "-A", "INPUT", "-s", address, "-p", "tcp", *sizes, "-j", "DROP")
+
     def heal(self) -> None:
         """Let everything through again."""
         self.run("iptables", "-F")

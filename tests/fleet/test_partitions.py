@@ -31,8 +31,9 @@ OUT = "broker_upstream_calls_outstanding"
 async def test_N13_a_partition_that_heals_and_one_that_does_not(tmp_path: Path) -> None:
     """What was sent into the first arrives when it heals: it is part of the window all the time.
 
-    In the second the kernel ends the connections after half a minute: what was sent on them can
-    arrive no more, and their slots are free, long before a call is given up otherwise.
+    In the second, connections are made and nothing that is sent on them arrives.  The kernel ends
+    them after half a minute: what was sent can arrive no more, and the slots are free, long before
+    a call is given up otherwise.
     """
     secret = secrets.token_urlsafe(24)
     with network() as net:
@@ -65,7 +66,7 @@ async def test_N13_a_partition_that_heals_and_one_that_does_not(tmp_path: Path) 
                     healed = time.monotonic()
                     await visitors.served(60)
                     await asyncio.sleep(max(healed + MINUTE - time.monotonic(), 0))
-                    home.cut_off_from(place.address)
+                    home.drop_what_carries_data(place.address)
                     await asyncio.sleep(1)
                 assert visitors.answers[500] == 0
                 cut = time.monotonic()

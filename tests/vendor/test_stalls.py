@@ -278,15 +278,18 @@ async def test_N13_retries_and_second_keys_are_outstanding_each_in_their_turn() 
 async def test_N13_the_kernel_ends_a_connection_whose_peer_has_vanished() -> None:
     """Every connection to the vendor has the time-out for what is not acknowledged, in ms."""
     async with relaying(budget=FEW) as relay:
-        await relay.ask()
+        relay.vendor.fail(faults.slow(0.3), times=1)
+        asking = relay.begin()
+        await relay.arrived(1)
         connector = relay.issuer._client._session.connector
         assert connector is not None
-        (pooled,) = connector._conns.values()
-        transport = pooled[0][0].transport
+        (connection,) = connector._acquired
+        transport = connection.transport
         assert transport is not None
-        kept: socket.socket = transport.get_extra_info("socket")
-        told = kept.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        its_own: socket.socket = transport.get_extra_info("socket")
+        told = its_own.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
         assert told == vendor_client.VANISHED * 1000
+        await asking
 
 
 async def test_N13_what_is_out_shows_in_the_metrics() -> None:
