@@ -22,10 +22,13 @@ from broker.stores.failures import StoreFailed
 from broker.stores.names import Names
 from broker.stores.nodes import nodes_at
 from broker.stores.seal import Box
-from broker.stores.server import OPERATION_TIMEOUT, Server
+from broker.stores.server import Server
 from broker.stores.valkey import end_visitor
 from broker.web import sessions
 from broker.web.door import Door
+
+TIMEOUT = 1.0
+"""Seconds for one call: an operator waits for it, a visitor does not (see `OPERATION_TIMEOUT`)."""
 
 
 class Registrar:
@@ -36,7 +39,7 @@ class Registrar:
         assert address is not None  # both are checked with the settings
         assert key is not None
         self._clock = SystemClock()
-        nodes = nodes_at(address, parts.store_access(settings), OPERATION_TIMEOUT)
+        nodes = nodes_at(address, parts.store_access(settings), TIMEOUT)
         self._server = Server(nodes, self._clock, metrics.store)
         names = names_of(settings, key)
         most = settings.sessions.max_recorded

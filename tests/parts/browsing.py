@@ -5,7 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from running import START
+
+expect.set_options(timeout=START * 1000)  # a busy machine is late; what never comes fails
 
 FLAGS = [
     "--disable-background-networking",

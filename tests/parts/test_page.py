@@ -14,7 +14,7 @@ import jwt
 import pytest
 from browsing import Visit
 from playwright.sync_api import Browser, FrameLocator, Page, Route, expect
-from running import Broker, broker
+from running import Broker, broker, until
 from website import AGENT, Answer, Website, handout, refusal, website
 
 from broker.web.script import FOLDER
@@ -367,6 +367,7 @@ class TestSessions:
         }"""
         path, secret = "/v1/embed-tokens/request", site.broker.secret
         assert page.evaluate(ask, [path, secret]) == [403, "SECRET_IN_BROWSER"]
+        until(lambda: "secret_in_browser" in site.broker.log, "the event")
         (line,) = [s for s in site.broker.log.splitlines() if "secret_in_browser" in s]
         event = json.loads(line)
         assert (event["event"], event["level"]) == ("broker.secret_in_browser", "error")
