@@ -171,6 +171,26 @@ def test_N26_one_foreign_number_among_others(talk: Talk, key: str, name: str) ->
             talk.ask([command(b"FLUSHALL")])
 
 
+def test_N26_a_replica_by_itself_goes_on_beyond_a_foreign_number_of_a_message(talk: Talk) -> None:
+    """Nobody else is there to take it out: it holds for as long as a message may be overtaken."""
+    till = Till(talk)
+    till.fill()
+    assert till.reserve("a")[0] == 1
+    till.write_call(b"a", b"777777777777777 0 0 0 %d" % till.now)
+    assert till.reserve("a")[0] == 0
+    till.now += int(SILENT * SECOND) + 1
+    assert till.reserve("a")[0] == 1
+
+
+def test_N26_an_era_of_any_length_is_not_taken_over(talk: Talk) -> None:
+    """It would be sent with every message of every replica, for ever."""
+    till = Till(talk)
+    till.fill()
+    till.spoil("era", "x" * 65)
+    till.send("tell", "a", 0)
+    assert (till.era, till.told) == ("era", till.now)
+
+
 @pytest.mark.parametrize("days", [2, 365, 80 * 365])
 def test_N19_a_time_that_nobody_vouches_for_is_given_up(talk: Talk, days: int) -> None:
     """Over a day beyond what passed, and beyond the server's clock: another era begins.
