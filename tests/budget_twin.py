@@ -23,6 +23,12 @@ from broker.testing import FakeClock
 
 SECOND = 1_000_000
 
+FAR = 10**30
+"""What counts for a moment that nobody of ours wrote: it is cut to the furthest that can be."""
+
+Told = tuple[int, int, int, int, int]
+"""What a replica told last: message, calls out, settled, abandoned, when."""
+
 
 class Twin:
     """One budget; `withheld` in millionths, times in microseconds of the fleet's own clock."""
@@ -32,9 +38,27 @@ class Twin:
         self.paused_until = 0
         self.withheld = 0
         self.queues: dict[bytes, tuple[int, int]] = {}
-        self.calls: dict[bytes, tuple[int, int, int, int, int]] = {}
-        self.owed: tuple[int, int] | None = None
+        self.calls: dict[bytes, Told | None] = {}
+        self.owed: tuple[int, int | None] | None = None
         self.reserved_at: int | None = None
+
+    def spoil(self, field: str) -> None:
+        """Let somebody write over a field of the budget what is no number of ours."""
+        match field:
+            case "full_at":
+                self.full_at = FAR
+            case "paused_until":
+                self.paused_until = 0
+            case "withheld":
+                self.withheld = SECOND
+            case "owed":
+                self.owed = FAR, self.owed[1] if self.owed else None
+            case "owed_at":
+                self.owed = (self.owed[0], None) if self.owed else None
+            case "reserved_at":
+                self.reserved_at = None
+            case _:
+                assert field == "time", "which the next who vouches knows"
 
     def send(self, now: int, arguments: Sequence[bytes]) -> list[int]:  # noqa: C901, PLR0912, PLR0915 - one after the other, as the script has it
         """Decide; `arguments` as the script gets them, the reply without era and time."""
@@ -47,24 +71,31 @@ class Twin:
             step = min(-(-interval * SECOND // (SECOND - self.withheld)), step)
         depth = max(burst * interval, step)
         paused = min(max(self.paused_until - now, 0), 300 * SECOND)
-        wait_full = depth
+        wait_full, fullest = depth, paused + 2 * depth + ahead
         if self.full_at is not None:
-            wait_full = min(max(self.full_at - now, 0), paused + 2 * depth + ahead)
+            is_ours = self.full_at >= now - 30 * 86_400 * SECOND
+            wait_full = min(max(self.full_at - now, 0), fullest) if is_ours else fullest
         if arguments[5] == b"1":
             wait_full = max(wait_full, depth)
         known = self.calls.get(who)
-        if known is not None and message <= known[0]:
+        if known is not None and message <= known[0] and abs(now - known[4]) <= silent:
             return [0, interval, 0, paused, -1]
         lost = charged = 0
-        for other, (_, left, _, _, told) in list(self.calls.items()):
-            if other != who and abs(now - told) > silent:
+        for other, call in list(self.calls.items()):
+            if call is None:
                 del self.calls[other]
-                lost += left
+                lost += burst
+            elif other != who and abs(now - call[4]) > silent:
+                del self.calls[other]
+                lost += call[1]
         if known is not None:
-            charged += max(settled - known[2], 0)
-            lost += max(abandoned - known[3], 0)
+            charged += settled - known[2]
+            lost += abandoned - known[3]
         owed, owed_at = self.owed or (burst, now)
-        owed_at = min(owed_at, now)
+        owed = min(owed, 3 * burst)
+        if owed_at is None:
+            charged, owed_at = charged + owed, now
+        assert owed_at <= now, "nobody sets this time back"
         if answered >= 0 and now - answered >= owed_at:
             charged += min(owed, (now - owed_at) // step)
             owed = 0
@@ -72,7 +103,7 @@ class Twin:
             charged += min(owed, (now - owed_at) // step) + lost
             owed, owed_at = min(owed + lost, 3 * burst), now
         self.owed = owed, owed_at
-        wait_full += charged * step
+        wait_full = min(wait_full + charged * step, fullest)
         if what != b"tell":
             self.queues.pop(who, None)
             if waiting:
@@ -80,9 +111,9 @@ class Twin:
         over = int(arguments[7])
         self.queues = {n: q for n, q in self.queues.items() if abs(now - q[0]) <= over}
         others = [line for name, (_, line) in self.queues.items() if name != who]
-        all_out = out + sum(left for name, (_, left, *_) in self.calls.items() if name != who)
+        all_out = out + sum(call[1] for name, call in self.calls.items() if call and name != who)
         most = min(probes, burst) if owed else burst
-        taken = wait_full + all_out * step
+        taken = wait_full + min(all_out, 3 * burst) * step
         wait = max(taken + step - depth, paused, 0)
         if all_out >= most:
             wait = max(wait, step)

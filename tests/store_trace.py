@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 import hiredis
+from foreign import FOREIGN
 from msgspec import Struct
+from msgspec.structs import replace
 from replica import at_given_time
 from servers import StoreServer
 
@@ -40,8 +42,13 @@ LIMITS = [
 GAPS = [0, 0, 0, 1, 2, 500, 333_333, 333_334, SECOND, 3 * SECOND, 60 * SECOND, 86_400 * SECOND]
 
 Reply = Any
-Step = tuple[Script, list[bytes], list[bytes], Reply]
-"""A script, its keys and arguments, and what the model replies."""
+Step = tuple[Script | None, list[bytes], list[bytes], Reply]
+"""A script, its keys and arguments, and what the model replies.
+
+Without a script: the arguments are a command of somebody who writes what none of ours would."""
+
+FAR = 10**30
+"""What counts for a moment that none of ours wrote: it is cut to the furthest that can be."""
 
 
 class Lease(Struct):
@@ -69,7 +76,7 @@ class Model:
     def __init__(self) -> None:
         self.buckets: dict[str, int] = {}
         self.tokens: dict[str, Token] = {}
-        self.epochs: dict[str, int] = {}
+        self.epochs: dict[str, int | None] = {}
         self.leases: dict[str, Lease] = {}
 
     def spend(self, bucket: str, limit: Limit, carried: int, now: int) -> tuple[bool, int]:
@@ -78,10 +85,35 @@ class Model:
         self.buckets[bucket], verdict = spend(full_at, limit, now)
         return verdict.allowed, verdict.full_in
 
-    def held(self, token: str, epoch: int, now: int) -> Token | None:
+    def spoil(self, draw: random.Random, visitor: str) -> list[bytes] | None:
+        """Let somebody write over a number of this visitor; returns the command, if there is one.
+
+        What is no number of ours counts as an exhausted bucket, an epoch that no token has, no
+        token, no fence, and a lease that has just begun.
+        """
+        written = draw.choice(FOREIGN).encode("latin-1")
+        bucket, epoch = f"{visitor}bshared", f"{visitor}e"
+        token, lease = f"{visitor}t{draw.randrange(2)}", f"{visitor}l{draw.randrange(2)}"
+        match draw.choice(["bucket", "epoch", "version", "dies", "of", "fence", "ends"]):
+            case "bucket":
+                self.buckets[bucket] = FAR
+                return [b"SET", bucket.encode(), written]
+            case "epoch":
+                self.epochs[epoch] = None
+                return [b"SET", epoch.encode(), written]
+            case "fence" | "ends" as field if found := self.leases.get(lease):
+                setattr(found, field, FAR if field == "ends" else 0)
+                return [b"HSET", lease.encode(), field.encode(), written]
+            case "version" | "dies" | "of" as field if known := self.tokens.get(token):
+                field = "epoch" if field == "of" else field
+                self.tokens[token] = replace(known, **{field: 0 if field != "epoch" else -1})
+                return [b"HSET", token.encode(), field.encode(), written]
+        return None
+
+    def held(self, token: str, epoch: int | None, now: int) -> Token | None:
         """Return what may be handed out."""
         found = self.tokens.get(token)
-        if found is None or found.epoch != epoch or found.dies <= now:
+        if found is None or not found.version or found.epoch != epoch or found.dies <= now:
             return None
         return found
 
@@ -95,7 +127,7 @@ class Model:
         if not allowed and not dry:
             return [0, wait]
         epoch = self.epochs.get(visitor, 0)
-        reply: list[Reply] = [int(allowed), wait, text(epoch)]
+        reply: list[Reply] = [int(allowed), wait, text(-1 if epoch is None else epoch)]
         if found := self.held(token, epoch, now):
             reply += [text(found.version), found.dies - now]
             if found.version != known:
@@ -108,11 +140,13 @@ class Model:
         """Decide who leads."""
         bucket, token, visitor, name = keys
         epoch = self.epochs.get(visitor, 0)
+        if epoch is None:
+            epoch = self.epochs[visitor] = now
         found = self.held(token, epoch, now)
         if found is not None and found.version != known:
             return [b"token", text(found.version), found.dies - now, text(epoch), found.sealed]
         lease = self.leases.get(name)
-        if lease is not None:
+        if lease is not None and lease.fence:
             if lease.error and lease.fence == waited:
                 return [b"failed", lease.error]
             left = min(lease.ends - now, LEASE)
@@ -167,11 +201,11 @@ class Model:
     def finish(self, keys: list[str], known: int, now: int) -> Reply:
         """End a visitor, or bring back an epoch that is known."""
         visitor, *tokens = keys
-        before = self.epochs.get(visitor, 0)
+        before = self.epochs.get(visitor) or 0
         self.epochs[visitor] = max(known, before) if known else max(now, before + 1)
         for token in tokens:
             self.tokens.pop(token, None)
-        return text(self.epochs[visitor])
+        return text(self.epochs[visitor] or 0)
 
 
 def text(number: int) -> bytes:
@@ -198,6 +232,8 @@ def _step(  # noqa: PLR0911 - a branch a script
     key = draw.randrange(2)
     place = draw.randrange(len(LIMITS))
     limit = LIMITS[place]
+    if draw.random() < 0.01 and (spoiled := model.spoil(draw, visitor)):
+        return None, [], spoiled, None
     bucket = f"{visitor}b{place if draw.random() < 0.9 else 'shared'}"
     token, epoch, lease = f"{visitor}t{key}", f"{visitor}e", f"{visitor}l{key}"
     numbers = [b"%d" % limit.burst, b"%d" % limit.interval]
@@ -229,6 +265,7 @@ def _step(  # noqa: PLR0911 - a branch a script
                 fences[lease] = int(reply[1]), int(reply[2])
             arguments = [*numbers, b"0", b"%d" % dry, b"%d" % known if known else b"", me.encode()]
             arguments += [b"%d" % LEASE, b"%d" % waited if waited else b"", b"%d" % MEMORY]
+            arguments.append(b"%d" % MEMORY)
             return Script.LEAD, encoded(*keys), arguments, reply
         case 3:
             left, sealed = draw.choice([1, 999, SECOND, 3600 * SECOND]), draw.randbytes(20)
@@ -244,7 +281,9 @@ def _step(  # noqa: PLR0911 - a branch a script
             return Script.ABANDON, encoded(lease), arguments, model.abandon(lease, fence, error)
         case _:
             told = (
-                model.epochs.get(epoch, 0) + draw.choice([-1, 0, 1]) if draw.random() < 0.3 else 0
+                (model.epochs.get(epoch) or 0) + draw.choice([-1, 0, 1])
+                if draw.random() < 0.3
+                else 0
             )
             known = b"%d" % told if told > 0 else b""
             keys = [epoch, token] if draw.random() < 0.5 else [epoch]
@@ -307,17 +346,21 @@ def compare(server: StoreServer, count: int, seed: int) -> Counter[str]:
             replies = talk.ask([_packed(names, step, now) for step, now in batch])
             for (step, now), reply in zip(batch, replies, strict=True):
                 assert _same(step, reply), f"after {kinds.total()} steps, at {now}: {step}, {reply}"
-                kinds[f"{step[0].value} {_kind(reply)}"] += 1
+                kinds[f"{step[0].value} {_kind(reply)}" if step[0] else "spoiled"] += 1
     return kinds
 
 
 def _packed(names: dict[Script, bytes], step: Step, now: int) -> bytes:
     script, keys, arguments, _ = step
+    if script is None:
+        return command(*arguments)
     return command(b"EVALSHA", names[script], b"%d" % len(keys), *keys, *arguments, b"%d" % now)
 
 
 def _same(step: Step, reply: Reply) -> bool:
     script, _, _, expected = step
+    if script is None:
+        return not isinstance(reply, Exception)
     if script in (Script.KEEP, Script.ABANDON):
         return _same_waiters(reply, expected)
     return bool(reply == expected)

@@ -60,7 +60,8 @@ LATE = 1.0
 must not make its call on top of what others were given meanwhile."""
 
 TELL_AGAIN = 1.0
-"""Seconds between two messages while calls are out here, or only the end of one makes room."""
+"""Seconds between two messages while calls are out here, only the end of one makes room, or every
+newcomer is refused: what was told last may be over, or never have been true."""
 
 SILENT = 5.0
 """Seconds without a message after which the calls that a replica has out are owed: it was killed,
@@ -288,10 +289,9 @@ class SharedSlots(Slots):
         """
         reply = await self._send(waiting, b"modest" if modest else b"reserve")
         match reply:
-            case [int(reserved), int(wait), int(free), int(paused), bytes(), int(), int(), *lines]:
+            case [int(reserved), int(wait), int(), int(paused), bytes(), int(), int(), *lines]:
                 self._lines = [line for line in lines if isinstance(line, int)]
                 self._lines_told = self._loop.time()
-                self._note(wait / SECOND, free, reserved=bool(reserved))
                 if paused and not reserved:
                     self.hold(paused / SECOND)
                 return bool(reserved), wait / SECOND
@@ -331,8 +331,18 @@ class SharedSlots(Slots):
                 self._failed = True
                 raise
             match reply:
-                case [int(reserved), int(), int(), int(), bytes(era), int(told), int(silence), *_]:
+                case [
+                    int(reserved),
+                    int(wait),
+                    int(free),
+                    _,
+                    bytes(era),
+                    int(told),
+                    int(silence),
+                    *_,
+                ]:
                     self._fleet.time.learn(era, told)
+                    self._note(wait / SECOND, free, reserved=bool(reserved))
                     self._failed, self._returned, self._alone = False, True, None
                     self._untold -= untold
                     self._out += reserved
@@ -372,6 +382,13 @@ class SharedSlots(Slots):
         return self._server.is_away or unheard or self._fleet.is_lost
 
     @property
+    def _refuses_all(self) -> bool:
+        """Whether every newcomer is refused: then nobody is in line to learn that it is over."""
+        now = self._loop.time()
+        wait = self.predict(0, now, drained=False) - now
+        return not self._is_alone and wait > self._budget.max_wait
+
+    @property
     def _is_alone(self) -> bool:
         return self._alone is not None or self._is_lost
 
@@ -404,8 +421,8 @@ class SharedSlots(Slots):
         elif self._alone is None and due and self._is_lost:
             await self._begin_share()
         since = self._loop.time() - self._told_at
-        is_out = bool(self._out) or self._stuck_since is not None
-        due = bool(self._untold) or (is_out and since >= TELL_AGAIN)
+        wants_news = bool(self._out) or self._stuck_since is not None or self._refuses_all
+        due = bool(self._untold) or (wants_news and since >= TELL_AGAIN)
         if due and not self._telling and not self._server.is_away:
             _ = await self._tell()
 

@@ -23,6 +23,10 @@ ENDS_KNOWN = 50_000
 ENDS_LAST = 2 * 3600 * SECOND
 """Microseconds that it knows them: longer than a token lives and its mint takes."""
 
+LATEST_END = 2**52
+"""Microseconds since 1970, in 2112: half of what a store's scripts can count to.  A later one was
+written by somebody else, and would be told to every store that has forgotten it."""
+
 
 class Epochs:
     """The epochs of all visitors."""
@@ -68,7 +72,9 @@ class KnownEnds(Epochs):
         return self._ends is None or epoch >= self.of(visitor)
 
     def note(self, name: bytes, epoch: int) -> None:
-        """Take note of an end."""
+        """Take note of an end; of one that is no moment of ours nothing is known."""
+        if epoch > LATEST_END:
+            return
         if self._ends is None:
             self._ends = TTLCache(ENDS_KNOWN, ENDS_LAST, timer=self._mono)
         self._ends[name] = max(epoch, self._ends.get(name, 0))

@@ -287,6 +287,7 @@ class ValkeyStore:
             b"%d" % LEASE,
             waited_for,
             b"%d" % LEASE_MEMORY,
+            b"%d" % ENDS_LAST,
         )
         if not isinstance(reply, list):
             raise StoreFailed(Reason.OTHER)

@@ -1,4 +1,4 @@
-"""Clocks that are wrong: rows L3, L4 and T5 for replicas and for the store."""
+"""Clocks that are wrong: rows L3, L4, T5 and N19 for replicas and for the store."""
 
 import asyncio
 import math
@@ -11,7 +11,18 @@ from pathlib import Path
 import faked_time
 import pytest
 from processes import merged
-from replicas import Replica, Reply, back, joined, replicas, start, tree_for, undisturbed, visitor
+from replicas import (
+    Crowd,
+    Replica,
+    Reply,
+    back,
+    joined,
+    replicas,
+    start,
+    tree_for,
+    undisturbed,
+    visitor,
+)
 from servers import StoreServer
 
 from broker.testing import FakeVendor, VendorSettings
@@ -21,6 +32,13 @@ pytestmark = pytest.mark.parts
 BURST, RATE = 10, 2
 TAU = BURST / RATE
 """Seconds that a bucket takes to refill."""
+
+BUDGET_RATE, BUDGET_PER, BUDGET_BURST = 20, 2.0, 4
+BUDGET = {
+    "rate": BUDGET_RATE, "per": f"{BUDGET_PER:g}s", "burst": BUDGET_BURST, "max_wait": "6s",
+}  # fmt: skip
+SLACK = 5
+"""Calls that a stall of half a second moves into the next window."""
 
 LIFETIME = 8
 """Seconds that a token lives."""
@@ -58,6 +76,55 @@ class TestReplicas:
         finally:
             for replica in fleet:
                 await replica.close()
+
+    @pytest.mark.parametrize("offset", ["+1d", "-1d"])
+    async def test_N19_a_replica_whose_date_is_a_day_off_neither_stops_nor_unbounds_the_budget(
+        self, vendor: FakeVendor, store: StoreServer, tmp_path: Path, offset: str
+    ) -> None:
+        """It writes first, beside the others, and when it is killed: the budget is one, and used.
+
+        Also after its death: the others withhold its share, as anybody's, and make calls.
+        """
+        tree = merged(tree_for(tmp_path, store, vendor), {"issuer.budget": BUDGET})
+        off = await start(tmp_path, tree, **faked_time.environment(offset))
+        fleet = [off]
+        try:
+            async with Crowd() as crowd:
+                crowd.let("off", off, 12)
+                await asyncio.sleep(3)
+                fleet += [await start(tmp_path, tree) for _ in range(2)]
+                await joined(fleet)
+                for replica in fleet[1:]:
+                    crowd.let("others", replica, 12)
+                began = time.monotonic()
+                await asyncio.sleep(6)
+                beside = _calls(vendor, began)
+                date = parsedate_to_datetime((await off.ask()).headers["Date"]).timestamp()
+                assert abs(date - time.time()) > 86_000, "its date is off"
+                assert not await off.is_degraded()
+                await off.kill()
+                killed = time.monotonic()
+                await asyncio.sleep(8)
+                after = _calls(vendor, killed + 3)
+                await crowd.stop()
+            fullest = vendor.journal.in_window(BUDGET_PER)
+            print(
+                f"{offset}: {beside} calls in 6 s beside it, {after} in 5 s after its death;"
+                f" fullest window {fullest}"
+            )
+            assert fullest <= BUDGET_RATE + BUDGET_BURST + SLACK
+            assert beside >= 6 / BUDGET_PER * BUDGET_RATE / 2
+            assert after >= 5 / BUDGET_PER * BUDGET_RATE / 4
+            served = {reply.status for reply in crowd.of("others", began)}
+            assert 200 in served
+            assert served <= {200, 503}
+        finally:
+            for replica in fleet:
+                await replica.close()
+
+
+def _calls(vendor: FakeVendor, since: float) -> int:
+    return sum(call.mono >= since for call in vendor.journal.calls)
 
 
 class TestStore:

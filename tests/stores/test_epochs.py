@@ -42,6 +42,8 @@ def test_G9_a_known_end_is_over_for_what_is_older() -> None:
     assert [ends.holds("one", epoch) for epoch in (0, 6, 7, 8)] == [False, False, True, True]
     assert ends.holds("other", 0)
     assert (ends.of("one"), ends.of("other")) == (7, 0)
+    ends.note(b"one", module.LATEST_END + 1)
+    assert ends.of("one") == 7, "N26: it would be told to every store that has forgotten it"
 
 
 def test_G6_known_ends_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

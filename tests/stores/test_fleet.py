@@ -47,7 +47,7 @@ class House:
             [
                 command(
                     b"EVALSHA", self._script, b"2", b"members", b"budget",
-                    *(argument.encode() for argument in arguments),
+                    *(argument.encode("latin-1") for argument in arguments),
                 )
             ]
         )  # fmt: skip
@@ -73,6 +73,12 @@ class House:
     def forget_time(self) -> None:
         """Lose the fleet's time."""
         self._talk.ask([command(b"HDEL", b"budget", b"era", b"time")])
+
+    def entry(self, name: bytes) -> bytes | None:
+        """Return what is written of a member."""
+        (written,) = self._talk.ask([command(b"HGET", b"members", name)])
+        assert written is None or isinstance(written, bytes)
+        return written
 
     def write(self, name: bytes, value: bytes) -> None:
         """Write what no replica writes."""

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import pytest
+from foreign import FOREIGN
 from msgspec.structs import replace
 from replica import HOUR, KEY, PATIENT, SECOND, Replica, opened
 from servers import StoreServer, store_server, valkey_binary
@@ -704,36 +705,60 @@ def in_the_store(replica: Replica, ask: Ask) -> dict[str, bytes]:
     }
 
 
-JUNK = ["", "x", "-1", "nan", "-nan", "inf", "1e400", "9" * 30, "\xff", "1.5"]
+JUNK_AT = ["bucket", "epoch", "version", "dies", "sealed", "of", "fence", "holder"]
+"""A visitor's keys, and fields of a token and of a lease; its end is below, for that takes time."""
 
 
-@pytest.mark.parametrize("junk", JUNK)
-async def test_S1_junk_in_the_store_is_no_defect(valkey: StoreServer, junk: str) -> None:
-    """In a bucket, an epoch, any field of a token or a lease: decided here, or as if it were not.
+@pytest.mark.parametrize("junk", FOREIGN)
+async def test_S1_N26_junk_in_the_store_is_no_failure(valkey: StoreServer, junk: str) -> None:
+    """In a bucket, an epoch, any field of a token or a lease: an exhausted bucket, or as if absent.
 
-    Nobody is refused for longer than a full drain.
+    Nobody is refused for longer than a full drain, and the next token that is kept is found.
     """
     limit = Limit(3, SECOND)
     async with opened(Replica(valkey.address, limits_of(limit))) as replica:
-        for place in ("bucket", "epoch", "version", "dies", "sealed", "fence", "holder", "ends"):
+        for place in JUNK_AT:
             valkey.flush()
             replica.front.clear()
             ask = ask_of()
             await keep(replica, ask, await lead(replica, ask))
             keys = in_the_store(replica, ask)
             if place in ("bucket", "epoch"):
-                valkey.ask("SET", keys[place], junk)
-            elif place in ("version", "dies", "sealed"):
-                valkey.ask("HSET", keys["token"], place, junk)
+                valkey.ask("SET", keys[place], junk.encode("latin-1"))
+            elif place in ("version", "dies", "sealed", "of"):
+                field = "epoch" if place == "of" else place
+                valkey.ask("HSET", keys["token"], field, junk.encode("latin-1"))
             else:
-                valkey.ask("HSET", keys["lease"], "fence", 1, "holder", "x", "ends", 1, place, junk)
+                held = {"fence": 1, "holder": "x", "ends": 1, place: junk.encode("latin-1")}
+                valkey.ask("HSET", keys["lease"], *(part for pair in held.items() for part in pair))
             for _ in range(2):
                 visit = await replica.store.visit(ask, ask.key)
                 if visit.denial is not None:
                     assert 0 < visit.denial.verdict.retry_after <= limit.depth
-                lease = await replica.store.lead(ask, ask.key, never)
+                lease = await asyncio.wait_for(replica.store.lead(ask, ask.key, never), PATIENT)
                 if isinstance(lease, Lease):
                     await keep(replica, ask, lease)
+            replica.front.clear()
+            assert await replica.store.look(ask, ask.key) is not None, place
+        assert replica.errors == {}
+
+
+@pytest.mark.parametrize("junk", ["nan", "1" + "0" * 18])
+async def test_S4_N26_a_lease_whose_end_is_junk_lasts_no_longer_than_a_new_one(
+    deaf_pair: Pair, valkey: StoreServer, junk: str
+) -> None:
+    """Its holder was killed; whoever waits is next after three seconds."""
+    one, other, ask = deaf_pair.one, deaf_pair.other, ask_of()
+    lease = await lead(one, ask)
+    one.remote.leases.drop(in_the_store(one, ask)["lease"])
+    valkey.ask("HSET", in_the_store(one, ask)["lease"], "ends", junk)
+    waiting = asyncio.create_task(other.store.lead(ask, ask.key, never))
+    ends = in_the_store(one, ask)["lease"], "ends"
+    await eventually(lambda: valkey.ask("HGET", *ends) == b"%d" % (deaf_pair.clock.wall() + LEASE))
+    deaf_pair.clock.advance(LEASE / SECOND)
+    next_one = await asyncio.wait_for(waiting, PATIENT)
+    assert isinstance(next_one, Lease)
+    assert next_one.fence > lease.fence
 
 
 async def test_S4_a_waiter_with_an_odd_name_stops_nobody(

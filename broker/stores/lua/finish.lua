@@ -9,7 +9,7 @@
 -- forgets the epoch brings them back.  Atomic, because an epoch never comes twice, also if the
 -- server's clock steps back.
 
-local before = tonumber(redis.call('GET', KEYS[1]) or '0')
+local before = stored(redis.call('GET', KEYS[1]), 1, LATEST, 0)
 local epoch = text(math.max(now_us(), before + 1))
 if ARGV[2] ~= '' then
   epoch = text(math.max(tonumber(ARGV[2]), before))

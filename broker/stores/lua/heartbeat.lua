@@ -44,7 +44,8 @@ local members = redis.call('HGETALL', KEYS[1])
 for place = 1, #members, 2 do
   local name = members[place]
   local seen, who, parts, at = string.match(members[place + 1], '^(%d+) (%S+) (%d+) ?(%d*)$')
-  local silence = now - tonumber(seen or '0')
+  seen, parts = stored(seen, 0, LATEST, LATEST), stored(parts, 0, LATEST)
+  local silence = now - seen
   if not parts then -- nobody of ours wrote this
     redis.call('HDEL', KEYS[1], name)
   elseif name ~= me and silence > forgotten then
@@ -52,14 +53,14 @@ for place = 1, #members, 2 do
   elseif name ~= me then
     local least = 0
     if is_newcomer and at ~= '' then
-      least = math.max(math.min(clock - tonumber(at), lost), 0)
+      least = math.max(math.min(clock - stored(at, 0, LATEST, LATEST), lost), 0)
     end
     if silence < least then -- or it is another era's: count from here
       silence = least
       local since = text(math.max(now - least, 0))
-      redis.call('HSET', KEYS[1], name, table.concat({since, who, parts, at}, ' '))
+      redis.call('HSET', KEYS[1], name, table.concat({since, who, text(parts), at}, ' '))
     end
-    local share = tonumber(parts) > 0 and 1 / tonumber(parts) or 0
+    local share = parts > 0 and 1 / parts or 0
     given = given + share
     local holds = share > 0 and 1 or 0
     if silence < lost then
@@ -71,7 +72,7 @@ for place = 1, #members, 2 do
     end
     if #reply < 1000 then -- what one reply can hold, and more than one fleet has
       reply[#reply + 1] = name
-      reply[#reply + 1] = tonumber(parts)
+      reply[#reply + 1] = parts
     end
   end
 end

@@ -12,8 +12,8 @@ local now = fleet_us(KEYS[1], ARGV[6], ARGV[7])
 local interval = tonumber(ARGV[2])
 local depth = tonumber(ARGV[1]) * interval
 local budget = redis.call('HMGET', KEYS[1], 'full_at', 'paused_until')
-local full_at = tonumber(budget[1] or text(now + depth))
-local paused_until = math.min(tonumber(budget[2] or '0'), now + 300000000)
+local full_at = full_at_of(budget[1], now, depth)
+local paused_until = math.min(stored(budget[2], 0, LATEST, 0), now + 300000000)
 local pause, left = tonumber(ARGV[3]), tonumber(ARGV[4])
 if pause > 0 then
   paused_until = math.max(paused_until, now + pause)

@@ -8,11 +8,12 @@
 -- Atomic, so that neither an older leader nor a mint that began before its visitor was ended can
 -- put its token over a newer one's.  The epoch comes first: a leader that was succeeded is told to
 -- hand its token out, one whose visitor was ended is not.  Only its own lease ends, and only those
--- who wait for that are woken.
+-- who wait for that are woken.  An epoch that nobody of ours wrote is another one than any; a fence
+-- or version that nobody of ours wrote is none.
 
 local now = now_us()
 local fence = tonumber(ARGV[1])
-local epoch = redis.call('GET', KEYS[2]) or '0'
+local epoch = epoch_at(KEYS[2])
 local lease = redis.call('HGETALL', KEYS[3])
 local waiting, leader = {}, 0
 for place = 1, #lease, 2 do
@@ -20,7 +21,7 @@ for place = 1, #lease, 2 do
   if waiter then
     waiting[#waiting + 1] = waiter
   elseif lease[place] == 'fence' then
-    leader = tonumber(lease[place + 1])
+    leader = stored(lease[place + 1], 0, LATEST, 0)
   end
 end
 if leader > fence then
@@ -31,7 +32,7 @@ end
 if epoch ~= ARGV[2] then
   return {'ended', unpack(waiting)}
 end
-if leader > fence or tonumber(redis.call('HGET', KEYS[1], 'version') or '0') > fence then
+if leader > fence or stored(redis.call('HGET', KEYS[1], 'version'), 0, LATEST, 0) > fence then
   return {'superseded', unpack(waiting)}
 end
 local left = tonumber(ARGV[3])

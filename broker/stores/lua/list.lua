@@ -9,6 +9,7 @@
 
 local now = now_us()
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', text(math.floor(now / 1000000) - 60))
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '(' .. text(LATEST), '+inf') -- nobody of ours wrote these
 redis.call('ZADD', KEYS[1], ARGV[1], ARGV[2])
 local over = redis.call('ZCARD', KEYS[1]) - tonumber(ARGV[3])
 if over > 0 then

@@ -17,7 +17,9 @@ while low < high do
     high = middle
   end
 end
-local page = redis.call('ZRANGE', KEYS[1], low, low + tonumber(ARGV[3]) - 1, 'WITHSCORES')
+local last = redis.call('ZCOUNT', KEYS[1], '-inf', text(LATEST)) -- none of ours expires later
+last = math.min(low + tonumber(ARGV[3]), last) - 1
+local page = last < low and {} or redis.call('ZRANGE', KEYS[1], low, last, 'WITHSCORES')
 local reply = {}
 for place = 1, #page, 2 do
   reply[#reply + 1] = text(tonumber(page[place + 1]))

@@ -18,14 +18,11 @@ local said = allowed and 1 or 0
 if not allowed and ARGV[5] ~= '1' then
   return {said, wait}
 end
-local epoch = redis.call('GET', KEYS[3]) or '0'
+local epoch = epoch_at(KEYS[3])
 local token = redis.call('HMGET', KEYS[2], 'version', 'dies', 'epoch')
-if not token[1] or token[3] ~= epoch then
-  return {said, wait, epoch}
-end
-local left = tonumber(token[2]) - now
-if left <= 0 then
-  return {said, wait, epoch}
+local left = stored(token[2], 0, LATEST, 0) - now
+if not stored(token[1], 0, LATEST) or token[3] ~= epoch or left <= 0 then
+  return {said, wait, epoch or '-1'} -- no token's, until whoever leads begins a new one
 end
 if token[1] == ARGV[6] then
   return {said, wait, epoch, token[1], left}
