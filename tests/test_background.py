@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from processes import good, put, secret_file, secret_in, until, wait_for
 from servers import StoreServer
 from test_supervisor import crew_of, supervised
@@ -261,6 +262,25 @@ class TestMountThatHangs:
             await until(lambda: reloads["success"].value == 1)
             assert mount.on_loop == []
             assert sorted(Path(path).name for path in mount.read) == ["admin", "web"]
+
+    async def test_N12_files_of_new_settings_are_watched_after_a_reload(
+        self, tmp_path: Path
+    ) -> None:
+        """A client that comes with a reload may have its secret rotated as the others may."""
+        files = {name: secret_file(tmp_path / name) for name in ("old", "new")}
+        tree = {"clients": {"web": {"secret_file": files["old"], "agents": ["*"]}}}
+        async with serving(tree) as edge:
+            before = edge.app._load()
+            web = replace(before.clients["web"], secret_file=files["new"])
+            edge.app._load = lambda: replace(before, clients={"web": web})
+            reloads = edge.app.metrics.process.reloads
+            edge.app.want_reload()
+            await until(lambda: reloads["success"].value == 1)
+            secret_file(tmp_path / "old")
+            assert not edge.app._files.changed()
+            secret_file(tmp_path / "new")
+            await until(lambda: reloads["success"].value == 2)
+            assert (await edge.ask(secret=secret_in(files["new"]))).status == 200
 
     async def test_N2_what_is_done_aside_tells_how_it_went(self, tmp_path: Path) -> None:
         """A value, an error, or nothing at all to somebody who has gone."""

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from processes import good, put, secret_file, secret_in, until, until_true
+from processes import PATIENCE, good, put, secret_file, secret_in, until, until_true
 from test_config import alone, candidates, keys
 from web.edge import logging_to
 
@@ -33,7 +33,7 @@ from broker.rules import restarts
 from broker.seat import Seat, Sibling
 from broker.settings import Settings
 from broker.supervisor import CannotStart, Supervisor
-from broker.usage import usage
+from broker.usage import Usage, usage
 
 EVERY_KEY = list(keys())
 
@@ -147,6 +147,13 @@ async def supervised(
             assert supervisor._children == {}
 
 
+async def _take(supervisor: Supervisor, worker: child.Child, seconds: float) -> None:
+    """Let the kernel say that a worker has taken so much CPU, and look."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "usage", lambda: Usage(cpu_seconds=seconds, resident_bytes=1))
+        supervisor._publish()
+
+
 class TestSeat:
     def test_knows_who_has_fewer_connections(self) -> None:
         """Somebody who is gone has none, and somebody who is hung would not take one."""
@@ -214,6 +221,60 @@ class TestSupervisor:
             counted = (process.reloads["failure"].value, process.restarts.value)
             assert counted == (1, 1)
             assert supervisor._settings == later
+
+    async def test_a_worker_that_dies_while_it_is_led_is_not_waited_for(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It will not answer, and has not refused: the reload goes on, its successor begins so."""
+        first = crew_of(tmp_path)
+        later = replace(first, limits=replace(first.limits, fingerprint_format="any"))
+        monkeypatch.setattr(child, "ANSWER_TIME", 10 * PATIENCE)
+        async with supervised(first, lambda: later) as supervisor:
+            dying = supervisor._children[1].pid
+            os.kill(dying, signal.SIGSTOP)
+            led = asyncio.ensure_future(supervisor._roll())
+            await until(lambda: supervisor._settings == later)
+            os.kill(dying, signal.SIGKILL)
+            async with asyncio.timeout(PATIENCE):
+                await led
+            await until(lambda: _pid(supervisor, 1) not in (dying, None))
+            await until(lambda: supervisor._children[1].is_ready)
+            process = supervisor.metrics.process
+            assert (process.reloads["success"].value, process.hangs.value) == (1, 0)
+
+    async def test_what_workers_take_of_the_machine_is_counted_once(self, tmp_path: Path) -> None:
+        """However often it is looked at; a successor's comes on top of what the dead one took."""
+        settings = crew_of(tmp_path)
+        async with supervised(settings) as supervisor:
+            taken = supervisor.metrics.process.cpu["1"]
+            first = supervisor._children[1]
+            await _take(supervisor, first, 100.0)
+            before = taken.value
+            for seconds in (107.0, 107.0, 112.0):
+                await _take(supervisor, first, seconds)
+            assert taken.value == pytest.approx(before + 12.0)
+            first.kill()
+            await until(lambda: supervisor._children.get(1, first) is not first)
+            before = taken.value
+            second = supervisor._children[1]
+            counted = second.counted_cpu  # by the supervisor's own rounds
+            await _take(supervisor, second, counted + 103.0)
+            await _take(supervisor, second, counted + 103.0)
+            assert taken.value == pytest.approx(before + 103.0)
+
+    async def test_files_of_new_settings_are_watched_after_a_reload(self, tmp_path: Path) -> None:
+        """And those that no setting names any more are not."""
+        first = crew_of(tmp_path)
+        other = secret_file(tmp_path / "other")
+        later = replace(first, clients={"web": replace(first.clients["web"], secret_file=other)})
+        async with supervised(first, lambda: later) as supervisor:
+            reloads = supervisor.metrics.process.reloads
+            supervisor.want_reload()
+            await until(lambda: reloads["success"].value == 1)
+            secret_file(tmp_path / "web")
+            assert not supervisor._files.changed()
+            secret_file(tmp_path / "other")
+            await until(lambda: reloads["success"].value == 2)
 
     async def test_a_worker_that_cannot_follow_keeps_the_old_settings(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
