@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -22,10 +23,22 @@ from processes import PATIENCE, good, put, secret_file, secret_in, until, until_
 from test_config import alone, candidates, keys
 from web.edge import logging_to
 
-from broker import child, config, parts, schema
+from broker import child, config, parts, schema, worker
 from broker import supervisor as supervisor_module
 from broker.board import share, shared
-from broker.channel import ORDERS, REPORTS, Begin, Channel, Follow, Ready, Stop, packed
+from broker.channel import (
+    ORDERS,
+    REPORTS,
+    Begin,
+    Channel,
+    Follow,
+    Followed,
+    Order,
+    Ready,
+    Report,
+    Stop,
+    packed,
+)
 from broker.child import reason_of
 from broker.metrics import Metrics
 from broker.reload import in_force, needs_restart
@@ -33,6 +46,7 @@ from broker.rules import restarts
 from broker.seat import Seat, Sibling
 from broker.settings import Settings
 from broker.supervisor import CannotStart, Supervisor
+from broker.tasks import TaskSet
 from broker.usage import Usage, usage
 
 EVERY_KEY = list(keys())
@@ -84,6 +98,57 @@ class TestChannel:
         assert await channel.receive() is None
         channel.send(Stop())  # to nobody: lost, not an error
         channel.close()
+
+
+class Orders:
+    """Stands for a supervisor's end of the channel: says these, then nothing for ever."""
+
+    def __init__(self, *orders: Order) -> None:
+        self._orders = list(orders)
+        self.heard: list[Report] = []
+
+    async def receive(self) -> Order:
+        """Return the next order."""
+        if not self._orders:
+            await asyncio.Event().wait()
+        return self._orders.pop(0)
+
+    def send(self, report: Report) -> None:
+        """Take note of an answer."""
+        self.heard.append(report)
+
+
+class Reader:
+    """Stands for an app whose files can be read only once it was told to stop."""
+
+    def __init__(self) -> None:
+        self._stopped = threading.Event()
+        self.in_force = 0
+
+    def prepared(self, _settings: Settings) -> Callable[[], None]:
+        """Wait for files as a mounted file system does."""
+        self._stopped.wait()
+
+        def put_in_force() -> None:
+            self.in_force += 1
+
+        return put_in_force
+
+    def stop(self) -> None:
+        """Begin to drain."""
+        self._stopped.set()
+
+
+async def test_a_worker_hears_that_it_is_to_end_while_it_reads() -> None:
+    """A file system that takes its time does not hold up a drain."""
+    orders, reader, following = Orders(Follow({}), Stop()), Reader(), TaskSet()
+    stand_ins: tuple[Any, Any] = orders, reader
+    obeying = asyncio.ensure_future(worker._obey(*stand_ins, following))
+    await until(lambda: orders.heard != [])
+    assert (orders.heard, reader.in_force) == ([Followed()], 1)
+    obeying.cancel()
+    await asyncio.gather(obeying, return_exceptions=True)
+    await following.close()
 
 
 class TestRestarts:
@@ -147,10 +212,10 @@ async def supervised(
             assert supervisor._children == {}
 
 
-async def _take(supervisor: Supervisor, worker: child.Child, seconds: float) -> None:
+async def _take(supervisor: Supervisor, taker: child.Child, seconds: float) -> None:
     """Let the kernel say that a worker has taken so much CPU, and look."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "usage", lambda: Usage(cpu_seconds=seconds, resident_bytes=1))
+        patch.setattr(taker, "usage", lambda: Usage(cpu_seconds=seconds, resident_bytes=1))
         supervisor._publish()
 
 
