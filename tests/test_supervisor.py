@@ -375,10 +375,18 @@ class TestSupervisor:
                 await supervisor._roll()
                 return started
 
+            lead, led = supervisor._lead, list[str | None]()
+
+            async def noted(*given: Any) -> str | None:
+                led.append(await lead(*given))
+                return led[-1]
+
+            monkeypatch.setattr(supervisor, "_lead", noted)
             monkeypatch.setattr(supervisor_module.Child, "start", start_amid_a_reload)
             supervisor._children[1].kill()
             await until(lambda: 1 not in supervisor._children)
             await until(lambda: 1 in supervisor._children and supervisor._children[1].is_ready)
+            await until(lambda: led == [None])
             secret = {"api-secret": secret_in(str(tmp_path / "new"))}
             async with http.post(f"{supervisor.url}/v1/validate", headers=secret) as answer:
                 assert await answer.json() == {"valid": True}
