@@ -29,7 +29,7 @@ from broker.listen import CannotListen, Listener, listen
 from broker.model import LimitName
 from broker.pacer import Paced, Pacer, Unpaced
 from broker.pauses import PauseKeeper
-from broker.reload import READING, UNREADABLE, in_force, needs_restart
+from broker.reload import in_force, needs_restart, read_aside
 from broker.schema import ConfigError
 from broker.seat import Seat
 from broker.sessions.desk import SessionDesk
@@ -271,27 +271,13 @@ class App:
         while True:
             await self._reload_wanted.wait()
             self._reload_wanted.clear()
-            try:
-                async with asyncio.timeout(READING):
-                    await aside(self._rehearse)
-            except TimeoutError:
-                self._note_reload(failed=True)
-                log.error("broker.reload_failed", error=UNREADABLE)
-            else:
-                self.reload()
+            await self.reload()
 
-    def _rehearse(self) -> None:
-        """Read what a reload reads, where it may take its time; what is wrong, the reload says."""
-        with contextlib.suppress(Exception):
-            parts.check(self._load(), self._environ)
-
-    def reload(self) -> bool:
+    async def reload(self) -> bool:
         """Read the settings again; all of it takes effect, or nothing does."""
         try:
-            loaded = self._load()
-            settings = in_force(self._settings, loaded)
-            other_key = parts.sealing_key(settings) != self._sealing_key
-            self.follow(settings)
+            loaded, other_key, put_in_force = await read_aside(self._read)
+            put_in_force()
         except ConfigError as error:
             self._note_reload(failed=True)
             log.error("broker.reload_failed", error=str(error))
@@ -309,8 +295,22 @@ class App:
         self.metrics.process.reloads["failure" if failed else "success"].inc()
         self.metrics.process.reload_failed.set(failed)
 
-    def follow(self, settings: Settings) -> None:
-        """Take over what a running process can; raises ConfigError with nothing changed."""
+    def _read(self) -> tuple[Settings, bool, Callable[[], None]]:
+        """Read all files anew; raises ConfigError.
+
+        Returns what they say, whether there is another sealing key, and what puts them in force.
+        """
+        loaded = self._load()
+        settings = in_force(self._settings, loaded)
+        other_key = parts.sealing_key(settings) != self._sealing_key
+        return loaded, other_key, self.prepared(settings)
+
+    def prepared(self, settings: Settings) -> Callable[[], None]:
+        """Read all that a running process can take over; raises ConfigError.
+
+        Reading may take its time: in a thread of its own.  Returns what puts it in force, on the
+        event loop; until then nothing has changed.
+        """
         files = SecretFiles(
             file for _, file in parts.watched_files(settings)
         )  # before they are read: a change in between is noticed
@@ -318,17 +318,21 @@ class App:
         admins = parts.admin_clients(settings)
         use_keys = self._new_keys(settings)
         access = parts.store_access(settings)
-        if self.sharing is not None:
-            self.sharing.use_access(access)
-        self.door.use_clients(clients)
-        if self._admin_door is not None:
-            self._admin_door.use_clients(admins)
-        self.store.use_limits(limits)
-        use_keys()
-        logs.configure(settings.log)
-        self._routes.use_log(debug=settings.log.level == "debug")
-        self._routes.any_fingerprint = settings.limits.fingerprint_format == "any"
-        self._files = files
+
+        def put_in_force() -> None:
+            if self.sharing is not None:
+                self.sharing.use_access(access)
+            self.door.use_clients(clients)
+            if self._admin_door is not None:
+                self._admin_door.use_clients(admins)
+            self.store.use_limits(limits)
+            use_keys()
+            logs.configure(settings.log)
+            self._routes.use_log(debug=settings.log.level == "debug")
+            self._routes.any_fingerprint = settings.limits.fingerprint_format == "any"
+            self._files = files
+
+        return put_in_force
 
     def _new_keys(self, settings: Settings) -> Callable[[], None]:
         """Read the issuer's keys; returns what puts them in force."""

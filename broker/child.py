@@ -14,14 +14,15 @@ import structlog
 from typing_extensions import override
 
 from broker.channel import REPORTS, Begin, Channel, Follow, Followed, Ready, Refused, Report, Stop
+from broker.reload import READING
 from broker.rules.hangs import Pulse
 from broker.usage import Usage, usage
 
 log = structlog.get_logger()
 
-ANSWER_TIME = 10.0
-"""Seconds in which a worker that is ready must have taken over new settings: it takes
-milliseconds."""
+ANSWER_TIME = READING + 5.0
+"""Seconds in which a worker that is ready must have taken over new settings: it takes milliseconds,
+and one that cannot read its files says so, after the time for that."""
 
 _ROOT = Path(__file__).resolve().parents[1]
 

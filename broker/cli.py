@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from typing_extensions import override
 
 from broker import checks, config, schema
+from broker.files import MAX_FILE
 from broker.model import Secret
 from broker.schema import ConfigError
 from broker.settings import Settings
@@ -352,7 +353,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     local = settings.issuer.local
     try:
         proof = parts.keyring(settings).verify(
-            sys.stdin.buffer.read().decode("utf-8", "replace").strip(),
+            sys.stdin.buffer.read(MAX_FILE).decode("utf-8", "replace").strip(),
             local.issuer,
             local.audience,
             SystemClock().wall(),

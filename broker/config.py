@@ -14,6 +14,7 @@ from typing import Any, get_args, get_origin
 
 from msgspec.structs import replace
 
+from broker import files
 from broker.checks import check, normal_base_url
 from broker.model import Secret
 from broker.schema import ConfigError, bare, build, fields_of, is_table, refuse_unknown
@@ -63,10 +64,6 @@ def from_tree(tree: Mapping[str, Any]) -> Settings:
     return replace(settings, issuer=replace(settings.issuer, upstream=upstream))
 
 
-MAX_FILE = 2**20
-"""Bytes of a configuration or secret file that are read: a thousand clients take a tenth of it."""
-
-
 def find_file(flag: str | None, environ: Mapping[str, str]) -> Path | None:
     """Choose the configuration file: flag, `BROKER_CONFIG`, the default path if it is there."""
     if flag:
@@ -80,48 +77,30 @@ def read_secret(name: str, inline: Secret | None, file: str | None) -> Secret | 
     """Return the secret that is given inline or in a file, None if neither is set."""
     if inline is not None and file is not None:
         raise ConfigError(f"{name} and {name}_file are both set: keep one")
-    if file is None:
-        return inline
+    return inline if file is None else secret_in(f"{name}_file", file)
+
+
+def secret_in(setting: str, file: str) -> Secret:
+    """Return the secret in the file that a setting names; raises ConfigError."""
     try:
-        text = _text_of(Path(file))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{name}_file: cannot read {file}: {_os_reason(error)}") from None
+        text = files.read_text(file)
+    except files.CannotRead as error:
+        raise ConfigError(f"{setting}: {error}") from None
     secret = text.removesuffix("\n").removesuffix("\r")
     if not secret:
-        raise ConfigError(f"{name}_file: {file} is empty")
+        raise ConfigError(f"{setting}: {file} is empty")
     return Secret(secret)
 
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        text = _text_of(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {_os_reason(error)}") from None
+        text = files.read_text(path)
+    except files.CannotRead as error:
+        raise ConfigError(str(error)) from None
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError, too
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
-
-
-class _TooLarge(ValueError):
-    """A file of more than MAX_FILE bytes, or without an end."""
-
-
-def _text_of(path: Path) -> str:
-    """Read a file up to its bound: one that leads to a device has no end."""
-    with path.open("rb") as file:
-        raw = file.read(MAX_FILE + 1)
-    if len(raw) > MAX_FILE:
-        raise _TooLarge
-    return raw.decode("utf-8-sig")
-
-
-def _os_reason(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or "error"
-    if isinstance(error, _TooLarge):
-        return f"more than {MAX_FILE >> 20} MiB; name a file that holds nothing else"
-    return "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not a path"
 
 
 def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:

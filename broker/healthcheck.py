@@ -12,6 +12,7 @@ from pathlib import Path
 
 from typing_extensions import override
 
+from broker import files
 from broker.checks import parse_address
 from broker.settings import Admin
 
@@ -48,10 +49,8 @@ def where(flag: str | None, environ: Mapping[str, str], file: Path | None) -> st
 
 def _of_file(file: Path | None) -> str | None:
     try:
-        listen = (
-            tomllib.loads(file.read_text(encoding="utf-8-sig"))["admin"]["listen"] if file else None
-        )
-    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        listen = tomllib.loads(files.read_text(file))["admin"]["listen"] if file else None
+    except (files.CannotRead, ValueError, RecursionError, LookupError, TypeError):
         return None
     return listen if isinstance(listen, str) else None
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from time import gmtime, strftime
 
-from broker import parts
+from broker import files, parts
 from broker.issuers import keyfile
 from broker.issuers.keyring import NEVER, BadKey, Key, Keyring
 from broker.rules.reuse import SECOND
@@ -37,6 +37,8 @@ def rotate(settings: Settings, after: int, *, drop_old: bool) -> list[str]:
 
     try:
         entries = keyfile.edit(Path(local.keys_file), change)
+    except files.CannotRead as error:
+        raise CannotRotate(str(error)) from None
     except OSError as error:
         raise CannotRotate(f"cannot write {local.keys_file}: {error.strerror}") from None
     except (keyfile.BadKeyFile, BadKey) as error:

@@ -14,9 +14,10 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import replace
 
+from broker import files
 from broker.board import Cells
 from broker.checks import is_loopback, parse_address
-from broker.config import MIN_CLIENT_SECRET, VENDOR_VARIABLES, read_secret
+from broker.config import MIN_CLIENT_SECRET, VENDOR_VARIABLES, read_secret, secret_in
 from broker.issue import ReusePolicy
 from broker.issuers import keyfile
 from broker.issuers.egress import Proxy, check_proxy, proxy_for
@@ -129,7 +130,7 @@ def vendor_keys(settings: Settings, environ: Mapping[str, str]) -> list[Secret]:
     name = "issuer.upstream.api_secret"
     if upstream.api_secret is not None and upstream.api_secret_files:
         raise ConfigError(f"{name} and {name}_files are both set: keep one")
-    found = [read_secret(name, None, file) for file in upstream.api_secret_files]
+    found = [secret_in(f"{name}_files", file) for file in upstream.api_secret_files]
     keys: list[Secret | None] = [upstream.api_secret, *found]
     if not any(keys):
         given = next((environ[name] for name in VENDOR_VARIABLES if environ.get(name)), None)
@@ -186,11 +187,9 @@ def _keyring_in(file: str, local: LocalIssuer) -> Keyring:
         raise ConfigError(f"issuer.local.keys_file and issuer.local.{other} are both set: keep one")
     try:
         return Keyring(keyfile.schedule(keyfile.read(Path(file))))
-    except OSError as error:
-        raise ConfigError(
-            f"issuer.local.keys_file: cannot read {file}: {error.strerror};"
-            " make it with `broker keys rotate`"
-        ) from None
+    except files.CannotRead as error:
+        remedy = "; make it with `broker keys rotate`" if error.is_absent else ""
+        raise ConfigError(f"issuer.local.keys_file: {error}{remedy}") from None
     except (keyfile.BadKeyFile, BadKey) as error:
         raise ConfigError(f"issuer.local.keys_file: {file}: {error}") from None
 
@@ -264,19 +263,25 @@ def store_access(settings: Settings) -> Access:
 
 
 def _tls_of(store: Store) -> ssl.SSLContext:
-    """Read certificates once: at the first connection it would be too late to say what is wrong."""
+    """Read certificates once: at the first connection it would be too late to say what is wrong.
+
+    TLS opens them by their paths and would wait for a pipe: so each is read before.
+    """
+    for name in ("tls_ca_file", "tls_cert_file", "tls_key_file"):
+        if file := getattr(store, name):
+            try:
+                files.read(file)
+            except files.CannotRead as error:
+                raise ConfigError(f"store.{name}: {error}") from None
     name, file = "tls_ca_file", store.tls_ca_file
     try:
         context = ssl.create_default_context(cafile=file)
         if store.tls_cert_file is not None:
             name, file = "tls_cert_file", store.tls_cert_file
             context.load_cert_chain(file, store.tls_key_file, password=lambda: "")
-    except ssl.SSLError as error:
-        problem = error.reason or "no certificates"
+    except OSError as error:  # of TLS, or of a file that went away a moment ago
+        problem = getattr(error, "reason", error.strerror) or "no certificates"
         raise ConfigError(f"store.{name}: {file} cannot be used: {problem}") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not a path"
-        raise ConfigError(f"store.{name}: cannot read {file}: {reason}") from None
     return context
 
 

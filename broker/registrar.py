@@ -3,6 +3,8 @@
 It reads records and ends sessions, and is no member of the fleet: it takes no share of any limit.
 """
 
+from collections.abc import Callable
+
 from aiohttp import web
 from typing_extensions import override
 
@@ -59,13 +61,20 @@ class Registrar:
         )
         self._refusals = RefusalLog()
         self._throttled = metrics.rejections[LimitName.AUTH.value]
-        self.follow(settings)
+        self.prepared(settings)()
 
-    def follow(self, settings: Settings) -> None:
-        """Take over the admin secret, and how the store lets it in; raises ConfigError."""
+    def prepared(self, settings: Settings) -> Callable[[], None]:
+        """Read the admin secret, and how the store lets it in; raises ConfigError.
+
+        Returns what puts them in force, as `App.prepared` does.
+        """
         admins, access = parts.admin_clients(settings), parts.store_access(settings)
-        self._door.use_clients(admins)
-        self._server.nodes.use_access(access)
+
+        def put_in_force() -> None:
+            self._door.use_clients(admins)
+            self._server.nodes.use_access(access)
+
+        return put_in_force
 
     def serve_on(self, application: web.Application) -> None:
         """Add the routes."""

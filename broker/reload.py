@@ -1,14 +1,35 @@
-"""What a running process can take over from new settings, and what needs a restart."""
+"""What a running process can take over from new settings, and what needs a restart.
+
+A reload has two halves: files are read aside, where a mounted file system may take its time, and
+what was read is put in force on the event loop, which reads nothing.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
 
 from msgspec.structs import replace
 
+from broker.schema import ConfigError
 from broker.settings import Issuer, Settings
+from broker.tasks import aside
+
+T = TypeVar("T")
 
 READING = 10.0
 """Seconds in which all files of a configuration must have been read: it takes milliseconds, unless
 a mounted file system hangs."""
 
 UNREADABLE = f"files could not be read in {READING:.0f} s: a mounted file system may hang"
+
+
+async def read_aside(read: Callable[[], T]) -> T:
+    """Read files in a thread of their own; raises what that raises, ConfigError if they hang."""
+    try:
+        async with asyncio.timeout(READING):
+            return await aside(read)
+    except TimeoutError:
+        raise ConfigError(UNREADABLE) from None
 
 
 def needs_restart(old: Settings, new: Settings, *, other_key: bool = False) -> list[str]:

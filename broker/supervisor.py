@@ -20,7 +20,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import structlog
 from aiohttp.web import Application
@@ -33,7 +33,7 @@ from broker.child import Child, reason_of
 from broker.clock import sleep_unless
 from broker.health import Health
 from broker.listen import CannotListen, listen
-from broker.reload import READING, UNREADABLE, in_force, needs_restart
+from broker.reload import in_force, needs_restart, read_aside
 from broker.rules import restarts
 from broker.schema import ConfigError
 from broker.settings import Settings
@@ -64,6 +64,24 @@ class CannotStart(Exception):
     def __init__(self, code: int) -> None:
         super().__init__(code)
         self.code = code
+
+
+class _Read(NamedTuple):
+    """What a reload has read: what the files say, and what of it can be in force.
+
+    `told` is what workers are told; `put_in_force` is for what is served here.
+    """
+
+    loaded: Settings
+    settings: Settings
+    files: SecretFiles
+    other_key: bool
+    told: Settings
+    put_in_force: Callable[[], None]
+
+
+def _nothing() -> None:
+    """Put nothing in force: no sessions are served here."""
 
 
 class Supervisor:
@@ -263,45 +281,33 @@ class Supervisor:
     async def _roll(self) -> None:
         """Check new settings, then put them in force, one worker after the other."""
         try:
-            async with asyncio.timeout(READING):
-                loaded, settings, files, other_key, told = await aside(self._read)
-            if self._registrar is not None:
-                self._registrar.follow(told)
+            read = await read_aside(self._read)
         except ConfigError as error:
             self._report_failure([str(error)])
             return
-        except TimeoutError:
-            self._report_failure([UNREADABLE])
-            return
-        changed = needs_restart(self._settings, loaded, other_key=other_key)
-        self._settings, self._told, self._files = settings, told, files
-        tree = packed(told)
+        read.put_in_force()
+        changed = needs_restart(self._settings, read.loaded, other_key=read.other_key)
+        self._settings, self._told, self._files = read.settings, read.told, read.files
+        tree = packed(read.told)
         failures = [await self._lead(child, tree) for child in list(self._children.values())]
-        logs.configure(settings.log)
+        logs.configure(read.settings.log)
         if any(failures):
             self._report_failure([failure for failure in failures if failure])
             return
         self._note_reload(failed=False)
         log.info("broker.reloaded", needs_restart=changed)
 
-    def _read(self) -> tuple[Settings, Settings, SecretFiles, bool, Settings]:
-        """Read all files anew; raises ConfigError.
-
-        Returns what they say, what of it can be in force, the files, whether there is another
-        sealing key, and what workers are told.
-        """
+    def _read(self) -> _Read:
+        """Read all files anew; raises ConfigError."""
         loaded = self._load()
         settings = in_force(self._settings, loaded)
         files = SecretFiles(file for _, file in parts.watched_files(settings))
         parts.check(settings, self._environ)
         other_key = parts.sealing_key(settings) != self._sealing_key
-        return (
-            loaded,
-            settings,
-            files,
-            other_key,
-            parts.with_store_secrets(settings, self._sealing_key),
-        )
+        told = parts.with_store_secrets(settings, self._sealing_key)
+        registrar = self._registrar
+        put_in_force = _nothing if registrar is None else registrar.prepared(told)
+        return _Read(loaded, settings, files, other_key, told, put_in_force)
 
     async def _lead(self, child: Child, tree: dict[str, Any]) -> str | None:
         """Let a worker follow once it is ready; returns why it did not.

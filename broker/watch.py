@@ -13,17 +13,14 @@ All of it may block for as long as a mounted file system likes: not for the even
 """
 
 import os
-import stat
 from collections.abc import Iterable
 from hashlib import blake2b
 from itertools import cycle, islice
 
+from broker.files import MAX_FILE, CannotRead, open_regular
+
 MOST_READ = 64
 """Files that one look reads: a millisecond, twice a second."""
-
-LONGEST = 2**20
-"""Bytes that are read of a file: bundles of certificates are smaller.  What lies behind is known by
-time and size only."""
 
 Signature = tuple[int, int, int, int]
 """Device, inode (a swapped link), size, time of change in ns."""
@@ -67,14 +64,11 @@ def _signature(path: str) -> Signature | None:
 def _digest(path: str) -> bytes | None:
     """Hash the contents; None if they cannot be read, or reading would consume them."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError):
+        handle = open_regular(path)
+    except CannotRead:
         return None
     try:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            return None
-        size = min(max(status.st_size, 4096), LONGEST)  # some file systems say 0
+        size = min(max(os.fstat(handle).st_size, 4096), MAX_FILE)  # some file systems say 0
         return blake2b(os.read(handle, size), digest_size=16).digest()
     except OSError:
         return None

@@ -22,11 +22,12 @@ from broker.app import App
 from broker.board import Board, shared
 from broker.channel import ORDERS, Begin, Channel, Follow, Followed, Order, Ready, Refused, Stop
 from broker.metrics import Metrics
+from broker.reload import read_aside
 from broker.schema import ConfigError
 from broker.seat import Seat, Sibling
 from broker.serve import EX_CONFIG, loop_factory
 from broker.streams import complain
-from broker.tasks import Background, BackgroundTask
+from broker.tasks import Background, BackgroundTask, TaskSet
 
 log = structlog.get_logger()
 
@@ -54,10 +55,11 @@ async def _work(end: socket.socket) -> int:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, app.stop)
     await app.start()
     channel.send(Ready())
-    background = Background(app.metrics.process.background)
-    background.start(BackgroundTask.ORDERS, lambda: _obey(channel, app))
+    background, following = Background(app.metrics.process.background), TaskSet()
+    background.start(BackgroundTask.ORDERS, lambda: _obey(channel, app, following))
     await app.run()
     await background.close()
+    await following.close()
     channel.close()
     return 0
 
@@ -89,12 +91,15 @@ def _siblings(index: int, board: Board, metrics: Metrics) -> list[Sibling]:
     ]
 
 
-async def _obey(channel: Channel[Order], app: App) -> None:
-    """Do what the supervisor says, until it says no more."""
+async def _obey(channel: Channel[Order], app: App, following: TaskSet) -> None:
+    """Do what the supervisor says, until it says no more.
+
+    New settings take as long as their files do: an order to stop is heard meanwhile.
+    """
     while (order := await channel.receive()) is not None:
         match order:
             case Follow(tree):
-                channel.send(_follow(app, tree))
+                following.start(_follow(channel, app, tree))
             case Stop():
                 app.stop()
             case Begin():
@@ -103,9 +108,14 @@ async def _obey(channel: Channel[Order], app: App) -> None:
     await asyncio.Event().wait()  # for the end: there is nobody left to obey
 
 
-def _follow(app: App, tree: dict[str, object]) -> Followed | Refused:
+async def _follow(channel: Channel[Order], app: App, tree: dict[str, object]) -> None:
+    channel.send(await _followed(app, tree))
+
+
+async def _followed(app: App, tree: dict[str, object]) -> Followed | Refused:
     try:
-        app.follow(schema.build(tree))
+        put_in_force = await read_aside(lambda: app.prepared(schema.build(tree)))
+        put_in_force()
     except ConfigError as error:
         return Refused(str(error))
     except Exception as error:

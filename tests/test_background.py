@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import until, wait_for
+from msgspec.structs import replace
+from processes import good, put, secret_file, secret_in, until, wait_for
 from servers import StoreServer
 from test_supervisor import crew_of, supervised
-from web.edge import Edge, serving
+from web.edge import Edge, request, serving
 
 from broker.board import Counter
+from broker.files import open_regular
 from broker.supervisor import Supervisor
 from broker.tasks import BackgroundTask, aside
 
@@ -184,6 +186,26 @@ async def test_N2_a_worker_that_talks_nonsense_is_replaced(tmp_path: Path) -> No
         assert supervisor.metrics.process.restarts.value == 1
 
 
+class Mount:
+    """Stands in for a mounted file system, which stands once it has opened some files."""
+
+    def __init__(self, passes: int) -> None:
+        self._passes = passes
+        self.read: list[str] = []
+        self.on_loop: list[str] = []
+        self.stands, self.released = threading.Event(), threading.Event()
+
+    def open(self, path: str, *, follow: bool = True) -> int:
+        """Open as the file system does, or not yet."""
+        self.read.append(path)
+        if threading.current_thread() is threading.main_thread():
+            self.on_loop.append(path)  # and the loop would stand, and the test with it
+        elif len(self.read) > self._passes:
+            self.stands.set()
+            self.released.wait()
+        return open_regular(path, follow=follow)
+
+
 class TestMountThatHangs:
     """A FIFO stands for it: whoever opens it to read waits, as at a mount that does not answer."""
 
@@ -202,7 +224,7 @@ class TestMountThatHangs:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Told and counted; the next is heard."""
-        monkeypatch.setattr("broker.app.READING", 0.2)
+        monkeypatch.setattr("broker.reload.READING", 0.2)
         async with serving() as edge:
             held, load = threading.Event(), edge.app._load
 
@@ -218,6 +240,47 @@ class TestMountThatHangs:
             edge.app.want_reload()
             await until(lambda: reloads["success"].value == 1)
             assert (await edge.ask()).status == 200
+
+    @pytest.mark.parametrize("passes", range(4))
+    async def test_N2_whichever_read_of_a_reload_hangs_the_loop_serves(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: int
+    ) -> None:
+        """The mount stands after some files were read: probes and requests are answered meanwhile.
+
+        No file is read twice, or on the loop: the second time it might hang.
+        """
+        tree = put(good(tmp_path), "admin.secret_file", secret_file(tmp_path / "admin"))
+        async with serving({name: tree[name] for name in ("admin", "clients")}) as edge:
+            mount = Mount(passes)
+            monkeypatch.setattr("broker.files.open_regular", mount.open)
+            edge.app.want_reload()
+            reloads = edge.app.metrics.process.reloads
+            await until(lambda: mount.stands.is_set() or reloads["success"].value == 1)
+            assert (await edge.raw(request("GET", "/livez"))).status == 200
+            assert (await edge.ask(secret=secret_in(str(tmp_path / "web")))).status == 200
+            mount.released.set()
+            await until(lambda: reloads["success"].value == 1)
+            assert mount.on_loop == []
+            assert sorted(Path(path).name for path in mount.read) == ["admin", "web"]
+
+    async def test_N12_files_of_new_settings_are_watched_after_a_reload(
+        self, tmp_path: Path
+    ) -> None:
+        """A client that comes with a reload may have its secret rotated as the others may."""
+        files = {name: secret_file(tmp_path / name) for name in ("old", "new")}
+        tree = {"clients": {"web": {"secret_file": files["old"], "agents": ["*"]}}}
+        async with serving(tree) as edge:
+            before = edge.app._load()
+            web = replace(before.clients["web"], secret_file=files["new"])
+            edge.app._load = lambda: replace(before, clients={"web": web})
+            reloads = edge.app.metrics.process.reloads
+            edge.app.want_reload()
+            await until(lambda: reloads["success"].value == 1)
+            secret_file(tmp_path / "old")
+            assert not edge.app._files.changed()
+            secret_file(tmp_path / "new")
+            await until(lambda: reloads["success"].value == 2)
+            assert (await edge.ask(secret=secret_in(files["new"]))).status == 200
 
     async def test_N2_what_is_done_aside_tells_how_it_went(self, tmp_path: Path) -> None:
         """A value, an error, or nothing at all to somebody who has gone."""

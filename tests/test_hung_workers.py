@@ -13,6 +13,7 @@ from test_supervisor import crew_of, supervised
 from test_workers import WORKERS, Crew, ask_all, is_alive
 
 from broker import supervisor as supervisor_module
+from broker.reload import UNREADABLE
 from broker.rules import hangs
 
 HANGS, RESTARTS = "broker_worker_hangs_total", "broker_worker_restarts_total"
@@ -193,3 +194,44 @@ class TestSupervisor:
 
 
 HOUSEKEEPING = supervisor_module.BackgroundTask.HOUSEKEEPING
+
+
+async def test_N2_workers_whose_files_hang_say_so_and_serve(
+    tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mount stands after the supervisor has read: no loop stands, and nobody is killed.
+
+    They follow as soon as they can read, and hear meanwhile that they are to end.
+    """
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(
+        "import pathlib, time\n"
+        f"TRAP = pathlib.Path({str(tmp_path / 'trap')!r})\n"
+        "if 'broker.worker' in open('/proc/self/cmdline').read():\n"
+        "    from broker import files, reload\n"
+        "    opened, reload.READING = files.open_regular, 3.0\n"
+        "    def stand(path, *, follow=True):\n"
+        "        while TRAP.exists():\n"
+        "            time.sleep(0.01)\n"
+        "        return opened(path, follow=follow)\n"
+        "    files.open_regular = stand\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hook"))
+    with Crew.on(tmp_path, tree) as crew:
+        async with Caller(crew, client_secret(tree)) as caller:
+            before = crew.pids()
+            (tmp_path / "trap").touch()
+            told = asyncio.create_task(asyncio.to_thread(crew.reload))
+            while not told.done():
+                await ask_all(crew, caller)
+                assert await says(caller, 200, "ok")
+            assert (await told)["event"] == "broker.reload_failed"
+            assert (await told)["error"] == UNREADABLE
+            (tmp_path / "trap").unlink()
+            assert (await asyncio.to_thread(crew.reload))["event"] == "broker.reloaded"
+            assert crew.pids() == before
+            assert [await caller.metric(name) for name in (HANGS, RESTARTS)] == [0, 0]
+        (tmp_path / "trap").touch()
+        crew.send(signal.SIGHUP)
+        assert crew.end() == 0
+        assert crew.events("broker.worker_died") == []

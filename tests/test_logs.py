@@ -578,7 +578,7 @@ async def _exercise(edge: Edge, canaries: _Canaries) -> str:
     replies += [await edge.post(b"", path="/v1/validate", secret=v[:-1]) for v in known]
     replies += [await edge.ask(agent="other", secret=canaries.other_secret)]
     await _cause_a_defect(edge, own)
-    assert edge.app.reload() is True
+    assert await edge.app.reload() is True
     assert {reply.status for reply in replies} >= {400, 401, 403, 404, 405, 429}
     return "\n".join(reply.text for reply in replies if reply.status != 200)
 

@@ -268,13 +268,13 @@ class TestTruth:
         from broker.schema import ConfigError
 
         async with serving() as edge:
-            assert edge.app.reload() is True
+            assert await edge.app.reload() is True
 
             def broken() -> Any:
                 raise ConfigError("limits.agent: rate must be a positive, finite number")
 
             edge.app._load = broken
-            assert edge.app.reload() is False
+            assert await edge.app.reload() is False
             scraped = await edge.scrape()
             assert scraped['broker_config_reloads_total{outcome="success"}'] == 1
             assert scraped['broker_config_reloads_total{outcome="failure"}'] == 1

@@ -317,7 +317,7 @@ class TestCertificates:
             ({"tls_ca_file": "/nowhere"}, f"tls_ca_file: {gone}"),
             (
                 {"tls_ca_file": str(tmp_path)},
-                f"tls_ca_file: cannot read {tmp_path}: Is a directory",
+                f"tls_ca_file: cannot read {tmp_path}: a directory; name a file in it",
             ),
             ({"tls_ca_file": empty}, f"tls_ca_file: {empty} cannot be used: "),
             ({"tls_ca_file": "a\0b"}, "tls_ca_file: cannot read a\0b: not a path"),

@@ -31,6 +31,7 @@ from broker.issuers.vendor_failures import BY_CODE
 from broker.issuers.vendor_replies import Scope
 from broker.metrics import Metrics
 from broker.model import LimitName, Minted, Outcome, Session
+from broker.pacer import MAX_PROMISE
 from broker.rules import bucket
 from broker.rules.outstanding import PROBES
 from broker.slots import Budget
@@ -518,6 +519,12 @@ def test_the_budget_s_arithmetic_is_right() -> None:
     worst = budget.rate + budget.burst
     assert f"{budget.rate} refilled + {budget.burst} of the burst = {worst}" in README
     assert worst + 3 * PROBES == 120
+    gap = budget.per.seconds / budget.rate
+    assert f"one every `per` / `rate` = 60 / {budget.rate} = {gap:.2f} s" in README
+    held = f"{budget.burst - 1} \N{MULTIPLICATION SIGN} {gap:.2f} s"
+    assert f"= {held} = {(budget.burst - 1) * gap:.0f} s keeps" in README
+    assert f"| `burst` | {budget.burst} | slots" in README
+    assert MAX_PROMISE == 5 * 60, "five minutes after it was sent"
     waiting = int(budget.max_wait.seconds * budget.rate / budget.per.seconds)
     assert f"*At once*: {budget.burst + waiting} first visitors" in README
     assert f"{budget.burst} of the burst, and {waiting} who" in README
@@ -545,6 +552,10 @@ def test_the_share_of_an_instance_that_has_seen_nobody_is_right() -> None:
     share = budget.share(UNSEEN_PARTS)
     assert share is not None
     assert f"a first visitor every {share.interval:.0f} s" in told
+    rate, parts = whole.rate, UNSEEN_PARTS
+    assert share.rate == (rate - (parts - whole.burst)) / parts
+    shown = f"({rate} - ({parts} - {whole.burst})) / {parts} = {share.rate:.1f} calls a minute"
+    assert shown in told
     shares = [parts for parts in range(1, 500) if budget.share(parts) is not None]
     assert f"(with the default more than {max(shares)})" in " ".join(README.split())
 

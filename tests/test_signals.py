@@ -68,11 +68,15 @@ def test_N9_sigterm_ends_it_at_any_moment_of_the_start(tmp_path: Path) -> None:
     assert set(codes) <= ENDED, codes
 
 
+@pytest.mark.parametrize("before", ["SIG_DFL", "SIG_IGN"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_N9_a_signal_during_the_imports_leaves_no_traceback(number: signal.Signals) -> None:
-    """Ctrl-C in the first half second is an end, not a defect."""
+def test_N9_a_signal_during_the_imports_leaves_no_traceback(
+    number: signal.Signals, before: str
+) -> None:
+    """Ctrl-C in the first half second is an end, not a defect; also where a parent ignored it."""
     code = (
         "import os, signal, sys\n"
+        f"signal.signal({number}, signal.{before})\n"
         "class Meet:\n"
         "    def find_spec(self, name, *_):\n"
         f"        if name == 'broker.cli': os.kill(os.getpid(), {number})\n"

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -18,14 +19,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from processes import good, put, secret_file, secret_in, until, until_true
+from processes import PATIENCE, good, put, secret_file, secret_in, until, until_true
 from test_config import alone, candidates, keys
 from web.edge import logging_to
 
-from broker import child, config, parts, schema
+from broker import child, config, parts, schema, worker
 from broker import supervisor as supervisor_module
 from broker.board import share, shared
-from broker.channel import ORDERS, REPORTS, Begin, Channel, Follow, Ready, Stop, packed
+from broker.channel import (
+    ORDERS,
+    REPORTS,
+    Begin,
+    Channel,
+    Follow,
+    Followed,
+    Order,
+    Ready,
+    Report,
+    Stop,
+    packed,
+)
 from broker.child import reason_of
 from broker.metrics import Metrics
 from broker.reload import in_force, needs_restart
@@ -33,7 +46,8 @@ from broker.rules import restarts
 from broker.seat import Seat, Sibling
 from broker.settings import Settings
 from broker.supervisor import CannotStart, Supervisor
-from broker.usage import usage
+from broker.tasks import TaskSet
+from broker.usage import Usage, usage
 
 EVERY_KEY = list(keys())
 
@@ -84,6 +98,57 @@ class TestChannel:
         assert await channel.receive() is None
         channel.send(Stop())  # to nobody: lost, not an error
         channel.close()
+
+
+class Orders:
+    """Stands for a supervisor's end of the channel: says these, then nothing for ever."""
+
+    def __init__(self, *orders: Order) -> None:
+        self._orders = list(orders)
+        self.heard: list[Report] = []
+
+    async def receive(self) -> Order:
+        """Return the next order."""
+        if not self._orders:
+            await asyncio.Event().wait()
+        return self._orders.pop(0)
+
+    def send(self, report: Report) -> None:
+        """Take note of an answer."""
+        self.heard.append(report)
+
+
+class Reader:
+    """Stands for an app whose files can be read only once it was told to stop."""
+
+    def __init__(self) -> None:
+        self._stopped = threading.Event()
+        self.in_force = 0
+
+    def prepared(self, _settings: Settings) -> Callable[[], None]:
+        """Wait for files as a mounted file system does."""
+        self._stopped.wait()
+
+        def put_in_force() -> None:
+            self.in_force += 1
+
+        return put_in_force
+
+    def stop(self) -> None:
+        """Begin to drain."""
+        self._stopped.set()
+
+
+async def test_a_worker_hears_that_it_is_to_end_while_it_reads() -> None:
+    """A file system that takes its time does not hold up a drain."""
+    orders, reader, following = Orders(Follow({}), Stop()), Reader(), TaskSet()
+    stand_ins: tuple[Any, Any] = orders, reader
+    obeying = asyncio.ensure_future(worker._obey(*stand_ins, following))
+    await until(lambda: orders.heard != [])
+    assert (orders.heard, reader.in_force) == ([Followed()], 1)
+    obeying.cancel()
+    await asyncio.gather(obeying, return_exceptions=True)
+    await following.close()
 
 
 class TestRestarts:
@@ -145,6 +210,13 @@ async def supervised(
             supervisor.stop()
             await supervisor.run()
             assert supervisor._children == {}
+
+
+async def _take(supervisor: Supervisor, taker: child.Child, seconds: float) -> None:
+    """Let the kernel say that a worker has taken so much CPU, and look."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(taker, "usage", lambda: Usage(cpu_seconds=seconds, resident_bytes=1))
+        supervisor._publish()
 
 
 class TestSeat:
@@ -215,6 +287,60 @@ class TestSupervisor:
             assert counted == (1, 1)
             assert supervisor._settings == later
 
+    async def test_a_worker_that_dies_while_it_is_led_is_not_waited_for(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It will not answer, and has not refused: the reload goes on, its successor begins so."""
+        first = crew_of(tmp_path)
+        later = replace(first, limits=replace(first.limits, fingerprint_format="any"))
+        monkeypatch.setattr(child, "ANSWER_TIME", 10 * PATIENCE)
+        async with supervised(first, lambda: later) as supervisor:
+            dying = supervisor._children[1].pid
+            os.kill(dying, signal.SIGSTOP)
+            led = asyncio.ensure_future(supervisor._roll())
+            await until(lambda: supervisor._settings == later)
+            os.kill(dying, signal.SIGKILL)
+            async with asyncio.timeout(PATIENCE):
+                await led
+            await until(lambda: _pid(supervisor, 1) not in (dying, None))
+            await until(lambda: supervisor._children[1].is_ready)
+            process = supervisor.metrics.process
+            assert (process.reloads["success"].value, process.hangs.value) == (1, 0)
+
+    async def test_what_workers_take_of_the_machine_is_counted_once(self, tmp_path: Path) -> None:
+        """However often it is looked at; a successor's comes on top of what the dead one took."""
+        settings = crew_of(tmp_path)
+        async with supervised(settings) as supervisor:
+            taken = supervisor.metrics.process.cpu["1"]
+            first = supervisor._children[1]
+            await _take(supervisor, first, 100.0)
+            before = taken.value
+            for seconds in (107.0, 107.0, 112.0):
+                await _take(supervisor, first, seconds)
+            assert taken.value == pytest.approx(before + 12.0)
+            first.kill()
+            await until(lambda: supervisor._children.get(1, first) is not first)
+            before = taken.value
+            second = supervisor._children[1]
+            counted = second.counted_cpu  # by the supervisor's own rounds
+            await _take(supervisor, second, counted + 103.0)
+            await _take(supervisor, second, counted + 103.0)
+            assert taken.value == pytest.approx(before + 103.0)
+
+    async def test_files_of_new_settings_are_watched_after_a_reload(self, tmp_path: Path) -> None:
+        """And those that no setting names any more are not."""
+        first = crew_of(tmp_path)
+        other = secret_file(tmp_path / "other")
+        later = replace(first, clients={"web": replace(first.clients["web"], secret_file=other)})
+        async with supervised(first, lambda: later) as supervisor:
+            reloads = supervisor.metrics.process.reloads
+            supervisor.want_reload()
+            await until(lambda: reloads["success"].value == 1)
+            secret_file(tmp_path / "web")
+            assert not supervisor._files.changed()
+            secret_file(tmp_path / "other")
+            await until(lambda: reloads["success"].value == 2)
+
     async def test_a_worker_that_cannot_follow_keeps_the_old_settings(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -249,10 +375,18 @@ class TestSupervisor:
                 await supervisor._roll()
                 return started
 
+            lead, led = supervisor._lead, list[str | None]()
+
+            async def noted(*given: Any) -> str | None:
+                led.append(await lead(*given))
+                return led[-1]
+
+            monkeypatch.setattr(supervisor, "_lead", noted)
             monkeypatch.setattr(supervisor_module.Child, "start", start_amid_a_reload)
             supervisor._children[1].kill()
             await until(lambda: 1 not in supervisor._children)
             await until(lambda: 1 in supervisor._children and supervisor._children[1].is_ready)
+            await until(lambda: led == [None])
             secret = {"api-secret": secret_in(str(tmp_path / "new"))}
             async with http.post(f"{supervisor.url}/v1/validate", headers=secret) as answer:
                 assert await answer.json() == {"valid": True}

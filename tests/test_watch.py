@@ -13,6 +13,7 @@ from processes import Broker, Caller, Tree, environment, good, merged, secret_in
 from test_serve import client_secret
 
 from broker import watch
+from broker.files import MAX_FILE
 from broker.watch import SecretFiles
 
 LENGTH = 48
@@ -183,10 +184,10 @@ def test_N12_a_file_of_which_the_system_says_0_bytes_is_read(
 def test_N12_what_lies_behind_a_mebibyte_is_known_by_its_time(tmp_path: Path) -> None:
     """Reading stays bounded."""
     large = tmp_path / "large"
-    large.write_bytes(bytes(watch.LONGEST + 10))
+    large.write_bytes(bytes(MAX_FILE + 10))
     files = SecretFiles([str(large)])
     with large.open("r+b") as handle:
-        handle.seek(watch.LONGEST + 1)
+        handle.seek(MAX_FILE + 1)
         handle.write(b"x")
     os.utime(large, ns=(1, 1))
     assert files.changed()

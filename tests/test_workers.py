@@ -457,6 +457,23 @@ class TestSharing:
                 await asyncio.to_thread(crew.kill_worker, 1)
                 assert await caller.metric(cpu) > before
 
+    async def test_a_worker_obeys_its_supervisor_and_not_the_signals_of_its_group(
+        self, tmp_path: Path, tree: Tree
+    ) -> None:
+        """A reload or Ctrl-C that goes to all of a service's processes: the supervisor leads."""
+        with Crew.on(tmp_path, tree) as crew:
+            async with Caller(crew, client_secret(tree)) as caller:
+                before = crew.pids()
+                for pid in before.values():
+                    os.kill(pid, signal.SIGHUP)
+                    os.kill(pid, signal.SIGINT)
+                await ask_all(crew, caller)
+                assert (await asyncio.to_thread(crew.reload))["event"] == "broker.reloaded"
+                assert crew.pids() == before
+                assert await caller.metric("broker_worker_restarts_total") == 0
+            assert len(crew.events("broker.reloaded")) == 1
+            assert crew.events("broker.worker_died") == []
+
 
 def environment_of(pid: int) -> str:
     """What a process was given as its environment."""

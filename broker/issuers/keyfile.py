@@ -28,6 +28,7 @@ import msgspec
 from msgspec import Meta, Struct
 from typing_extensions import override
 
+from broker import files
 from broker.issuers.keyring import LEEWAY, NEVER, BadKey, Key
 from broker.issuers.local import LIFETIME_SECONDS
 from broker.rules.reuse import SECOND
@@ -67,9 +68,12 @@ class BadKeyFile(ValueError):
 
 
 def read(path: Path) -> list[Entry]:
-    """Return the keys of a file, by the moment from which they sign; raises BadKeyFile, OSError."""
+    """Return the keys of a file, by the moment from which they sign.
+
+    Raises BadKeyFile, files.CannotRead.
+    """
     try:
-        entries = msgspec.json.decode(path.read_bytes().removeprefix(BOM_UTF8), type=_File).keys
+        entries = msgspec.json.decode(files.read(path).removeprefix(BOM_UTF8), type=_File).keys
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         where = str(error).partition(" - at ")[2]
         raise BadKeyFile(f"not written by `broker keys rotate`{where and f' at {where}'}") from None
@@ -113,7 +117,7 @@ def rotated(entries: Sequence[Entry], now: int, after: int, secret: str) -> list
 def edit(path: Path, change: Callable[[list[Entry]], list[Entry]]) -> list[Entry]:
     """Replace the file by what `change` makes of it; an absent one is empty.  Returns the result.
 
-    Raises BadKeyFile, BadKey and OSError with the file as it was.
+    Raises BadKeyFile, BadKey, files.CannotRead and OSError with the file as it was.
     """
     if path.is_symlink() and not path.exists():
         raise BadKeyFile("is a link that leads nowhere: make what it leads to, or remove it")

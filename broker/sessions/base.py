@@ -20,6 +20,11 @@ MARK_LIFE = (MAX_LIFE + 2 * LEEWAY) * SECOND
 """Microseconds for which an ended session is remembered: the longest life of a token, and the
 leeway by which its begin and its expiry are forgiven."""
 
+MOST_DISOWNED = 10_000
+"""Tokens without a record that a client may want ended within an hour: more than a vendor's default
+budget can make in that time (6,360), so a store that lost its records is made up for.  Anything can
+be said to be a token, and each takes about 300 bytes of the store."""
+
 
 class Place(Struct, frozen=True, order=True):
     """Where a listing goes on: after the session that expires then and has this id."""
@@ -43,7 +48,7 @@ class Query(Struct, frozen=True):
 
 
 class BookFull(Exception):
-    """No further session can be ended: forgetting an earlier end would bring that one back."""
+    """Nothing further can be ended: forgetting an earlier end would bring that one back."""
 
 
 class SessionBook(Protocol):
@@ -73,7 +78,8 @@ class SessionBook(Protocol):
         """Take note that a client wants a token ended of which no record is known.
 
         Whoever writes one later, because it could not when the token was made, ends its session.
-        Returns the session if it was written meanwhile: then nothing else will end it.
+        Returns the session if it was written meanwhile: then nothing else will end it.  Raises
+        BookFull for a client that has MOST_DISOWNED such notes.
         """
         ...
 

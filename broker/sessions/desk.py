@@ -154,12 +154,12 @@ class SessionDesk(SessionRegister):
         """End the session of a token that was handed to this client; False otherwise.
 
         Again, if it was ended: the first time may have failed half-way.  Raises errors.StoreAway
-        where nobody can know.
+        where nobody can know, ServiceUnavailable where it cannot be noted.
         """
         try:
             session = await self._session_of(token)
         except NotRecorded:
-            recorded = await self._book.disown(digest_of(token), client)
+            recorded = await self._disown(token, client)
             if recorded is None:
                 return False
             session = recorded
@@ -170,6 +170,16 @@ class SessionDesk(SessionRegister):
             return False
         await self._end(mine, by_client=True)
         return True
+
+    async def _disown(self, token: str, client: str) -> Session | None:
+        try:
+            return await self._book.disown(digest_of(token), client)
+        except BookFull:
+            raise ServiceUnavailable(
+                "too many tokens that are not on record were to be ended within an hour; end those"
+                " that were handed out, or try again later",
+                FULL_WAIT,
+            ) from None
 
 
 def digest_of(token: str) -> bytes:

@@ -18,7 +18,7 @@ from typing_extensions import override
 from broker.errors import SessionTaken
 from broker.model import Clock, Session
 from broker.rules.reuse import SECOND
-from broker.sessions.base import MARK_LIFE, Place, Query, place_of
+from broker.sessions.base import MARK_LIFE, MOST_DISOWNED, BookFull, Place, Query, place_of
 from broker.stores.failures import Reason, StoreFailed, number
 from broker.stores.link import Reply
 from broker.stores.names import Names
@@ -33,11 +33,20 @@ _decode = msgspec.msgpack.Decoder(Session).decode
 class ValkeyBook:
     """Sessions on a server; `most` is how many a list may have."""
 
-    def __init__(self, server: Server, names: Names, box: Box, most: int, clock: Clock) -> None:
+    def __init__(
+        self,
+        server: Server,
+        names: Names,
+        box: Box,
+        most: int,
+        clock: Clock,
+        most_disowned: int = MOST_DISOWNED,
+    ) -> None:
         self._server = server
         self._names = names
         self._box = box
         self._most = most
+        self._most_disowned = most_disowned
         self._clock = clock
 
     async def record(self, session: Session) -> None:
@@ -82,8 +91,19 @@ class ValkeyBook:
         return await self._read(self._names.handed_out(digest)) if digest else None
 
     async def disown(self, digest: bytes, client: str) -> None:
-        """Remember that a client wants a token ended of which there is no record."""
-        await self._put(self._names.disowned(client, digest), b"1", MARK_LIFE)
+        """Remember that a client wants a token ended of which there is no record.
+
+        Raises BookFull for a client with too many of them.
+        """
+        noted = await self._server.run(
+            Operation.SESSION,
+            Script.DISOWN,
+            (self._names.disowned(client, digest), self._names.all_disowned(client)),
+            b"%d" % self._most_disowned,
+            b"%d" % MARK_LIFE,
+        )
+        if noted != 1:
+            raise BookFull
 
     async def disowned(self, session: Session) -> bool:
         """Whether its client wanted its token ended before it was written down."""

@@ -104,8 +104,11 @@ class Names:
 
     def disowned(self, client: str, digest: bytes) -> bytes:
         """That a client wanted this token ended before there was a record of it."""
-        name = self._hash("disowned", f"{client}{SEPARATOR}{digest.hex()}")
-        return f"{PREFIX}{{disowned:{name}}}:mark".encode()
+        return self._disowned(client) + f"mark:{self._hash('disowned', digest.hex())}".encode()
+
+    def all_disowned(self, client: str) -> bytes:
+        """The names of all such marks of a client."""
+        return self._disowned(client) + b"all"
 
     def of_agent(self, agent: str) -> bytes:
         """The list of an agent's sessions."""
@@ -122,6 +125,10 @@ class Names:
     def _of_agent(self, agent: str) -> bytes:
         """Return the slot of an agent."""
         return f"{PREFIX}{{agent:{self._agent(agent)}}}:".encode()
+
+    def _disowned(self, client: str) -> bytes:
+        """Return the slot of what a client disowned: its marks are counted when one is set."""
+        return f"{PREFIX}{{disowned:{self._hash('disowned by', client)}}}:".encode()
 
     def _hash(self, kind: str, text: str) -> str:
         data = f"{self._fleet}{kind}{SEPARATOR}{text}".encode("utf-8", "surrogatepass")

@@ -34,6 +34,7 @@ class Script(Enum):
     HOLD = "hold"
     LIST = "list"
     PAGE = "page"
+    DISOWN = "disown"
 
     __hash__ = object.__hash__  # Enum's own is Python code
 

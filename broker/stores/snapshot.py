@@ -11,7 +11,6 @@ budget is not in it: a budget starts empty, which is right after any pause.
 """
 
 import os
-import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,12 +24,16 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from msgspec import Struct
 from typing_extensions import override
 
+from broker.files import CannotRead, read
 from broker.model import Clock, EmbedToken, LimitName, Secret, Session
 from broker.sessions.memory import MemoryBook
 from broker.stores.memory import MemoryStore
 
 _MAGIC = b"embed-token-broker snapshot 4\n"
 _NONCE = 12
+
+MAX_SNAPSHOT = 2**31
+"""Bytes of a file that may be one: more than the cipher seals at once."""
 
 MAX_CLOCK_SKEW = 60_000_000
 """Microseconds by which a snapshot may seem to come from the future."""
@@ -111,14 +114,15 @@ def load(
     has no origin in common with the terms.
     """
     try:
-        raw = _read(path)
+        raw = read(path, MAX_SNAPSHOT, follow=False)
         if not raw.startswith(_MAGIC):
             raise SnapshotIgnored("not a snapshot of this version")
         path.unlink()
-    except FileNotFoundError:
-        raise SnapshotIgnored("there is none") from None
+    except CannotRead as error:
+        reason = "there is none" if error.is_absent else f"cannot be read: {error.reason}"
+        raise SnapshotIgnored(reason) from None
     except OSError as error:
-        raise SnapshotIgnored(f"cannot be read: {error.strerror}") from None
+        raise SnapshotIgnored(f"cannot be taken away: {error.strerror}") from None
     content = _open(raw, key)
     age = clock.wall() - content.written
     if not -MAX_CLOCK_SKEW <= age <= terms.max_age:
@@ -173,15 +177,6 @@ def _restore(content: _Content, store: MemoryStore, clock: Clock, age: int, term
         aged = {key: wait - age for key, wait in entries.items()}
         store.buckets[LimitName(name)].restore(aged, mono)
     return len(store.tokens)
-
-
-def _read(path: Path) -> bytes:
-    """Read a regular file: a pipe in its place would hang the start, a link lead elsewhere."""
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise SnapshotIgnored("not a file")
-        return file.read()
 
 
 def _open(raw: bytes, key: Secret) -> _Content:

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import secrets
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Protocol
 
 import pytest
@@ -12,10 +13,12 @@ from msgspec.structs import replace
 from broker.errors import SessionTaken
 from broker.model import Session
 from broker.rules.reuse import SECOND
-from broker.sessions.base import MARK_LIFE, Place, Query, SessionBook, place_of
+from broker.sessions.base import MARK_LIFE, BookFull, Place, Query, SessionBook, place_of
 
 AGENT = "A78WKV4515"
 HOUR = 3600
+MOST_DISOWNED = 5
+"""Of the books that are opened here, where they keep such notes at all."""
 EVERYTHING = Query(agent=AGENT)
 """All of a test's sessions, for they are of one agent unless the test is about that."""
 
@@ -31,6 +34,10 @@ class OpenedBook(Protocol):
 
     async def pass_time(self, seconds: float) -> None:
         """Let this much time go by."""
+        ...
+
+    async def size(self) -> int:
+        """How many records, lists, ends and notes it keeps."""
         ...
 
     async def end(self, session: Session, *, by_client: bool = False) -> None:
@@ -123,6 +130,24 @@ class BookContract:
         assert await opened.book.page(EVERYTHING, Place(), 10) == [other]
         assert not await opened.book.ended(other.session_id)
         assert not await opened.book.ended("")
+
+    async def test_G6_tokens_that_nobody_knows_fill_no_book(self, open_book: OpenBook) -> None:
+        """A client may name any text as a token: what is kept of that has a bound, for each client.
+
+        What it can revoke besides, others can, and what was noted is, is as if it had not tried.
+        """
+        opened = await open_book()
+        recorded_before = await recorded(opened, token="known")
+        before = await opened.size()
+        digests = [secrets.token_bytes(32) for _ in range(4 * MOST_DISOWNED)]
+        for digest in digests:
+            with suppress(BookFull):
+                assert await opened.book.disown(digest, "web") is None
+        assert await opened.size() <= before + MOST_DISOWNED + 1
+        assert await opened.book.disown(digests[0], "web") is None, "it is noted already"
+        assert await opened.book.disown(digests[-1], "shop") is None
+        await opened.end(recorded_before, by_client=True)
+        assert await opened.book.ended(recorded_before.session_id)
 
     async def test_G9_an_end_that_stopped_half_way_can_be_asked_for_again(
         self, open_book: OpenBook

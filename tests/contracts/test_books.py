@@ -37,6 +37,9 @@ class OpenedMemoryBook(OpenedBook):
     async def pass_time(self, seconds: float) -> None:
         self.clock.advance(seconds)
 
+    async def size(self) -> int:
+        return len(self.memory) + len(self.memory.marks)
+
 
 class TestMemoryBook(BookContract):
     """The contract, in memory."""

@@ -15,6 +15,7 @@ from contextlib import AsyncExitStack, asynccontextmanager  # noqa: E402
 from book_contract import (  # noqa: E402
     AGENT,
     EVERYTHING,
+    MOST_DISOWNED,
     BookContract,
     OpenBook,
     OpenedBook,
@@ -30,7 +31,7 @@ from broker.errors import ServiceUnavailable  # noqa: E402
 from broker.metrics import StoreMetrics  # noqa: E402
 from broker.model import Secret  # noqa: E402
 from broker.rules.reuse import SECOND  # noqa: E402
-from broker.sessions.base import MARK_LIFE, Place, place_of  # noqa: E402
+from broker.sessions.base import MARK_LIFE, BookFull, Place, place_of  # noqa: E402
 from broker.sessions.memory import MemoryBook  # noqa: E402
 from broker.sessions.shared import BATCH, SharedBook  # noqa: E402
 from broker.sessions.valkey import ValkeyBook  # noqa: E402
@@ -64,6 +65,9 @@ class Opened(OpenedBook):
     async def pass_time(self, seconds: float) -> None:
         await sleep(seconds)
 
+    async def size(self) -> int:
+        return len(self.on.all_keys())
+
 
 class Ends:
     """Takes note of visitors that were ended."""
@@ -86,7 +90,8 @@ async def opened_on(
     server = Server(nodes_at(on.address, on.access, PATIENT), clock, StoreMetrics(Sheet()))
     await server.nodes.open()
     names = Names(derive(key, "key names"), "test")
-    remote = ValkeyBook(server, names, Box(key, "sessions in a shared store"), most, clock)
+    box = Box(key, "sessions in a shared store")
+    remote = ValkeyBook(server, names, box, most, clock, MOST_DISOWNED)
     try:
         store = Ends()
         book = SharedBook(remote, MemoryBook(most, clock), store, closed=closed)
@@ -334,6 +339,24 @@ class TestWhileTheServerIsAway:
                     assert await one.book.find(theirs.session_id) == theirs
                     assert not await one.book.ended(theirs.session_id)
                 assert opened.store.visitors == [("web", mine.fingerprint)]
+
+    async def test_N21_a_note_goes_with_the_last_token_that_it_may_be_of(self) -> None:
+        """One too many is refused until earlier ones have ended; a bound is no list for ever."""
+        with store_server(valkey_binary()) as server:
+            async with opened_on(server) as opened:
+                digests = [secrets.token_bytes(32) for _ in range(MOST_DISOWNED + 1)]
+                for digest in digests[:-1]:
+                    assert await opened.book.disown(digest, "web") is None
+                with pytest.raises(BookFull):
+                    await opened.book.disown(digests[-1], "web")
+                for key in server.ask("KEYS", "*disowned*"):
+                    left = server.ask("PTTL", key)
+                    assert 0 < MARK_LIFE // 1000 - left < 60_000
+                (listed,) = server.ask("KEYS", "*:all")
+                for mark in server.ask("ZRANGE", listed, 0, 1):
+                    server.ask("ZADD", listed, 1, mark)  # as if they were of 1970
+                assert await opened.book.disown(digests[-1], "web") is None
+                assert server.ask("ZCARD", listed) == MOST_DISOWNED - 1
 
     async def test_N21_a_record_that_comes_while_it_is_missed_is_found(self) -> None:
         """The note is written before the second look: one of the two sees the other."""

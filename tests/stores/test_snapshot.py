@@ -358,7 +358,7 @@ def test_a_snapshot_at_the_edge_of_its_age_is_used(
 def test_something_that_is_not_a_file_is_ignored(clock: FakeClock, path: Path) -> None:
     """A directory in its place is named as the reason, without a path in it."""
     path.mkdir()
-    with pytest.raises(SnapshotIgnored, match=r"^cannot be read: Is a directory$"):
+    with pytest.raises(SnapshotIgnored, match=r"^cannot be read: a directory; name a file in it$"):
         load(path, new_key(), store_of(clock), clock, TERMS)
 
 

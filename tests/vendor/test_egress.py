@@ -188,6 +188,21 @@ async def test_N14_a_reload_takes_over_another_proxy(site: Site) -> None:
             assert (await site.ask(broker))[0] == 200
 
 
+async def test_N14_a_reload_keeps_the_proxy(site: Site) -> None:
+    """Also one that names another vendor, which needs a restart: the old one's calls go its way."""
+    async with ConnectProxy(site.ports) as proxy:
+        path = site.configured(proxy=proxy.url)
+        async with broker_at(site, path) as broker:
+            for base_url in (f"https://{VENDOR}", "https://other.example"):
+                site.configured(proxy=proxy.url, base_url=base_url)
+                told = await asyncio.to_thread(broker.reload)
+                assert told["event"] == "broker.reloaded"
+                asked = len(proxy.asked)
+                assert (await site.ask(broker))[0] == 200
+                assert len(proxy.asked) == asked + 1, "a connection of its own, by the proxy"
+            assert told["needs_restart"] == ["issuer.upstream.base_url"]
+
+
 async def test_N14_a_vendor_on_loopback_is_asked_directly(tmp_path: Path) -> None:
     """As every program does that reads HTTPS_PROXY: a proxy's loopback is another machine's."""
     async with ConnectProxy({}) as proxy, FakeVendor(UNLIMITED, seed=1) as vendor:

@@ -427,6 +427,24 @@ class TestHeads:
                 assert (await line.answer()).status == 200
             await line.close()
 
+    async def test_N5_heads_in_pieces_are_counted_one_by_one(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Neither their bytes nor their time goes on once one is whole: a connection stays good."""
+        monkeypatch.setattr(server, "HEAD_TIMEOUT", 3.0)
+        ask = request("GET", "/livez", [("Cookie", "c" * (server.MAX_HEAD // 5))])
+        async with serving() as edge:
+            line = await connected(int(edge.app.url.rpartition(":")[2]))
+            for _ in range(8):
+                for piece in (ask[:9_000], ask[9_000:-2], ask[-2:]):
+                    line.send(piece)
+                    await asyncio.sleep(0.01)
+                assert (await line.answer()).status == 200
+            await asyncio.sleep(server.HEAD_TIMEOUT + 1)
+            line.send(ask)
+            assert (await line.answer()).status == 200
+            await line.close()
+
     async def test_N5_a_long_target_is_read(self, running: Running) -> None:
         """Envoy appends the original URI to the check's path; nginx sends it in a header."""
         token = await _token(running)

@@ -11,6 +11,9 @@ import pytest
 from edge import AGENT, Edge, Reply, request, serving, visitor
 
 from broker.errors import ServiceUnavailable
+from broker.model import Session
+from broker.sessions.base import BookFull
+from broker.sessions.desk import NotRecorded
 from broker.web.life import VERIFY_PATH
 
 INACTIVE = b'{"active":false}'
@@ -275,6 +278,28 @@ class TestRevocation:
         assert (refused.status, refused.code) == (503, "SERVICE_UNAVAILABLE")
         assert refused.header("Retry-After") == "60"
         assert [await verified(edge, token) for token in (first, second)] == [401, 200]
+
+    async def test_G6_too_many_unknown_tokens_are_refused(
+        self, edge: Edge, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """503 and Retry-After, and what to do: the store has room for so many of a client."""
+
+        async def full(_token: str) -> Session:
+            raise NotRecorded("not handed out here")
+
+        async def disown(_digest: bytes, _client: str) -> None:
+            raise BookFull
+
+        token = (await edge.ask()).token
+        with monkeypatch.context() as patch:
+            patch.setattr(edge.app.sessions, "_session_of", full)
+            patch.setattr(edge.app.book, "disown", disown)
+            refused = await revoke(edge, "x")
+        assert (refused.status, refused.code) == (503, "SERVICE_UNAVAILABLE")
+        assert refused.header("Retry-After") == "60"
+        assert "not on record" in refused.message
+        assert (await revoke(edge, token)).status == 200
+        assert await verified(edge, token) == 401
 
 
 async def away(*_: object) -> None:
