@@ -54,7 +54,7 @@ class Twin:
             wait_full = max(wait_full, depth)
         known = self.calls.get(who)
         if known is not None and message <= known[0]:
-            return [0, interval, 0, paused, -1]
+            return [0, interval, 0, paused, -1, burst if self.owed is None else self.owed[0]]
         lost = charged = 0
         for other, (_, left, _, _, told) in list(self.calls.items()):
             if other != who and abs(now - told) > silent:
@@ -101,7 +101,7 @@ class Twin:
         self.paused_until = now + paused if paused else 0
         self.calls[who] = message, out + reserved, settled, abandoned, now
         free = 0 if paused else max((depth - taken - reserved * step) // step, 0)
-        return [int(reserved), wait, free, paused, silence, *others]
+        return [int(reserved), wait, free, paused, silence, owed, *others]
 
 
 class Store:

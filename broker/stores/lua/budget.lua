@@ -11,8 +11,8 @@
 --       abandoned since its start: they may yet arrive   16 how long ago (us) the vendor last answered
 --       it, -1 for never   17 after how long (us) a replica that has calls out and tells nothing is
 --       silent   18 how many calls may be out while others are owed
--- Reply {reserved, wait (us), free, paused (us), era, time (us), silence (us), queue of another
---       replica, ...}
+-- Reply {reserved, wait (us), free, paused (us), era, time (us), silence (us), owed, queue of
+--       another replica, ...}
 --       reserved 1: one call may be made after `wait`; 0: ask again after `wait`, none was taken
 --       silence: since the last reservation, while only the end of a call makes room; else -1
 --
@@ -55,7 +55,7 @@ local message, out = tonumber(ARGV[12]), tonumber(ARGV[13])
 local settled, abandoned = tonumber(ARGV[14]), tonumber(ARGV[15])
 local mine = string.match(redis.call('HGET', KEYS[3], ARGV[3]) or '', '^%d+')
 if mine and message <= tonumber(mine) then
-  return {0, interval, 0, paused, era, now, -1}
+  return {0, interval, 0, paused, era, now, -1, tonumber(budget[4] or ARGV[1])}
 end
 local all_out, charged, lost = out, 0, 0
 local calls = redis.call('HGETALL', KEYS[3])
@@ -138,4 +138,4 @@ local told = {text(message), text(out), text(settled), text(abandoned), text(now
 redis.call('HSET', KEYS[3], ARGV[3], table.concat(told, ' '))
 redis.call('PEXPIRE', KEYS[3], px(tonumber(ARGV[7])))
 local free = paused > 0 and 0 or math.max(math.floor((depth - taken) / step), 0)
-return {reserved, wait, free, paused, era, now, silence, unpack(others)}
+return {reserved, wait, free, paused, era, now, silence, owed, unpack(others)}
