@@ -222,7 +222,7 @@ async def test_N13_calls_that_are_swallowed_are_given_up_when_the_vendor_answers
 ) -> None:
     """All that may be out hang, so no younger call can show that the vendor is well for others."""
     count = 2 if after_start else 4
-    async with relaying(budget=FEW, timeout=0.5) as relay:
+    async with relaying(budget=FEW, timeout=0.5, owing=after_start) as relay:
         if not after_start:
             await relay.ask()
         with relay.vendor.fail(faults.hang()):
