@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
+from broker.tasks import TaskSet
+
 log = structlog.get_logger()
 
 STEP, LONGEST = 0.001, 0.02
@@ -42,7 +44,7 @@ class Acceptor:
         self._factory = factory
         self._ahead = ahead
         self._loop = asyncio.get_running_loop()
-        self._opening: set[asyncio.Task[object]] = set()
+        self._opening = TaskSet()
 
     def start(self, backlog: int) -> None:
         """Open the door.  That others have opened it before does no harm."""
@@ -90,8 +92,4 @@ class Acceptor:
             log.error("broker.accept_failed", reason=error.strerror, again_in_s=PAUSE)
             self._step_back(listener, PAUSE)
             return
-        opening = self._loop.create_task(
-            self._loop.connect_accepted_socket(self._factory, connection)
-        )
-        self._opening.add(opening)
-        opening.add_done_callback(self._opening.discard)
+        self._opening.start(self._loop.connect_accepted_socket(self._factory, connection))

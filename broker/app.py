@@ -260,9 +260,6 @@ class App:
             self._lead_over.set()
         self._stopping.set()
 
-    def abort(self) -> None:
-        """Do what has to be done before the process ends without draining."""
-
     def want_reload(self) -> None:
         """Read the settings again as soon as all files can be read, and the start is over."""
         self._reload_wanted.set()

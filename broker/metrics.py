@@ -292,6 +292,13 @@ class UpstreamMetrics:
                 reason=[reason.value for reason in Reason],
             )
         )
+        self.validations = _by_label(
+            sheet.counters(
+                "broker_upstream_validations",
+                "Questions whether the vendor reads, asked while calls hang, by what came of them",
+                outcome=("answered", "none"),
+            )
+        )
         self.breakers = _by_label(
             sheet.maxima(
                 "broker_breaker_open",

@@ -42,6 +42,10 @@ LATENESS = 0.1
 into the queue for a wait of just `max_wait` must not be turned away at its end."""
 
 
+UNANSWERED = "the vendor does not answer: calls that are out use up the budget"
+"""What those are told who are refused in a stall."""
+
+
 class Urgency(Enum):
     """Why a mint is wanted, most urgent first."""
 
@@ -225,6 +229,10 @@ class Paced(Pacer):
         return int((wait + wait * JITTER * random.random()) * 1_000_000)  # noqa: S311 - spreads callers, guards nothing
 
     def _used_up(self, wait: int) -> BudgetExhausted:
+        """Say why: answers that take less than the burst's refill leave the budget its pace."""
+        silence = None if self._paused else self._slots.stuck_for
+        if silence is not None and silence > self._budget.depth:
+            return BudgetExhausted(UNANSWERED, wait)
         return BudgetExhausted(self._slots.shortage, wait)
 
     async def _take_if_plenty(self) -> None:

@@ -131,13 +131,17 @@ class Ending:
     def _abort(self) -> None:
         with contextlib.suppress(Exception):  # a log that fails must not delay the end
             log.warning("broker.aborted")  # what is under way is cut off, no snapshot is written
-        self._app.abort()
+        self._kill_workers()
         stderr.flush(LAST_WORDS)
         self._give_up()
 
     def _give_up(self, *_: object) -> None:
-        self._app.abort()
+        self._kill_workers()
         os._exit(128 + self._number)
+
+    def _kill_workers(self) -> None:
+        if isinstance(self._app, Supervisor):
+            self._app.abort()
 
 
 def _introduce(app: App | Supervisor, settings: Settings) -> None:

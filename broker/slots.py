@@ -112,8 +112,18 @@ class Slots(Protocol):
         """Give up a slot whose call may yet arrive, though nobody here can see when: it is owed."""
         ...
 
-    def answered(self, took: float) -> None:
-        """Take note that the vendor answered a call after so many seconds."""
+    def answered(self) -> None:
+        """Take note that the vendor answered a call, just now."""
+        ...
+
+    @property
+    def stuck_for(self) -> float | None:
+        """Seconds since the last slot, if only the end of a call makes room for one; else None."""
+        ...
+
+    @property
+    def may_give_up(self) -> bool:
+        """Whether only the end of a call makes room, and calls that hang may be abandoned early."""
         ...
 
     @property
@@ -166,6 +176,7 @@ class LocalSlots(Slots):
     @override
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._stuck_since = self._loop.time()
         await self._drain_limiter()
         if self._successor:
             self._ledger = outstanding.started(self._limit, self._now)
@@ -219,15 +230,24 @@ class LocalSlots(Slots):
 
     @override
     def abandon(self) -> None:
-        self._ledger = outstanding.abandon(self._ledger, self._limit)
+        self._ledger = outstanding.abandon(self._ledger, self._limit, self._now)
         self._settled.set()
 
     @override
-    def answered(self, took: float) -> None:
-        self._ledger = outstanding.answered(
-            self._ledger, self._limit, self._now, int(took * SECOND)
-        )
+    def answered(self) -> None:
+        now = self._now
+        self._ledger = outstanding.answered(self._ledger, self._limit, now, now)
         self._settled.set()
+
+    @property
+    @override
+    def stuck_for(self) -> float | None:
+        return self._loop.time() - self._stuck_since if self._wait is None else None
+
+    @property
+    @override
+    def may_give_up(self) -> bool:
+        return self._wait is None and outstanding.may_give_up(self._ledger.owed, self._limit)
 
     @override
     def predict(self, ahead: int, start: float, *, drained: bool) -> float:
@@ -238,8 +258,7 @@ class LocalSlots(Slots):
             ledger = outstanding.drained(ledger, self._limit, at)
         calls = ledger.outstanding + ahead + 1
         due = max(ledger.full_at, at) + calls * self._limit.interval - self._limit.depth
-        silence = self._loop.time() - self._stuck_since if self._wait is None else 0.0
-        return max(due / SECOND, start) + silence
+        return max(due / SECOND, start) + (self.stuck_for or 0.0)
 
     @override
     def pause(self, seconds: float) -> None:
@@ -304,10 +323,10 @@ class Slot:
         if slots := self._ended():
             slots.settle()
 
-    def answered(self, took: float) -> None:
-        """The vendor answered after so many seconds."""
+    def answered(self) -> None:
+        """The vendor answered it, just now."""
         if slots := self._slots:
-            slots.answered(took)
+            slots.answered()
         self.settle()
 
     def abandon(self) -> None:
@@ -319,6 +338,11 @@ class Slot:
         """No call was made: the slot is whoever's who is next."""
         if self._ended():
             self._unused()
+
+    @property
+    def may_give_up(self) -> bool:
+        """Whether it is one of those that leave no room for another call, and may be abandoned."""
+        return self._slots is not None and self._slots.may_give_up
 
     @property
     def is_settled(self) -> bool:

@@ -201,9 +201,9 @@ class TaskSet:
     """Owns short tasks whose outcome nobody awaits: kept until done, failures logged, not lost."""
 
     def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
 
-    def start(self, work: Coroutine[Any, Any, None]) -> None:
+    def start(self, work: Coroutine[Any, Any, object]) -> None:
         """Begin a piece of work."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
@@ -220,7 +220,7 @@ class TaskSet:
             task.cancel()
         await self.finish()
 
-    def _note_end(self, task: asyncio.Task[None]) -> None:
+    def _note_end(self, task: asyncio.Task[object]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (failure := task.exception()) is not None:
             _defect(failure)

@@ -125,9 +125,13 @@ VENDOR = Dashboard(
                 Panel(
                     title="Calls by status",
                     unit="reqps",
-                    description="What the vendor answered; none: it did not.",
+                    description="What the vendor answered to mints; none: it did not. Validate: "
+                    "whether it answered what was asked while mints hang.",
                     queries={
-                        "{{status}}": "sum by (status) (rate(broker_upstream_requests_total{@}[~]))"
+                        "{{status}}": "sum by (status) "
+                        "(rate(broker_upstream_requests_total{@}[~]))",
+                        "validate {{outcome}}": "sum by (outcome) "
+                        "(rate(broker_upstream_validations_total{@}[~]) > 0)",
                     },
                     stacked=True,
                     colours={"200": "green", "none": "dark-red"},

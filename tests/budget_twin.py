@@ -79,7 +79,8 @@ class Twin:
             wait_full = max(wait_full, depth)
         known = self.calls.get(who)
         if known is not None and message <= known[0] and abs(now - known[4]) <= silent:
-            return [0, interval, 0, paused, -1]
+            owed = burst if self.owed is None else min(self.owed[0], 3 * burst)
+            return [0, interval, 0, paused, -1, owed]
         lost = charged = 0
         for other, call in list(self.calls.items()):
             if call is None:
@@ -132,7 +133,7 @@ class Twin:
         self.paused_until = now + paused if paused else 0
         self.calls[who] = message, out + reserved, settled, abandoned, now
         free = 0 if paused else max((depth - taken - reserved * step) // step, 0)
-        return [int(reserved), wait, free, paused, silence, *others]
+        return [int(reserved), wait, free, paused, silence, owed, *others]
 
 
 class Store:

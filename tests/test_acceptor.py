@@ -154,6 +154,29 @@ async def test_without_descriptors_it_waits_and_goes_on(monkeypatch: pytest.Monk
     }
 
 
+async def test_N2_a_connection_that_cannot_be_opened_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody awaits it, and it is a defect: the door stays open for the others."""
+
+    async def fail(_factory: object, connection: socket.socket) -> None:
+        connection.close()
+        raise RuntimeError
+
+    taken = Taken()
+    with shared_socket(1) as sockets, callers(sockets[0], 1), capture_logs() as logged:
+        acceptor = Acceptor(sockets, taken.make, never_ahead)
+        with monkeypatch.context() as patched:
+            patched.setattr(acceptor._loop, "connect_accepted_socket", fail)
+            acceptor.start(BACKLOG)
+            await until(lambda: logged)
+        with callers(sockets[0], 1):
+            await until(lambda: len(taken) == 1)
+            acceptor.close()
+            await ended(taken)
+    assert [event["event"] for event in logged] == ["broker.defect"]
+
+
 class Refusing:
     """A listening socket whose next connections have failed before they were taken."""
 

@@ -264,6 +264,6 @@ class TestTaskSet:
     async def test_cancels_at_close(self) -> None:
         """For work that nobody needs any more."""
         tasks = TaskSet()
-        tasks.start(asyncio.Event().wait())  # type: ignore[arg-type]  # its answer is of no interest
+        tasks.start(asyncio.Event().wait())
         await tasks.close()
         assert len(tasks) == 0

@@ -10,10 +10,14 @@ caller, not the slot: the call goes on in a task of its own until
   whose peer has vanished, after `VANISHED` seconds);
 - the vendor answers a younger call, and this one is older than `SEEN`: the vendor reads, so it has
   most likely read this one, and hangs on it;
+- all that are out hang and leave no room for a younger one, and the vendor answers a question that
+  is no mint: it or its edge reads;
 - `LONGEST` has passed, or this process ends.
 
-In the last two cases the call may yet arrive: a proxy may hold it, or one of the vendor's processes
-that stands still while others answer.  Then its slot is abandoned, and owed (`rules.outstanding`).
+In the last three cases the call may yet arrive: a proxy or an edge may hold it, or one of the
+vendor's processes that stands still while others answer.  Then its slot is abandoned, and owed
+(`rules.outstanding`).  Only a mint that is answered clears what is owed: the answer to the question
+makes room for two that may try, no more, and not again and again.
 
 An answer that nobody waits for any more is read for what it says of the budget, and its token is
 dropped: the visitor has been told that there is none, may have been ended since, and a token that
@@ -31,17 +35,21 @@ from broker.issuers.vendor_client import CONNECT_TIMEOUT, VANISHED, Answer, Call
 from broker.issuers.vendor_replies import Reason
 from broker.pacer import MAX_PROMISE
 from broker.slots import Slot
+from broker.tasks import TaskSet
 
 log = structlog.get_logger()
 
 LONGEST = MAX_PROMISE
 """Seconds that a call holds its slot without any sign: as long as the longest pause that the vendor
-may ask for.  Without an end, a vendor that reads and never answers would block the budget for ever;
-a stall that is longer finds the slots owed, and two more calls each time."""
+may ask for.  Without an end, a vendor that answers nothing would block the budget for ever; a stall
+that is longer finds the slots owed, and two more calls each time."""
 
 SEEN = VANISHED + CONNECT_TIMEOUT
 """Seconds after which a call has been received by whoever is next on the way to the vendor, if its
 connection still lives: bytes that nobody acknowledged would have ended it."""
+
+LOOK = 1.0
+"""Seconds between two looks at calls that hang while there is room beside them."""
 
 Send = Callable[[Callable[[], None]], Awaitable[Answer]]
 """Makes a call; is given what to call when the head of the answer is there."""
@@ -60,12 +68,22 @@ class _Call:
 
 
 class Calls:
-    """All calls that are out.  `late` is told of each answer that nobody waits for any more."""
+    """All calls that are out.  `late` is told of each answer that nobody waits for any more.
 
-    def __init__(self, timeout: float, late: Callable[[Answer], Awaitable[None]]) -> None:
+    `reads` asks the vendor what costs it no mint, and tells whether it answered at all.
+    """
+
+    def __init__(
+        self,
+        timeout: float,
+        late: Callable[[Answer], Awaitable[None]],
+        reads: Callable[[], Awaitable[bool]],
+    ) -> None:
         self._timeout = timeout
         self._late = late
+        self._reads = reads
         self._out: set[_Call] = set()
+        self._asking = TaskSet()
 
     async def make(self, send: Send, slot: Slot) -> Answer:
         """Make one call; raises CallFailed, with TIMEOUT while it may still be under way."""
@@ -81,6 +99,8 @@ class Calls:
             call.awaited = False
             if slot.is_settled:
                 call.task.cancel()  # no effect on one that is done; the body of another is no use
+            elif not len(self._asking):
+                self._asking.start(self._ask())
         if not call.task.done() or call.task.cancelled():
             raise CallFailed(Reason.TIMEOUT)
         return call.task.result()
@@ -90,6 +110,7 @@ class Calls:
 
         What they have written may lie unread before a vendor that stands still.
         """
+        await self._asking.close()
         for call in self._out:
             call.slot.abandon()
             call.task.cancel()
@@ -112,11 +133,37 @@ class Calls:
     def _arrived(self, call: _Call) -> None:
         """The vendor reads: give back this slot, and those of calls that hang."""
         now = asyncio.get_running_loop().time()
-        call.slot.answered(now - call.began)
-        for other in self._out:
-            if not other.awaited and other.began < min(call.began, now - SEEN):
-                other.slot.abandon()
-                other.task.cancel()
+        call.slot.answered()
+        self._give_up(min(call.began, now - SEEN))
+
+    async def _ask(self) -> None:
+        """Ask whether the vendor reads, as long as calls hang and keep all others back."""
+        loop = asyncio.get_running_loop()
+        asked = -SEEN
+        while self._out:
+            now = loop.time()
+            due = max(asked, *(call.began for call in self._out)) + SEEN
+            if now < due:
+                await asyncio.sleep(due - now)
+            elif not self._are_in_the_way:
+                await asyncio.sleep(LOOK)
+            else:
+                asked = now
+                if await self._reads():
+                    self._give_up(asked)
+
+    @property
+    def _are_in_the_way(self) -> bool:
+        """Whether nobody waits for any of these calls, and there is no room for another."""
+        slots = [call.slot for call in self._out]
+        return not any(call.awaited for call in self._out) and any(s.may_give_up for s in slots)
+
+    def _give_up(self, before: float) -> None:
+        """Abandon the calls that hang: made before this moment, and nobody waits for them."""
+        for call in self._out:
+            if not call.awaited and call.began < before:
+                call.slot.abandon()
+                call.task.cancel()
 
     def _over(self, call: _Call, task: "asyncio.Task[Answer]") -> None:
         self._out.discard(call)

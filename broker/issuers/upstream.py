@@ -88,7 +88,7 @@ class UpstreamIssuer(Issuer):
         refusals: Refusals | None = None,
     ) -> None:
         self._client = client
-        self._calls = Calls(client.timeout, self._learn_late)
+        self._calls = Calls(client.timeout, self._learn_late, self._reads)
         self._pacer = pacer
         self._clock = clock
         self._metrics = metrics
@@ -252,6 +252,16 @@ class UpstreamIssuer(Issuer):
         reply = read_answer(answer.status, answer.headers, answer.body, wall)
         if isinstance(reply, Throttled):
             self._pause(reply)
+
+    async def _reads(self) -> bool:
+        """Ask what is no mint; whatever the answer says, a breaker learns nothing from it."""
+        try:
+            _ = await self._client.validate(self._key)
+        except CallFailed:
+            self._metrics.validations["none"].inc()
+            return False
+        self._metrics.validations["answered"].inc()
+        return True
 
     def _pause(self, throttled: Throttled) -> None:
         """Pause the budget, unless it is failed authentication that is throttled."""

@@ -71,7 +71,7 @@ _UNENDED = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT)
 
 
 class VendorClient:
-    """One pooled session to `base_url`; `timeout` is seconds for one call, connecting included.
+    """Calls to `base_url`; `timeout` is seconds for one call, connecting included.
 
     A mint is not ended by it: its caller says how long (`calls`).
 

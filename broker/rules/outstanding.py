@@ -18,13 +18,13 @@ takes, so a saturated budget gives a slot every `interval` as long as answers ta
 `(burst - 1) * interval`.
 
 *Owed* are calls of which nobody here can see the end: those of the process before this one, which
-may have been killed in the middle of a stall, and those whose connection was given up after the
-longest time that is waited for an answer.  While there are any, `PROBES` calls at most are out at
-once.  The first answer ends that: the vendor reads.  If it stood still, what is owed arrives now,
-not earlier, and what refilled since the answered call was sent was not earned: it is taken back,
-up to what is owed.  An answer that comes soon takes back nothing.
+may have been killed in the middle of a stall, and those that were given up.  While there are any,
+`PROBES` calls at most are out at once.  They are charged when that begins, because they may just
+have arrived, and when it ends: as much of it as has refilled since, because they may have arrived
+only now.  It ends with the first answer from after it began: the vendor reads.
 
-Integers throughout, microseconds.  Limits come from `bucket`.
+Integers throughout, microseconds.  Limits come from `bucket`.  `stores/lua/budget.lua` decides the
+same for a fleet.
 """
 
 from msgspec import Struct
@@ -33,27 +33,38 @@ from msgspec.structs import replace
 from broker.rules.bucket import Limit
 
 PROBES = 2
-"""Calls that may be out while others are owed: each restart within one stall of the vendor adds so
-many to the worst window, and the default budget leaves room for three (106 + 8 + 3 * 2 = 120).
+"""Calls that may be out while others are owed.  A process that starts cannot know of more than one
+before it, so each further restart within one stall of the vendor adds so many to the worst window:
+the default budget leaves room for four restarts (106 + 8 + 3 * 2 = 120).  A shared store knows.
 Slots come one by one after a start, so with answers within a slot's interval two are as good as a
 burst."""
+
+REMEMBERED = 3
+"""Bursts: the most that is remembered as owed, so that a vendor that never answers for an hour
+wakes to no endless debt."""
+
+SPARED = 2
+"""Bursts that may be owed before no call is given up early any more: a vendor that holds mints and
+answers all else is sent two more each half minute only so often, then as rarely as one that answers
+nothing; and a last burst that is given up is still remembered."""
 
 
 class Ledger(Struct, frozen=True, gc=False):
     """What was charged, and what may yet arrive.
 
     `full_at` is the microsecond at which all that was charged is refilled; `outstanding` counts
-    the calls that are out, `owed` those that are out of sight.
+    the calls that are out, `owed` those that are out of sight, the last of them since `owed_at`.
     """
 
     full_at: int = 0
     outstanding: int = 0
     owed: int = 0
+    owed_at: int = 0
 
 
 def started(limit: Limit, now: int) -> Ledger:
     """Begin empty, and with what a process before this one may have left out."""
-    return Ledger(full_at=now + limit.depth, owed=limit.burst)
+    return Ledger(full_at=now + limit.depth, owed=limit.burst, owed_at=now)
 
 
 def wait(ledger: Ledger, limit: Limit, now: int) -> int | None:
@@ -65,6 +76,11 @@ def wait(ledger: Ledger, limit: Limit, now: int) -> int | None:
     if ledger.outstanding >= most:
         return None
     return max(_level(ledger, limit, now) + limit.interval - limit.depth, 0)
+
+
+def may_give_up(owed: int, limit: Limit) -> bool:
+    """Whether calls that hang may be given up early: those owed already leave room for that."""
+    return owed < SPARED * limit.burst
 
 
 def remaining(ledger: Ledger, limit: Limit, now: int) -> int:
@@ -82,17 +98,21 @@ def settle(ledger: Ledger, limit: Limit, now: int, calls: int = 1) -> Ledger:
     return replace(charge(ledger, limit, now, calls), outstanding=ledger.outstanding - calls)
 
 
-def abandon(ledger: Ledger, limit: Limit) -> Ledger:
-    """Give up a call that may yet arrive.  Three bursts are the most that is remembered."""
-    owed = min(ledger.owed + 1, 3 * limit.burst)
-    return replace(ledger, outstanding=ledger.outstanding - 1, owed=owed)
+def abandon(ledger: Ledger, limit: Limit, now: int) -> Ledger:
+    """Give up a call that may yet arrive, or just has."""
+    charged = charge(ledger, limit, now, _refilled(ledger, limit, now) + 1)
+    owed = min(ledger.owed + 1, REMEMBERED * limit.burst)
+    return replace(charged, outstanding=ledger.outstanding - 1, owed=owed, owed_at=now)
 
 
-def answered(ledger: Ledger, limit: Limit, now: int, took: int) -> Ledger:
-    """Take note that the vendor answered a call after `took` microseconds."""
-    if not ledger.owed:
+def answered(ledger: Ledger, limit: Limit, now: int, at: int) -> Ledger:
+    """Take note that the vendor answered a call at this moment, which is not after now.
+
+    An answer from before calls were owed says nothing of them.
+    """
+    if not ledger.owed or at < ledger.owed_at:
         return ledger
-    return replace(charge(ledger, limit, now, min(ledger.owed, took // limit.interval)), owed=0)
+    return replace(charge(ledger, limit, now, _refilled(ledger, limit, now)), owed=0)
 
 
 def charge(ledger: Ledger, limit: Limit, now: int, calls: int) -> Ledger:
@@ -109,3 +129,8 @@ def drained(ledger: Ledger, limit: Limit, now: int) -> Ledger:
 def _level(ledger: Ledger, limit: Limit, now: int) -> int:
     """Microseconds of refill that everything takes which was charged or is out."""
     return max(ledger.full_at - now, 0) + ledger.outstanding * limit.interval
+
+
+def _refilled(ledger: Ledger, limit: Limit, now: int) -> int:
+    """How many of the calls that are owed have refilled since they were charged."""
+    return min(ledger.owed, (now - ledger.owed_at) // limit.interval)

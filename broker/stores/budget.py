@@ -29,6 +29,7 @@ import structlog
 from typing_extensions import override
 
 from broker.board import Counter
+from broker.rules import outstanding
 from broker.rules.outstanding import PROBES
 from broker.rules.reuse import SECOND
 from broker.slots import Budget, LocalSlots, Slots
@@ -117,6 +118,7 @@ class SharedSlots(Slots):
         self._told_at = 0.0
         self._answered_at: float | None = None
         self._stuck_since: float | None = None
+        self._owed = 0
         self._telling = False
         self._freed = asyncio.Event()
 
@@ -233,11 +235,27 @@ class SharedSlots(Slots):
             self._tasks.start(self._tell_ended())
 
     @override
-    def answered(self, took: float) -> None:
+    def answered(self) -> None:
         """Note it for the next message: a slot whose call was answered is settled with it."""
         self._answered_at = self._loop.time()
         if self._alone is not None:
-            self._alone.answered(took)
+            self._alone.answered()
+
+    @property
+    @override
+    def stuck_for(self) -> float | None:
+        if self._is_alone:
+            return None if self._alone is None else self._alone.stuck_for
+        return None if self._stuck_since is None else self._loop.time() - self._stuck_since
+
+    @property
+    @override
+    def may_give_up(self) -> bool:
+        """Also what was out at the loss: the share waits for it, and the others do not count it."""
+        if self._is_alone:
+            return self._carried > 0 or (self._alone is not None and self._alone.may_give_up)
+        within = outstanding.may_give_up(self._owed, self._budget.limit)
+        return within and self._stuck_since is not None
 
     @override
     def predict(self, ahead: int, start: float, *, drained: bool) -> float:
@@ -249,7 +267,7 @@ class SharedSlots(Slots):
         turns = ahead + 1 + sum(min(line, ahead + 1) for line in lines)
         level = start + budget.depth if drained else max(self._full_at, start)
         due = max(level + turns * budget.interval - budget.depth, start)
-        return due if self._stuck_since is None else due + now - self._stuck_since
+        return due + (self.stuck_for or 0.0)
 
     def _predict_alone(self, ahead: int, start: float, *, drained: bool) -> float:
         share = self._share
@@ -289,7 +307,7 @@ class SharedSlots(Slots):
         """
         reply = await self._send(waiting, b"modest" if modest else b"reserve")
         match reply:
-            case [int(reserved), int(wait), int(), int(paused), bytes(), int(), int(), *lines]:
+            case [int(reserved), int(wait), _, int(paused), _, _, _, _, *lines]:
                 self._lines = [line for line in lines if isinstance(line, int)]
                 self._lines_told = self._loop.time()
                 if paused and not reserved:
@@ -339,6 +357,7 @@ class SharedSlots(Slots):
                     bytes(era),
                     int(told),
                     int(silence),
+                    int(owed),
                     *_,
                 ]:
                     self._fleet.time.learn(era, told)
@@ -347,6 +366,7 @@ class SharedSlots(Slots):
                     self._untold -= untold
                     self._out += reserved
                     self._stuck_since = now - silence / SECOND if silence >= 0 else None
+                    self._owed = owed
                 case _:
                     pass  # nothing of ours
             return reply

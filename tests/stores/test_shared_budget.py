@@ -112,7 +112,8 @@ class Till:
         assert told == self.era or self.follows
         self.era = told
         self.told, self.silence = reply[5:7]
-        return [*reply[:4], *reply[7:]]
+        assert reply[7] == self.owed
+        return [*reply[:4], *reply[8:]]
 
     def hold(self, pause: int = 0, left: int = -1) -> int:
         """Take note of a pause, or of how many calls are left."""
@@ -696,8 +697,8 @@ def test_S6_the_script_and_its_twin_in_python_decide_the_same(till: Till) -> Non
             what, who, draw.randint(0, 3), returned=not back, message=message, answered=answered
         )
         expected = twin.send(till.now, till.sent)
-        assert [*reply[:4], till.silence] == expected[:5]
-        assert sorted(reply[4:]) == sorted(expected[5:])
+        assert [*reply[:4], till.silence, till.owed] == expected[:6]
+        assert sorted(reply[4:]) == sorted(expected[6:])
         owes[bool(till.owed)] += 1
         if not message:
             till.out[who] += reply[0]

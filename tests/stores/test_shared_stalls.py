@@ -1,6 +1,7 @@
-"""N13 for replicas that share a budget, before a vendor that stands still.
+"""N13 for replicas that share a budget, before a vendor that stands still or swallows calls.
 
 In virtual time, on the script's twin; pacer, slots, calls and heartbeats are the ones that ship.
+Beside them a process with a budget of its own, which is named "-".
 """
 
 import asyncio
@@ -10,7 +11,7 @@ import pytest
 from budget_twin import Member, Store
 
 from broker.errors import BudgetExhausted
-from broker.issuers.calls import Calls
+from broker.issuers.calls import SEEN, Calls
 from broker.issuers.vendor_client import Answer, CallFailed
 from broker.pacer import MAX_PROMISE, Paced, Urgency
 from broker.rules.outstanding import PROBES
@@ -41,11 +42,19 @@ def now() -> float:
 
 
 class Vendor:
-    """Reads what has been sent to it at once, or when it goes on; `arrivals` are the moments."""
+    """Reads what has been sent to it at once, or when it goes on; `arrivals` are the moments.
 
-    def __init__(self) -> None:
+    With an `edge` all but mints is answered whatever the vendor does.  `swallows` calls are read
+    and never answered; then it is `sated`.
+    """
+
+    def __init__(self, *, edge: bool = False, swallows: int = 0) -> None:
         self.arrivals: list[float] = []
         self.unread = 0
+        self.edge = edge
+        self.swallows = swallows
+        self.sated = asyncio.Event()
+        self.questions: list[float] = []
         self._reads = asyncio.Event()
         self._reads.set()
 
@@ -56,9 +65,23 @@ class Vendor:
             await self._reads.wait()
         else:
             self.arrivals.append(now())
+            if self.swallows:
+                self.swallows -= 1
+                if not self.swallows:
+                    self.sated.set()
+                await asyncio.Event().wait()
         await asyncio.sleep(0.05)
         arrived()
         return Answer(200, {}, b"")
+
+    async def reads(self) -> bool:
+        """Answer a question that is no mint."""
+        self.questions.append(now())
+        if self.edge or self._reads.is_set():
+            await asyncio.sleep(0.05)
+            return True
+        await asyncio.sleep(TIMEOUT)
+        return False
 
     def stand_still(self) -> None:
         self._reads.clear()
@@ -89,9 +112,9 @@ class Process:
         self.member: Member = store.replica(name)
         self._vendor = vendor
         self.slots = self.member.slots(SHIPPED)
-        self.paced = Paced(SHIPPED, lambda _seconds: None, self.slots)
+        self.paced = Paced(SHIPPED, lambda _seconds: None, None if name == "-" else self.slots)
         self.slots.hold = self.paced.hold
-        self.calls = Calls(TIMEOUT, _heed)
+        self.calls = Calls(TIMEOUT, _heed, vendor.reads)
         self._visitors = visitors
 
     async def open(self) -> "Process":
@@ -136,13 +159,23 @@ async def stopped(processes: Sequence[Process]) -> None:
         await process.stop()
 
 
-@pytest.mark.parametrize("names", ["a", "abc"])
-@pytest.mark.parametrize("stall", [1, 5, 30, 90, 320, 620, 930])
-def test_N13_a_stall_of_any_length_fits_the_vendors_minute(stall: int, names: str) -> None:
-    """In full demand.  What is given up after five minutes is owed: two calls more, no burst."""
+STALLS = [(length, False) for length in (1, 5, 30, 90, 320, 620, 930)]
+STALLS += [(length, True) for length in (90, 320, 930)]
+
+
+@pytest.mark.parametrize("names", ["-", "a", "abc"])
+@pytest.mark.parametrize(("stall", "edge"), STALLS)
+def test_N13_a_stall_of_any_length_fits_the_vendors_minute(
+    stall: int, names: str, *, edge: bool
+) -> None:
+    """In full demand.  What is given up after five minutes is owed: two calls more, no burst.
+
+    So before an edge that goes on answering all but mints, where calls are given up sooner: until
+    two bursts are owed.
+    """
 
     async def scene() -> None:
-        store, vendor = Store(parts=len(names) + 1), Vendor()
+        store, vendor = Store(parts=len(names) + 1), Vendor(edge=edge)
         processes = await opened(store, vendor, names)
         await asyncio.sleep(120)
         before = len(vendor.arrivals)
@@ -154,10 +187,47 @@ def test_N13_a_stall_of_any_length_fits_the_vendors_minute(stall: int, names: st
         await asyncio.sleep(120)
         worst = vendor.worst()
         print(f"stall of {stall} s: {released} calls released, worst minute {worst}")
-        assert released <= SHIPPED.burst + PROBES * (stall // MAX_PROMISE)
+        sooner = min(stall // SEEN * PROBES, SHIPPED.burst + PROBES) if edge else 0
+        assert released <= SHIPPED.burst + sooner + PROBES * (stall // MAX_PROMISE)
+        assert len(vendor.questions) <= len(names) * (stall // SEEN)
         assert worst <= SHIPPED.rate + SHIPPED.burst
         assert before >= 118 / 60 * SHIPPED.rate
         assert sum(at > went_on + 30 for at in vendor.arrivals) >= 88 / 60 * SHIPPED.rate
+        await stopped(processes)
+
+    virtual(scene)
+
+
+@pytest.mark.parametrize("names", ["-", "a", "abc"])
+@pytest.mark.parametrize(("after", "swallows"), [(0, 2), (0, 5), (60, 8), (60, 11)])
+def test_N13_calls_that_are_swallowed_stop_the_others_for_half_a_minute(
+    after: int, swallows: int, names: str
+) -> None:
+    """Read and never answered: right after a start, or later as many as may be out, or more.
+
+    Then a question that is no mint shows that the vendor reads, and two at once may try.
+    """
+
+    async def scene() -> None:
+        store, vendor = Store(parts=len(names) + 1), Vendor()
+        vendor.swallows = 0 if after else swallows
+        processes = await opened(store, vendor, names)
+        await asyncio.sleep(after)
+        vendor.swallows, began = swallows, now()
+        vendor.sated.clear()
+        await vendor.sated.wait()
+        last, asked = max(vendor.arrivals), len(vendor.questions)
+        before = SHIPPED.burst if after else PROBES
+        rounds = -(-max(swallows - before, 0) // PROBES)
+        print(f"{swallows} swallowed in {last - began:.0f} s, {asked} questions")
+        assert last - began <= rounds * (SEEN + 5) + 10
+        assert asked <= rounds * len(names)
+        await asyncio.sleep(SEEN + 30)
+        first = vendor.first_after(last)
+        print(f"the next after {first:.1f} s, worst minute {vendor.worst()}")
+        assert first <= SEEN + 10
+        assert sum(at > last + SEEN + 10 for at in vendor.arrivals) >= 0.9 * SHIPPED.rate / 3
+        assert vendor.worst() <= SHIPPED.rate + SHIPPED.burst
         await stopped(processes)
 
     virtual(scene)
@@ -311,6 +381,7 @@ def test_N13_in_a_stall_a_newcomer_is_refused_at_once_and_told_a_true_time() -> 
                 await process.paced.turn(Urgency.FIRST, "newcomer")
             assert now() - began < 0.01
             assert 30 <= refused.value.retry_after / 1_000_000 <= 60
+            assert str(refused.value).startswith("the vendor does not answer: ")
         vendor.go_on()
         await asyncio.sleep(8)
         assert one.slots.predict(0, now(), drained=False) - now() < 8
@@ -338,6 +409,27 @@ def test_N13_a_replica_without_calls_of_its_own_learns_when_a_stall_is_over() ->
         slot = await quiet.paced.turn(Urgency.FIRST, "newcomer")
         slot.settle()
         await stopped([one, quiet])
+
+    virtual(scene)
+
+
+@pytest.mark.parametrize("swallows", [1, 8])
+def test_N13_alone_too_calls_that_are_swallowed_are_given_up(swallows: int) -> None:
+    """The store is lost while they are out: the share does not wait for them for five minutes."""
+
+    async def scene() -> None:
+        store, vendor = Store(parts=2), Vendor()
+        (process,) = await opened(store, vendor, "a")
+        await asyncio.sleep(60)
+        vendor.swallows = swallows
+        await vendor.sated.wait()
+        store.away, last = True, now()
+        await asyncio.sleep(SEEN + 30)
+        assert process.slots.shortage.startswith("the shared store is away")
+        assert sum(at > last + SEEN + 10 for at in vendor.arrivals) >= 0.4 * SHIPPED.rate / 3
+        assert len(vendor.questions) == 1
+        assert vendor.worst() <= SHIPPED.rate + SHIPPED.burst
+        await process.stop()
 
     virtual(scene)
 

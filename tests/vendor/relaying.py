@@ -78,7 +78,10 @@ def roomy() -> Limits:
 
 
 class Relay:
-    """Desk, budget, issuer and HTTP client before `vendor`."""
+    """Desk, budget, issuer and HTTP client before `vendor`.
+
+    With `owing` nobody knows yet what a process before it has left out.
+    """
 
     def __init__(
         self,
@@ -91,8 +94,10 @@ class Relay:
         base_url: str | None = None,
         policy: ReusePolicy = POLICY,
         draw: Callable[[], float] = lambda: 0.0,
+        owing: bool = False,
     ) -> None:
         self.vendor = vendor
+        self._owing = owing
         self.clock = clock
         self.upstream = UpstreamMetrics(Sheet())
         self.metrics = MintMetrics(Sheet(), "upstream")
@@ -119,6 +124,8 @@ class Relay:
 
     async def open(self) -> None:
         await self.pacer.start()
+        if not self._owing:
+            self.pacer._slots.answered()
         burst = self.pacer._budget.burst
         if self.pacer._budget.depth < 0.02:
             await until(lambda: self.pacer.remaining == burst, "a whole burst")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from processes import Broker, Tree, merged
-from relaying import Relay, relaying, until, visitor
+from relaying import Relay, counted, relaying, until, visitor
 from standing import StandingVendor, Visitors, relay_settings, standing_vendor, worst_window
 from structlog.testing import capture_logs
 
-from broker.errors import BrokerError, UpstreamTimeout, UpstreamUnavailable
+from broker.errors import BrokerError, BudgetExhausted, UpstreamTimeout, UpstreamUnavailable
 from broker.issuers import calls, vendor_client
 from broker.slots import Budget, LocalSlots
 from broker.testing import Refusal, faults
@@ -201,6 +201,147 @@ async def test_N13_a_call_that_hangs_while_the_vendor_answers_others_is_not_wait
         assert owed_by(relay) == 3  # one that a proxy holds has not arrived
         await relay.ask()
         assert owed_by(relay) == 0
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a call be taken for received after 0.3 s."""
+    monkeypatch.setattr(calls, "SEEN", 0.3)
+    monkeypatch.setattr(calls, "LOOK", 0.05)
+
+
+def questions(relay: Relay) -> list[str]:
+    """Return the paths of what was asked beside mints."""
+    return [call.path for call in relay.vendor.journal.records if not call.is_mint]
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("after_start", [True, False])
+async def test_N13_calls_that_are_swallowed_are_given_up_when_the_vendor_answers_a_question(
+    *, after_start: bool
+) -> None:
+    """All that may be out hang, so no younger call can show that the vendor is well for others."""
+    count = 2 if after_start else 4
+    async with relaying(budget=FEW, timeout=0.5, owing=after_start) as relay:
+        if not after_start:
+            await relay.ask()
+        with relay.vendor.fail(faults.hang()):
+            await failures(relay, count)
+        assert relay.pacer.outstanding == count
+        owed = owed_by(relay)
+        await until(lambda: relay.pacer.outstanding == 0, "the slots")
+        assert owed_by(relay) == owed + count  # they may arrive yet: only a mint clears that
+        await until(lambda: len(relay.issuer._calls) == 0, "the calls")
+        assert questions(relay) == [vendor_client.VALIDATE_PATH]
+        assert counted(relay.upstream.validations) == {"answered": 1}
+        await relay.ask()
+        assert owed_by(relay) == 0
+        assert relay.statuses == {"200": 2 - after_start, "none": count}
+        await until(lambda: not len(relay.issuer._calls._asking), "the end of the watch")
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("answer", [Refusal.UNAUTHORIZED, Refusal.INTERNAL_ERROR, "a page"])
+async def test_N13_what_the_answer_to_the_question_says_is_no_matter(
+    answer: Refusal | str,
+) -> None:
+    """Any answer shows that the vendor reads; breakers, keys and pauses learn nothing from it."""
+    fault = faults.html() if isinstance(answer, str) else faults.error(answer)
+    async with relaying(budget=FEW, timeout=0.5) as relay:
+        await relay.ask()
+        relay.vendor.fail(fault, path=vendor_client.VALIDATE_PATH)
+        before = relay.issuer.credentials, relay.issuer._passed_over.copy()
+        hang = relay.vendor.fail(faults.hang())
+        await failures(relay, 4)
+        health = relay.issuer.health
+        hang.stop()
+        await until(lambda: relay.pacer.outstanding == 0, "the slots")
+        assert (relay.issuer.credentials, relay.issuer._passed_over) == before
+        assert relay.issuer.health == health
+        assert relay.errors == {"timeout": 4}
+        await relay.ask()
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("how", ["hang", "reset", "refused"])
+async def test_N13_a_question_without_an_answer_changes_nothing(how: str) -> None:
+    """The vendor stands still, or cannot be reached any more: what is out may yet arrive."""
+    async with relaying(budget=FEW, timeout=0.5) as relay:
+        await relay.ask()
+        fault = faults.reset() if how == "reset" else faults.hang()
+        relay.vendor.fail(fault, path=vendor_client.VALIDATE_PATH)
+        hang = relay.vendor.fail(faults.hang())
+        await failures(relay, 4)
+        if how == "refused":
+            await relay.vendor._listener.refuse()
+        tried = relay.upstream.validations["none"]
+        await until(lambda: tried.value >= 2, "two questions")
+        assert counted(relay.upstream.validations) == {"none": tried.value}
+        assert (relay.pacer.outstanding, owed_by(relay)) == (4, 0)
+        hang.stop()
+        assert isinstance(await relay.failure(), BudgetExhausted)
+
+
+@pytest.mark.usefixtures("soon")
+async def test_N13_an_edge_that_answers_all_but_mints_lets_few_of_them_out() -> None:
+    """Two at a time, until two bursts are owed: then a call hangs for as long as one may."""
+    async with relaying(budget=FEW, timeout=0.5) as relay:
+        await relay.ask()
+        relay.vendor.fail(faults.hang())
+        asked = relay.upstream.validations["answered"]
+        async with asyncio.timeout(20):
+            while owed_by(relay) < 8:
+                await failures(relay, 3)
+        await failures(relay, 3)
+        assert asked.value == 3
+        assert relay.calls == 1 + 4 + 2 + 2 + 2
+        await asyncio.sleep(1)
+        await failures(relay, 3)
+        assert (asked.value, relay.calls, relay.pacer.outstanding) == (3, 11, 2)
+
+
+@pytest.mark.usefixtures("soon")
+async def test_N13_nobody_is_asked_while_there_is_room_or_somebody_waits() -> None:
+    """Three of four hang: the next mint shows all that there is to know.  Nor while it may."""
+    async with relaying(budget=FEW, timeout=0.5) as relay:
+        await relay.ask()
+        relay.vendor.fail(faults.hang(), times=3)
+        await failures(relay, 3)
+        await asyncio.sleep(0.6)
+        assert (relay.pacer.outstanding, questions(relay)) == (3, [])
+        relay.issuer._calls._timeout = 10.0
+        relay.vendor.fail(faults.hang(), times=1)
+        asking = relay.begin()
+        await relay.arrived(5)
+        await asyncio.sleep(0.6)
+        assert (relay.pacer.outstanding, questions(relay)) == (4, [])
+        asking.cancel()
+        await until(lambda: relay.pacer.outstanding == 0, "the slots")
+
+
+@pytest.mark.usefixtures("soon")
+async def test_N13_a_question_under_way_ends_with_the_process() -> None:
+    """It is nobody's call: nothing is left of it."""
+    async with relaying(budget=FEW, timeout=0.5) as relay:
+        await relay.ask()
+        relay.vendor.fail(faults.hang(), path=None)
+        await failures(relay, 4)
+        await until(lambda: questions(relay), "a question")
+        await relay.issuer.close()
+        assert not len(relay.issuer._calls._asking)
+
+
+async def test_N13_who_is_refused_in_a_stall_is_told_why() -> None:
+    """Not that the budget is used up: that is a matter of demand, this one of the vendor."""
+    async with relaying(budget=FEW, timeout=0.5) as relay:
+        await relay.ask()
+        relay.vendor.fail(faults.hang())
+        await failures(relay, 4)
+        error = await relay.failure()
+        assert isinstance(error, BudgetExhausted)
+        assert str(error) == "the vendor does not answer: calls that are out use up the budget"
+        relay.pacer.hold(60)
+        assert str(await relay.failure()) == "the vendor's budget is used up"
 
 
 async def test_N13_calls_that_are_out_when_a_process_ends_are_owed() -> None:

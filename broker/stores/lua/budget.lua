@@ -11,8 +11,8 @@
 --       abandoned since its start: they may yet arrive   16 how long ago (us) the vendor last answered
 --       it, -1 for never   17 after how long (us) a replica that has calls out and tells nothing is
 --       silent   18 how many calls may be out while others are owed
--- Reply {reserved, wait (us), free, paused (us), era, time (us), silence (us), queue of another
---       replica, ...}
+-- Reply {reserved, wait (us), free, paused (us), era, time (us), silence (us), owed, queue of
+--       another replica, ...}
 --       reserved 1: one call may be made after `wait`; 0: ask again after `wait`, none was taken
 --       silence: since the last reservation, while only the end of a call makes room; else -1
 --
@@ -70,7 +70,8 @@ local function read(value)
 end
 local latest, _, _, _, told_at = read(redis.call('HGET', KEYS[3], ARGV[3]))
 if latest and message <= latest and math.abs(now - told_at) <= silent then
-  return {0, interval, 0, paused, era, now, -1}
+  local owed = budget[4] and stored(budget[4], 0, 3 * burst, 3 * burst) or burst
+  return {0, interval, 0, paused, era, now, -1, owed}
 end
 local all_out, charged, lost = out, 0, 0
 local calls = redis.call('HGETALL', KEYS[3])
@@ -158,4 +159,4 @@ local told = {text(message), text(out), text(settled), text(abandoned), text(now
 redis.call('HSET', KEYS[3], ARGV[3], table.concat(told, ' '))
 redis.call('PEXPIRE', KEYS[3], px(remembered))
 local free = paused > 0 and 0 or math.max(math.floor((depth - taken) / step), 0)
-return {reserved, wait, free, paused, era, now, silence, unpack(others)}
+return {reserved, wait, free, paused, era, now, silence, owed, unpack(others)}
