@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from aiohttp.web import BaseRequest, StreamResponse
-from edge import TOKEN_PATH, Edge, Line, Reply, request, serving
+from edge import TOKEN_PATH, Edge, Line, Reply, closing_later, hang_up, request, serving
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import (
@@ -139,6 +139,16 @@ def with_body(method: str, path: str, length: int | None, *more: tuple[str, str]
         ("Transfer-Encoding", "chunked") if length is None else ("Content-Length", str(length))
     )
     return request(method, path, [("X-Request-Id", "first"), framing, *more])
+
+
+async def test_what_a_test_leaves_open_is_ended_after_it() -> None:
+    """Else it is collected in a later test, and fails that."""
+    async with await asyncio.start_server(lambda _r, w: w.close(), "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        line, client = await connected(port), await _deaf(port)
+        hang_up()
+        assert line.writer.transport.is_closing()
+        assert client.fileno() == -1
 
 
 class TestUnreadBodies:
@@ -538,6 +548,8 @@ class TestTime:
         """
         answer = await _embed_script(running)
         clients = [socket.socket() for _ in range(100)]
+        for client in clients:
+            closing_later(client.close)
         before = await _open_connections(running)
         for n, client in enumerate(clients):
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -684,6 +696,7 @@ def _is_gone(connection: server.DataConnection) -> bool:
 async def _deaf(port: int) -> socket.socket:
     """Connect somebody with little room for what it does not read."""
     client = socket.socket()
+    closing_later(client.close)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
     client.setblocking(False)
     await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", port))
