@@ -43,8 +43,8 @@ _REMEDIES = {
     " of issuer.upstream.proxy_file",
     Reason.PROXY_REFUSED: "the egress proxy opens no way there: permit CONNECT to the vendor in it,"
     ' or go without it by issuer.upstream.proxy = "direct"',
-    Reason.HEADERS_TOO_LARGE: "headers beyond 64 KiB or 512 lines: look at what an edge or a proxy"
-    " in between adds",
+    Reason.HEADERS_TOO_LARGE: "headers beyond 64 KiB, 512 lines or 256 KiB in all, or over 16"
+    " interim answers: look at what an edge or a proxy in between adds",
     Reason.TIMEOUT: "no answer in time: check the network, or raise issuer.upstream.timeout",
 }
 

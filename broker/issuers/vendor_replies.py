@@ -43,9 +43,9 @@ class Reason(Enum):
     NO_TOKEN = "no_token"  # noqa: S105 - a label
     """A 200 without a usable token and without a failure that we know."""
     TOO_LARGE = "too_large"
-    """A body beyond the bound."""
+    """A body beyond the bound, or an answer that is mostly frame."""
     HEADERS_TOO_LARGE = "headers_too_large"
-    """A header, or a number of headers, beyond the bound."""
+    """A header, the headers in all, or interim answers before them, beyond the bound."""
     ENCODED = "encoded"
     """A compressed body, which we did not ask for and do not unpack."""
     EXPIRED = "expired"

@@ -12,6 +12,8 @@ much it may hold.  What aiohttp does by default and a public listener must not:
 - a target whose host is broken Punycode ends what answers, and its connection stays for ever: here
   it is refused, and a connection ends with whatever answers it;
 - a handler survives its client: here it is cancelled (`handler_cancellation`);
+- a client that ends its sending half is taken for gone: here it has a second (`HALF_CLOSED`) to be
+  answered in;
 - an idle connection is kept for an hour, half a head with it: the idle time is a setting, a head
   has `HEAD_TIMEOUT` from its first byte, and one that began within the idle time is answered;
 - a client that does not read holds its connection for ever: what is unsent for `UNSENT_TIMEOUT`
@@ -56,6 +58,11 @@ UNSENT_TIMEOUT = 30.0
 
 LINGER = 1.0
 """Seconds in which the rest of a refused body is read, so that the client sees our answer."""
+
+HALF_CLOSED = 1.0
+"""Seconds in which a client that has sent its last byte (FIN) is still answered.  One that only
+ends its sending half (`nc -N`, RFC 9112 section 9.6) looks like one that has gone until something
+is written to it: what is at hand is written, and who waits for a slot of the budget leaves it."""
 
 LAST_LOOK = 0.01
 """Seconds between the end of the idle time and the close: bytes that had come in time, while the
@@ -103,6 +110,7 @@ class DataConnection(web.RequestHandler):
     __slots__ = (
         "_body",
         "_error_head",
+        "_half_closed_timer",
         "_head_bytes",
         "_head_timer",
         "_is_full",
@@ -131,6 +139,7 @@ class DataConnection(web.RequestHandler):
         self._maybe_head = 0  # came with the request before: at most this much of it is of a head
         self._head_timer: asyncio.TimerHandle | None = None
         self._unsent_timer: asyncio.TimerHandle | None = None
+        self._half_closed_timer: asyncio.TimerHandle | None = None
         self._is_full = False  # what it has taken is answered, and nothing more is
 
     @property
@@ -158,6 +167,8 @@ class DataConnection(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         self._end_head()
         self._end_unsent()
+        if self._half_closed_timer is not None:
+            self._half_closed_timer.cancel()
         self._body = EMPTY_PAYLOAD
         super().connection_lost(exc)
 
@@ -172,6 +183,17 @@ class DataConnection(web.RequestHandler):
     def resume_writing(self) -> None:
         super().resume_writing()
         self._end_unsent()
+
+    @override
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Answer what has come whole, if that is soon; returns whether to keep the connection."""
+        is_whole = self._is_full or self._body.is_eof()
+        is_handled = self._waiter is None and self._request_count > 0  # taken, and not answered
+        if self.transport is None or not (is_whole and (self._messages or is_handled)):
+            return False
+        self._is_full = True
+        self._half_closed_timer = self._loop.call_later(HALF_CLOSED, self.transport.close)
+        return True
 
     @override
     async def shutdown(self, timeout: float | None = LINGER) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 import msgspec
 import pytest
 from connect_proxy import ConnectProxy
-from processes import Broker, Caller, good, merged, run, secret_in, toml, write
+from flooding import BODIES, HEADS, Flood, FloodServer
+from processes import Broker, Caller, good, merged, run, secret_in, toml, until, write
 from relaying import UNLIMITED, visitor
 from servers import free_port, write_certificates
 
 from broker import config, parts
 from broker.issuers.egress import proxy_for
+from broker.issuers.vendor_replies import Reason
 from broker.model import Secret
 from broker.schema import ConfigError
 from broker.testing import FakeVendor
@@ -164,6 +166,62 @@ async def test_N14_its_407_and_its_502_are_named(
             assert failed["reason"] == reason
         assert remedy in await site.doctor(path)
     assert site.vendor.journal.calls == []
+
+
+@pytest.mark.parametrize("over", ["http", "https"])
+@pytest.mark.parametrize("flood", [HEADS[0], HEADS[4], HEADS[7]], ids=lambda flood: flood.name)
+async def test_N14_a_proxy_that_never_ends_its_answer_to_connect(
+    site: Site, flood: Flood, over: str
+) -> None:
+    """It is hung up on, and named: the broker is not held up, the vendor is never reached."""
+    async with FloodServer(flood, tls=site.tls if over == "https" else None) as proxy:
+        async with broker_at(site, site.configured(proxy=proxy.url)) as broker:
+            status, answer = await site.ask(broker)
+            assert status == 502
+            assert answer["error"]["message"].endswith(": headers_too_large")
+            assert await counted(broker) == {"headers_too_large": 1}
+        await until(lambda: proxy.over == 1)
+    assert site.vendor.journal.calls == []
+
+
+@pytest.mark.parametrize(
+    ("head", "reason"),
+    [
+        (b"HTTP/1.1 407 Who are you\r\n\r\n", "proxy_auth"),
+        (b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\n\r\n", "proxy_refused"),
+        (b"HTTP/1.1 200 OK\r\n\r\n", "tls"),
+    ],
+    ids=["refusal", "101", "tunnel"],
+)
+async def test_N14_a_proxy_that_talks_on_behind_its_answer_to_connect(
+    site: Site, head: bytes, reason: str
+) -> None:
+    """A refusal whose page never ends, another protocol, a tunnel with something else in it."""
+    async with (
+        FloodServer(Flood("", head, b"x" * 65_536, Reason.TLS)) as proxy,
+        broker_at(site, site.configured(proxy=proxy.url)) as broker,
+    ):
+        assert (await site.ask(broker))[0] == 502
+        assert set(await counted(broker)) == {reason}
+        await until(lambda: proxy.calls == proxy.over)
+
+
+@pytest.mark.parametrize("over", ["http", "https"])
+@pytest.mark.parametrize("flood", [HEADS[0], BODIES[0]], ids=lambda flood: flood.name)
+async def test_N14_a_vendor_that_never_ends_its_answer_behind_a_proxy(
+    site: Site, flood: Flood, over: str
+) -> None:
+    """TLS, and TLS in TLS: the bounds hold inside of a tunnel, too."""
+    async with (
+        FloodServer(flood, tls=site.tls) as vendor,
+        ConnectProxy(
+            {f"{VENDOR}:443": vendor.port}, tls=site.tls if over == "https" else None
+        ) as proxy,
+        broker_at(site, site.configured(proxy=proxy.url)) as broker,
+    ):
+        assert (await site.ask(broker))[0] == 502
+        assert await counted(broker) == {flood.reason.value: 1}
+        await until(lambda: vendor.over == 1)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "proxy.invalid"])

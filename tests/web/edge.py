@@ -11,7 +11,7 @@ import logging
 import resource
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
@@ -92,12 +92,31 @@ class Reply(msgspec.Struct, frozen=True):
         return "\n".join(lines) + self.body.decode("utf-8", "backslashreplace")
 
 
+_opened: list[Callable[[], object]] = []
+"""What ends each connection that a test has opened."""
+
+
+def closing_later(end: Callable[[], object]) -> None:
+    """Have a connection ended with the test, if that fails, too (a fixture of conftest does it).
+
+    One that is left is collected later, and its ResourceWarning fails whichever test runs then.
+    """
+    _opened.append(end)
+
+
+def hang_up() -> None:
+    """End what the test that ran last has opened; to end one again has no effect."""
+    while _opened:
+        _opened.pop()()
+
+
 class Line:
     """One connection to a listener."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
+        closing_later(writer.transport.abort)
 
     def send(self, data: bytes) -> None:
         self.writer.write(data)

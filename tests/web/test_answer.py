@@ -5,7 +5,7 @@ import re
 import socket
 
 import pytest
-from edge import Edge, request, visitor
+from edge import Edge, closing_later, request, visitor
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -100,6 +100,7 @@ class TestReadyAnswer:
         """Its answers do not pile up here, and after a while it is cut off (O4)."""
         monkeypatch.setattr("broker.web.server.UNSENT_TIMEOUT", 0.3)
         client = socket.socket()
+        closing_later(client.close)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.setblocking(False)
         await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", edge.port))

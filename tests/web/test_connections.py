@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from edge import TOKEN_PATH, Edge, Line, Reply, request, serving
+from aiohttp.web import BaseRequest, StreamResponse
+from edge import TOKEN_PATH, Edge, Line, Reply, closing_later, hang_up, request, serving
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import (
@@ -31,6 +32,7 @@ from processes import (
     write,
 )
 
+from broker.board import Gauge
 from broker.settings import Settings
 from broker.web import server
 
@@ -137,6 +139,16 @@ def with_body(method: str, path: str, length: int | None, *more: tuple[str, str]
         ("Transfer-Encoding", "chunked") if length is None else ("Content-Length", str(length))
     )
     return request(method, path, [("X-Request-Id", "first"), framing, *more])
+
+
+async def test_what_a_test_leaves_open_is_ended_after_it() -> None:
+    """Else it is collected in a later test, and fails that."""
+    async with await asyncio.start_server(lambda _r, w: w.close(), "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        line, client = await connected(port), await _deaf(port)
+        hang_up()
+        assert line.writer.transport.is_closing()
+        assert client.fileno() == -1
 
 
 class TestUnreadBodies:
@@ -554,6 +566,8 @@ class TestTime:
         """
         answer = await _embed_script(running)
         clients = [socket.socket() for _ in range(100)]
+        for client in clients:
+            closing_later(client.close)
         before = await _open_connections(running)
         for n, client in enumerate(clients):
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -700,6 +714,7 @@ def _is_gone(connection: server.DataConnection) -> bool:
 async def _deaf(port: int) -> socket.socket:
     """Connect somebody with little room for what it does not read."""
     client = socket.socket()
+    closing_later(client.close)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
     client.setblocking(False)
     await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", port))
@@ -736,6 +751,99 @@ def _fill(transport: asyncio.Transport) -> None:
     """Write until the kernel takes no more."""
     while transport.get_write_buffer_size() == 0:
         transport.write(b"x" * 512)
+
+
+class TestHalfClosed:
+    """N3: a client that has sent its last byte is answered if that is soon, and not waited for.
+
+    Both `nc -N`, which reads on, and a client that has gone send the same FIN.
+    """
+
+    @pytest.mark.parametrize("listener", LISTENERS)
+    @pytest.mark.parametrize("count", [1, 3])
+    async def test_N3_what_came_whole_before_the_end_is_answered(
+        self, running: Running, listener: str, count: int
+    ) -> None:
+        """One request, or several behind each other; then the connection ends."""
+        line = await connected(port_of(running, listener))
+        line.send(request("GET", "/livez") * count)
+        line.writer.write_eof()
+        answers = [await line.answer() for _ in range(count)]
+        assert [answer.status for answer in answers] == [200] * count
+        assert await ended(line) == b""
+
+    async def test_N3_so_is_a_token_asked_for_in_pieces(self, running: Running) -> None:
+        """The end may come with the body or behind it; a mint is soon enough."""
+        for pause in (0.0, 0.05):
+            body = json.dumps({"agent_id": "A78WKV4515", "fingerprint": secrets.token_hex(16)})
+            ask = request("POST", TOKEN_PATH, [("api-secret", running.secret)], body.encode())
+            line = await connected(running.port)
+            line.send(ask[:-5])
+            await line.writer.drain()
+            await asyncio.sleep(pause)
+            line.send(ask[-5:])
+            line.writer.write_eof()
+            assert (await line.answer()).status == 200
+            assert await ended(line) == b""
+
+    @pytest.mark.parametrize("listener", LISTENERS)
+    async def test_N5_so_is_a_head_that_is_too_large(self, running: Running, listener: str) -> None:
+        """What is refused is answered, too; and what is no request at all."""
+        heads = {431: [(f"X-{n}", "z" * 1000) for n in range(66)], 400: [("X-A\0", "")]}
+        for status, headers in heads.items():
+            line = await connected(port_of(running, listener))
+            line.send(request("GET", "/livez", headers))
+            line.writer.write_eof()
+            assert (await line.answer()).status == status
+            assert await ended(line) == b""
+
+    @pytest.mark.parametrize("listener", LISTENERS)
+    @pytest.mark.parametrize(
+        "part",
+        [b"", b"GET /livez HTT", request("GET", "/livez")[:-2], request("GET", "/livez") + b"GET"],
+        ids=["nothing", "a line", "a head", "behind an answer"],
+    )
+    async def test_N3_what_did_not_come_whole_is_not(
+        self, running: Running, listener: str, part: bytes
+    ) -> None:
+        """Nothing can follow: the connection ends at once, not when its idle time does."""
+        line = await connected(port_of(running, listener))
+        line.send(part)
+        line.writer.write_eof()
+        rest = await ended(line)
+        assert rest.count(b"HTTP/1.1 200 OK") == part.count(b"\r\n\r\n")
+
+    @pytest.mark.parametrize("is_gone", [False, True], ids=["half-closed", "gone"])
+    async def test_N3_whoever_must_be_waited_for_is_taken_for_gone(self, *, is_gone: bool) -> None:
+        """A handler that goes on waiting is cancelled, and the connection ends."""
+        begun, cancelled = asyncio.Event(), asyncio.Event()
+
+        async def wait(_request: BaseRequest) -> StreamResponse:
+            begun.set()
+            try:
+                await asyncio.sleep(10 * PATIENCE)
+            except asyncio.CancelledError:
+                cancelled.set()
+                raise
+            raise AssertionError
+
+        open_now = Gauge([0.0], 0)
+        serve = server.DataServer(wait, lambda: ("id", "date"), open_now, KEEP_ALIVE)
+        loop = asyncio.get_running_loop()
+        async with await loop.create_server(serve, "127.0.0.1", 0) as listening:
+            line = await connected(listening.sockets[0].getsockname()[1])
+            line.send(request("GET", "/"))
+            await begun.wait()
+            if is_gone:
+                await line.close()
+            else:
+                line.writer.write_eof()
+            async with asyncio.timeout(PATIENCE):
+                await cancelled.wait()
+            if not is_gone:
+                assert await ended(line) == b""
+            await until(lambda: open_now.value == 0)
+            await serve.shutdown(0)
 
 
 class TestKeepAlive:
