@@ -12,7 +12,8 @@ import pytest
 
 from broker.model import Secret
 from broker.stores.failures import Elsewhere, Forgotten, Reason, StoreFailed, why
-from broker.stores.link import LONGEST_REPLY, Conversation, Link, Reply, Route, Target
+from broker.stores.link import Conversation, Link, Route, Target
+from broker.stores.resp import LONGEST_REPLY, Reply
 from broker.stores.scripts import command
 
 TIMEOUT = 0.1

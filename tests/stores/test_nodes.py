@@ -49,6 +49,8 @@ class Town:
             if b"SLOTS" in call:
                 self.readings += 1
                 replies += self.told
+            elif b"AUTH" in call or b"ASKING" in call:
+                replies += b"+OK\r\n"
             else:
                 replies += self.said
         return replies
