@@ -254,7 +254,7 @@ ACTS: Mapping[str, Callable[[Replica], Awaitable[None]]] = {
 
 @pytest.mark.parametrize("name", ACTS)
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_what_no_script_would_say_fails_as_the_store_does(name: str, data: st.DataObject) -> None:
     """No other exception, also in the background; no wait without end."""
 
@@ -359,3 +359,51 @@ def test_every_script_has_a_shape_that_names_it() -> None:
     assert repr(shapes.VISIT).startswith("visit: [number, number] or [number, number, text")
     assert repr(shapes.GET) == "GET: text or nothing"
     assert repr(shapes.PAGE) == "page: [(text, text)...]"
+
+
+FAR = 2**62
+
+LIES: list[tuple[str, Shape, Reply]] = [
+    ("remembers", shapes.GET, b'["refused",' + b"[" * 100_000),
+    ("reserves", shapes.BUDGET, [1, FAR, 0, 0, b"era", 1, -1]),
+    ("reserves", shapes.BUDGET, [1, -1, 0, 0, b"era", 1, -1]),
+    ("reserves", shapes.BUDGET, [1, 0, 0, 0, b"era", FAR, -1]),
+    ("beats", shapes.HEARTBEAT, [1, 1, 0, b"era", FAR]),
+    ("beats", shapes.HEARTBEAT, [1, -1, 0, b"era", 1]),
+    ("beats", shapes.HEARTBEAT, [1, 1, FAR, b"era", 1]),
+    ("beats", shapes.HEARTBEAT, [1, 1, 0, b"e" * 1000, 1]),
+    ("beats", shapes.HEARTBEAT, [0]),
+    ("visits", shapes.VISIT, [1, FAR, b"0"]),
+    ("visits", shapes.VISIT, [0, 0]),
+    ("keeps", shapes.KEEP, [b"lost"]),
+    ("reads", shapes.PAGE, [b"5", b"a"]),
+    ("reads", shapes.PAGE, [b"5", b"a"] * 50),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "reply"), LIES)
+def test_each_lie_by_itself(name: str, shape: Shape, reply: Reply) -> None:
+    """Said to every such call, whatever else is asked."""
+    usual: dict[Shape, Reply] = {shapes.GET: None, shapes.HOLD: 0, shapes.FINISH: b"1"}
+
+    async def scene(clock: FakeClock) -> None:
+        limits = limits_of(LIMIT, LIMIT, LIMIT, LIMIT)
+        replica = Replica(StoreAddress(path="/nowhere"), limits, clock=clock)
+        nodes = replica.server.nodes = Liar(lambda _strategy: None)
+
+        async def command(_key: bytes, _packed: bytes, asked: Shape = ANYTHING) -> Reply:
+            await asyncio.sleep(0.001)
+            nodes.left -= 1
+            if nodes.left < 0:
+                raise StoreFailed(Reason.CONNECTION)
+            return reply if asked is shape else usual.get(asked, [1, SECOND])
+
+        nodes.command = command
+        async with asyncio.timeout(5 * MINUTE):
+            with suppress(StoreFailed, BrokerError, SessionTaken):
+                await ACTS[name](replica)
+            await replica.settled()
+        if name == "reads":
+            assert nodes.left > CALLS - 4, "the list was read on and on"
+
+    run_virtual(scene)
