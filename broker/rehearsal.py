@@ -29,10 +29,12 @@ from broker.slots import Budget
 from broker.stores.address import Access, StoreAddress
 from broker.stores.base import Lease
 from broker.stores.failures import Elsewhere, Forgotten, Reason, StoreFailed
-from broker.stores.link import Reply, Target
+from broker.stores.link import Target
 from broker.stores.news import Subscription, subscribe
 from broker.stores.nodes import Nodes
+from broker.stores.resp import Reply
 from broker.stores.scripts import command
+from broker.stores.shapes import ANYTHING, Shape
 from broker.stores.tokens import TokenCache
 
 TIMEOUT = 3.0
@@ -63,11 +65,11 @@ class Witness(Nodes):
         await self._nodes.close()
 
     @override
-    async def command(self, key: bytes, packed: bytes) -> Reply:
+    async def command(self, key: bytes, packed: bytes, shape: Shape = ANYTHING) -> Reply:
         self.keys.update(_keys_of(packed) or (key,))
         began = time.perf_counter()
         try:
-            reply = await self._nodes.command(key, packed)
+            reply = await self._nodes.command(key, packed, shape)
         except StoreFailed as failed:
             self.failures.append(failed)
             raise

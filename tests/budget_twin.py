@@ -14,9 +14,9 @@ from broker.stores import fleet
 from broker.stores.address import Access, StoreAddress
 from broker.stores.budget import SharedSlots
 from broker.stores.failures import Reason, StoreFailed
-from broker.stores.link import Reply
 from broker.stores.names import Names
 from broker.stores.nodes import nodes_at
+from broker.stores.resp import Reply
 from broker.stores.scripts import Script
 from broker.stores.server import Operation, Server
 from broker.testing import FakeClock

@@ -20,7 +20,7 @@ from broker.sharing import Sharing
 from broker.slots import Budget
 from broker.stores.address import Access, StoreAddress
 from broker.stores.budget import SharedSlots
-from broker.stores.link import Reply
+from broker.stores.resp import Reply
 from broker.stores.scripts import Script, command
 from broker.stores.server import Operation
 from broker.stores.shared import SharedStore
@@ -56,6 +56,7 @@ class TimedScript:
 
     def __init__(self, script: Script) -> None:
         self.source = at_given_time(script.source)
+        self.shape = script.shape
         self._sha = sha1(self.source.encode(), usedforsecurity=False).hexdigest().encode()
 
     def by_name(self, keys: Sequence[bytes], arguments: Sequence[bytes]) -> bytes:

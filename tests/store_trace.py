@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Self
 
-import hiredis
 from foreign import FOREIGN
 from msgspec import Struct
 from msgspec.structs import replace
@@ -22,6 +21,7 @@ from replica import at_given_time
 from servers import StoreServer
 
 from broker.rules.bucket import Limit, spend
+from broker.stores.resp import Reader
 from broker.stores.scripts import Script, command
 
 SECOND = 1_000_000
@@ -306,14 +306,14 @@ class Talk:
             self._socket.connect(address.path)
         else:
             self._socket = socket.create_connection(address.hosts[0])
-        self._reader = hiredis.Reader()
+        self._reader = Reader()
 
     def ask(self, commands: list[bytes]) -> list[Reply]:
         """Return a reply a command; an error is one, too."""
         self._socket.sendall(b"".join(commands))
         replies: list[Reply] = []
         while len(replies) < len(commands):
-            reply = self._reader.gets()
+            reply = self._reader.take()
             if reply is False:
                 self._reader.feed(self._socket.recv(1 << 20))
             else:

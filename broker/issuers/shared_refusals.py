@@ -20,6 +20,7 @@ from broker.stores.failures import StoreFailed
 from broker.stores.names import Names
 from broker.stores.scripts import command
 from broker.stores.server import Operation, Server
+from broker.stores.shapes import COUNTED, GET, SET
 
 
 class _Said(Struct, frozen=True, array_like=True):
@@ -67,7 +68,7 @@ class SharedRefusals(Refusals):
     def forget(self, ask: Ask) -> None:
         self._local.forget(ask)
         for key in (self._account, self._names.refused(ask)):
-            self._server.tell(Operation.REFUSAL, key, command(b"DEL", key))
+            self._server.tell(Operation.REFUSAL, key, command(b"DEL", key), COUNTED)
 
     @override
     def use_keys(self, keys: Sequence[Secret]) -> None:
@@ -76,16 +77,16 @@ class SharedRefusals(Refusals):
         self._account = self._names.account(keys)
 
     async def _said(self, key: bytes) -> Refused | None:
-        reply = await self._server.command(Operation.REFUSAL, key, command(b"GET", key))
+        reply = await self._server.command(Operation.REFUSAL, key, command(b"GET", key), GET)
         if not isinstance(reply, bytes):
             return None
         try:
             said = _decoder.decode(reply)
             message = outcome.printable(said.message)
-        except (msgspec.DecodeError, ValueError):
+        except (msgspec.DecodeError, ValueError, RecursionError):
             return None  # of another version, or not a broker's
         return Refused(said.status, said.code, message, said.scope)
 
     def _tell(self, key: bytes, said: _Said, seconds: int) -> None:
         packed = command(b"SET", key, msgspec.json.encode(said), b"PX", b"%d" % (seconds * 1000))
-        self._server.tell(Operation.REFUSAL, key, packed)
+        self._server.tell(Operation.REFUSAL, key, packed, SET)

@@ -20,11 +20,13 @@ from broker.model import Clock, Session
 from broker.rules.reuse import SECOND
 from broker.sessions.base import MARK_LIFE, MOST_DISOWNED, BookFull, Place, Query, place_of
 from broker.stores.failures import Reason, StoreFailed, number
-from broker.stores.link import Reply
+from broker.stores.leases import texts
 from broker.stores.names import Names
+from broker.stores.resp import Reply
 from broker.stores.scripts import Script, command
 from broker.stores.seal import Box
 from broker.stores.server import Operation, Server
+from broker.stores.shapes import COUNTED, GET, SET, SET_IF_NEW, Shape
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Session).decode
@@ -70,7 +72,7 @@ class ValkeyBook:
         if any(holder is not None and holder.key != session.key for _, holder in claims):
             for key, (is_ours, _) in zip(keys, claims, strict=True):
                 if is_ours:
-                    _ = await self._command(key, b"DEL", key)
+                    _ = await self._command(COUNTED, key, b"DEL", key)
             raise SessionTaken
         lists = (names.of_agent(session.agent), names.of_visitor(session.fingerprint))
         await asyncio.gather(
@@ -110,7 +112,7 @@ class ValkeyBook:
         if not session.digest:
             return False
         key = self._names.disowned(session.client, session.digest)
-        return await self._command(key, b"GET", key) is not None
+        return await self._command(GET, key, b"GET", key) is not None
 
     async def page(self, query: Query, after: Place, limit: int) -> Sequence[Session]:
         """Return live sessions beyond a place; lists name some that are gone, so it reads on."""
@@ -121,11 +123,14 @@ class ValkeyBook:
             else names.of_agent(query.agent)
         )
         found: list[Session] = []
+        left = 2 * self._most + limit  # it grows while it is read, but not for ever
         while len(found) < limit:
             places = await self._places(listed, after, limit)
             if not places:
                 break
-            after = places[-1]
+            after, left = places[-1], left - len(places)
+            if left < 0:
+                raise StoreFailed(Reason.OTHER, "a list without end")
             sessions = await asyncio.gather(*(self.find(place.session_id) for place in places))
             found += [
                 session
@@ -149,13 +154,13 @@ class ValkeyBook:
         if session.digest:
             gone.append(names.handed_out(session.digest))
         for key in gone:
-            _ = await self._command(key, b"DEL", key)
+            _ = await self._command(COUNTED, key, b"DEL", key)
 
     async def ended(self, session_id: str) -> bool:
         """Whether this session was ended: anything in the mark's place is one."""
         key = self._names.ended(session_id)
         try:
-            return await self._command(key, b"GET", key) is not None
+            return await self._command(GET, key, b"GET", key) is not None
         except StoreFailed as failed:
             if failed.is_foreign:
                 return True
@@ -168,7 +173,9 @@ class ValkeyBook:
         """
         lasts = b"%d" % -(-life // 1000)
         try:
-            old = await self._command(key, b"SET", key, value, b"NX", b"GET", b"PX", lasts)
+            old = await self._command(
+                SET_IF_NEW, key, b"SET", key, value, b"NX", b"GET", b"PX", lasts
+            )
         except StoreFailed as failed:
             if failed.is_foreign:
                 return False, None
@@ -176,7 +183,7 @@ class ValkeyBook:
         return old is None, self._opened(key, old)
 
     async def _put(self, key: bytes, value: bytes, life: int) -> None:
-        _ = await self._command(key, b"SET", key, value, b"PX", b"%d" % -(-life // 1000))
+        _ = await self._command(SET, key, b"SET", key, value, b"PX", b"%d" % -(-life // 1000))
 
     async def _enlist(self, key: bytes, session: Session, left: int) -> None:
         _ = await self._server.run(
@@ -194,18 +201,18 @@ class ValkeyBook:
         reply = await self._server.run(
             Operation.SESSION, Script.PAGE, (listed,), expires, session_id, b"%d" % limit
         )
-        if not isinstance(reply, list):
-            raise StoreFailed(Reason.OTHER)
-        pairs = zip(reply[::2], reply[1::2], strict=True)
-        return [
+        told = texts(reply)
+        places = [
             Place(number(when), name.decode("utf-8", "replace"))
-            for when, name in pairs
-            if isinstance(name, bytes)
+            for when, name in zip(told[::2], told[1::2], strict=False)
         ]
+        if len(places) > limit or (places and places[-1] <= after):
+            raise StoreFailed(Reason.OTHER, "a page that leads nowhere")
+        return places
 
     async def _read(self, key: bytes) -> Session | None:
         try:
-            sealed = await self._command(key, b"GET", key)
+            sealed = await self._command(GET, key, b"GET", key)
         except StoreFailed as failed:
             if failed.is_foreign:  # nobody of ours wrote it: no record, like one that does not open
                 return None
@@ -223,8 +230,8 @@ class ValkeyBook:
             return None
         return session if self._clock.wall() < session.expires * SECOND else None
 
-    async def _command(self, key: bytes, *parts: bytes) -> Reply:
-        return await self._server.command(Operation.SESSION, key, command(*parts))
+    async def _command(self, shape: Shape, key: bytes, *parts: bytes) -> Reply:
+        return await self._server.command(Operation.SESSION, key, command(*parts), shape)
 
     @override
     def __repr__(self) -> str:

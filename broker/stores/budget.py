@@ -26,6 +26,7 @@ import math
 from collections.abc import Callable, Mapping
 
 import structlog
+from msgspec import Struct
 from typing_extensions import override
 
 from broker.board import Counter
@@ -33,12 +34,14 @@ from broker.rules import outstanding
 from broker.rules.outstanding import PROBES
 from broker.rules.reuse import SECOND
 from broker.slots import Budget, LocalSlots, Slots
-from broker.stores.failures import StoreFailed
+from broker.stores.failures import Reason, StoreFailed, number
 from broker.stores.fleet import ALONE_AFTER, Fleet
-from broker.stores.link import Reply
+from broker.stores.fleet_time import era_of
 from broker.stores.names import Names
+from broker.stores.resp import Reply
 from broker.stores.scripts import Script, command
 from broker.stores.server import Operation, Server
+from broker.stores.shapes import COUNTED
 from broker.tasks import Background, BackgroundTask, TaskSet
 
 log = structlog.get_logger()
@@ -73,6 +76,39 @@ LOOK = 0.5
 
 PAUSED = b"paused"
 """The news that the vendor asked for a pause; for how long, the server tells."""
+
+
+class _Told(Struct, frozen=True):
+    """What the server says of the next call; times in microseconds, `silence` -1 for none."""
+
+    reserved: bool
+    wait: int
+    free: int
+    paused: int
+    era: bytes
+    time: int
+    silence: int
+    owed: int
+    lines: list[int]
+
+
+def _read(reply: Reply) -> _Told:
+    """Read it; raises StoreFailed for what the script would not say."""
+    match reply:
+        case [0 | 1 as reserved, wait, free, paused, bytes(era), time, int(silence), owed, *lines]:
+            return _Told(
+                bool(reserved),
+                number(wait, int(AHEAD * SECOND)) if reserved else number(wait),
+                number(free),
+                number(paused),
+                era_of(era),
+                number(time),
+                silence if silence < 0 else number(silence),
+                number(owed),
+                [line for line in lines if isinstance(line, int) and line > 0],
+            )
+        case _:
+            raise StoreFailed(Reason.OTHER, "budget: another reply")
 
 
 class SharedSlots(Slots):
@@ -305,18 +341,14 @@ class SharedSlots(Slots):
 
         `modest` takes it only if nobody else could want it.
         """
-        reply = await self._send(waiting, b"modest" if modest else b"reserve")
-        match reply:
-            case [int(reserved), int(wait), _, int(paused), _, _, _, _, *lines]:
-                self._lines = [line for line in lines if isinstance(line, int)]
-                self._lines_told = self._loop.time()
-                if paused and not reserved:
-                    self.hold(paused / SECOND)
-                return bool(reserved), wait / SECOND
-            case _:
-                return False, LONGEST_NAP
+        told = await self._send(waiting, b"modest" if modest else b"reserve")
+        self._lines = told.lines
+        self._lines_told = self._loop.time()
+        if told.paused and not told.reserved:
+            self.hold(told.paused / SECOND)
+        return told.reserved, told.wait / SECOND
 
-    async def _send(self, waiting: int, what: bytes) -> Reply:
+    async def _send(self, waiting: int, what: bytes) -> "_Told":
         """Send one message, after the one before: it tells what is out, and what is over."""
         async with self._turn:
             self._messages += 1
@@ -345,31 +377,18 @@ class SharedSlots(Slots):
                     b"%d" % int(SILENT * SECOND),
                     b"%d" % PROBES,
                 )
+                told = _read(reply)
             except StoreFailed:
                 self._failed = True
                 raise
-            match reply:
-                case [
-                    int(reserved),
-                    int(wait),
-                    int(free),
-                    _,
-                    bytes(era),
-                    int(told),
-                    int(silence),
-                    int(owed),
-                    *_,
-                ]:
-                    self._fleet.time.learn(era, told)
-                    self._note(wait / SECOND, free, reserved=bool(reserved))
-                    self._failed, self._returned, self._alone = False, True, None
-                    self._untold -= untold
-                    self._out += reserved
-                    self._stuck_since = now - silence / SECOND if silence >= 0 else None
-                    self._owed = owed
-                case _:
-                    pass  # nothing of ours
-            return reply
+            self._fleet.time.learn(told.era, told.time)
+            self._note(told.wait / SECOND, told.free, reserved=told.reserved)
+            self._failed, self._returned, self._alone = False, True, None
+            self._untold -= untold
+            self._out += told.reserved
+            self._stuck_since = now - told.silence / SECOND if told.silence >= 0 else None
+            self._owed = told.owed
+            return told
 
     async def _tell_ended(self) -> None:
         """Tell what is over, unless a reservation does; the next look tries again."""
@@ -482,7 +501,7 @@ class SharedSlots(Slots):
     async def _pause(self, us: int) -> None:
         await self._hold(us, -1)
         channel = self._names.channel
-        self._server.tell(Operation.BUDGET, channel, command(b"PUBLISH", channel, PAUSED))
+        self._server.tell(Operation.BUDGET, channel, command(b"PUBLISH", channel, PAUSED), COUNTED)
 
     async def _hold(self, us: int, remaining: int) -> None:
         """Tell the server (0 and -1 tell it nothing), and follow the pause in force there."""
@@ -497,8 +516,8 @@ class SharedSlots(Slots):
                 b"%d" % REMEMBERED,
                 *self._fleet.time.vouched(),
             )
-            if isinstance(left, int) and left > 0:
-                self.hold(left / SECOND)
+            if wait := number(left):
+                self.hold(wait / SECOND)
 
     def heard(self, news: bytes) -> None:
         """Look for a pause that another replica was told of: channels are open to more than we."""

@@ -7,6 +7,8 @@ from enum import Enum
 
 from typing_extensions import override
 
+from broker.stores.address import MAX_PORT
+
 
 class Reason(Enum):
     """Label of `broker_store_errors_total`."""
@@ -58,18 +60,19 @@ TOO_MANY_CLIENTS = "max number of clients reached"
 
 _SAID = (UNKNOWN_COMMAND, TOO_MANY_CLIENTS)
 
-_LARGEST = 2**63
+_LARGEST = 2**53
+"""Up to there scripts count exactly; as microseconds that is the year 2255."""
 
 
-def number(reply: object) -> int:
-    """Read a number that the store told; raises StoreFailed for what is none.
+def number(reply: object, most: int = _LARGEST) -> int:
+    """Read a number that the store told, 0 to `most`; raises StoreFailed for what is none.
 
     Others may write there: what cannot be read is a call that failed, and not a defect.
     """
     with contextlib.suppress(ValueError):
-        if isinstance(reply, int | bytes) and -_LARGEST <= (found := int(reply)) < _LARGEST:
+        if isinstance(reply, int | bytes) and 0 <= (found := int(reply)) <= most:
             return found
-    raise StoreFailed(Reason.OTHER)
+    raise StoreFailed(Reason.OTHER, "a number out of bounds")
 
 
 class Forgotten(Exception):
@@ -83,6 +86,15 @@ class Elsewhere(Exception):
         super().__init__(f"{host}:{port}")
         self.slot, self.host, self.port, self.asking = slot, host, port, asking
 
+
+SLOTS = 16384
+"""Slots of a cluster."""
+
+LONGEST_HOST = 255
+"""Characters of a name (RFC 1035)."""
+
+_DIGITS = 5
+"""Of a slot, or of a port."""
 
 TRY_AGAIN = "TRYAGAIN"
 """What a cluster says of a slot that is on its way, in the moment in which it is in two places."""
@@ -156,6 +168,17 @@ def _elsewhere(rest: str, *, asking: bool) -> Exception:
     slot, _, where = rest.partition(" ")
     host, _, port = where.rpartition(":")
     host = "" if host == UNKNOWN else host
-    if not slot.isdigit() or not port.isdigit():
+    if not (slot.isascii() and slot.isdigit() and len(slot) <= _DIGITS and int(slot) < SLOTS):
+        return StoreFailed(Reason.CLUSTER_DOWN, "MOVED")
+    if not (
+        port.isascii() and port.isdigit() and len(port) <= _DIGITS and is_node(host, int(port))
+    ):
         return StoreFailed(Reason.CLUSTER_DOWN, "MOVED")
     return Elsewhere(int(slot), host, int(port), asking=asking)
+
+
+def is_node(host: str, port: int) -> bool:
+    """Whether a cluster may mean a node by this: no host is that of who was asked."""
+    return (
+        0 < port <= MAX_PORT and len(host) <= LONGEST_HOST and host.isascii() and host.isprintable()
+    )

@@ -24,11 +24,13 @@ import structlog
 from typing_extensions import override
 
 from broker.rules.reuse import SECOND
-from broker.stores.failures import StoreFailed
-from broker.stores.fleet_time import FleetTime
+from broker.stores.failures import Reason, StoreFailed, number
+from broker.stores.fleet_time import FleetTime, era_of
 from broker.stores.names import Names
+from broker.stores.resp import Reply
 from broker.stores.scripts import Script, command
 from broker.stores.server import Operation, Server
+from broker.stores.shapes import COUNTED
 
 log = structlog.get_logger()
 
@@ -58,6 +60,9 @@ UNSEEN_PARTS = 32
 Nobody has told it a share, so this is how many such instances may run at once; beside a fleet of n
 processes that went on by itself, which leaves one part in n + 1, it is this divided by n + 1.  With
 the shipped budget such an instance makes a call every 23 s; with twice as many parts, every 70."""
+
+MOST_PARTS = 1_000_000
+"""Parts that a budget may be said to be in: scripts tell a thousand, or the configured number."""
 
 UNHEARD = 2
 """Heartbeats without an answer after which the next ones say so: one may be late."""
@@ -180,12 +185,16 @@ class Fleet:
                 b"1" if is_alone else b"0",
                 *known,
             )
+            self._learn(reply)
         except StoreFailed:
-            self._unheard += 1
-            return  # counted; the breaker decides what follows
+            self._unheard += 1  # counted; the breaker decides what follows
+
+    def _learn(self, reply: Reply) -> None:
+        """Take note of what a heartbeat was told; raises StoreFailed for what it would not be."""
         match reply:
-            case [1, int(parts), int(withheld), bytes(era), int(told), *members]:
-                self.time.learn(era, told)
+            case [1, parts, withheld, bytes(era), told, *members]:
+                parts, withheld = number(parts, MOST_PARTS), number(withheld, _MILLION)
+                self.time.learn(era_of(era), number(told))
                 self._said = True
                 self._unheard = 0
                 self._heard_at = _now()
@@ -200,21 +209,22 @@ class Fleet:
             case [0]:
                 self._take_another_name()
             case _:
-                pass  # nothing of ours; the next heartbeat asks again
+                raise StoreFailed(Reason.OTHER, "heartbeat: another reply")
 
     async def leave(self) -> None:
         """Say farewell: the others have the whole budget."""
         try:
             members = self._names.members
             packed = command(b"HDEL", members, self._name)
-            await self._server.command(Operation.HEARTBEAT, members, packed)
+            await self._server.command(Operation.HEARTBEAT, members, packed, COUNTED)
         except StoreFailed:
             pass  # then they find out
 
     def _take_another_name(self) -> None:
         """Two processes with one name would count as one."""
         log.warning("broker.name_taken", name=self._name.decode())
-        self._name = self._name + b"#" + self._drawn
+        own = b"#" + self._drawn
+        self._name = self._name.removesuffix(own) + own  # nobody else has this, whatever is said
         self._said = False
 
     def _note_told(self, parts: int) -> None:

@@ -17,8 +17,14 @@ from collections.abc import Callable
 
 from typing_extensions import override
 
+from broker.stores.failures import Reason, StoreFailed
+
 KEPT = 60_000_000
 """Microseconds after which what was told is no longer vouched for: twice that at most."""
+
+
+LONGEST_ERA = 64
+"""Bytes of an era's name, which goes with every call: replicas draw sixteen."""
 
 
 class FleetTime:
@@ -53,3 +59,10 @@ class FleetTime:
     @override
     def __repr__(self) -> str:
         return f"FleetTime(era={self._era!r}, lead={self._lead})"
+
+
+def era_of(told: bytes) -> bytes:
+    """Return the name of an era that was told; raises StoreFailed for what is none."""
+    if not 0 < len(told) <= LONGEST_ERA:
+        raise StoreFailed(Reason.OTHER, "an era without a name")
+    return told

@@ -15,7 +15,7 @@ from broker.model import Ask, Clock, EmbedToken
 from broker.stores.base import Lease
 from broker.stores.epochs import KnownEnds
 from broker.stores.failures import Reason, StoreFailed, number
-from broker.stores.link import Reply
+from broker.stores.resp import Reply
 from broker.stores.seal import Seal, Sealed
 from broker.stores.tokens import TokenCache
 

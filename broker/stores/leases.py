@@ -12,10 +12,11 @@ from typing_extensions import override
 
 from broker.rules.reuse import SECOND
 from broker.stores.failures import Reason, StoreFailed, number
-from broker.stores.link import Reply
 from broker.stores.names import Names
+from broker.stores.resp import Reply
 from broker.stores.scripts import Script, command
 from broker.stores.server import Operation, Server
+from broker.stores.shapes import COUNTED
 
 LEASE = 3 * SECOND
 """Microseconds: so long others wait for a leader that was killed."""
@@ -31,6 +32,9 @@ ERROR_MEMORY = 2 * SECOND
 
 RECHECK, RECHECK_JITTER = 0.25, 0.1
 """Seconds after which somebody who waits looks again by themselves."""
+
+MOST_WOKEN = 1000
+"""Replicas that are woken by one message each: far more than wait for one visitor."""
 
 
 class Leases:
@@ -63,7 +67,7 @@ class Leases:
         sleeper: asyncio.Future[None] = loop.create_future()
         self._sleepers.setdefault(name, set()).add(sleeper)
         moment = RECHECK + random.random() * RECHECK_JITTER  # noqa: S311 - spreads, guards nothing
-        moment = min(moment, number(left) / SECOND + 0.001)
+        moment = min(moment, number(left, LEASE) / SECOND + 0.001)
         timer = loop.call_later(moment, self.heard, name)
         try:
             await sleeper
@@ -83,7 +87,7 @@ class Leases:
     async def release(self, name: bytes, fence: int, error: bytes) -> None:
         """End a lease without a token; those who wait are told `error`, if it is not empty."""
         try:
-            waiting = await self._server.run(
+            reply = await self._server.run(
                 Operation.RELEASE,
                 Script.ABANDON,
                 (name,),
@@ -91,15 +95,18 @@ class Leases:
                 error,
                 b"%d" % ERROR_MEMORY,
             )
+            waiting = texts(reply)
         except StoreFailed:
             return  # counted; the lease ends by itself
-        self.wake(texts(waiting), name)
+        self.wake(waiting, name)
 
     def wake(self, waiting: list[bytes], name: bytes) -> None:
-        """Tell these replicas that the holder is done."""
-        for replica in waiting:
+        """Tell these replicas that the holder is done; the others look by themselves."""
+        for replica in waiting[:MOST_WOKEN]:
             channel = self._names.wake(replica)
-            self._server.tell(Operation.RELEASE, channel, command(b"PUBLISH", channel, name))
+            self._server.tell(
+                Operation.RELEASE, channel, command(b"PUBLISH", channel, name), COUNTED
+            )
 
     async def _renew(self, name: bytes, fence: int) -> None:
         length, memory = b"%d" % LEASE, b"%d" % LEASE_MEMORY

@@ -1,7 +1,7 @@
 """Calls to one node, over one connection: what gathers while one batch is out is the next batch.
 
-The client library's parser (hiredis) is kept, its connections and pipelines are not.  A call is put
-on a list; once the loop has run everybody who was ready, and nothing is due, the whole list is
+The client library's connections and pipelines are not used, nor its parser (see `resp`).  A call is
+put on a list; once the loop has run everybody who was ready, and nothing is due, the whole list is
 written in one piece, and replies are given out in the order of the calls.  So batches grow under
 load, and calls share what each write and each read costs the kernel.  No task, lock or stream
 stands between a reply and who waits for it, which is what most of a round trip would go into.
@@ -9,6 +9,8 @@ stands between a reply and who waits for it, which is what most of a round trip 
 Theory of operation.  The server answers in order, so the only bookkeeping is a queue of futures.
 What is not answered in time takes the connection down with it, because the replies that are still
 to come would be taken for those of later calls; everybody who waits on it, or behind it, is told.
+So does a reply that is not of the shape that was asked for: whatever put it there, those behind it
+may be others', too.
 Connecting is nobody's call: it has a longer time of its own, and who waits for it is told after
 theirs.  A loop that was busy runs late timers before it reads what has arrived meanwhile, and would
 take its own slowness for the server's: so a time that is over is looked at once more, after the
@@ -24,13 +26,14 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import aiohappyeyeballs
-import hiredis
 from msgspec import Struct
 from typing_extensions import override
 
 from broker.model import Secret
-from broker.stores.failures import Reason, StoreFailed, error_of, why
+from broker.stores.failures import Reason, StoreFailed, why
+from broker.stores.resp import Reader, Reply
 from broker.stores.scripts import command
+from broker.stores.shapes import ACCEPTED, ANYTHING, Shape
 
 CONNECT_TIMEOUT = 3.0
 """Seconds to connect, TLS and authentication included."""
@@ -38,18 +41,12 @@ CONNECT_TIMEOUT = 3.0
 ONE_MORE_LOOK = 0.001
 """Seconds from the end of a call's time to the verdict: a turn of the loop lies between."""
 
-LONGEST_REPLY = 2**20
-"""Bytes of a reply, far above any: a server that says more is not ours, and memory is bounded."""
-
 NEXT_ADDRESS = 0.25
 """Seconds after which the next address of a name is tried beside those that are silent still: RFC
 8305 section 5 recommends them."""
 
-Reply = int | bytes | list["Reply"] | None
-"""What the server answers."""
-
-_Call = tuple[bytes, "asyncio.Future[Reply]"]
-
+_Due = tuple["asyncio.Future[Reply]", Shape]
+_Call = tuple[bytes, _Due]
 
 _Spoken = TypeVar("_Spoken", bound=asyncio.BaseProtocol)
 
@@ -139,11 +136,10 @@ class Conversation(asyncio.Protocol):
         self._when_answered = answered
         self._ended = ended
         self._loop = asyncio.get_running_loop()
-        self._reader = hiredis.Reader(replyError=error_of, protocolError=ValueError)
-        self._due: deque[asyncio.Future[Reply]] = deque()
+        self._reader = Reader()
+        self._due: deque[_Due] = deque()
         self._asked = 0
         self._answered = 0
-        self._unread = 0
         self.reason = Reason.CONNECTION
         self._transport: asyncio.Transport | None = None
         self.is_gone = False
@@ -154,8 +150,10 @@ class Conversation(asyncio.Protocol):
 
     def ask(self, calls: list[_Call], timeout: float) -> None:
         """Write all of these; each is answered within `timeout` seconds, or fails."""
-        self._due.extend([future for _, future in calls])
-        if self.is_gone or self._transport is None:
+        self._due.extend([due for _, due in calls])
+        if self._reader.is_amid:  # nobody had asked for that
+            self.close(Reason.OTHER)
+        if self.is_gone or self._transport is None or self._transport.is_closing():
             self._fail_due()
             return
         self._asked += len(calls)
@@ -171,24 +169,24 @@ class Conversation(asyncio.Protocol):
     @override
     def data_received(self, data: bytes) -> None:
         reader, due = self._reader, self._due
-        self._unread += len(data)
+        reader.feed(data)
         try:
-            reader.feed(data)
-            while (reply := reader.gets()) is not False:
-                self._unread = 0
+            while (reply := reader.take()) is not False:
                 self._answered += 1
-                if not due and isinstance(reply, StoreFailed):  # said before it hangs up
-                    self.close(reply.reason)
+                if not due:  # more replies than calls, or said before it hangs up
+                    self.close(reply.reason if isinstance(reply, StoreFailed) else Reason.OTHER)
                     break
-                future = due.popleft()
+                future, shape = due.popleft()
                 if isinstance(reply, Exception):
-                    self._fail(future, reply)
+                    self._fail(future, shape.error(reply))
+                elif not shape.fits(reply):
+                    self._fail(future, shape.failure())
+                    self.close(Reason.OTHER)
+                    break
                 elif not future.done():
                     future.set_result(reply)
-        except (ValueError, IndexError):  # not the protocol, or more replies than calls
-            self.close(Reason.OTHER)
-        if self._unread > LONGEST_REPLY:
-            self.close(Reason.OTHER)
+        except StoreFailed as failed:  # not the protocol
+            self.close(failed.reason)
         if not due:
             self._when_answered()
 
@@ -206,7 +204,7 @@ class Conversation(asyncio.Protocol):
     def _fail_due(self) -> None:
         """Tell everybody who waits; each gets an error of their own, which holds no frames."""
         while self._due:
-            future = self._due.popleft()
+            future, _ = self._due.popleft()
             if not future.done():
                 future.set_exception(StoreFailed(self.reason))
 
@@ -239,12 +237,12 @@ class Link:
         self._talk: Conversation | None = None
         self._opening: asyncio.Task[None] | None = None
 
-    def send(self, packed: bytes) -> "asyncio.Future[Reply]":
-        """Send a packed command; the reply, or StoreFailed, Forgotten, Elsewhere."""
+    def send(self, packed: bytes, shape: Shape = ANYTHING) -> "asyncio.Future[Reply]":
+        """Send a packed command; a reply of this shape, or StoreFailed, Forgotten, Elsewhere."""
         future: asyncio.Future[Reply] = self._loop.create_future()
         if not self._waiting:
             self._loop.call_soon(self._leave)
-        self._waiting.append((packed, future))
+        self._waiting.append((packed, (future, shape)))
         return future
 
     @property
@@ -280,7 +278,8 @@ class Link:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 talk = await self.target.connect(self._new_conversation, self._route)
                 await self._greet(talk)
-        except (OSError, TimeoutError, StoreFailed) as error:
+        except (OSError, ValueError, OverflowError, StoreFailed) as error:
+            # a name or a port may be a cluster's word: nobody can be reached there
             if talk is not None:
                 talk.close()
             self._route.avoid()
@@ -305,7 +304,7 @@ class Link:
         """Authenticate and choose the database; raises StoreFailed."""
         for packed in self.target.greeting():
             future: asyncio.Future[Reply] = self._loop.create_future()
-            talk.ask([(packed, future)], CONNECT_TIMEOUT)
+            talk.ask([(packed, (future, ACCEPTED))], CONNECT_TIMEOUT)
             await future
         if talk.is_gone:  # its end was told before anybody listened
             raise StoreFailed(talk.reason, "hung up")
@@ -338,7 +337,7 @@ class Link:
             reason = Reason.TIMEOUT
         else:
             detail = why(error)
-        for _, future in calls:
+        for _, (future, _) in calls:
             if not future.done():
                 future.set_exception(StoreFailed(reason, detail))
 

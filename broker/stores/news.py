@@ -14,13 +14,14 @@ import asyncio
 import secrets
 from collections.abc import Callable, Sequence
 
-import hiredis
 import structlog
 from typing_extensions import override
 
-from broker.stores.failures import Reason, StoreFailed, error_of
-from broker.stores.link import CONNECT_TIMEOUT, LONGEST_REPLY, Route, Target
+from broker.stores import shapes
+from broker.stores.failures import Reason, StoreFailed
+from broker.stores.link import CONNECT_TIMEOUT, Route, Target
 from broker.stores.nodes import Nodes
+from broker.stores.resp import Reader
 from broker.stores.scripts import command
 
 log = structlog.get_logger()
@@ -55,8 +56,7 @@ class Subscription(asyncio.Protocol):
         self._opening = opening
         self._heard = heard
         self._loop = loop
-        self._reader = hiredis.Reader(replyError=error_of, protocolError=ValueError)
-        self._unread = 0
+        self._reader = Reader()
         self._echo = b""
         self._echoed: asyncio.Future[None] = loop.create_future()
         self._transport: asyncio.Transport | None = None
@@ -72,7 +72,6 @@ class Subscription(asyncio.Protocol):
 
     @override
     def data_received(self, data: bytes) -> None:
-        self._unread += len(data)
         self._reader.feed(data)
         self._deliver()
 
@@ -101,17 +100,14 @@ class Subscription(asyncio.Protocol):
         """Hand on what has come, some at a time."""
         try:
             for _ in range(AT_A_TIME):
-                if (reply := self._reader.gets()) is False:
-                    break
-                self._unread = 0
+                if (reply := self._reader.take()) is False:
+                    return
                 self._take(reply)
-            else:
-                self._rest()
-                return
-        except ValueError:  # not the protocol
-            self._unread = LONGEST_REPLY + 1
-        if self._unread > LONGEST_REPLY and self._transport is not None:
-            self._transport.abort()
+        except StoreFailed:  # not the protocol
+            if self._transport is not None:
+                self._transport.abort()
+        else:
+            self._rest()
 
     def _rest(self) -> None:
         if self._transport is not None and not self.ended.done():
@@ -135,7 +131,7 @@ class Subscription(asyncio.Protocol):
                 if count == len(self._channels) and not self.ready.done():
                     self.ready.set_result(None)
             case Exception():
-                self._fail(reply)
+                self._fail(shapes.SUBSCRIBE.error(reply))
             case _:
                 pass  # it was let in, or chose its database
 
@@ -191,7 +187,7 @@ async def _stay(nodes: Nodes, channel: bytes, subscription: Subscription) -> Non
             continue
         word, echoed = subscription.expect()
         try:
-            _ = await nodes.command(channel, command(b"PUBLISH", channel, word))
+            _ = await nodes.command(channel, command(b"PUBLISH", channel, word), shapes.COUNTED)
         except StoreFailed:
             continue  # nobody can say anything: no word about this connection
         await asyncio.wait([echoed, subscription.ended], timeout=PATIENCE)

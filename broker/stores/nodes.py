@@ -16,17 +16,22 @@ from typing import Protocol
 from redis.crc import key_slot
 from typing_extensions import override
 
+from broker.stores import shapes
 from broker.stores.address import Access, StoreAddress
 from broker.stores.failures import (
+    SLOTS,
     TRY_AGAIN,
     UNKNOWN,
     Elsewhere,
     Forgotten,
     Reason,
     StoreFailed,
+    is_node,
 )
-from broker.stores.link import Link, Reply, Target
+from broker.stores.link import Link, Target
+from broker.stores.resp import Reply
 from broker.stores.scripts import Script, command
+from broker.stores.shapes import ACCEPTED, ANYTHING, Shape
 
 REDIRECTS = 3
 """How often one call follows the cluster: a slot that moves sends it on twice."""
@@ -34,6 +39,10 @@ REDIRECTS = 3
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 5.0
 """Seconds between two readings of the topology: a failover takes a few.  Doubled by each reading
 that tells nothing new, with up to half taken off by chance: a fleet must not ask in step."""
+
+MOST_NODES = 2000
+"""Nodes that are talked to: clusters have half as many at most, and the names of nodes are a
+server's word."""
 
 SLOT_PAUSE = 0.005
 """Seconds after which a call is tried again, once, whose slot is being moved at that moment."""
@@ -56,8 +65,11 @@ class Nodes(Protocol):
         """Close every connection."""
         ...
 
-    async def command(self, key: bytes, packed: bytes) -> Reply:
-        """Send a packed command to where `key` is; raises StoreFailed."""
+    async def command(self, key: bytes, packed: bytes, shape: Shape = ANYTHING) -> Reply:
+        """Send a packed command to where `key` is; a reply of this shape.
+
+        Raises StoreFailed, and Forgotten for a script.
+        """
         ...
 
     def anywhere(self) -> Target:
@@ -75,11 +87,11 @@ async def call(nodes: Nodes, script: Script, keys: Sequence[bytes], *arguments: 
     A server that does not have it (a restart, SCRIPT FLUSH, a new replica) gets it in full.
     """
     try:
-        return await nodes.command(keys[0], script.by_name(keys, arguments))
+        return await nodes.command(keys[0], script.by_name(keys, arguments), script.shape)
     except Forgotten:
         pass
     try:
-        return await nodes.command(keys[0], script.in_full(keys, arguments))
+        return await nodes.command(keys[0], script.in_full(keys, arguments), script.shape)
     except Forgotten:
         raise StoreFailed(Reason.SCRIPT) from None
 
@@ -103,10 +115,10 @@ class SingleServer(Nodes):
             await self._link.close()
 
     @override
-    async def command(self, key: bytes, packed: bytes) -> Reply:
+    async def command(self, key: bytes, packed: bytes, shape: Shape = ANYTHING) -> Reply:
         assert self._link is not None  # open() comes first
         try:
-            return await self._link.send(packed)
+            return await self._link.send(packed, shape)
         except Elsewhere:  # a node of a cluster that was configured as if it were alone
             raise StoreFailed(Reason.CLUSTER_DOWN) from None
 
@@ -153,7 +165,7 @@ class Cluster(Nodes):
             await link.close()
 
     @override
-    async def command(self, key: bytes, packed: bytes) -> Reply:
+    async def command(self, key: bytes, packed: bytes, shape: Shape = ANYTHING) -> Reply:
         slot = key_slot(key)
         where = self._slots.get(slot)
         if where is None:
@@ -161,11 +173,11 @@ class Cluster(Nodes):
         patient = False
         for _ in range(REDIRECTS):
             try:
-                return await self._link(where).send(packed)
+                return await self._link(where).send(packed, shape)
             except Elsewhere as moved:
                 where = (moved.host or where[0], moved.port)
                 if moved.asking:
-                    return await self._ask(where, packed)
+                    return await self._ask(where, packed, shape)
                 self._slots[slot] = where
                 self._refresh()
             except StoreFailed as failed:
@@ -178,14 +190,14 @@ class Cluster(Nodes):
                 raise
         raise StoreFailed(Reason.CLUSTER_DOWN)
 
-    async def _ask(self, where: Where, packed: bytes) -> Reply:
+    async def _ask(self, where: Where, packed: bytes, shape: Shape) -> Reply:
         """Ask the node that is about to take the slot over: for this call only.
 
         Both go in one piece, so they share a connection.
         """
         link = self._link(where)
-        asked = link.send(_ASKING)
-        answer = link.send(packed)
+        asked = link.send(_ASKING, ACCEPTED)
+        answer = link.send(packed, shape)
         await asyncio.wait([asked, answer])
         asked.exception()  # its failure is the answer's, too
         try:
@@ -206,6 +218,8 @@ class Cluster(Nodes):
     def _link(self, where: Where) -> Link:
         link = self._links.get(where)
         if link is None:
+            if len(self._links) >= MOST_NODES:
+                raise StoreFailed(Reason.CLUSTER_DOWN)
             node = target(self._address, self._access, where)
             link = self._links[where] = Link(node, self._timeout)
         return link
@@ -230,7 +244,7 @@ class Cluster(Nodes):
         before = self._slots.copy()
         for where in dict.fromkeys((*self._owners, *self._address.hosts)):
             try:
-                ranges = await self._link(where).send(_CLUSTER_SLOTS)
+                ranges = await self._link(where).send(_CLUSTER_SLOTS, shapes.SLOTS)
             except (StoreFailed, Elsewhere, Forgotten):
                 continue  # whoever needs it says so, and the next one tries again
             if slots := _owners_of(ranges, where[0]):
@@ -263,14 +277,18 @@ def _owners_of(ranges: Reply, asked: str) -> dict[int, Where]:
     """Read CLUSTER SLOTS: first and last slot of each range, and its nodes, the master first.
 
     A node without a host, or with one that is not known, is behind the address that was asked.
+    What is no range of slots tells nothing; nor does what follows, once there are too many slots.
     """
     slots: dict[int, Where] = {}
+    left = SLOTS
     for part in ranges if isinstance(ranges, list) else ():
         match part:
-            case [int(first), int(last), [host, int(port), *_], *_]:
+            case [int(first), int(last), [host, int(port), *_], *_] if 0 <= first <= last < SLOTS:
                 told = host.decode("utf-8", "replace") if isinstance(host, bytes) else ""
                 owner = (asked if told in ("", UNKNOWN) else told, port)
-                slots.update(dict.fromkeys(range(first, last + 1), owner))
+                left -= last + 1 - first
+                if is_node(*owner) and left >= 0:
+                    slots.update(dict.fromkeys(range(first, last + 1), owner))
             case _:
                 pass
     return slots

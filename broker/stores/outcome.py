@@ -141,7 +141,7 @@ def decode(told: bytes) -> errors.BrokerError:
     """Return the error to raise; what cannot be read is a fault of the vendor's, at most."""
     try:
         return _decoder.decode(told).error()
-    except (msgspec.DecodeError, ValueError):
+    except (msgspec.DecodeError, ValueError, RecursionError):
         return errors.UpstreamUnavailable("another replica's mint failed")
 
 

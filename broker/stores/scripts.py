@@ -7,7 +7,9 @@ from enum import Enum
 from functools import cached_property
 from pathlib import Path
 
+from broker.stores import shapes
 from broker.stores.names import PREFIX
+from broker.stores.shapes import Shape
 
 _FOLDER = Path(__file__).with_name("lua")
 
@@ -37,6 +39,12 @@ class Script(Enum):
     DISOWN = "disown"
 
     __hash__ = object.__hash__  # Enum's own is Python code
+
+    @cached_property
+    def shape(self) -> Shape:
+        """What its reply looks like."""
+        shape: Shape = getattr(shapes, self.name)
+        return shape
 
     @cached_property
     def source(self) -> str:

@@ -20,9 +20,10 @@ from broker.model import Clock
 from broker.rules.breaker import Outcome, Phase, StoreHealth, Ticket
 from broker.rules.reuse import SECOND
 from broker.stores.failures import Reason, StoreFailed
-from broker.stores.link import Reply
 from broker.stores.nodes import Nodes, call
+from broker.stores.resp import Reply
 from broker.stores.scripts import Script
+from broker.stores.shapes import ANYTHING, Shape
 from broker.tasks import TaskSet
 
 log = structlog.get_logger()
@@ -101,14 +102,18 @@ class Server:
         ticket = self._enter()
         return await self._watch(ticket, operation, call(self.nodes, script, keys, *arguments))
 
-    async def command(self, operation: Operation, key: bytes, packed: bytes) -> Reply:
-        """Send one command to where `key` is; raises StoreFailed."""
+    async def command(
+        self, operation: Operation, key: bytes, packed: bytes, shape: Shape = ANYTHING
+    ) -> Reply:
+        """Send one command to where `key` is; a reply of this shape, raises StoreFailed."""
         ticket = self._enter()
-        return await self._watch(ticket, operation, self.nodes.command(key, packed))
+        return await self._watch(ticket, operation, self.nodes.command(key, packed, shape))
 
-    def tell(self, operation: Operation, key: bytes, packed: bytes) -> None:
+    def tell(
+        self, operation: Operation, key: bytes, packed: bytes, shape: Shape = ANYTHING
+    ) -> None:
         """Send a command whose outcome nobody waits for; a failure is counted."""
-        self._tasks.start(self._tell(operation, key, packed))
+        self._tasks.start(self._tell(operation, key, packed, shape))
 
     async def settle(self) -> None:
         """Wait for what is still being said."""
@@ -125,9 +130,9 @@ class Server:
             self._health = self._health.succeeded(self._well, self._clock.mono())
         self._well = 0
 
-    async def _tell(self, operation: Operation, key: bytes, packed: bytes) -> None:
+    async def _tell(self, operation: Operation, key: bytes, packed: bytes, shape: Shape) -> None:
         with contextlib.suppress(StoreFailed):
-            _ = await self.command(operation, key, packed)
+            _ = await self.command(operation, key, packed, shape)
 
     def _enter(self) -> Ticket:
         """Ask the breaker; raises StoreFailed, uncounted, for a call that is not to be made."""

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from broker.limits import Limits, LimitSet
 from broker.model import Ask, Clock, EmbedToken, LimitName, visitor_of
-from broker.rules.bucket import Limit, said
+from broker.rules.bucket import Limit, Verdict, said
 from broker.stores import outcome
 from broker.stores.base import Denial, Kept, Lease, Visit
 from broker.stores.buckets import BucketCounts
@@ -29,11 +29,12 @@ from broker.stores.epochs import ENDS_LAST, KnownEnds
 from broker.stores.failures import Reason, StoreFailed, number
 from broker.stores.front import Front
 from broker.stores.leases import LEASE, LEASE_MEMORY, Leases, texts
-from broker.stores.link import Reply
 from broker.stores.names import Names, VisitorKeys, is_epoch
+from broker.stores.resp import Reply
 from broker.stores.scripts import Script, command
 from broker.stores.seal import Seal
 from broker.stores.server import Operation, Server
+from broker.stores.shapes import COUNTED, GET
 from broker.stores.tokens import TokenCache
 from broker.tasks import TaskSet
 
@@ -41,6 +42,8 @@ MOST_ASKED = 1_000
 """Ends that are asked for at a time; a flood of news that nobody believes must not become one."""
 
 _NOTHING = b""
+
+_KEPT = {kept.value.encode(): kept for kept in Kept}
 
 ENDED = b"ended "
 """The news that a visitor was ended, by the name of their epoch: the server tells which it is."""
@@ -96,7 +99,7 @@ class ValkeyStore:
         rule = kind.for_agent(ask.agent)
         front = self._front.find(key)
         reply = await self._ask_visitor(ask, key, front, rule.limit, rule.dry_run)
-        verdict = said(reply[1], rule.limit, allowed=bool(reply[0]))
+        verdict = _verdict(reply[1], rule.limit, allowed=reply[0])
         self._counts[kind.name].note(verdict, dry_run=rule.dry_run)
         if not verdict.allowed and not rule.dry_run:
             return Visit(verdict, Denial(kind.name, verdict), None)
@@ -136,12 +139,12 @@ class ValkeyStore:
                 case [b"failed", bytes(error)]:
                     raise outcome.decode(error)
                 case [b"denied", int(wait)]:
-                    verdict = said(wait, rule.limit, allowed=False)
+                    verdict = _verdict(wait, rule.limit, allowed=0)
                     return Denial(mints.name, verdict)
                 case [b"lead", _, bytes(epoch), *_] if number(epoch) < self._ends.of(ask.visitor):
                     await self._tell_end(names.epoch, self._ends.of(ask.visitor))
-                case [b"lead", bytes(fence), bytes(epoch), allowed, int(wait)]:
-                    verdict = said(wait, rule.limit, allowed=bool(allowed))
+                case [b"lead", bytes(fence), bytes(epoch), int(allowed), int(wait)]:
+                    verdict = _verdict(wait, rule.limit, allowed=allowed)
                     self._counts[mints.name].note(verdict, dry_run=rule.dry_run)
                     return await self._begin(ask, key, Lease(number(fence), number(epoch)))
                 case _:
@@ -160,7 +163,7 @@ class ValkeyStore:
         """End a lease whose token is handed out and not held; False if its visitor was ended."""
         self.abandon(ask, key, lease, None)  # apart from the question: nobody waits for it
         name = self._names.visitor(ask.visitor).epoch
-        epoch = await self._server.command(Operation.RELEASE, name, command(b"GET", name))
+        epoch = await self._server.command(Operation.RELEASE, name, command(b"GET", name), GET)
         in_force = 0 if epoch is None else number(epoch)
         return lease.epoch == in_force and self._ends.holds(ask.visitor, lease.epoch)
 
@@ -192,7 +195,7 @@ class ValkeyStore:
 
     async def _learn_end(self, name: bytes) -> None:
         try:
-            reply = await self._server.command(Operation.KEEP, name, command(b"GET", name))
+            reply = await self._server.command(Operation.KEEP, name, command(b"GET", name), GET)
             if reply is not None:
                 self._ends.note(name, number(reply))
         except StoreFailed:
@@ -219,9 +222,12 @@ class ValkeyStore:
             self._front.sealed(key, token, lease),
             b"%d" % ENDS_LAST,
         )
-        said_, *waiting = texts(reply)
+        said_, *waiting = texts(reply) or [b""]
+        kept = _KEPT.get(said_)
+        if kept is None:
+            raise StoreFailed(Reason.OTHER, "keep: another word")
         self.leases.wake(waiting, names.lease(name))
-        return Kept(said_.decode())
+        return kept
 
     async def _ask_visitor(
         self,
@@ -320,7 +326,7 @@ class ValkeyStore:
         )
         match reply:
             case [int(allowed), int(wait)]:
-                verdict = said(wait, rule.limit, allowed=bool(allowed))
+                verdict = _verdict(wait, rule.limit, allowed=allowed)
             case _:
                 raise StoreFailed(Reason.OTHER)
         self._counts[kind.name].note(verdict, dry_run=rule.dry_run)
@@ -345,8 +351,19 @@ async def end_visitor(
     )
     news = command(b"PUBLISH", names.channel, ENDED + visitor.epoch)
     with contextlib.suppress(StoreFailed):  # counted; they ask the server with each visit anyway
-        _ = await server.command(Operation.KEEP, names.channel, news)
+        _ = await server.command(Operation.KEEP, names.channel, news, COUNTED)
     return number(reply)
+
+
+def _verdict(wait: int, limit: Limit, *, allowed: int) -> Verdict:
+    """Return what a bucket on the server said; raises StoreFailed for what none would say.
+
+    Scripts count in doubles: a bucket that takes ages may be off by as little as they are.
+    """
+    most = max(limit.depth, int(float(limit.depth)))
+    if not 0 <= wait <= most or (not allowed and wait + limit.interval <= limit.depth):
+        raise StoreFailed(Reason.OTHER, "a bucket out of bounds")
+    return said(min(wait, limit.depth), limit, allowed=bool(allowed))
 
 
 @lru_cache(maxsize=1024)

@@ -20,7 +20,7 @@ from broker.stores import leases as leases_module
 from broker.stores import valkey as valkey_module
 from broker.stores.base import Denial, Kept, Lease
 from broker.stores.leases import LEASE, LEASE_MEMORY
-from broker.stores.link import Reply
+from broker.stores.resp import Reply
 from broker.stores.scripts import Script
 from broker.stores.server import Operation
 from broker.testing import FakeClock

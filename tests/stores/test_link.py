@@ -9,11 +9,14 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
 import pytest
+from bad_replies import BAD
 
 from broker.model import Secret
 from broker.stores.failures import Elsewhere, Forgotten, Reason, StoreFailed, why
-from broker.stores.link import LONGEST_REPLY, Conversation, Link, Reply, Route, Target
+from broker.stores.link import Conversation, Link, Route, Target
+from broker.stores.resp import LONGEST_REPLY, Reply
 from broker.stores.scripts import command
+from broker.stores.shapes import COUNTED, SPEND
 
 TIMEOUT = 0.1
 PING = command(b"PING")
@@ -374,6 +377,83 @@ async def test_a_reply_without_end_ends_the_connection(node: Node, link: Link) -
     node.answer = lambda _piece: b"$%d\r\n%b\r\n" % (2**19, b"x" * 2**19)
     for _ in range(4):  # each is whole, so none adds to the next
         assert await told(link.send(PING)) == [b"x" * 2**19]
+
+
+@pytest.mark.parametrize("name", BAD)
+async def test_S1_a_reply_that_is_none_of_this_command_fails_and_is_not_waited_for(
+    node: Node, link: Link, name: str
+) -> None:
+    """In the shape of the command or as the store's failure, in time; the next good one is good."""
+    good = b"*2\r\n:1\r\n:7\r\n"
+    node.answer = lambda piece: good * piece.count(b"PING")
+    assert await told(link.send(PING, SPEND)) == [[1, 7]]
+    ill = BAD[name]
+    node.answer = lambda piece: (ill.said + (good if ill.before else b"")) * piece.count(b"PING")
+    results = await told(*(link.send(PING, SPEND) for _ in range(3)))
+    for each in results:
+        assert isinstance(each, StoreFailed | Forgotten | Elsewhere) or SPEND.fits(each), each
+    node.answer = lambda piece: good * piece.count(b"PING")
+    for _ in range(2):
+        with suppress(StoreFailed):  # what was sent before it was well may end one connection
+            await link.send(PING, SPEND)
+    assert await told(link.send(PING, SPEND)) == [[1, 7]]
+
+
+async def test_S1_those_behind_a_reply_of_another_shape_get_no_strangers(
+    node: Node, link: Link
+) -> None:
+    """One word too many: every later reply of the batch would be its neighbour's."""
+    node.answer = lambda _piece: b"+OK\r\n" + b"".join(b":%d\r\n" % n for n in range(9))
+    results = await told(*(link.send(PING, COUNTED) for _ in range(10)))
+    assert reasons(results) == {Reason.OTHER}
+    assert isinstance(results[0], StoreFailed)
+    assert results[0].detail == "another reply than DEL, HDEL, PUBLISH: number"
+    node.answer = lambda _piece: b":5\r\n"
+    assert await told(link.send(PING, COUNTED)) == [5]
+    assert node.connections == 2
+
+
+async def test_S1_what_nobody_asked_for_ends_the_connection(node: Node, link: Link) -> None:
+    """Also the beginning of it: the next reply would be taken for its rest."""
+    assert await told(link.send(PING)) == [b"OK"]
+    for connections, unasked in ((2, b"*2\r\n"), (3, b"$5\r\nab"), (4, b":1"), (5, b":1\r\n")):
+        node._writers[-1].write(unasked)
+        await asyncio.sleep(0.05)
+        with suppress(StoreFailed):
+            await link.send(PING)
+        assert await told(link.send(PING)) == [b"OK"]
+        assert node.connections == connections
+
+
+@pytest.mark.parametrize("said", [b":1", b"$-1", b"-NOSCRIPT x", b"-MOVED 1 host:1", b">1\r\n:1"])
+async def test_S1_who_is_let_in_otherwise_than_with_OK_is_not(node: Node, said: bytes) -> None:
+    """Whoever says that is no server of ours; callers are told in time."""
+    link = Link(Target("127.0.0.1", node.port, password=Secret("p")), TIMEOUT)
+    node.answer = lambda _piece: said + b"\r\n"
+    assert reasons(await told(link.send(PING))) == {Reason.OTHER}
+    node.answer = lambda _piece: b"+OK\r\n"
+    assert await told(link.send(PING)) == [b"OK"]
+    await link.close()
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        Target("127.0.0.1", 99_999),
+        Target("127.0.0.1", -1),
+        Target("a\0b", 1),
+        Target("." * 300, 1),
+        Target("x" * 80, 1),
+        Target(path="/\0"),
+    ],
+)
+async def test_S1_nobody_is_reached_by_what_is_no_address(target: Target) -> None:
+    """A cluster's word is not always one: told at once, and nothing is left behind."""
+    link = Link(target, 5.0)
+    began = time.monotonic()
+    assert reasons(await told(link.send(PING))) == {Reason.CONNECTION}
+    assert time.monotonic() - began < 4
+    await link.close()
 
 
 async def test_why_there_is_no_connection_is_told(node: Node) -> None:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 import structlog
+from bad_replies import BAD, Between
 from servers import StoreServer
 
 from broker.stores import news
@@ -183,6 +184,35 @@ async def test_N26_a_store_that_is_away_is_no_word_about_the_subscription(
         valkey.resume()
     await ears.hears(valkey)
     assert wire.subscriptions == 1
+
+
+@pytest.mark.parametrize("name", BAD)
+async def test_S1_whatever_a_subscription_is_told_it_hears_again(
+    valkey: StoreServer, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Instead of its confirmation; and nothing but that is heard."""
+    monkeypatch.setattr(news, "SILENCE", 0.2)
+    monkeypatch.setattr(news, "PATIENCE", 0.5)
+    monkeypatch.setattr(news, "CONNECT_TIMEOUT", 0.5)
+    monkeypatch.setattr(news, "RETRY", 0.05)
+    between = Between(valkey.address.path)
+    between.ill = BAD[name]
+    await between.open()
+    nodes = nodes_at(StoreAddress(hosts=(("127.0.0.1", between.port),)), Access(), 1.0)
+    await nodes.open()
+    ears = Ears(nodes)
+    task = asyncio.create_task(news.listen(nodes, ears.channels, ears.hear))
+    try:
+        await until(lambda: between.said >= 2 or task.done())
+        between.ill = None
+        await ears.hears(valkey)
+        assert {channel for channel, _ in ears.heard} == {ears.channels[1]}
+        assert not task.done()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await nodes.close()
+        await between.close()
 
 
 async def test_a_flood_is_heard_in_full_and_in_order(ears: Ears, valkey: StoreServer) -> None:

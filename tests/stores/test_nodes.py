@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 import pytest
+from redis.crc import key_slot
 from test_link import Node
 
 from broker.model import Secret
@@ -49,6 +50,8 @@ class Town:
             if b"SLOTS" in call:
                 self.readings += 1
                 replies += self.told
+            elif b"AUTH" in call or b"ASKING" in call:
+                replies += b"+OK\r\n"
             else:
                 replies += self.said
         return replies
@@ -193,6 +196,23 @@ async def test_a_node_that_has_gone_is_heard_out(town: Town) -> None:
             assert await call == b"v"
     assert await call == b"v"
     assert list(cluster._links) == [("127.0.0.1", first.port)]
+
+
+async def test_S1_a_cluster_that_leads_on_and_on_is_bounded(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each call is sent to another node, which nobody has: calls fail, few connections are kept."""
+    monkeypatch.setattr(module, "MOST_NODES", 20)
+    assert await town.get() == b"v"
+    for port in range(1, 40):
+        town.said = b"-MOVED 1 127.0.0.1:%d\r\n" % port
+        for node in town.nodes:
+            town.cluster._slots[key_slot(KEY)] = ("127.0.0.1", node.port)
+            assert isinstance(await town.get(), Reason)
+    assert len(town.cluster._links) <= 20
+    town.said = b"$1\r\nv\r\n"
+    town.cluster._slots[key_slot(KEY)] = ("127.0.0.1", town.nodes[0].port)
+    assert await town.get() == b"v"
 
 
 async def test_O7_every_node_is_told_the_new_password_from_its_next_connection_on(

@@ -13,10 +13,12 @@ from broker.board import Board
 from broker.metrics import STORE_ERRORS, Metrics
 from broker.rules.breaker import Outcome, StoreHealth
 from broker.stores.failures import Elsewhere, Forgotten, Reason, StoreFailed, error_of
-from broker.stores.link import Reply, Target
+from broker.stores.link import Target
 from broker.stores.nodes import Nodes, call
+from broker.stores.resp import Reply
 from broker.stores.scripts import Script
 from broker.stores.server import Operation, Server
+from broker.stores.shapes import ANYTHING, Shape
 from broker.testing import FakeClock
 
 SECOND = 1_000_000
@@ -40,7 +42,7 @@ class Answering(Nodes):
         self.closed = True
 
     @override
-    async def command(self, key: bytes, packed: bytes) -> Reply:
+    async def command(self, key: bytes, packed: bytes, shape: Shape = ANYTHING) -> Reply:
         self.asked.append(packed)
         await asyncio.sleep(0)
         return self.answer(packed)
