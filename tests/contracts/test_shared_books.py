@@ -35,9 +35,9 @@ from broker.sessions.memory import MemoryBook  # noqa: E402
 from broker.sessions.shared import BATCH, SharedBook  # noqa: E402
 from broker.sessions.valkey import ValkeyBook  # noqa: E402
 from broker.stores.failures import Reason, StoreFailed  # noqa: E402
-from broker.stores.resp import Reply  # noqa: E402
 from broker.stores.names import Names  # noqa: E402
 from broker.stores.nodes import nodes_at  # noqa: E402
+from broker.stores.resp import Reply  # noqa: E402
 from broker.stores.seal import Box, derive  # noqa: E402
 from broker.stores.server import Server  # noqa: E402
 from broker.testing import FakeClock  # noqa: E402
