@@ -20,7 +20,7 @@ def main() -> int:
     """Run one command; returns its exit code."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end if os.getpid() == 1 else signal.SIG_DFL)
-    from broker import cli  # noqa: PLC0415 - takes a while, in which signals are to be obeyed
+    from broker.cli import main as cli  # noqa: PLC0415 - takes a while, in which signals are to be obeyed
 
     return cli.main()
 

@@ -22,21 +22,21 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from broker import errors
-from broker.answers import success_body, token_in
 from broker.flight import Flight, Flights
 from broker.issuers.base import Issuer
-from broker.logs import RefusalLog
-from broker.metrics import MintMetrics
+from broker.key_backoff import Patience
 from broker.model import Ask, Clock, EmbedToken, Minted, Outcome, Session
-from broker.pacer import Pacer, Urgency
-from broker.patience import Patience
+from broker.pacing.pacer import Pacer, Urgency
+from broker.pacing.slots import UNCOUNTED, Slot
 from broker.rules import reuse
 from broker.rules.bucket import Verdict
 from broker.rules.reuse import SECOND, Life
+from broker.sessions.admin import digest_of
 from broker.sessions.base import SessionBook
-from broker.sessions.desk import digest_of
-from broker.slots import UNCOUNTED, Slot
 from broker.stores.base import Denial, Kept, Lease, Store
+from broker.telemetry.logs import RefusalLog
+from broker.telemetry.metrics import MintMetrics
+from broker.wire.responses import success_body, token_in
 
 log = structlog.get_logger()
 

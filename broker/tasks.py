@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 import structlog
 from typing_extensions import override
 
-from broker.board import Counter
 from broker.clock import sleep_unless
 from broker.rules import restarts
+from broker.telemetry.cells import Counter
 
 log = structlog.get_logger()
 

@@ -7,8 +7,8 @@ from contextlib import suppress
 
 from msgspec import Struct
 
-from broker.stores.failures import StoreFailed
-from broker.stores.resp import LONGEST_REPLY, Reader
+from broker.valkey.client.errors import StoreFailed
+from broker.valkey.client.resp import LONGEST_REPLY, Reader
 
 
 class Ill(Struct, frozen=True):

@@ -7,19 +7,19 @@ a store and its heartbeats where time is virtual: replicas on it are the ones th
 import asyncio
 from collections.abc import Sequence
 
-from broker.board import Sheet
-from broker.metrics import StoreMetrics
-from broker.slots import Budget
-from broker.stores import fleet
-from broker.stores.address import Access, StoreAddress
-from broker.stores.budget import SharedSlots
-from broker.stores.failures import Reason, StoreFailed
-from broker.stores.names import Names
-from broker.stores.nodes import nodes_at
-from broker.stores.resp import Reply
-from broker.stores.scripts import Script
-from broker.stores.server import Operation, Server
+from broker.config.addresses import Access, StoreAddress
+from broker.pacing.slots import Budget
+from broker.telemetry.cells import Sheet
+from broker.telemetry.metrics import StoreMetrics
 from broker.testing import FakeClock
+from broker.valkey import membership
+from broker.valkey.client.errors import Reason, StoreFailed
+from broker.valkey.client.guarded import Operation, Server
+from broker.valkey.client.resp import Reply
+from broker.valkey.client.scripts import Script
+from broker.valkey.client.topology import nodes_at
+from broker.valkey.key_names import Names
+from broker.valkey.slots import SharedSlots
 
 SECOND = 1_000_000
 
@@ -164,7 +164,7 @@ class Member:
         self.server = Server(nodes_at(address, Access(), 1.0), FakeClock(), StoreMetrics(Sheet()))
         self.server.run = self._run  # type: ignore[method-assign]  # no sockets in virtual time
         names = Names(bytes(32), "a vendor")
-        self.fleet = fleet.Fleet(self.server, names, name, fixed, is_first=is_first)
+        self.fleet = membership.Fleet(self.server, names, name, fixed, is_first=is_first)
         self._names, self._name = names, name
 
     def slots(self, budget: Budget) -> SharedSlots:

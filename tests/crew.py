@@ -10,10 +10,12 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from broker import config, dev, logs
-from broker.serve import serve
-from broker.settings import Settings
-from broker.streams import open_missing
+from broker.app import dev
+from broker.config import load as config
+from broker.config.settings import Settings
+from broker.process.serve import serve
+from broker.telemetry import logs
+from broker.telemetry.streams import open_missing
 
 WORKERS, SOURCE = sys.argv[1], sys.argv[2]
 MADE = dev.Made() if SOURCE == "--dev" else None

@@ -9,17 +9,17 @@ from collections.abc import Callable
 
 import msgspec
 
-from broker.board import Sheet
 from broker.issue import Handout, Refusal, ReusePolicy, TokenDesk
-from broker.limits import Limits, LimitSet, Rule
-from broker.metrics import MintMetrics
+from broker.limits.policy import Limits, LimitSet, Rule
 from broker.model import Ask, EmbedToken, LimitName
-from broker.pacer import Pacer, Unpaced
+from broker.pacing.pacer import Pacer, Unpaced
 from broker.rules import bucket
 from broker.rules.reuse import SECOND
 from broker.sessions.memory import MemoryBook
 from broker.stores.memory import MemoryStore
-from broker.stores.tokens import TokenCache
+from broker.stores.token_cache import TokenCache
+from broker.telemetry.cells import Sheet
+from broker.telemetry.metrics import MintMetrics
 from broker.testing import FakeClock, FakeIssuer
 from broker.testing.issuer import visitor_mark
 

@@ -12,21 +12,21 @@ from contextlib import asynccontextmanager
 from functools import cache
 from hashlib import sha1
 
-from broker.limits import Limits
-from broker.metrics import STORE_ERRORS, Metrics
+from broker.app.shared_backend import Sharing
+from broker.config.addresses import Access, StoreAddress
+from broker.config.settings import Issuer, Sessions, Settings, Store, UpstreamIssuer
+from broker.limits.policy import Limits
 from broker.model import EmbedToken, Secret
-from broker.settings import Issuer, Sessions, Settings, Store, UpstreamIssuer
-from broker.sharing import Sharing
-from broker.slots import Budget
-from broker.stores.address import Access, StoreAddress
-from broker.stores.budget import SharedSlots
-from broker.stores.resp import Reply
-from broker.stores.scripts import Script, command
-from broker.stores.server import Operation
-from broker.stores.shared import SharedStore
-from broker.stores.tokens import TokenCache
-from broker.stores.valkey import ValkeyStore
+from broker.pacing.slots import Budget
+from broker.stores.token_cache import TokenCache
+from broker.telemetry.metrics import STORE_ERRORS, Metrics
 from broker.testing import FakeClock
+from broker.valkey.client.guarded import Operation
+from broker.valkey.client.resp import Reply
+from broker.valkey.client.scripts import Script, command
+from broker.valkey.fallback import SharedStore
+from broker.valkey.slots import SharedSlots
+from broker.valkey.store import ValkeyStore
 
 SECOND = 1_000_000
 HOUR = 3600 * SECOND

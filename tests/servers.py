@@ -26,8 +26,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from broker.config.addresses import Access, StoreAddress, parse_store_url
 from broker.model import Secret
-from broker.stores.address import Access, StoreAddress, parse_store_url
 
 START = 30.0
 """Seconds that a server may take, on a machine that is busy with other tests."""

@@ -2,7 +2,7 @@
 
 import secrets
 
-from broker.limits import Limits, LimitSet, Rule
+from broker.limits.policy import Limits, LimitSet, Rule
 from broker.model import Ask, LimitName
 from broker.rules.bucket import Limit
 

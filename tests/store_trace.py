@@ -21,8 +21,8 @@ from replica import at_given_time
 from servers import StoreServer
 
 from broker.rules.bucket import Limit, spend
-from broker.stores.resp import Reader
-from broker.stores.scripts import Script, command
+from broker.valkey.client.resp import Reader
+from broker.valkey.client.scripts import Script, command
 
 SECOND = 1_000_000
 START = 1_790_000_000_000_000

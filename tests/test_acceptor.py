@@ -12,8 +12,8 @@ import pytest
 from processes import until
 from structlog.testing import capture_logs
 
-from broker import acceptor as module
-from broker.acceptor import Acceptor
+from broker.web import acceptor as module
+from broker.web.acceptor import Acceptor
 
 BACKLOG = 64
 

@@ -15,10 +15,10 @@ from servers import StoreServer
 from test_supervisor import crew_of, supervised
 from web.edge import Edge, request, serving
 
-from broker.board import Counter
-from broker.files import open_regular
-from broker.supervisor import Supervisor
+from broker.config.files import open_regular
+from broker.process.supervisor import Supervisor
 from broker.tasks import BackgroundTask, aside
+from broker.telemetry.cells import Counter
 
 
 class Odd(BaseException):
@@ -224,7 +224,7 @@ class TestMountThatHangs:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Told and counted; the next is heard."""
-        monkeypatch.setattr("broker.reload.READING", 0.2)
+        monkeypatch.setattr("broker.app.reload.READING", 0.2)
         async with serving() as edge:
             held, load = threading.Event(), edge.app._load
 
@@ -252,7 +252,7 @@ class TestMountThatHangs:
         tree = put(good(tmp_path), "admin.secret_file", secret_file(tmp_path / "admin"))
         async with serving({name: tree[name] for name in ("admin", "clients")}) as edge:
             mount = Mount(passes)
-            monkeypatch.setattr("broker.files.open_regular", mount.open)
+            monkeypatch.setattr("broker.config.files.open_regular", mount.open)
             edge.app.want_reload()
             reloads = edge.app.metrics.process.reloads
             await until(lambda: mount.stands.is_set() or reloads["success"].value == 1)

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import Broker, Caller, good, merged, run, toml, write
 
-from broker import config
-from broker.checks import normal_base_url
-from broker.schema import ConfigError
+from broker.config import load as config
+from broker.config.schema import ConfigError
+from broker.config.validate import normal_base_url
 from broker.testing import FakeVendor
 
 MENDED = {

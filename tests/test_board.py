@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from broker import scrape
-from broker.board import Board, Cells, Counter, share, shared
-from broker.metrics import Metrics
+from broker.telemetry import exposition
+from broker.telemetry.cells import Board, Cells, Counter, share, shared
+from broker.telemetry.metrics import Metrics
 
 ROWS = 3
 
@@ -27,7 +27,7 @@ def handle() -> Iterator[int]:
 
 def shown(metrics: Metrics, board: Board) -> CollectorRegistry:
     """What a scrape of all rows shows."""
-    return scrape.registry(metrics.sheet.families, board, lambda: None)
+    return exposition.registry(metrics.sheet.families, board, lambda: None)
 
 
 class TestSheet:

@@ -29,7 +29,7 @@ from processes import (
     write,
 )
 
-from broker.stores.scripts import acl_line
+from broker.valkey.client.scripts import acl_line
 
 VISITOR = "9f86d081884c7d65"
 NOTHING = (

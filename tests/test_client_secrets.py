@@ -8,8 +8,9 @@ import aiohttp
 import pytest
 from processes import AGENT, Broker, good, merged, put, secret_file, secret_in, toml, write
 
-from broker import config, parts
-from broker.schema import ConfigError
+from broker.app import factory
+from broker.config import load as config
+from broker.config.schema import ConfigError
 
 
 async def asked(broker: Broker, secret: str) -> int:
@@ -63,10 +64,10 @@ def test_N26_the_next_secret_is_held_to_the_same_rules(tmp_path: Path) -> None:
     tree = good(tmp_path)
     first, other = tree["clients"]["web"]["secret_file"], secret_file(tmp_path / "other")
     both = put(tree, "clients.web.next_secret_file", other)
-    one, two = parts.clients(config.load(None, {}, both), {})
+    one, two = factory.clients(config.load(None, {}, both), {})
     assert (one.name, one.agents) == (two.name, two.agents) == ("web", None)
     assert one.digest != two.digest
-    assert ("clients.web.next_secret_file", other) in parts.watched_files(
+    assert ("clients.web.next_secret_file", other) in factory.watched_files(
         config.load(None, {}, both)
     )
     shop = put(both, "clients.shop", {"secret_file": other, "agents": ["A1"]})
@@ -83,4 +84,4 @@ def test_N26_the_next_secret_is_held_to_the_same_rules(tmp_path: Path) -> None:
         (put(both, "clients.web.next_secret", "x" * 20), "next_secret"),
     ):
         with pytest.raises(ConfigError, match=told):
-            parts.clients(config.load(None, {}, wrong), {})
+            factory.clients(config.load(None, {}, wrong), {})

@@ -16,10 +16,11 @@ from msgspec import Struct
 from msgspec.structs import fields
 from processes import Tree, good, merged, put, toml, write
 
-from broker import checks, config, schema
+from broker.config import load as config
+from broker.config import schema, validate
+from broker.config.schema import ConfigError
+from broker.config.settings import Duration, Settings
 from broker.model import Secret
-from broker.schema import ConfigError
-from broker.settings import Duration, Settings
 
 Value = str | int | float | bool | list[str]
 
@@ -627,4 +628,4 @@ class TestAddress:
     )
     def test_is_host_and_port_or_a_path(self, text: str, where: object) -> None:
         """The three forms of a place to listen."""
-        assert checks.parse_address(text) == where
+        assert validate.parse_address(text) == where

@@ -36,7 +36,7 @@ from processes import (
     write,
 )
 
-from broker.streams import ROOM
+from broker.telemetry.streams import ROOM
 
 LOST = "broker_log_lines_dropped_total"
 RELOADED = 'broker_config_reloads_total{outcome="success"}'

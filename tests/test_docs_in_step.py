@@ -14,10 +14,12 @@ from msgspec import NODEFAULT, Struct
 from msgspec.structs import FieldInfo, fields
 from processes import environment
 
-from broker import cli, config, schema
-from broker.board import Kind
-from broker.metrics import Metrics
-from broker.settings import Settings
+from broker.cli import main as cli
+from broker.config import load as config
+from broker.config import schema
+from broker.config.settings import Settings
+from broker.telemetry.cells import Kind
+from broker.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "config" / "broker.toml"

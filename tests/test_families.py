@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import pytest
 from processes import PATIENCE, Broker, Tree, environment, good, merged, run, toml, write
 
-from broker.checks import parse_address
-from broker.listen import CannotListen, Listener, listen
+from broker.config.validate import parse_address
+from broker.web.listener import CannotListen, Listener, listen
 
 SWITCH = {
     "both": "true",

@@ -19,13 +19,14 @@ from msgspec import Struct
 from processes import AGENT, PATIENCE, Tree, environment, good, merged, put, run, toml, write
 from servers import write_certificates
 
-from broker import config, files, parts, schema
-from broker.files import CannotRead
-from broker.healthcheck import where
+from broker.app import factory, snapshot
+from broker.cli.healthcheck import where
+from broker.config import files, schema
+from broker.config import load as config
+from broker.config.files import CannotRead
+from broker.config.schema import ConfigError
+from broker.config.settings import Settings
 from broker.issuers import keyfile
-from broker.schema import ConfigError
-from broker.settings import Settings
-from broker.stores import snapshot
 
 Made = Callable[[Path], object]
 
@@ -151,7 +152,7 @@ def test_G12_what_is_no_regular_file_is_refused_by_every_setting(
     make(path)
     settings = config.from_tree(naming(tmp_path, setting, str(path)))
     with unprivileged(path), pytest.raises(ConfigError) as caught:
-        parts.check(settings, {})
+        factory.check(settings, {})
     expected = f"{setting}: cannot read {path}: {told}"
     if setting == "issuer.local.keys_file" and told.startswith("No such"):
         expected += "; make it with `broker keys rotate`"

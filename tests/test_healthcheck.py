@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from processes import Broker, good, put, run, toml, write
 
-from broker import healthcheck
-from broker.healthcheck import where
+from broker.cli import healthcheck
+from broker.cli.healthcheck import where
 
 
 @pytest.mark.parametrize("kind", ["tcp", "everywhere", "unix"])

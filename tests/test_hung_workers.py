@@ -12,8 +12,8 @@ from test_serve import client_secret
 from test_supervisor import crew_of, supervised
 from test_workers import WORKERS, Crew, ask_all, is_alive
 
-from broker import supervisor as supervisor_module
-from broker.reload import UNREADABLE
+from broker.app.reload import UNREADABLE
+from broker.process import supervisor as supervisor_module
 from broker.rules import hangs
 
 HANGS, RESTARTS = "broker_worker_hangs_total", "broker_worker_restarts_total"

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from broker import errors
 from broker.issue import Handout, Refusal
+from broker.key_backoff import CAP as BACKOFF_CAP
 from broker.model import Ask, LimitName, Outcome
-from broker.pacer import Paced
-from broker.patience import CAP as BACKOFF_CAP
+from broker.pacing.pacer import Paced
+from broker.pacing.slots import Budget
 from broker.rules.reuse import SECOND
-from broker.slots import Budget
 from broker.stores.base import Denial
 from broker.testing import FakeClock, run_virtual
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.line import Line, Place
+from broker.pacing.fair_queue import Line, Place
 from broker.testing import FakeClock, run_virtual
 
 CLIENTS = "abcde"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from broker import listen as module
-from broker.listen import SOCKET_MODE, CannotListen, listen
+from broker.web import listener as module
+from broker.web.listener import SOCKET_MODE, CannotListen, listen
 
 BACKLOG = 16
 

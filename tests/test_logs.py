@@ -29,10 +29,10 @@ from web.edge import (
 )
 
 from broker import errors
-from broker.logs import SUMMARY_INTERVAL, RefusalLog, visitor_hash
+from broker.config.settings import Log, Settings
 from broker.model import LimitName
-from broker.serve import loop_factory
-from broker.settings import Log, Settings
+from broker.process.serve import loop_factory
+from broker.telemetry.logs import SUMMARY_INTERVAL, RefusalLog, visitor_hash
 
 FORMS = ["json", "console"]
 
@@ -655,7 +655,7 @@ def _reprs_of_ours(root: object) -> Iterator[str]:
 async def test_G7_reprs_of_what_passes_through(tmp_path: Path) -> None:
     """Values that live for one request mask themselves too: tracebacks may show them."""
     from broker.model import Ask, Minted, Secret
-    from broker.web.wire import TokenRequest
+    from broker.wire.request import TokenRequest
 
     canary = secrets.token_hex(16)
     values = [
@@ -670,6 +670,6 @@ async def test_G7_reprs_of_what_passes_through(tmp_path: Path) -> None:
 
 def test_the_route_of_this_file_is_the_real_one() -> None:
     """Guards the helpers: a renamed route would make every canary a 404."""
-    from broker.web.routes import TOKEN_PATH as REAL
+    from broker.web.router import TOKEN_PATH as REAL
 
     assert REAL == TOKEN_PATH

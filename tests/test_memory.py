@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from broker.app.gc_tuning import PauseKeeper
+from broker.limits.buckets import TokenBucket
 from broker.model import Ask, EmbedToken, Session
-from broker.pauses import PauseKeeper
 from broker.rules.bucket import limit
 from broker.sessions.memory import MemoryBook
-from broker.stores.buckets import TokenBucket
-from broker.stores.tokens import TokenCache
+from broker.stores.token_cache import TokenCache
 from broker.testing import FakeClock
 
 COUNT = 20_000

@@ -13,11 +13,11 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as plain_text
 from web.edge import AGENT, OTHER_AGENT, Edge, raise_file_limit, samples, serving, visitor
 
-from broker import scrape
-from broker.board import Board, Sheet
-from broker.metrics import REQUEST_BUCKETS
 from broker.model import Ask
 from broker.tasks import BackgroundTask
+from broker.telemetry import exposition
+from broker.telemetry.cells import Board, Sheet
+from broker.telemetry.metrics import REQUEST_BUCKETS
 
 OPEN = "application/openmetrics-text; version=1.0.0"
 
@@ -265,7 +265,7 @@ class TestTruth:
 
     async def test_reloads_by_outcome(self) -> None:
         """A broken file is counted, and changes nothing."""
-        from broker.schema import ConfigError
+        from broker.config.schema import ConfigError
 
         async with serving() as edge:
             assert await edge.app.reload() is True
@@ -333,7 +333,7 @@ def test_a_histogram_counts_as_prometheus_does(values: list[float]) -> None:
     sheet.count("c", "")
     for value in values:
         histogram.observe(value)
-    registry = scrape.registry(sheet.families, Board([sheet.cells]), lambda: None)
+    registry = exposition.registry(sheet.families, Board([sheet.cells]), lambda: None)
     assert registry.get_sample_value("h_count") == len(values)
     assert registry.get_sample_value("c_total") == len(values)
     assert registry.get_sample_value("h_sum") == pytest.approx(sum(values))

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from web.edge import AGENT, visitor
 
-from broker import mint
+from broker.cli import mint
 
 SECRET = "the-secret-of-a-client"
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker.errors import BudgetExhausted, ServiceUnavailable
-from broker.pacer import JITTER, LATENESS, MAX_PROMISE, Paced, Urgency
-from broker.slots import UNCOUNTED, Budget, LocalSlots, Slot
+from broker.pacing.pacer import JITTER, LATENESS, MAX_PROMISE, Paced, Urgency
+from broker.pacing.slots import UNCOUNTED, Budget, LocalSlots, Slot
 from broker.testing import FakeClock, run_virtual
 
 SHIPPED = Budget(rate=106, per=60, burst=8, max_wait=8)

@@ -12,10 +12,11 @@ from processes import Tree, good, merged, put, secret_file, secret_in, write
 from servers import write_certificates
 from test_config import alone, keys
 
-from broker import config, parts
+from broker.app import factory
+from broker.config import load as config
+from broker.config.schema import ConfigError
+from broker.config.settings import Settings
 from broker.model import LimitName, Secret
-from broker.schema import ConfigError
-from broker.settings import Settings
 
 NOTHING: Mapping[str, str] = {}
 
@@ -28,7 +29,7 @@ def settings(tree: Tree) -> Settings:
 def refusal(tree: Tree) -> str:
     """Return what the operator is told about parts that cannot be built."""
     with pytest.raises(ConfigError) as caught:
-        parts.check(settings(tree), NOTHING)
+        factory.check(settings(tree), NOTHING)
     return str(caught.value)
 
 
@@ -48,7 +49,7 @@ class TestClients:
                 "clients.shop.allow_origin_header": True,
             },
         )
-        web, shop = parts.clients(settings(tree), NOTHING)
+        web, shop = factory.clients(settings(tree), NOTHING)
         secret = secret_in(tree["clients"]["web"]["secret_file"])
         assert (web.name, web.agents, web.allow_origin) == ("web", None, False)
         assert (shop.name, shop.agents, shop.allow_origin) == ("shop", {"A1", "B2"}, True)
@@ -58,7 +59,7 @@ class TestClients:
     def test_without_agents_may_use_none(self, tmp_path: Path) -> None:
         """Unset never means allowed."""
         tree = put(good(tmp_path), "clients.web.agents", [])
-        assert parts.clients(settings(tree), NOTHING)[0].agents == frozenset()
+        assert factory.clients(settings(tree), NOTHING)[0].agents == frozenset()
 
     def test_none_at_all_is_refused(self, tmp_path: Path) -> None:
         """A broker that nobody may use is a mistake."""
@@ -80,7 +81,7 @@ class TestClients:
             "clients.web.secret: shorter than 16 characters; make one with `broker keys generate`"
         )
         write(tmp_path / "web", secrets.token_hex(8) + "\n")
-        parts.check(settings(tree), NOTHING)
+        factory.check(settings(tree), NOTHING)
 
     @pytest.mark.parametrize("spoil", ["{}\n\n", " {}", "{} ", "{}\nmore", "\t{}", "a\x00{}"])
     def test_with_a_secret_that_no_header_carries_are_refused(
@@ -157,17 +158,17 @@ class TestKeys:
             "issuer.local.keys: signing_key names 'three', which is not among the keys"
         )
         right = put(tree, "issuer.local.signing_key", "two")
-        assert parts.keyring(settings(right)).signing(0) == "two"
+        assert factory.keyring(settings(right)).signing(0) == "two"
 
     def test_that_are_one_need_no_name(self, tmp_path: Path) -> None:
         """The only key signs."""
-        assert parts.keyring(settings(good(tmp_path))).signing(0) == "one"
+        assert factory.keyring(settings(good(tmp_path))).signing(0) == "one"
 
 
 class TestLimits:
     def test_have_the_defaults_as_buckets(self) -> None:
         """Burst and interval of each kind; the client's is off."""
-        limits = parts.limits(Settings())
+        limits = factory.limits(Settings())
         found = {
             s.name: (s.rule.limit.burst, s.rule.limit.interval, s.rule.dry_run, dict(s.overrides))
             for s in (limits.fingerprint, limits.fingerprint_mints, limits.agent)
@@ -195,7 +196,7 @@ class TestLimits:
     ) -> None:
         """An override changes what it says and nothing else; other agents are not touched."""
         section = {"rate": 30, "burst": 7, "dry_run": True, "overrides": {"A1": override}}
-        limit_set = getattr(parts.limits(settings({"limits": {kind: section}})), kind)
+        limit_set = getattr(factory.limits(settings({"limits": {kind: section}})), kind)
         rule, other = limit_set.for_agent("A1"), limit_set.for_agent("B2")
         assert (rule.limit.burst, rule.limit.interval, rule.dry_run) == expected
         assert (other.limit.burst, other.limit.interval, other.dry_run) == (7, 2_000_000, True)
@@ -203,7 +204,7 @@ class TestLimits:
     def test_of_a_client_are_there_when_configured(self) -> None:
         """All requests of one client, without exceptions by agent."""
         tree: Tree = {"limits": {"client": {"rate": 2, "burst": 3, "per": "1s", "dry_run": True}}}
-        client = parts.limits(settings(tree)).client
+        client = factory.limits(settings(tree)).client
         assert client is not None
         assert (client.name, client.rule.limit.burst) == (LimitName.CLIENT, 3)
         assert (client.rule.limit.interval, client.rule.dry_run) == (500_000, True)
@@ -212,17 +213,17 @@ class TestLimits:
 class TestBudget:
     def test_of_a_local_issuer_is_none(self) -> None:
         """A signature costs nobody anything."""
-        assert parts.budget(Settings()) is None
+        assert factory.budget(Settings()) is None
 
     def test_that_is_configured_holds_for_any_issuer(self) -> None:
         """In seconds, as the pacer counts."""
-        budget = parts.budget(settings({"issuer": {"budget": {"rate": 5, "per": "1m"}}}))
+        budget = factory.budget(settings({"issuer": {"budget": {"rate": 5, "per": "1m"}}}))
         assert budget is not None
         assert (budget.rate, budget.per, budget.burst, budget.max_wait) == (5, 60, 8, 8)
 
     def test_of_an_upstream_issuer_is_there_without_being_asked_for(self) -> None:
         """G4: no configuration relays without a budget."""
-        budget = parts.budget(settings({"issuer": {"kind": "upstream"}}))
+        budget = factory.budget(settings({"issuer": {"kind": "upstream"}}))
         assert budget is not None
         assert (budget.rate, budget.per, budget.burst, budget.max_wait) == (106, 60, 8, 8)
 
@@ -238,7 +239,7 @@ class TestMissingFiles:
                 "store.encryption_key_file": "/nowhere/key",
             },
         )
-        assert parts.missing_files(settings(tree)) == [
+        assert factory.missing_files(settings(tree)) == [
             ("clients.shop.secret_file", "/nowhere/shop"),
             ("issuer.local.keys.two.secret_file", f"{tmp_path}/web/two"),
             ("store.encryption_key_file", "/nowhere/key"),
@@ -253,12 +254,12 @@ class TestMissingFiles:
         if before == 0:
             os.seteuid(65534)
         try:
-            missing = parts.is_missing(str(folder / "secret"))
+            missing = factory.is_missing(str(folder / "secret"))
         finally:
             os.seteuid(before)
             folder.chmod(0o700)
         assert not missing
-        assert not parts.is_missing("a\0b")
+        assert not factory.is_missing("a\0b")
 
     def test_are_made_up_so_that_everything_else_is_checked(self, tmp_path: Path) -> None:
         """A secret in place of each missing file, by its setting; what is there stays."""
@@ -279,18 +280,18 @@ class TestMissingFiles:
             return Secret(name + secrets.token_urlsafe(32))
 
         before = settings(tree)
-        made = parts.make_up(before, make)
+        made = factory.make_up(before, make)
         assert sorted(asked) == [
             "clients.shop.secret",
             "issuer.local.keys.two.secret",
             "issuer.upstream.api_secret",
             "store.encryption_key",
         ]
-        assert parts.missing_files(made) == []
+        assert factory.missing_files(made) == []
         assert made.clients["web"] == before.clients["web"]
         assert made.clients["shop"].agents == ("A1",)
         assert before == settings(tree)
-        parts.check(made, NOTHING)
+        factory.check(made, NOTHING)
 
 
 class TestCertificates:
@@ -334,7 +335,7 @@ class TestCertificates:
         ):
             store = {"url": "valkeys://h", "encryption_key": "k" * 31 + "ey-of-a-test", **files}
             with pytest.raises(ConfigError) as caught:
-                parts.check(settings(merged(good(tmp_path), {"store": store})), NOTHING)
+                factory.check(settings(merged(good(tmp_path), {"store": store})), NOTHING)
             assert str(caught.value).startswith(f"store.{told}"), files
         assert ca  # what is right is used by the tests of the ACL line
 
@@ -364,14 +365,14 @@ class TestCertificates:
         }
         store = {"url": "valkeys://h", "encryption_key_file": "/nowhere/sealing", **files}
         tree = settings(merged(good(tmp_path), {"store": store}))
-        assert {name for name, _ in parts.missing_files(tree)} == {
+        assert {name for name, _ in factory.missing_files(tree)} == {
             "store.encryption_key_file",
             *(f"store.{name}" for name in files),
         }
-        made = parts.make_up(tree, lambda _name: Secret(secrets.token_urlsafe(48)))
-        assert parts.missing_files(made) == []
-        parts.check(made, NOTHING)
-        assert parts.store_access(made).tls is not None
+        made = factory.make_up(tree, lambda _name: Secret(secrets.token_urlsafe(48)))
+        assert factory.missing_files(made) == []
+        factory.check(made, NOTHING)
+        assert factory.store_access(made).tls is not None
 
 
 @pytest.mark.parametrize(
@@ -391,9 +392,9 @@ class TestCertificates:
 def test_a_password_in_clear_text_is_noticed(url: str, shows: bool) -> None:
     """Where others could read it: not within this machine, not with TLS, not without one."""
     store = {"url": url, "encryption_key": "k" * 40}
-    assert not parts.shows_password(settings({"store": store}))
+    assert not factory.shows_password(settings({"store": store}))
     for secret in ({"password": "p"}, {"password_file": "/p"}):
-        assert parts.shows_password(settings({"store": store | secret})) is shows
+        assert factory.shows_password(settings({"store": store | secret})) is shows
 
 
 def test_the_stores_secrets_travel_in_place_of_their_files(tmp_path: Path) -> None:
@@ -402,12 +403,12 @@ def test_the_stores_secrets_travel_in_place_of_their_files(tmp_path: Path) -> No
     sealing = secret_file(tmp_path / "sealing")
     store = {"url": "valkey://h", "password_file": password, "encryption_key_file": sealing}
     tree = settings(merged(good(tmp_path), {"store": store}))
-    key = parts.sealing_key(tree)
-    told = parts.with_store_secrets(tree, key)
+    key = factory.sealing_key(tree)
+    told = factory.with_store_secrets(tree, key)
     for file in (password, sealing):
         Path(file).unlink()
-    assert parts.sealing_key(told) == key
-    assert parts.store_access(told).password is not None
+    assert factory.sealing_key(told) == key
+    assert factory.store_access(told).password is not None
     assert told.store.password_file is told.store.encryption_key_file is None
     assert replace(told, store=tree.store) == tree
 
@@ -418,5 +419,5 @@ def test_the_stores_secrets_travel_in_place_of_their_files(tmp_path: Path) -> No
 def test_N12_every_file_of_the_settings_is_watched(dotted: str) -> None:
     """One that is not is read again by chance only; the snapshot is the broker's own."""
     value = ["/there/it/is"] if dotted.endswith("_files") else "/there/it/is"
-    watched = [file for _, file in parts.watched_files(alone(dotted, value))]
+    watched = [file for _, file in factory.watched_files(alone(dotted, value))]
     assert ("/there/it/is" in watched) is (dotted != "store.snapshot_file")

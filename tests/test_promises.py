@@ -14,9 +14,9 @@ from broker import errors
 from broker.issue import Handout
 from broker.issuers.base import Turn
 from broker.model import Ask, Minted, Outcome
-from broker.pacer import Paced
+from broker.pacing.pacer import Paced
+from broker.pacing.slots import UNCOUNTED, Budget, Slot
 from broker.rules.reuse import SECOND
-from broker.slots import UNCOUNTED, Budget, Slot
 from broker.testing import FakeClock, FakeIssuer, run_virtual
 
 A_BIT = 0.01

@@ -25,21 +25,28 @@ import msgspec
 import pytest
 from prometheus_client import Metric
 
-from broker import answers, cli, config, errors, mint, parts, schema, scrape, settings
-from broker.board import Board
-from broker.issuers.vendor_failures import BY_CODE
-from broker.issuers.vendor_replies import Scope
-from broker.metrics import Metrics
+from broker import errors
+from broker.app import factory
+from broker.cli import main as cli
+from broker.cli import mint
+from broker.config import load as config
+from broker.config import schema, settings
+from broker.issuers.vendor.faults import BY_CODE
+from broker.issuers.vendor.replies import Scope
 from broker.model import LimitName, Minted, Outcome, Session
-from broker.pacer import MAX_PROMISE
+from broker.pacing.pacer import MAX_PROMISE
+from broker.pacing.slots import Budget
 from broker.rules import bucket
 from broker.rules.outstanding import PROBES
-from broker.slots import Budget
-from broker.stores.fleet import ALONE_AFTER, UNSEEN_PARTS
-from broker.stores.scripts import acl_line
-from broker.streams import EX_IOERR
-from broker.web import wire
-from broker.web.life import session_headers
+from broker.telemetry import exposition
+from broker.telemetry.cells import Board
+from broker.telemetry.metrics import Metrics
+from broker.telemetry.streams import EX_IOERR
+from broker.valkey.client.scripts import acl_line
+from broker.valkey.membership import ALONE_AFTER, UNSEEN_PARTS
+from broker.web.token_status import session_headers
+from broker.wire import request as wire
+from broker.wire import responses
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -253,20 +260,20 @@ def test_every_toml_block_is_a_valid_configuration(block: Block) -> None:
     if tree.get("issuer", {}).get("local"):
         del runnable["issuer"]
     config._merge(runnable, tree)
-    built = parts.make_up(
+    built = factory.make_up(
         config.from_tree(runnable), lambda _name: settings.Secret(secrets.token_urlsafe(48))
     )
-    parts.check(built, {"BITHUMAN_API_SECRET": secrets.token_urlsafe(24)})
+    factory.check(built, {"BITHUMAN_API_SECRET": secrets.token_urlsafe(24)})
 
 
 def test_the_answer_has_exactly_the_fields_of_a_success() -> None:
     """Whoever reads the example reads the real thing."""
     shown = json.loads(of("json")[0].text)
     minted = Minted(token="t", session_id="s", expires_at=1, lifetime=1)
-    real = json.loads(answers.success_body(minted))
+    real = json.loads(responses.success_body(minted))
     assert list(shown) == list(real)
     assert list(shown["data"]) == list(real["data"])
-    assert msgspec.convert(shown, answers.TokenAnswer)
+    assert msgspec.convert(shown, responses.TokenAnswer)
     assert shown["data"]["sid"] == shown["data"]["session_id"]
 
 
@@ -276,7 +283,7 @@ def test_the_error_is_the_one_that_is_sent() -> None:
     limit = bucket.limit(1, 1_000_000, 1)
     _, verdict = bucket.spend(1_000_000, limit, 0)
     error = errors.RateLimited(LimitName.FINGERPRINT, verdict)
-    assert shown == json.loads(answers.error_body_of(error))
+    assert shown == json.loads(responses.error_body_of(error))
 
 
 def test_the_iframe_is_the_one_that_the_command_prints() -> None:
@@ -382,11 +389,11 @@ def test_answers_about_sessions_have_the_fields_of_the_code() -> None:
     """All of each, in the order in which they are sent."""
     shown = {row[0]: code_in(row[1]) for row in table("answer", "The life of a session")}
     kinds = {
-        "`introspect`, the caller's good token": answers.ActiveToken,
-        "`introspect`, any other": answers.InactiveToken,
-        "one session": answers.SessionAnswer,
-        "list of sessions": answers.SessionsAnswer,
-        "`DELETE`": answers.EndedAnswer,
+        "`introspect`, the caller's good token": responses.ActiveToken,
+        "`introspect`, any other": responses.InactiveToken,
+        "one session": responses.SessionAnswer,
+        "list of sessions": responses.SessionsAnswer,
+        "`DELETE`": responses.EndedAnswer,
     }
     for row, kind in kinds.items():
         assert shown[row] == list(kind.__struct_fields__), row
@@ -430,7 +437,7 @@ def test_exit_codes_are_those_of_the_command_line() -> None:
 def all_metrics() -> list[Metric]:
     """Metrics of a relay with all parts that can report: what Prometheus sees."""
     sheet = Metrics("upstream", budget=True, shared_store=True, workers=2).sheet
-    return list(scrape.registry(sheet.families, Board([sheet.cells]), lambda: None).collect())
+    return list(exposition.registry(sheet.families, Board([sheet.cells]), lambda: None).collect())
 
 
 def test_metrics_are_those_that_are_reported() -> None:
@@ -552,11 +559,11 @@ def test_the_share_of_an_instance_that_has_seen_nobody_is_right() -> None:
     share = budget.share(UNSEEN_PARTS)
     assert share is not None
     assert f"a first visitor every {share.interval:.0f} s" in told
-    rate, parts = whole.rate, UNSEEN_PARTS
-    assert share.rate == (rate - (parts - whole.burst)) / parts
-    shown = f"({rate} - ({parts} - {whole.burst})) / {parts} = {share.rate:.1f} calls a minute"
+    rate, factory = whole.rate, UNSEEN_PARTS
+    assert share.rate == (rate - (factory - whole.burst)) / factory
+    shown = f"({rate} - ({factory} - {whole.burst})) / {factory} = {share.rate:.1f} calls a minute"
     assert shown in told
-    shares = [parts for parts in range(1, 500) if budget.share(parts) is not None]
+    shares = [factory for factory in range(1, 500) if budget.share(factory) is not None]
     assert f"(with the default more than {max(shares)})" in " ".join(README.split())
 
 

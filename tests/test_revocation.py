@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from broker import errors
-from broker.answers import token_in
-from broker.board import Sheet
 from broker.issue import Handout
 from broker.issuers.keyring import BadToken
-from broker.metrics import SessionMetrics
 from broker.model import Outcome, Session
 from broker.rules.reuse import SECOND
-from broker.sessions.desk import SessionDesk
+from broker.sessions.admin import SessionDesk
+from broker.telemetry.cells import Sheet
+from broker.telemetry.metrics import SessionMetrics
 from broker.testing import FakeClock, run_virtual
+from broker.wire.responses import token_in
 
 MINUTE = 60
 

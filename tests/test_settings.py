@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from msgspec import Struct
 from msgspec.structs import fields, replace
 
-from broker import config, settings
+from broker.config import load as config
+from broker.config import settings
+from broker.config.settings import Duration, Settings
 from broker.model import Secret
-from broker.settings import Duration, Settings
 
 YEAR = 366 * 24 * 3_600_000_000
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.limits import Limits, LimitSet, Rule, share_of
+from broker.limits.policy import Limits, LimitSet, Rule, share_of
 from broker.model import LimitName
 from broker.rules.bucket import Limit
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import PATIENCE, environment
 
-from broker.streams import LONGEST, ROOM, LineWriter
+from broker.telemetry.streams import LONGEST, ROOM, LineWriter
 
 
 def writer_to(descriptor: int) -> LineWriter:

@@ -23,10 +23,15 @@ from processes import PATIENCE, good, put, secret_file, secret_in, until, until_
 from test_config import alone, candidates, keys
 from web.edge import logging_to
 
-from broker import child, config, parts, schema, worker
-from broker import supervisor as supervisor_module
-from broker.board import share, shared
-from broker.channel import (
+from broker.app import factory
+from broker.app.reload import in_force, needs_restart
+from broker.app.worker_context import Seat, Sibling
+from broker.config import load as config
+from broker.config import schema
+from broker.config.settings import Settings
+from broker.process import supervisor as supervisor_module
+from broker.process import worker, worker_process
+from broker.process.ipc import (
     ORDERS,
     REPORTS,
     Begin,
@@ -39,15 +44,13 @@ from broker.channel import (
     Stop,
     packed,
 )
-from broker.child import reason_of
-from broker.metrics import Metrics
-from broker.reload import in_force, needs_restart
+from broker.process.supervisor import CannotStart, Supervisor
+from broker.process.usage import Usage, usage
+from broker.process.worker_process import reason_of
 from broker.rules import restarts
-from broker.seat import Seat, Sibling
-from broker.settings import Settings
-from broker.supervisor import CannotStart, Supervisor
 from broker.tasks import TaskSet
-from broker.usage import Usage, usage
+from broker.telemetry.cells import share, shared
+from broker.telemetry.metrics import Metrics
 
 EVERY_KEY = list(keys())
 
@@ -212,7 +215,7 @@ async def supervised(
             assert supervisor._children == {}
 
 
-async def _take(supervisor: Supervisor, taker: child.Child, seconds: float) -> None:
+async def _take(supervisor: Supervisor, taker: worker_process.Child, seconds: float) -> None:
     """Let the kernel say that a worker has taken so much CPU, and look."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(taker, "usage", lambda: Usage(cpu_seconds=seconds, resident_bytes=1))
@@ -251,7 +254,7 @@ class TestSupervisor:
         """Another try would end alike: the operator reads the worker's line, not a thousand."""
         settings = crew_of(tmp_path)
         (tmp_path / "one").unlink()
-        monkeypatch.setattr(parts, "check", lambda *_: None)  # it vanishes after the check
+        monkeypatch.setattr(factory, "check", lambda *_: None)  # it vanishes after the check
         supervisor = Supervisor(settings, lambda: settings, {})
         with pytest.raises(CannotStart) as caught:
             await supervisor.start()
@@ -262,7 +265,7 @@ class TestSupervisor:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The package was replaced under a running broker: its cells may mean something else."""
-        monkeypatch.setattr("broker.metrics.VERSION", "0.0.1")
+        monkeypatch.setattr("broker.telemetry.metrics.VERSION", "0.0.1")
         settings = crew_of(tmp_path)
         supervisor = Supervisor(settings, lambda: settings, {})
         with pytest.raises(CannotStart) as caught:
@@ -275,7 +278,7 @@ class TestSupervisor:
         """Hung for whatever reason: its replacement begins with the new settings."""
         first = crew_of(tmp_path)
         later = replace(first, limits=replace(first.limits, fingerprint_format="any"))
-        monkeypatch.setattr(child, "ANSWER_TIME", 0.3)
+        monkeypatch.setattr(worker_process, "ANSWER_TIME", 0.3)
         async with supervised(first, lambda: later) as supervisor:
             hung = supervisor._children[1].pid
             os.kill(hung, signal.SIGSTOP)
@@ -293,7 +296,7 @@ class TestSupervisor:
         """It will not answer, and has not refused: the reload goes on, its successor begins so."""
         first = crew_of(tmp_path)
         later = replace(first, limits=replace(first.limits, fingerprint_format="any"))
-        monkeypatch.setattr(child, "ANSWER_TIME", 10 * PATIENCE)
+        monkeypatch.setattr(worker_process, "ANSWER_TIME", 10 * PATIENCE)
         async with supervised(first, lambda: later) as supervisor:
             dying = supervisor._children[1].pid
             os.kill(dying, signal.SIGSTOP)
@@ -352,7 +355,7 @@ class TestSupervisor:
         async with supervised(first, lambda: later) as supervisor:
             pids = [_pid(supervisor, index) for index in (1, 2)]
             (tmp_path / "other").unlink()
-            monkeypatch.setattr(parts, "check", lambda *_: None)
+            monkeypatch.setattr(factory, "check", lambda *_: None)
             await supervisor._roll()
             assert supervisor.metrics.process.reloads["failure"].value == 1
             assert [_pid(supervisor, index) for index in (1, 2)] == pids
@@ -370,7 +373,7 @@ class TestSupervisor:
             aiohttp.ClientSession() as http,
         ):
 
-            async def start_amid_a_reload(begin: Begin) -> child.Child:
+            async def start_amid_a_reload(begin: Begin) -> worker_process.Child:
                 started = await start(begin)
                 await supervisor._roll()
                 return started
@@ -399,7 +402,7 @@ class TestSupervisor:
         start, pids = supervisor_module.Child.start, list[int]()
         async with supervised(settings) as supervisor:
 
-            async def start_amid_the_end(begin: Begin) -> child.Child:
+            async def start_amid_the_end(begin: Begin) -> worker_process.Child:
                 started = await start(begin)
                 os.kill(started.pid, signal.SIGSTOP)
                 pids.append(started.pid)

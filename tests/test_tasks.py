@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from processes import PATIENCE
 from web.edge import logging_to
 
-from broker import config
-from broker.board import Counter
+from broker.config import load as config
+from broker.config.settings import Settings
 from broker.rules import restarts
-from broker.settings import Settings
 from broker.tasks import Background, BackgroundTask, TaskSet, aside
+from broker.telemetry.cells import Counter
 from broker.testing.clock import FakeClock, run_virtual
 
 

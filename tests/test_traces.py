@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from web.edge import logging_to
 
-from broker import traces
-from broker.settings import Log, Settings
-from broker.streams import LONGEST
+from broker.config.settings import Log, Settings
+from broker.telemetry import traces
+from broker.telemetry.streams import LONGEST
 
 FORMS = ["json", "console"]
 

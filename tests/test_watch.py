@@ -12,9 +12,9 @@ import pytest
 from processes import Broker, Caller, Tree, environment, good, merged, secret_in, until
 from test_serve import client_secret
 
-from broker import watch
-from broker.files import MAX_FILE
-from broker.watch import SecretFiles
+from broker.config import secret_files
+from broker.config.files import MAX_FILE
+from broker.config.secret_files import SecretFiles
 
 LENGTH = 48
 
@@ -122,24 +122,24 @@ def test_N12_also_among_thousands(
         other.write_text(text())
     files = SecretFiles([*map(str, others), str(file)])
     read = list[str]()
-    digest = watch._digest
-    monkeypatch.setattr(watch, "_digest", lambda path: (read.append(path), digest(path))[1])
+    digest = secret_files._digest
+    monkeypatch.setattr(secret_files, "_digest", lambda path: (read.append(path), digest(path))[1])
     assert not any(files.changed() for _ in range(10))
-    assert len(read) == 10 * watch.MOST_READ
+    assert len(read) == 10 * secret_files.MOST_READ
     change(file)
-    looks = -(-len(others) // watch.MOST_READ) + 1
+    looks = -(-len(others) // secret_files.MOST_READ) + 1
     assert sum(files.changed() for _ in range(looks)) == 1
 
 
 def test_N12_coarse_times_hide_nothing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system that knows two-second steps, and one that knows no times at all."""
-    signature = watch._signature
+    signature = secret_files._signature
 
     def coarse(path: str) -> Any:
         found = signature(path)
         return found and (*found[:3], 0)
 
-    monkeypatch.setattr(watch, "_signature", coarse)
+    monkeypatch.setattr(secret_files, "_signature", coarse)
     files = SecretFiles([str(file)])
     rewrite(file)
     assert files.changed()

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from broker.model import Ask, Minted, Session
-from broker.slots import Slot
+from broker.pacing.slots import Slot
 
 Turn = Callable[[], Awaitable[Slot]]
 """Waits for a slot in the budget.  Awaited before every call that costs somebody something: a

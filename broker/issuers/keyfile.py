@@ -28,7 +28,7 @@ import msgspec
 from msgspec import Meta, Struct
 from typing_extensions import override
 
-from broker import files
+from broker.config import files
 from broker.issuers.keyring import LEEWAY, NEVER, BadKey, Key
 from broker.issuers.local import LIFETIME_SECONDS
 from broker.rules.reuse import SECOND

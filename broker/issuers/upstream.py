@@ -27,13 +27,13 @@ from typing_extensions import override
 
 from broker import errors
 from broker.issuers.base import Issuer, Turn
-from broker.issuers.calls import Calls
-from broker.issuers.egress import Proxy
-from broker.issuers.refusals import LocalRefusals, Refusals
-from broker.issuers.vendor_api import build_request, read_answer
-from broker.issuers.vendor_client import Answer, CallFailed, VendorClient
-from broker.issuers.vendor_headers import rate_limit_hint
-from broker.issuers.vendor_replies import (
+from broker.issuers.negative_cache import LocalRefusals, Refusals
+from broker.issuers.vendor.api import build_request, read_answer
+from broker.issuers.vendor.calls import Calls
+from broker.issuers.vendor.client import Answer, CallFailed, VendorClient
+from broker.issuers.vendor.egress import Proxy
+from broker.issuers.vendor.headers import rate_limit_hint
+from broker.issuers.vendor.replies import (
     BadKey,
     Broken,
     Granted,
@@ -43,13 +43,13 @@ from broker.issuers.vendor_replies import (
     Throttled,
     reason_of,
 )
-from broker.metrics import UpstreamMetrics
 from broker.model import Ask, Clock, Minted, Secret
-from broker.pacer import Paced
+from broker.pacing.pacer import Paced
+from broker.pacing.slots import Slot
 from broker.rules.backoff import full_jitter
 from broker.rules.breaker import Credentials, Health, KeyOutcome, Outcome, Ticket
 from broker.rules.reuse import SECOND
-from broker.slots import Slot
+from broker.telemetry.metrics import UpstreamMetrics
 
 log = structlog.get_logger()
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 
 from typing_extensions import override
 
-from broker.limits import Limits, LimitSet, Rule
+from broker.limits.buckets import BucketCounts, TokenBucket
+from broker.limits.policy import Limits, LimitSet, Rule
 from broker.model import SEPARATOR, Ask, Clock, EmbedToken, LimitName, visitor_of
 from broker.rules.bucket import Verdict
 from broker.stores.base import Denial, Kept, Lease, Store, Visit
-from broker.stores.buckets import BucketCounts, TokenBucket
 from broker.stores.epochs import Epochs
-from broker.stores.tokens import TokenCache
+from broker.stores.token_cache import TokenCache
 
 
 class MemoryStore(Store):

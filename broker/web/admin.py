@@ -14,13 +14,13 @@ from aiohttp.web_request import BaseRequest
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from broker.answers import HealthAnswer, error_body, error_body_of, plain_body
 from broker.errors import BrokerError
-from broker.health import Health
-from broker.listen import CannotListen, Listener, listen
 from broker.rules.accept import ranges as accept_ranges
-from broker.web.answer import JSON_TYPE, ReadyAnswer, head, retry_after_seconds
+from broker.telemetry.readiness import Health
+from broker.web.listener import CannotListen, Listener, listen
+from broker.web.response import JSON_TYPE, ReadyAnswer, head, retry_after_seconds
 from broker.web.server import BACKLOG, DataConnection, Handler
+from broker.wire.responses import HealthAnswer, error_body, error_body_of, plain_body
 
 CLOSING_TIME = 1.0
 """Seconds that an answer may take once the listener closes; as many again until it is cut off.  A

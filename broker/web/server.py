@@ -41,10 +41,10 @@ from aiohttp.web_protocol import _ErrInfo
 from aiohttp.web_request import BaseRequest
 from typing_extensions import override
 
-from broker.answers import error_body
-from broker.board import Gauge
 from broker.errors import HeadTooLarge
-from broker.web.answer import JSON_TYPE, ReadyAnswer, head
+from broker.telemetry.cells import Gauge
+from broker.web.response import JSON_TYPE, ReadyAnswer, head
+from broker.wire.responses import error_body
 
 log = structlog.get_logger()
 

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import uvloop
 
-from broker.answers import success_body
+from broker.app.gc_tuning import PauseKeeper
 from broker.clock import SystemClock
 from broker.model import SEPARATOR, Ask, EmbedToken, Minted, Session
-from broker.pauses import PauseKeeper
 from broker.rules.reuse import SECOND
 from broker.sessions.memory import MemoryBook
-from broker.stores.tokens import TokenCache
+from broker.stores.token_cache import TokenCache
+from broker.wire.responses import success_body
 
 LIFETIME = 3595 * SECOND
 SESSIONS = 200_000

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from cpu import TICK, VISITORS, found_in, ticks_of
 
-from broker.metrics import Metrics
 from broker.model import Outcome
+from broker.telemetry.metrics import Metrics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "parts"))
 from actors import Store

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from cpu import CONFIGURATION, VISITORS, Sample, Server, measure, port_in, print_medians, run_store
 
-from broker.board import Cells, shared
-from broker.metrics import Metrics
+from broker.telemetry.cells import Cells, shared
+from broker.telemetry.metrics import Metrics
 
 CREW = Path(__file__).resolve().parents[1] / "crew.py"
 

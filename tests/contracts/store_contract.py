@@ -13,7 +13,7 @@ from typing import Protocol
 import pytest
 from msgspec.structs import replace
 
-from broker.limits import Limits, LimitSet, Rule
+from broker.limits.policy import Limits, LimitSet, Rule
 from broker.model import Ask, EmbedToken, LimitName
 from broker.rules import bucket
 from broker.rules.bucket import Limit, Verdict

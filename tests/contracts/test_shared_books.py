@@ -25,23 +25,23 @@ from book_contract import (  # noqa: E402
 )
 from servers import AnyServer, StoreServer, store_server, valkey_binary  # noqa: E402
 
-from broker.board import Sheet  # noqa: E402
 from broker.clock import SystemClock  # noqa: E402
 from broker.errors import ServiceUnavailable  # noqa: E402
-from broker.metrics import StoreMetrics  # noqa: E402
 from broker.model import Secret  # noqa: E402
 from broker.rules.reuse import SECOND  # noqa: E402
+from broker.sealing import Box, derive  # noqa: E402
 from broker.sessions.base import MARK_LIFE, BookFull, Place, place_of  # noqa: E402
 from broker.sessions.memory import MemoryBook  # noqa: E402
-from broker.sessions.shared import BATCH, SharedBook  # noqa: E402
-from broker.sessions.valkey import ValkeyBook  # noqa: E402
-from broker.stores.failures import Reason, StoreFailed  # noqa: E402
-from broker.stores.names import Names  # noqa: E402
-from broker.stores.nodes import nodes_at  # noqa: E402
-from broker.stores.resp import Reply  # noqa: E402
-from broker.stores.seal import Box, derive  # noqa: E402
-from broker.stores.server import Server  # noqa: E402
+from broker.telemetry.cells import Sheet  # noqa: E402
+from broker.telemetry.metrics import StoreMetrics  # noqa: E402
 from broker.testing import FakeClock  # noqa: E402
+from broker.valkey.client.errors import Reason, StoreFailed  # noqa: E402
+from broker.valkey.client.guarded import Server  # noqa: E402
+from broker.valkey.client.resp import Reply  # noqa: E402
+from broker.valkey.client.topology import nodes_at  # noqa: E402
+from broker.valkey.key_names import Names  # noqa: E402
+from broker.valkey.session_fallback import BATCH, SharedBook  # noqa: E402
+from broker.valkey.sessions import ValkeyBook  # noqa: E402
 
 pytestmark = pytest.mark.parts
 

@@ -20,11 +20,11 @@ from store_contract import (  # noqa: E402 - rewritten first
     token_at,
 )
 
-from broker.limits import Limits  # noqa: E402
+from broker.limits.policy import Limits  # noqa: E402
 from broker.model import LimitName  # noqa: E402
 from broker.rules.bucket import Limit  # noqa: E402
 from broker.stores.memory import MemoryStore  # noqa: E402
-from broker.stores.tokens import TokenCache  # noqa: E402
+from broker.stores.token_cache import TokenCache  # noqa: E402
 from broker.testing import FakeClock  # noqa: E402
 
 SECOND = 1_000_000

@@ -29,8 +29,8 @@ from processes import Broker, Tree, good, merged, secret_in
 from redis.exceptions import RedisError
 from servers import AnyServer, StoreServer, free_port
 
-from broker import config
-from broker.app import App
+from broker.app.app import App
+from broker.config import load as config
 from broker.testing import FakeVendor, VendorSettings
 
 T = TypeVar("T")

@@ -15,8 +15,8 @@ from processes import Tree, merged
 from replicas import Crowd, Replica, back, start, tree_for
 from servers import StoreServer, free_port
 
-from broker.stores.fleet import UNSEEN_PARTS
 from broker.testing import FakeVendor
+from broker.valkey.membership import UNSEEN_PARTS
 
 pytestmark = pytest.mark.parts
 

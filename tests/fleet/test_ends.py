@@ -8,7 +8,8 @@ from replicas import replica_here, replicas, tree_for, visitor
 from servers import StoreServer
 
 from broker.errors import ServiceUnavailable
-from broker.testing import FakeVendor, faults
+from broker.testing import FakeVendor
+from broker.testing.vendor import faults
 
 pytestmark = pytest.mark.parts
 

@@ -29,8 +29,9 @@ from replicas import (
 )
 from servers import StoreServer, store_server, valkey_binary
 
-from broker.testing import FakeVendor, Refusal, faults
-from broker.testing.journal import Call, Journal
+from broker.testing import FakeVendor, Refusal
+from broker.testing.vendor import faults
+from broker.testing.vendor.journal import Call, Journal
 
 pytestmark = pytest.mark.parts
 

@@ -8,17 +8,18 @@ from fractions import Fraction
 import pytest
 from servers import StoreServer
 
-from broker.board import Sheet
-from broker.metrics import StoreMetrics
-from broker.slots import Budget
-from broker.stores import budget, fleet
-from broker.stores.address import Access
-from broker.stores.budget import SharedSlots
-from broker.stores.fleet import Fleet
-from broker.stores.names import Names
-from broker.stores.nodes import nodes_at
-from broker.stores.server import Server
+from broker.config.addresses import Access
+from broker.pacing.slots import Budget
+from broker.telemetry.cells import Sheet
+from broker.telemetry.metrics import StoreMetrics
 from broker.testing import FakeClock
+from broker.valkey import membership
+from broker.valkey import slots as budget
+from broker.valkey.client.guarded import Server
+from broker.valkey.client.topology import nodes_at
+from broker.valkey.key_names import Names
+from broker.valkey.membership import Fleet
+from broker.valkey.slots import SharedSlots
 
 pytestmark = pytest.mark.parts
 
@@ -75,7 +76,7 @@ class Crew:
 @pytest.fixture
 async def crew(store: StoreServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Crew]:
     """A fleet in which a member is lost after a moment."""
-    monkeypatch.setattr(fleet, "LOST", int(LOST * 1_000_000))
+    monkeypatch.setattr(membership, "LOST", int(LOST * 1_000_000))
     crew = Crew(store)
     await crew.open()
     yield crew

@@ -10,9 +10,9 @@ import pytest
 from replicas import replica_here, tree_for, until
 from servers import StoreServer, store_server, valkey_binary
 
-from broker.app import App
+from broker.app.app import App
 from broker.model import Session
-from broker.sessions import shared
+from broker.valkey import session_fallback
 
 pytestmark = pytest.mark.parts
 
@@ -81,7 +81,7 @@ async def test_S1_records_of_an_outage_are_written_on_drain(
     frail: StoreServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A replica that goes leaves nothing that only it knew."""
-    monkeypatch.setattr(shared, "CATCH_UP", 3600.0)
+    monkeypatch.setattr(session_fallback, "CATCH_UP", 3600.0)
     tree = tree_for(tmp_path, frail)
     async with replica_here(tree) as other:
         async with replica_here(tree) as one:

@@ -27,8 +27,9 @@ from replicas import (
 )
 from servers import StoreServer, free_port
 
-from broker.testing import FakeVendor, Refusal, faults
-from broker.testing.mint import visitor_mark
+from broker.testing import FakeVendor, Refusal
+from broker.testing.vendor import faults
+from broker.testing.vendor.mint import visitor_mark
 
 pytestmark = pytest.mark.parts
 

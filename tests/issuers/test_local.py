@@ -11,9 +11,9 @@ import pytest
 from broker.issuers.keyring import LEEWAY, MAX_LIFE, BadToken, Key, Keyring
 from broker.issuers.local import MOST_PROVEN, LocalIssuer
 from broker.model import Ask
+from broker.pacing.slots import UNCOUNTED, Slot
 from broker.rules.reuse import SECOND
 from broker.sessions.base import MARK_LIFE
-from broker.slots import UNCOUNTED, Slot
 from broker.testing import FakeClock
 
 ISSUER, AUDIENCE = "embed-token-broker", "embed"

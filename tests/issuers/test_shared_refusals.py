@@ -9,15 +9,15 @@ from replica import Replica, opened
 from servers import StoreServer, store_server, valkey_binary
 from sharing_cases import ask_of, limits_of
 
-from broker.board import Sheet
-from broker.issuers.refusals import ACCOUNT_MEMORY, AGENT_MEMORY, LocalRefusals
+from broker.issuers.negative_cache import ACCOUNT_MEMORY, AGENT_MEMORY, LocalRefusals
 from broker.issuers.upstream import UpstreamIssuer
-from broker.issuers.vendor_client import VendorClient
-from broker.issuers.vendor_replies import Refused, Scope
-from broker.metrics import UpstreamMetrics
+from broker.issuers.vendor.client import VendorClient
+from broker.issuers.vendor.replies import Refused, Scope
 from broker.model import Ask, Secret
-from broker.pacer import Paced
-from broker.slots import Budget
+from broker.pacing.pacer import Paced
+from broker.pacing.slots import Budget
+from broker.telemetry.cells import Sheet
+from broker.telemetry.metrics import UpstreamMetrics
 from broker.testing import FakeClock
 
 pytestmark = pytest.mark.parts

@@ -22,16 +22,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
-from broker.answers import success_body
-from broker.issuers import vendor_failures
-from broker.issuers.vendor_api import (
-    MAX_BODY,
-    MAX_EXTRA,
-    MAX_MESSAGE,
-    build_request,
-    read_answer,
-)
-from broker.issuers.vendor_replies import (
+from broker.issuers.vendor import faults
+from broker.issuers.vendor.api import MAX_BODY, MAX_EXTRA, MAX_MESSAGE, build_request, read_answer
+from broker.issuers.vendor.replies import (
     BadKey,
     Broken,
     Granted,
@@ -42,9 +35,10 @@ from broker.issuers.vendor_replies import (
     Throttled,
     reason_of,
 )
-from broker.issuers.vendor_token import claims_of
+from broker.issuers.vendor.token import claims_of
 from broker.model import Ask, Minted
 from broker.rules.reuse import MAX_LIFETIME, SECOND, lifetime_of
+from broker.wire.responses import success_body
 
 SAMPLES = Path(__file__).parent.parent / "samples"
 
@@ -142,8 +136,8 @@ def test_every_code_and_status_of_the_tables_has_a_sample() -> None:
     replies = [sample.expected for sample in ALL]
     codes = {reply.code for reply in replies if isinstance(reply, Refused | BadKey)}
     statuses = {reply.status for reply in replies if isinstance(reply, Refused)}
-    assert set(vendor_failures.BY_CODE) - codes == {"RATE_LIMITED"}  # read as Throttled: no code
-    assert set(vendor_failures.BY_STATUS) == statuses
+    assert set(faults.BY_CODE) - codes == {"RATE_LIMITED"}  # read as Throttled: no code
+    assert set(faults.BY_STATUS) == statuses
 
 
 def test_every_reason_that_an_answer_can_have_has_a_sample() -> None:
@@ -155,13 +149,13 @@ def test_every_reason_that_an_answer_can_have_has_a_sample() -> None:
     assert None in seen
 
 
-@pytest.mark.parametrize("code", sorted(vendor_failures.BY_CODE))
+@pytest.mark.parametrize("code", sorted(faults.BY_CODE))
 @pytest.mark.parametrize("status", [200, *range(400, 430), 451, 499])
 def test_V2_any_code_with_any_status_has_one_meaning(status: int, code: str) -> None:
     """Tables in reverse: what a caller, a key or the memory may learn from each pair."""
     body = json.dumps({"error": {"code": code, "message": "so it is"}}).encode()
     reply = read_answer(status, JSON, body, NOW * SECOND)
-    real = vendor_failures.BY_CODE[code][0] if status == 200 else status
+    real = faults.BY_CODE[code][0] if status == 200 else status
     if real == 429:
         assert reply == (
             Refused(429, code, "so it is", Scope.NEVER)
@@ -180,7 +174,7 @@ def test_V2_any_code_with_any_status_has_one_meaning(status: int, code: str) -> 
     else:
         assert isinstance(reply, Refused)
         assert (reply.status, reply.code) == (real, code)
-        assert reply.scope is vendor_failures.BY_CODE[code][1]
+        assert reply.scope is faults.BY_CODE[code][1]
 
 
 # --- the request
@@ -226,7 +220,7 @@ _documents = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_names, inner, max_size=6),
     max_leaves=20,
 )
-_codes = st.sampled_from([*sorted(vendor_failures.BY_CODE), "Unauthorized", "unauthorized", "X"])
+_codes = st.sampled_from([*sorted(faults.BY_CODE), "Unauthorized", "unauthorized", "X"])
 _numbers = st.sampled_from([200, 400, 401, 403, 404, 409, 429, 500])
 _marks = {
     "success": st.booleans() | _leaves,

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
-from broker.issuers.vendor_headers import (
+from broker.issuers.vendor.headers import (
     LONGEST_RETRY,
     MOST_REMAINING,
     SHORTEST_RETRY,

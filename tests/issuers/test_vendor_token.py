@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.issuers.vendor_token import claims_of, expires_at, is_token, lifetime, session_of
+from broker.issuers.vendor.token import claims_of, expires_at, is_token, lifetime, session_of
 from broker.rules.reuse import SECOND
 
 NOW = 1_795_348_800

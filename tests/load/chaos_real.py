@@ -31,7 +31,7 @@ from faked_time import Clock, store_with_clock  # noqa: E402
 from processes import toml, write  # noqa: E402
 from servers import StoreServer, free_port  # noqa: E402
 
-from broker.testing.mint import visitor_mark  # noqa: E402
+from broker.testing.vendor.mint import visitor_mark  # noqa: E402
 
 AGENT = "A78WKV4515"
 TOKEN_PATH = "/v1/embed-tokens/request"

@@ -19,24 +19,24 @@ import msgspec
 import structlog
 from multidict import CIMultiDict
 
-from broker.board import Sheet
 from broker.errors import BrokerError
 from broker.issue import Handout, ReusePolicy, TokenDesk
 from broker.issuers.upstream import UpstreamIssuer
-from broker.issuers.vendor_client import Answer, CallFailed
-from broker.issuers.vendor_replies import Reason
-from broker.limits import Limits, LimitSet, Rule
-from broker.metrics import MintMetrics, UpstreamMetrics
+from broker.issuers.vendor.client import Answer, CallFailed
+from broker.issuers.vendor.replies import Reason
+from broker.limits.policy import Limits, LimitSet, Rule
 from broker.model import Ask, LimitName, Secret
-from broker.pacer import Paced
+from broker.pacing.pacer import Paced
+from broker.pacing.slots import Budget
 from broker.rules import bucket
 from broker.rules.reuse import SECOND
 from broker.sessions.memory import MemoryBook
-from broker.slots import Budget
 from broker.stores.memory import MemoryStore
-from broker.stores.tokens import TokenCache
+from broker.stores.token_cache import TokenCache
+from broker.telemetry.cells import Sheet
+from broker.telemetry.metrics import MintMetrics, UpstreamMetrics
 from broker.testing import FakeClock, run_virtual
-from broker.testing.mint import visitor_mark
+from broker.testing.vendor.mint import visitor_mark
 
 AGENT = "A78WKV4515"
 ALLOWED, MINUTE = 120, 60 * SECOND

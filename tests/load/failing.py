@@ -36,9 +36,10 @@ from typing import Any
 import uvloop
 from typing_extensions import override
 
-from broker import cli
-from broker.patience import KEYS
-from broker.testing import FakeVendor, Refusal, VendorSettings, faults
+from broker.cli import main as cli
+from broker.key_backoff import KEYS
+from broker.testing import FakeVendor, Refusal, VendorSettings
+from broker.testing.vendor import faults
 
 FIRST = 10_000
 """Requests after which caches are full and pools have their size."""
@@ -50,7 +51,7 @@ MOST_OBJECTS = 500
 """How many objects of one type may come: what is under way at the moment of counting."""
 
 BOUNDED = {
-    "broker.patience._Failing": KEYS,
+    "broker.key_backoff._Failing": KEYS,
     "cachetools.TTLCache._Link": KEYS,
     "array.array": 3600,  # of tokens: one for each second of the hour in which some of them die
 }

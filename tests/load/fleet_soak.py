@@ -25,8 +25,9 @@ sys.path += [str(TESTS), str(TESTS / "fleet")]
 from replicas import Crowd, Replica, fixed_place, joined, start, tree_for  # noqa: E402
 from servers import store_server, valkey_binary  # noqa: E402
 
-from broker.testing import FakeVendor, Refusal, faults  # noqa: E402
-from broker.testing.journal import Journal  # noqa: E402
+from broker.testing import FakeVendor, Refusal  # noqa: E402
+from broker.testing.vendor import faults  # noqa: E402
+from broker.testing.vendor.journal import Journal  # noqa: E402
 
 ALLOWED, WANTED = 120, 90
 """Calls in any minute: at most, and on average at least; the restart and the pause cost some."""

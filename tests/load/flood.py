@@ -19,9 +19,9 @@ import sys
 import time
 from pathlib import Path
 
+from broker.limits.buckets import OVERFLOW_BUCKETS, TokenBucket
 from broker.model import SEPARATOR
 from broker.rules.bucket import Limit
-from broker.stores.buckets import OVERFLOW_BUCKETS, TokenBucket
 
 SECOND = 1_000_000
 MIB = 2**20

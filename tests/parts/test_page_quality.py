@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, Frame, Page, expect
 from running import output_of
 from website import AGENT, Answer, Website, refusal
 
-from broker.web.script import FOLDER
+from broker.web.pages.embed_script import FOLDER
 
 pytestmark = pytest.mark.parts
 

@@ -89,7 +89,8 @@ def test_G9_ended_at_one_replica_while_a_mint_is_in_flight_at_the_other(
 ) -> None:
     """The renewal that was under way is not handed out, and nobody gets what was held."""
     store.flush()
-    from broker.testing import FakeVendor, faults
+    from broker.testing import FakeVendor
+    from broker.testing.vendor import faults
 
     async def scenario() -> None:
         async with FakeVendor() as vendor:

@@ -15,7 +15,7 @@ from monitoring import samples
 from running import output_of, until
 from weather import ROOT, SHORT, Watched, watched
 
-from broker.metrics import REQUEST_BUCKETS
+from broker.telemetry.metrics import REQUEST_BUCKETS
 
 pytestmark = pytest.mark.parts
 

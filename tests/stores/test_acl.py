@@ -24,15 +24,15 @@ from sharing_cases import ask_of, limits_of
 from test_leases import always, eventually, keep, lead, never
 
 from broker import errors
-from broker.issuers.vendor_replies import Refused, Scope
+from broker.config.addresses import Access
+from broker.issuers.vendor.replies import Refused, Scope
 from broker.model import Secret, Session
+from broker.pacing.slots import Budget
 from broker.rules.bucket import Limit
 from broker.sessions.base import Place, Query, place_of
-from broker.slots import Budget
-from broker.stores.address import Access
 from broker.stores.base import Kept
-from broker.stores.failures import StoreFailed
-from broker.stores.scripts import Script, acl_line
+from broker.valkey.client.errors import StoreFailed
+from broker.valkey.client.scripts import Script, acl_line
 
 pytestmark = pytest.mark.parts
 

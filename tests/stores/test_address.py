@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.stores.address import DEFAULT_PORT, MAX_DB, StoreAddress, parse_store_url
+from broker.config.addresses import DEFAULT_PORT, MAX_DB, StoreAddress, parse_store_url
 
 HERE = (("localhost", DEFAULT_PORT),)
 

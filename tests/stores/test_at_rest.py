@@ -14,10 +14,10 @@ from sharing_cases import ask_of, limits_of
 from test_leases import always, keep, lead, never
 
 from broker import errors
-from broker.issuers.vendor_replies import Refused, Scope
+from broker.issuers.vendor.replies import Refused, Scope
 from broker.model import Ask
+from broker.pacing.slots import Budget
 from broker.rules.bucket import Limit, limit
-from broker.slots import Budget
 from broker.stores.base import Lease
 from broker.testing import FakeClock
 

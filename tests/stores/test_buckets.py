@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from typing_extensions import override
 
+from broker.limits.buckets import OVERFLOW_BUCKETS, SWEEP_BATCH, TokenBucket
 from broker.rules.bucket import Limit, Verdict, peek, spend
-from broker.stores.buckets import OVERFLOW_BUCKETS, SWEEP_BATCH, TokenBucket
 
 T0 = 1_000_000_000
 SECOND = 1_000_000

@@ -12,11 +12,11 @@ from servers import StoreServer
 from sharing_cases import limits_of
 from store_trace import Talk
 
-from broker.stores.failures import Reason, StoreFailed
-from broker.stores.fleet import ALONE_AFTER, FORGOTTEN, HEARTBEAT, LOST
-from broker.stores.fleet_time import FleetTime
-from broker.stores.scripts import Script, command
 from broker.testing import FakeClock
+from broker.valkey.client.errors import Reason, StoreFailed
+from broker.valkey.client.scripts import Script, command
+from broker.valkey.fleet_time import FleetTime
+from broker.valkey.membership import ALONE_AFTER, FORGOTTEN, HEARTBEAT, LOST
 
 pytestmark = pytest.mark.parts
 

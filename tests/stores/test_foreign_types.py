@@ -14,8 +14,8 @@ from sharing_cases import ask_of, limits_of
 
 from broker.errors import StoreAway
 from broker.model import Ask, Session
+from broker.pacing.slots import Budget
 from broker.sessions.base import Place, Query, place_of
-from broker.slots import Budget
 from broker.stores.base import Lease
 
 pytestmark = pytest.mark.parts

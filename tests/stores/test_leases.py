@@ -16,14 +16,14 @@ from sharing_cases import WIDE, ask_of, limits_of
 from broker import errors
 from broker.model import Ask, EmbedToken, LimitName, Secret
 from broker.rules.bucket import Limit, Verdict
-from broker.stores import leases as leases_module
-from broker.stores import valkey as valkey_module
 from broker.stores.base import Denial, Kept, Lease
-from broker.stores.leases import LEASE, LEASE_MEMORY
-from broker.stores.resp import Reply
-from broker.stores.scripts import Script
-from broker.stores.server import Operation
 from broker.testing import FakeClock
+from broker.valkey import leases as leases_module
+from broker.valkey import store as valkey_module
+from broker.valkey.client.guarded import Operation
+from broker.valkey.client.resp import Reply
+from broker.valkey.client.scripts import Script
+from broker.valkey.leases import LEASE, LEASE_MEMORY
 
 pytestmark = pytest.mark.parts
 
@@ -902,7 +902,7 @@ async def test_N20_a_token_keeps_the_name_of_its_key_whoever_writes_it(valkey: S
 
 def with_other_seal(replica: Replica) -> Replica:
     """Seal with a key of its own, as after a rotation."""
-    from broker.stores.seal import Seal
+    from broker.sealing import Seal
 
     replica.remote._front._seal = Seal(Secret(secrets.token_urlsafe(48)))
     return replica

@@ -12,11 +12,11 @@ import pytest
 from bad_replies import BAD
 
 from broker.model import Secret
-from broker.stores.failures import Elsewhere, Forgotten, Reason, StoreFailed, why
-from broker.stores.link import Conversation, Link, Route, Target
-from broker.stores.resp import LONGEST_REPLY, Reply
-from broker.stores.scripts import command
-from broker.stores.shapes import COUNTED, SPEND
+from broker.valkey.client.connection import Conversation, Link, Route, Target
+from broker.valkey.client.errors import Elsewhere, Forgotten, Reason, StoreFailed, why
+from broker.valkey.client.resp import LONGEST_REPLY, Reply
+from broker.valkey.client.scripts import command
+from broker.valkey.client.shapes import COUNTED, SPEND
 
 TIMEOUT = 0.1
 PING = command(b"PING")

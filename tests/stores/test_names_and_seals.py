@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 from redis.crc import key_slot
 
 from broker import errors
-from broker.checks import normal_base_url
+from broker.app.shared_backend import names_of
+from broker.config.settings import Issuer, Settings, UpstreamIssuer
+from broker.config.validate import normal_base_url
 from broker.model import Ask, LimitName, Secret
 from broker.rules.bucket import Limit, said
-from broker.settings import Issuer, Settings, UpstreamIssuer
-from broker.sharing import names_of
-from broker.stores import outcome
+from broker.sealing import KEY_ID, NONCE, Seal, Sealed, derive
 from broker.stores.base import Denial
-from broker.stores.names import PREFIX, Names
-from broker.stores.seal import KEY_ID, NONCE, Seal, Sealed, derive
+from broker.valkey import mint_errors
+from broker.valkey.key_names import PREFIX, Names
 
 KEY = secrets.token_bytes(32)
 SECRET = Secret(secrets.token_urlsafe(48))
@@ -209,7 +209,7 @@ verdicts = st.builds(
     left=st.integers(0, 2**31),
 )
 texts = st.text(max_size=1024).filter(str.isprintable)
-waits = st.integers(0, outcome.LONGEST_WAIT)
+waits = st.integers(0, mint_errors.LONGEST_WAIT)
 failures = st.one_of(
     st.builds(errors.RateLimited, st.sampled_from(LimitName), verdicts),
     st.builds(
@@ -228,7 +228,7 @@ failures = st.one_of(
 @given(error=failures)
 def test_F4_an_error_is_told_as_it_was(error: errors.BrokerError) -> None:
     """Type, status, code, message, wait, and for a limit the whole verdict."""
-    told = outcome.decode(outcome.encode(error))
+    told = mint_errors.decode(mint_errors.encode(error))
     assert type(told) is type(error)
     assert (told.status, told.code, told.message) == (error.status, error.code, error.message)
     assert told.retry_after == error.retry_after
@@ -246,14 +246,14 @@ def test_F4_an_error_is_told_as_it_was(error: errors.BrokerError) -> None:
 )
 def test_what_tells_others_nothing_is_not_told(error: BaseException | None) -> None:
     """The next one tries by itself."""
-    assert outcome.encode(error) == b""
+    assert mint_errors.encode(error) == b""
 
 
 @given(noise=st.binary())
 def test_noise_is_a_fault_of_the_vendors_at_most(noise: bytes) -> None:
     """A message of another version, or of nobody."""
-    assert isinstance(outcome.decode(noise), errors.BrokerError)
-    assert isinstance(outcome.decode(b'["new kind",400,"A","b",0]'), errors.UpstreamUnavailable)
+    assert isinstance(mint_errors.decode(noise), errors.BrokerError)
+    assert isinstance(mint_errors.decode(b'["new kind",400,"A","b",0]'), errors.UpstreamUnavailable)
 
 
 FORGED = [
@@ -271,22 +271,24 @@ FORGED = [
 @pytest.mark.parametrize("forged", FORGED)
 def test_what_no_broker_would_tell_is_not_answered(forged: bytes) -> None:
     """A status that is none, a code, a text or a number out of bounds: one 502, told by us."""
-    told = outcome.decode(forged)
+    told = mint_errors.decode(forged)
     assert isinstance(told, errors.UpstreamUnavailable)
     assert told.message == "another replica's mint failed"
 
 
 def test_a_wait_beyond_a_pause_is_cut_to_it() -> None:
     """And told all the same."""
-    told = outcome.decode(outcome.encode(errors.BudgetExhausted("x", 2**40)))
+    told = mint_errors.decode(mint_errors.encode(errors.BudgetExhausted("x", 2**40)))
     assert isinstance(told, errors.BudgetExhausted)
-    assert told.wait == outcome.LONGEST_WAIT
+    assert told.wait == mint_errors.LONGEST_WAIT
 
 
 def test_a_limit_is_told_as_its_refusal() -> None:
     """The agent's limit, met after the lease was given."""
     verdict = said(3, Limit(1, 5), allowed=False)
-    told = outcome.decode(outcome.encode(outcome.limited(Denial(LimitName.AGENT, verdict))))
+    told = mint_errors.decode(
+        mint_errors.encode(mint_errors.limited(Denial(LimitName.AGENT, verdict)))
+    )
     assert isinstance(told, errors.RateLimited)
     assert (told.limit, told.verdict) == (LimitName.AGENT, verdict)
 

@@ -10,10 +10,10 @@ import structlog
 from bad_replies import BAD, Between
 from servers import StoreServer
 
-from broker.stores import news
-from broker.stores.address import Access, StoreAddress
-from broker.stores.nodes import Nodes, nodes_at
-from broker.stores.scripts import command
+from broker.config.addresses import Access, StoreAddress
+from broker.valkey.client import pubsub
+from broker.valkey.client.scripts import command
+from broker.valkey.client.topology import Nodes, nodes_at
 
 pytestmark = pytest.mark.parts
 
@@ -115,13 +115,13 @@ async def wire(valkey: StoreServer) -> AsyncIterator[Wire]:
 @pytest.fixture
 async def ears(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Ears]:
     """Somebody who listens by that way, and is impatient."""
-    monkeypatch.setattr(news, "SILENCE", 0.1)
-    monkeypatch.setattr(news, "PATIENCE", 1.0)
-    monkeypatch.setattr(news, "RETRY", 0.05)
+    monkeypatch.setattr(pubsub, "SILENCE", 0.1)
+    monkeypatch.setattr(pubsub, "PATIENCE", 1.0)
+    monkeypatch.setattr(pubsub, "RETRY", 0.05)
     nodes = nodes_at(StoreAddress(hosts=(("127.0.0.1", wire.port),)), Access(), PATIENT)
     await nodes.open()
     ears = Ears(nodes)
-    task = asyncio.create_task(news.listen(nodes, ears.channels, ears.hear))
+    task = asyncio.create_task(pubsub.listen(nodes, ears.channels, ears.hear))
     yield ears
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
@@ -191,17 +191,17 @@ async def test_S1_whatever_a_subscription_is_told_it_hears_again(
     valkey: StoreServer, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Instead of its confirmation; and nothing but that is heard."""
-    monkeypatch.setattr(news, "SILENCE", 0.2)
-    monkeypatch.setattr(news, "PATIENCE", 0.5)
-    monkeypatch.setattr(news, "CONNECT_TIMEOUT", 0.5)
-    monkeypatch.setattr(news, "RETRY", 0.05)
+    monkeypatch.setattr(pubsub, "SILENCE", 0.2)
+    monkeypatch.setattr(pubsub, "PATIENCE", 0.5)
+    monkeypatch.setattr(pubsub, "CONNECT_TIMEOUT", 0.5)
+    monkeypatch.setattr(pubsub, "RETRY", 0.05)
     between = Between(valkey.address.path)
     between.ill = BAD[name]
     await between.open()
     nodes = nodes_at(StoreAddress(hosts=(("127.0.0.1", between.port),)), Access(), 1.0)
     await nodes.open()
     ears = Ears(nodes)
-    task = asyncio.create_task(news.listen(nodes, ears.channels, ears.hear))
+    task = asyncio.create_task(pubsub.listen(nodes, ears.channels, ears.hear))
     try:
         await until(lambda: between.said >= 2 or task.done())
         between.ill = None
@@ -237,5 +237,5 @@ async def test_a_flood_is_heard_in_full_and_in_order(ears: Ears, valkey: StoreSe
     stop.set()
     await ticking
     assert [message for _, message in ears.heard] == words
-    assert longest <= 2 * news.AT_A_TIME
+    assert longest <= 2 * pubsub.AT_A_TIME
     writer.close()

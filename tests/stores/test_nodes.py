@@ -9,12 +9,12 @@ import pytest
 from redis.crc import key_slot
 from test_link import Node
 
+from broker.config.addresses import Access, StoreAddress
 from broker.model import Secret
-from broker.stores import nodes as module
-from broker.stores.address import Access, StoreAddress
-from broker.stores.failures import Reason, StoreFailed
-from broker.stores.nodes import FIRST_PAUSE, LONGEST_PAUSE, Cluster
-from broker.stores.scripts import command
+from broker.valkey.client import topology as module
+from broker.valkey.client.errors import Reason, StoreFailed
+from broker.valkey.client.scripts import command
+from broker.valkey.client.topology import FIRST_PAUSE, LONGEST_PAUSE, Cluster
 
 TIMEOUT = 0.5
 GET = command(b"GET", b"etb:{x}:y")

@@ -17,23 +17,24 @@ from replica import SECOND, Replica
 from sharing_cases import ask_of, limits_of
 from typing_extensions import override
 
+from broker.config.addresses import StoreAddress
 from broker.errors import BrokerError, SessionTaken
-from broker.issuers.vendor_replies import Scope
+from broker.issuers.vendor.replies import Scope
 from broker.model import EmbedToken, Session
+from broker.pacing.slots import Budget
 from broker.rules.bucket import Limit
 from broker.sessions.base import Place, Query
-from broker.slots import Budget
-from broker.stores import outcome, shapes
-from broker.stores.address import StoreAddress
 from broker.stores.base import Denial, Lease
-from broker.stores.failures import Elsewhere, Forgotten, Reason, StoreFailed, error_of, number
-from broker.stores.fleet import MOST_PARTS
-from broker.stores.link import Target
-from broker.stores.nodes import Nodes, _owners_of
-from broker.stores.resp import Reply
-from broker.stores.scripts import Script
-from broker.stores.shapes import ANYTHING, Shape
 from broker.testing import FakeClock, run_virtual
+from broker.valkey import mint_errors
+from broker.valkey.client import shapes
+from broker.valkey.client.connection import Target
+from broker.valkey.client.errors import Elsewhere, Forgotten, Reason, StoreFailed, error_of, number
+from broker.valkey.client.resp import Reply
+from broker.valkey.client.scripts import Script
+from broker.valkey.client.shapes import ANYTHING, Shape
+from broker.valkey.client.topology import Nodes, _owners_of
+from broker.valkey.membership import MOST_PARTS
 
 CALLS = 12
 """Replies to an act; then the server hangs up: an act may go on for as long as it is told to."""
@@ -329,7 +330,7 @@ def test_an_error_is_one_of_three(text: str) -> None:
 @given(told=TEXTS)
 def test_how_a_mint_failed_elsewhere_is_always_an_answer(told: bytes) -> None:
     """Deeply nested JSON, too."""
-    assert isinstance(outcome.decode(told), BrokerError)
+    assert isinstance(mint_errors.decode(told), BrokerError)
 
 
 @given(reply=trees())

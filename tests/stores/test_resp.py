@@ -9,8 +9,15 @@ from bad_replies import BAD
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from broker.stores.failures import Forgotten, StoreFailed
-from broker.stores.resp import DEEPEST, LONGEST_LINE, LONGEST_REPLY, MOST_ELEMENTS, Reader, Reply
+from broker.valkey.client.errors import Forgotten, StoreFailed
+from broker.valkey.client.resp import (
+    DEEPEST,
+    LONGEST_LINE,
+    LONGEST_REPLY,
+    MOST_ELEMENTS,
+    Reader,
+    Reply,
+)
 
 replies: st.SearchStrategy[Reply] = st.recursive(
     st.none() | st.integers(-(2**63), 2**63 - 1) | st.binary(max_size=40),

@@ -12,11 +12,11 @@ import pytest
 from budget_twin import Member, Store
 
 from broker.errors import BudgetExhausted
-from broker.pacer import Paced, Urgency
-from broker.slots import Budget
-from broker.stores.budget import LATE, SharedSlots
-from broker.stores.fleet import ALONE_AFTER, ALONE_FOR, HEARTBEAT, UNSEEN_PARTS
+from broker.pacing.pacer import Paced, Urgency
+from broker.pacing.slots import Budget
 from broker.testing.clock import FakeClock, VirtualLoop, run_virtual
+from broker.valkey.membership import ALONE_AFTER, ALONE_FOR, HEARTBEAT, UNSEEN_PARTS
+from broker.valkey.slots import LATE, SharedSlots
 
 SHIPPED = Budget(rate=106, per=60, burst=8, max_wait=8)
 ALLOWED = 120

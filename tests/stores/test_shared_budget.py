@@ -16,12 +16,12 @@ from sharing_cases import limits_of
 from store_trace import Talk
 from test_leases import eventually
 
+from broker.pacing.slots import Budget
 from broker.rules.outstanding import PROBES
-from broker.slots import Budget
-from broker.stores import budget as budget_module
-from broker.stores import fleet as fleet_module
-from broker.stores.budget import AHEAD, QUEUE_TOLD, REMEMBERED, SILENT, SharedSlots
-from broker.stores.scripts import Script, command
+from broker.valkey import membership as fleet_module
+from broker.valkey import slots as budget_module
+from broker.valkey.client.scripts import Script, command
+from broker.valkey.slots import AHEAD, QUEUE_TOLD, REMEMBERED, SILENT, SharedSlots
 
 pytestmark = pytest.mark.parts
 

@@ -27,10 +27,10 @@ from servers import (
 from sharing_cases import ask_of, limits_of
 
 from broker import errors
-from broker.limits import Limits
+from broker.config.addresses import Access, StoreAddress
+from broker.limits.policy import Limits
 from broker.model import Ask, Secret
 from broker.rules.bucket import Limit
-from broker.stores.address import Access, StoreAddress
 from broker.stores.base import Lease
 from broker.testing import FakeClock
 

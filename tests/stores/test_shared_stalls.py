@@ -11,13 +11,13 @@ import pytest
 from budget_twin import Member, Store
 
 from broker.errors import BudgetExhausted
-from broker.issuers.calls import SEEN, Calls
-from broker.issuers.vendor_client import Answer, CallFailed
-from broker.pacer import MAX_PROMISE, Paced, Urgency
+from broker.issuers.vendor.calls import SEEN, Calls
+from broker.issuers.vendor.client import Answer, CallFailed
+from broker.pacing.pacer import MAX_PROMISE, Paced, Urgency
+from broker.pacing.slots import Budget
 from broker.rules.outstanding import PROBES
-from broker.slots import Budget
-from broker.stores.budget import SILENT
 from broker.testing.clock import FakeClock, run_virtual
+from broker.valkey.slots import SILENT
 
 SHIPPED = Budget(rate=106, per=60, burst=8, max_wait=8)
 ALLOWED = 120

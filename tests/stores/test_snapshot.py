@@ -12,14 +12,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from broker.limits import Limits, LimitSet, Rule
+from broker.app import snapshot
+from broker.app.snapshot import MAX_CLOCK_SKEW, SnapshotIgnored, Terms
+from broker.limits.policy import Limits, LimitSet, Rule
 from broker.model import Ask, EmbedToken, LimitName, Secret, Session
 from broker.rules.bucket import Limit
 from broker.sessions.memory import MemoryBook
-from broker.stores import snapshot
 from broker.stores.memory import MemoryStore
-from broker.stores.snapshot import MAX_CLOCK_SKEW, SnapshotIgnored, Terms
-from broker.stores.tokens import TokenCache
+from broker.stores.token_cache import TokenCache
 from broker.testing import FakeClock
 
 SECOND = 1_000_000

@@ -8,18 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typing_extensions import override
 
-from broker import scrape
-from broker.board import Board
-from broker.metrics import STORE_ERRORS, Metrics
 from broker.rules.breaker import Outcome, StoreHealth
-from broker.stores.failures import Elsewhere, Forgotten, Reason, StoreFailed, error_of
-from broker.stores.link import Target
-from broker.stores.nodes import Nodes, call
-from broker.stores.resp import Reply
-from broker.stores.scripts import Script
-from broker.stores.server import Operation, Server
-from broker.stores.shapes import ANYTHING, Shape
+from broker.telemetry import exposition
+from broker.telemetry.cells import Board
+from broker.telemetry.metrics import STORE_ERRORS, Metrics
 from broker.testing import FakeClock
+from broker.valkey.client.connection import Target
+from broker.valkey.client.errors import Elsewhere, Forgotten, Reason, StoreFailed, error_of
+from broker.valkey.client.guarded import Operation, Server
+from broker.valkey.client.resp import Reply
+from broker.valkey.client.scripts import Script
+from broker.valkey.client.shapes import ANYTHING, Shape
+from broker.valkey.client.topology import Nodes, call
 
 SECOND = 1_000_000
 Answer = Callable[[bytes], Reply]
@@ -311,6 +311,6 @@ async def test_the_duration_counts_what_failed(reason: Reason) -> None:
 def counted(shop: Shop) -> float:
     """Return how many calls were timed."""
     sheet = shop.metrics.sheet
-    registry = scrape.registry(sheet.families, Board([sheet.cells]), lambda: None)
+    registry = exposition.registry(sheet.families, Board([sheet.cells]), lambda: None)
     name = "broker_store_duration_seconds_count"
     return registry.get_sample_value(name, {"operation": "visit"}) or 0.0

@@ -6,11 +6,11 @@ import tracemalloc
 
 import pytest
 
-from broker import answers as answers_module
-from broker.answers import success_body
 from broker.model import Ask, EmbedToken, Minted
-from broker.stores.tokens import TokenCache
+from broker.stores.token_cache import TokenCache
 from broker.testing import FakeClock
+from broker.wire import responses as answers_module
+from broker.wire.responses import success_body
 
 SECOND = 1_000_000
 OUTAGE = 60 * SECOND

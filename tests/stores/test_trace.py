@@ -7,7 +7,7 @@ from servers import StoreServer
 from store_trace import LIMITS, at_given_time, compare, compare_by_server_clock
 
 from broker.rules.bucket import MAX_BURST
-from broker.stores.scripts import Script
+from broker.valkey.client.scripts import Script
 
 pytestmark = pytest.mark.parts
 

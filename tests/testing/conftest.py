@@ -8,7 +8,7 @@ import aiohttp
 import msgspec
 import pytest
 
-from broker.testing.vendor import FakeVendor
+from broker.testing.vendor.vendor import FakeVendor
 
 AGENT = "A78WKV4515"
 

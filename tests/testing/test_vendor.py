@@ -19,11 +19,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from broker.model import Secret
-from broker.testing import faults
-from broker.testing.mint import visitor_mark
-from broker.testing.replies import Refusal, Shape
-from broker.testing.settings import Allowance, VendorSettings
-from broker.testing.vendor import FakeVendor, serve_forever
+from broker.testing.vendor import faults
+from broker.testing.vendor.mint import visitor_mark
+from broker.testing.vendor.replies import Refusal, Shape
+from broker.testing.vendor.settings import Allowance, VendorSettings
+from broker.testing.vendor.vendor import FakeVendor, serve_forever
 
 AGENT = "A78WKV4515"
 

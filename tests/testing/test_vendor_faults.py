@@ -10,10 +10,10 @@ import jwt
 import msgspec
 import pytest
 
-from broker.testing import faults
-from broker.testing import mint as mint_module
-from broker.testing.mint import visitor_mark
-from broker.testing.replies import Answer, Refusal
+from broker.testing.vendor import faults
+from broker.testing.vendor import mint as mint_module
+from broker.testing.vendor.mint import visitor_mark
+from broker.testing.vendor.replies import Answer, Refusal
 
 AGENT = "A78WKV4515"
 LATER = 0.02

@@ -4,9 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.rules import bucket
-from broker.testing.journal import MINT_PATH, Call, Journal, Window
-from broker.testing.mint import Bucket
-from broker.testing.settings import Allowance
+from broker.testing.vendor.journal import MINT_PATH, Call, Journal, Window
+from broker.testing.vendor.mint import Bucket
+from broker.testing.vendor.settings import Allowance
 
 gaps = st.lists(st.integers(0, 400), max_size=120)
 """Quarters of a second between two calls: sums of them are exact as floats."""

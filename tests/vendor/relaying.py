@@ -19,26 +19,27 @@ import msgspec
 import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
-from broker import config, logs
-from broker.app import App
-from broker.board import Counter, Sheet
+from broker.app.app import App
+from broker.config import load as config
+from broker.config.settings import Settings
 from broker.errors import BrokerError
 from broker.issue import Handout, ReusePolicy, TokenDesk
 from broker.issuers.upstream import UpstreamIssuer
-from broker.issuers.vendor_client import VendorClient
-from broker.limits import Limits, LimitSet, Rule
-from broker.metrics import MintMetrics, UpstreamMetrics
+from broker.issuers.vendor.client import VendorClient
+from broker.limits.policy import Limits, LimitSet, Rule
 from broker.model import Ask, LimitName, Secret
-from broker.pacer import Paced
+from broker.pacing.pacer import Paced
+from broker.pacing.slots import Budget
 from broker.rules import bucket
 from broker.rules.reuse import SECOND
 from broker.sessions.memory import MemoryBook
-from broker.settings import Settings
-from broker.slots import Budget
 from broker.stores.memory import MemoryStore
-from broker.stores.tokens import TokenCache
+from broker.stores.token_cache import TokenCache
+from broker.telemetry import logs
+from broker.telemetry.cells import Counter, Sheet
+from broker.telemetry.metrics import MintMetrics, UpstreamMetrics
 from broker.testing import FakeClock, FakeVendor, VendorSettings
-from broker.testing.mint import visitor_mark
+from broker.testing.vendor.mint import visitor_mark
 
 AGENT = "A78WKV4515"
 TOKEN_PATH = "/v1/embed-tokens/request"

@@ -10,11 +10,12 @@ import pytest
 from relaying import Relay, relaying, visitor
 
 from broker.errors import BudgetExhausted
-from broker.pacer import Paced, Urgency
+from broker.pacing.pacer import Paced, Urgency
+from broker.pacing.slots import Budget
 from broker.rules.outstanding import Ledger
-from broker.slots import Budget
-from broker.testing import FakeClock, FakeVendor, Refusal, VendorSettings, faults, run_virtual
-from broker.testing.settings import Allowance
+from broker.testing import FakeClock, FakeVendor, Refusal, VendorSettings, run_virtual
+from broker.testing.vendor import faults
+from broker.testing.vendor.settings import Allowance
 
 SHIPPED = Budget(rate=106, per=60, burst=8, max_wait=8)
 ALLOWED = 120

@@ -22,11 +22,12 @@ from servers import (
     valkey_binary,
 )
 
-from broker import config
-from broker.doctor import Finding, examine
-from broker.schema import ConfigError
-from broker.stores.scripts import acl_line
-from broker.testing import FakeVendor, Refusal, faults
+from broker.cli.doctor import Finding, examine
+from broker.config import load as config
+from broker.config.schema import ConfigError
+from broker.testing import FakeVendor, Refusal
+from broker.testing.vendor import faults
+from broker.valkey.client.scripts import acl_line
 
 VALIDATE = "/v1/validate"
 

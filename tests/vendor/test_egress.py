@@ -16,11 +16,12 @@ from processes import Broker, Caller, good, merged, run, secret_in, toml, until,
 from relaying import UNLIMITED, visitor
 from servers import free_port, write_certificates
 
-from broker import config, parts
-from broker.issuers.egress import proxy_for
-from broker.issuers.vendor_replies import Reason
+from broker.app import factory
+from broker.config import load as config
+from broker.config.schema import ConfigError
+from broker.issuers.vendor.egress import proxy_for
+from broker.issuers.vendor.replies import Reason
 from broker.model import Secret
-from broker.schema import ConfigError
 from broker.testing import FakeVendor
 
 VENDOR = "vendor.example"
@@ -354,7 +355,7 @@ def test_N14_a_proxy_that_cannot_be_used_is_refused_without_repeating_it(value: 
     upstream["api_secret"] = secrets.token_urlsafe(24)
     settings = config.load(None, {}, {"issuer": {"kind": "upstream", "upstream": upstream}})
     with pytest.raises(ConfigError) as caught:
-        parts.check(settings, {})
+        factory.check(settings, {})
     assert str(caught.value).startswith("issuer.upstream.proxy: ")
     assert password not in str(caught.value)
 

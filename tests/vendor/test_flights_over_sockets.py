@@ -23,10 +23,11 @@ from relaying import (
 
 from broker.errors import BrokerError, UpstreamTimeout, UpstreamUnavailable
 from broker.model import Ask, Outcome
+from broker.pacing.slots import Budget
 from broker.rules.reuse import MAX_LIFETIME, SECOND
-from broker.slots import Budget
-from broker.testing import FakeVendor, Refusal, faults
-from broker.testing.mint import visitor_mark
+from broker.testing import FakeVendor, Refusal
+from broker.testing.vendor import faults
+from broker.testing.vendor.mint import visitor_mark
 
 HOUR = 3600
 

@@ -14,16 +14,16 @@ from flooding import BODIES, CHUNKED, EARLY, HEAD, HEADS, Flood, FloodServer
 from processes import Broker, Caller, good, merged, secret_in, until
 from relaying import relaying, visitor
 
-from broker.issuers import calls
-from broker.issuers.vendor_api import MAX_BODY
-from broker.issuers.vendor_client import VendorClient
-from broker.issuers.vendor_connection import (
+from broker.issuers.vendor import calls
+from broker.issuers.vendor.api import MAX_BODY
+from broker.issuers.vendor.client import VendorClient
+from broker.issuers.vendor.connection import (
     MAX_HEADS,
     MAX_INTERIM,
     VendorConnection,
     VendorConnector,
 )
-from broker.issuers.vendor_replies import Reason
+from broker.issuers.vendor.replies import Reason
 from broker.model import Secret
 
 BUFFERS = 20_000_000

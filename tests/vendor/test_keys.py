@@ -24,12 +24,13 @@ from relaying import (
 )
 
 from broker.model import Secret
+from broker.pacing.slots import Budget
 from broker.rules.breaker import KEY_PAUSE
 from broker.rules.reuse import SECOND
-from broker.slots import Budget
-from broker.testing import FakeClock, FakeVendor, Refusal, VendorSettings, faults
-from broker.testing.journal import Call
-from broker.testing.settings import Allowance
+from broker.testing import FakeClock, FakeVendor, Refusal, VendorSettings
+from broker.testing.vendor import faults
+from broker.testing.vendor.journal import Call
+from broker.testing.vendor.settings import Allowance
 
 SHIPPED = Budget(rate=106, per=60, burst=8, max_wait=8)
 
@@ -41,7 +42,7 @@ def failed(call: Call) -> bool:
 
 def test_the_shipped_budget_is_the_one_that_is_tested() -> None:
     """The figures here are those of the settings."""
-    from broker.settings import Budget as Section
+    from broker.config.settings import Budget as Section
 
     section = Section()
     assert Budget(section.rate, section.per.seconds, section.burst, section.max_wait.seconds) == (

@@ -13,7 +13,7 @@ import pytest
 from relaying import House, Reply, broker_before, visitor
 
 from broker.testing import FakeVendor, VendorSettings
-from broker.testing.settings import Allowance
+from broker.testing.vendor.settings import Allowance
 
 LIFETIME, DARK = 60, 30
 """Seconds: of a token's life, and without the vendor."""

@@ -16,9 +16,10 @@ import msgspec
 import pytest
 from relaying import AGENT, TOKEN_PATH, UNLIMITED, House, broker_before, visitor
 
-from broker.testing import FakeVendor, Refusal, Shape, faults
-from broker.testing.faults import Fault
-from broker.testing.replies import Answer, json_answer
+from broker.testing import FakeVendor, Refusal, Shape
+from broker.testing.vendor import faults
+from broker.testing.vendor.faults import Fault
+from broker.testing.vendor.replies import Answer, json_answer
 
 START = 30.0
 """Seconds that a process may take until it answers, on a machine that is busy with other tests."""

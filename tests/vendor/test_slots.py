@@ -7,12 +7,13 @@ import pytest
 from relaying import AGENT, Relay, relaying, until, visitor
 
 from broker.errors import ServiceUnavailable, UpstreamUnavailable
-from broker.issuers.refusals import LocalRefusals
-from broker.issuers.vendor_replies import Refused, Scope
+from broker.issuers.negative_cache import LocalRefusals
+from broker.issuers.vendor.replies import Refused, Scope
 from broker.model import Ask
+from broker.pacing.slots import Budget
 from broker.rules.breaker import Outcome, Ticket
-from broker.slots import Budget
-from broker.testing import FakeClock, Refusal, faults
+from broker.testing import FakeClock, Refusal
+from broker.testing.vendor import faults
 
 A_SLOT_A_SECOND = Budget(rate=60, per=60, burst=1, max_wait=5)
 

@@ -13,9 +13,10 @@ from standing import StandingVendor, Visitors, relay_settings, standing_vendor, 
 from structlog.testing import capture_logs
 
 from broker.errors import BrokerError, BudgetExhausted, UpstreamTimeout, UpstreamUnavailable
-from broker.issuers import calls, vendor_client
-from broker.slots import Budget, LocalSlots
-from broker.testing import Refusal, faults
+from broker.issuers.vendor import calls, client
+from broker.pacing.slots import Budget, LocalSlots
+from broker.testing import Refusal
+from broker.testing.vendor import faults
 
 MINUTE = 6.0
 """Seconds: the shipped budget ten times as fast, so that its minute takes so long."""
@@ -232,7 +233,7 @@ async def test_N13_calls_that_are_swallowed_are_given_up_when_the_vendor_answers
         await until(lambda: relay.pacer.outstanding == 0, "the slots")
         assert owed_by(relay) == owed + count  # they may arrive yet: only a mint clears that
         await until(lambda: len(relay.issuer._calls) == 0, "the calls")
-        assert questions(relay) == [vendor_client.VALIDATE_PATH]
+        assert questions(relay) == [client.VALIDATE_PATH]
         assert counted(relay.upstream.validations) == {"answered": 1}
         await relay.ask()
         assert owed_by(relay) == 0
@@ -249,7 +250,7 @@ async def test_N13_what_the_answer_to_the_question_says_is_no_matter(
     fault = faults.html() if isinstance(answer, str) else faults.error(answer)
     async with relaying(budget=FEW, timeout=0.5) as relay:
         await relay.ask()
-        relay.vendor.fail(fault, path=vendor_client.VALIDATE_PATH)
+        relay.vendor.fail(fault, path=client.VALIDATE_PATH)
         before = relay.issuer.credentials, relay.issuer._passed_over.copy()
         hang = relay.vendor.fail(faults.hang())
         await failures(relay, 4)
@@ -269,7 +270,7 @@ async def test_N13_a_question_without_an_answer_changes_nothing(how: str) -> Non
     async with relaying(budget=FEW, timeout=0.5) as relay:
         await relay.ask()
         fault = faults.reset() if how == "reset" else faults.hang()
-        relay.vendor.fail(fault, path=vendor_client.VALIDATE_PATH)
+        relay.vendor.fail(fault, path=client.VALIDATE_PATH)
         hang = relay.vendor.fail(faults.hang())
         await failures(relay, 4)
         if how == "refused":
@@ -429,7 +430,7 @@ async def test_N13_the_kernel_ends_a_connection_whose_peer_has_vanished() -> Non
         assert transport is not None
         its_own: socket.socket = transport.get_extra_info("socket")
         told = its_own.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
-        assert told == vendor_client.VANISHED * 1000
+        assert told == client.VANISHED * 1000
         await asking
 
 

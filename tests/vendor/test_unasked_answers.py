@@ -8,10 +8,10 @@ import msgspec
 import pytest
 from relaying import relaying, visitor
 
-from broker.issuers.vendor_client import VendorClient
+from broker.issuers.vendor.client import VendorClient
 from broker.model import Secret
-from broker.testing.faults import Fault
-from broker.testing.replies import Answer, json_answer
+from broker.testing.vendor.faults import Fault
+from broker.testing.vendor.replies import Answer, json_answer
 
 KEY = Secret("a-key-of-this-test")
 

@@ -5,10 +5,10 @@ import asyncio
 import pytest
 from relaying import UNLIMITED, Relay, relaying
 
-from broker.issuers.vendor_client import MAX_FIELD, MAX_FIELDS
+from broker.issuers.vendor.client import MAX_FIELD, MAX_FIELDS
 from broker.testing import FakeVendor
-from broker.testing.faults import Fault
-from broker.testing.replies import Headers
+from broker.testing.vendor.faults import Fault
+from broker.testing.vendor.replies import Headers
 
 
 def adding(headers: Headers) -> Fault:

@@ -20,10 +20,11 @@ import pytest
 import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
-from broker import config, logs
-from broker.app import App
+from broker.app.app import App
+from broker.config import load as config
+from broker.config.settings import Settings
 from broker.model import Clock
-from broker.settings import Settings
+from broker.telemetry import logs
 from broker.testing import FakeClock
 
 TOKEN_PATH = "/v1/embed-tokens/request"
@@ -326,8 +327,8 @@ async def serving(
     settings = config.load(None, {}, tree or {}, defaults)
     log = io.StringIO()
     with logging_to(log, settings), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("broker.app.SystemClock", lambda: clock)
-        patch.setattr("broker.app.PauseKeeper", _NoPauses)
+        patch.setattr("broker.app.app.SystemClock", lambda: clock)
+        patch.setattr("broker.app.app.PauseKeeper", _NoPauses)
         app = App(settings, lambda: settings, {}, dev=dev)
         before = asyncio.all_tasks()
         await app.start()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from broker.model import LimitName
 from broker.rules.bucket import Limit, peek, spend
-from broker.web.answer import ReadyAnswer, limit_headers, retry_after_seconds
+from broker.web.response import ReadyAnswer, limit_headers, retry_after_seconds
 from broker.web.server import DataServer
 
 LIMITS = st.builds(Limit, st.integers(1, 2**31 - 1), st.integers(1, 3_600_000_000))

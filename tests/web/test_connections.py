@@ -32,8 +32,8 @@ from processes import (
     write,
 )
 
-from broker.board import Gauge
-from broker.settings import Settings
+from broker.config.settings import Settings
+from broker.telemetry.cells import Gauge
 from broker.web import server
 
 KEEP_ALIVE = 2.0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from broker.errors import Invalid, MissingAuth
-from broker.web.door import Door, secret_of
+from broker.web.auth import Door, secret_of
 
 Headers = list[tuple[str, str]]
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from broker.rules.forwarded import tokens_in
-from broker.web.door import Door
-from broker.web.life import VERIFY_PATH
+from broker.web.auth import Door
+from broker.web.token_status import VERIFY_PATH
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 PROXY, OTHER_PROXY, STRANGER = "127.0.0.9", "127.0.0.10", "198.51.100.77"

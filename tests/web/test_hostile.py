@@ -10,7 +10,7 @@ from contextlib import suppress
 import pytest
 from edge import AGENT, TOKEN_PATH, Edge, Line, Reply, request, serving, visitor
 
-from broker.settings import Duration
+from broker.config.settings import Duration
 
 BODY = b'{"agent_id":"a","fingerprint":"abcd"}'
 CHUNKED = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
@@ -244,7 +244,9 @@ class TestSlowSockets:
     @pytest.fixture
     async def impatient(self, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Edge]:
         """A broker whose patience has been cut to a fraction of a second."""
-        monkeypatch.setattr("broker.checks.KEEP_ALIVE_BOUNDS", (Duration(0), Duration(10**6)))
+        monkeypatch.setattr(
+            "broker.config.validate.KEEP_ALIVE_BOUNDS", (Duration(0), Duration(10**6))
+        )
         monkeypatch.setattr("broker.web.server.HEAD_TIMEOUT", 0.05)
         monkeypatch.setattr("broker.web.server.LINGER", 0.05)
         monkeypatch.setattr("broker.web.body.BODY_TIMEOUT", 0.05)

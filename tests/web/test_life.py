@@ -12,9 +12,9 @@ from edge import AGENT, Edge, Reply, request, serving, visitor
 
 from broker.errors import ServiceUnavailable
 from broker.model import Session
+from broker.sessions.admin import NotRecorded
 from broker.sessions.base import BookFull
-from broker.sessions.desk import NotRecorded
-from broker.web.life import VERIFY_PATH
+from broker.web.token_status import VERIFY_PATH
 
 INACTIVE = b'{"active":false}'
 

@@ -10,7 +10,7 @@ from edge import TOKEN_PATH, Edge, Reply, request, serving, visitor
 from jsonschema import Draft202012Validator
 
 from broker.version import VERSION
-from broker.web.openapi import document
+from broker.web.pages.openapi import document
 
 API = document("http://127.0.0.1:1")
 
@@ -158,7 +158,7 @@ class TestPages:
 
     async def test_assets_that_are_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The 404 names the extra."""
-        monkeypatch.setattr("broker.web.docs.find_spec", lambda _name: None)
+        monkeypatch.setattr("broker.web.pages.docs.find_spec", lambda _name: None)
         async with serving({"server": {"docs": True}}) as edge:
             reply = await edge.get("/docs/swagger-ui.css")
             assert reply.code == "NOT_FOUND"

@@ -9,9 +9,10 @@ from urllib.parse import urlencode
 
 from edge import AGENT, Edge, Reply, request, serving, visitor
 
-from broker.testing import FakeVendor, faults
-from broker.testing.faults import Fault
-from broker.testing.replies import Answer
+from broker.testing import FakeVendor
+from broker.testing.vendor import faults
+from broker.testing.vendor.faults import Fault
+from broker.testing.vendor.replies import Answer
 
 VERIFY = "/v1/embed-tokens/verify"
 

@@ -9,8 +9,8 @@ import re
 import pytest
 from edge import Edge, Reply, request
 
-from broker import mint
-from broker.web.script import FOLDER
+from broker.cli import mint
+from broker.web.pages.embed_script import FOLDER
 
 SCRIPT = (FOLDER / "embed.js").read_bytes()
 

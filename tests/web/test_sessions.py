@@ -9,7 +9,7 @@ import pytest
 from edge import AGENT, OTHER_AGENT, Edge, Reply, serving, visitor
 
 from broker.errors import ServiceUnavailable
-from broker.web.life import VERIFY_PATH
+from broker.web.token_status import VERIFY_PATH
 
 PATH = "/v1/sessions"
 ADMIN = secrets.token_urlsafe(24)

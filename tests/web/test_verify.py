@@ -7,7 +7,7 @@ import pytest
 from edge import AGENT, OTHER_AGENT, Edge, Reply, request, serving, visitor
 
 from broker.rules.forwarded import tokens_in
-from broker.web.life import VERIFY_PATH
+from broker.web.token_status import VERIFY_PATH
 
 PROXY = {"server": {"trusted_proxies": ["127.0.0.1"]}}
 HOUR = 3600

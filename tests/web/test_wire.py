@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from broker.errors import BrokerError, Invalid, MissingParam
 from broker.model import Ask
-from broker.web import wire
+from broker.wire import request as wire
 
 HEX = st.text("0123456789abcdefABCDEF", min_size=4, max_size=128)
 TRACE = f"00-{'a' * 32}-{'b' * 16}-01"

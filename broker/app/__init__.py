@@ -1,0 +1,1 @@
+"""One broker put together: construction, life cycle, reload."""

@@ -1,0 +1,448 @@
+"""From settings to parts: reads secret files, opens nothing else.
+
+Each function turns one section into the value that its part works with, or raises ConfigError.
+`app` uses them at the start and again at each reload, so a reload is checked by the very code that
+checked the start.
+"""
+
+import ipaddress
+import ssl
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from broker.config import files
+from broker.config.addresses import Access, StoreAddress, parse_store_url
+from broker.config.load import MIN_CLIENT_SECRET, VENDOR_VARIABLES, read_secret, secret_in
+from broker.config.schema import ConfigError
+from broker.config.settings import (
+    AgentLimit,
+    AgentOverride,
+    Client,
+    FingerprintLimit,
+    FingerprintMintsLimit,
+    Key,
+    Limit,
+    LocalIssuer,
+    Settings,
+    Store,
+)
+from broker.config.validate import is_loopback, parse_address
+from broker.issue import ReusePolicy
+from broker.issuers import keyfile
+from broker.issuers.keyring import BadKey, Keyring, check_key
+from broker.issuers.vendor.egress import Proxy, check_proxy, proxy_for
+from broker.limits.policy import Limits, LimitSet, Rule
+from broker.model import LimitName, Secret
+from broker.pacing.slots import Budget
+from broker.rules import bucket
+from broker.telemetry.cells import Cells
+from broker.telemetry.metrics import Metrics
+from broker.web.auth import KnownClient, Network
+
+
+def clients(settings: Settings, environ: Mapping[str, str]) -> list[KnownClient]:
+    """Return the known clients; raises ConfigError for none, a short secret, or a shared one.
+
+    A relay without [clients] is a private one: whoever has the vendor's key may use it, because
+    they could ask the vendor themselves.  That holds on this machine only.
+    """
+    if not settings.clients:
+        return _holders_of_vendor_keys(settings, environ)
+    known: dict[bytes, KnownClient] = {}
+    for name, client in settings.clients.items():
+        agents = None if "*" in client.agents else frozenset(client.agents)
+        for path, secret in _secrets_of(name, client):
+            _check_header_secret(path, secret)
+            digest = secret.digest()
+            if digest in known and known[digest].name == name:
+                raise ConfigError(f"{path}: the same as its secret; take one of the two out")
+            if digest in known:
+                raise ConfigError(
+                    f"{path}: the same as that of {known[digest].name!r}; a client is known by its"
+                    " secret: make another one with `broker keys generate`"
+                )
+            known[digest] = KnownClient(name, digest, agents, client.allow_origin_header)
+    return list(known.values())
+
+
+def _secrets_of(name: str, client: Client) -> Iterator[tuple[str, Secret]]:
+    """Yield a client's secret, and its next one while it is being changed; raises ConfigError."""
+    path = f"clients.{name}.secret"
+    secret = read_secret(path, client.secret, client.secret_file)
+    if secret is None:
+        raise ConfigError(f"{path}_file: required; a client is known by its secret")
+    yield path, secret
+    path = f"clients.{name}.next_secret"
+    following = read_secret(path, client.next_secret, client.next_secret_file)
+    if following is not None:
+        yield path, following
+
+
+def admin_clients(settings: Settings) -> list[KnownClient]:
+    """Return who may see and end sessions: the one who has the admin secret, or nobody."""
+    section = settings.admin
+    secret = read_secret("admin.secret", section.secret, section.secret_file)
+    if secret is None:
+        return []
+    _check_header_secret("admin.secret", secret)
+    return [KnownClient("admin", secret.digest(), None, allow_origin=False)]
+
+
+def _check_header_secret(path: str, secret: Secret) -> None:
+    """Raise ConfigError for a secret that no header can carry, or that is short."""
+    text = secret.reveal()
+    if not text.isprintable() or text.strip() != text:
+        raise ConfigError(
+            f"{path}: has a line break, a control character or blanks around it, which no"
+            " header can carry; keep it on one line"
+        )
+    if len(text) < MIN_CLIENT_SECRET:
+        raise ConfigError(
+            f"{path}: shorter than {MIN_CLIENT_SECRET} characters;"
+            " make one with `broker keys generate`"
+        )
+
+
+def _holders_of_vendor_keys(settings: Settings, environ: Mapping[str, str]) -> list[KnownClient]:
+    if settings.issuer.kind != "upstream":
+        raise ConfigError(
+            "clients: nobody may ask for tokens; add [clients.NAME] with secret_file and agents"
+        )
+    where = parse_address(settings.server.listen)
+    if not isinstance(where, str) and not is_loopback(where[0]):
+        raise ConfigError(
+            "clients: required when server.listen is not on loopback; without them anybody with"
+            " the vendor's key may use the broker, which must not leave this machine"
+        )
+    return [
+        KnownClient("vendor-key", key.digest(), None, allow_origin=False)
+        for key in vendor_keys(settings, environ)
+    ]
+
+
+def vendor_keys(settings: Settings, environ: Mapping[str, str]) -> list[Secret]:
+    """Return the vendor's keys in order; raises ConfigError for none, or an unusable one."""
+    upstream = settings.issuer.upstream
+    name = "issuer.upstream.api_secret"
+    if upstream.api_secret is not None and upstream.api_secret_files:
+        raise ConfigError(f"{name} and {name}_files are both set: keep one")
+    found = [secret_in(f"{name}_files", file) for file in upstream.api_secret_files]
+    keys: list[Secret | None] = [upstream.api_secret, *found]
+    if not any(keys):
+        given = next((environ[name] for name in VENDOR_VARIABLES if environ.get(name)), None)
+        keys = [Secret(given) if given else None]
+    usable = [key for key in keys if key is not None]
+    if not usable:
+        raise ConfigError(f"{name}_files: no vendor key; set it, or BITHUMAN_API_SECRET")
+    for key in usable:
+        if not key.reveal().isascii() or not key.reveal().isprintable() or " " in key.reveal():
+            raise ConfigError(f"{name}: not a key: it holds blanks or unprintable characters")
+    return list(dict.fromkeys(usable))
+
+
+def vendor_proxy(settings: Settings, environ: Mapping[str, str]) -> Proxy | None:
+    """Return the proxy on the way to the vendor, None for none; raises ConfigError."""
+    upstream = settings.issuer.upstream
+    given = read_secret("issuer.upstream.proxy", upstream.proxy, upstream.proxy_file)
+    try:
+        if given is not None:
+            check_proxy(given)
+        return proxy_for(upstream.base_url, given, environ)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def keyring(settings: Settings) -> Keyring:
+    """Return the keys of the local issuer; raises ConfigError for none or a weak one."""
+    local = settings.issuer.local
+    if local.keys_file is not None:
+        return _keyring_in(local.keys_file, local)
+    keys: dict[str, bytes] = {}
+    for kid, key in local.keys.items():
+        secret = read_secret(f"issuer.local.keys.{kid}.secret", key.secret, key.secret_file)
+        if secret is None:
+            raise ConfigError(f"issuer.local.keys.{kid}: needs secret_file")
+        keys[kid] = secret.reveal().encode()
+    if not keys:
+        raise ConfigError(
+            "issuer.local.keys: no key to sign with; make one with `broker keys generate`,"
+            " or try `broker serve --dev`"
+        )
+    if not local.signing_key and len(keys) > 1:
+        raise ConfigError("issuer.local.signing_key: required with more than one key")
+    try:
+        return Keyring.of(keys, local.signing_key or next(iter(keys)))
+    except BadKey as error:
+        raise ConfigError(f"issuer.local.keys: {error}") from None
+
+
+def _keyring_in(file: str, local: LocalIssuer) -> Keyring:
+    """Return the keys of a file that `broker keys rotate` wrote."""
+    if local.keys or local.signing_key:
+        other = "keys" if local.keys else "signing_key"
+        raise ConfigError(f"issuer.local.keys_file and issuer.local.{other} are both set: keep one")
+    try:
+        return Keyring(keyfile.schedule(keyfile.read(Path(file))))
+    except files.CannotRead as error:
+        remedy = "; make it with `broker keys rotate`" if error.is_absent else ""
+        raise ConfigError(f"issuer.local.keys_file: {error}{remedy}") from None
+    except (keyfile.BadKeyFile, BadKey) as error:
+        raise ConfigError(f"issuer.local.keys_file: {file}: {error}") from None
+
+
+def limits(settings: Settings) -> Limits:
+    """Return all limits in the form that buckets work with."""
+    section = settings.limits
+    return Limits(
+        fingerprint=_limit_set(LimitName.FINGERPRINT, section.fingerprint),
+        fingerprint_mints=_limit_set(LimitName.FINGERPRINT_MINTS, section.fingerprint_mints),
+        agent=_limit_set(LimitName.AGENT, section.agent),
+        client=None if section.client is None else _client_limit(section.client),
+        max_tracked=section.max_tracked,
+    )
+
+
+def reuse(settings: Settings) -> ReusePolicy:
+    """Return when tokens are reused."""
+    section = settings.reuse
+    return ReusePolicy(
+        enabled=section.enabled,
+        ahead=section.refresh_ahead.us,
+        floor=section.floor.us,
+        outage=section.floor_in_outage.us,
+    )
+
+
+def budget(settings: Settings) -> Budget | None:
+    """Return the budget, None for an issuer that needs no pace."""
+    section = settings.issuer.budget
+    if section is None:
+        return None
+    return Budget(section.rate, section.per.seconds, section.burst, section.max_wait.seconds)
+
+
+def metrics(settings: Settings, cells: Cells | None = None) -> Metrics:
+    """Return the metrics of a process with these settings, in its row of a shared board."""
+    workers = settings.server.workers
+    return Metrics(
+        settings.issuer.kind,
+        budget=settings.issuer.budget is not None,
+        shared_store=parse_store_url(settings.store.url) is not None,
+        workers=workers if workers > 1 else 0,
+        cells=cells,
+    )
+
+
+def sealing_key(settings: Settings) -> Secret | None:
+    """Return the key that seals what is stored; raises ConfigError for a weak one."""
+    store = settings.store
+    secret = read_secret("store.encryption_key", store.encryption_key, store.encryption_key_file)
+    if secret is not None:
+        try:
+            check_key("store.encryption_key", secret.reveal().encode())
+        except BadKey as error:
+            raise ConfigError(f"store.encryption_key_file: {error}") from None
+    return secret
+
+
+def store_address(settings: Settings) -> StoreAddress | None:
+    """Return where the shared store is, None for memory."""
+    return parse_store_url(settings.store.url)
+
+
+def store_access(settings: Settings) -> Access:
+    """Return how the shared store lets the broker in; raises ConfigError."""
+    store, address = settings.store, store_address(settings)
+    password = read_secret("store.password", store.password, store.password_file)
+    tls = _tls_of(store) if address is not None and address.tls else None
+    return Access(store.username, password, tls)
+
+
+def _tls_of(store: Store) -> ssl.SSLContext:
+    """Read certificates once: at the first connection it would be too late to say what is wrong.
+
+    TLS opens them by their paths and would wait for a pipe: so each is read before.
+    """
+    for name in ("tls_ca_file", "tls_cert_file", "tls_key_file"):
+        if file := getattr(store, name):
+            try:
+                files.read(file)
+            except files.CannotRead as error:
+                raise ConfigError(f"store.{name}: {error}") from None
+    name, file = "tls_ca_file", store.tls_ca_file
+    try:
+        context = ssl.create_default_context(cafile=file)
+        if store.tls_cert_file is not None:
+            name, file = "tls_cert_file", store.tls_cert_file
+            context.load_cert_chain(file, store.tls_key_file, password=lambda: "")
+    except OSError as error:  # of TLS, or of a file that went away a moment ago
+        problem = getattr(error, "reason", error.strerror) or "no certificates"
+        raise ConfigError(f"store.{name}: {file} cannot be used: {problem}") from None
+    return context
+
+
+def with_store_secrets(settings: Settings, sealing_key: Secret | None) -> Settings:
+    """Return the settings with the store's secrets in place of their files; raises ConfigError.
+
+    Workers get these: one that starts later has what its siblings have, whatever stands in the
+    files by then.  Names of keys depend on the sealing key, which is that of the start.
+    """
+    store = replace(
+        settings.store,
+        password=store_access(settings).password,
+        password_file=None,
+        encryption_key=sealing_key,
+        encryption_key_file=None,
+    )
+    return replace(settings, store=store)
+
+
+def shows_password(settings: Settings) -> bool:
+    """Whether the store's password crosses a network in clear text."""
+    store, address = settings.store, store_address(settings)
+    has_password = store.password is not None or store.password_file is not None
+    if address is None or address.tls or not has_password:
+        return False
+    return not all(is_loopback(host) for host, _ in address.hosts)
+
+
+def trusted_proxies(settings: Settings) -> list[Network]:
+    """Return the networks whose word on client addresses counts."""
+    return [ipaddress.ip_network(text) for text in settings.server.trusted_proxies]
+
+
+def check(settings: Settings, environ: Mapping[str, str]) -> None:
+    """Build every part once; raises ConfigError for the first that cannot be built."""
+    clients(settings, environ)
+    admin_clients(settings)
+    if settings.issuer.kind == "upstream":
+        vendor_keys(settings, environ)
+        vendor_proxy(settings, environ)
+    else:
+        keyring(settings)
+    sealing_key(settings)
+    store_access(settings)
+    limits(settings)
+
+
+def secret_files(settings: Settings) -> list[tuple[str, str]]:
+    """Return name and path of every secret file that the settings mention."""
+    files = [
+        ("admin.secret_file", settings.admin.secret_file),
+        *((f"clients.{name}.secret_file", c.secret_file) for name, c in settings.clients.items()),
+        *(
+            (f"clients.{name}.next_secret_file", client.next_secret_file)
+            for name, client in settings.clients.items()
+        ),
+        *(
+            (f"issuer.local.keys.{kid}.secret_file", key.secret_file)
+            for kid, key in settings.issuer.local.keys.items()
+        ),
+        ("issuer.local.keys_file", settings.issuer.local.keys_file),
+        *(
+            ("issuer.upstream.api_secret_files", file)
+            for file in settings.issuer.upstream.api_secret_files
+        ),
+        ("issuer.upstream.proxy_file", settings.issuer.upstream.proxy_file),
+        ("store.encryption_key_file", settings.store.encryption_key_file),
+        ("store.password_file", settings.store.password_file),
+        ("store.tls_key_file", settings.store.tls_key_file),
+    ]
+    return [(name, file) for name, file in files if file]
+
+
+def watched_files(settings: Settings) -> list[tuple[str, str]]:
+    """Return name and path of every file that is read again when it changes."""
+    store = settings.store
+    certificates = [("tls_ca_file", store.tls_ca_file), ("tls_cert_file", store.tls_cert_file)]
+    public = [(f"store.{name}", file) for name, file in certificates if file]
+    return secret_files(settings) + public
+
+
+def missing_files(settings: Settings) -> list[tuple[str, str]]:
+    """Return the files of secrets and certificates that are not on this machine."""
+    return [(name, file) for name, file in watched_files(settings) if is_missing(file)]
+
+
+def is_missing(file: str) -> bool:
+    """Whether there is no such file; one that may not be read is there."""
+    try:
+        Path(file).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
+
+
+def make_up(settings: Settings, make: Callable[[str], Secret]) -> Settings:
+    """Return the settings with a secret from `make` for each file that is not on this machine.
+
+    `make` is given the name of the setting, such as "clients.web.secret".  Certificates that are
+    not here are left out.
+    """
+    settings = replace(settings, store=_without_missing_certificates(settings.store))
+    local = settings.issuer.local
+    if local.keys_file is not None and is_missing(local.keys_file):  # has more than a secret in it
+        keys = {"made-up": Key(secret=make("issuer.local.keys.made-up.secret"))}
+        local = replace(local, keys=keys, keys_file=None)
+        settings = replace(settings, issuer=replace(settings.issuer, local=local))
+    made: Settings = _make_up(settings, make, "")
+    upstream = made.issuer.upstream
+    if any(is_missing(file) for file in upstream.api_secret_files):
+        secret = make("issuer.upstream.api_secret")
+        upstream = replace(upstream, api_secret=secret, api_secret_files=())
+    return replace(made, issuer=replace(made.issuer, upstream=upstream))
+
+
+def _without_missing_certificates(store: Store) -> Store:
+    if store.tls_ca_file is not None and is_missing(store.tls_ca_file):
+        store = replace(store, tls_ca_file=None)
+    if any(file and is_missing(file) for file in (store.tls_cert_file, store.tls_key_file)):
+        store = replace(store, tls_cert_file=None, tls_key_file=None)
+    return store
+
+
+def _make_up(node: Any, make: Callable[[str], Secret], path: str) -> Any:  # noqa: ANN401 - any node
+    if isinstance(node, Mapping):
+        return {name: _make_up(entry, make, f"{path}{name}.") for name, entry in node.items()}
+    if not isinstance(node, Struct):
+        return node
+    fields = {
+        name: _make_up(getattr(node, name), make, f"{path}{name}.")
+        for name in node.__struct_fields__
+    }
+    for name in node.__struct_fields__:
+        file = fields.get(f"{name}_file")
+        if file is not None and is_missing(file):
+            fields |= {name: make(path + name), f"{name}_file": None}
+    return replace(node, **fields)
+
+
+def _limit_set(
+    name: LimitName, section: FingerprintLimit | FingerprintMintsLimit | AgentLimit
+) -> LimitSet:
+    rule = Rule(bucket.limit(section.rate, section.per.us, section.burst), section.dry_run)
+    overrides: Mapping[str, Rule] = {
+        agent: _override(section, override) for agent, override in section.overrides.items()
+    }
+    return LimitSet(name, rule, overrides)
+
+
+def _override(
+    section: FingerprintLimit | FingerprintMintsLimit | AgentLimit, override: AgentOverride
+) -> Rule:
+    rate = section.rate if override.rate is None else override.rate
+    per = section.per if override.per is None else override.per
+    burst = section.burst if override.burst is None else override.burst
+    dry_run = section.dry_run if override.dry_run is None else override.dry_run
+    return Rule(bucket.limit(rate, per.us, burst), dry_run)
+
+
+def _client_limit(section: Limit) -> LimitSet:
+    rule = Rule(bucket.limit(section.rate, section.per.us, section.burst), section.dry_run)
+    return LimitSet(LimitName.CLIENT, rule, {})

@@ -1,0 +1,112 @@
+"""One token from the command line: signed here, or asked of a running broker."""
+
+import asyncio
+import html
+import json
+from http import HTTPStatus
+from urllib.parse import quote
+
+import aiohttp
+
+from broker.app import factory
+from broker.clock import SystemClock
+from broker.config.schema import ConfigError
+from broker.config.settings import Settings
+from broker.errors import BrokerError
+from broker.issuers.local import LocalIssuer
+from broker.issuers.vendor.token import is_token
+from broker.model import Ask
+from broker.pacing.slots import UNCOUNTED, Slot
+from broker.wire import request as wire
+
+EMBED_ORIGIN = "https://www.bithuman.ai"
+"""Where the vendor serves the viewer; it redirects to its present host by itself."""
+
+TIMEOUT = 15.0
+"""Seconds; longer than the broker's own deadline, so that its answer is seen."""
+
+
+class CannotMint(Exception):
+    """No token was made; the message says why and what to do."""
+
+
+class Misused(CannotMint):
+    """What was asked for cannot be."""
+
+
+class Refused(CannotMint):
+    """The broker at `--url` will not give it."""
+
+
+def sign(settings: Settings, agent: str, fingerprint: str) -> str:
+    """Return a token signed with the configured keys."""
+    local = settings.issuer.local
+    issuer = LocalIssuer(factory.keyring(settings), local.issuer, local.audience, SystemClock())
+
+    async def at_once() -> Slot:
+        """The command line has no budget: a person mints one token."""
+        return UNCOUNTED
+
+    return asyncio.run(issuer.mint(_checked(settings, agent, fingerprint), at_once)).token
+
+
+def _checked(settings: Settings, agent: str, fingerprint: str) -> Ask:
+    """Hold the command line to the rules of the wire."""
+    body = json.dumps({"agent_id": agent, "fingerprint": fingerprint}).encode()
+    any_fingerprint = settings.limits.fingerprint_format == "any"
+    try:
+        return wire.parse(body, "cli", any_fingerprint=any_fingerprint)
+    except BrokerError as error:
+        raise Misused(error.message) from None
+
+
+def ask(url: str, secret: str, agent: str, fingerprint: str) -> str:
+    """Return a token from the broker at `url`; raises CannotMint, ConfigError without a secret."""
+    if not secret:
+        raise ConfigError("BROKER_API_SECRET is not set: it must hold the client secret")
+    if not url.startswith(("http://", "https://")):
+        raise Misused("--url must start with http:// or https://")
+    return asyncio.run(_ask(url, secret, {"agent_id": agent, "fingerprint": fingerprint}))
+
+
+async def _ask(url: str, secret: str, body: dict[str, str]) -> str:
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT)
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.post(
+                f"{url.rstrip('/')}/v1/embed-tokens/request",
+                json=body,
+                headers={"api-secret": secret},
+                allow_redirects=False,
+            ) as response,
+        ):
+            answer = await response.json(content_type=None)
+    except aiohttp.ClientConnectorError as error:
+        raise CannotMint(f"nobody listens at {url}: is the broker running?") from error
+    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        raise CannotMint(f"no answer from {url}: {type(error).__name__}") from error
+    answer = answer if isinstance(answer, dict) else {}
+    data = answer.get("data")
+    if not isinstance(data, dict) or not isinstance(data.get("token"), str):
+        detail = answer.get("error")
+        reason = str(detail.get("message") if isinstance(detail, dict) else response.status)
+        kind = Refused if response.status < HTTPStatus.INTERNAL_SERVER_ERROR else CannotMint
+        raise kind(f"{url} refused: {reason.encode('unicode_escape').decode()}")
+    if not is_token(data["token"]):
+        raise CannotMint(f"{url} answered something else than a token")
+    return str(data["token"])
+
+
+def iframe(agent: str, token: str) -> str:
+    """Return the HTML that shows the avatar.
+
+    The stars in `allow` are needed: the viewer is reached through redirects to other origins, and
+    without them the microphone stays silent.
+    """
+    source = f"{EMBED_ORIGIN}/embed/{quote(agent, safe='')}?token={quote(token, safe='')}"
+    return (
+        f'<iframe src="{html.escape(source)}" title="Talking avatar"'
+        ' allow="microphone *; camera *; autoplay *" referrerpolicy="no-referrer"'
+        ' style="border: 0; width: 100%; height: 600px"></iframe>'
+    )

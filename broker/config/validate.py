@@ -1,0 +1,248 @@
+"""Rules that no type can express: between settings, and about addresses, limits and URLs.
+
+Each failure is one line that names the key, the rule and the remedy.
+"""
+
+import ipaddress
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from yarl import URL
+
+from broker.config.addresses import StoreAddress, parse_store_url
+from broker.config.schema import ConfigError
+from broker.config.settings import Duration, Settings, Store
+from broker.model import AGENT_ID, AGENT_RULE
+from broker.rules import bucket
+
+MAX_VENDOR_KEYS = 4
+"""Keys in the vendor's list: a rotation needs two."""
+
+MAX_PORT = 2**16 - 1
+"""TCP has no more."""
+
+KEEP_ALIVE_BOUNDS = Duration(1_000_000), Duration(3_600_000_000)
+"""The least and the most of `server.keep_alive`: below it clients connect for every request, and
+above it lies no balancer's own time."""
+
+_PORT = re.compile(r"[0-9]{1,5}")
+
+_OWN_PORTS = {"http": 80, "https": 443}
+"""Schemes that a vendor may have, and the port that each means where none is written."""
+
+_HOST = re.compile(r"[A-Za-z0-9_.-]+|[0-9A-Fa-f:.]+(%[A-Za-z0-9]+)?")
+
+_API_PATHS = re.compile(r"(/+v1(/+(validate|embed-tokens(/+request)?))?)*/*$", re.IGNORECASE)
+"""The end of a path that the broker adds by itself, and slashes that mean nothing."""
+
+_EXPECTED_BASE_URL = 'expected "https://HOST", or "https://HOST/PREFIX"'
+
+
+def check(settings: Settings) -> None:
+    """Rules that span more than one value."""
+    for section in ("fingerprint", "fingerprint_mints", "agent", "client"):
+        _check_limit(f"limits.{section}", getattr(settings.limits, section))
+    budget = settings.issuer.budget
+    if budget is not None:
+        _check_rate("issuer.budget", budget.rate, budget.per, budget.burst)
+        if budget.max_wait.us <= 0:
+            raise ConfigError("issuer.budget.max_wait: must be longer than 0")
+    for name, client in settings.clients.items():
+        _check_agents(f"clients.{name}.agents", client.agents)
+    _check_upstream(settings)
+    _check_reuse(settings)
+    _check_server(settings)
+    _check_store(settings)
+
+
+def _check_limit(path: str, limit: Any) -> None:
+    if limit is None:
+        return
+    _check_rate(path, limit.rate, limit.per, limit.burst)
+    for agent, override in getattr(limit, "overrides", {}).items():
+        if not AGENT_ID.fullmatch(agent):
+            raise ConfigError(f"{path}.overrides: {agent!r} is not an agent id ({AGENT_RULE})")
+        _check_rate(
+            f"{path}.overrides.{agent}",
+            limit.rate if override.rate is None else override.rate,
+            limit.per if override.per is None else override.per,
+            limit.burst if override.burst is None else override.burst,
+        )
+
+
+def _check_agents(path: str, agents: Iterable[str]) -> None:
+    for agent in agents:
+        if agent != "*" and not AGENT_ID.fullmatch(agent):
+            raise ConfigError(f'{path}: {agent!r} is neither "*" nor an agent id ({AGENT_RULE})')
+
+
+def _check_rate(path: str, rate: float, per: Duration, burst: int) -> None:
+    try:
+        bucket.limit(rate, per.us, burst)
+    except ValueError as error:
+        raise ConfigError(
+            f"{path}: {error}; no number switches a limit off: raise it, or set dry_run = true"
+        ) from None
+
+
+def _check_upstream(settings: Settings) -> None:
+    upstream = settings.issuer.upstream
+    try:
+        normal_base_url(upstream.base_url)
+    except ValueError as error:
+        raise ConfigError(f"issuer.upstream.base_url: {error}") from None
+    if len(upstream.api_secret_files) > MAX_VENDOR_KEYS:
+        raise ConfigError(
+            f"issuer.upstream.api_secret_files: more than {MAX_VENDOR_KEYS}; each refused key is"
+            " tried twice a minute, and the vendor allows 30 failures"
+        )
+    if upstream.timeout.us <= 0:
+        raise ConfigError("issuer.upstream.timeout: must be longer than 0")
+
+
+def normal_base_url(url: str) -> str:
+    """Return the one way to write this vendor's address; raises ValueError with the remedy.
+
+    What differs in writing only is mended: capitals in scheme and host, a dot behind the host, the
+    scheme's own port, slashes at the end, and the paths of the API's own calls (other APIs want
+    their `/v1` here).  So whatever is named after the vendor has one name.  What would be lost, or
+    shown to somebody, is refused: a query, a fragment, a user or a password, plain HTTP to another
+    machine.  No message repeats a password.
+    """
+    try:
+        given = URL(url)
+        port = given.explicit_port
+    except ValueError:
+        raise ValueError(f"not a URL; {_EXPECTED_BASE_URL}") from None
+    host = (given.raw_host or "").rstrip(".")
+    usable = _HOST.fullmatch(host) and url == url.strip() and "@" not in given.raw_path
+    if given.scheme not in _OWN_PORTS or port == 0 or not usable:
+        raise ValueError(_EXPECTED_BASE_URL)
+    shown = f"[{host}]" if ":" in host else host
+    origin = f"{given.scheme}://{shown}"
+    if port is not None and port != _OWN_PORTS[given.scheme]:
+        origin += f":{port}"
+    normal = origin + _API_PATHS.sub("", given.raw_path)
+    if given.user is not None or given.password is not None:
+        raise ValueError(
+            f"must not hold a user or a password, because it is shown; write {normal!r}, and put"
+            " the vendor's key into a file of api_secret_files"
+        )
+    if "?" in url or "#" in url:
+        raise ValueError(f"must not have a query or a fragment; write {normal!r}")
+    if given.scheme == "http" and not is_loopback(host):
+        raise ValueError(
+            "http would show the key to the network; use https:"
+            f" write {normal.replace('http', 'https', 1)!r}"
+        )
+    return normal
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this host is this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_reuse(settings: Settings) -> None:
+    reuse = settings.reuse
+    if reuse.floor_in_outage.us > reuse.floor.us:
+        raise ConfigError("reuse.floor_in_outage: must not be longer than reuse.floor")
+    if reuse.refresh_ahead.us < reuse.floor.us:
+        raise ConfigError("reuse.refresh_ahead: must not be shorter than reuse.floor")
+
+
+def _check_server(settings: Settings) -> None:
+    server = settings.server
+    if server.deadline.us <= 0:
+        raise ConfigError("server.deadline: must be longer than 0")
+    least, most = KEEP_ALIVE_BOUNDS
+    if not least.us <= server.keep_alive.us <= most.us:
+        raise ConfigError(
+            f"server.keep_alive: must be {least} to {most}; set it some seconds longer than the"
+            " balancer in front keeps an idle connection"
+        )
+    if server.drain_lead.us > server.drain.us:
+        raise ConfigError(
+            "server.drain_lead: must not be longer than server.drain; raise drain or lower"
+            " drain_lead"
+        )
+    for path, listen in (("server", server.listen), ("admin", settings.admin.listen)):
+        try:
+            parse_address(listen)
+        except ValueError as error:
+            raise ConfigError(f"{path}.listen: {error}") from None
+    for network in server.trusted_proxies:
+        try:
+            ipaddress.ip_network(network)
+        except ValueError:
+            raise ConfigError(
+                f"server.trusted_proxies: {network!r} is neither an address nor a network,"
+                " such as 10.0.0.1 or 10.0.0.0/8 (no bits set behind the prefix)"
+            ) from None
+
+
+def _check_store(settings: Settings) -> None:
+    store = settings.store
+    try:
+        address = parse_store_url(store.url)
+    except ValueError as error:
+        raise ConfigError(f"store.url: {error}") from None
+    _check_certificates(store, address)
+    has_key = bool(store.encryption_key or store.encryption_key_file)
+    if store.snapshot_file and not has_key:
+        raise ConfigError(
+            "store.encryption_key_file: required with store.snapshot_file, because it holds"
+            " tokens; make one with `broker keys generate`"
+        )
+    if address is None:
+        if settings.server.workers > 1:
+            raise ConfigError(
+                "server.workers: more than 1 needs a shared store, because each worker would have"
+                " limits, tokens and a budget of its own; set store.url, or workers = 1"
+            )
+        return
+    if not has_key:
+        raise ConfigError(
+            "store.encryption_key_file: required with a shared store, because it holds tokens;"
+            " make one with `broker keys generate` and give every replica the same"
+        )
+    if store.snapshot_file:
+        raise ConfigError("store.snapshot_file: for memory:// only; a shared store keeps by itself")
+
+
+def _check_certificates(store: Store, address: StoreAddress | None) -> None:
+    if store.tls_key_file and not store.tls_cert_file:
+        raise ConfigError("store.tls_key_file: needs store.tls_cert_file, whose key it is")
+    if address is None or address.tls:
+        return
+    for name in ("tls_ca_file", "tls_cert_file"):
+        if getattr(store, name):
+            raise ConfigError(
+                f"store.{name}: store.url has no TLS; write valkeys:// or valkeys+cluster://"
+            )
+
+
+def parse_address(text: str) -> tuple[str, int] | str:
+    """Read `HOST:PORT`, `[V6]:PORT` or `unix:/path`; raises ValueError.
+
+    Returns (host, port), or the path of a Unix socket.
+    """
+    if text.startswith("unix:"):
+        path = text.removeprefix("unix:")
+        if not Path(path).is_absolute() or not path.isprintable():
+            raise ValueError("a Unix socket needs an absolute path, such as unix:/run/broker.sock")
+        return path
+    host, colon, port = text.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if bare == "*":
+        raise ValueError('for every address, of IPv4 and IPv6, write "[::]:8080"')
+    if not colon or not bare or not _PORT.fullmatch(port) or int(port) > MAX_PORT:
+        raise ValueError('expected "HOST:PORT" (0 chooses a port) or "unix:/path"')
+    if bare == host and ":" in host:
+        raise ValueError('an IPv6 address needs brackets, such as "[::1]:8080"')
+    return bare, int(port)

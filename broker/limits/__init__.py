@@ -1,0 +1,1 @@
+"""Limits on requests: which buckets there are, and how full each is."""

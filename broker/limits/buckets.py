@@ -1,0 +1,172 @@
+"""All buckets of one limit, in bounded memory.
+
+Two generations of a plain dict.  New and touched buckets live in the young one; every
+`horizon` (the longest time any of them takes to fill) the young one becomes the old one and
+the old one is given up.  By then each bucket in it is full again, and a full bucket equals an
+absent one: so forgetting never resets a limit that is exhausted.
+
+At `max_tracked` *new* keys share a fixed number of overflow buckets, by hash: strangers may
+then be refused for each other's sake, but nobody escapes, and who is tracked stays tracked.
+A key that is tracked when there is room again starts from what its overflow bucket says: it may
+have spent there.
+
+An entry is one integer under one string: objects with a lock and a timestamp each (aiolimiter's
+AsyncLimiter among them) cost five to ten times the memory and time, and wait where an inbound
+limit must answer.
+"""
+
+from msgspec import Struct, field
+from typing_extensions import override
+
+from broker.rules.bucket import Limit, Verdict, peek, spend
+from broker.telemetry.cells import Counter
+
+OVERFLOW_BUCKETS = 4096
+"""Enough to keep strangers apart under a flood, few enough (128 KiB) to exist for every limit."""
+
+SWEEP_BATCH = 2
+"""Entries of a given-up generation that one new key frees: a million at once would stop the loop
+for 100 ms, and freeing as fast as filling keeps what waits bounded."""
+
+
+class BucketCounts(Struct):
+    """Decisions on one limit that were something special.
+
+    `near`: admitted with less than a fifth of the burst left; `rehearsed`: would have been refused,
+    but for `dry_run`; `overflowed`: decided by a shared bucket.
+    """
+
+    near: Counter = field(default_factory=Counter)
+    rehearsed: Counter = field(default_factory=Counter)
+    overflowed: Counter = field(default_factory=Counter)
+
+    def note(self, verdict: Verdict, *, dry_run: bool) -> None:
+        """Count a decision, wherever it was made."""
+        if verdict.allowed:
+            if verdict.remaining * 5 < verdict.limit.burst:
+                self.near.inc()
+        elif dry_run:
+            self.rehearsed.inc()
+
+
+class TokenBucket:
+    """The buckets of one limit, by key.  Times are microseconds of one clock.
+
+    `counts` counts decisions; without it the bucket counts by itself.  Refusals are counted where
+    they are answered: joiners of a refused mint are refused with it.
+    """
+
+    def __init__(
+        self, max_tracked: int, horizon: int, now: int, counts: BucketCounts | None = None
+    ) -> None:
+        self._young: dict[str, int] = {}
+        self._old: dict[str, int] = {}
+        self._swept: dict[str, int] = {}
+        self._overflow = [0] * OVERFLOW_BUCKETS
+        self._max_tracked = max_tracked
+        self._horizon = horizon
+        self._deepest = horizon
+        self._rotate_at = now + horizon
+        self.counts = counts or BucketCounts()
+
+    def take(self, key: str, limit: Limit, now: int, *, dry_run: bool = False) -> Verdict:
+        """Spend one token of `key`; a refusal charges nothing.
+
+        With `dry_run` a refusal is counted apart and the request goes on: the verdict still says
+        what would have been.
+        """
+        if now >= self._rotate_at:
+            self._rotate(now)
+        full_at = self._young.get(key)
+        if full_at is None:
+            full_at, verdict = self._take_unknown(key, limit, now)
+        else:
+            full_at, verdict = spend(full_at, limit, now)
+            self._young[key] = full_at
+        self.counts.note(verdict, dry_run=dry_run)
+        return verdict
+
+    def peek(self, key: str, limit: Limit, now: int) -> Verdict:
+        """Say what `take` would say, and take nothing."""
+        full_at = self._young.get(key) or self._old.get(key)
+        if full_at is None:
+            full_at = self._overflow[hash(key) % OVERFLOW_BUCKETS]
+        return peek(full_at, limit, now)
+
+    def owed(self, key: str, now: int) -> int:
+        """Microseconds until this bucket is full, as far as it is known here."""
+        full_at = self._young.get(key) or self._old.get(key) or 0
+        return max(full_at - now, 0)
+
+    def _take_unknown(self, key: str, limit: Limit, now: int) -> tuple[int, Verdict]:
+        """Spend for a key that is not in the young generation."""
+        full_at = self._old.pop(key, None)
+        if full_at is None:
+            for _ in range(min(SWEEP_BATCH, len(self._swept))):
+                self._swept.popitem()
+            if self._is_full():
+                return self._take_overflow(key, limit, now)
+            full_at = self._overflow[hash(key) % OVERFLOW_BUCKETS]
+        full_at, verdict = spend(full_at, limit, now)
+        self._young[key] = full_at
+        return full_at, verdict
+
+    def _take_overflow(self, key: str, limit: Limit, now: int) -> tuple[int, Verdict]:
+        self.counts.overflowed.inc()
+        place = hash(key) % OVERFLOW_BUCKETS
+        before = self._overflow[place]
+        full_at, verdict = spend(before, limit, now)
+        # `spend` cuts to its own limit's depth; a deeper one may have been exhausted here
+        self._overflow[place] = max(full_at, min(before, now + self._deepest))
+        return full_at, verdict
+
+    def _is_full(self) -> bool:
+        return len(self._young) + len(self._old) >= self._max_tracked
+
+    def _rotate(self, now: int) -> None:
+        """Give up what has not been touched for a whole horizon."""
+        idle = now - self._rotate_at >= self._horizon
+        self._swept = max(self._old, self._young if idle else {}, key=len)
+        self._old = {} if idle else self._young
+        self._young = {}
+        self._rotate_at = now + self._horizon
+
+    def tidy(self, now: int, batch: int = 20_000) -> None:
+        """Give memory back while nobody asks: call it about once a second."""
+        if now >= self._rotate_at:
+            self._rotate(now)
+        for _ in range(min(batch, len(self._swept))):
+            self._swept.popitem()
+
+    def adjust(self, horizon: int, max_tracked: int) -> None:
+        """Follow changed limits.
+
+        The horizon only grows: a shorter one would give up buckets that the old limit had exhausted
+        for longer.  The next rotation stays where it is: what it gives up was spent under the old
+        horizon, and reloads that follow each other must not put it off for ever.
+        """
+        self._horizon = max(self._horizon, horizon)
+        self._deepest = horizon
+        self._max_tracked = max_tracked
+
+    def entries(self, now: int) -> dict[str, int]:
+        """Microseconds until full, of every bucket that is not: for a snapshot."""
+        both = self._old | self._young
+        return {key: full_at - now for key, full_at in both.items() if full_at > now}
+
+    def restore(self, entries: dict[str, int], now: int) -> None:
+        """Take over what `entries` gave to a snapshot; without room, into the overflow buckets."""
+        for key, wait in entries.items():
+            full_at = now + min(wait, self._horizon)
+            if self._is_full():
+                place = hash(key) % OVERFLOW_BUCKETS
+                self._overflow[place] = max(self._overflow[place], full_at)
+            elif wait > 0:
+                self._young[key] = full_at
+
+    def __len__(self) -> int:
+        return len(self._young) + len(self._old)
+
+    @override
+    def __repr__(self) -> str:
+        return f"TokenBucket(tracked={len(self)}, overflowed={self.counts.overflowed.value:.0f})"

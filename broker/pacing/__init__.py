@@ -1,0 +1,1 @@
+"""The vendor's budget: who mints next, and when."""

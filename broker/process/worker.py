@@ -1,0 +1,130 @@
+"""One worker: an `App` that was given its sockets, and does what its supervisor says.
+
+`python -m broker.process.worker FD` is started by the supervisor and by nobody else; FD is its end
+of the channel (`ipc`).  A fresh process and not a fork: event loop, threads and random state are
+its own, and a replacement starts like the first one did.
+
+Signals: the supervisor's word comes over the channel, so a worker heeds SIGTERM only (service
+managers send it to every process of a service), and as often as it comes: it never cuts off
+requests by itself.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+
+import structlog
+
+from broker.app import factory
+from broker.app.app import App
+from broker.app.reload import read_aside
+from broker.app.worker_context import Seat, Sibling
+from broker.config import schema
+from broker.config.schema import ConfigError
+from broker.process.ipc import ORDERS, Begin, Channel, Follow, Followed, Order, Ready, Refused, Stop
+from broker.process.serve import EX_CONFIG, loop_factory
+from broker.tasks import Background, BackgroundTask, TaskSet
+from broker.telemetry import logs
+from broker.telemetry.cells import Board, shared
+from broker.telemetry.metrics import Metrics
+from broker.telemetry.streams import complain
+
+log = structlog.get_logger()
+
+
+def main() -> int:
+    """Work until told to stop; returns the exit code."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    logs.take_over()
+    end = socket.socket(fileno=int(sys.argv[1]))
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        return runner.run(_work(end))
+
+
+async def _work(end: socket.socket) -> int:
+    channel = await Channel.over(end, ORDERS)
+    begin = await channel.receive()
+    if not isinstance(begin, Begin):
+        return 0  # the supervisor has gone
+    try:
+        app = _build(begin)
+    except ConfigError as error:
+        complain(f"broker: {error}")
+        return EX_CONFIG
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, app.stop)
+    await app.start()
+    channel.send(Ready())
+    background, following = Background(app.metrics.process.background), TaskSet()
+    background.start(BackgroundTask.ORDERS, lambda: _obey(channel, app, following))
+    await app.run()
+    await background.close()
+    await following.close()
+    channel.close()
+    return 0
+
+
+def _build(begin: Begin) -> App:
+    """Build the App; raises ConfigError."""
+    settings = schema.build(begin.settings)
+    logs.configure(settings.log)
+    logs.share_key(begin.log_key)
+    width = factory.metrics(settings).sheet.width
+    board = shared(begin.board, width)
+    os.close(begin.board)  # the mapping stays
+    metrics = factory.metrics(settings, board.rows[begin.worker])
+    if metrics.layout != begin.layout:
+        raise ConfigError("this is another version than the one that runs: restart the broker")
+    sockets = [socket.socket(fileno=listener) for listener in begin.listeners]
+    siblings = _siblings(begin.worker, board, metrics)
+    seat = Seat(begin.worker, sockets, begin.url, begin.admin_url, board, metrics, siblings)
+    return App(settings, lambda: settings, os.environ, dev=begin.dev, seat=seat)
+
+
+def _siblings(index: int, board: Board, metrics: Metrics) -> list[Sibling]:
+    """Return what can be seen of the other workers; the supervisor's row is none."""
+    beat, connections = metrics.process.beat, metrics.process.connections
+    return [
+        Sibling(beat.of(row), connections.of(row))
+        for number, row in enumerate(board.rows)
+        if number not in (0, index)
+    ]
+
+
+async def _obey(channel: Channel[Order], app: App, following: TaskSet) -> None:
+    """Do what the supervisor says, until it says no more.
+
+    New settings take as long as their files do: an order to stop is heard meanwhile.
+    """
+    while (order := await channel.receive()) is not None:
+        match order:
+            case Follow(tree):
+                following.start(_follow(channel, app, tree))
+            case Stop():
+                app.stop()
+            case Begin():
+                raise AssertionError("told to begin twice")
+    app.stop(at_once=True)  # nobody tells balancers any more, and a successor wants the address
+    await asyncio.Event().wait()  # for the end: there is nobody left to obey
+
+
+async def _follow(channel: Channel[Order], app: App, tree: dict[str, object]) -> None:
+    channel.send(await _followed(app, tree))
+
+
+async def _followed(app: App, tree: dict[str, object]) -> Followed | Refused:
+    try:
+        put_in_force = await read_aside(lambda: app.prepared(schema.build(tree)))
+        put_in_force()
+    except ConfigError as error:
+        return Refused(str(error))
+    except Exception as error:
+        log.exception("broker.defect")
+        return Refused(f"a defect: {type(error).__name__}")  # a supervisor that waits would end us
+    return Followed()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""What a token is worth now, and the end of a session.
+
+    token -> the issuer: does it prove itself?  -> the book: was its session ended?
+          -> otherwise the book: was it handed out here, and is it recorded still?
+
+Knows neither HTTP nor limits.  Ending a session is final in this order: the mark first, so that no
+token of it is good any more; then the visitor's epoch, so that a mint in flight is not handed out
+and what is held for reuse is gone; the record last, by which an end that failed half-way is found
+when it is asked for again.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import structlog
+
+from broker.errors import ServiceUnavailable
+from broker.issuers.base import Issuer
+from broker.issuers.keyring import BadToken
+from broker.issuers.vendor.token import MAX_TOKEN
+from broker.model import Session
+from broker.sessions.base import BookFull, Place, Query, SessionBook, place_of
+from broker.telemetry.metrics import SessionMetrics
+
+log = structlog.get_logger()
+
+PAGE = 100
+"""Sessions in a page."""
+
+FULL_WAIT = 60_000_000
+"""Microseconds after which ends are worth another try when too many are remembered."""
+
+
+class EndsVisitors(Protocol):
+    """What ending a session needs of a store."""
+
+    async def end_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
+        """Forget every token of this visitor, also those that are being minted at this moment.
+
+        `keys` are those of tokens that are known to be theirs.
+        """
+        ...
+
+
+class NotRecorded(BadToken):
+    """A token that does not prove itself, and of which there is no record."""
+
+
+class SessionRegister:
+    """Finds sessions and ends them: for operators, who have no token."""
+
+    def __init__(self, book: SessionBook, store: EndsVisitors, metrics: SessionMetrics) -> None:
+        self._book = book
+        self._store = store
+        self._metrics = metrics
+
+    async def find(self, session_id: str) -> Session | None:
+        """Return a live session."""
+        return await self._book.find(session_id)
+
+    async def page(self, query: Query, after: Place, limit: int) -> Sequence[Session]:
+        """Return up to `limit` live sessions beyond a place, by expiry and id."""
+        return await self._book.page(query, after, limit)
+
+    async def end(self, session_id: str, *, visitor: bool) -> int:
+        """End a session, or all that its visitor has; returns how many, 0 for an unknown one."""
+        session = await self._book.find(session_id)
+        if session is None:
+            return 0
+        others = await self._end_others(session) if visitor else 0
+        await self._end(session)  # last: by it the rest is found when this is asked for again
+        return others + 1
+
+    async def _end_others(self, session: Session) -> int:
+        query, after, ended = Query(fingerprint=session.fingerprint), Place(), 0
+        while page := await self._book.page(query, after, PAGE):
+            after = place_of(page[-1])
+            for other in page:
+                if other.client == session.client and other.session_id != session.session_id:
+                    await self._end(other)
+                    ended += 1
+        return ended
+
+    async def _end(self, session: Session, *, by_client: bool = False) -> None:
+        try:
+            await self._book.mark(session, by_client=by_client)
+        except BookFull:
+            raise ServiceUnavailable(
+                "too many sessions were ended within an hour; try again later", FULL_WAIT
+            ) from None
+        await self._store.end_visitor(session.client, session.fingerprint, session.key)
+        await self._book.forget(session)
+        self._metrics.ended.inc()
+        log.info(
+            "broker.session_ended",
+            session=session.session_id,
+            client=session.client,
+            by="client" if by_client else "operator",
+        )
+
+
+class SessionDesk(SessionRegister):
+    """Answers for tokens, too."""
+
+    def __init__(
+        self, issuer: Issuer, book: SessionBook, store: EndsVisitors, metrics: SessionMetrics
+    ) -> None:
+        super().__init__(book, store, metrics)
+        self._issuer = issuer
+
+    async def check(self, token: str) -> Session:
+        """Return the session of a token that is good at this moment; raises BadToken."""
+        try:
+            session = await self._check(token)
+        except BadToken:
+            self._metrics.checks["refused"].inc()
+            raise
+        self._metrics.checks["good"].inc()
+        return session
+
+    async def _check(self, token: str) -> Session:
+        session = await self._session_of(token)
+        if await self._book.ended(session.session_id):
+            raise BadToken("revoked")
+        return session
+
+    async def _session_of(self, token: str) -> Session:
+        """Return the session of a token that was good until it was ended; raises BadToken."""
+        if len(token) > MAX_TOKEN:
+            raise BadToken(f"longer than {MAX_TOKEN} characters")
+        session = self._issuer.prove(token)
+        if session is None:
+            session = await self._book.find_token(digest_of(token))
+            if session is None:
+                raise NotRecorded("not handed out here, or expired, or revoked")
+        return session
+
+    async def introspect(self, token: str, client: str) -> Session | None:
+        """Return the session of a good token that was handed to this client; None otherwise."""
+        try:
+            session = await self.check(token)
+        except BadToken:
+            return None
+        return await self._if_of(client, session)
+
+    async def _if_of(self, client: str, session: Session) -> Session | None:
+        """Return the session if it is this client's."""
+        if not session.client:  # it does not say whose it is: what is recorded does
+            session = await self._book.find(session.session_id) or session
+        return session if session.client == client else None
+
+    async def revoke(self, token: str, client: str) -> bool:
+        """End the session of a token that was handed to this client; False otherwise.
+
+        Again, if it was ended: the first time may have failed half-way.  Raises errors.StoreAway
+        where nobody can know, ServiceUnavailable where it cannot be noted.
+        """
+        try:
+            session = await self._session_of(token)
+        except NotRecorded:
+            recorded = await self._disown(token, client)
+            if recorded is None:
+                return False
+            session = recorded
+        except BadToken:
+            return False
+        mine = await self._if_of(client, session)
+        if mine is None:
+            return False
+        await self._end(mine, by_client=True)
+        return True
+
+    async def _disown(self, token: str, client: str) -> Session | None:
+        try:
+            return await self._book.disown(digest_of(token), client)
+        except BookFull:
+            raise ServiceUnavailable(
+                "too many tokens that are not on record were to be ended within an hour; end those"
+                " that were handed out, or try again later",
+                FULL_WAIT,
+            ) from None
+
+
+def digest_of(token: str) -> bytes:
+    """Return the SHA-256 by which a token is recorded: the token itself is not kept twice."""
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()

@@ -1,0 +1,95 @@
+"""What Prometheus reads: the board's rows, put together into one set of families."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from prometheus_client import (
+    CollectorRegistry,
+    GCCollector,
+    PlatformCollector,
+    ProcessCollector,
+)
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+from typing_extensions import override
+
+from broker.telemetry.cells import Board, Family, Kind
+
+
+def registry(
+    families: Sequence[Family], board: Board, publish: Callable[[], None]
+) -> CollectorRegistry:
+    """Return a registry that shows these families, and those of this process itself.
+
+    `publish` brings the gauges of this process up to date; it is called before each scrape.
+    """
+    made = CollectorRegistry()
+    made.register(_Broker(families, board, publish))
+    ProcessCollector(registry=made)
+    PlatformCollector(registry=made)
+    GCCollector(registry=made)
+    return made
+
+
+class _Broker(Collector):
+    """Sums the board at scrape time."""
+
+    def __init__(
+        self, families: Sequence[Family], board: Board, publish: Callable[[], None]
+    ) -> None:
+        self._families = families
+        self._board = board
+        self._publish = publish
+
+    def describe(self) -> Iterable[Metric]:
+        """Name nothing: registering must not scrape."""
+        return ()
+
+    @override
+    def collect(self) -> Iterator[Metric]:
+        self._publish()
+        for family in self._families:
+            if family.shown:
+                yield _render(family, self._board)
+
+
+def _render(family: Family, board: Board) -> Metric:
+    name, text, labels = family.name, family.text, family.labels
+    match family.kind:
+        case Kind.COUNTER:
+            counter = CounterMetricFamily(name, text, labels=labels)
+            for values, index in family.series.items():
+                counter.add_metric(values, board.total(index))
+            return counter
+        case Kind.COUNT:
+            count = CounterMetricFamily(name, text, labels=labels)
+            for values, index in family.series.items():
+                count.add_metric(values, _cumulative(family, board, index)[-1][1])
+            return count
+        case Kind.TOTAL | Kind.MAXIMUM | Kind.PRIVATE:
+            read = board.total if family.kind is Kind.TOTAL else board.maximum
+            gauge = GaugeMetricFamily(name, text, labels=labels)
+            for values, index in family.series.items():
+                gauge.add_metric(values, read(index))
+            return gauge
+        case Kind.HISTOGRAM:
+            histogram = HistogramMetricFamily(name, text, labels=labels)
+            for values, index in family.series.items():
+                end = index + len(family.bounds) + 1
+                buckets = _cumulative(family, board, index)
+                histogram.add_metric(values, buckets, board.total(end))
+            return histogram
+
+
+def _cumulative(family: Family, board: Board, index: int) -> list[tuple[str, float]]:
+    """Return Prometheus' buckets: upper bound as text, number of values up to it."""
+    total = 0.0
+    buckets = []
+    for offset, bound in enumerate((*map(str, family.bounds), "+Inf")):
+        total += board.total(index + offset)
+        buckets.append((bound, total))
+    return buckets

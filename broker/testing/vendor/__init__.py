@@ -1,0 +1,1 @@
+"""The fake vendor: a real HTTP server that fails on demand."""

@@ -1,0 +1,1 @@
+"""State that replicas share, on a server of the Redis protocol."""

@@ -1,0 +1,351 @@
+"""Calls to one node, over one connection: what gathers while one batch is out is the next batch.
+
+The client library's connections and pipelines are not used, nor its parser (see `resp`).  A call is
+put on a list; once the loop has run everybody who was ready, and nothing is due, the whole list is
+written in one piece, and replies are given out in the order of the calls.  So batches grow under
+load, and calls share what each write and each read costs the kernel.  No task, lock or stream
+stands between a reply and who waits for it, which is what most of a round trip would go into.
+
+Theory of operation.  The server answers in order, so the only bookkeeping is a queue of futures.
+What is not answered in time takes the connection down with it, because the replies that are still
+to come would be taken for those of later calls; everybody who waits on it, or behind it, is told.
+So does a reply that is not of the shape that was asked for: whatever put it there, those behind it
+may be others', too.
+Connecting is nobody's call: it has a longer time of its own, and who waits for it is told after
+theirs.  A loop that was busy runs late timers before it reads what has arrived meanwhile, and would
+take its own slowness for the server's: so a time that is over is looked at once more, after the
+loop has looked at its sockets.
+"""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import aiohappyeyeballs
+from msgspec import Struct
+from typing_extensions import override
+
+from broker.model import Secret
+from broker.valkey.client.errors import Reason, StoreFailed, why
+from broker.valkey.client.resp import Reader, Reply
+from broker.valkey.client.scripts import command
+from broker.valkey.client.shapes import ACCEPTED, ANYTHING, Shape
+
+CONNECT_TIMEOUT = 3.0
+"""Seconds to connect, TLS and authentication included."""
+
+ONE_MORE_LOOK = 0.001
+"""Seconds from the end of a call's time to the verdict: a turn of the loop lies between."""
+
+NEXT_ADDRESS = 0.25
+"""Seconds after which the next address of a name is tried beside those that are silent still: RFC
+8305 section 5 recommends them."""
+
+_Due = tuple["asyncio.Future[Reply]", Shape]
+_Call = tuple[bytes, _Due]
+
+_Spoken = TypeVar("_Spoken", bound=asyncio.BaseProtocol)
+
+
+class Route:
+    """To which address of a name the last connection led, and which one to try last from now on.
+
+    An address may accept and never answer, or be a replica's: a name that has a better one leads
+    there with the next connection.
+    """
+
+    def __init__(self) -> None:
+        self._last: Any = None
+        self._avoided: Any = None
+
+    def follow(self, address: Any) -> None:  # noqa: ANN401 - a pair, or four of IPv6
+        """Take note of where a connection leads."""
+        self._last = address
+
+    def avoid(self) -> None:
+        """Try the last address last: it was of no use."""
+        self._avoided = self._last
+
+    def order(self, addresses: list[Any]) -> list[Any]:
+        """Return what a name resolved to, in the order of trying."""
+        return sorted(addresses, key=lambda info: info[4] == self._avoided)
+
+
+class Target(Struct, frozen=True):
+    """A node, and how it lets us in; `path` is a Unix socket."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    tls: ssl.SSLContext | None = None
+    username: str = ""
+    password: Secret | None = None
+    db: int = 0
+
+    async def connect(self, make: Callable[[], _Spoken], route: Route) -> _Spoken:
+        """Open a connection; raises OSError.
+
+        The addresses of a name are raced (RFC 8305).  uvloop's `create_connection` tries one after
+        the other, each for as long as the system does.
+        """
+        loop = asyncio.get_running_loop()
+        if self.path:
+            _, protocol = await loop.create_unix_connection(make, self.path)
+            return protocol
+        found = await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        reached = await aiohappyeyeballs.start_connection(
+            route.order(found), happy_eyeballs_delay=NEXT_ADDRESS, interleave=1, loop=loop
+        )
+        try:
+            route.follow(reached.getpeername())
+            reached.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            name = self.host if self.tls is not None else None
+            _, protocol = await loop.create_connection(
+                make, sock=reached, ssl=self.tls, server_hostname=name
+            )
+        except BaseException:
+            with contextlib.suppress(OSError):
+                reached.close()
+            raise
+        return protocol
+
+    def greeting(self) -> list[bytes]:
+        """Return the commands that come first."""
+        commands = []
+        if self.password is not None:
+            user = [self.username.encode()] if self.username else []
+            commands.append(command(b"AUTH", *user, self.password.reveal().encode()))
+        if self.db:
+            commands.append(command(b"SELECT", b"%d" % self.db))
+        return commands
+
+
+class Conversation(asyncio.Protocol):
+    """One connection: what is written is answered in order.
+
+    `answered` is called whenever nothing is due any more, `ended` once, at its end.
+    """
+
+    def __init__(
+        self, answered: Callable[[], None], ended: "Callable[[Conversation], None]"
+    ) -> None:
+        self._when_answered = answered
+        self._ended = ended
+        self._loop = asyncio.get_running_loop()
+        self._reader = Reader()
+        self._due: deque[_Due] = deque()
+        self._asked = 0
+        self._answered = 0
+        self.reason = Reason.CONNECTION
+        self._transport: asyncio.Transport | None = None
+        self.is_gone = False
+
+    @override
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]  # uvloop's is no asyncio.Transport
+
+    def ask(self, calls: list[_Call], timeout: float) -> None:
+        """Write all of these; each is answered within `timeout` seconds, or fails."""
+        self._due.extend([due for _, due in calls])
+        if self._reader.is_amid:  # nobody had asked for that
+            self.close(Reason.OTHER)
+        if self.is_gone or self._transport is None or self._transport.is_closing():
+            self._fail_due()
+            return
+        self._asked += len(calls)
+        self._transport.write(b"".join([packed for packed, _ in calls]))
+        self._loop.call_later(timeout, self._check, self._asked)
+
+    def close(self, reason: Reason = Reason.CONNECTION) -> None:
+        """End it; what is due fails for this reason."""
+        self.reason = reason
+        if self._transport is not None:
+            self._transport.abort()
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        reader, due = self._reader, self._due
+        reader.feed(data)
+        try:
+            while (reply := reader.take()) is not False:
+                self._answered += 1
+                if not due:  # more replies than calls, or said before it hangs up
+                    self.close(reply.reason if isinstance(reply, StoreFailed) else Reason.OTHER)
+                    break
+                future, shape = due.popleft()
+                if isinstance(reply, Exception):
+                    self._fail(future, shape.error(reply))
+                elif not shape.fits(reply):
+                    self._fail(future, shape.failure())
+                    self.close(Reason.OTHER)
+                    break
+                elif not future.done():
+                    future.set_result(reply)
+        except StoreFailed as failed:  # not the protocol
+            self.close(failed.reason)
+        if not due:
+            self._when_answered()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is due."""
+        return not self._due
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.is_gone = True
+        self._ended(self)
+        self._fail_due()
+
+    def _fail_due(self) -> None:
+        """Tell everybody who waits; each gets an error of their own, which holds no frames."""
+        while self._due:
+            future, _ = self._due.popleft()
+            if not future.done():
+                future.set_exception(StoreFailed(self.reason))
+
+    def _fail(self, future: "asyncio.Future[Reply]", error: Exception) -> None:
+        if not future.done():
+            future.set_exception(error)
+        if isinstance(error, StoreFailed) and error.is_wrong_server and not self._due:
+            self.close(error.reason)
+
+    def _check(self, asked: int) -> None:
+        """The time of everything up to this call is over."""
+        if self._answered < asked and self._due:
+            self._loop.call_later(ONE_MORE_LOOK, self._give_up, asked)
+
+    def _give_up(self, asked: int) -> None:
+        if self._answered < asked and self._due:
+            self.close(Reason.TIMEOUT)
+
+
+class Link:
+    """A node; `timeout` is seconds a call.  Another `target` counts from the next connection on."""
+
+    def __init__(self, target: Target, timeout: float) -> None:
+        self.target = target
+        self._route = Route()
+        self._timeout = timeout
+        self._loop = asyncio.get_running_loop()
+        self._waiting: list[_Call] = []
+        self._expiry: asyncio.TimerHandle | None = None
+        self._talk: Conversation | None = None
+        self._opening: asyncio.Task[None] | None = None
+
+    def send(self, packed: bytes, shape: Shape = ANYTHING) -> "asyncio.Future[Reply]":
+        """Send a packed command; a reply of this shape, or StoreFailed, Forgotten, Elsewhere."""
+        future: asyncio.Future[Reply] = self._loop.create_future()
+        if not self._waiting:
+            self._loop.call_soon(self._leave)
+        self._waiting.append((packed, (future, shape)))
+        return future
+
+    @property
+    def rests(self) -> bool:
+        """Whether nothing is under way here."""
+        idle = self._talk is None or self._talk.is_idle
+        return idle and self._opening is None and not self._waiting
+
+    async def close(self) -> None:
+        """Close the connection; calls that are out fail."""
+        if self._opening is not None:
+            self._opening.cancel()
+            await asyncio.wait([self._opening])
+        if self._talk is not None:
+            self._talk.close()
+        self._fail(StoreFailed(Reason.CONNECTION))
+
+    def _leave(self) -> None:
+        """Send what waits, or see to it that it can be sent."""
+        if self._talk is not None:
+            if self._waiting and self._talk.is_idle:
+                calls, self._waiting = self._waiting, []
+                self._talk.ask(calls, self._timeout)
+            return
+        if self._expiry is None:
+            self._expiry = self._loop.call_later(self._timeout, self._look_once_more)
+        if self._opening is None:
+            self._opening = self._loop.create_task(self._open())
+
+    async def _open(self) -> None:
+        talk: Conversation | None = None
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                talk = await self.target.connect(self._new_conversation, self._route)
+                await self._greet(talk)
+        except (OSError, ValueError, OverflowError, StoreFailed) as error:
+            # a name or a port may be a cluster's word: nobody can be reached there
+            if talk is not None:
+                talk.close()
+            self._route.avoid()
+            self._fail(error)
+        else:
+            self._talk = talk
+            self._stop_expiry()
+        finally:
+            self._opening = None
+        if self._waiting:
+            self._leave()
+
+    def _new_conversation(self) -> Conversation:
+        return Conversation(self._leave_later, self._ended)
+
+    def _leave_later(self) -> None:
+        """Send what has gathered, once those who were just answered have run."""
+        if self._waiting:
+            self._loop.call_soon(self._leave)
+
+    async def _greet(self, talk: Conversation) -> None:
+        """Authenticate and choose the database; raises StoreFailed."""
+        for packed in self.target.greeting():
+            future: asyncio.Future[Reply] = self._loop.create_future()
+            talk.ask([(packed, (future, ACCEPTED))], CONNECT_TIMEOUT)
+            await future
+        if talk.is_gone:  # its end was told before anybody listened
+            raise StoreFailed(talk.reason, "hung up")
+
+    def _ended(self, talk: Conversation) -> None:
+        if self._talk is talk:
+            self._talk = None
+            if talk.reason is not Reason.CONNECTION:  # silent, or the wrong server
+                self._route.avoid()
+            if talk.reason is Reason.TIMEOUT:
+                self._expire()  # they have waited behind it
+            elif self._waiting:
+                self._leave()
+
+    def _look_once_more(self) -> None:
+        self._expiry = self._loop.call_later(ONE_MORE_LOOK, self._expire)
+
+    def _expire(self) -> None:
+        """Tell those who wait for a connection that they have waited long enough."""
+        self._fail(StoreFailed(Reason.TIMEOUT))
+
+    def _fail(self, error: Exception) -> None:
+        """Tell all who wait; each gets an error of their own, which holds no frames."""
+        calls, self._waiting = self._waiting, []
+        self._stop_expiry()
+        reason, detail = Reason.CONNECTION, ""
+        if isinstance(error, StoreFailed):
+            reason, detail = error.reason, error.detail
+        elif isinstance(error, TimeoutError):
+            reason = Reason.TIMEOUT
+        else:
+            detail = why(error)
+        for _, (future, _) in calls:
+            if not future.done():
+                future.set_exception(StoreFailed(reason, detail))
+
+    def _stop_expiry(self) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+
+    @override
+    def __repr__(self) -> str:
+        return f"Link(waiting={len(self._waiting)}, connected={self._talk is not None})"

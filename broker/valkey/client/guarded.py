@@ -1,0 +1,181 @@
+"""The store's server as the rest of the broker sees it: every call guarded, timed and counted.
+
+A call that fails, or that is not made because too many have failed, raises StoreFailed; what
+happens then is for the caller to decide.  Successes are tallied twice a second and not one by one:
+that would cost more than the call.
+"""
+
+import contextlib
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from enum import Enum
+from typing import Protocol
+
+import structlog
+from typing_extensions import override
+
+from broker.model import Clock
+from broker.rules.breaker import Outcome, Phase, StoreHealth, Ticket
+from broker.rules.reuse import SECOND
+from broker.tasks import TaskSet
+from broker.telemetry.cells import Counter
+from broker.valkey.client.errors import Reason, StoreFailed
+from broker.valkey.client.resp import Reply
+from broker.valkey.client.scripts import Script
+from broker.valkey.client.shapes import ANYTHING, Shape
+from broker.valkey.client.topology import Nodes, call
+
+log = structlog.get_logger()
+
+OPERATION_TIMEOUT = 0.05
+"""Seconds for one call: a store nearby takes a hundredth of it, a visitor does not notice it."""
+
+
+class Operation(Enum):
+    """What a call is for: label of `broker_store_duration_seconds`."""
+
+    __hash__ = object.__hash__  # Enum's own is Python code
+
+    VISIT = "visit"
+    LEAD = "lead"
+    AGENT = "agent"
+    KEEP = "keep"
+    RELEASE = "release"
+    RENEW = "renew"
+    BUDGET = "budget"
+    HEARTBEAT = "heartbeat"
+    REFUSAL = "refusal"
+    SESSION = "session"
+
+
+class Observer(Protocol):
+    """Takes a number of seconds."""
+
+    def observe(self, value: float) -> None:
+        """Count one value."""
+        ...
+
+
+class StoreStats(Protocol):
+    """Where calls are counted: by operation, and failures by reason."""
+
+    @property
+    def duration(self) -> Mapping[str, Observer]:
+        """Seconds from asking to the answer or the failure."""
+        ...
+
+    @property
+    def errors(self) -> Mapping[str, Counter]:
+        """Calls that failed."""
+        ...
+
+
+class Server:
+    """Calls to the server, behind a breaker."""
+
+    def __init__(
+        self,
+        nodes: Nodes,
+        clock: Clock,
+        stats: StoreStats,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self.nodes = nodes
+        self._clock = clock
+        self._stats = stats
+        self._duration = {each: stats.duration[each.value] for each in Operation}
+        self._draw = draw
+        self._health = StoreHealth()
+        self._well = 0
+        self._tasks = TaskSet()
+
+    @property
+    def is_away(self) -> bool:
+        """Whether calls are not made at this moment: the broker is on its own."""
+        return self._health.is_open
+
+    async def run(
+        self, operation: Operation, script: Script, keys: Sequence[bytes], *arguments: bytes
+    ) -> Reply:
+        """Run a script where its keys are; raises StoreFailed."""
+        ticket = self._enter()
+        return await self._watch(ticket, operation, call(self.nodes, script, keys, *arguments))
+
+    async def command(
+        self, operation: Operation, key: bytes, packed: bytes, shape: Shape = ANYTHING
+    ) -> Reply:
+        """Send one command to where `key` is; a reply of this shape, raises StoreFailed."""
+        ticket = self._enter()
+        return await self._watch(ticket, operation, self.nodes.command(key, packed, shape))
+
+    def tell(
+        self, operation: Operation, key: bytes, packed: bytes, shape: Shape = ANYTHING
+    ) -> None:
+        """Send a command whose outcome nobody waits for; a failure is counted."""
+        self._tasks.start(self._tell(operation, key, packed, shape))
+
+    async def settle(self) -> None:
+        """Wait for what is still being said."""
+        await self._tasks.finish()
+
+    async def close(self) -> None:
+        """Wait for what is still being said, then close every connection."""
+        await self.settle()
+        await self.nodes.close()
+
+    def tidy(self) -> None:
+        """Tally what went well: call it about twice a second."""
+        if self._well and not self._health.is_open:
+            self._health = self._health.succeeded(self._well, self._clock.mono())
+        self._well = 0
+
+    async def _tell(self, operation: Operation, key: bytes, packed: bytes, shape: Shape) -> None:
+        with contextlib.suppress(StoreFailed):
+            _ = await self.command(operation, key, packed, shape)
+
+    def _enter(self) -> Ticket:
+        """Ask the breaker; raises StoreFailed, uncounted, for a call that is not to be made."""
+        health = self._health
+        if health.phase is Phase.CLOSED:
+            return Ticket(health.epoch)
+        self._health, ticket = health.allow(self._clock.mono())
+        if ticket is None:
+            raise StoreFailed(Reason.CONNECTION)
+        return ticket
+
+    async def _watch(self, ticket: Ticket, operation: Operation, reply: Awaitable[Reply]) -> Reply:
+        began = time.perf_counter()
+        try:
+            answer = await reply
+        except StoreFailed as failed:
+            self._duration[operation].observe(time.perf_counter() - began)
+            self._stats.errors[failed.reason.value].inc()
+            # an answer about one poisoned key is an answer: it must not part us from all others
+            self._note(ticket, Outcome.SUCCEEDED if failed.of_key else Outcome.FAILED, failed)
+            raise
+        except BaseException:
+            self._note(ticket, Outcome.ABANDONED)
+            raise
+        self._duration[operation].observe(time.perf_counter() - began)
+        if self._health.phase is Phase.CLOSED:
+            self._well += 1
+        else:
+            self._note(ticket, Outcome.SUCCEEDED)
+        return answer
+
+    def _note(self, ticket: Ticket, outcome: Outcome, failed: StoreFailed | None = None) -> None:
+        was_away = self.is_away
+        now = self._clock.mono()
+        self.tidy()
+        self._health = self._health.settle(ticket, outcome, now, self._draw)
+        if self.is_away and not was_away:
+            reason, detail = (failed.reason.value, failed.detail) if failed else ("", "")
+            wait = self._health.wait(now) / SECOND
+            log.error("broker.store_away", reason=reason, detail=detail, wait_s=wait)
+        elif was_away and not self.is_away:
+            log.warning("broker.store_back")
+
+    @override
+    def __repr__(self) -> str:
+        return f"Server(away={self.is_away}, {self.nodes!r})"

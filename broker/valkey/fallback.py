@@ -1,0 +1,189 @@
+"""What happens when the shared store does not answer: written here, once.
+
+`local`: this replica goes on by itself, with its share of every limit (rate and burst divided by
+the replicas seen last), the tokens it holds in front, and flights of its own.  No limit is
+multiplied; but at that moment buckets here are full, whatever was spent there: up to one burst
+more, divided like the rest.  A visitor may get a second token from another replica.  No session can
+be ended; those that were ended before stay so, as far as this replica has heard of it.  `closed`:
+every request that needs the store is refused with 503.
+
+Coming back grants no second burst: for as long as any bucket takes to refill, each call carries
+what was charged here meanwhile, and the script takes the later of both.  A mint that began alone is
+kept in front only: at its next visit the server says whether its visitor was ended, and is told of
+the token if not.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+from typing_extensions import override
+
+from broker.errors import StoreAway
+from broker.limits.buckets import TokenBucket
+from broker.limits.policy import Limits, share_of
+from broker.model import Ask, Clock, EmbedToken, LimitName
+from broker.stores.base import Denial, Kept, Lease, Store, Visit
+from broker.stores.memory import MemoryStore
+from broker.valkey.client.errors import StoreFailed
+from broker.valkey.client.guarded import Server
+from broker.valkey.leases import RENEWAL
+from broker.valkey.store import ValkeyStore
+
+
+class SharedStore(Store):
+    """The store on the server, and this replica's own while that is away.
+
+    `alone` is that store; its tokens are the front's.  `closed` refuses instead.  `replicas` tells
+    by how many a share is divided.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        remote: ValkeyStore,
+        alone: MemoryStore,
+        limits: Limits,
+        replicas: Callable[[], int],
+        *,
+        closed: bool,
+    ) -> None:
+        self._server = server
+        self._remote = remote
+        self._alone = alone
+        self._limits = limits
+        self._replicas = replicas
+        self._closed = closed
+        self._divided_by = 1
+        self._led_alone: set[int] = set()
+
+    @property
+    def buckets(self) -> Mapping[LimitName, TokenBucket]:
+        """What is held here: buckets are on the server while it is there."""
+        return self._alone.buckets
+
+    def use_limits(self, limits: Limits) -> None:
+        """Put other limits in force, for the next request on."""
+        self._limits = limits
+        self._remote.use_limits(limits)
+        self._alone.use_limits(share_of(limits, self._divided_by))
+
+    @override
+    async def visit(self, ask: Ask, key: str) -> Visit:
+        try:
+            return await self._remote.visit(ask, key)
+        except StoreFailed as failed:
+            self._go_alone(failed)
+        return await self._alone.visit(ask, key)
+
+    @override
+    async def charge_client(self, client: str) -> Denial | None:
+        try:
+            return await self._remote.charge_client(client)
+        except StoreFailed as failed:
+            self._go_alone(failed)
+        return await self._alone.charge_client(client)
+
+    @override
+    async def look(self, ask: Ask, key: str) -> EmbedToken | None:
+        try:
+            return await self._remote.look(ask, key)
+        except StoreFailed as failed:
+            self._go_alone(failed)
+        return await self._alone.look(ask, key)
+
+    @override
+    async def lead(
+        self, ask: Ask, key: str, good: Callable[[EmbedToken], bool]
+    ) -> Lease | EmbedToken | Denial:
+        try:
+            return await self._remote.lead(ask, key, good)
+        except StoreFailed as failed:
+            self._go_alone(failed)
+        lead = await self._alone.lead(ask, key, good)
+        if isinstance(lead, Lease):
+            self._led_alone.add(lead.fence)
+        return lead
+
+    @override
+    async def keep(self, ask: Ask, key: str, token: EmbedToken, lease: Lease) -> Kept:
+        if lease.fence in self._led_alone:
+            self._led_alone.discard(lease.fence)
+            return await self._alone.keep(ask, key, token, lease)
+        try:
+            return await self._remote.keep(ask, key, token, lease)
+        except StoreFailed as failed:
+            self._go_alone(failed)
+        return await self._alone.keep(ask, key, token, lease)
+
+    @override
+    async def release(self, ask: Ask, key: str, lease: Lease) -> bool:
+        if lease.fence in self._led_alone:
+            self._led_alone.discard(lease.fence)
+            return await self._alone.release(ask, key, lease)
+        try:
+            return await self._remote.release(ask, key, lease)
+        except StoreFailed as failed:
+            self._go_alone(failed)
+        return await self._alone.release(ask, key, lease)
+
+    @override
+    def abandon(self, ask: Ask, key: str, lease: Lease, error: BaseException | None) -> None:
+        if lease.fence in self._led_alone:
+            self._led_alone.discard(lease.fence)
+        else:
+            self._remote.abandon(ask, key, lease, error)
+
+    @override
+    async def end_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
+        """End it at the server, or not at all: it must hold for every replica."""
+        try:
+            await self._remote.end_visitor(client, fingerprint, *keys)
+        except StoreFailed:
+            raise StoreAway from None
+
+    def tidy(self) -> None:
+        """Give back what has expired, tally calls: about twice a second."""
+        self._alone.tidy()
+        self._server.tidy()
+
+    async def keep_leases(self) -> None:
+        """Renew leases, for ever; owned by the application."""
+        while True:
+            await asyncio.sleep(RENEWAL)
+            await self.renew_leases()
+
+    async def renew_leases(self) -> None:
+        """Renew those that are held, once."""
+        await self._remote.leases.renew()
+
+    async def close(self) -> None:
+        """Say to the server what is still to be said."""
+        await self._remote.close()
+
+    def _go_alone(self, failed: StoreFailed) -> None:
+        """Follow the policy; counted where the call failed."""
+        if self._closed:
+            raise StoreAway from failed
+        replicas = max(self._replicas(), 1)
+        if replicas != self._divided_by:
+            self._divided_by = replicas
+            self._alone.use_limits(share_of(self._limits, replicas))
+
+    @override
+    def __repr__(self) -> str:
+        return f"SharedStore(closed={self._closed}, {self._remote!r})"
+
+
+class Carried:
+    """What was charged here while the server was away, for as long as that matters."""
+
+    def __init__(self, alone: MemoryStore, clock: Clock) -> None:
+        self._alone = alone
+        self._clock = clock
+
+    def __call__(self, limit: LimitName, key: str) -> int:
+        """Return the microseconds until this bucket is full, by what was charged here."""
+        bucket = self._alone.buckets[limit]
+        if not len(bucket):
+            return 0
+        return bucket.owed(key, self._clock.mono())

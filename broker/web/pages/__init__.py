@@ -1,0 +1,1 @@
+"""Pages, scripts and the API document that the data listener serves."""

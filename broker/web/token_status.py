@@ -1,0 +1,195 @@
+"""What others ask about tokens: is it good (proxies), what is it, end it (backends).
+
+`/v1/introspect` (RFC 7662) and `/v1/revoke` (RFC 7009) take a form with `token` and a client's
+secret, and know that client's tokens only: of any other they say what they say of nonsense.
+
+`/v1/embed-tokens/verify` is asked by a proxy in front of a viewer (nginx `auth_request`, Envoy
+`ext_authz`, Caddy `forward_auth`) for each of the viewer's requests: any method, no body is read.
+Those who call it know three answers: 200, 401, 403.  The fourth is 503, where only a shared store
+that is away could tell: nobody is let in (nginx makes 500 of it), and nobody is told that a good
+token is bad.
+
+A URI in a header is the proxy's word about what its client asked for, so it counts from trusted
+proxies only, and so does what follows the route's own path, where Envoy puts it.  Wherever a token
+is found, all that are found must be the same one, and all URIs must bear the same: a proxy that
+passes on a header which its client made up would otherwise let one token open the door for
+another, or for none.  What viewers read in two ways is refused for the same reason: an empty token
+beside another one, a URI with a fragment (`rules/forwarded.py`).
+Credentials of another scheme than Bearer are no token of ours, and may stand beside one.
+"""
+
+from collections.abc import Awaitable, Callable, Iterator
+from urllib.parse import parse_qsl, quote
+
+from aiohttp import web
+from aiohttp.hdrs import AUTHORIZATION
+from aiohttp.web_request import BaseRequest
+from msgspec import UNSET
+from multidict import CIMultiDictProxy, istr
+
+from broker.errors import (
+    AgentNotAllowed,
+    Invalid,
+    MissingAuth,
+    MissingParam,
+    RateLimited,
+    Unauthorized,
+)
+from broker.issuers.keyring import BadToken
+from broker.model import Clock, Session
+from broker.rules import forwarded
+from broker.sessions.admin import SessionDesk
+from broker.stores.base import Denial
+from broker.web import body
+from broker.web.auth import Door
+from broker.web.router import ANY_METHOD, Routes
+from broker.wire import request as wire
+from broker.wire.responses import ActiveToken, InactiveToken, plain_body
+
+VERIFY_PATH = "/v1/embed-tokens/verify"
+
+_TOKEN = istr("X-Embed-Token")
+_REQUIRED_AGENT = istr("X-Embed-Require-Agent")
+_FORWARDED_URIS = (istr("X-Original-URI"), istr("X-Forwarded-Uri"), istr("X-Original-URL"))
+"""nginx as its manual shows it; Caddy and Traefik; ingress-nginx, which tells the absolute URL."""
+
+_SAFE = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) != "%")
+"""What stands for itself in a header of ours: all of visible ASCII but the sign of escapes."""
+
+
+_FIELDS = 16
+"""Fields of a form that are read at all; the RFCs name two."""
+
+_INACTIVE = plain_body(InactiveToken(active=False))
+
+
+Charge = Callable[[str], Awaitable[Denial | None]]
+"""Charges the limit of a client, by its name."""
+
+
+def add(routes: Routes, door: Door, desk: SessionDesk, clock: Clock, charge: Charge) -> None:
+    """Serve what this module is about; `charge` is met by what changes something."""
+
+    async def verify(request: BaseRequest, request_id: str) -> web.StreamResponse:
+        headers = request.headers
+        token = presented(request, trusted=door.trusts(request.remote))
+        try:
+            session = await desk.check(token)
+        except BadToken as error:
+            raise Unauthorized(f"token: {error}") from None
+        if any(agent != session.agent for agent in headers.getall(_REQUIRED_AGENT, ())):
+            raise AgentNotAllowed("token: good, but for another agent than the one required here")
+        return routes.answer(200, b"", request_id, session_headers(session), "text/plain")
+
+    async def introspect(request: BaseRequest, request_id: str) -> web.StreamResponse:
+        client = door.identify(request, clock.mono())
+        session = await desk.introspect(await _token_field(request), client.name)
+        content = _INACTIVE if session is None else plain_body(_active(session, client.name))
+        return routes.answer(200, content, request_id)
+
+    async def revoke(request: BaseRequest, request_id: str) -> web.StreamResponse:
+        client = door.identify(request, clock.mono())
+        token = await _token_field(request)
+        denial = await charge(client.name)
+        if denial is not None:
+            raise RateLimited(denial.limit, denial.verdict)
+        await desk.revoke(token, client.name)
+        return routes.answer(200, b"", request_id, content_type="text/plain")
+
+    routes.add(VERIFY_PATH, ANY_METHOD, verify)
+    routes.add(f"{VERIFY_PATH}/*", ANY_METHOD, verify)
+    routes.add("/v1/introspect", "POST", introspect)
+    routes.add("/v1/revoke", "POST", revoke)
+
+
+def presented(request: BaseRequest, *, trusted: bool) -> str:
+    """Return the one token that a request bears; `trusted` if its peer's URIs count.
+
+    Raises MissingAuth for none, Unauthorized for two that differ or a URI read in two ways.
+    """
+    headers = request.headers
+    found: set[str] = {*_bearers(headers), *headers.getall(_TOKEN, ())}
+    found.discard("")
+    if trusted:
+        found.update(_forwarded(request))
+    if len(found) > 1:
+        raise Unauthorized("token: two different ones were sent; send one")
+    if any(found):
+        return found.pop()
+    if not trusted and any(_forwarded(request)):
+        raise MissingAuth(
+            "token: only in a forwarded URI, which counts from server.trusted_proxies alone"
+        )
+    raise MissingAuth("token: missing; send it as Authorization: Bearer or X-Embed-Token")
+
+
+def session_headers(session: Session) -> str:
+    """Return the lines that tell the proxy whose token it is; `Expires` is Unix seconds."""
+    return (
+        f"X-Embed-Session: {quote(session.session_id, _SAFE)}\r\n"
+        f"X-Embed-Agent: {session.agent}\r\n"
+        f"X-Embed-Fingerprint: {quote(session.fingerprint, _SAFE)}\r\n"
+        f"X-Embed-Expires: {session.expires}\r\n"
+    )
+
+
+def _bearers(headers: "CIMultiDictProxy[str]") -> Iterator[str]:
+    for value in headers.getall(AUTHORIZATION, ()):
+        scheme, _, token = value.partition(" ")
+        if scheme.lower() == "bearer":
+            yield token.strip()
+
+
+def _forwarded(request: BaseRequest) -> tuple[str, ...]:
+    """Return the tokens of the URI that the peer says its client asked for."""
+    stated = [
+        _tokens_in(uri)
+        for name in _FORWARDED_URIS
+        for uri in request.headers.getall(name, ())
+        if uri
+    ]
+    rest = request.raw_path.partition(VERIFY_PATH)[2]
+    tokens = _tokens_in(rest)
+    if tokens or rest.partition("?")[0] not in ("", "/"):  # else it is the route as configured
+        stated.append(tokens)
+    if len({frozenset(tokens) for tokens in stated}) > 1:
+        raise Unauthorized("token: two different ones, or one and none, in forwarded URIs")
+    return stated[0] if stated else ()
+
+
+def _tokens_in(uri: str) -> tuple[str, ...]:
+    try:
+        return forwarded.tokens_in(uri)
+    except ValueError as error:
+        raise Unauthorized(f"token: {error}") from None
+
+
+async def _token_field(request: BaseRequest) -> str:
+    """Return the form's `token`; other fields, such as RFC 7662's hint, change nothing."""
+    content = body.arrived(request, wire.MAX_BODY)
+    if content is None:
+        content = await body.read(request, wire.MAX_BODY)
+    try:
+        fields = parse_qsl(content.decode("ascii"), keep_blank_values=True, max_num_fields=_FIELDS)
+    except ValueError:
+        raise Invalid("body: not a form; send token=... percent-encoded") from None
+    values = [value for name, value in fields if name == "token"]
+    if len(values) > 1:  # RFC 6749 section 3.1: parameters must not be included more than once
+        raise Invalid("token: sent twice; send it once")
+    if not values or not values[0]:
+        raise MissingParam("token: required; send it as a field of a form, not as JSON")
+    return values[0]
+
+
+def _active(session: Session, client: str) -> ActiveToken:
+    return ActiveToken(
+        active=True,
+        client_id=client,
+        sub=session.agent,
+        agent_id=session.agent,
+        fingerprint=session.fingerprint,
+        sid=session.session_id,
+        iat=session.issued,
+        exp=session.expires,
+        model=session.model or UNSET,
+    )
