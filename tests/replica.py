@@ -14,7 +14,13 @@ from hashlib import sha1
 
 from broker.app.shared_backend import Sharing
 from broker.config.addresses import Access, StoreAddress
-from broker.config.settings import Issuer, Sessions, Settings, Store, UpstreamIssuer
+from broker.config.settings import (
+    IssuerSettings,
+    SessionSettings,
+    Settings,
+    StoreSettings,
+    UpstreamSettings,
+)
 from broker.limits.policy import Limits
 from broker.model import EmbedToken, Secret
 from broker.pacing.slots import Budget
@@ -114,9 +120,9 @@ class Replica:
         self.front = TokenCache(front, keep_until=_death, mono=self.clock.mono)
         self.sharing = Sharing(
             Settings(
-                issuer=Issuer(kind="upstream", upstream=UpstreamIssuer(base_url=vendor)),
-                store=Store(url="valkey://elsewhere", on_error=on_error, replicas=replicas),
-                sessions=Sessions(max_recorded=most_sessions),
+                issuer=IssuerSettings(kind="upstream", upstream=UpstreamSettings(base_url=vendor)),
+                store=StoreSettings(url="valkey://elsewhere", on_error=on_error, replicas=replicas),
+                sessions=SessionSettings(max_recorded=most_sessions),
             ),
             address,
             access or Access(),

@@ -29,7 +29,7 @@ from web.edge import (
 )
 
 from broker import errors
-from broker.config.settings import Log, Settings
+from broker.config.settings import LogSettings, Settings
 from broker.model import LimitName
 from broker.process.serve import loop_factory
 from broker.telemetry.logs import SUMMARY_INTERVAL, RefusalLog, visitor_hash
@@ -52,7 +52,7 @@ def _many_files() -> None:
 def log() -> Iterator[io.StringIO]:
     """What is logged, as JSON, from debug on."""
     stream = io.StringIO()
-    with logging_to(stream, Settings(log=Log(level="debug"))):
+    with logging_to(stream, Settings(log=LogSettings(level="debug"))):
         yield stream
 
 
@@ -232,7 +232,7 @@ class TestRefusals:
         """Whatever was written anyway, first or not."""
         stream = io.StringIO()
         unwritten = dict.fromkeys("abc", 0)
-        with logging_to(stream, Settings(log=Log(level="info"))):
+        with logging_to(stream, Settings(log=LogSettings(level="info"))):
             refusals = RefusalLog()
             for kind, anyway in steps:
                 first = refusals.first(kind, 5, anyway=anyway)
@@ -263,7 +263,7 @@ class TestRefusals:
     def test_no_refusal_is_lost_or_counted_twice(self, steps: list[tuple[str, int]]) -> None:
         """Written lines and sums add up to what happened, for each kind."""
         stream = io.StringIO()
-        with logging_to(stream, Settings(log=Log(level="info"))):
+        with logging_to(stream, Settings(log=LogSettings(level="info"))):
             refusals, now, written = RefusalLog(), 5, dict.fromkeys("abc", 0)
             for kind, gap in steps:
                 now += gap
@@ -291,7 +291,7 @@ class Terminal(io.StringIO):
 
 def shown(out: io.StringIO, level: str, event: str, **fields: object) -> str:
     """Return the console's line for an event, without the time of day."""
-    with logging_to(out, Settings(log=Log(format="console", level="debug"))):
+    with logging_to(out, Settings(log=LogSettings(format="console", level="debug"))):
         getattr(structlog.get_logger(), level)(event, **fields)
     time_of_day, _, line = out.getvalue().rstrip("\n").partition(" ")
     assert re.fullmatch(r"(\x1b\[2m)?\d\d:\d\d:\d\d(\x1b\[0m)?", time_of_day)
@@ -385,7 +385,7 @@ class TestConsole:
         """Lines and the type of the error; its message may hold a token."""
         canary = secrets.token_hex(8)
         out = io.StringIO()
-        with logging_to(out, Settings(log=Log(format="console"))):
+        with logging_to(out, Settings(log=LogSettings(format="console"))):
             try:
                 int(f"{canary}!")
             except ValueError:
@@ -410,7 +410,7 @@ class TestEscaping:
     def test_O9_any_text_is_one_line_of_printable_ascii(self, form: Any, text: str) -> None:
         """In every field, whatever the characters."""
         stream = io.StringIO()
-        with logging_to(stream, Settings(log=Log(format=form))):
+        with logging_to(stream, Settings(log=LogSettings(format=form))):
             structlog.get_logger().info("broker.example", field=text, other=text)
         line, end, rest = stream.getvalue().partition("\n")
         assert (end, rest) == ("\n", "")
@@ -421,7 +421,7 @@ class TestEscaping:
     def test_json_loses_nothing(self, text: str) -> None:
         """Escaped, not replaced: a program reads what there was."""
         stream = io.StringIO()
-        with logging_to(stream, Settings(log=Log())):
+        with logging_to(stream, Settings(log=LogSettings())):
             structlog.get_logger().info("broker.example", field=text)
         assert records(stream)[0]["field"] == text
 
@@ -430,7 +430,7 @@ class TestEscaping:
         """Both aiohttp and asyncio use `logging`; what they interpolate may be input."""
         stream = io.StringIO()
         canary = secrets.token_hex(8)
-        with logging_to(stream, Settings(log=Log(format=form))):
+        with logging_to(stream, Settings(log=LogSettings(format=form))):
             logging.getLogger("aiohttp.server").error("request %s\nfailed", canary)
             logging.getLogger("aiohttp.server").info("not interesting")
         written = stream.getvalue()
@@ -465,7 +465,7 @@ class TestEscaping:
             gc.collect()
 
         with (
-            logging_to(stream, Settings(log=Log(format=form))),
+            logging_to(stream, Settings(log=LogSettings(format=form))),
             asyncio.Runner(loop_factory=loop_factory) as runner,
         ):
             runner.run(main())
@@ -487,7 +487,7 @@ class TestEscaping:
     def test_levels(self, log: io.StringIO) -> None:
         """Below the level nothing is written."""
         stream = io.StringIO()
-        with logging_to(stream, Settings(log=Log(level="error"))):
+        with logging_to(stream, Settings(log=LogSettings(level="error"))):
             logger = structlog.get_logger()
             for write in (logger.debug, logger.info, logger.warning, logger.error):
                 write("broker.example")

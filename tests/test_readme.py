@@ -509,11 +509,11 @@ def test_log_events_are_those_of_the_source() -> None:
 
 def test_limits_are_the_defaults() -> None:
     """The figures in the table are those that hold when nothing is configured."""
-    limits = settings.Limits()
+    limits = settings.LimitsSettings()
     shown = {code_in(row[0])[0]: row[3] for row in table("limit", "Limits")}
     assert set(shown) == {*(name.value for name in LimitName), "budget"}
     real = {name: getattr(limits, name) for name in ("fingerprint", "fingerprint_mints", "agent")}
-    for name, limit in {**real, "budget": settings.Budget()}.items():
+    for name, limit in {**real, "budget": settings.BudgetSettings()}.items():
         assert limit.per.seconds == 60
         assert shown[name] == f"{limit.rate:,.0f} a minute, burst {limit.burst:,}"
     assert limits.client is None
@@ -522,7 +522,7 @@ def test_limits_are_the_defaults() -> None:
 
 def test_the_budget_s_arithmetic_is_right() -> None:
     """Every figure of the chapter follows from the default budget and the default floors."""
-    budget, reuse = settings.Budget(), settings.Reuse()
+    budget, reuse = settings.BudgetSettings(), settings.ReuseSettings()
     worst = budget.rate + budget.burst
     assert f"{budget.rate} refilled + {budget.burst} of the burst = {worst}" in README
     assert worst + 3 * PROBES == 120
@@ -554,7 +554,7 @@ def test_the_share_of_an_instance_that_has_seen_nobody_is_right() -> None:
     assert f"a part in {UNSEEN_PARTS}, the others none" in told
     assert f"only after {ALONE_AFTER:.0f} s" in told
     assert f"up to {UNSEEN_PARTS} such instances" in told
-    whole = settings.Budget()
+    whole = settings.BudgetSettings()
     budget = Budget(whole.rate, whole.per.seconds, whole.burst, whole.max_wait.seconds)
     share = budget.share(UNSEEN_PARTS)
     assert share is not None
@@ -569,7 +569,7 @@ def test_the_share_of_an_instance_that_has_seen_nobody_is_right() -> None:
 
 def test_default_reuse_marks_are_those_in_the_table() -> None:
     """The marks by name, with the value that holds when nothing is configured."""
-    reuse = settings.Reuse()
+    reuse = settings.ReuseSettings()
     for name in ("floor", "floor_in_outage", "refresh_ahead"):
         minutes = getattr(reuse, name).seconds / 60
         assert f"`{name}` ({minutes:.0f} min)" in README

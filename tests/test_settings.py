@@ -60,7 +60,7 @@ class TestTree:
     def test_grants_nothing_by_default(self) -> None:
         """Unset never means allowed: no client, no agent, no key, no trusted proxy, no pages."""
         tree = Settings()
-        client = settings.Client()
+        client = settings.ClientSettings()
         assert (tree.clients, tree.issuer.local.keys) == ({}, {})
         assert (client.agents, client.allow_origin_header) == ((), False)
         assert (tree.server.trusted_proxies, tree.server.docs) == ((), False)
@@ -76,11 +76,13 @@ class TestTree:
         secret = Secret(canary)
         tree = replace(
             Settings(),
-            clients={"web": settings.Client(secret=secret)},
-            issuer=settings.Issuer(
-                local=settings.LocalIssuer(keys={"one": settings.Key(secret=secret)})
+            clients={"web": settings.ClientSettings(secret=secret)},
+            issuer=settings.IssuerSettings(
+                local=settings.LocalIssuerSettings(
+                    keys={"one": settings.KeySettings(secret=secret)}
+                )
             ),
-            store=settings.Store(encryption_key=secret),
+            store=settings.StoreSettings(encryption_key=secret),
         )
         assert canary not in f"{tree!r} {tree}"
 

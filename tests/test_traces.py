@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from web.edge import logging_to
 
-from broker.config.settings import Log, Settings
+from broker.config.settings import LogSettings, Settings
 from broker.telemetry import traces
 from broker.telemetry.streams import LONGEST
 
@@ -112,7 +112,7 @@ def grown(tree: Any, secret: str) -> BaseException:
 def logged(error: BaseException, form: Any) -> str:
     """Return what the log says of a defect."""
     stream = io.StringIO()
-    with logging_to(stream, Settings(log=Log(format=form))):
+    with logging_to(stream, Settings(log=LogSettings(format=form))):
         structlog.get_logger().error("broker.defect", exc_info=error)
     return stream.getvalue()
 
@@ -224,7 +224,7 @@ def test_N25_what_cannot_be_written_is_told_and_not_raised(form: Any) -> None:
     circle: list[Any] = [secret]
     circle.append(circle)
     stream = io.StringIO()
-    with logging_to(stream, Settings(log=Log(format=form))):
+    with logging_to(stream, Settings(log=LogSettings(format=form))):
         log = structlog.get_logger()
         log.info("broker.example", value=Odd())
         log.info("broker.example", value={(secret,): 1})

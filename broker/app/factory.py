@@ -19,16 +19,16 @@ from broker.config.addresses import Access, StoreAddress, parse_store_url
 from broker.config.load import MIN_CLIENT_SECRET, VENDOR_VARIABLES, read_secret, secret_in
 from broker.config.schema import ConfigError
 from broker.config.settings import (
-    AgentLimit,
-    AgentOverride,
-    Client,
-    FingerprintLimit,
-    FingerprintMintsLimit,
-    Key,
-    Limit,
-    LocalIssuer,
+    AgentLimitSettings,
+    AgentOverrideSettings,
+    ClientSettings,
+    FingerprintLimitSettings,
+    FingerprintMintsLimitSettings,
+    KeySettings,
+    LimitSettings,
+    LocalIssuerSettings,
     Settings,
-    Store,
+    StoreSettings,
 )
 from broker.config.validate import is_loopback, parse_address
 from broker.issue import ReusePolicy
@@ -69,7 +69,7 @@ def clients(settings: Settings, environ: Mapping[str, str]) -> list[KnownClient]
     return list(known.values())
 
 
-def _secrets_of(name: str, client: Client) -> Iterator[tuple[str, Secret]]:
+def _secrets_of(name: str, client: ClientSettings) -> Iterator[tuple[str, Secret]]:
     """Yield a client's secret, and its next one while it is being changed; raises ConfigError."""
     path = f"clients.{name}.secret"
     secret = read_secret(path, client.secret, client.secret_file)
@@ -180,7 +180,7 @@ def keyring(settings: Settings) -> Keyring:
         raise ConfigError(f"issuer.local.keys: {error}") from None
 
 
-def _keyring_in(file: str, local: LocalIssuer) -> Keyring:
+def _keyring_in(file: str, local: LocalIssuerSettings) -> Keyring:
     """Return the keys of a file that `broker keys rotate` wrote."""
     if local.keys or local.signing_key:
         other = "keys" if local.keys else "signing_key"
@@ -262,7 +262,7 @@ def store_access(settings: Settings) -> Access:
     return Access(store.username, password, tls)
 
 
-def _tls_of(store: Store) -> ssl.SSLContext:
+def _tls_of(store: StoreSettings) -> ssl.SSLContext:
     """Read certificates once: at the first connection it would be too late to say what is wrong.
 
     TLS opens them by their paths and would wait for a pipe: so each is read before.
@@ -388,7 +388,7 @@ def make_up(settings: Settings, make: Callable[[str], Secret]) -> Settings:
     settings = replace(settings, store=_without_missing_certificates(settings.store))
     local = settings.issuer.local
     if local.keys_file is not None and is_missing(local.keys_file):  # has more than a secret in it
-        keys = {"made-up": Key(secret=make("issuer.local.keys.made-up.secret"))}
+        keys = {"made-up": KeySettings(secret=make("issuer.local.keys.made-up.secret"))}
         local = replace(local, keys=keys, keys_file=None)
         settings = replace(settings, issuer=replace(settings.issuer, local=local))
     made: Settings = _make_up(settings, make, "")
@@ -399,7 +399,7 @@ def make_up(settings: Settings, make: Callable[[str], Secret]) -> Settings:
     return replace(made, issuer=replace(made.issuer, upstream=upstream))
 
 
-def _without_missing_certificates(store: Store) -> Store:
+def _without_missing_certificates(store: StoreSettings) -> StoreSettings:
     if store.tls_ca_file is not None and is_missing(store.tls_ca_file):
         store = replace(store, tls_ca_file=None)
     if any(file and is_missing(file) for file in (store.tls_cert_file, store.tls_key_file)):
@@ -424,7 +424,8 @@ def _make_up(node: Any, make: Callable[[str], Secret], path: str) -> Any:  # noq
 
 
 def _limit_set(
-    name: LimitName, section: FingerprintLimit | FingerprintMintsLimit | AgentLimit
+    name: LimitName,
+    section: FingerprintLimitSettings | FingerprintMintsLimitSettings | AgentLimitSettings,
 ) -> LimitSet:
     rule = Rule(bucket.limit(section.rate, section.per.us, section.burst), section.dry_run)
     overrides: Mapping[str, Rule] = {
@@ -434,7 +435,8 @@ def _limit_set(
 
 
 def _override(
-    section: FingerprintLimit | FingerprintMintsLimit | AgentLimit, override: AgentOverride
+    section: FingerprintLimitSettings | FingerprintMintsLimitSettings | AgentLimitSettings,
+    override: AgentOverrideSettings,
 ) -> Rule:
     rate = section.rate if override.rate is None else override.rate
     per = section.per if override.per is None else override.per
@@ -443,6 +445,6 @@ def _override(
     return Rule(bucket.limit(rate, per.us, burst), dry_run)
 
 
-def _client_limit(section: Limit) -> LimitSet:
+def _client_limit(section: LimitSettings) -> LimitSet:
     rule = Rule(bucket.limit(section.rate, section.per.us, section.burst), section.dry_run)
     return LimitSet(LimitName.CLIENT, rule, {})

@@ -11,7 +11,7 @@ from typing import TypeVar
 from msgspec.structs import replace
 
 from broker.config.schema import ConfigError
-from broker.config.settings import Issuer, Settings
+from broker.config.settings import IssuerSettings, Settings
 from broker.tasks import aside
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ def in_force(old: Settings, new: Settings) -> Settings:
     )
 
 
-def _issuer_in_force(old: Issuer, new: Issuer) -> Issuer:
+def _issuer_in_force(old: IssuerSettings, new: IssuerSettings) -> IssuerSettings:
     if old.kind != new.kind:
         return old  # its keys are left alone, too
     local, upstream = old.local, old.upstream

@@ -19,7 +19,7 @@ from broker.app import factory
 from broker.app.shared_backend import Sharing
 from broker.clock import SystemClock
 from broker.config.addresses import Access, StoreAddress
-from broker.config.settings import Limit, Limits, Sessions, Settings
+from broker.config.settings import LimitSettings, LimitsSettings, SessionSettings, Settings
 from broker.errors import BrokerError
 from broker.issuers.vendor.replies import Refused, Scope
 from broker.model import Ask, EmbedToken, Secret, Session
@@ -119,7 +119,8 @@ async def rehearsed(address: StoreAddress, access: Access) -> AsyncIterator[Witn
 def _broker(address: StoreAddress, access: Access, fleet: str, key: Secret) -> Sharing:
     """Put a broker's part of the store together, in a fleet of its own."""
     settings = Settings(
-        limits=Limits(client=Limit(rate=6000, burst=1000)), sessions=Sessions(max_recorded=1)
+        limits=LimitsSettings(client=LimitSettings(rate=6000, burst=1000)),
+        sessions=SessionSettings(max_recorded=1),
     )
     local = replace(settings.issuer.local, issuer=f"doctor {fleet}")
     settings = replace(settings, issuer=replace(settings.issuer, local=local))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing_extensions import override
 
 from broker.config import files
-from broker.config.settings import Admin
+from broker.config.settings import AdminSettings
 from broker.config.validate import parse_address
 
 TIMEOUT = 2.0
@@ -44,7 +44,7 @@ class _UnixConnection(HTTPConnection):
 def where(flag: str | None, environ: Mapping[str, str], file: Path | None) -> str:
     """Choose the admin listener: flag, environment, file, default, whatever else is wrong."""
     given = {name.upper(): value for name, value in environ.items()}
-    return flag or given.get(VARIABLE) or _of_file(file) or Admin().listen
+    return flag or given.get(VARIABLE) or _of_file(file) or AdminSettings().listen
 
 
 def _of_file(file: Path | None) -> str | None:

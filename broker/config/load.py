@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from broker.config import files
 from broker.config.schema import ConfigError, bare, build, fields_of, is_table, refuse_unknown
-from broker.config.settings import Budget, Settings
+from broker.config.settings import BudgetSettings, Settings
 from broker.config.validate import check, normal_base_url
 from broker.model import Secret
 
@@ -56,7 +56,7 @@ def from_tree(tree: Mapping[str, Any]) -> Settings:
     """Check a raw tree and build the settings from it; raises ConfigError."""
     settings = build(tree)
     if settings.issuer.kind == "upstream" and settings.issuer.budget is None:
-        issuer = replace(settings.issuer, budget=Budget())  # a relay always has one
+        issuer = replace(settings.issuer, budget=BudgetSettings())  # a relay always has one
         settings = replace(settings, issuer=issuer)
     check(settings)
     upstream = settings.issuer.upstream

@@ -59,7 +59,7 @@ class _Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A table of the configuration file."""
 
 
-class Server(_Section, frozen=True):
+class ServerSettings(_Section, frozen=True):
     """The data listener."""
 
     listen: str = "127.0.0.1:8080"
@@ -88,7 +88,7 @@ class Server(_Section, frozen=True):
     """Serve /openapi.json and /docs.  Off: a sidecar in production needs none; `--dev` has it."""
 
 
-class Admin(_Section, frozen=True):
+class AdminSettings(_Section, frozen=True):
     """The admin listener: metrics and probes."""
 
     listen: str = "127.0.0.1:9464"
@@ -100,7 +100,7 @@ class Admin(_Section, frozen=True):
     """File with that secret; `broker keys generate` makes one."""
 
 
-class Client(_Section, frozen=True):
+class ClientSettings(_Section, frozen=True):
     """Somebody who may ask for tokens."""
 
     secret: Secret | None = None
@@ -119,7 +119,7 @@ class Client(_Section, frozen=True):
     secret to browsers' requests.  Off: that pair normally means the secret leaked into a page."""
 
 
-class Key(_Section, frozen=True):
+class KeySettings(_Section, frozen=True):
     """A signing or verifying key."""
 
     secret: Secret | None = None
@@ -128,14 +128,14 @@ class Key(_Section, frozen=True):
     """File with the key; `broker keys generate` makes one."""
 
 
-class LocalIssuer(_Section, frozen=True):
+class LocalIssuerSettings(_Section, frozen=True):
     """Tokens signed here."""
 
     issuer: str = "embed-token-broker"
     """The claim `iss`."""
     audience: str = "embed"
     """The claim `aud`; a verifier that expects another one refuses the token."""
-    keys: Mapping[_Name, Key] = {}
+    keys: Mapping[_Name, KeySettings] = {}
     """Keys by `kid`: one signs, all verify."""
     keys_file: str | None = None
     """Instead of `keys`: a file that `broker keys rotate` writes, with the moment from which each
@@ -144,7 +144,7 @@ class LocalIssuer(_Section, frozen=True):
     """The `kid` that signs; may be left out while there is only one key."""
 
 
-class UpstreamIssuer(_Section, frozen=True):
+class UpstreamSettings(_Section, frozen=True):
     """Tokens relayed from the vendor, or from anything that speaks its API."""
 
     base_url: str = "https://api.bithuman.ai"
@@ -167,7 +167,7 @@ class UpstreamIssuer(_Section, frozen=True):
     fails fast."""
 
 
-class Budget(_Section, frozen=True):
+class BudgetSettings(_Section, frozen=True):
     """How many mints the vendor is sent: `rate` per `per`, `burst` at once."""
 
     rate: float = 106
@@ -181,21 +181,21 @@ class Budget(_Section, frozen=True):
     """Who would wait longer is told so at once: a visitor rather retries than stares."""
 
 
-class Issuer(_Section, frozen=True):
+class IssuerSettings(_Section, frozen=True):
     """Where tokens come from."""
 
     kind: Literal["local", "upstream"] = "local"
     """`local` signs here; `upstream` relays from the vendor."""
-    local: LocalIssuer = field(default_factory=LocalIssuer)
+    local: LocalIssuerSettings = field(default_factory=LocalIssuerSettings)
     """Settings of the local issuer."""
-    upstream: UpstreamIssuer = field(default_factory=UpstreamIssuer)
+    upstream: UpstreamSettings = field(default_factory=UpstreamSettings)
     """Settings of the relay."""
-    budget: Budget | None = None
+    budget: BudgetSettings | None = None
     """Pace of mints.  Absent for `local`: a signature costs nobody anything.  `upstream` always has
     one; left out, its defaults hold."""
 
 
-class Reuse(_Section, frozen=True):
+class ReuseSettings(_Section, frozen=True):
     """How long a token is handed out again."""
 
     enabled: bool = True
@@ -211,7 +211,7 @@ class Reuse(_Section, frozen=True):
     """Tokens held, about 1.5 KB each; beyond it the least recently used one goes."""
 
 
-class Sessions(_Section, frozen=True):
+class SessionSettings(_Section, frozen=True):
     """What is remembered of tokens that were handed out."""
 
     max_recorded: Annotated[int, Meta(ge=1)] = 200_000
@@ -219,7 +219,7 @@ class Sessions(_Section, frozen=True):
     many as `[reuse] max_tokens`: what can be handed out again can be found and ended."""
 
 
-class Limit(_Section, frozen=True):
+class LimitSettings(_Section, frozen=True):
     """`rate` requests per `per`, up to `burst` at once; refilled continuously."""
 
     rate: float
@@ -232,7 +232,7 @@ class Limit(_Section, frozen=True):
     """Decide and count, but never deny: to try a limit on live traffic."""
 
 
-class AgentOverride(_Section, frozen=True):
+class AgentOverrideSettings(_Section, frozen=True):
     """What differs for one agent; fields left out are inherited."""
 
     rate: float | None = None
@@ -245,7 +245,7 @@ class AgentOverride(_Section, frozen=True):
     """Instead of the limit's dry_run."""
 
 
-class FingerprintLimit(_Section, frozen=True):
+class FingerprintLimitSettings(_Section, frozen=True):
     """Every request of a visitor (client and fingerprint)."""
 
     rate: float = 60
@@ -256,11 +256,11 @@ class FingerprintLimit(_Section, frozen=True):
     """The window of `rate`."""
     dry_run: bool = False
     """Decide and count, but never deny."""
-    overrides: Mapping[str, AgentOverride] = {}
+    overrides: Mapping[str, AgentOverrideSettings] = {}
     """Exceptions by agent id."""
 
 
-class FingerprintMintsLimit(_Section, frozen=True):
+class FingerprintMintsLimitSettings(_Section, frozen=True):
     """Mints started for a visitor: joiners and reuse are free."""
 
     rate: float = 6
@@ -271,11 +271,11 @@ class FingerprintMintsLimit(_Section, frozen=True):
     """The window of `rate`."""
     dry_run: bool = False
     """Decide and count, but never deny."""
-    overrides: Mapping[str, AgentOverride] = {}
+    overrides: Mapping[str, AgentOverrideSettings] = {}
     """Exceptions by agent id."""
 
 
-class AgentLimit(_Section, frozen=True):
+class AgentLimitSettings(_Section, frozen=True):
     """Mints on an agent, over all clients."""
 
     rate: float = 6000
@@ -286,11 +286,11 @@ class AgentLimit(_Section, frozen=True):
     """The window of `rate`."""
     dry_run: bool = False
     """Decide and count, but never deny."""
-    overrides: Mapping[str, AgentOverride] = {}
+    overrides: Mapping[str, AgentOverrideSettings] = {}
     """Exceptions by agent id."""
 
 
-class Limits(_Section, frozen=True):
+class LimitsSettings(_Section, frozen=True):
     """Inbound limits."""
 
     fingerprint_format: Literal["hex", "any"] = "hex"
@@ -298,17 +298,19 @@ class Limits(_Section, frozen=True):
     make strangers share a memory, are caught.  `any`: 1 to 256 printable characters."""
     max_tracked: Annotated[int, Meta(ge=1000)] = 1_000_000
     """Buckets kept per limit, about 200 bytes each; beyond it newcomers share overflow buckets."""
-    fingerprint: FingerprintLimit = field(default_factory=FingerprintLimit)
+    fingerprint: FingerprintLimitSettings = field(default_factory=FingerprintLimitSettings)
     """Every request of a visitor."""
-    fingerprint_mints: FingerprintMintsLimit = field(default_factory=FingerprintMintsLimit)
+    fingerprint_mints: FingerprintMintsLimitSettings = field(
+        default_factory=FingerprintMintsLimitSettings
+    )
     """Mints started for a visitor."""
-    agent: AgentLimit = field(default_factory=AgentLimit)
+    agent: AgentLimitSettings = field(default_factory=AgentLimitSettings)
     """Mints on an agent."""
-    client: Limit | None = None
+    client: LimitSettings | None = None
     """All requests of one client.  Off: a busy backend is one client."""
 
 
-class Store(_Section, frozen=True):
+class StoreSettings(_Section, frozen=True):
     """What requests share, and what survives a restart."""
 
     url: str = "memory://"
@@ -347,7 +349,7 @@ class Store(_Section, frozen=True):
     """File with that key; required with `snapshot_file` and with a shared store."""
 
 
-class Log(_Section, frozen=True):
+class LogSettings(_Section, frozen=True):
     """What is written to standard error."""
 
     format: Literal["json", "console"] = "json"
@@ -359,21 +361,21 @@ class Log(_Section, frozen=True):
 class Settings(_Section, frozen=True):
     """The whole tree."""
 
-    server: Server = field(default_factory=Server)
+    server: ServerSettings = field(default_factory=ServerSettings)
     """The data listener."""
-    admin: Admin = field(default_factory=Admin)
+    admin: AdminSettings = field(default_factory=AdminSettings)
     """The admin listener."""
-    clients: Mapping[_Name, Client] = {}
+    clients: Mapping[_Name, ClientSettings] = {}
     """Who may ask, by name; the name appears in logs."""
-    issuer: Issuer = field(default_factory=Issuer)
+    issuer: IssuerSettings = field(default_factory=IssuerSettings)
     """Where tokens come from."""
-    reuse: Reuse = field(default_factory=Reuse)
+    reuse: ReuseSettings = field(default_factory=ReuseSettings)
     """How long a token is handed out again."""
-    sessions: Sessions = field(default_factory=Sessions)
+    sessions: SessionSettings = field(default_factory=SessionSettings)
     """What is remembered of tokens that were handed out."""
-    limits: Limits = field(default_factory=Limits)
+    limits: LimitsSettings = field(default_factory=LimitsSettings)
     """Inbound limits."""
-    store: Store = field(default_factory=Store)
+    store: StoreSettings = field(default_factory=StoreSettings)
     """What requests share."""
-    log: Log = field(default_factory=Log)
+    log: LogSettings = field(default_factory=LogSettings)
     """What is written."""

@@ -13,7 +13,7 @@ from yarl import URL
 
 from broker.config.addresses import StoreAddress, parse_store_url
 from broker.config.schema import ConfigError
-from broker.config.settings import Duration, Settings, Store
+from broker.config.settings import Duration, Settings, StoreSettings
 from broker.model import AGENT_ID, AGENT_RULE
 from broker.rules import bucket
 
@@ -215,7 +215,7 @@ def _check_store(settings: Settings) -> None:
         raise ConfigError("store.snapshot_file: for memory:// only; a shared store keeps by itself")
 
 
-def _check_certificates(store: Store, address: StoreAddress | None) -> None:
+def _check_certificates(store: StoreSettings, address: StoreAddress | None) -> None:
     if store.tls_key_file and not store.tls_cert_file:
         raise ConfigError("store.tls_key_file: needs store.tls_cert_file, whose key it is")
     if address is None or address.tls:

@@ -24,7 +24,7 @@ import structlog
 from structlog.typing import EventDict, Processor
 from typing_extensions import override
 
-from broker.config.settings import Log
+from broker.config.settings import LogSettings
 from broker.telemetry import log_console, traces
 from broker.telemetry.streams import stderr
 
@@ -34,7 +34,7 @@ SUMMARY_INTERVAL = 60_000_000
 _hash_key = bytearray(secrets.token_bytes(32))
 
 
-def configure(settings: Log, stream: TextIO | None = None) -> None:
+def configure(settings: LogSettings, stream: TextIO | None = None) -> None:
     """Set format and level; can be called again to change them while running.
 
     Lines that wait to be written stay as they are.  `stream` is for tests.

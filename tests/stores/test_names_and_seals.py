@@ -9,7 +9,7 @@ from redis.crc import key_slot
 
 from broker import errors
 from broker.app.shared_backend import names_of
-from broker.config.settings import Issuer, Settings, UpstreamIssuer
+from broker.config.settings import IssuerSettings, Settings, UpstreamSettings
 from broker.config.validate import normal_base_url
 from broker.model import Ask, LimitName, Secret
 from broker.rules.bucket import Limit, said
@@ -348,6 +348,6 @@ def test_N22_the_one_form_is_its_own_form(host: str, port: int | None, path: str
 
 def every_name_for(base_url: str) -> set[bytes]:
     """Return the names that a fleet before this vendor shares."""
-    upstream = UpstreamIssuer(base_url=normal_base_url(base_url))  # as `config` does
-    names = names_of(Settings(issuer=Issuer(kind="upstream", upstream=upstream)), SECRET)
+    upstream = UpstreamSettings(base_url=normal_base_url(base_url))  # as `config` does
+    names = names_of(Settings(issuer=IssuerSettings(kind="upstream", upstream=upstream)), SECRET)
     return {names.budget, names.queues, names.calls, names.members, names.channel}

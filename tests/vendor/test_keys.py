@@ -42,7 +42,7 @@ def failed(call: Call) -> bool:
 
 def test_the_shipped_budget_is_the_one_that_is_tested() -> None:
     """The figures here are those of the settings."""
-    from broker.config.settings import Budget as Section
+    from broker.config.settings import BudgetSettings as Section
 
     section = Section()
     assert Budget(section.rate, section.per.seconds, section.burst, section.max_wait.seconds) == (
