@@ -382,7 +382,7 @@ def test_what_is_remembered_is_said() -> None:
 def test_fields_of_a_request_are_those_that_are_read() -> None:
     """No more, no fewer."""
     documented = [code_in(row[0])[0] for row in table("field", "The wire")]
-    assert documented == list(wire.TokenRequest.__struct_fields__)
+    assert documented == list(wire.TokenRequestBody.__struct_fields__)
 
 
 def test_answers_about_sessions_have_the_fields_of_the_code() -> None:

@@ -38,7 +38,7 @@ _PRINTABLE = r"^(?:[^\p{C}\p{Z}]| )+$"
 """`str.isprintable` as a JSON Schema pattern (ECMA-262, Unicode)."""
 
 
-class TokenRequest(Struct, frozen=True, gc=False):
+class TokenRequestBody(Struct, frozen=True, gc=False):
     """What a backend sends for its visitor."""
 
     agent_id: (
@@ -85,10 +85,10 @@ class TokenRequest(Struct, frozen=True, gc=False):
 
     @override
     def __repr__(self) -> str:
-        return "TokenRequest(...)"  # nothing of it has been checked yet: it may be a secret
+        return "TokenRequestBody(...)"  # nothing of it has been checked yet: it may be a secret
 
 
-_decode = msgspec.json.Decoder(TokenRequest).decode
+_decode = msgspec.json.Decoder(TokenRequestBody).decode
 
 
 def parse(
@@ -151,7 +151,7 @@ def _check_model(model: str) -> None:
 def _wrong_type(error: msgspec.ValidationError) -> BrokerError:
     text, _, where = str(error).partition(" - at ")
     field = where.strip("`").removeprefix("$.")
-    if field in TokenRequest.__struct_fields__:
+    if field in TokenRequestBody.__struct_fields__:
         return Invalid(f"{field}: {text[:1].lower()}{text[1:].replace('`', '')}")
     return Invalid("body: must be a JSON object with agent_id and fingerprint")
 

@@ -8,7 +8,7 @@ import msgspec
 from broker.version import VERSION
 from broker.web.pages import openapi_life
 from broker.web.pages.openapi_parts import COMMON_HEADERS, errors, header, json
-from broker.wire.request import HEX, TokenRequest
+from broker.wire.request import HEX, TokenRequestBody
 from broker.wire.responses import (
     ActiveToken,
     ErrorAnswer,
@@ -52,7 +52,7 @@ _EVERYWHERE: Mapping[int, str] = {
 def document(server_url: str, *, any_fingerprint: bool = False) -> dict[str, Any]:
     """Return the document for a broker that answers at `server_url` and takes such fingerprints."""
     types = (
-        TokenRequest,
+        TokenRequestBody,
         TokenAnswer,
         ErrorAnswer,
         ValidAnswer,
