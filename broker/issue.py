@@ -25,7 +25,7 @@ from broker import errors
 from broker.flight import Flight, Flights
 from broker.issuers.base import Issuer
 from broker.key_backoff import Patience
-from broker.model import Ask, Clock, EmbedToken, Minted, Outcome, Session
+from broker.model import Clock, EmbedToken, Minted, Outcome, Session, TokenRequest
 from broker.pacing.pacer import Pacer, Urgency
 from broker.pacing.slots import UNCOUNTED, Slot
 from broker.rules import reuse
@@ -101,7 +101,7 @@ class TokenDesk:
         self.renewal_log = RefusalLog()
         self.patience = Patience(clock, draw)
 
-    async def issue(self, ask: Ask, patience: float) -> Handout | Refusal:
+    async def issue(self, ask: TokenRequest, patience: float) -> Handout | Refusal:
         """Answer one ask within `patience` seconds; raises what a mint raises."""
         key = ask.key
         visit = await self._store.visit(ask, key)
@@ -124,7 +124,7 @@ class TokenDesk:
 
     async def _mint_for(
         self,
-        ask: Ask,
+        ask: TokenRequest,
         key: str,
         held: EmbedToken | None,
         verdict: Verdict | None,
@@ -144,7 +144,12 @@ class TokenDesk:
         return Handout(token, Outcome.MINTED if leader else Outcome.COALESCED, left, verdict)
 
     async def _renew_now(
-        self, ask: Ask, key: str, held: EmbedToken, verdict: Verdict | None, patience: float
+        self,
+        ask: TokenRequest,
+        key: str,
+        held: EmbedToken,
+        verdict: Verdict | None,
+        patience: float,
     ) -> Handout:
         """Below the floor: mint; fall back on what is held if that fails for a passing reason."""
         left = self._left(held)
@@ -161,7 +166,7 @@ class TokenDesk:
                 raise
             return Handout(found, Outcome.REUSED, left, verdict)
 
-    def _renew_ahead(self, ask: Ask, key: str, held: EmbedToken) -> None:
+    def _renew_ahead(self, ask: TokenRequest, key: str, held: EmbedToken) -> None:
         """Past its mark: mint the successor in the background, if that is cheap at this moment."""
         if self.patience.left(key) or not self._pacer.plenty:
             return
@@ -174,7 +179,7 @@ class TokenDesk:
     async def _mint(
         self,
         flight: Flight[EmbedToken],
-        ask: Ask,
+        ask: TokenRequest,
         key: str,
         held: EmbedToken | None,
         urgency: Urgency,
@@ -211,7 +216,7 @@ class TokenDesk:
     async def _make(
         self,
         flight: Flight[EmbedToken],
-        ask: Ask,
+        ask: TokenRequest,
         key: str,
         held: EmbedToken | None,
         urgency: Urgency,
@@ -240,7 +245,7 @@ class TokenDesk:
         return token
 
     async def _keep(
-        self, ask: Ask, key: str, token: EmbedToken, lease: Lease, session: Session | None
+        self, ask: TokenRequest, key: str, token: EmbedToken, lease: Lease, session: Session | None
     ) -> None:
         """Hold the token, where tokens are reused; raises SessionEnded if its visitor was ended."""
         if self._policy.enabled:
@@ -252,7 +257,9 @@ class TokenDesk:
                 await self._book.forget(session)  # nobody was given its token
             raise errors.SessionEnded
 
-    async def _record(self, ask: Ask, minted: Minted, token: EmbedToken, began: int) -> Session:
+    async def _record(
+        self, ask: TokenRequest, minted: Minted, token: EmbedToken, began: int
+    ) -> Session:
         """Write the session down before its token is held: what is handed out can be ended."""
         if not self._issuer.proves and await self._book.ended(minted.session_id):
             raise errors.SessionEnded  # the vendor gave one again; what is signed here is new
@@ -286,7 +293,7 @@ class TokenDesk:
         if self._left(token) < floor or token.lifetime <= 0:
             raise errors.UpstreamUnavailable("the token had expired, or nearly, when it arrived")
 
-    def _report_renewal(self, error: BaseException, ask: Ask) -> None:
+    def _report_renewal(self, error: BaseException, ask: TokenRequest) -> None:
         """Write the first failure of a kind in a minute: an outage fails them all, again."""
         if self.renewal_log.first(f"renewal {type(error).__name__}", self._clock.mono()):
             log.warning("broker.renewal_failed", error=_code(error), client=ask.client)
@@ -348,7 +355,7 @@ class TokenDesk:
         return token.left(self._clock.mono(), self._clock.wall())
 
     def _count_refresh(
-        self, ask: Ask, held: EmbedToken | None, urgency: Urgency, outcome: str
+        self, ask: TokenRequest, held: EmbedToken | None, urgency: Urgency, outcome: str
     ) -> None:
         if held is None:
             return

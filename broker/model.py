@@ -54,7 +54,7 @@ class Secret:
         return hash(self.digest())
 
 
-class Ask(Struct, frozen=True, gc=False):
+class TokenRequest(Struct, frozen=True, gc=False):
     """One visitor's request for a token, as a known client made it.
 
     `fingerprint` is opaque: checked, never changed, because the vendor keys a visitor's memory
@@ -84,7 +84,7 @@ class Ask(Struct, frozen=True, gc=False):
 
     @override
     def __repr__(self) -> str:
-        return f"Ask(client={self.client!r}, agent={self.agent!r}, model={self.model!r})"
+        return f"TokenRequest(client={self.client!r}, agent={self.agent!r}, model={self.model!r})"
 
 
 class Minted(Struct, frozen=True):

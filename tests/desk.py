@@ -11,7 +11,7 @@ import msgspec
 
 from broker.issue import Handout, Refusal, ReusePolicy, TokenDesk
 from broker.limits.policy import Limits, LimitSet, Rule
-from broker.model import Ask, EmbedToken, LimitName
+from broker.model import EmbedToken, LimitName, TokenRequest
 from broker.pacing.pacer import Pacer, Unpaced
 from broker.rules import bucket
 from broker.rules.reuse import SECOND
@@ -98,16 +98,16 @@ class Desk:
             draw or random.Random(20).random,
         )
 
-    async def issue(self, ask: Ask, patience: float = PATIENCE) -> Handout | Refusal:
+    async def issue(self, ask: TokenRequest, patience: float = PATIENCE) -> Handout | Refusal:
         return await self.desk.issue(ask, patience)
 
-    async def hand_out(self, ask: Ask, patience: float = PATIENCE) -> Handout:
+    async def hand_out(self, ask: TokenRequest, patience: float = PATIENCE) -> Handout:
         """Issue a token that no limit refuses."""
         answer = await self.desk.issue(ask, patience)
         assert isinstance(answer, Handout)
         return answer
 
-    def begin(self, ask: Ask, patience: float = PATIENCE) -> "asyncio.Task[Handout]":
+    def begin(self, ask: TokenRequest, patience: float = PATIENCE) -> "asyncio.Task[Handout]":
         """Let somebody ask, and go on."""
         return asyncio.get_running_loop().create_task(self.hand_out(ask, patience))
 
@@ -140,8 +140,8 @@ def visitor(  # noqa: D103 - an ask of which only the interesting part needs to 
     model: str | None = None,
     client: str = "web",
     fresh: bool = False,
-) -> Ask:
-    return Ask(client, agent, fingerprint, model, fresh)
+) -> TokenRequest:
+    return TokenRequest(client, agent, fingerprint, model, fresh)
 
 
 def session_of(token: EmbedToken) -> str:
@@ -149,6 +149,6 @@ def session_of(token: EmbedToken) -> str:
     return msgspec.json.decode(token.body)["data"]["session_id"]
 
 
-def belongs_to(token: EmbedToken, ask: Ask) -> bool:
+def belongs_to(token: EmbedToken, ask: TokenRequest) -> bool:
     """Whether this token was minted for exactly this client, agent, fingerprint and model."""
     return session_of(token).startswith(visitor_mark(ask) + "-")

@@ -3,7 +3,7 @@
 import secrets
 
 from broker.limits.policy import Limits, LimitSet, Rule
-from broker.model import Ask, LimitName
+from broker.model import LimitName, TokenRequest
 from broker.rules.bucket import Limit
 
 WIDE = Limit(burst=100_000, interval=1)
@@ -28,6 +28,6 @@ def limits_of(
     )
 
 
-def ask_of(fingerprint: str = "") -> Ask:
+def ask_of(fingerprint: str = "") -> TokenRequest:
     """Make an ask, of a visitor never seen before unless one is named."""
-    return Ask("web", AGENT, fingerprint or secrets.token_hex(16))
+    return TokenRequest("web", AGENT, fingerprint or secrets.token_hex(16))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from broker import errors
 from broker.issue import Handout, Refusal
 from broker.key_backoff import CAP as BACKOFF_CAP
-from broker.model import Ask, LimitName, Outcome
+from broker.model import LimitName, Outcome, TokenRequest
 from broker.pacing.pacer import Paced
 from broker.pacing.slots import Budget
 from broker.rules.reuse import SECOND
@@ -40,11 +40,11 @@ async def queueing(budget: Budget = ONE_AT_A_TIME) -> Paced:
     return pacer
 
 
-def failing(error: Exception, times: int = 1_000_000) -> Callable[[Ask], None]:
+def failing(error: Exception, times: int = 1_000_000) -> Callable[[TokenRequest], None]:
     """Fail so many mints, then none."""
     left = iter(range(times))
 
-    def fail(_ask: Ask) -> None:
+    def fail(_ask: TokenRequest) -> None:
         if next(left, None) is not None:
             raise error
 
@@ -304,7 +304,9 @@ TWINS = [
 
 
 @pytest.mark.parametrize(("one", "other"), TWINS, ids=repr)
-def test_F7_keys_that_nearly_agree_never_share_a_token(one: Ask, other: Ask) -> None:
+def test_F7_keys_that_nearly_agree_never_share_a_token(
+    one: TokenRequest, other: TokenRequest
+) -> None:
     """Not at a boundary, not in case, not in Unicode form, not with and without a model."""
 
     async def main(clock: FakeClock) -> None:
@@ -332,7 +334,7 @@ def test_F7_equal_keys_mean_equal_parts(
     one: tuple[str, str, str, str], other: tuple[str, str, str, str]
 ) -> None:
     """Joining the parts loses nothing that tells two visitors apart."""
-    mine, theirs = Ask(*one), Ask(*other)
+    mine, theirs = TokenRequest(*one), TokenRequest(*other)
     assert (mine.key == theirs.key) == (one == other)
     assert (mine.visitor == theirs.visitor) == (one[::2] == other[::2])
 
@@ -360,7 +362,7 @@ def test_F8_no_interleaving_hands_a_token_to_somebody_else(
         pacer = await queueing(Budget(60, 60, 3, 8)) if budget else None
         desk = Desk(clock, pacer=pacer)
         desk.issuer.delay = 0.3
-        asked: list[tuple[Ask, asyncio.Task[Handout]]] = []
+        asked: list[tuple[TokenRequest, asyncio.Task[Handout]]] = []
         for what, number, flag in events:
             match what:
                 case "ask":
@@ -693,7 +695,7 @@ def test_T9_a_failed_renewal_is_tried_again_backed_off_and_callers_do_not_notice
         tries: list[float] = []
         loop = asyncio.get_running_loop()
 
-        def fail(_ask: Ask) -> None:
+        def fail(_ask: TokenRequest) -> None:
             tries.append(loop.time())
             if len(tries) < 20:
                 raise errors.UpstreamUnavailable("down")
@@ -882,7 +884,7 @@ def test_L5_a_limit_that_refuses_charges_neither_itself_nor_a_later_one() -> Non
     run_virtual(main)
 
 
-def _charges(desk: Desk, ask: Ask) -> tuple[int, int, int, int]:
+def _charges(desk: Desk, ask: TokenRequest) -> tuple[int, int, int, int]:
     return (
         desk.charged(LimitName.CLIENT, ask.client),
         desk.charged(LimitName.FINGERPRINT, ask.visitor),

@@ -654,12 +654,12 @@ def _reprs_of_ours(root: object) -> Iterator[str]:
 
 async def test_G7_reprs_of_what_passes_through(tmp_path: Path) -> None:
     """Values that live for one request mask themselves too: tracebacks may show them."""
-    from broker.model import Ask, Minted, Secret
+    from broker.model import Minted, Secret, TokenRequest
     from broker.wire.request import TokenRequestBody
 
     canary = secrets.token_hex(16)
     values = [
-        Ask("web", AGENT, canary),
+        TokenRequest("web", AGENT, canary),
         Minted(canary, "session", 1, 1),
         Secret(canary),
         TokenRequestBody(agent_id=AGENT, fingerprint=canary),

@@ -13,7 +13,7 @@ import pytest
 
 from broker.app.gc_tuning import PauseKeeper
 from broker.limits.buckets import TokenBucket
-from broker.model import Ask, EmbedToken, Session
+from broker.model import EmbedToken, Session, TokenRequest
 from broker.rules.bucket import limit
 from broker.sessions.memory import MemoryBook
 from broker.stores.token_cache import TokenCache
@@ -142,7 +142,7 @@ def tokens(clock: FakeClock) -> TokenCache:
     for number in range(COUNT):
         ends = clock.mono() + (number + 1) * 1000
         token = EmbedToken(secrets.token_bytes(9), ends, ends, 3600, 900)
-        key = Ask("web", "A1", f"{number:08x}").key
+        key = TokenRequest("web", "A1", f"{number:08x}").key
         cache[key] = token
         assert cache.find(key) is token
         cache[key] = token

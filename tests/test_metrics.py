@@ -13,7 +13,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as plain_text
 from web.edge import AGENT, OTHER_AGENT, Edge, raise_file_limit, samples, serving, visitor
 
-from broker.model import Ask
+from broker.model import TokenRequest
 from broker.tasks import BackgroundTask
 from broker.telemetry import exposition
 from broker.telemetry.cells import Board, Sheet
@@ -294,12 +294,14 @@ class TestSeries:
         async with serving({"limits": {"agent": {"burst": 10}}}, level="error") as edge:
             before = (await edge.scrape()).keys()
             for n in range(100_000):
-                ask = Ask("web", f"agent{n}", f"{n:032x}")
+                ask = TokenRequest("web", f"agent{n}", f"{n:032x}")
                 visit = await edge.app.store.visit(ask, ask.key)
                 assert visit.denial is None
                 assert edge.app.store.charge_mint(ask) is None
             for n in range(2_000):
-                await edge.app.desk.issue(Ask("web", f"agent{n}", f"{n:016x}", f"m{n}"), 10)
+                await edge.app.desk.issue(
+                    TokenRequest("web", f"agent{n}", f"{n:016x}", f"m{n}"), 10
+                )
             for n in range(20):
                 await edge.ask(agent=f"a{n}", model=f"m{n}")
                 await edge.get(f"/{n}", method=["GET", "PUT", "OPTIONS"][n % 3])

@@ -13,7 +13,7 @@ from typing_extensions import override
 from broker import errors
 from broker.issue import Handout
 from broker.issuers.base import Turn
-from broker.model import Ask, Minted, Outcome
+from broker.model import Minted, Outcome, TokenRequest
 from broker.pacing.pacer import Paced
 from broker.pacing.slots import UNCOUNTED, Budget, Slot
 from broker.rules.reuse import SECOND
@@ -36,7 +36,7 @@ class WatchedIssuer(FakeIssuer):
         self._now: Counter[str] = Counter()
 
     @override
-    async def mint(self, ask: Ask, turn: Turn) -> Minted:
+    async def mint(self, ask: TokenRequest, turn: Turn) -> Minted:
         await turn()
         self._now[ask.key] += 1
         self.most[ask.key] = max(self.most[ask.key], self._now[ask.key])
@@ -63,9 +63,9 @@ class Weather:
         self.desk = Desk(clock, pacer=pacer, draw=self.chance.random)
         self.issuer = WatchedIssuer(self.chance, failures=0.2)
         self.desk.issuer = self.desk.desk._issuer = self.issuer
-        self.outcomes: list[tuple[Ask, object, int]] = []
+        self.outcomes: list[tuple[TokenRequest, object, int]] = []
 
-    async def visit(self, ask: Ask, patience: float) -> None:
+    async def visit(self, ask: TokenRequest, patience: float) -> None:
         """Ask once; note what came of it, and the moment."""
         outcome: object
         try:
@@ -188,7 +188,7 @@ def test_G3_over_a_whole_outage_no_token_is_handed_out_below_a_minute() -> None:
         desk = Desk(clock)
         held = await desk.hand_out(visitor())
 
-        def down(_ask: Ask) -> None:
+        def down(_ask: TokenRequest) -> None:
             raise errors.UpstreamUnavailable("down")
 
         desk.issuer.fail = down
@@ -248,7 +248,7 @@ def test_G5_who_has_a_valid_token_in_the_cache_waits_for_nobody(
 
 
 def _raise(error: Exception):  # noqa: ANN202 - what FakeIssuer.fail wants
-    def fail(_ask: Ask) -> None:
+    def fail(_ask: TokenRequest) -> None:
         raise error
 
     return fail

@@ -22,7 +22,7 @@ from broker.config.addresses import Access, StoreAddress
 from broker.config.settings import LimitSettings, LimitsSettings, SessionSettings, Settings
 from broker.errors import BrokerError
 from broker.issuers.vendor.replies import Refused, Scope
-from broker.model import Ask, EmbedToken, Secret, Session
+from broker.model import EmbedToken, Secret, Session, TokenRequest
 from broker.pacing.slots import Budget
 from broker.rules.reuse import SECOND
 from broker.sessions.base import Place, Query
@@ -168,10 +168,12 @@ async def _visits(first: Sharing, second: Sharing) -> None:
 async def _visit(first: Sharing, second: Sharing, number: int) -> None:
     # what fails was seen; the broker's own policy decides what follows, here as everywhere
     with suppress(StoreFailed, BrokerError):
-        await _come_and_go(first, second, Ask("doctor", "doctor", secrets.token_hex(16)), number)
+        await _come_and_go(
+            first, second, TokenRequest("doctor", "doctor", secrets.token_hex(16)), number
+        )
 
 
-async def _come_and_go(first: Sharing, second: Sharing, ask: Ask, number: int) -> None:
+async def _come_and_go(first: Sharing, second: Sharing, ask: TokenRequest, number: int) -> None:
     store = first.store
     _ = await store.charge_client(ask.client)
     _ = await store.visit(ask, ask.key)
@@ -220,7 +222,7 @@ async def _news(broker: Sharing, witness: Witness) -> None:
         subscription.close()
 
 
-async def _lead(broker: Sharing, ask: Ask) -> Lease:
+async def _lead(broker: Sharing, ask: TokenRequest) -> Lease:
     lead = await broker.store.lead(ask, ask.key, lambda _token: False)
     if not isinstance(lead, Lease):
         raise StoreFailed(Reason.OTHER)
@@ -235,7 +237,7 @@ def _token(broker: Sharing, lease: Lease) -> EmbedToken:
     )
 
 
-def _session(ask: Ask, number: int) -> Session:
+def _session(ask: TokenRequest, number: int) -> Session:
     expires = SystemClock().wall() // SECOND + LIFE + number
     return Session(
         secrets.token_hex(16),

@@ -15,7 +15,7 @@ from broker.config.settings import Settings
 from broker.errors import BrokerError
 from broker.issuers.local import LocalIssuer
 from broker.issuers.vendor.token import is_token
-from broker.model import Ask
+from broker.model import TokenRequest
 from broker.pacing.slots import UNCOUNTED, Slot
 from broker.wire import request as wire
 
@@ -50,7 +50,7 @@ def sign(settings: Settings, agent: str, fingerprint: str) -> str:
     return asyncio.run(issuer.mint(_checked(settings, agent, fingerprint), at_once)).token
 
 
-def _checked(settings: Settings, agent: str, fingerprint: str) -> Ask:
+def _checked(settings: Settings, agent: str, fingerprint: str) -> TokenRequest:
     """Hold the command line to the rules of the wire."""
     body = json.dumps({"agent_id": agent, "fingerprint": fingerprint}).encode()
     any_fingerprint = settings.limits.fingerprint_format == "any"

@@ -7,7 +7,7 @@ calls it has already decided that a token must be made.
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from broker.model import Ask, Minted, Session
+from broker.model import Minted, Session, TokenRequest
 from broker.pacing.slots import Slot
 
 Turn = Callable[[], Awaitable[Slot]]
@@ -35,11 +35,11 @@ class Issuer(Protocol):
         """Every `origin` whose tokens are still good."""
         ...
 
-    async def check(self, ask: Ask) -> None:
+    async def check(self, ask: TokenRequest) -> None:
         """Raise at once if a mint for this ask is known to fail: before any limit is charged."""
         ...
 
-    async def mint(self, ask: Ask, turn: Turn) -> Minted:
+    async def mint(self, ask: TokenRequest, turn: Turn) -> Minted:
         """Make a token for this visitor.
 
         Raises `errors.VendorError` or `errors.ServiceUnavailable`, never a foreign exception.

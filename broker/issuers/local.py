@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from broker.issuers.base import Issuer, Turn
 from broker.issuers.keyring import BadToken, Keyring
-from broker.model import AGENT_ID, Ask, Clock, Minted, Session
+from broker.model import AGENT_ID, Clock, Minted, Session, TokenRequest
 from broker.rules.reuse import SECOND
 
 LIFETIME_SECONDS = 3600
@@ -59,11 +59,11 @@ class LocalIssuer(Issuer):
         return f"local {self._issuer} {self._audience} {self.keyring.name_of(kid)}"
 
     @override
-    async def check(self, ask: Ask) -> None:
+    async def check(self, ask: TokenRequest) -> None:
         """Nothing stops a signature."""
 
     @override
-    async def mint(self, ask: Ask, turn: Turn) -> Minted:
+    async def mint(self, ask: TokenRequest, turn: Turn) -> Minted:
         """Sign a token; never fails, and waits for nothing but its turn."""
         await turn()
         now = self._clock.wall()

@@ -12,7 +12,7 @@ from cachetools import TTLCache
 from typing_extensions import override
 
 from broker.issuers.vendor.replies import Refused, Scope
-from broker.model import Ask, Clock, Secret
+from broker.model import Clock, Secret, TokenRequest
 from broker.rules.reuse import SECOND
 
 ACCOUNT_MEMORY, AGENT_MEMORY = 15, 30
@@ -26,15 +26,15 @@ AGENTS_REMEMBERED = 10_000
 class Refusals(Protocol):
     """A memory of refusals."""
 
-    async def find(self, ask: Ask) -> Refused | None:
+    async def find(self, ask: TokenRequest) -> Refused | None:
         """Return what the vendor would answer to this ask, as far as it is known."""
         ...
 
-    def remember(self, ask: Ask, refused: Refused) -> None:
+    def remember(self, ask: TokenRequest, refused: Refused) -> None:
         """Remember a refusal where it holds for everybody."""
         ...
 
-    def forget(self, ask: Ask) -> None:
+    def forget(self, ask: TokenRequest) -> None:
         """Let a success put right what was remembered."""
         ...
 
@@ -61,15 +61,15 @@ class LocalRefusals(Refusals):
         )
 
     @override
-    async def find(self, ask: Ask) -> Refused | None:
+    async def find(self, ask: TokenRequest) -> Refused | None:
         return self.here(ask)
 
-    def here(self, ask: Ask) -> Refused | None:
+    def here(self, ask: TokenRequest) -> Refused | None:
         """As `find`, without waiting for anybody."""
         return self._account.get(_Account.ALL) or self._agents.get((ask.agent, ask.model))
 
     @override
-    def remember(self, ask: Ask, refused: Refused) -> None:
+    def remember(self, ask: TokenRequest, refused: Refused) -> None:
         match refused.scope:
             case Scope.ACCOUNT:
                 self._account[_Account.ALL] = refused
@@ -79,7 +79,7 @@ class LocalRefusals(Refusals):
                 pass
 
     @override
-    def forget(self, ask: Ask) -> None:
+    def forget(self, ask: TokenRequest) -> None:
         self._account.clear()
         self._agents.pop((ask.agent, ask.model), None)
 

@@ -43,7 +43,7 @@ from broker.issuers.vendor.replies import (
     Throttled,
     reason_of,
 )
-from broker.model import Ask, Clock, Minted, Secret
+from broker.model import Clock, Minted, Secret, TokenRequest
 from broker.pacing.pacer import Paced
 from broker.pacing.slots import Slot
 from broker.rules.backoff import full_jitter
@@ -131,21 +131,21 @@ class UpstreamIssuer(Issuer):
         return frozenset({self.origin})
 
     @override
-    async def check(self, ask: Ask) -> None:
+    async def check(self, ask: TokenRequest) -> None:
         try:
             await self._check(ask)
         except errors.BrokerError as error:
             error.remembered = True
             raise
 
-    async def _check(self, ask: Ask) -> None:
+    async def _check(self, ask: TokenRequest) -> None:
         self._check_breakers()
         refused = await self._refusals.find(ask)
         if refused is not None:
             raise _refusal(refused)
 
     @override
-    async def mint(self, ask: Ask, turn: Turn) -> Minted:
+    async def mint(self, ask: TokenRequest, turn: Turn) -> Minted:
         reply, key = await self._attempt(ask, turn)
         if self._deserves_another(reply, key):
             if isinstance(reply, Broken):
@@ -153,7 +153,7 @@ class UpstreamIssuer(Issuer):
             reply = await self._second_attempt(ask, turn, reply)
         return self._conclude(ask, reply)
 
-    async def _second_attempt(self, ask: Ask, turn: Turn, first: Reply) -> Reply:
+    async def _second_attempt(self, ask: TokenRequest, turn: Turn, first: Reply) -> Reply:
         """Try once more; if there is no room for that, the first failure is what happened."""
         try:
             reply, _ = await self._attempt(ask, turn)
@@ -184,7 +184,7 @@ class UpstreamIssuer(Issuer):
             case _:
                 assert_never(reply)
 
-    async def _attempt(self, ask: Ask, turn: Turn) -> tuple[Reply, Secret]:
+    async def _attempt(self, ask: TokenRequest, turn: Turn) -> tuple[Reply, Secret]:
         """Make one call: turn, tickets, call, settlement; returns the key that was used, too."""
         self._check_breakers()
         slot = await turn()
@@ -222,7 +222,7 @@ class UpstreamIssuer(Issuer):
             raise _vendor_is_unwell(self.health.wait(now))
         return key_ticket, health_ticket
 
-    async def _call(self, ask: Ask, key: Secret, slot: Slot) -> Reply:
+    async def _call(self, ask: TokenRequest, key: Secret, slot: Slot) -> Reply:
         headers = {"X-Request-Id": ask.request_id} if ask.request_id else {}
         if ask.traceparent:
             headers["traceparent"] = ask.traceparent
@@ -312,7 +312,7 @@ class UpstreamIssuer(Issuer):
         if self.health.is_open and not was_open:
             log.error("broker.upstream_unwell", wait_s=self.health.wait(now) / SECOND)
 
-    def _conclude(self, ask: Ask, reply: Reply) -> Minted:
+    def _conclude(self, ask: TokenRequest, reply: Reply) -> Minted:
         """Return the token, or raise what the caller gets."""
         match reply:
             case Granted(minted):

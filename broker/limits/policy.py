@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
-from broker.model import SEPARATOR, Ask, LimitName
+from broker.model import SEPARATOR, LimitName, TokenRequest
 from broker.rules.bucket import Limit
 
 
@@ -28,7 +28,7 @@ class LimitSet(Struct, frozen=True):
             return self.rule
         return self.overrides.get(agent, self.rule)
 
-    def visitor_key(self, ask: Ask) -> str:
+    def visitor_key(self, ask: TokenRequest) -> str:
         """Return whose bucket this ask meets: its visitor's.
 
         On an agent with an override the visitor has one of their own: limits of two depths on one

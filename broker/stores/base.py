@@ -19,7 +19,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from broker.model import Ask, EmbedToken, LimitName
+from broker.model import EmbedToken, LimitName, TokenRequest
 from broker.rules.bucket import Verdict
 
 
@@ -64,7 +64,7 @@ class Kept(Enum):
 class Store(Protocol):
     """What requests share."""
 
-    async def visit(self, ask: Ask, key: str) -> Visit:
+    async def visit(self, ask: TokenRequest, key: str) -> Visit:
         """Charge the limits that every request meets, and look for a token under `key`."""
         ...
 
@@ -72,12 +72,12 @@ class Store(Protocol):
         """Charge the client's limit, where there is one, for a request that is not for a token."""
         ...
 
-    async def look(self, ask: Ask, key: str) -> EmbedToken | None:
+    async def look(self, ask: TokenRequest, key: str) -> EmbedToken | None:
         """Look for a token without charging anything."""
         ...
 
     async def lead(
-        self, ask: Ask, key: str, good: Callable[[EmbedToken], bool]
+        self, ask: TokenRequest, key: str, good: Callable[[EmbedToken], bool]
     ) -> Lease | EmbedToken | Denial:
         """Become the one who mints for `key`, and charge the limits that only a mint meets.
 
@@ -86,18 +86,20 @@ class Store(Protocol):
         """
         ...
 
-    async def keep(self, ask: Ask, key: str, token: EmbedToken, lease: Lease) -> Kept:
+    async def keep(self, ask: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
         """Hold a token for reuse until it is dead; ends the lease."""
         ...
 
-    async def release(self, ask: Ask, key: str, lease: Lease) -> bool:
+    async def release(self, ask: TokenRequest, key: str, lease: Lease) -> bool:
         """End a lease whose token is not to be held for reuse, but handed out.
 
         False if its visitor was ended meanwhile: then it must not be handed out either.
         """
         ...
 
-    def abandon(self, ask: Ask, key: str, lease: Lease, error: BaseException | None) -> None:
+    def abandon(
+        self, ask: TokenRequest, key: str, lease: Lease, error: BaseException | None
+    ) -> None:
         """End a lease without a token; those who wait elsewhere get `error` if it is an answer."""
         ...
 

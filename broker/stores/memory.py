@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from broker.limits.buckets import BucketCounts, TokenBucket
 from broker.limits.policy import Limits, LimitSet, Rule
-from broker.model import SEPARATOR, Ask, Clock, EmbedToken, LimitName, visitor_of
+from broker.model import SEPARATOR, Clock, EmbedToken, LimitName, TokenRequest, visitor_of
 from broker.rules.bucket import Verdict
 from broker.stores.base import Denial, Kept, Lease, Store, Visit
 from broker.stores.epochs import Epochs
@@ -69,7 +69,7 @@ class MemoryStore(Store):
         self._limits = limits
 
     @override
-    async def visit(self, ask: Ask, key: str) -> Visit:
+    async def visit(self, ask: TokenRequest, key: str) -> Visit:
         now = self._clock.mono()
         limits = self._limits
         if limits.client is not None:
@@ -105,12 +105,12 @@ class MemoryStore(Store):
         return not self._epochs.holds(visitor_of(client, fingerprint), token.epoch)
 
     @override
-    async def look(self, ask: Ask, key: str) -> EmbedToken | None:
+    async def look(self, ask: TokenRequest, key: str) -> EmbedToken | None:
         return self.find(ask.visitor, key)
 
     @override
     async def lead(
-        self, ask: Ask, key: str, good: Callable[[EmbedToken], bool]
+        self, ask: TokenRequest, key: str, good: Callable[[EmbedToken], bool]
     ) -> Lease | EmbedToken | Denial:
         token = self.find(ask.visitor, key)
         if token is not None and good(token):
@@ -121,7 +121,7 @@ class MemoryStore(Store):
         self._fence = max(self._fence + 1, self._fence_floor())
         return self._fence
 
-    def charge_mint(self, ask: Ask) -> Denial | None:
+    def charge_mint(self, ask: TokenRequest) -> Denial | None:
         """Charge the limits that only a started mint meets; None means go ahead."""
         now = self._clock.mono()
         mints, agent = self._limits.fingerprint_mints, self._limits.agent
@@ -130,18 +130,20 @@ class MemoryStore(Store):
         )
 
     @override
-    async def keep(self, ask: Ask, key: str, token: EmbedToken, lease: Lease) -> Kept:
+    async def keep(self, ask: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
         if not self._epochs.holds(ask.visitor, lease.epoch):
             return Kept.ENDED
         self.tokens[key] = token
         return Kept.KEPT
 
     @override
-    async def release(self, ask: Ask, key: str, lease: Lease) -> bool:
+    async def release(self, ask: TokenRequest, key: str, lease: Lease) -> bool:
         return self._epochs.holds(ask.visitor, lease.epoch)
 
     @override
-    def abandon(self, ask: Ask, key: str, lease: Lease, error: BaseException | None) -> None:
+    def abandon(
+        self, ask: TokenRequest, key: str, lease: Lease, error: BaseException | None
+    ) -> None:
         """Nobody else waits for it."""
 
     @override

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing_extensions import override
 
 from broker.issuers.base import Issuer, Turn
-from broker.model import Ask, Minted
+from broker.model import Minted, TokenRequest
 from broker.rules.reuse import DEFAULT_LIFETIME, SECOND
 
 
@@ -24,10 +24,10 @@ class FakeIssuer(Issuer):
     def __init__(self, *, delay: float = 0.0, lifetime: int = DEFAULT_LIFETIME) -> None:
         self.delay = delay
         self.lifetime = lifetime
-        self.fail: Callable[[Ask], None] | None = None
+        self.fail: Callable[[TokenRequest], None] | None = None
         self.closed: Exception | None = None
         self.same = False
-        self.asks: list[Ask] = []
+        self.asks: list[TokenRequest] = []
         self._last: dict[str, Minted] = {}
 
     @property
@@ -41,12 +41,12 @@ class FakeIssuer(Issuer):
         return frozenset({"fake"})
 
     @override
-    async def check(self, ask: Ask) -> None:
+    async def check(self, ask: TokenRequest) -> None:
         if self.closed is not None:
             raise self.closed
 
     @override
-    async def mint(self, ask: Ask, turn: Turn) -> Minted:
+    async def mint(self, ask: TokenRequest, turn: Turn) -> Minted:
         await turn()
         self.asks.append(ask)
         number = len(self.asks)
@@ -66,6 +66,6 @@ class FakeIssuer(Issuer):
         return minted
 
 
-def visitor_mark(ask: Ask) -> str:
+def visitor_mark(ask: TokenRequest) -> str:
     """What a token's session id begins with: a name of the whole key."""
     return hashlib.sha256(ask.key.encode()).hexdigest()[:16]

@@ -21,7 +21,7 @@ from typing_extensions import override
 from broker.errors import StoreAway
 from broker.limits.buckets import TokenBucket
 from broker.limits.policy import Limits, share_of
-from broker.model import Ask, Clock, EmbedToken, LimitName
+from broker.model import Clock, EmbedToken, LimitName, TokenRequest
 from broker.stores.base import Denial, Kept, Lease, Store, Visit
 from broker.stores.memory import MemoryStore
 from broker.valkey.client.errors import StoreFailed
@@ -68,7 +68,7 @@ class SharedStore(Store):
         self._alone.use_limits(share_of(limits, self._divided_by))
 
     @override
-    async def visit(self, ask: Ask, key: str) -> Visit:
+    async def visit(self, ask: TokenRequest, key: str) -> Visit:
         try:
             return await self._remote.visit(ask, key)
         except StoreFailed as failed:
@@ -84,7 +84,7 @@ class SharedStore(Store):
         return await self._alone.charge_client(client)
 
     @override
-    async def look(self, ask: Ask, key: str) -> EmbedToken | None:
+    async def look(self, ask: TokenRequest, key: str) -> EmbedToken | None:
         try:
             return await self._remote.look(ask, key)
         except StoreFailed as failed:
@@ -93,7 +93,7 @@ class SharedStore(Store):
 
     @override
     async def lead(
-        self, ask: Ask, key: str, good: Callable[[EmbedToken], bool]
+        self, ask: TokenRequest, key: str, good: Callable[[EmbedToken], bool]
     ) -> Lease | EmbedToken | Denial:
         try:
             return await self._remote.lead(ask, key, good)
@@ -105,7 +105,7 @@ class SharedStore(Store):
         return lead
 
     @override
-    async def keep(self, ask: Ask, key: str, token: EmbedToken, lease: Lease) -> Kept:
+    async def keep(self, ask: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
         if lease.fence in self._led_alone:
             self._led_alone.discard(lease.fence)
             return await self._alone.keep(ask, key, token, lease)
@@ -116,7 +116,7 @@ class SharedStore(Store):
         return await self._alone.keep(ask, key, token, lease)
 
     @override
-    async def release(self, ask: Ask, key: str, lease: Lease) -> bool:
+    async def release(self, ask: TokenRequest, key: str, lease: Lease) -> bool:
         if lease.fence in self._led_alone:
             self._led_alone.discard(lease.fence)
             return await self._alone.release(ask, key, lease)
@@ -127,7 +127,9 @@ class SharedStore(Store):
         return await self._alone.release(ask, key, lease)
 
     @override
-    def abandon(self, ask: Ask, key: str, lease: Lease, error: BaseException | None) -> None:
+    def abandon(
+        self, ask: TokenRequest, key: str, lease: Lease, error: BaseException | None
+    ) -> None:
         if lease.fence in self._led_alone:
             self._led_alone.discard(lease.fence)
         else:

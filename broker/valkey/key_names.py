@@ -15,7 +15,7 @@ from base64 import urlsafe_b64encode
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
-from broker.model import SEPARATOR, Ask, Secret
+from broker.model import SEPARATOR, Secret, TokenRequest
 
 PREFIX = "etb:"
 """What every key and channel begins with; the ACL of the broker's user allows nothing else."""
@@ -76,7 +76,7 @@ class Names:
         """The bucket of an agent's mints."""
         return self._of_agent(agent) + b"bucket"
 
-    def refused(self, ask: Ask) -> bytes:
+    def refused(self, ask: TokenRequest) -> bytes:
         """What the vendor said of an agent and model."""
         model = "-" if ask.model is None else self._hash("model", ask.model)
         return self._of_agent(ask.agent) + f"refused:{model}".encode()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from typing_extensions import override
 
-from broker.model import Ask, Clock, EmbedToken
+from broker.model import Clock, EmbedToken, TokenRequest
 from broker.sealing import Seal, Sealed
 from broker.stores.base import Lease
 from broker.stores.epochs import KnownEnds
@@ -34,7 +34,7 @@ class Front:
         clock: Clock,
         ends: KnownEnds,
         origins: Callable[[], frozenset[str]],
-        put_back: Callable[[Ask, str, EmbedToken], None],
+        put_back: Callable[[TokenRequest, str, EmbedToken], None],
     ) -> None:
         self._cache = cache
         self._seal = seal
@@ -66,7 +66,11 @@ class Front:
         return self._seal.close(key, content)
 
     def read(
-        self, ask: Ask, key: str, reply: "list[int] | list[Reply]", front: EmbedToken | None
+        self,
+        ask: TokenRequest,
+        key: str,
+        reply: "list[int] | list[Reply]",
+        front: EmbedToken | None,
     ) -> EmbedToken | None:
         """Read what a visit said about the token."""
         match reply:
@@ -80,7 +84,7 @@ class Front:
                 raise StoreFailed(Reason.OTHER)
 
     def adopt(
-        self, ask: Ask, key: str, version: Reply, left: Reply, epoch: Reply, sealed: Reply
+        self, ask: TokenRequest, key: str, version: Reply, left: Reply, epoch: Reply, sealed: Reply
     ) -> EmbedToken | None:
         """Unseal a token and hold it in front; None for one that is not ours to give.
 
@@ -115,7 +119,7 @@ class Front:
         return token
 
     def _only_here(
-        self, ask: Ask, key: str, epoch: Reply, front: EmbedToken | None
+        self, ask: TokenRequest, key: str, epoch: Reply, front: EmbedToken | None
     ) -> EmbedToken | None:
         """The server has no token: the front's counts if its visitor was not ended since."""
         if front is None:
@@ -126,7 +130,7 @@ class Front:
         self._put_back(ask, key, front)
         return front
 
-    def _is_in_force(self, ask: Ask, epoch: Reply, token: EmbedToken | None) -> bool:
+    def _is_in_force(self, ask: TokenRequest, epoch: Reply, token: EmbedToken | None) -> bool:
         """Whether its visitor was not ended since, by the server's epoch and by what is known here.
 
         An epoch that is older than a known end: the server has forgotten it; who mints tells it.
@@ -135,7 +139,9 @@ class Front:
             return False
         return self._ends.holds(ask.visitor, token.epoch)
 
-    def _is_younger(self, ask: Ask, held: EmbedToken, version: Reply, epoch: Reply) -> bool:
+    def _is_younger(
+        self, ask: TokenRequest, held: EmbedToken, version: Reply, epoch: Reply
+    ) -> bool:
         return held.version > number(version) and self._is_in_force(ask, epoch, held)
 
     @override

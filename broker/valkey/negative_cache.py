@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from broker.issuers.negative_cache import ACCOUNT_MEMORY, AGENT_MEMORY, LocalRefusals, Refusals
 from broker.issuers.vendor.replies import Refused, Scope
-from broker.model import Ask, Secret
+from broker.model import Secret, TokenRequest
 from broker.valkey import mint_errors
 from broker.valkey.client.errors import StoreFailed
 from broker.valkey.client.guarded import Operation, Server
@@ -43,7 +43,7 @@ class SharedRefusals(Refusals):
         self._account = names.account(())
 
     @override
-    async def find(self, ask: Ask) -> Refused | None:
+    async def find(self, ask: TokenRequest) -> Refused | None:
         try:
             account, agent = await asyncio.gather(
                 self._said(self._account), self._said(self._names.refused(ask))
@@ -53,7 +53,7 @@ class SharedRefusals(Refusals):
         return account or agent
 
     @override
-    def remember(self, ask: Ask, refused: Refused) -> None:
+    def remember(self, ask: TokenRequest, refused: Refused) -> None:
         self._local.remember(ask, refused)
         said = _Said(refused.status, refused.code, refused.message, refused.scope)  # type: ignore[arg-type]  # the vendor's passed its own table
         match refused.scope:
@@ -65,7 +65,7 @@ class SharedRefusals(Refusals):
                 pass
 
     @override
-    def forget(self, ask: Ask) -> None:
+    def forget(self, ask: TokenRequest) -> None:
         self._local.forget(ask)
         for key in (self._account, self._names.refused(ask)):
             self._server.tell(Operation.REFUSAL, key, command(b"DEL", key), COUNTED)

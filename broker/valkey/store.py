@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from broker.limits.buckets import BucketCounts
 from broker.limits.policy import Limits, LimitSet
-from broker.model import Ask, Clock, EmbedToken, LimitName, visitor_of
+from broker.model import Clock, EmbedToken, LimitName, TokenRequest, visitor_of
 from broker.rules.bucket import Limit, Verdict, said
 from broker.sealing import Seal
 from broker.stores.base import Denial, Kept, Lease, Visit
@@ -88,7 +88,7 @@ class ValkeyStore:
         """Put other limits in force, for the next request on."""
         self._limits = limits
 
-    async def visit(self, ask: Ask, key: str) -> Visit:
+    async def visit(self, ask: TokenRequest, key: str) -> Visit:
         """Charge what every request meets, and look for a token: one round trip."""
         limits = self._limits
         if limits.client is not None:  # a slot of its own; off by default
@@ -112,13 +112,13 @@ class ValkeyStore:
             return None
         return await self._charge(limit_set, client, self._names.client(client))
 
-    async def look(self, ask: Ask, key: str) -> EmbedToken | None:
+    async def look(self, ask: TokenRequest, key: str) -> EmbedToken | None:
         """Look for a token, charging nothing."""
         front = self._front.find(key)
         return self._front.read(ask, key, await self._ask_visitor(ask, key, front), front)
 
     async def lead(
-        self, ask: Ask, key: str, good: Callable[[EmbedToken], bool]
+        self, ask: TokenRequest, key: str, good: Callable[[EmbedToken], bool]
     ) -> Lease | EmbedToken | Denial:
         """Become the one who mints, or wait for whoever is; see `base.Store`."""
         names, name = self._names.visitor(ask.visitor), self._names.token_name(key)
@@ -150,7 +150,7 @@ class ValkeyStore:
                 case _:
                     raise StoreFailed(Reason.OTHER)
 
-    async def keep(self, ask: Ask, key: str, token: EmbedToken, lease: Lease) -> Kept:
+    async def keep(self, ask: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
         """Hold a token for everybody; ends the lease and wakes who waits."""
         lease_name = self._names.visitor(ask.visitor).lease(self._names.token_name(key))
         self.leases.drop(lease_name)
@@ -159,7 +159,7 @@ class ValkeyStore:
             self._front.hold(key, token)
         return kept
 
-    async def release(self, ask: Ask, key: str, lease: Lease) -> bool:
+    async def release(self, ask: TokenRequest, key: str, lease: Lease) -> bool:
         """End a lease whose token is handed out and not held; False if its visitor was ended."""
         self.abandon(ask, key, lease, None)  # apart from the question: nobody waits for it
         name = self._names.visitor(ask.visitor).epoch
@@ -167,7 +167,9 @@ class ValkeyStore:
         in_force = 0 if epoch is None else number(epoch)
         return lease.epoch == in_force and self._ends.holds(ask.visitor, lease.epoch)
 
-    def abandon(self, ask: Ask, key: str, lease: Lease, error: BaseException | None) -> None:
+    def abandon(
+        self, ask: TokenRequest, key: str, lease: Lease, error: BaseException | None
+    ) -> None:
         """End a lease without a token, in the background; those who wait are told `error`."""
         names, name = self._names.visitor(ask.visitor), self._names.token_name(key)
         self.leases.drop(names.lease(name))
@@ -209,7 +211,7 @@ class ValkeyStore:
             Operation.KEEP, Script.FINISH, (name,), b"%d" % ENDS_LAST, b"%d" % epoch
         )
 
-    async def _write(self, ask: Ask, key: str, token: EmbedToken, lease: Lease) -> Kept:
+    async def _write(self, ask: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
         names, name = self._names.visitor(ask.visitor), self._names.token_name(key)
         left = token.left(self._clock.mono(), self._clock.wall())
         reply = await self._server.run(
@@ -231,7 +233,7 @@ class ValkeyStore:
 
     async def _ask_visitor(
         self,
-        ask: Ask,
+        ask: TokenRequest,
         key: str,
         front: EmbedToken | None,
         limit: Limit | None = None,
@@ -261,15 +263,15 @@ class ValkeyStore:
             raise StoreFailed(Reason.OTHER)
         return reply  # type: ignore[return-value]  # its first two are numbers, by the script
 
-    def _put_back(self, ask: Ask, key: str, token: EmbedToken) -> None:
+    def _put_back(self, ask: TokenRequest, key: str, token: EmbedToken) -> None:
         self._tasks.start(self._write_again(ask, key, token))
 
-    async def _write_again(self, ask: Ask, key: str, token: EmbedToken) -> None:
+    async def _write_again(self, ask: TokenRequest, key: str, token: EmbedToken) -> None:
         with contextlib.suppress(StoreFailed):  # counted; the next visit tries again
             _ = await self._write(ask, key, token, Lease(token.version, token.epoch))
 
     async def _ask_to_lead(
-        self, ask: Ask, names: VisitorKeys, name: bytes, known: bytes, waited_for: bytes
+        self, ask: TokenRequest, names: VisitorKeys, name: bytes, known: bytes, waited_for: bytes
     ) -> list[Reply]:
         kind = self._limits.fingerprint_mints
         rule = kind.for_agent(ask.agent)
@@ -299,7 +301,7 @@ class ValkeyStore:
             raise StoreFailed(Reason.OTHER)
         return reply
 
-    async def _begin(self, ask: Ask, key: str, lease: Lease) -> Lease | Denial:
+    async def _begin(self, ask: TokenRequest, key: str, lease: Lease) -> Lease | Denial:
         """Meet the agent's limit, and hold on to the lease; ends it if that fails."""
         names, name = self._names.visitor(ask.visitor), self._names.token_name(key)
         self.leases.hold(names.lease(name), lease.fence)

@@ -13,7 +13,7 @@ from multidict import istr
 
 from broker import errors
 from broker.issue import Handout, Refusal, TokenDesk
-from broker.model import Ask, Clock, LimitName, Outcome, name_of
+from broker.model import Clock, LimitName, Outcome, TokenRequest, name_of
 from broker.telemetry.logs import RefusalLog, visitor_hash
 from broker.telemetry.metrics import BUDGET, Metrics
 from broker.telemetry.readiness import Health
@@ -153,7 +153,7 @@ class Routes:
     async def _token(self, request: BaseRequest, request_id: str) -> web.StreamResponse:
         started = time.perf_counter()
         client: KnownClient | None = None
-        ask: Ask | None = None
+        ask: TokenRequest | None = None
         try:
             client = self._door.identify(request, self._clock.mono())
             content = body.arrived(request, wire.MAX_BODY)
@@ -181,7 +181,7 @@ class Routes:
         return self._hand_out(result, request_id, started, ask)
 
     def _hand_out(
-        self, handout: Handout, request_id: str, started: float, ask: Ask
+        self, handout: Handout, request_id: str, started: float, ask: TokenRequest
     ) -> web.StreamResponse:
         outcome, verdict = handout.outcome, handout.verdict
         wall = self._clock.wall()
@@ -204,7 +204,7 @@ class Routes:
         request_id: str,
         started: float,
         client: KnownClient | None,
-        ask: Ask | None,
+        ask: TokenRequest | None,
     ) -> web.StreamResponse:
         """Answer and count a token request that failed."""
         seconds = time.perf_counter() - started
@@ -318,7 +318,9 @@ class Routes:
             self._date_until = (second + 1) * 1_000_000
         return self._date
 
-    def _log_handout(self, handout: Handout, request_id: str, seconds: float, ask: Ask) -> None:
+    def _log_handout(
+        self, handout: Handout, request_id: str, seconds: float, ask: TokenRequest
+    ) -> None:
         write = self._log.info if handout.outcome is Outcome.MINTED else log.debug
         write(
             "broker.embed_token",
@@ -339,7 +341,7 @@ def _log_failure(
     request_id: str,
     seconds: float,
     client: KnownClient | None,
-    ask: Ask | None,
+    ask: TokenRequest | None,
 ) -> None:
     fields: dict[str, object] = {
         "request_id": request_id,

@@ -1,4 +1,4 @@
-"""From bytes to an `Ask`, or to an error that names field, rule and remedy.
+"""From bytes to an `TokenRequest`, or to an error that names field, rule and remedy.
 
 Error messages never quote the value: it may be a secret in the wrong place, or carry control
 characters.
@@ -13,7 +13,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from typing_extensions import override
 
 from broker.errors import BrokerError, Invalid, MissingParam
-from broker.model import AGENT_ID, AGENT_RULE, Ask
+from broker.model import AGENT_ID, AGENT_RULE, TokenRequest
 
 MAX_BODY = 8 * 1024
 """Bytes: a request has two short fields; whatever is longer is a mistake or an attack."""
@@ -98,7 +98,7 @@ def parse(
     any_fingerprint: bool,
     request_id: str = "",
     traceparent: str = "",
-) -> Ask:
+) -> TokenRequest:
     """Read one request body; raises MissingParam or Invalid.
 
     `request_id` and `traceparent` accompany the ask; a malformed traceparent is dropped, as W3C
@@ -128,7 +128,7 @@ def parse(
         _check_model(model)
     if traceparent and _TRACEPARENT.fullmatch(traceparent) is None:
         traceparent = ""
-    return Ask(client, agent, fingerprint, model, request.fresh, request_id, traceparent)
+    return TokenRequest(client, agent, fingerprint, model, request.fresh, request_id, traceparent)
 
 
 def _check_any_fingerprint(fingerprint: str, *, any_fingerprint: bool) -> None:

@@ -22,7 +22,7 @@ import uvloop
 
 from broker.app.gc_tuning import PauseKeeper
 from broker.clock import SystemClock
-from broker.model import SEPARATOR, Ask, EmbedToken, Minted, Session
+from broker.model import SEPARATOR, EmbedToken, Minted, Session, TokenRequest
 from broker.rules.reuse import SECOND
 from broker.sessions.memory import MemoryBook
 from broker.stores.token_cache import TokenCache
@@ -73,12 +73,14 @@ def resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def some_ask(number: int) -> Ask:
+def some_ask(number: int) -> TokenRequest:
     """Make a visitor with a fingerprint as long as a UUID's."""
-    return Ask(client="web", agent=f"A78WKV{number % 50:04}", fingerprint=secrets.token_hex(16))
+    return TokenRequest(
+        client="web", agent=f"A78WKV{number % 50:04}", fingerprint=secrets.token_hex(16)
+    )
 
 
-def some_token(clock: SystemClock, ask: Ask) -> EmbedToken:
+def some_token(clock: SystemClock, ask: TokenRequest) -> EmbedToken:
     """Make a token with an answer of the usual size."""
     session = secrets.token_hex(16)
     body = success_body(Minted(secrets.token_urlsafe(330), session, 1_800_000_000, LIFETIME))
@@ -147,7 +149,10 @@ def pauses(count: int, batch: int) -> dict[str, object]:
 
     def hit(_: int) -> None:
         cache.find(random.choice(keys))
-        _ = [Ask("web", "A78WKV4515", "f1"), {"a": []}]  # a request leaves a few containers behind
+        _ = [
+            TokenRequest("web", "A78WKV4515", "f1"),
+            {"a": []},
+        ]  # a request leaves a few containers behind
 
     def renew(_: int) -> None:
         key = random.choice(keys)[:-1]

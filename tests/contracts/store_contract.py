@@ -14,7 +14,7 @@ import pytest
 from msgspec.structs import replace
 
 from broker.limits.policy import Limits, LimitSet, Rule
-from broker.model import Ask, EmbedToken, LimitName
+from broker.model import EmbedToken, LimitName, TokenRequest
 from broker.rules import bucket
 from broker.rules.bucket import Limit, Verdict
 from broker.stores.base import Denial, Kept, Lease, Store, Visit
@@ -75,9 +75,11 @@ def limits_of(
     )
 
 
-def ask_of(fingerprint: str | None = None, client: str = "web", agent: str = AGENT) -> Ask:
+def ask_of(fingerprint: str | None = None, client: str = "web", agent: str = AGENT) -> TokenRequest:
     """Make an ask, of a visitor never seen before unless one is named."""
-    return Ask(client=client, agent=agent, fingerprint=fingerprint or secrets.token_hex(16))
+    return TokenRequest(
+        client=client, agent=agent, fingerprint=fingerprint or secrets.token_hex(16)
+    )
 
 
 def token_at(opened: Opened, lifetime: int = HOUR) -> EmbedToken:
@@ -93,24 +95,24 @@ def token_at(opened: Opened, lifetime: int = HOUR) -> EmbedToken:
     )
 
 
-async def visit(opened: Opened, ask: Ask) -> Visit:
+async def visit(opened: Opened, ask: TokenRequest) -> Visit:
     """Ask as the story does."""
     return await opened.store.visit(ask, ask.key)
 
 
-async def admitted(opened: Opened, ask: Ask, times: int) -> int:
+async def admitted(opened: Opened, ask: TokenRequest, times: int) -> int:
     """Count the visits that pass of this many, one after the other."""
     return sum([(await visit(opened, ask)).denial is None for _ in range(times)])
 
 
-async def lead(opened: Opened, ask: Ask) -> Lease:
+async def lead(opened: Opened, ask: TokenRequest) -> Lease:
     """Become the one who mints for this key."""
     lease = await opened.store.lead(ask, ask.key, nothing_is_good)
     assert isinstance(lease, Lease)
     return lease
 
 
-async def keep(opened: Opened, ask: Ask, token: EmbedToken) -> EmbedToken:
+async def keep(opened: Opened, ask: TokenRequest, token: EmbedToken) -> EmbedToken:
     """Keep a token as its leader does; returns it as others will find it."""
     lease = await lead(opened, ask)
     token = replace(token, version=lease.fence, epoch=lease.epoch)
@@ -118,7 +120,7 @@ async def keep(opened: Opened, ask: Ask, token: EmbedToken) -> EmbedToken:
     return token
 
 
-async def mint_denied(opened: Opened, ask: Ask) -> Denial | None:
+async def mint_denied(opened: Opened, ask: TokenRequest) -> Denial | None:
     """Charge a mint and give it up at once."""
     lead = await opened.store.lead(ask, ask.key, nothing_is_good)
     if isinstance(lead, Denial):
@@ -133,7 +135,7 @@ def nothing_is_good(_token: EmbedToken) -> bool:
     return False
 
 
-async def minted(opened: Opened, ask: Ask, times: int) -> int:
+async def minted(opened: Opened, ask: TokenRequest, times: int) -> int:
     """Count the mints that are admitted of this many."""
     return sum([await mint_denied(opened, ask) is None for _ in range(times)])
 
@@ -188,19 +190,19 @@ class StoreContract:
         """F7: another client, agent, fingerprint, model, or the same text cut elsewhere."""
         opened = await open_store(limits_of())
         asks = [
-            Ask("web", AGENT, "abcd", None),
-            Ask("web", AGENT, "abcd", "m"),
-            Ask("web", AGENT, "abcdm", None),
-            Ask("web", AGENT, "ABCD", None),
-            Ask("web", AGENT, "abc", "dm"),
-            Ask("web", f"{AGENT}a", "bcd", None),
-            Ask("web", AGENT.lower(), "abcd", None),
-            Ask("webA", AGENT[1:], "abcd", None),
-            Ask("shop", AGENT, "abcd", None),
-            Ask("web", AGENT, "caf\u00e9", None),
-            Ask("web", AGENT, "cafe\u0301", None),
-            Ask("web", AGENT, f"abcd|{AGENT}", None),
-            Ask("web", AGENT, "abcd", "|"),
+            TokenRequest("web", AGENT, "abcd", None),
+            TokenRequest("web", AGENT, "abcd", "m"),
+            TokenRequest("web", AGENT, "abcdm", None),
+            TokenRequest("web", AGENT, "ABCD", None),
+            TokenRequest("web", AGENT, "abc", "dm"),
+            TokenRequest("web", f"{AGENT}a", "bcd", None),
+            TokenRequest("web", AGENT.lower(), "abcd", None),
+            TokenRequest("webA", AGENT[1:], "abcd", None),
+            TokenRequest("shop", AGENT, "abcd", None),
+            TokenRequest("web", AGENT, "caf\u00e9", None),
+            TokenRequest("web", AGENT, "cafe\u0301", None),
+            TokenRequest("web", AGENT, f"abcd|{AGENT}", None),
+            TokenRequest("web", AGENT, "abcd", "|"),
         ]
         tokens = []
         for ask in asks:
@@ -457,7 +459,7 @@ class StoreContract:
             opened, ask = await open_store(limits), ask_of()
 
             async def refusal(
-                opened: Opened = opened, ask: Ask = ask, *, mints: bool = mints
+                opened: Opened = opened, ask: TokenRequest = ask, *, mints: bool = mints
             ) -> int:
                 denial = (
                     await mint_denied(opened, ask) if mints else (await visit(opened, ask)).denial
@@ -577,7 +579,7 @@ class StoreContract:
             *("\u202ea", "\u202e", "a\u202e", "%s", "*", "?", "[a]", "\r\n", "\n", "None", "0"),
             *("\u00e9", "e\u0301", "\ud800", "x" * 65_536, "x" * 65_537, "-1", "__proto__"),
         ]
-        asks = [Ask("web", AGENT, name) for name in names]
+        asks = [TokenRequest("web", AGENT, name) for name in names]
         for count in (admitted, minted):
             assert [await count(opened, ask, 3) for ask in asks] == [1] * len(asks)
             assert [await count(opened, ask, 1) for ask in asks] == [0] * len(asks)

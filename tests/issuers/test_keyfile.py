@@ -25,7 +25,7 @@ from broker.issuers.keyfile import (
 )
 from broker.issuers.keyring import NEVER, BadKey, BadToken, Keyring
 from broker.issuers.local import LocalIssuer
-from broker.model import Ask
+from broker.model import TokenRequest
 from broker.rules.reuse import SECOND
 from broker.testing import FakeClock
 
@@ -73,7 +73,9 @@ class TestSchedule:
 
         made: list[tuple[int, str]] = []
         for _ in range(300):
-            made.append((clock.wall(), (await issuer.mint(Ask("web", "A1", "beef"), free)).token))
+            made.append(
+                (clock.wall(), (await issuer.mint(TokenRequest("web", "A1", "beef"), free)).token)
+            )
             for _, token in made[-120:]:
                 assert issuer.prove(token)
                 assert other.prove(token)

@@ -10,7 +10,7 @@ import pytest
 
 from broker.issuers.keyring import LEEWAY, MAX_LIFE, BadToken, Key, Keyring
 from broker.issuers.local import MOST_PROVEN, LocalIssuer
-from broker.model import Ask
+from broker.model import TokenRequest
 from broker.pacing.slots import UNCOUNTED, Slot
 from broker.rules.reuse import SECOND
 from broker.sessions.base import MARK_LIFE
@@ -44,7 +44,7 @@ def part(token: str, number: int) -> dict[str, object]:
 async def test_every_claim_of_a_token(model: str | None) -> None:
     """The header and the claims, whole; the visitor's own bytes; the answer agrees with them."""
     clock = FakeClock(wall=1_800_000_000_900_000)
-    minted = await local(clock).mint(Ask("web", AGENT, VISITOR, model), no_budget)
+    minted = await local(clock).mint(TokenRequest("web", AGENT, VISITOR, model), no_budget)
     assert part(minted.token, 0) == {"alg": "HS256", "typ": "JWT"}
     issued = 1_800_000_000 - 5
     assert part(minted.token, 1) == {
@@ -71,7 +71,7 @@ async def test_the_life_told_never_ends_after_the_token_s_own() -> None:
     """Counted from the start of the mint, also late in a second, it is over by `exp`."""
     for fraction in (0, 1, 500_000, 999_999):
         clock = FakeClock(wall=1_800_000_000 * SECOND + fraction)
-        minted = await local(clock).mint(Ask("web", AGENT, VISITOR), no_budget)
+        minted = await local(clock).mint(TokenRequest("web", AGENT, VISITOR), no_budget)
         ends = clock.wall() + minted.lifetime
         assert minted.expires_at * SECOND <= ends < (minted.expires_at + 1) * SECOND
 
@@ -79,7 +79,7 @@ async def test_the_life_told_never_ends_after_the_token_s_own() -> None:
 async def test_every_mint_opens_a_session_of_its_own() -> None:
     """Also for one visitor in one moment."""
     issuer = local(FakeClock())
-    minted = [await issuer.mint(Ask("web", AGENT, VISITOR), no_budget) for _ in range(100)]
+    minted = [await issuer.mint(TokenRequest("web", AGENT, VISITOR), no_budget) for _ in range(100)]
     assert len({one.session_id for one in minted}) == 100
     assert len({one.token for one in minted}) == 100
 
@@ -94,7 +94,7 @@ async def test_it_takes_one_turn_of_the_budget_before_it_signs() -> None:
         clock.advance(8)
         return UNCOUNTED
 
-    minted = await local(clock).mint(Ask("web", AGENT, VISITOR), turn)
+    minted = await local(clock).mint(TokenRequest("web", AGENT, VISITOR), turn)
     assert len(turns) == 1
     assert minted.expires_at == clock.wall() // SECOND - 5 + 3600
 
@@ -109,7 +109,7 @@ async def test_T6_a_token_is_good_at_once_and_for_verifiers_that_are_behind() ->
     ring = new_ring()
     clock = _now()
     clock.step_wall(4)  # the signer is ahead, that is, the verifier is behind
-    minted = await local(clock, ring).mint(Ask("web", AGENT, VISITOR), no_budget)
+    minted = await local(clock, ring).mint(TokenRequest("web", AGENT, VISITOR), no_budget)
     jwt.decode(
         minted.token, ring._signer(0).secret, algorithms=["HS256"], audience=AUDIENCE, issuer=ISSUER
     )
@@ -126,7 +126,7 @@ async def test_T6_our_own_verifier_takes_a_minute_of_difference_either_way() -> 
         signer, verifier = FakeClock(), FakeClock()
         signer.step_wall(step)
         ring = new_ring()
-        minted = await local(signer, ring).mint(Ask("web", AGENT, VISITOR), no_budget)
+        minted = await local(signer, ring).mint(TokenRequest("web", AGENT, VISITOR), no_budget)
         issuer = local(verifier, ring)
         if good:
             assert issuer.prove(minted.token).session_id == minted.session_id
@@ -137,14 +137,14 @@ async def test_T6_our_own_verifier_takes_a_minute_of_difference_either_way() -> 
 
 async def test_nothing_stops_a_signature() -> None:
     """There is no reason to refuse before the limits are charged."""
-    await local(FakeClock()).check(Ask("web", AGENT, VISITOR))
+    await local(FakeClock()).check(TokenRequest("web", AGENT, VISITOR))
 
 
 async def test_O7_a_token_that_was_proven_is_not_good_for_longer_than_its_key() -> None:
     """Other keys, or the end of its key's schedule: what was remembered of it does not count."""
     clock, old, new = _now(), secrets.token_bytes(32), secrets.token_bytes(32)
     issuer = local(clock, Keyring.of({"old": old}, "old"))
-    token = (await issuer.mint(Ask("web", AGENT, VISITOR), no_budget)).token
+    token = (await issuer.mint(TokenRequest("web", AGENT, VISITOR), no_budget)).token
     session = issuer.prove(token)
     assert issuer.prove(token) is session, "the second time it is remembered"
     issuer.use_keyring(Keyring.of({"new": new}, "new"))
@@ -202,7 +202,7 @@ async def test_G6_what_is_remembered_of_proven_tokens_is_bounded() -> None:
     clock = _now()
     issuer = local(clock)
     tokens = [
-        (await issuer.mint(Ask("web", AGENT, VISITOR), no_budget)).token
+        (await issuer.mint(TokenRequest("web", AGENT, VISITOR), no_budget)).token
         for _ in range(2 * MOST_PROVEN + 100)
     ]
     for token in tokens:

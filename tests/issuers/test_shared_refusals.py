@@ -13,7 +13,7 @@ from broker.issuers.negative_cache import ACCOUNT_MEMORY, AGENT_MEMORY, LocalRef
 from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor.client import VendorClient
 from broker.issuers.vendor.replies import Refused, Scope
-from broker.model import Ask, Secret
+from broker.model import Secret, TokenRequest
 from broker.pacing.pacer import Paced
 from broker.pacing.slots import Budget
 from broker.telemetry.cells import Sheet
@@ -41,14 +41,14 @@ async def test_what_one_was_told_the_other_knows(valkey: StoreServer) -> None:
         find = other.sharing.refusals.find
         assert await find(ask_of()) == NOT_FOUND
         for different in (
-            Ask("web", "B", "abcd"),
-            Ask("web", ask.agent, "abcd", "m"),
-            Ask("web", ask.agent, "abcd", "-"),
+            TokenRequest("web", "B", "abcd"),
+            TokenRequest("web", ask.agent, "abcd", "m"),
+            TokenRequest("web", ask.agent, "abcd", "-"),
         ):
             assert await find(different) is None
         one.sharing.refusals.remember(ask, UNPAID)
         await one.settled()
-        assert await find(Ask("web", "B", "abcd")) == UNPAID
+        assert await find(TokenRequest("web", "B", "abcd")) == UNPAID
         assert one.errors == other.errors == {}
 
 

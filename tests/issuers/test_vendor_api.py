@@ -36,7 +36,7 @@ from broker.issuers.vendor.replies import (
     reason_of,
 )
 from broker.issuers.vendor.token import claims_of
-from broker.model import Ask, Minted
+from broker.model import Minted, TokenRequest
 from broker.rules.reuse import MAX_LIFETIME, SECOND, lifetime_of
 from broker.wire.responses import success_body
 
@@ -182,20 +182,20 @@ def test_V2_any_code_with_any_status_has_one_meaning(status: int, code: str) -> 
 
 def test_request_has_agent_and_fingerprint() -> None:
     """Without a model the body holds two fields and nothing else."""
-    ask = Ask(client="web", agent="A00AAA0000", fingerprint="0Aff-00")
+    ask = TokenRequest(client="web", agent="A00AAA0000", fingerprint="0Aff-00")
     assert build_request(ask) == b'{"agent_id":"A00AAA0000","fingerprint":"0Aff-00"}'
 
 
 def test_request_has_the_model_when_one_is_asked_for() -> None:
     """Nothing of the client, and no wish for a fresh token, leaves the house."""
-    ask = Ask(client="web", agent="a", fingerprint="beef", model="Essence v2", fresh=True)
+    ask = TokenRequest(client="web", agent="a", fingerprint="beef", model="Essence v2", fresh=True)
     assert build_request(ask) == b'{"agent_id":"a","fingerprint":"beef","model":"Essence v2"}'
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=256))
 def test_fingerprint_arrives_unchanged(fingerprint: str) -> None:
     """Whatever a fingerprint is made of, a JSON parser gets back exactly that."""
-    sent = json.loads(build_request(Ask(client="web", agent="a", fingerprint=fingerprint)))
+    sent = json.loads(build_request(TokenRequest(client="web", agent="a", fingerprint=fingerprint)))
     assert sent == {"agent_id": "a", "fingerprint": fingerprint}
 
 

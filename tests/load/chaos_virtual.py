@@ -25,7 +25,7 @@ from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor.client import Answer, CallFailed
 from broker.issuers.vendor.replies import Reason
 from broker.limits.policy import Limits, LimitSet, Rule
-from broker.model import Ask, LimitName, Secret
+from broker.model import LimitName, Secret, TokenRequest
 from broker.pacing.pacer import Paced
 from broker.pacing.slots import Budget
 from broker.rules import bucket
@@ -231,7 +231,7 @@ class Run:
         return self._chance.choice(self._known)
 
     async def _ask(self, visitor: str) -> None:
-        ask = Ask("web", AGENT, visitor, fresh=self._chance.random() < 0.02)
+        ask = TokenRequest("web", AGENT, visitor, fresh=self._chance.random() < 0.02)
         try:
             said = await self._site.desk.issue(ask, PATIENCE)
         except BrokerError as error:

@@ -15,7 +15,7 @@ from test_leases import always, keep, lead, never
 
 from broker import errors
 from broker.issuers.vendor.replies import Refused, Scope
-from broker.model import Ask
+from broker.model import TokenRequest
 from broker.pacing.slots import Budget
 from broker.rules.bucket import Limit, limit
 from broker.stores.base import Lease
@@ -32,9 +32,9 @@ CLIENT, AGENT = "client-canary", "AGENT-CANARY"
 """Who asks and for whom: no reader of the store learns that, either."""
 
 
-def visitor() -> Ask:
+def visitor() -> TokenRequest:
     """Make an ask of a visitor with the canary."""
-    return Ask(CLIENT, AGENT, CANARY + secrets.token_hex(8), MODEL)
+    return TokenRequest(CLIENT, AGENT, CANARY + secrets.token_hex(8), MODEL)
 
 
 @asynccontextmanager
@@ -63,7 +63,7 @@ async def used(server: StoreServer) -> AsyncIterator[None]:
         assert replica.errors == {}
 
 
-async def anything(replica: Replica, chance: random.Random, ask: Ask) -> None:
+async def anything(replica: Replica, chance: random.Random, ask: TokenRequest) -> None:
     """Do one of the things that the story does."""
     match chance.randrange(5):
         case 0 | 1:

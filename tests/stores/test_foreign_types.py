@@ -13,7 +13,7 @@ from servers import StoreServer
 from sharing_cases import ask_of, limits_of
 
 from broker.errors import StoreAway
-from broker.model import Ask, Session
+from broker.model import Session, TokenRequest
 from broker.pacing.slots import Budget
 from broker.sessions.base import Place, Query, place_of
 from broker.stores.base import Lease
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.parts
 
 PATIENT = 30.0
 
-Names = Callable[[Replica, Ask], bytes]
+Names = Callable[[Replica, TokenRequest], bytes]
 
 
 def put_something(server: StoreServer, key: bytes) -> None:
@@ -31,12 +31,12 @@ def put_something(server: StoreServer, key: bytes) -> None:
     server.ask("RPUSH", key, "something")
 
 
-def token(replica: Replica, ask: Ask) -> bytes:
+def token(replica: Replica, ask: TokenRequest) -> bytes:
     """Name the visitor's token."""
     return replica.names.visitor(ask.visitor).token(replica.names.token_name(ask.key))
 
 
-def lease(replica: Replica, ask: Ask) -> bytes:
+def lease(replica: Replica, ask: TokenRequest) -> bytes:
     """Name its lease."""
     return replica.names.visitor(ask.visitor).lease(replica.names.token_name(ask.key))
 
@@ -58,7 +58,7 @@ async def test_N26_a_visitor_is_served_by_this_replica_s_share(
 ) -> None:
     """Whichever of their keys it is; others are served by the server as before."""
     valkey.flush()
-    ask, other = ask_of(), Ask("web", "B1", secrets.token_hex(16))
+    ask, other = ask_of(), TokenRequest("web", "B1", secrets.token_hex(16))
     async with opened(Replica(valkey.address, limits_of())) as replica:
         put_something(valkey, KEYS[kind](replica, ask))
         for _ in range(20):

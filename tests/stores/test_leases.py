@@ -14,7 +14,7 @@ from servers import StoreServer, store_server, valkey_binary
 from sharing_cases import WIDE, ask_of, limits_of
 
 from broker import errors
-from broker.model import Ask, EmbedToken, LimitName, Secret
+from broker.model import EmbedToken, LimitName, Secret, TokenRequest
 from broker.rules.bucket import Limit, Verdict
 from broker.stores.base import Denial, Kept, Lease
 from broker.testing import FakeClock
@@ -53,20 +53,20 @@ def always(_token: EmbedToken) -> bool:
     return True
 
 
-async def lead(replica: Replica, ask: Ask) -> Lease:
+async def lead(replica: Replica, ask: TokenRequest) -> Lease:
     """Become the one who mints."""
     lease = await replica.store.lead(ask, ask.key, never)
     assert isinstance(lease, Lease)
     return lease
 
 
-async def keep(replica: Replica, ask: Ask, lease: Lease) -> tuple[Kept, EmbedToken]:
+async def keep(replica: Replica, ask: TokenRequest, lease: Lease) -> tuple[Kept, EmbedToken]:
     """Mint and keep."""
     token = token_of(replica, lease)
     return await replica.store.keep(ask, ask.key, token, lease), token
 
 
-async def found(replica: Replica, ask: Ask) -> bytes | None:
+async def found(replica: Replica, ask: TokenRequest) -> bytes | None:
     """Return the answer that a visit would get."""
     token = (await replica.store.visit(ask, ask.key)).token
     return None if token is None else token.body
@@ -118,7 +118,9 @@ async def eventually(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-async def waiting(replica: Replica, ask: Ask, count: int = 1) -> "list[asyncio.Task[object]]":
+async def waiting(
+    replica: Replica, ask: TokenRequest, count: int = 1
+) -> "list[asyncio.Task[object]]":
     """Start leaders that have to wait, and return once the last of them does."""
     tasks = [asyncio.create_task(replica.remote.lead(ask, ask.key, always)) for _ in range(count)]
     await eventually(lambda: asleep(replica) >= count)
@@ -239,7 +241,7 @@ async def test_F4_who_did_not_wait_does_not_hear_of_it(pair: Pair) -> None:
     assert isinstance(await pair.other.store.lead(ask, ask.key, always), Lease)
 
 
-async def waiting_and_gone(pair: Pair, ask: Ask) -> None:
+async def waiting_and_gone(pair: Pair, ask: TokenRequest) -> None:
     """Somebody waits in the other replica, and is cancelled; nothing of it is left."""
     (task,) = await waiting(pair.other, ask)
     task.cancel()
@@ -450,7 +452,7 @@ async def test_S4_the_lease_of_a_key_is_its_own(deaf_pair: Pair) -> None:
         await lead(deaf_pair.other, other)
 
 
-async def lead_after_a_step(replica: Replica, ask: Ask) -> Lease:
+async def lead_after_a_step(replica: Replica, ask: TokenRequest) -> Lease:
     """Lead once the buckets of mints and agent have been cut to a full drain, and refilled."""
     for _ in range(2):
         lead = await asyncio.wait_for(replica.store.lead(ask, ask.key, never), PATIENT)
@@ -593,12 +595,12 @@ async def test_G9_a_mint_that_was_ended_is_not_kept_alone() -> None:
             server.resume()
 
 
-def epoch_key(replica: Replica, ask: Ask) -> bytes:
+def epoch_key(replica: Replica, ask: TokenRequest) -> bytes:
     """Return the name of a visitor's epoch."""
     return replica.names.visitor(ask.visitor).epoch
 
 
-def token_key(replica: Replica, ask: Ask) -> bytes:
+def token_key(replica: Replica, ask: TokenRequest) -> bytes:
     """Return the name of a token."""
     return replica.names.visitor(ask.visitor).token(replica.names.token_name(ask.key))
 
@@ -694,7 +696,7 @@ async def test_news_of_an_end_is_looked_up_and_not_believed(
 # --- what others wrote
 
 
-def in_the_store(replica: Replica, ask: Ask) -> dict[str, bytes]:
+def in_the_store(replica: Replica, ask: TokenRequest) -> dict[str, bytes]:
     """Return the names of a visitor's keys."""
     names, name = replica.names.visitor(ask.visitor), replica.names.token_name(ask.key)
     return {

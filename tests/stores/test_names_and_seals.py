@@ -11,7 +11,7 @@ from broker import errors
 from broker.app.shared_backend import names_of
 from broker.config.settings import IssuerSettings, Settings, UpstreamSettings
 from broker.config.validate import normal_base_url
-from broker.model import Ask, LimitName, Secret
+from broker.model import LimitName, Secret, TokenRequest
 from broker.rules.bucket import Limit, said
 from broker.sealing import KEY_ID, NONCE, Seal, Sealed, derive
 from broker.stores.base import Denial
@@ -45,10 +45,10 @@ hostile = st.one_of(
     st.text(max_size=20),
     st.text(alphabet="{}:ab|", max_size=6),
 )
-asks = st.builds(Ask, hostile, hostile, hostile, st.none() | hostile)
+asks = st.builds(TokenRequest, hostile, hostile, hostile, st.none() | hostile)
 
 
-def every_name(names: Names, ask: Ask) -> list[bytes]:
+def every_name(names: Names, ask: TokenRequest) -> list[bytes]:
     """Return each name that an ask leads to."""
     visitor, token = names.visitor(ask.visitor), names.token_name(ask.key)
     return [
@@ -61,7 +61,7 @@ def every_name(names: Names, ask: Ask) -> list[bytes]:
 
 
 @given(ask=asks)
-def test_L13_hostile_names_never_change_slot(ask: Ask) -> None:
+def test_L13_hostile_names_never_change_slot(ask: TokenRequest) -> None:
     """All of a visitor's keys lie in one slot, whatever agent, model or fingerprint are called."""
     names = every_name(NAMES, ask)
     assert len({key_slot(name) for name in names}) == 1
@@ -70,7 +70,7 @@ def test_L13_hostile_names_never_change_slot(ask: Ask) -> None:
 
 
 @given(ask=asks)
-def test_L13_agents_and_clients_stay_within_their_braces(ask: Ask) -> None:
+def test_L13_agents_and_clients_stay_within_their_braces(ask: TokenRequest) -> None:
     """The bucket of an agent and what the vendor said of it share a slot: its own."""
     agent, refused = NAMES.agent(ask.agent), NAMES.refused(ask)
     assert key_slot(agent) == key_slot(refused)
@@ -80,7 +80,7 @@ def test_L13_agents_and_clients_stay_within_their_braces(ask: Ask) -> None:
 
 
 @given(one=asks, other=asks)
-def test_G8_two_names_are_equal_only_for_one_key(one: Ask, other: Ask) -> None:
+def test_G8_two_names_are_equal_only_for_one_key(one: TokenRequest, other: TokenRequest) -> None:
     """F7: boundaries, case, Unicode forms, model set or not."""
     same_visitor = (one.client, one.fingerprint) == (other.client, other.fingerprint)
     assert (NAMES.visitor(one.visitor).epoch == NAMES.visitor(other.visitor).epoch) == same_visitor
@@ -95,7 +95,7 @@ def test_G8_two_names_are_equal_only_for_one_key(one: Ask, other: Ask) -> None:
 @given(fingerprint=st.text(alphabet="0123456789abcdef", min_size=6, max_size=32))
 def test_G7_a_name_holds_no_fingerprint(fingerprint: str) -> None:
     """Neither as it is nor as a hash without the key."""
-    ask = Ask("web", "A", fingerprint)
+    ask = TokenRequest("web", "A", fingerprint)
     others = every_name(Names(secrets.token_bytes(32), "https://vendor.example"), ask)
     for name, other in zip(every_name(NAMES, ask), others, strict=True):
         assert name != other
@@ -114,7 +114,7 @@ def test_all_else_is_of_one_vendor_and_one_key() -> None:
     """So two deployments on one server do not refuse for each other, nor count together."""
     rotated = Names(secrets.token_bytes(32), "https://vendor.example")
     other = Names(KEY, "https://other.example")
-    ask, keys = Ask("web", "A", "abcd", "m"), [Secret("one"), Secret("two")]
+    ask, keys = TokenRequest("web", "A", "abcd", "m"), [Secret("one"), Secret("two")]
     made = [
         {
             *every_name(names, ask),

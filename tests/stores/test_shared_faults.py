@@ -29,7 +29,7 @@ from sharing_cases import ask_of, limits_of
 from broker import errors
 from broker.config.addresses import Access, StoreAddress
 from broker.limits.policy import Limits
-from broker.model import Ask, Secret
+from broker.model import Secret, TokenRequest
 from broker.rules.bucket import Limit
 from broker.stores.base import Lease
 from broker.testing import FakeClock
@@ -52,7 +52,7 @@ def server() -> Iterator[StoreServer]:
         yield server
 
 
-async def admitted(replica: Replica, times: int, ask: Ask | None = None) -> int:
+async def admitted(replica: Replica, times: int, ask: TokenRequest | None = None) -> int:
     """Count the visits that pass; each is answered within patience, and none fails."""
     passed = 0
     for _ in range(times):

@@ -15,7 +15,7 @@ import pytest
 from broker.app import snapshot
 from broker.app.snapshot import MAX_CLOCK_SKEW, SnapshotIgnored, Terms
 from broker.limits.policy import Limits, LimitSet, Rule
-from broker.model import Ask, EmbedToken, LimitName, Secret, Session
+from broker.model import EmbedToken, LimitName, Secret, Session, TokenRequest
 from broker.rules.bucket import Limit
 from broker.sessions.memory import MemoryBook
 from broker.stores.memory import MemoryStore
@@ -93,9 +93,9 @@ def restarted(clock: FakeClock, down: float = 0.0) -> FakeClock:
     return FakeClock(mono=secrets.randbelow(10**9) + 1, wall=clock.wall() + round(down * SECOND))
 
 
-def some_ask(agent: str = AGENT) -> Ask:
+def some_ask(agent: str = AGENT) -> TokenRequest:
     """Make the ask of a visitor never seen before."""
-    return Ask(client="web", agent=agent, fingerprint=secrets.token_hex(16))
+    return TokenRequest(client="web", agent=agent, fingerprint=secrets.token_hex(16))
 
 
 def some_token(clock: FakeClock, lifetime: int = HOUR) -> EmbedToken:
@@ -122,7 +122,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "snapshot"
 
 
-def lived_in(clock: FakeClock) -> tuple[MemoryStore, Ask, EmbedToken]:
+def lived_in(clock: FakeClock) -> tuple[MemoryStore, TokenRequest, EmbedToken]:
     """Return a store with one token and a visitor who has used up their mints."""
     store, ask, token = store_of(clock), some_ask(), some_token(clock)
 

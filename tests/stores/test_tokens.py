@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from broker.model import Ask, EmbedToken, Minted
+from broker.model import EmbedToken, Minted, TokenRequest
 from broker.stores.token_cache import TokenCache
 from broker.testing import FakeClock
 from broker.wire import responses as answers_module
@@ -227,7 +227,7 @@ def test_M1_a_held_token_costs_at_most_600_bytes_beyond_its_answer(clock: FakeCl
             clock.advance(0.000_001)
             token = held(clock, body=secrets.token_bytes(660))
             answers += token.body.__sizeof__()
-            cache[Ask("web", "A78WKV4515", secrets.token_hex(16)).key] = token
+            cache[TokenRequest("web", "A78WKV4515", secrets.token_hex(16)).key] = token
         allocated, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

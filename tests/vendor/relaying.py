@@ -27,7 +27,7 @@ from broker.issue import Handout, ReusePolicy, TokenDesk
 from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor.client import VendorClient
 from broker.limits.policy import Limits, LimitSet, Rule
-from broker.model import Ask, LimitName, Secret
+from broker.model import LimitName, Secret, TokenRequest
 from broker.pacing.pacer import Paced
 from broker.pacing.slots import Budget
 from broker.rules import bucket
@@ -147,7 +147,7 @@ class Relay:
         patience: float = 12.0,
     ) -> Handout:
         """Ask for a token; a fingerprint left out is a new visitor's."""
-        ask = Ask(client, agent, fingerprint or visitor(), model, fresh)
+        ask = TokenRequest(client, agent, fingerprint or visitor(), model, fresh)
         answer = await self.desk.issue(ask, patience)
         assert isinstance(answer, Handout)
         return answer

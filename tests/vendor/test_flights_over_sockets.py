@@ -22,7 +22,7 @@ from relaying import (
 )
 
 from broker.errors import BrokerError, UpstreamTimeout, UpstreamUnavailable
-from broker.model import Ask, Outcome
+from broker.model import Outcome, TokenRequest
 from broker.pacing.slots import Budget
 from broker.rules.reuse import MAX_LIFETIME, SECOND
 from broker.testing import FakeVendor, Refusal
@@ -487,7 +487,7 @@ class TestStale:
 
 def key_of(fingerprint: str) -> str:
     """Name the visitor's place in the cache."""
-    return Ask("web", AGENT, fingerprint).key
+    return TokenRequest("web", AGENT, fingerprint).key
 
 
 def _waiting(house: House) -> int:

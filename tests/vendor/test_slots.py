@@ -9,7 +9,7 @@ from relaying import AGENT, Relay, relaying, until, visitor
 from broker.errors import ServiceUnavailable, UpstreamUnavailable
 from broker.issuers.negative_cache import LocalRefusals
 from broker.issuers.vendor.replies import Refused, Scope
-from broker.model import Ask
+from broker.model import TokenRequest
 from broker.pacing.slots import Budget
 from broker.rules.breaker import Outcome, Ticket
 from broker.testing import FakeClock, Refusal
@@ -146,7 +146,7 @@ async def test_M4_a_success_forgets_what_was_said_of_the_account_and_of_its_own_
     refusals = LocalRefusals(clock)
     account = Refused(402, "INSUFFICIENT_BALANCE", "no", Scope.ACCOUNT)
     missing = Refused(404, "NOT_FOUND", "no", Scope.AGENT_MODEL)
-    ours, other = Ask("web", AGENT, "ab" * 16), Ask("web", "B", "ab" * 16)
+    ours, other = TokenRequest("web", AGENT, "ab" * 16), TokenRequest("web", "B", "ab" * 16)
     refusals.remember(ours, missing)
     refusals.remember(other, missing)
     refusals.remember(ours, account)

@@ -28,7 +28,7 @@ from processes import until
 from broker import errors
 from broker.issue import Handout, Refusal
 from broker.issuers.base import Turn
-from broker.model import AGENT_RULE, Ask, Minted, Outcome
+from broker.model import AGENT_RULE, Minted, Outcome, TokenRequest
 
 MINT_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]+")
 
@@ -543,7 +543,7 @@ class TestWhatIsBehindFails:
         async with serving({"server": {"deadline": "12s"}}) as edge:
             issue = edge.app.desk.issue
 
-            async def recorded(ask: Ask, patience: float) -> Handout | Refusal:
+            async def recorded(ask: TokenRequest, patience: float) -> Handout | Refusal:
                 given.append(patience)
                 return await issue(ask, patience)
 
@@ -816,7 +816,7 @@ class _Hold:
         self._mint: Callable[..., Awaitable[Any]] = edge.app.issuer.mint
         self._go = go
 
-    async def __call__(self, ask: Ask, turn: Turn) -> Minted:
+    async def __call__(self, ask: TokenRequest, turn: Turn) -> Minted:
         await turn()
         self.calls += 1
         await self._go.wait()

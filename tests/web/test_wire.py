@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.errors import BrokerError, Invalid, MissingParam
-from broker.model import Ask
+from broker.model import TokenRequest
 from broker.wire import request as wire
 
 HEX = st.text("0123456789abcdefABCDEF", min_size=4, max_size=128)
@@ -24,7 +24,7 @@ JSON = st.recursive(
 )
 
 
-def parse(body: bytes | str | dict[str, object], *, any_fingerprint: bool = False) -> Ask:
+def parse(body: bytes | str | dict[str, object], *, any_fingerprint: bool = False) -> TokenRequest:
     """Parse a body that is given as bytes, text or fields."""
     if isinstance(body, dict):
         body = json.dumps(body)
@@ -50,8 +50,10 @@ class TestGood:
             "ttl": 60,
             "agentId": "other",
         }
-        assert parse(body) == Ask("web", "A1_-z", "ABCDef0123", "essence 2", fresh=True)
-        assert parse('{"agent_id":"a","fingerprint":"abcd"}') == Ask("web", "a", "abcd", None)
+        assert parse(body) == TokenRequest("web", "A1_-z", "ABCDef0123", "essence 2", fresh=True)
+        assert parse('{"agent_id":"a","fingerprint":"abcd"}') == TokenRequest(
+            "web", "a", "abcd", None
+        )
 
     def test_the_last_of_two_equal_keys_wins(self) -> None:
         """As every JSON library of the callers has it: no second reading of one body."""
@@ -59,7 +61,7 @@ class TestGood:
             '{"agent_id":"first","fingerprint":"aaaa","fresh":true,"model":"m",'
             '"agent_id":"last","fingerprint":"bbbb","fresh":false,"model":null}'
         )
-        assert parse(body) == Ask("web", "last", "bbbb", None)
+        assert parse(body) == TokenRequest("web", "last", "bbbb", None)
 
     @pytest.mark.parametrize(
         ("given", "kept"),

@@ -38,7 +38,7 @@ from broker.issuers.vendor.replies import (
     Throttled,
 )
 from broker.issuers.vendor.token import claims_of, expires_at, is_token, lifetime, session_of
-from broker.model import Ask, Minted
+from broker.model import Minted, TokenRequest
 from broker.rules.reuse import lifetime_of
 
 MAX_BODY = 100 * 1024
@@ -84,7 +84,7 @@ class _Failure(Struct, frozen=True):
     message: object
 
 
-def build_request(ask: Ask) -> bytes:
+def build_request(ask: TokenRequest) -> bytes:
     """Return the JSON body of a mint call; the fingerprint goes out byte for byte."""
     fields = {"agent_id": ask.agent, "fingerprint": ask.fingerprint}
     if ask.model is not None:
