@@ -69,7 +69,7 @@ class Refusal(Struct, frozen=True, gc=False):
     denial: Denial
 
 
-class TokenDesk:
+class TokenService:
     """Answers asks.
 
     `mint_timeout` is how many seconds a mint may take, its turn in the budget included; it may

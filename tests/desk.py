@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from broker.issue import Handout, Refusal, ReusePolicy, TokenDesk
+from broker.issue import Handout, Refusal, ReusePolicy, TokenService
 from broker.limits.policy import Limits, LimitSet, Rule
 from broker.model import EmbedToken, LimitName, TokenRequest
 from broker.pacing.pacer import Pacer, Unpaced
@@ -86,7 +86,7 @@ class Desk:
         self.store = MemoryStore(limits, self.tokens, clock)
         self.metrics = MintMetrics(Sheet(), "local")
         self.book = MemoryBook(200_000, clock)
-        self.desk = TokenDesk(
+        self.desk = TokenService(
             self.store,
             self.book,
             self.issuer,

@@ -24,7 +24,7 @@ from broker.clock import SystemClock, sleep_unless
 from broker.config.schema import ConfigError
 from broker.config.secret_files import SecretFiles
 from broker.config.settings import Settings
-from broker.issue import TokenDesk
+from broker.issue import TokenService
 from broker.issuers.local import LocalIssuer
 from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor.client import VendorClient
@@ -150,7 +150,7 @@ class App:
             else MemoryBook(settings.sessions.max_recorded, clock)
         )
         self.sessions = SessionDesk(self.issuer, self.book, self.store, self.metrics.sessions)
-        self.desk = TokenDesk(
+        self.desk = TokenService(
             self.store,
             self.book,
             self.issuer,

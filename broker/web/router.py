@@ -12,7 +12,7 @@ from aiohttp.web_request import BaseRequest
 from multidict import istr
 
 from broker import errors
-from broker.issue import Handout, Refusal, TokenDesk
+from broker.issue import Handout, Refusal, TokenService
 from broker.model import Clock, LimitName, Outcome, TokenRequest, name_of
 from broker.telemetry.logs import RefusalLog, visitor_hash
 from broker.telemetry.metrics import BUDGET, Metrics
@@ -67,7 +67,7 @@ class Routes:
     def __init__(
         self,
         door: Door,
-        desk: TokenDesk,
+        desk: TokenService,
         metrics: Metrics,
         clock: Clock,
         health: Health,

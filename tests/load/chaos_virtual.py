@@ -20,7 +20,7 @@ import structlog
 from multidict import CIMultiDict
 
 from broker.errors import BrokerError
-from broker.issue import Handout, ReusePolicy, TokenDesk
+from broker.issue import Handout, ReusePolicy, TokenService
 from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor.client import Answer, CallFailed
 from broker.issuers.vendor.replies import Reason
@@ -147,7 +147,7 @@ class Site:
         self.store = MemoryStore(_limits(), tokens, clock)
         self.book = MemoryBook(200_000, clock)
         metrics = MintMetrics(Sheet(), "upstream")
-        self.desk = TokenDesk(
+        self.desk = TokenService(
             self.store,
             self.book,
             self.issuer,

@@ -23,7 +23,7 @@ from broker.app.app import App
 from broker.config import load as config
 from broker.config.settings import Settings
 from broker.errors import BrokerError
-from broker.issue import Handout, ReusePolicy, TokenDesk
+from broker.issue import Handout, ReusePolicy, TokenService
 from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor.client import VendorClient
 from broker.limits.policy import Limits, LimitSet, Rule
@@ -119,7 +119,7 @@ class Relay:
         )
         self.store = MemoryStore(roomy(), self.tokens, clock)
         self.book = MemoryBook(200_000, clock)
-        self.desk = TokenDesk(
+        self.desk = TokenService(
             self.store, self.book, self.issuer, self.pacer, policy, clock, self.metrics, 18.0, draw
         )
 
