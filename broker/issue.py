@@ -54,7 +54,7 @@ class ReusePolicy(Struct, frozen=True):
         return reuse.floors(lifetime, self.ahead, self.floor, self.outage)
 
 
-class Handout(Struct, frozen=True, gc=False):
+class IssuedToken(Struct, frozen=True, gc=False):
     """A token for the visitor, how it came about, and the visitor's limit for the headers."""
 
     token: EmbedToken
@@ -101,7 +101,7 @@ class TokenService:
         self.renewal_log = RefusalLog()
         self.patience = Patience(clock, draw)
 
-    async def issue(self, ask: TokenRequest, patience: float) -> Handout | Refusal:
+    async def issue(self, ask: TokenRequest, patience: float) -> IssuedToken | Refusal:
         """Answer one ask within `patience` seconds; raises what a mint raises."""
         key = ask.key
         visit = await self._store.visit(ask, key)
@@ -112,11 +112,11 @@ class TokenService:
             return await self._mint_for(ask, key, held, visit.verdict, patience)
         left = self._left(held)
         if left > held.mark:  # most requests end here; a mark never lies below the floor
-            return Handout(held, Outcome.REUSED, left, visit.verdict)
+            return IssuedToken(held, Outcome.REUSED, left, visit.verdict)
         match reuse.life(left, held.mark, self._policy.marks(held.lifetime)):
             case Life.FRESH | Life.RENEW:
                 self._renew_ahead(ask, key, held)
-                return Handout(held, Outcome.REUSED, left, visit.verdict)
+                return IssuedToken(held, Outcome.REUSED, left, visit.verdict)
             case Life.STALE:
                 return await self._renew_now(ask, key, held, visit.verdict, patience)
             case Life.DEAD:
@@ -129,7 +129,7 @@ class TokenService:
         held: EmbedToken | None,
         verdict: Verdict | None,
         patience: float,
-    ) -> Handout:
+    ) -> IssuedToken:
         """Start or join the mint of this key; with `held` it is a renewal."""
         urgency = Urgency.FIRST if held is None else Urgency.MANDATORY
 
@@ -141,7 +141,7 @@ class TokenService:
         except TimeoutError as error:
             raise errors.UpstreamTimeout("no token was minted before the deadline") from error
         left = self._require_life(token, held)
-        return Handout(token, Outcome.MINTED if leader else Outcome.COALESCED, left, verdict)
+        return IssuedToken(token, Outcome.MINTED if leader else Outcome.COALESCED, left, verdict)
 
     async def _renew_now(
         self,
@@ -150,11 +150,11 @@ class TokenService:
         held: EmbedToken,
         verdict: Verdict | None,
         patience: float,
-    ) -> Handout:
+    ) -> IssuedToken:
         """Below the floor: mint; fall back on what is held if that fails for a passing reason."""
         left = self._left(held)
         if self.patience.left(key):
-            return Handout(held, Outcome.REUSED, left, verdict)
+            return IssuedToken(held, Outcome.REUSED, left, verdict)
         try:
             return await self._mint_for(ask, key, held, verdict, patience)
         except errors.BrokerError as error:
@@ -164,7 +164,7 @@ class TokenService:
             left = 0 if found is None else self._left(found)
             if found is None or left < self._policy.marks(found.lifetime).outage:
                 raise
-            return Handout(found, Outcome.REUSED, left, verdict)
+            return IssuedToken(found, Outcome.REUSED, left, verdict)
 
     def _renew_ahead(self, ask: TokenRequest, key: str, held: EmbedToken) -> None:
         """Past its mark: mint the successor in the background, if that is cheap at this moment."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from broker.issue import Handout, Refusal, ReusePolicy, TokenService
+from broker.issue import IssuedToken, Refusal, ReusePolicy, TokenService
 from broker.limits.policy import Limits, LimitSet, Rule
 from broker.model import EmbedToken, LimitName, TokenRequest
 from broker.pacing.pacer import Pacer, Unpaced
@@ -98,16 +98,16 @@ class Desk:
             draw or random.Random(20).random,
         )
 
-    async def issue(self, ask: TokenRequest, patience: float = PATIENCE) -> Handout | Refusal:
+    async def issue(self, ask: TokenRequest, patience: float = PATIENCE) -> IssuedToken | Refusal:
         return await self.desk.issue(ask, patience)
 
-    async def hand_out(self, ask: TokenRequest, patience: float = PATIENCE) -> Handout:
+    async def hand_out(self, ask: TokenRequest, patience: float = PATIENCE) -> IssuedToken:
         """Issue a token that no limit refuses."""
         answer = await self.desk.issue(ask, patience)
-        assert isinstance(answer, Handout)
+        assert isinstance(answer, IssuedToken)
         return answer
 
-    def begin(self, ask: TokenRequest, patience: float = PATIENCE) -> "asyncio.Task[Handout]":
+    def begin(self, ask: TokenRequest, patience: float = PATIENCE) -> "asyncio.Task[IssuedToken]":
         """Let somebody ask, and go on."""
         return asyncio.get_running_loop().create_task(self.hand_out(ask, patience))
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker import errors
-from broker.issue import Handout, Refusal
+from broker.issue import IssuedToken, Refusal
 from broker.key_backoff import CAP as BACKOFF_CAP
 from broker.model import LimitName, Outcome, TokenRequest
 from broker.pacing.pacer import Paced
@@ -362,7 +362,7 @@ def test_F8_no_interleaving_hands_a_token_to_somebody_else(
         pacer = await queueing(Budget(60, 60, 3, 8)) if budget else None
         desk = Desk(clock, pacer=pacer)
         desk.issuer.delay = 0.3
-        asked: list[tuple[TokenRequest, asyncio.Task[Handout]]] = []
+        asked: list[tuple[TokenRequest, asyncio.Task[IssuedToken]]] = []
         for what, number, flag in events:
             match what:
                 case "ask":
@@ -380,7 +380,7 @@ def test_F8_no_interleaving_hands_a_token_to_somebody_else(
                     await asyncio.sleep(0)
         outcomes = await asyncio.gather(*(task for _, task in asked), return_exceptions=True)
         for (ask, _), outcome in zip(asked, outcomes, strict=True):
-            if isinstance(outcome, Handout):
+            if isinstance(outcome, IssuedToken):
                 assert belongs_to(outcome.token, ask)
                 assert outcome.left >= 60 * SECOND
             else:
@@ -411,9 +411,11 @@ def test_F9_half_of_a_hundred_leave_at_random_moments(seed: int) -> None:
         tokens = {
             outcome.token
             for number, outcome in enumerate(outcomes)
-            if number not in leavers and isinstance(outcome, Handout)
+            if number not in leavers and isinstance(outcome, IssuedToken)
         }
-        assert all(isinstance(outcomes[number], Handout) for number in set(range(100)) - leavers)
+        assert all(
+            isinstance(outcomes[number], IssuedToken) for number in set(range(100)) - leavers
+        )
         assert (len(tokens), desk.mints) == (1, 1)
         await pacer.close()
         await desk.settled()
@@ -904,7 +906,7 @@ def test_L6_a_thousand_visitors_at_once_on_an_agent_of_thirty_are_thirty_mints()
             return_exceptions=True,
         )
         assert Counter(type(outcome) for outcome in outcomes) == {
-            Handout: 30,
+            IssuedToken: 30,
             errors.RateLimited: 970,
         }
         assert {error.limit for error in outcomes if isinstance(error, errors.RateLimited)} == {
@@ -916,7 +918,7 @@ def test_L6_a_thousand_visitors_at_once_on_an_agent_of_thirty_are_thirty_mints()
             return_exceptions=True,
         )
         assert Counter(type(outcome) for outcome in again) == {
-            Handout: 30,
+            IssuedToken: 30,
             errors.RateLimited: 970,
         }
         await desk.settled()
@@ -930,7 +932,7 @@ def test_L6_a_thousand_requests_of_one_visitor_are_the_burst() -> None:
     async def main(clock: FakeClock) -> None:
         desk = Desk(clock, limits=limits(fingerprint=(1 / 60, 7)))
         answers = await asyncio.gather(*(desk.issue(visitor()) for _ in range(1000)))
-        assert Counter(type(answer) for answer in answers) == {Handout: 7, Refusal: 993}
+        assert Counter(type(answer) for answer in answers) == {IssuedToken: 7, Refusal: 993}
         await desk.hand_out(visitor("bbbb"))
         refusal = answers[-1]
         assert isinstance(refusal, Refusal)

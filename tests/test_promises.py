@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from typing_extensions import override
 
 from broker import errors
-from broker.issue import Handout
+from broker.issue import IssuedToken
 from broker.issuers.base import Turn
 from broker.model import Minted, Outcome, TokenRequest
 from broker.pacing.pacer import Paced
@@ -120,7 +120,7 @@ def test_G3_G8_what_is_handed_out_is_the_visitor_s_own_and_lives_long_enough(see
     stormy = run_virtual(lambda clock: weather(clock, seed))
     handouts = 0
     for ask, outcome, at in stormy.outcomes:
-        if not isinstance(outcome, Handout):
+        if not isinstance(outcome, IssuedToken):
             assert isinstance(outcome, errors.BrokerError | asyncio.CancelledError)
             continue
         handouts += 1

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from broker import errors
-from broker.issue import Handout
+from broker.issue import IssuedToken
 from broker.issuers.keyring import BadToken
 from broker.model import Outcome, Session
 from broker.rules.reuse import SECOND
@@ -44,7 +44,7 @@ class Ended:
             answer = await self.desk.issue(visitor(fingerprint, fresh=fresh))
         except errors.BrokerError:
             return
-        assert isinstance(answer, Handout)
+        assert isinstance(answer, IssuedToken)
         self.handed.append((session_of(answer.token), self.clock.mono()))
 
     async def end(self, session_id: str, *, all_of_them: bool = False) -> None:

@@ -12,7 +12,7 @@ from aiohttp.web_request import BaseRequest
 from multidict import istr
 
 from broker import errors
-from broker.issue import Handout, Refusal, TokenService
+from broker.issue import IssuedToken, Refusal, TokenService
 from broker.model import Clock, LimitName, Outcome, TokenRequest, name_of
 from broker.telemetry.logs import RefusalLog, visitor_hash
 from broker.telemetry.metrics import BUDGET, Metrics
@@ -181,7 +181,7 @@ class Routes:
         return self._hand_out(result, request_id, started, ask)
 
     def _hand_out(
-        self, handout: Handout, request_id: str, started: float, ask: TokenRequest
+        self, handout: IssuedToken, request_id: str, started: float, ask: TokenRequest
     ) -> web.StreamResponse:
         outcome, verdict = handout.outcome, handout.verdict
         wall = self._clock.wall()
@@ -319,7 +319,7 @@ class Routes:
         return self._date
 
     def _log_handout(
-        self, handout: Handout, request_id: str, seconds: float, ask: TokenRequest
+        self, handout: IssuedToken, request_id: str, seconds: float, ask: TokenRequest
     ) -> None:
         write = self._log.info if handout.outcome is Outcome.MINTED else log.debug
         write(

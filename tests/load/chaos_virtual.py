@@ -20,7 +20,7 @@ import structlog
 from multidict import CIMultiDict
 
 from broker.errors import BrokerError
-from broker.issue import Handout, ReusePolicy, TokenService
+from broker.issue import IssuedToken, ReusePolicy, TokenService
 from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor.client import Answer, CallFailed
 from broker.issuers.vendor.replies import Reason
@@ -238,10 +238,10 @@ class Run:
             self.answers[type(error).__name__] += 1
             return
         self.answers[type(said).__name__] += 1
-        if isinstance(said, Handout):
+        if isinstance(said, IssuedToken):
             self._check(said, visitor)
 
-    def _check(self, said: Handout, visitor: str) -> None:
+    def _check(self, said: IssuedToken, visitor: str) -> None:
         """Require a token of this visitor with the life that was promised."""
         data = msgspec.json.decode(said.token.body)["data"]
         if not data["session_id"].startswith(visitor_mark(AGENT, visitor)):

@@ -23,7 +23,7 @@ from broker.app.app import App
 from broker.config import load as config
 from broker.config.settings import Settings
 from broker.errors import BrokerError
-from broker.issue import Handout, ReusePolicy, TokenService
+from broker.issue import IssuedToken, ReusePolicy, TokenService
 from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor.client import VendorClient
 from broker.limits.policy import Limits, LimitSet, Rule
@@ -145,14 +145,14 @@ class Relay:
         fresh: bool = False,
         client: str = "web",
         patience: float = 12.0,
-    ) -> Handout:
+    ) -> IssuedToken:
         """Ask for a token; a fingerprint left out is a new visitor's."""
         ask = TokenRequest(client, agent, fingerprint or visitor(), model, fresh)
         answer = await self.desk.issue(ask, patience)
-        assert isinstance(answer, Handout)
+        assert isinstance(answer, IssuedToken)
         return answer
 
-    def begin(self, fingerprint: str | None = None, **how: Any) -> "asyncio.Task[Handout]":
+    def begin(self, fingerprint: str | None = None, **how: Any) -> "asyncio.Task[IssuedToken]":
         """Let somebody ask, and go on."""
         return asyncio.get_running_loop().create_task(self.ask(fingerprint, **how))
 
@@ -230,20 +230,20 @@ async def relaying(
         assert len(relay.desk.flights) == 0
 
 
-def session_of(handout: Handout) -> str:
+def session_of(handout: IssuedToken) -> str:
     """Read the session back out of the ready answer."""
     session: str = msgspec.json.decode(handout.token.body)["data"]["session_id"]
     return session
 
 
-def token_of(handout: Handout) -> str:
+def token_of(handout: IssuedToken) -> str:
     """Read the token back out of the ready answer."""
     token: str = msgspec.json.decode(handout.token.body)["data"]["token"]
     return token
 
 
 def belongs_to(
-    handout: Handout, fingerprint: str, agent: str = AGENT, model: str | None = None
+    handout: IssuedToken, fingerprint: str, agent: str = AGENT, model: str | None = None
 ) -> bool:
     """Whether the vendor made this token for exactly this agent, visitor and model."""
     return session_of(handout).startswith(visitor_mark(agent, fingerprint, model) + "-")

@@ -26,7 +26,7 @@ from edge import (
 from processes import until
 
 from broker import errors
-from broker.issue import Handout, Refusal
+from broker.issue import IssuedToken, Refusal
 from broker.issuers.base import Turn
 from broker.model import AGENT_RULE, Minted, Outcome, TokenRequest
 
@@ -543,7 +543,7 @@ class TestWhatIsBehindFails:
         async with serving({"server": {"deadline": "12s"}}) as edge:
             issue = edge.app.desk.issue
 
-            async def recorded(ask: TokenRequest, patience: float) -> Handout | Refusal:
+            async def recorded(ask: TokenRequest, patience: float) -> IssuedToken | Refusal:
                 given.append(patience)
                 return await issue(ask, patience)
 
