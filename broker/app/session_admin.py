@@ -15,7 +15,7 @@ from broker.config.settings import Settings
 from broker.errors import StoreAway
 from broker.model import LimitName
 from broker.sealing import Box
-from broker.sessions.admin import EndsVisitors, SessionRegister
+from broker.sessions.admin import EndsVisitors, SessionAdmin
 from broker.sessions.memory import MemoryBook
 from broker.telemetry.logs import RefusalLog
 from broker.telemetry.metrics import Metrics
@@ -50,7 +50,7 @@ class Registrar:
         )
         store = _Store(self._server, names)
         book = SharedBook(remote, MemoryBook(1, self._clock), store, closed=True)
-        self._register = SessionRegister(book, store, metrics.sessions)
+        self._register = SessionAdmin(book, store, metrics.sessions)
         self._door = Door(
             [],
             factory.trusted_proxies(settings),

@@ -47,7 +47,7 @@ class NotRecorded(BadToken):
     """A token that does not prove itself, and of which there is no record."""
 
 
-class SessionRegister:
+class SessionAdmin:
     """Finds sessions and ends them: for operators, who have no token."""
 
     def __init__(self, book: SessionBook, store: EndsVisitors, metrics: SessionMetrics) -> None:
@@ -100,7 +100,7 @@ class SessionRegister:
         )
 
 
-class SessionDesk(SessionRegister):
+class SessionDesk(SessionAdmin):
     """Answers for tokens, too."""
 
     def __init__(

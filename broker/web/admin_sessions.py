@@ -10,7 +10,7 @@ from aiohttp import web
 
 from broker.errors import Invalid, NotFound, RateLimited, SecretInBrowser
 from broker.model import Clock, Session
-from broker.sessions.admin import PAGE, SessionRegister
+from broker.sessions.admin import PAGE, SessionAdmin
 from broker.sessions.base import Place, Query, place_of
 from broker.telemetry.cells import Counter
 from broker.telemetry.logs import RefusalLog
@@ -30,7 +30,7 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 def add(
     app: web.Application,
     door: Door,
-    register: SessionRegister,
+    register: SessionAdmin,
     clock: Clock,
     throttled: Counter,
     refusals: RefusalLog,
