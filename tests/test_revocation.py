@@ -14,7 +14,7 @@ from broker.issue import IssuedToken
 from broker.issuers.keyring import BadToken
 from broker.model import Outcome, Session
 from broker.rules.reuse import SECOND
-from broker.sessions.admin import SessionDesk
+from broker.sessions.admin import TokenIntrospector
 from broker.telemetry.cells import Sheet
 from broker.telemetry.metrics import SessionMetrics
 from broker.testing import FakeClock, run_virtual
@@ -32,7 +32,7 @@ class Ended:
         policy = replace(POLICY, enabled=reuse)
         self.desk = Desk(clock, policy=policy, draw=self.chance.random)
         self.desk.issuer.delay = 1.0
-        self.sessions = SessionDesk(
+        self.sessions = TokenIntrospector(
             self.desk.issuer, self.desk.book, self.desk.store, SessionMetrics(Sheet())
         )
         self.ended: dict[str, int] = {}

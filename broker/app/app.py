@@ -31,7 +31,7 @@ from broker.issuers.vendor.client import VendorClient
 from broker.model import LimitName
 from broker.pacing.pacer import Paced, Pacer, Unpaced
 from broker.pacing.slots import Budget
-from broker.sessions.admin import SessionDesk
+from broker.sessions.admin import TokenIntrospector
 from broker.sessions.memory import MemoryBook
 from broker.stores.memory import MemoryStore
 from broker.stores.token_cache import TokenCache
@@ -149,7 +149,7 @@ class App:
             if self.sharing is not None
             else MemoryBook(settings.sessions.max_recorded, clock)
         )
-        self.sessions = SessionDesk(self.issuer, self.book, self.store, self.metrics.sessions)
+        self.sessions = TokenIntrospector(self.issuer, self.book, self.store, self.metrics.sessions)
         self.desk = TokenService(
             self.store,
             self.book,

@@ -100,7 +100,7 @@ class SessionAdmin:
         )
 
 
-class SessionDesk(SessionAdmin):
+class TokenIntrospector(SessionAdmin):
     """Answers for tokens, too."""
 
     def __init__(

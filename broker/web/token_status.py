@@ -38,7 +38,7 @@ from broker.errors import (
 from broker.issuers.keyring import BadToken
 from broker.model import Clock, Session
 from broker.rules import forwarded
-from broker.sessions.admin import SessionDesk
+from broker.sessions.admin import TokenIntrospector
 from broker.stores.base import Denial
 from broker.web import body
 from broker.web.auth import Door
@@ -67,7 +67,7 @@ Charge = Callable[[str], Awaitable[Denial | None]]
 """Charges the limit of a client, by its name."""
 
 
-def add(routes: Routes, door: Door, desk: SessionDesk, clock: Clock, charge: Charge) -> None:
+def add(routes: Routes, door: Door, desk: TokenIntrospector, clock: Clock, charge: Charge) -> None:
     """Serve what this module is about; `charge` is met by what changes something."""
 
     async def verify(request: BaseRequest, request_id: str) -> web.StreamResponse:
