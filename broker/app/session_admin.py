@@ -15,7 +15,7 @@ from broker.config.settings import Settings
 from broker.errors import StoreAway
 from broker.model import LimitName
 from broker.sealing import Box
-from broker.sessions.admin import EndsVisitors, SessionAdmin
+from broker.sessions.admin import RevokesVisitors, SessionAdmin
 from broker.sessions.memory import MemoryBook
 from broker.telemetry.logs import RefusalLog
 from broker.telemetry.metrics import Metrics
@@ -104,7 +104,7 @@ class Registrar:
         self._refusals.flush(now)
 
 
-class _Store(EndsVisitors):
+class _Store(RevokesVisitors):
     def __init__(self, server: Server, names: Names) -> None:
         self._server = server
         self._names = names

@@ -32,7 +32,7 @@ FULL_WAIT = 60_000_000
 """Microseconds after which ends are worth another try when too many are remembered."""
 
 
-class EndsVisitors(Protocol):
+class RevokesVisitors(Protocol):
     """What ending a session needs of a store."""
 
     async def end_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
@@ -50,7 +50,7 @@ class NotRecorded(BadToken):
 class SessionAdmin:
     """Finds sessions and ends them: for operators, who have no token."""
 
-    def __init__(self, book: SessionBook, store: EndsVisitors, metrics: SessionMetrics) -> None:
+    def __init__(self, book: SessionBook, store: RevokesVisitors, metrics: SessionMetrics) -> None:
         self._book = book
         self._store = store
         self._metrics = metrics
@@ -104,7 +104,7 @@ class TokenIntrospector(SessionAdmin):
     """Answers for tokens, too."""
 
     def __init__(
-        self, issuer: Issuer, book: SessionBook, store: EndsVisitors, metrics: SessionMetrics
+        self, issuer: Issuer, book: SessionBook, store: RevokesVisitors, metrics: SessionMetrics
     ) -> None:
         super().__init__(book, store, metrics)
         self._issuer = issuer

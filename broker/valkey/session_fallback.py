@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from broker.errors import ServiceUnavailable, SessionTaken, StoreAway
 from broker.model import Session
-from broker.sessions.admin import EndsVisitors
+from broker.sessions.admin import RevokesVisitors
 from broker.sessions.base import BookFull, Place, Query, SessionBook
 from broker.sessions.memory import MemoryBook
 from broker.valkey.client.errors import StoreFailed
@@ -49,7 +49,7 @@ class SharedBook(SessionBook):
     """
 
     def __init__(
-        self, remote: ValkeyBook, alone: MemoryBook, store: EndsVisitors, *, closed: bool
+        self, remote: ValkeyBook, alone: MemoryBook, store: RevokesVisitors, *, closed: bool
     ) -> None:
         self._remote = remote
         self._alone = alone
