@@ -41,10 +41,10 @@ from broker.pacing.slots import Budget
 from broker.rules import bucket
 from broker.telemetry.cells import Cells
 from broker.telemetry.metrics import Metrics
-from broker.web.auth import KnownClient, Network
+from broker.web.auth import Client, Network
 
 
-def clients(settings: Settings, environ: Mapping[str, str]) -> list[KnownClient]:
+def clients(settings: Settings, environ: Mapping[str, str]) -> list[Client]:
     """Return the known clients; raises ConfigError for none, a short secret, or a shared one.
 
     A relay without [clients] is a private one: whoever has the vendor's key may use it, because
@@ -52,7 +52,7 @@ def clients(settings: Settings, environ: Mapping[str, str]) -> list[KnownClient]
     """
     if not settings.clients:
         return _holders_of_vendor_keys(settings, environ)
-    known: dict[bytes, KnownClient] = {}
+    known: dict[bytes, Client] = {}
     for name, client in settings.clients.items():
         agents = None if "*" in client.agents else frozenset(client.agents)
         for path, secret in _secrets_of(name, client):
@@ -65,7 +65,7 @@ def clients(settings: Settings, environ: Mapping[str, str]) -> list[KnownClient]
                     f"{path}: the same as that of {known[digest].name!r}; a client is known by its"
                     " secret: make another one with `broker keys generate`"
                 )
-            known[digest] = KnownClient(name, digest, agents, client.allow_origin_header)
+            known[digest] = Client(name, digest, agents, client.allow_origin_header)
     return list(known.values())
 
 
@@ -82,14 +82,14 @@ def _secrets_of(name: str, client: ClientSettings) -> Iterator[tuple[str, Secret
         yield path, following
 
 
-def admin_clients(settings: Settings) -> list[KnownClient]:
+def admin_clients(settings: Settings) -> list[Client]:
     """Return who may see and end sessions: the one who has the admin secret, or nobody."""
     section = settings.admin
     secret = read_secret("admin.secret", section.secret, section.secret_file)
     if secret is None:
         return []
     _check_header_secret("admin.secret", secret)
-    return [KnownClient("admin", secret.digest(), None, allow_origin=False)]
+    return [Client("admin", secret.digest(), None, allow_origin=False)]
 
 
 def _check_header_secret(path: str, secret: Secret) -> None:
@@ -107,7 +107,7 @@ def _check_header_secret(path: str, secret: Secret) -> None:
         )
 
 
-def _holders_of_vendor_keys(settings: Settings, environ: Mapping[str, str]) -> list[KnownClient]:
+def _holders_of_vendor_keys(settings: Settings, environ: Mapping[str, str]) -> list[Client]:
     if settings.issuer.kind != "upstream":
         raise ConfigError(
             "clients: nobody may ask for tokens; add [clients.NAME] with secret_file and agents"
@@ -119,7 +119,7 @@ def _holders_of_vendor_keys(settings: Settings, environ: Mapping[str, str]) -> l
             " the vendor's key may use the broker, which must not leave this machine"
         )
     return [
-        KnownClient("vendor-key", key.digest(), None, allow_origin=False)
+        Client("vendor-key", key.digest(), None, allow_origin=False)
         for key in vendor_keys(settings, environ)
     ]
 

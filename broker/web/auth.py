@@ -42,7 +42,7 @@ MAX_TRACKED_ADDRESSES = 100_000
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
-class KnownClient(Struct, frozen=True):
+class Client(Struct, frozen=True):
     """A client as the door knows it: `agents` None means all."""
 
     name: str
@@ -61,7 +61,7 @@ class Door:
 
     def __init__(
         self,
-        clients: Sequence[KnownClient],
+        clients: Sequence[Client],
         trusted_proxies: Sequence[Network],
         now: int,
         counts: BucketCounts | None = None,
@@ -76,15 +76,15 @@ class Door:
         self.failures = TokenBucket(MAX_TRACKED_ADDRESSES, FAILED_AUTH_LIMIT.depth, now, counts)
         self.use_clients(clients)
 
-    def use_clients(self, clients: Sequence[KnownClient]) -> None:
+    def use_clients(self, clients: Sequence[Client]) -> None:
         """Replace all clients, from the next request on."""
-        self._clients: Mapping[bytes, KnownClient] = {c.digest: c for c in clients}
+        self._clients: Mapping[bytes, Client] = {c.digest: c for c in clients}
 
     def trust_origins(self, origins: frozenset[str]) -> None:
         """Exempt these origins from the browser rule."""
         self._own_origins = origins
 
-    def identify(self, request: BaseRequest, now: int) -> KnownClient:
+    def identify(self, request: BaseRequest, now: int) -> Client:
         """Return the client whose secret the request bears; `now` is monotonic microseconds.
 
         Raises MissingAuth, Unauthorized, RateLimited (an address that keeps failing),
@@ -113,7 +113,7 @@ class Door:
             return False
         return True
 
-    def recognise(self, headers: "CIMultiDictProxy[str]") -> KnownClient | None:
+    def recognise(self, headers: "CIMultiDictProxy[str]") -> Client | None:
         """Return the client of this secret, None if nobody has it."""
         digest = hashlib.sha256(
             secret_of(headers, self._wanted).encode("utf-8", "surrogateescape")

@@ -18,7 +18,7 @@ from broker.telemetry.logs import RefusalLog, visitor_hash
 from broker.telemetry.metrics import BUDGET, Metrics
 from broker.telemetry.readiness import Health
 from broker.web import body
-from broker.web.auth import Door, KnownClient
+from broker.web.auth import Client, Door
 from broker.web.response import JSON_TYPE, ReadyAnswer, head, limit_headers, retry_after_seconds
 from broker.wire import request as wire
 from broker.wire.responses import HealthAnswer, ValidAnswer, error_body_of, plain_body, token_in
@@ -152,7 +152,7 @@ class Routes:
 
     async def _token(self, request: BaseRequest, request_id: str) -> web.StreamResponse:
         started = time.perf_counter()
-        client: KnownClient | None = None
+        client: Client | None = None
         ask: TokenRequest | None = None
         try:
             client = self._door.identify(request, self._clock.mono())
@@ -203,7 +203,7 @@ class Routes:
         error: errors.BrokerError,
         request_id: str,
         started: float,
-        client: KnownClient | None,
+        client: Client | None,
         ask: TokenRequest | None,
     ) -> web.StreamResponse:
         """Answer and count a token request that failed."""
@@ -340,7 +340,7 @@ def _log_failure(
     kind: str,
     request_id: str,
     seconds: float,
-    client: KnownClient | None,
+    client: Client | None,
     ask: TokenRequest | None,
 ) -> None:
     fields: dict[str, object] = {
