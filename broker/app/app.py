@@ -42,7 +42,7 @@ from broker.telemetry.readiness import Health
 from broker.telemetry.streams import stderr
 from broker.web import admin, admin_sessions, token_status
 from broker.web.acceptor import Acceptor
-from broker.web.auth import Door
+from broker.web.auth import ClientAuthenticator
 from broker.web.listener import CannotListen, Listener, listen
 from broker.web.pages import embed_script
 from broker.web.router import Routes
@@ -123,7 +123,7 @@ class App:
             )
         )
         self._paced = None if budget is None else self._pace(budget)
-        self.door = Door(
+        self.door = ClientAuthenticator(
             factory.clients(settings, self._environ),
             factory.trusted_proxies(settings),
             now,
@@ -131,7 +131,7 @@ class App:
         )
         admins = factory.admin_clients(settings)
         self._admin_door = (
-            Door(
+            ClientAuthenticator(
                 admins,
                 factory.trusted_proxies(settings),
                 now,

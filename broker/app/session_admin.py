@@ -27,7 +27,7 @@ from broker.valkey.session_fallback import SharedBook
 from broker.valkey.sessions import ValkeyBook
 from broker.valkey.store import end_visitor
 from broker.web import admin_sessions
-from broker.web.auth import Door
+from broker.web.auth import ClientAuthenticator
 
 TIMEOUT = 1.0
 """Seconds for one call: an operator waits for it, a visitor does not (see `OPERATION_TIMEOUT`)."""
@@ -51,7 +51,7 @@ class Registrar:
         store = _Store(self._server, names)
         book = SharedBook(remote, MemoryBook(1, self._clock), store, closed=True)
         self._register = SessionAdmin(book, store, metrics.sessions)
-        self._door = Door(
+        self._door = ClientAuthenticator(
             [],
             factory.trusted_proxies(settings),
             self._clock.mono(),

@@ -15,7 +15,7 @@ from broker.sessions.base import Place, Query, place_of
 from broker.telemetry.cells import Counter
 from broker.telemetry.logs import RefusalLog
 from broker.web.admin import answer
-from broker.web.auth import Door
+from broker.web.auth import ClientAuthenticator
 from broker.wire.responses import EndedAnswer, SessionAnswer, SessionsAnswer, plain_body
 
 MOST_IN_PAGE = 1000
@@ -29,7 +29,7 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def add(
     app: web.Application,
-    door: Door,
+    door: ClientAuthenticator,
     register: SessionAdmin,
     clock: Clock,
     throttled: Counter,
@@ -73,7 +73,9 @@ def add(
 class _Guard:
     """Lets in who has the secret, and tells of those who guess or who leaked it."""
 
-    def __init__(self, door: Door, clock: Clock, throttled: Counter, refusals: RefusalLog) -> None:
+    def __init__(
+        self, door: ClientAuthenticator, clock: Clock, throttled: Counter, refusals: RefusalLog
+    ) -> None:
         self._door = door
         self._clock = clock
         self._throttled = throttled

@@ -56,7 +56,7 @@ class Client(Struct, frozen=True):
             raise AgentNotAllowed("agent_id: this client may not use this agent; ask the operator")
 
 
-class Door:
+class ClientAuthenticator:
     """Identifies clients."""
 
     def __init__(

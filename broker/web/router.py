@@ -18,7 +18,7 @@ from broker.telemetry.logs import RefusalLog, visitor_hash
 from broker.telemetry.metrics import BUDGET, Metrics
 from broker.telemetry.readiness import Health
 from broker.web import body
-from broker.web.auth import Client, Door
+from broker.web.auth import Client, ClientAuthenticator
 from broker.web.response import JSON_TYPE, ReadyAnswer, head, limit_headers, retry_after_seconds
 from broker.wire import request as wire
 from broker.wire.responses import HealthAnswer, ValidAnswer, error_body_of, plain_body, token_in
@@ -66,7 +66,7 @@ class Routes:
 
     def __init__(
         self,
-        door: Door,
+        door: ClientAuthenticator,
         desk: TokenService,
         metrics: Metrics,
         clock: Clock,

@@ -41,7 +41,7 @@ from broker.rules import forwarded
 from broker.sessions.admin import TokenIntrospector
 from broker.stores.base import Denial
 from broker.web import body
-from broker.web.auth import Door
+from broker.web.auth import ClientAuthenticator
 from broker.web.router import ANY_METHOD, Routes
 from broker.wire import request as wire
 from broker.wire.responses import ActiveToken, InactiveToken, plain_body
@@ -67,7 +67,9 @@ Charge = Callable[[str], Awaitable[Denial | None]]
 """Charges the limit of a client, by its name."""
 
 
-def add(routes: Routes, door: Door, desk: TokenIntrospector, clock: Clock, charge: Charge) -> None:
+def add(
+    routes: Routes, door: ClientAuthenticator, desk: TokenIntrospector, clock: Clock, charge: Charge
+) -> None:
     """Serve what this module is about; `charge` is met by what changes something."""
 
     async def verify(request: BaseRequest, request_id: str) -> web.StreamResponse:

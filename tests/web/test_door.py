@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from broker.errors import Invalid, MissingAuth
-from broker.web.auth import Door, secret_of
+from broker.web.auth import ClientAuthenticator, secret_of
 
 Headers = list[tuple[str, str]]
 
@@ -325,14 +325,18 @@ class TestForwardedFor:
         """As far as the one who says so is trusted, and no further; Unix sockets have no peer."""
         trusted = [ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fd00::/8")]
         headers = CIMultiDict([("X-Forwarded-For", value) for value in forwarded])
-        assert Door([], trusted, 0).address_of(CIMultiDictProxy(headers), peer) == named
+        assert (
+            ClientAuthenticator([], trusted, 0).address_of(CIMultiDictProxy(headers), peer) == named
+        )
 
     @given(st.lists(st.text(max_size=40), max_size=4), st.text(max_size=40))
     def test_O5_no_header_breaks_the_walk_or_is_repeated(
         self, forwarded: list[str], peer: str
     ) -> None:
         """What names the bucket is an address, a network or a short name, or there is none."""
-        door = Door([], [ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0")], 0)
+        door = ClientAuthenticator(
+            [], [ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0")], 0
+        )
         headers = CIMultiDict([("X-Forwarded-For", value) for value in forwarded])
         named = door.address_of(CIMultiDictProxy(headers), peer)
         said_by, _, name = (named or "local").partition(" ")

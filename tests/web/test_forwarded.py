@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from broker.rules.forwarded import tokens_in
-from broker.web.auth import Door
+from broker.web.auth import ClientAuthenticator
 from broker.web.token_status import VERIFY_PATH
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -177,7 +177,9 @@ def test_N6_forwarded_as_it_may_be_written(element: str, named: str) -> None:
 def subject(peer: str | None, headers: Headers) -> str | None:
     """Name the subject of a request."""
     trusted = [ipaddress.ip_network(text) for text in (PROXY, OTHER_PROXY, "10.0.0.0/8")]
-    return Door([], trusted, 0).address_of(CIMultiDictProxy(CIMultiDict(headers)), peer)
+    return ClientAuthenticator([], trusted, 0).address_of(
+        CIMultiDictProxy(CIMultiDict(headers)), peer
+    )
 
 
 NASTY = st.text(
