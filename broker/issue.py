@@ -24,7 +24,7 @@ from msgspec.structs import replace
 from broker import errors
 from broker.flight import Flight, Flights
 from broker.issuers.base import Issuer
-from broker.key_backoff import Patience
+from broker.key_backoff import KeyBackoff
 from broker.model import Clock, EmbedToken, Minted, Outcome, Session, TokenRequest
 from broker.pacing.pacer import Pacer, Urgency
 from broker.pacing.slots import UNCOUNTED, Slot
@@ -99,7 +99,7 @@ class TokenService:
         self._draw = draw
         self.flights: Flights[EmbedToken] = Flights()
         self.renewal_log = RefusalLog()
-        self.patience = Patience(clock, draw)
+        self.patience = KeyBackoff(clock, draw)
 
     async def issue(self, ask: TokenRequest, patience: float) -> IssuedToken | Refusal:
         """Answer one ask within `patience` seconds; raises what a mint raises."""

@@ -32,7 +32,7 @@ class _Failing(Struct):
     not_before: int
 
 
-class Patience:
+class KeyBackoff:
     """What each failing key has to wait for; `draw` returns a number in [0, 1)."""
 
     def __init__(self, clock: Clock, draw: Callable[[], float]) -> None:
@@ -72,4 +72,4 @@ class Patience:
 
     @override
     def __repr__(self) -> str:
-        return f"Patience(keys={len(self)})"
+        return f"KeyBackoff(keys={len(self)})"
