@@ -81,7 +81,7 @@ class Flight(Generic[T]):
                 waiter.set_exception(error)
 
 
-class Flights(Generic[T]):
+class SingleFlight(Generic[T]):
     """All mints under way, by key."""
 
     def __init__(self) -> None:
@@ -163,7 +163,7 @@ class Flights(Generic[T]):
 
     @override
     def __repr__(self) -> str:
-        return f"Flights(under_way={len(self._tasks)})"
+        return f"SingleFlight(under_way={len(self._tasks)})"
 
 
 def _give_up(waiter: "asyncio.Future[T]") -> None:

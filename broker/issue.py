@@ -22,7 +22,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from broker import errors
-from broker.flight import Flight, Flights
+from broker.flight import Flight, SingleFlight
 from broker.issuers.base import Issuer
 from broker.key_backoff import KeyBackoff
 from broker.model import Clock, EmbedToken, Minted, Outcome, Session, TokenRequest
@@ -97,7 +97,7 @@ class TokenService:
         self._metrics = metrics
         self._mint_timeout = mint_timeout
         self._draw = draw
-        self.flights: Flights[EmbedToken] = Flights()
+        self.flights: SingleFlight[EmbedToken] = SingleFlight()
         self.renewal_log = RefusalLog()
         self.patience = KeyBackoff(clock, draw)
 

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 )
 
 from broker.errors import ServiceUnavailable, UpstreamUnavailable
-from broker.flight import Flight, Flights
+from broker.flight import Flight, SingleFlight
 
 TRACE: ContextVar[str] = ContextVar("trace", default="nobody's")
 
@@ -52,7 +52,7 @@ class Mint:
 
 
 def join_all(
-    flights: Flights[str], count: int, mint: Callable[[Flight[str]], Awaitable[str]]
+    flights: SingleFlight[str], count: int, mint: Callable[[Flight[str]], Awaitable[str]]
 ) -> "list[asyncio.Task[tuple[str, bool]]]":
     """Let so many ask, and go on; a patience of 5 s ends a test that would wait for ever."""
     loop = asyncio.get_running_loop()
@@ -61,7 +61,7 @@ def join_all(
 
 async def test_F1_a_thousand_askers_share_one_mint_and_one_of_them_leads() -> None:
     """However many ask for a key at once, its mint is started once and all get its outcome."""
-    flights: Flights[str] = Flights()
+    flights: SingleFlight[str] = SingleFlight()
     mint = Mint()
     askers = join_all(flights, 1000, mint)
     await ticks()
@@ -72,7 +72,7 @@ async def test_F1_a_thousand_askers_share_one_mint_and_one_of_them_leads() -> No
 
 async def test_F2_the_first_asker_leaves_and_the_others_land() -> None:
     """The mint belongs to the flight: whoever started it may go."""
-    flights: Flights[str] = Flights()
+    flights: SingleFlight[str] = SingleFlight()
     mint = Mint()
     first, *others = join_all(flights, 3, mint)
     await ticks()
@@ -86,7 +86,7 @@ async def test_F2_the_first_asker_leaves_and_the_others_land() -> None:
 
 async def test_F3_a_deserted_flight_that_only_queues_is_cancelled_and_nothing_stays() -> None:
     """Once all have left, a mint that costs nothing yet ends at once."""
-    flights: Flights[str] = Flights()
+    flights: SingleFlight[str] = SingleFlight()
     mint = Mint()
     askers = join_all(flights, 3, mint)
     await ticks()
@@ -98,7 +98,7 @@ async def test_F3_a_deserted_flight_that_only_queues_is_cancelled_and_nothing_st
 
 async def test_F3_a_deserted_flight_whose_request_is_out_finishes() -> None:
     """What is paid for is brought home, though nobody waits for it any more."""
-    flights: Flights[str] = Flights()
+    flights: SingleFlight[str] = SingleFlight()
     mint = Mint(sent=True)
     (asker,) = join_all(flights, 1, mint)
     await ticks()
@@ -114,7 +114,7 @@ async def test_F3_a_deserted_flight_whose_request_is_out_finishes() -> None:
 
 async def test_F3_whoever_comes_in_the_moment_of_desertion_starts_afresh() -> None:
     """A new asker never inherits the cancellation of those who went."""
-    flights: Flights[str] = Flights()
+    flights: SingleFlight[str] = SingleFlight()
     old, new = Mint(), Mint()
     (leaver,) = join_all(flights, 1, old)
     await ticks()
@@ -128,7 +128,7 @@ async def test_F3_whoever_comes_in_the_moment_of_desertion_starts_afresh() -> No
 
 async def test_F4_a_failed_mint_fails_everybody_once() -> None:
     """All waiters get that one error: no retry for each, and nobody gets None."""
-    flights: Flights[str] = Flights()
+    flights: SingleFlight[str] = SingleFlight()
     mint = Mint()
     askers = join_all(flights, 100, mint)
     await ticks()
@@ -141,7 +141,7 @@ async def test_F4_a_failed_mint_fails_everybody_once() -> None:
 
 async def test_F5_the_end_of_an_old_flight_does_not_remove_a_newer_one() -> None:
     """An old mint that takes its time to be cancelled ends after its successor has started."""
-    flights: Flights[str] = Flights()
+    flights: SingleFlight[str] = SingleFlight()
     may_end = asyncio.get_running_loop().create_future()
 
     async def slow_to_stop(_flight: Flight[str]) -> str:
@@ -170,7 +170,7 @@ async def test_F6_a_failure_that_nobody_awaits_is_silent() -> None:
     """Neither a background failure nor one after the last waiter reaches the loop's handler."""
     complaints: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, about: complaints.append(about))
-    flights: Flights[str] = Flights()
+    flights: SingleFlight[str] = SingleFlight()
     background, sent = Mint(), Mint(sent=True)
     assert flights.start_background("other", background)
     (leaver,) = join_all(flights, 1, sent)
@@ -189,7 +189,7 @@ async def test_F6_a_failure_that_nobody_awaits_is_silent() -> None:
 
 async def test_F6_a_mint_that_is_cancelled_is_told_as_unavailable_and_not_kept() -> None:
     """Waiters of a flight that was cancelled under them get an error of ours; the next works."""
-    flights: Flights[str] = Flights()
+    flights: SingleFlight[str] = SingleFlight()
     mint = Mint()
     askers = join_all(flights, 2, mint)
     await ticks()
@@ -208,7 +208,7 @@ async def test_F6_a_mint_that_is_cancelled_is_told_as_unavailable_and_not_kept()
 @pytest.mark.parametrize("leaver_first", [True, False])
 async def test_F9_leaving_in_the_tick_of_the_landing_hurts_nobody(leaver_first: bool) -> None:
     """Half leave in the very turn in which the token arrives; the other half have it."""
-    flights: Flights[str] = Flights()
+    flights: SingleFlight[str] = SingleFlight()
     mint = Mint()
     askers = join_all(flights, 100, mint)
     await ticks()
@@ -230,7 +230,7 @@ async def test_F9_leaving_in_the_tick_of_the_landing_hurts_nobody(leaver_first: 
 
 async def test_a_background_mint_is_joined_and_survives_its_joiner() -> None:
     """A visitor who joins a renewal and leaves again does not take the renewal with them."""
-    flights: Flights[str] = Flights()
+    flights: SingleFlight[str] = SingleFlight()
     mint = Mint()
     assert flights.start_background("key", mint)
     assert not flights.start_background("key", mint)
@@ -250,7 +250,7 @@ async def test_a_background_mint_is_joined_and_survives_its_joiner() -> None:
 
 async def test_the_first_asker_s_context_does_not_leak_into_the_mint() -> None:
     """Log fields and traces of whoever happened to be first stay with them."""
-    flights: Flights[str] = Flights()
+    flights: SingleFlight[str] = SingleFlight()
     mint = Mint()
     TRACE.set("the first asker's")
     (asker,) = join_all(flights, 1, mint)
@@ -298,7 +298,7 @@ class Askers(RuleBasedStateMachine):
         self.loop = asyncio.SelectorEventLoop()
         self.complaints: list[dict[str, Any]] = []
         self.loop.set_exception_handler(lambda _loop, about: self.complaints.append(about))
-        self.flights: Flights[str] = Flights()
+        self.flights: SingleFlight[str] = SingleFlight()
         self.mints: list[Started] = []
         self.askers: list[tuple[str, asyncio.Task[tuple[str, bool]]]] = []
         self.left: set[asyncio.Task[tuple[str, bool]]] = set()
@@ -453,7 +453,7 @@ def test_F2_F3_F5_F6_F9_every_interleaving_of_asking_leaving_landing_and_failing
 @pytest.mark.parametrize("ending", ["fails", "outlasts its waiters"])
 async def test_G6_nothing_of_an_ended_flight_is_left_to_the_collector(ending: str) -> None:
     """The collector is told to overlook what lives long, so a ring of references would stay."""
-    flights: Flights[str] = Flights()
+    flights: SingleFlight[str] = SingleFlight()
     gate = asyncio.Event()
 
     async def mint(_flight: Flight[str]) -> str:
