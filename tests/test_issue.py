@@ -18,7 +18,7 @@ from broker import errors
 from broker.issue import IssuedToken, Refusal
 from broker.key_backoff import CAP as BACKOFF_CAP
 from broker.model import LimitName, Outcome, TokenRequest
-from broker.pacing.pacer import Paced
+from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import Budget
 from broker.rules.reuse import SECOND
 from broker.stores.base import Denial
@@ -33,9 +33,9 @@ ONE_AT_A_TIME = Budget(rate=60, per=60, burst=1, max_wait=30)
 """A slot a second, so that a mint queues first."""
 
 
-async def queueing(budget: Budget = ONE_AT_A_TIME) -> Paced:
+async def queueing(budget: Budget = ONE_AT_A_TIME) -> BudgetPacer:
     """A budget whose next slot is an interval away."""
-    pacer = Paced(budget, lambda _seconds: None)
+    pacer = BudgetPacer(budget, lambda _seconds: None)
     await pacer.start()
     return pacer
 

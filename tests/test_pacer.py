@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker.errors import BudgetExhausted, ServiceUnavailable
-from broker.pacing.pacer import JITTER, LATENESS, MAX_PROMISE, Paced, Urgency
+from broker.pacing.pacer import JITTER, LATENESS, MAX_PROMISE, BudgetPacer, Urgency
 from broker.pacing.slots import UNCOUNTED, Budget, LocalSlots, Slot
 from broker.testing import FakeClock, run_virtual
 
@@ -44,21 +44,21 @@ def worst_window(calls: Sequence[float], width: float = WINDOW) -> int:
     return worst
 
 
-async def started(budget: Budget = SLOW) -> Paced:
+async def started(budget: Budget = SLOW) -> BudgetPacer:
     """Return a pacer that has just begun to serve."""
-    pacer = Paced(budget, lambda _seconds: None)
+    pacer = BudgetPacer(budget, lambda _seconds: None)
     await pacer.start()
     return pacer
 
 
-async def filled(budget: Budget = SLOW) -> Paced:
+async def filled(budget: Budget = SLOW) -> BudgetPacer:
     """A pacer whose burst is there to be taken."""
     pacer = await started(budget)
     await asyncio.sleep(budget.burst * budget.interval + 1)
     return pacer
 
 
-async def until_granted(pacer: Paced) -> None:
+async def until_granted(pacer: BudgetPacer) -> None:
     """Wait for the tick in which the first who waits has been given the slot, unknown to them."""
     await asyncio.sleep(SLOW.interval - A_BIT)
     place = pacer._line.places()[0]
@@ -69,7 +69,7 @@ async def until_granted(pacer: Paced) -> None:
 class Crowd:
     """Callers of a pacer; `served` and `refused` say who, when, and after what promise."""
 
-    def __init__(self, pacer: Paced) -> None:
+    def __init__(self, pacer: BudgetPacer) -> None:
         self.pacer = pacer
         self.served: list[tuple[str, float]] = []
         self.refused: dict[str, tuple[float, float]] = {}
@@ -104,7 +104,7 @@ class Crowd:
         return [at for _, at in self.served]
 
 
-async def greedy(pacer: Paced, calls: list[float], client: str) -> None:
+async def greedy(pacer: BudgetPacer, calls: list[float], client: str) -> None:
     """Call again and again, as early as one is let."""
     while True:
         try:
@@ -116,7 +116,9 @@ async def greedy(pacer: Paced, calls: list[float], client: str) -> None:
             slot.settle()
 
 
-async def besiege(pacer: Paced, calls: list[float], seconds: float, callers: int = 30) -> None:
+async def besiege(
+    pacer: BudgetPacer, calls: list[float], seconds: float, callers: int = 30
+) -> None:
     """Want as many slots as there are, for this long."""
     try:
         async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
@@ -547,7 +549,7 @@ def test_the_slot_without_a_budget_is_everybodys() -> None:
 class Held(Crowd):
     """Callers whose calls stay out, each until it is said that it is over."""
 
-    def __init__(self, pacer: Paced) -> None:
+    def __init__(self, pacer: BudgetPacer) -> None:
         super().__init__(pacer)
         self.slots: list[Slot] = []
 
@@ -741,7 +743,7 @@ def test_the_wait_of_each_who_was_served_is_reported() -> None:
 
     async def main(_clock: FakeClock) -> list[float]:
         waits: list[float] = []
-        pacer = Paced(SLOW, waits.append)
+        pacer = BudgetPacer(SLOW, waits.append)
         await pacer.start()
         await asyncio.sleep(2 + A_BIT)
         crowd = Crowd(pacer)
@@ -824,7 +826,7 @@ def test_repr_shows_what_helps() -> None:
     async def main(_clock: FakeClock) -> str:
         return repr(await filled())
 
-    assert run_virtual(main) == "Paced(waiting=0, remaining=4, outstanding=0)"
+    assert run_virtual(main) == "BudgetPacer(waiting=0, remaining=4, outstanding=0)"
 
 
 class Distant(LocalSlots):
@@ -840,7 +842,7 @@ def test_V10_a_slot_that_comes_in_a_pause_is_given_back_by_a_renewal() -> None:
     """The pause began while it was asked for: no call is made, and none is out."""
 
     async def scenario(_clock: FakeClock) -> None:
-        pacer = Paced(SLOW, lambda _seconds: None, Distant(SLOW))
+        pacer = BudgetPacer(SLOW, lambda _seconds: None, Distant(SLOW))
         await pacer.start()
         await asyncio.sleep(SLOW.depth + 1)
         renewal = asyncio.create_task(pacer.turn(Urgency.AHEAD, "web"))

@@ -14,7 +14,7 @@ from broker import errors
 from broker.issue import IssuedToken
 from broker.issuers.base import Turn
 from broker.model import Minted, Outcome, TokenRequest
-from broker.pacing.pacer import Paced
+from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import UNCOUNTED, Budget, Slot
 from broker.rules.reuse import SECOND
 from broker.testing import FakeClock, FakeIssuer, run_virtual
@@ -57,7 +57,7 @@ class WatchedIssuer(FakeIssuer):
 class Weather:
     """A desk under a budget, and a crowd of visitors who ask, insist, lose patience and leave."""
 
-    def __init__(self, clock: FakeClock, seed: int, pacer: Paced) -> None:
+    def __init__(self, clock: FakeClock, seed: int, pacer: BudgetPacer) -> None:
         self.chance = random.Random(seed)
         self.clock = clock
         self.desk = Desk(clock, pacer=pacer, draw=self.chance.random)
@@ -91,7 +91,7 @@ class Weather:
 
 async def weather(clock: FakeClock, seed: int, visits: int = 60) -> Weather:
     """Let it blow, then see that everything has calmed down."""
-    pacer = Paced(BUDGET, lambda _seconds: None)
+    pacer = BudgetPacer(BUDGET, lambda _seconds: None)
     await pacer.start()
     weather = Weather(clock, seed, pacer)
     await weather.blow(visits)
@@ -141,7 +141,7 @@ def test_G2_one_caller_s_end_is_no_other_caller_s(how: str, when: str) -> None:
     moment = {"queued": 0.3, "sent": 1.0, "landing": BUDGET.interval + 2.0}[when]
 
     async def main(clock: FakeClock) -> None:
-        pacer = Paced(BUDGET, lambda _seconds: None)
+        pacer = BudgetPacer(BUDGET, lambda _seconds: None)
         await pacer.start()
         desk = Desk(clock, pacer=pacer)
         desk.issuer.delay = 2.0
@@ -216,7 +216,7 @@ def test_G5_who_has_a_valid_token_in_the_cache_waits_for_nobody(
     """Above the floor the answer is there in the same turn of the loop, whatever a renewal does."""
 
     async def main(clock: FakeClock) -> None:
-        pacer = Paced(BUDGET, lambda _seconds: None)
+        pacer = BudgetPacer(BUDGET, lambda _seconds: None)
         await pacer.start()
         scarce = limits(agent=(0.001, 1)) if trouble == "agent limit" else limits()
         desk = Desk(clock, pacer=pacer, limits=scarce)

@@ -29,7 +29,7 @@ from broker.issuers.local import LocalIssuer
 from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor.client import VendorClient
 from broker.model import LimitName
-from broker.pacing.pacer import Paced, Pacer, Unpaced
+from broker.pacing.pacer import BudgetPacer, Pacer, Unpaced
 from broker.pacing.slots import Budget
 from broker.sessions.admin import TokenIntrospector
 from broker.sessions.memory import MemoryBook
@@ -194,12 +194,12 @@ class App:
             return f"{listen} worker {self._seat.worker}"
         return listen if not listen.endswith(":0") else f"{listen} {os.getpid()}"
 
-    def _pace(self, budget: Budget) -> Paced:
+    def _pace(self, budget: Budget) -> BudgetPacer:
         observe = self.metrics.budget.queue_wait.observe
         if self.sharing is None:
-            return Paced(budget, observe, counts=self.metrics.process.background)
+            return BudgetPacer(budget, observe, counts=self.metrics.process.background)
         slots = self.sharing.slots(budget)
-        paced = Paced(budget, observe, slots, self.metrics.process.background)
+        paced = BudgetPacer(budget, observe, slots, self.metrics.process.background)
         slots.hold = paced.hold
         return paced
 

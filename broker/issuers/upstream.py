@@ -44,7 +44,7 @@ from broker.issuers.vendor.replies import (
     reason_of,
 )
 from broker.model import Clock, Minted, Secret, TokenRequest
-from broker.pacing.pacer import Paced
+from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import Slot
 from broker.rules.backoff import full_jitter
 from broker.rules.breaker import Credentials, Health, KeyOutcome, Outcome, Ticket
@@ -81,7 +81,7 @@ class UpstreamIssuer(Issuer):
         self,
         client: VendorClient,
         keys: Sequence[Secret],
-        pacer: Paced,
+        pacer: BudgetPacer,
         clock: Clock,
         metrics: UpstreamMetrics,
         draw: Callable[[], float] = random.random,

@@ -94,7 +94,7 @@ class Unpaced(Pacer):
         return "Unpaced()"
 
 
-class Paced(Pacer):
+class BudgetPacer(Pacer):
     """A budget.  Between `start` and `close` it owns a task.
 
     `waited` is called with the seconds that each granted caller waited.  Without `slots` they are
@@ -287,7 +287,7 @@ class Paced(Pacer):
     @override
     def __repr__(self) -> str:
         return (
-            f"Paced(waiting={self.depth}, remaining={self.remaining}, "
+            f"BudgetPacer(waiting={self.depth}, remaining={self.remaining}, "
             f"outstanding={self.outstanding})"
         )
 

@@ -14,7 +14,7 @@ from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor.client import VendorClient
 from broker.issuers.vendor.replies import Refused, Scope
 from broker.model import Secret, TokenRequest
-from broker.pacing.pacer import Paced
+from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import Budget
 from broker.telemetry.cells import Sheet
 from broker.telemetry.metrics import UpstreamMetrics
@@ -100,7 +100,7 @@ async def test_V3_an_issuers_refusals_are_of_its_keys() -> None:
     issuer = UpstreamIssuer(
         VendorClient("http://127.0.0.1:9", 1.0),
         [one],
-        Paced(Budget(rate=60, per=60, burst=1, max_wait=1), lambda _seconds: None),
+        BudgetPacer(Budget(rate=60, per=60, burst=1, max_wait=1), lambda _seconds: None),
         clock,
         UpstreamMetrics(Sheet()),
         refusals=Accounts(clock),

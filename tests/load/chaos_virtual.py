@@ -26,7 +26,7 @@ from broker.issuers.vendor.client import Answer, CallFailed
 from broker.issuers.vendor.replies import Reason
 from broker.limits.policy import Limits, LimitSet, Rule
 from broker.model import LimitName, Secret, TokenRequest
-from broker.pacing.pacer import Paced
+from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import Budget
 from broker.rules import bucket
 from broker.rules.reuse import SECOND
@@ -130,7 +130,7 @@ class Site:
 
     def __init__(self, clock: FakeClock, vendor: SimulatedVendor, chance: random.Random) -> None:
         self.clock = clock
-        self.pacer = Paced(SHIPPED, lambda _seconds: None)
+        self.pacer = BudgetPacer(SHIPPED, lambda _seconds: None)
         self.issuer = UpstreamIssuer(
             vendor,  # type: ignore[arg-type]  # stands in for the client
             [Secret("vendor-key-of-a-simulation")],

@@ -12,7 +12,7 @@ import pytest
 from budget_twin import Member, Store
 
 from broker.errors import BudgetExhausted
-from broker.pacing.pacer import Paced, Urgency
+from broker.pacing.pacer import BudgetPacer, Urgency
 from broker.pacing.slots import Budget
 from broker.testing.clock import FakeClock, VirtualLoop, run_virtual
 from broker.valkey.membership import ALONE_AFTER, ALONE_FOR, HEARTBEAT, UNSEEN_PARTS
@@ -38,7 +38,7 @@ class Running:
     def __init__(self, member: Member, budget: Budget = SHIPPED) -> None:
         self.member = member
         self.slots = member.slots(budget)
-        self.paced = Paced(budget, lambda _seconds: None, self.slots)
+        self.paced = BudgetPacer(budget, lambda _seconds: None, self.slots)
         self.slots.hold = self.paced.hold
         self.calls: list[float] = []
         self.told: list[float] = []

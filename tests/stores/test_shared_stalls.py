@@ -13,7 +13,7 @@ from budget_twin import Member, Store
 from broker.errors import BudgetExhausted
 from broker.issuers.vendor.calls import SEEN, Calls
 from broker.issuers.vendor.client import Answer, CallFailed
-from broker.pacing.pacer import MAX_PROMISE, Paced, Urgency
+from broker.pacing.pacer import MAX_PROMISE, BudgetPacer, Urgency
 from broker.pacing.slots import Budget
 from broker.rules.outstanding import PROBES
 from broker.testing.clock import FakeClock, run_virtual
@@ -112,7 +112,9 @@ class Process:
         self.member: Member = store.replica(name)
         self._vendor = vendor
         self.slots = self.member.slots(SHIPPED)
-        self.paced = Paced(SHIPPED, lambda _seconds: None, None if name == "-" else self.slots)
+        self.paced = BudgetPacer(
+            SHIPPED, lambda _seconds: None, None if name == "-" else self.slots
+        )
         self.slots.hold = self.paced.hold
         self.calls = Calls(TIMEOUT, _heed, vendor.reads)
         self._visitors = visitors

@@ -28,7 +28,7 @@ from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor.client import VendorClient
 from broker.limits.policy import Limits, LimitSet, Rule
 from broker.model import LimitName, Secret, TokenRequest
-from broker.pacing.pacer import Paced
+from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import Budget
 from broker.rules import bucket
 from broker.rules.reuse import SECOND
@@ -103,7 +103,7 @@ class Relay:
         self.upstream = UpstreamMetrics(Sheet())
         self.metrics = MintMetrics(Sheet(), "upstream")
         self.waits: list[float] = []
-        self.pacer = Paced(budget, self.waits.append)
+        self.pacer = BudgetPacer(budget, self.waits.append)
         self.issuer = UpstreamIssuer(
             VendorClient(base_url or vendor.url, timeout),
             keys or [vendor.secret],

@@ -10,7 +10,7 @@ import pytest
 from relaying import Relay, relaying, visitor
 
 from broker.errors import BudgetExhausted
-from broker.pacing.pacer import Paced, Urgency
+from broker.pacing.pacer import BudgetPacer, Urgency
 from broker.pacing.slots import Budget
 from broker.rules.outstanding import Ledger
 from broker.testing import FakeClock, FakeVendor, Refusal, VendorSettings, run_virtual
@@ -53,10 +53,10 @@ class TestVirtualTime:
             crowd: set[asyncio.Task[None]] = set()
             loop = asyncio.get_running_loop()
             ends = now() + 24 * 3600
-            pacer = Paced(SHIPPED, lambda _seconds: None)
+            pacer = BudgetPacer(SHIPPED, lambda _seconds: None)
             await pacer.start()
 
-            async def ask(pacer: Paced) -> None:
+            async def ask(pacer: BudgetPacer) -> None:
                 urgency = chance.choice([Urgency.FIRST, Urgency.FIRST, *Urgency])
                 try:
                     slot = await pacer.turn(urgency, f"client {chance.randrange(5)}")
@@ -76,7 +76,7 @@ class TestVirtualTime:
                 dice = chance.random()
                 if dice < 0.002:
                     await pacer.close()
-                    pacer = Paced(SHIPPED, lambda _seconds: None)
+                    pacer = BudgetPacer(SHIPPED, lambda _seconds: None)
                     await pacer.start()
                 elif dice < 0.004:
                     pacer.pause(chance.uniform(1, 90))
@@ -124,7 +124,7 @@ def _modest_waits(gap: float, *, noisy: bool) -> tuple[float, float]:
 
     async def main(_clock: FakeClock) -> list[float]:
         chance = random.Random(20)
-        pacer = Paced(SHIPPED, lambda _seconds: None)
+        pacer = BudgetPacer(SHIPPED, lambda _seconds: None)
         await pacer.start()
         await asyncio.sleep(60)
         waits: list[float] = []
@@ -163,7 +163,7 @@ def _grants_beside_a_noisy_one(gap: float) -> list[tuple[str, int, float]]:
 
     async def main(_clock: FakeClock) -> list[tuple[str, int, float]]:
         chance = random.Random(21)
-        pacer = Paced(SHIPPED, lambda _seconds: None)
+        pacer = BudgetPacer(SHIPPED, lambda _seconds: None)
         await pacer.start()
         grants: list[tuple[str, int, float]] = []
 
