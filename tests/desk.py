@@ -12,7 +12,7 @@ import msgspec
 from broker.issue import IssuedToken, Refusal, ReusePolicy, TokenService
 from broker.limits.policy import Limits, LimitSet, Rule
 from broker.model import EmbedToken, LimitName, TokenRequest
-from broker.pacing.pacer import Pacer, Unpaced
+from broker.pacing.pacer import NoPacing, Pacer
 from broker.rules import bucket
 from broker.rules.reuse import SECOND
 from broker.sessions.memory import MemoryBook
@@ -90,7 +90,7 @@ class Desk:
             self.store,
             self.book,
             self.issuer,
-            Unpaced() if pacer is None else pacer,
+            NoPacing() if pacer is None else pacer,
             policy,
             clock,
             self.metrics,

@@ -29,7 +29,7 @@ from broker.issuers.local import LocalIssuer
 from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor.client import VendorClient
 from broker.model import LimitName
-from broker.pacing.pacer import BudgetPacer, Pacer, Unpaced
+from broker.pacing.pacer import BudgetPacer, NoPacing, Pacer
 from broker.pacing.slots import Budget
 from broker.sessions.admin import TokenIntrospector
 from broker.sessions.memory import MemoryBook
@@ -142,7 +142,7 @@ class App:
             if admins
             else None
         )
-        pacer: Pacer = self._paced or Unpaced()
+        pacer: Pacer = self._paced or NoPacing()
         self.issuer = self._build_issuer()
         self.book: MemoryBook | SharedBook = (
             self.sharing.book

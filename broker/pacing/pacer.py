@@ -77,7 +77,7 @@ class Pacer(Protocol):
         ...
 
 
-class Unpaced(Pacer):
+class NoPacing(Pacer):
     """No budget: for an issuer that costs nothing."""
 
     @property
@@ -91,7 +91,7 @@ class Unpaced(Pacer):
 
     @override
     def __repr__(self) -> str:
-        return "Unpaced()"
+        return "NoPacing()"
 
 
 class BudgetPacer(Pacer):
