@@ -26,7 +26,7 @@ from broker.flight import Flight, SingleFlight
 from broker.issuers.base import Issuer
 from broker.key_backoff import KeyBackoff
 from broker.model import Clock, EmbedToken, Minted, Outcome, Session, TokenRequest
-from broker.pacing.pacer import Pacer, Urgency
+from broker.pacing.pacer import Pacer, Priority
 from broker.pacing.slots import UNCOUNTED, Slot
 from broker.rules import reuse
 from broker.rules.bucket import Verdict
@@ -131,7 +131,7 @@ class TokenService:
         patience: float,
     ) -> IssuedToken:
         """Start or join the mint of this key; with `held` it is a renewal."""
-        urgency = Urgency.FIRST if held is None else Urgency.MANDATORY
+        urgency = Priority.FIRST if held is None else Priority.MANDATORY
 
         async def mint(flight: Flight[EmbedToken]) -> EmbedToken:
             return await self._mint(flight, ask, key, held, urgency)
@@ -172,7 +172,7 @@ class TokenService:
             return
 
         async def mint(flight: Flight[EmbedToken]) -> EmbedToken:
-            return await self._mint(flight, ask, key, held, Urgency.AHEAD)
+            return await self._mint(flight, ask, key, held, Priority.AHEAD)
 
         self.flights.start_background(key, mint)
 
@@ -182,7 +182,7 @@ class TokenService:
         ask: TokenRequest,
         key: str,
         held: EmbedToken | None,
-        urgency: Urgency,
+        urgency: Priority,
     ) -> EmbedToken:
         """The flight of one key: what only its leader meets, once for all who wait."""
         try:
@@ -219,7 +219,7 @@ class TokenService:
         ask: TokenRequest,
         key: str,
         held: EmbedToken | None,
-        urgency: Urgency,
+        urgency: Priority,
         lease: Lease,
     ) -> EmbedToken:
         """Call the issuer and hold what it made; the lease ends here, whatever happens."""
@@ -238,7 +238,7 @@ class TokenService:
             await self._keep(ask, key, token, lease, session)
         except BaseException as error:
             turn.settle()
-            modest = urgency is Urgency.AHEAD and isinstance(error, errors.BudgetExhausted)
+            modest = urgency is Priority.AHEAD and isinstance(error, errors.BudgetExhausted)
             # a visitor who waits elsewhere has a claim to a turn that a renewal has not
             self._store.abandon(ask, key, lease, None if modest else error)
             raise
@@ -355,11 +355,11 @@ class TokenService:
         return token.left(self._clock.mono(), self._clock.wall())
 
     def _count_refresh(
-        self, ask: TokenRequest, held: EmbedToken | None, urgency: Urgency, outcome: str
+        self, ask: TokenRequest, held: EmbedToken | None, urgency: Priority, outcome: str
     ) -> None:
         if held is None:
             return
-        reason = "ahead" if urgency is Urgency.AHEAD else "floor"
+        reason = "ahead" if urgency is Priority.AHEAD else "floor"
         if ask.fresh:
             reason = "fresh"
         self._metrics.refreshes[reason, outcome].inc()
@@ -374,7 +374,7 @@ class _Turn:
     def __init__(
         self,
         pacer: Pacer,
-        urgency: Urgency,
+        urgency: Priority,
         client: str,
         flight: Flight[EmbedToken],
         clock: Clock,
@@ -409,10 +409,10 @@ class _Turn:
             self._slot.settle()
 
     @property
-    def _present_urgency(self) -> Urgency:
+    def _present_urgency(self) -> Priority:
         """A renewal ahead of time that a visitor has joined may no longer be put off."""
-        if self._urgency is Urgency.AHEAD and self._flight.awaited:
-            return Urgency.MANDATORY
+        if self._urgency is Priority.AHEAD and self._flight.awaited:
+            return Priority.MANDATORY
         return self._urgency
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker.errors import BudgetExhausted, ServiceUnavailable
-from broker.pacing.pacer import JITTER, LATENESS, MAX_PROMISE, BudgetPacer, Urgency
+from broker.pacing.pacer import JITTER, LATENESS, MAX_PROMISE, BudgetPacer, Priority
 from broker.pacing.slots import UNCOUNTED, Budget, LocalSlots, Slot
 from broker.testing import FakeClock, run_virtual
 
@@ -75,7 +75,7 @@ class Crowd:
         self.refused: dict[str, tuple[float, float]] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    def comes(self, name: str, urgency: Urgency = Urgency.FIRST, client: str = "web") -> None:
+    def comes(self, name: str, urgency: Priority = Priority.FIRST, client: str = "web") -> None:
         """Let somebody ask for a slot, and go on."""
         task = asyncio.get_running_loop().create_task(self._ask(name, urgency, client))
         self._tasks[name] = task
@@ -83,7 +83,7 @@ class Crowd:
     def leaves(self, name: str) -> None:
         self._tasks[name].cancel()
 
-    async def _ask(self, name: str, urgency: Urgency, client: str) -> None:
+    async def _ask(self, name: str, urgency: Priority, client: str) -> None:
         try:
             slot = await self.pacer.turn(urgency, client)
         except BudgetExhausted as error:
@@ -108,7 +108,7 @@ async def greedy(pacer: BudgetPacer, calls: list[float], client: str) -> None:
     """Call again and again, as early as one is let."""
     while True:
         try:
-            slot = await pacer.turn(Urgency.FIRST, client)
+            slot = await pacer.turn(Priority.FIRST, client)
         except BudgetExhausted as error:
             await asyncio.sleep(min(error.retry_after / 1_000_000, 2.0))
         else:
@@ -225,7 +225,7 @@ def test_V10_every_window_holds_the_rate_and_one_burst(
         pacer = await started(budget)
         crowd = Crowd(pacer)
         for number in range(150):
-            urgency = chance.choice([*Urgency, Urgency.FIRST])
+            urgency = chance.choice([*Priority, Priority.FIRST])
             crowd.comes(f"{number}", urgency, chance.choice("abc"))
             if chance.random() < 0.3:
                 crowd.leaves(f"{chance.randrange(number + 1)}")
@@ -415,7 +415,7 @@ def test_V11_a_flood_of_first_visitors_does_not_starve_another_client_s_renewals
         for number in range(100):
             crowd.comes(f"flood {number}", client="noisy")
         for number in range(3):
-            crowd.comes(f"renewal {number}", Urgency.MANDATORY, client="quiet")
+            crowd.comes(f"renewal {number}", Priority.MANDATORY, client="quiet")
         await crowd.done()
         return crowd
 
@@ -496,7 +496,7 @@ def test_V1_no_slot_is_handed_out_inside_a_pause(*, leaver_leaves: bool) -> None
         if leaver_leaves:
             crowd.leaves("first")
         crowd.comes("newcomer")
-        crowd.comes("ahead", Urgency.AHEAD)
+        crowd.comes("ahead", Priority.AHEAD)
         await crowd.done()
         assert all(at - began > 4 - 2 * A_BIT for at in crowd.times), crowd.served
         assert crowd.order == (["next", "newcomer"] if leaver_leaves else crowd.order)
@@ -555,7 +555,7 @@ class Held(Crowd):
 
     async def calls(self, count: int) -> None:
         for _ in range(count):
-            self.slots.append(await self.pacer.turn(Urgency.FIRST, "web"))
+            self.slots.append(await self.pacer.turn(Priority.FIRST, "web"))
 
 
 def test_N13_calls_that_are_out_count_in_everything_that_is_told() -> None:
@@ -628,7 +628,7 @@ def test_N13_without_a_stall_the_budget_is_used_up_as_before(latency: float) -> 
         async def caller(client: str) -> None:
             while True:
                 try:
-                    slot = await pacer.turn(Urgency.FIRST, client)
+                    slot = await pacer.turn(Priority.FIRST, client)
                 except BudgetExhausted as error:
                     await asyncio.sleep(min(error.retry_after / 1_000_000, 2.0))
                     continue
@@ -681,10 +681,10 @@ def test_V11_retry_after_is_kept(count: int) -> None:
 
         async def caller() -> None:
             try:
-                slot = await pacer.turn(Urgency.FIRST, "web")
+                slot = await pacer.turn(Priority.FIRST, "web")
             except BudgetExhausted as error:
                 await asyncio.sleep(error.retry_after / 1_000_000)
-                slot = await pacer.turn(Urgency.FIRST, "web")
+                slot = await pacer.turn(Priority.FIRST, "web")
             calls.append(now())
             slot.settle()
 
@@ -704,7 +704,7 @@ def test_V11_the_urgent_go_first_and_who_is_displaced_too_long_is_told() -> None
         crowd = Crowd(await started())
         began = now()
         for number in range(5):
-            crowd.comes(f"renewal {number}", Urgency.MANDATORY)
+            crowd.comes(f"renewal {number}", Priority.MANDATORY)
         await asyncio.sleep(0.5)
         for number in range(9):
             crowd.comes(f"visitor {number}")
@@ -726,7 +726,7 @@ def test_a_renewal_ahead_of_time_takes_only_what_is_left_over() -> None:
         pacer = await filled()
         crowd = Crowd(pacer)
         for number in range(5):
-            crowd.comes(f"ahead {number}", Urgency.AHEAD)
+            crowd.comes(f"ahead {number}", Priority.AHEAD)
         await crowd.done()
         assert crowd.order == ["ahead 0", "ahead 1", "ahead 2"]  # of four, until two are not left
         assert (pacer.remaining, pacer.plenty) == (1, False)
@@ -764,7 +764,7 @@ def test_closing_tells_everybody_who_waits() -> None:
         pacer = await started()
         waiting = [
             asyncio.get_running_loop().create_task(pacer.turn(urgency, "web"))
-            for urgency in (Urgency.FIRST, Urgency.MANDATORY, Urgency.FIRST)
+            for urgency in (Priority.FIRST, Priority.MANDATORY, Priority.FIRST)
         ]
         await asyncio.sleep(0.3)
         waiting[2].cancel()  # leaves in the tick of the closing
@@ -791,7 +791,7 @@ def test_nobody_queues_at_a_pacer_that_has_closed() -> None:
         await pacer.close()
         began = now()
         with pytest.raises(ServiceUnavailable):
-            await pacer.turn(Urgency.FIRST, "web")
+            await pacer.turn(Priority.FIRST, "web")
         assert now() - began < A_BIT
 
     run_virtual(main)
@@ -808,7 +808,7 @@ def test_a_pause_holds_those_who_wait_and_tells_the_others_its_end() -> None:
         began = now()
         for number in range(6):
             crowd.comes(f"{number}")
-        crowd.comes("ahead", Urgency.AHEAD)
+        crowd.comes("ahead", Priority.AHEAD)
         await asyncio.sleep(A_BIT)
         assert set(crowd.refused) == {"5", "ahead"}
         _, wait = crowd.refused["5"]
@@ -845,7 +845,7 @@ def test_V10_a_slot_that_comes_in_a_pause_is_given_back_by_a_renewal() -> None:
         pacer = BudgetPacer(SLOW, lambda _seconds: None, Distant(SLOW))
         await pacer.start()
         await asyncio.sleep(SLOW.depth + 1)
-        renewal = asyncio.create_task(pacer.turn(Urgency.AHEAD, "web"))
+        renewal = asyncio.create_task(pacer.turn(Priority.AHEAD, "web"))
         await asyncio.sleep(0.5)
         assert pacer.outstanding == 1
         pacer.pause(5)

@@ -46,7 +46,7 @@ UNANSWERED = "the vendor does not answer: calls that are out use up the budget"
 """What those are told who are refused in a stall."""
 
 
-class Urgency(Enum):
+class Priority(Enum):
     """Why a mint is wanted, most urgent first."""
 
     FIRST = "first"
@@ -57,7 +57,7 @@ class Urgency(Enum):
     """The token is good; its successor would only be convenient."""
 
 
-_RANKS = {Urgency.FIRST: 0, Urgency.MANDATORY: 1}
+_RANKS = {Priority.FIRST: 0, Priority.MANDATORY: 1}
 """Those who queue, by urgency."""
 
 
@@ -69,7 +69,7 @@ class Pacer(Protocol):
         """Whether a renewal ahead of time may take a slot now."""
         ...
 
-    async def turn(self, urgency: Urgency, client: str) -> Slot:
+    async def turn(self, urgency: Priority, client: str) -> Slot:
         """Return when the caller may make one call to the vendor; the slot has to be given back.
 
         Raises `ServiceUnavailable` with the predicted time when that would take too long.
@@ -86,7 +86,7 @@ class NoPacing(Pacer):
         return True
 
     @override
-    async def turn(self, urgency: Urgency, client: str) -> Slot:
+    async def turn(self, urgency: Priority, client: str) -> Slot:
         return UNCOUNTED
 
     @override
@@ -134,8 +134,8 @@ class BudgetPacer(Pacer):
                 place.granted.set_exception(_stopping())
 
     @override
-    async def turn(self, urgency: Urgency, client: str) -> Slot:
-        if urgency is Urgency.AHEAD:
+    async def turn(self, urgency: Priority, client: str) -> Slot:
+        if urgency is Priority.AHEAD:
             await self._take_if_plenty()
         elif not self.depth and not self._paused and self._slots.is_free:
             _ = await self._slots.take(lambda: 1)
@@ -188,7 +188,7 @@ class BudgetPacer(Pacer):
         """Whether nobody waits and half the burst is left."""
         return not self.depth and self.remaining * 2 >= self._budget.burst
 
-    async def _queue(self, urgency: Urgency, client: str) -> None:
+    async def _queue(self, urgency: Priority, client: str) -> None:
         if BackgroundTask.PACING not in self._background:
             raise _stopping()
         rank = _RANKS[urgency]

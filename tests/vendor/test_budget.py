@@ -10,7 +10,7 @@ import pytest
 from relaying import Relay, relaying, visitor
 
 from broker.errors import BudgetExhausted
-from broker.pacing.pacer import BudgetPacer, Urgency
+from broker.pacing.pacer import BudgetPacer, Priority
 from broker.pacing.slots import Budget
 from broker.rules.outstanding import Ledger
 from broker.testing import FakeClock, FakeVendor, Refusal, VendorSettings, run_virtual
@@ -57,7 +57,7 @@ class TestVirtualTime:
             await pacer.start()
 
             async def ask(pacer: BudgetPacer) -> None:
-                urgency = chance.choice([Urgency.FIRST, Urgency.FIRST, *Urgency])
+                urgency = chance.choice([Priority.FIRST, Priority.FIRST, *Priority])
                 try:
                     slot = await pacer.turn(urgency, f"client {chance.randrange(5)}")
                 except Exception as error:  # noqa: BLE001 - who is told to wait is no call
@@ -132,7 +132,7 @@ def _modest_waits(gap: float, *, noisy: bool) -> tuple[float, float]:
         async def ask(name: str, note: list[float]) -> None:
             began = now()
             try:
-                slot = await pacer.turn(Urgency.FIRST, name)
+                slot = await pacer.turn(Priority.FIRST, name)
             except BudgetExhausted:
                 note.append(math.inf)
             else:
@@ -170,7 +170,7 @@ def _grants_beside_a_noisy_one(gap: float) -> list[tuple[str, int, float]]:
         async def ask(name: str) -> None:
             began, joined = now(), len(grants)
             with contextlib.suppress(BudgetExhausted):
-                slot = await pacer.turn(Urgency.FIRST, name)
+                slot = await pacer.turn(Priority.FIRST, name)
                 grants.append((name, joined, now() - began))
                 slot.settle()
 
