@@ -27,7 +27,7 @@ from typing_extensions import override
 
 from broker.errors import BudgetExhausted, ServiceUnavailable
 from broker.pacing.fair_queue import Line, Place
-from broker.pacing.slots import UNCOUNTED, Budget, LocalSlots, Slot, Slots
+from broker.pacing.slots import UNCOUNTED, Budget, LocalSlots, Slot, SlotSource
 from broker.tasks import Background, BackgroundTask
 from broker.telemetry.cells import Counter
 
@@ -105,7 +105,7 @@ class BudgetPacer(Pacer):
         self,
         budget: Budget,
         waited: Callable[[float], object],
-        slots: Slots | None = None,
+        slots: SlotSource | None = None,
         counts: Mapping[BackgroundTask, Counter] | None = None,
     ) -> None:
         self._budget = budget

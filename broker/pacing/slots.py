@@ -67,7 +67,7 @@ class Budget(Struct, frozen=True):
         return Budget(rate, self.per, burst, self.max_wait)
 
 
-class Slots(Protocol):
+class SlotSource(Protocol):
     """A source of slots."""
 
     async def start(self) -> None:
@@ -156,7 +156,7 @@ class Slots(Protocol):
         ...
 
 
-class LocalSlots(Slots):
+class LocalSlots(SlotSource):
     """The budget of one process, on aiolimiter.
 
     A `successor` takes the place of a process that may have left calls out; `out` calls are out
@@ -309,7 +309,7 @@ class Slot:
 
     __slots__ = ("_slots", "_unused", "kept")
 
-    def __init__(self, slots: Slots | None, unused: Callable[[], object]) -> None:
+    def __init__(self, slots: SlotSource | None, unused: Callable[[], object]) -> None:
         self._slots = slots
         self._unused = unused
         self.kept = False
@@ -349,7 +349,7 @@ class Slot:
         """Whether it was given back."""
         return self._slots is None
 
-    def _ended(self) -> Slots | None:
+    def _ended(self) -> SlotSource | None:
         slots, self._slots = self._slots, None
         return slots
 

@@ -29,7 +29,7 @@ import structlog
 from msgspec import Struct
 from typing_extensions import override
 
-from broker.pacing.slots import Budget, LocalSlots, Slots
+from broker.pacing.slots import Budget, LocalSlots, SlotSource
 from broker.rules import outstanding
 from broker.rules.outstanding import PROBES
 from broker.rules.reuse import SECOND
@@ -111,7 +111,7 @@ def _read(reply: Reply) -> _Told:
             raise StoreFailed(Reason.OTHER, "budget: another reply")
 
 
-class SharedSlots(Slots):
+class SharedSlots(SlotSource):
     """Slots that are reserved on the server.  `hold` is told of others' pauses (seconds)."""
 
     def __init__(
