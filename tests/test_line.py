@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.pacing.fair_queue import Line, Place
+from broker.pacing.fair_queue import FairQueue, Place
 from broker.testing import FakeClock, run_virtual
 
 CLIENTS = "abcde"
@@ -34,7 +34,7 @@ class Hall:
     """
 
     def __init__(self, greedy: str) -> None:
-        self.line = Line(RANKS)
+        self.line = FairQueue(RANKS)
         self.greedy = greedy
         self.waiting: list[Waiting] = []
         self.history: list[tuple[str, frozenset[str]]] = []

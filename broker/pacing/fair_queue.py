@@ -33,7 +33,7 @@ class Place:
         self.arrival = 0
 
 
-class Line:
+class FairQueue:
     """Those who wait."""
 
     def __init__(self, ranks: int) -> None:

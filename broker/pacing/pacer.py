@@ -26,7 +26,7 @@ from typing import Protocol
 from typing_extensions import override
 
 from broker.errors import BudgetExhausted, ServiceUnavailable
-from broker.pacing.fair_queue import Line, Place
+from broker.pacing.fair_queue import FairQueue, Place
 from broker.pacing.slots import UNCOUNTED, Budget, LocalSlots, Slot, SlotSource
 from broker.tasks import Background, BackgroundTask
 from broker.telemetry.cells import Counter
@@ -114,7 +114,7 @@ class BudgetPacer(Pacer):
         self._paused = False
         self._paused_until = 0.0
         self._promised: dict[str, float] = {}
-        self._line = Line(len(_RANKS))
+        self._line = FairQueue(len(_RANKS))
         self._wanted = asyncio.Event()
         self._background = Background(counts)
 
