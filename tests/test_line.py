@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.pacing.fair_queue import FairQueue, Place
+from broker.pacing.fair_queue import FairQueue, Waiter
 from broker.testing import FakeClock, run_virtual
 
 CLIENTS = "abcde"
@@ -23,7 +23,7 @@ RANKS = 2
 class Waiting:
     """One caller: what was served since they joined, by client."""
 
-    place: Place
+    place: Waiter
     served: Counter[str] = field(default_factory=Counter)
 
 
@@ -42,7 +42,7 @@ class Hall:
 
     def join(self, client: str, rank: int = 0, callers: int = 1) -> None:
         for _ in range(callers):
-            place = Place(client, rank, 0.0, asyncio.get_running_loop().create_future())
+            place = Waiter(client, rank, 0.0, asyncio.get_running_loop().create_future())
             self.line.join(place)
             self.waiting.append(Waiting(place))
 

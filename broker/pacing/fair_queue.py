@@ -15,7 +15,7 @@ from collections import deque
 from itertools import count
 
 
-class Place:
+class Waiter:
     """One caller: `granted` is resolved when it is their turn, `rank` 0 is the most urgent.
 
     `until` is the moment (seconds of the loop's clock) at which they give up.
@@ -38,13 +38,13 @@ class FairQueue:
 
     def __init__(self, ranks: int) -> None:
         self._ranks = ranks
-        self._waiting: dict[str, tuple[deque[Place], ...]] = {}
+        self._waiting: dict[str, tuple[deque[Waiter], ...]] = {}
         self._tags: dict[str, int] = {}
         self._now = 0
         self._arrivals = count()
         self._length = 0
 
-    def join(self, place: Place) -> None:
+    def join(self, place: Waiter) -> None:
         """Take a place behind the client's own of the same rank."""
         place.arrival = next(self._arrivals)
         client = place.client
@@ -54,14 +54,14 @@ class FairQueue:
         self._waiting[client][place.rank].append(place)
         self._length += 1
 
-    def leave(self, place: Place) -> None:
+    def leave(self, place: Waiter) -> None:
         """Give a place up; does nothing if it was served already."""
         ranks = self._waiting.get(place.client)
         if ranks is not None and place in ranks[place.rank]:
             ranks[place.rank].remove(place)
             self._taken_out(place.client)
 
-    def next(self) -> Place | None:
+    def next(self) -> Waiter | None:
         """Take out whoever is next; None if nobody waits."""
         if not self._waiting:
             return None
@@ -83,7 +83,7 @@ class FairQueue:
         )
         return own + sum(others)
 
-    def places(self) -> list[Place]:
+    def places(self) -> list[Waiter]:
         """Return everybody who waits, in no particular order."""
         return [place for ranks in self._waiting.values() for rank in ranks for place in rank]
 

@@ -26,7 +26,7 @@ from typing import Protocol
 from typing_extensions import override
 
 from broker.errors import BudgetExhausted, ServiceUnavailable
-from broker.pacing.fair_queue import FairQueue, Place
+from broker.pacing.fair_queue import FairQueue, Waiter
 from broker.pacing.slots import UNCOUNTED, Budget, LocalSlots, Slot, SlotSource
 from broker.tasks import Background, BackgroundTask
 from broker.telemetry.cells import Counter
@@ -197,7 +197,7 @@ class BudgetPacer(Pacer):
             raise self._used_up(self._promise(client, predicted))
         arrived = self._loop.time()
         patience = self._budget.max_wait + LATENESS
-        place = Place(client, rank, arrived + patience, self._loop.create_future())
+        place = Waiter(client, rank, arrived + patience, self._loop.create_future())
         self._line.join(place)
         self._wanted.set()
         try:
@@ -276,7 +276,7 @@ class BudgetPacer(Pacer):
                 return
         self._slots.settle()
 
-    def _give_up(self, place: Place) -> None:
+    def _give_up(self, place: Waiter) -> None:
         """Leave the queue; a slot that was granted in the same moment goes to the next."""
         self._line.leave(place)
         granted = place.granted
