@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from broker.app.gc_tuning import PauseKeeper
-from broker.limits.buckets import TokenBucket
+from broker.limits.buckets import BucketTable
 from broker.model import EmbedToken, Session, TokenRequest
 from broker.rules.bucket import limit
 from broker.sessions.memory import MemoryBook
@@ -149,9 +149,9 @@ def tokens(clock: FakeClock) -> TokenCache:
     return cache
 
 
-def buckets(clock: FakeClock) -> TokenBucket:
+def buckets(clock: FakeClock) -> BucketTable:
     """Keep so many buckets."""
-    held, rule = TokenBucket(COUNT, 3600_000_000, clock.mono()), limit(6, 60_000_000, 6)
+    held, rule = BucketTable(COUNT, 3600_000_000, clock.mono()), limit(6, 60_000_000, 6)
     for number in range(COUNT):
         held.take(f"web\x1f{number:08x}", rule, clock.mono())
     return held

@@ -49,7 +49,7 @@ class BucketCounts(Struct):
             self.rehearsed.inc()
 
 
-class TokenBucket:
+class BucketTable:
     """The buckets of one limit, by key.  Times are microseconds of one clock.
 
     `counts` counts decisions; without it the bucket counts by itself.  Refusals are counted where
@@ -169,4 +169,4 @@ class TokenBucket:
 
     @override
     def __repr__(self) -> str:
-        return f"TokenBucket(tracked={len(self)}, overflowed={self.counts.overflowed.value:.0f})"
+        return f"BucketTable(tracked={len(self)}, overflowed={self.counts.overflowed.value:.0f})"

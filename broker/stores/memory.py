@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from typing_extensions import override
 
-from broker.limits.buckets import BucketCounts, TokenBucket
+from broker.limits.buckets import BucketCounts, BucketTable
 from broker.limits.policy import Limits, LimitSet, Rule
 from broker.model import SEPARATOR, Clock, EmbedToken, LimitName, TokenRequest, visitor_of
 from broker.rules.bucket import Verdict
@@ -40,12 +40,12 @@ class MemoryStore(Store):
         counts = counts or {}
         now = clock.mono()
         self.buckets = {
-            limit_set.name: TokenBucket(
+            limit_set.name: BucketTable(
                 limits.max_tracked, limit_set.horizon, now, counts.get(limit_set.name)
             )
             for limit_set in (limits.fingerprint, limits.fingerprint_mints, limits.agent)
         }
-        self.buckets[LimitName.CLIENT] = TokenBucket(
+        self.buckets[LimitName.CLIENT] = BucketTable(
             limits.max_tracked,
             limits.client.horizon if limits.client else 1,
             now,

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from typing_extensions import override
 
 from broker.errors import StoreAway
-from broker.limits.buckets import TokenBucket
+from broker.limits.buckets import BucketTable
 from broker.limits.policy import Limits, share_of
 from broker.model import Clock, EmbedToken, LimitName, TokenRequest
 from broker.stores.base import Denial, Kept, Lease, Store, Visit
@@ -57,7 +57,7 @@ class SharedStore(Store):
         self._led_alone: set[int] = set()
 
     @property
-    def buckets(self) -> Mapping[LimitName, TokenBucket]:
+    def buckets(self) -> Mapping[LimitName, BucketTable]:
         """What is held here: buckets are on the server while it is there."""
         return self._alone.buckets
 

@@ -24,7 +24,7 @@ from broker.errors import (
     SecretInBrowser,
     Unauthorized,
 )
-from broker.limits.buckets import BucketCounts, TokenBucket
+from broker.limits.buckets import BucketCounts, BucketTable
 from broker.model import LimitName
 from broker.rules import bucket, forwarded
 
@@ -73,7 +73,7 @@ class ClientAuthenticator:
         self._trusted = tuple(trusted_proxies)
         self._is_trusted = lru_cache(maxsize=1024)(self._look_up)  # parsing takes microseconds
         self._own_origins: frozenset[str] = frozenset()
-        self.failures = TokenBucket(MAX_TRACKED_ADDRESSES, FAILED_AUTH_LIMIT.depth, now, counts)
+        self.failures = BucketTable(MAX_TRACKED_ADDRESSES, FAILED_AUTH_LIMIT.depth, now, counts)
         self.use_clients(clients)
 
     def use_clients(self, clients: Sequence[Client]) -> None:

@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from broker.limits.buckets import OVERFLOW_BUCKETS, TokenBucket
+from broker.limits.buckets import OVERFLOW_BUCKETS, BucketTable
 from broker.model import SEPARATOR
 from broker.rules.bucket import Limit
 
@@ -71,7 +71,7 @@ def flood(
     """Send the keys, `pace` microseconds apart; with `watch` a visitor is exhausted first."""
     now = SECOND
     before = resident()
-    buckets = TokenBucket(max_tracked, limit.depth, now)
+    buckets = BucketTable(max_tracked, limit.depth, now)
     victim = key_of(keys + 1)
     while watch and buckets.take(victim, limit, now).allowed:
         pass

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from typing_extensions import override
 
-from broker.limits.buckets import OVERFLOW_BUCKETS, SWEEP_BATCH, TokenBucket
+from broker.limits.buckets import OVERFLOW_BUCKETS, SWEEP_BATCH, BucketTable
 from broker.rules.bucket import Limit, Verdict, peek, spend
 
 T0 = 1_000_000_000
@@ -40,14 +40,14 @@ class Placed(str):
         return self.place
 
 
-def exhaust(buckets: TokenBucket, key: str, limit: Limit, now: int) -> None:
+def exhaust(buckets: BucketTable, key: str, limit: Limit, now: int) -> None:
     """Spend until it refuses, which takes no more than the burst."""
     for _ in range(limit.burst):
         buckets.take(key, limit, now)
     assert not buckets.take(key, limit, now).allowed
 
 
-def fill(buckets: TokenBucket, count: int, now: int, limit: Limit = FAST) -> None:
+def fill(buckets: BucketTable, count: int, now: int, limit: Limit = FAST) -> None:
     """Let this many strangers come, none of them in a place of interest."""
     for number in range(count):
         buckets.take(Placed(f"stranger{number}", 1000 + number), limit, now)
@@ -90,7 +90,7 @@ class Histories(RuleBasedStateMachine):
         self.strangers_met = False
         self.rehearsed = 0
         self.near = 0
-        self.buckets = TokenBucket(max_tracked, self.horizon, self.now)
+        self.buckets = BucketTable(max_tracked, self.horizon, self.now)
 
     @property
     def horizon(self) -> int:
@@ -164,7 +164,7 @@ class Histories(RuleBasedStateMachine):
         """Restart from a snapshot: another clock, the same buckets, cut to the limits in force."""
         aged = {key: wait - down for key, wait in self.buckets.entries(self.now).items()}
         was, self.now = self.now, T0 + down
-        self.buckets = TokenBucket(self.max_tracked, self.horizon, self.now)
+        self.buckets = BucketTable(self.max_tracked, self.horizon, self.now)
         self.buckets.restore(aged, self.now)
         self.full_at = {
             key: self.now + min(full_at - was - down, self.horizon)
@@ -207,7 +207,7 @@ def test_G6_long_histories_never_reset_an_exhausted_limit(seed: int) -> None:
     keys = [Placed(f"visitor{number}", number % 40) for number in range(300)]
     limit_of = {key: chance.choice(LIMITS) for key in keys}
     horizon = max(limit.depth for limit in LIMITS)
-    buckets, reference, now = TokenBucket(50, horizon, T0), dict[str, int](), T0
+    buckets, reference, now = BucketTable(50, horizon, T0), dict[str, int](), T0
     refused = 0
     for _ in range(60_000):
         if chance.random() < 0.1:
@@ -228,7 +228,7 @@ def test_M1_the_gauge_equals_the_truth_after_a_million_operations() -> None:
     """Takes, time, sweeps: what is reported as tracked is what an unbounded model would track."""
     chance = random.Random(11)
     limit, bound, now = FAST, 5_000, T0
-    buckets = TokenBucket(bound, limit.depth, now)
+    buckets = BucketTable(bound, limit.depth, now)
     young, old = set[str](), set[str]()
     rotate_at, overflowed = now + limit.depth, 0
     keys = [f"visitor{number}" for number in range(20_000)]
@@ -260,7 +260,7 @@ def test_M1_the_gauge_equals_the_truth_after_a_million_operations() -> None:
 def test_G6_a_tracked_key_stays_exhausted_under_a_flood() -> None:
     """L7: two hundred thousand strangers come; who was exhausted is refused until its time."""
     limit = Limit(burst=3, interval=3600 * SECOND)
-    buckets = TokenBucket(1000, limit.depth, T0)
+    buckets = BucketTable(1000, limit.depth, T0)
     exhaust(buckets, "victim", limit, T0)
     for number in range(200_000):
         buckets.take(f"stranger{number}", limit, T0 + number)
@@ -276,7 +276,7 @@ def test_G6_a_tracked_key_stays_exhausted_under_a_flood() -> None:
 
 def test_L7_memory_of_a_flood_is_bounded_through_rotations() -> None:
     """What is held, what waits to be freed, and the shared buckets: each has its own bound."""
-    buckets = TokenBucket(1000, FAST.depth, T0)
+    buckets = BucketTable(1000, FAST.depth, T0)
     sizes = []
     for number in range(100_000):
         buckets.take(f"stranger{number}", FAST, T0 + number * 100)
@@ -290,7 +290,7 @@ def test_L7_memory_of_a_flood_is_bounded_through_rotations() -> None:
 
 def test_G6_an_exhausted_overflow_bucket_is_not_left_by_being_tracked() -> None:
     """The flood is over and there is room again: the key keeps what it spent among strangers."""
-    buckets = TokenBucket(2, SLOW.depth, T0)
+    buckets = BucketTable(2, SLOW.depth, T0)
     fill(buckets, 2, T0, SLOW)
     late = T0 + SLOW.depth - SECOND
     exhaust(buckets, Placed("victim", 7), SLOW, late)
@@ -306,7 +306,7 @@ def test_G6_an_exhausted_overflow_bucket_is_not_left_by_being_tracked() -> None:
 
 def test_G6_a_shallow_limit_does_not_empty_an_overflow_bucket_that_a_deep_one_filled() -> None:
     """Two agents' limits meet in one shared bucket: the deep one's refusals outlast the other."""
-    buckets = TokenBucket(1, SLOW.depth, T0)
+    buckets = BucketTable(1, SLOW.depth, T0)
     fill(buckets, 1, T0)
     exhaust(buckets, Placed("deep", 7), SLOW, T0)
     assert not buckets.take(Placed("shallow", 7), FAST, T0).allowed
@@ -317,7 +317,7 @@ def test_G6_a_shallow_limit_does_not_empty_an_overflow_bucket_that_a_deep_one_fi
 def test_T5_a_shared_bucket_locks_nobody_out_for_longer_than_the_deepest_limit() -> None:
     """An hour's limit was exhausted among strangers; a reload to seconds ends it in seconds."""
     hour = Limit(burst=1, interval=3600 * SECOND)
-    buckets = TokenBucket(1, hour.depth, T0)
+    buckets = BucketTable(1, hour.depth, T0)
     fill(buckets, 1, T0, hour)
     exhaust(buckets, Placed("victim", 7), hour, T0)
     buckets.adjust(FAST.depth, 1)
@@ -327,7 +327,7 @@ def test_T5_a_shared_bucket_locks_nobody_out_for_longer_than_the_deepest_limit()
 
 def test_at_the_bound_tracked_keys_go_on_and_strangers_share() -> None:
     """Each tracked key has its own tokens; strangers of one place have one bucket between them."""
-    buckets = TokenBucket(3, FAST.depth, T0)
+    buckets = BucketTable(3, FAST.depth, T0)
     fill(buckets, 3, T0)
     one, other, elsewhere = Placed("one", 7), Placed("other", 7), Placed("elsewhere", 8)
     told = [buckets.take(key, FAST, T0).remaining for key in (one, other, elsewhere)]
@@ -335,13 +335,13 @@ def test_at_the_bound_tracked_keys_go_on_and_strangers_share() -> None:
     assert not buckets.take(one, FAST, T0).allowed
     assert buckets.take(Placed("stranger0", 1000), FAST, T0).remaining == 0
     assert (len(buckets), buckets.counts.overflowed.value) == (3, 4)
-    assert repr(buckets) == "TokenBucket(tracked=3, overflowed=4)"
+    assert repr(buckets) == "BucketTable(tracked=3, overflowed=4)"
 
 
 @given(st.integers(0, 2 * SLOW.depth), st.integers(0, SLOW.depth))
 def test_L3_a_bucket_is_never_forgotten_before_it_is_full(start: int, idle: int) -> None:
     """Whenever it is exhausted within a generation's life, idling gives back what idling gives."""
-    buckets = TokenBucket(10, SLOW.depth, T0)
+    buckets = BucketTable(10, SLOW.depth, T0)
     now = T0 + start
     buckets.take("other", SLOW, T0)
     exhaust(buckets, "victim", SLOW, now)
@@ -354,7 +354,7 @@ def test_L3_a_bucket_is_never_forgotten_before_it_is_full(start: int, idle: int)
 
 def test_what_is_given_up_is_freed_in_small_pieces() -> None:
     """A million buckets at once would stop the loop: each new key and each tidying frees a few."""
-    buckets = TokenBucket(10_000, FAST.depth, T0)
+    buckets = BucketTable(10_000, FAST.depth, T0)
     for number in range(10_000):
         buckets.take(f"visitor{number}", FAST, T0)
     buckets.tidy(T0 + FAST.depth, batch=10)
@@ -375,7 +375,7 @@ def test_what_is_given_up_is_freed_in_small_pieces() -> None:
 def test_L11_a_lowered_limit_holds_at_once_and_keeps_what_was_spent() -> None:
     """Twenty tokens, four spent; the limit becomes five: none of a second five is given."""
     old, new = Limit(burst=20, interval=SECOND), Limit(burst=5, interval=SECOND)
-    buckets = TokenBucket(10, old.depth, T0)
+    buckets = BucketTable(10, old.depth, T0)
     for _ in range(4):
         buckets.take("visitor", old, T0)
     buckets.adjust(new.depth, 10)
@@ -386,7 +386,7 @@ def test_L11_a_lowered_limit_holds_at_once_and_keeps_what_was_spent() -> None:
 def test_L11_a_raised_limit_holds_at_once() -> None:
     """Two tokens, both spent; the limit becomes twenty: eighteen are there."""
     new = Limit(burst=20, interval=SECOND)
-    buckets = TokenBucket(10, FAST.depth, T0)
+    buckets = BucketTable(10, FAST.depth, T0)
     exhaust(buckets, "visitor", FAST, T0)
     buckets.adjust(new.depth, 10)
     told = [buckets.take("visitor", new, T0).allowed for _ in range(19)]
@@ -396,7 +396,7 @@ def test_L11_a_raised_limit_holds_at_once() -> None:
 def test_L11_a_deeper_limit_is_not_forgotten_at_the_old_rotation() -> None:
     """The horizon grows with the limit, for buckets of the running generation too."""
     deep = Limit(burst=1, interval=1000 * SECOND)
-    buckets = TokenBucket(10, FAST.depth, T0)
+    buckets = BucketTable(10, FAST.depth, T0)
     buckets.adjust(deep.depth, 10)
     exhaust(buckets, "victim", deep, T0 + 1)
     for at in (1, 2, 3, 4, 10, 100, 999):
@@ -408,7 +408,7 @@ def test_L11_a_deeper_limit_is_not_forgotten_at_the_old_rotation() -> None:
 def test_L11_a_shallower_limit_does_not_forget_what_the_old_one_exhausted() -> None:
     """The limit is lowered and raised again within its time: the key is still exhausted."""
     deep = Limit(burst=1, interval=1000 * SECOND)
-    buckets = TokenBucket(10, deep.depth, T0)
+    buckets = BucketTable(10, deep.depth, T0)
     exhaust(buckets, "victim", deep, T0 + 999 * SECOND)
     buckets.adjust(FAST.depth, 10)
     for at in range(1000, 1900, 3):
@@ -420,7 +420,7 @@ def test_L11_a_shallower_limit_does_not_forget_what_the_old_one_exhausted() -> N
 
 def test_L7_reloads_do_not_put_off_forgetting() -> None:
     """Secrets that change every second reload every second: buckets are given up all the same."""
-    buckets = TokenBucket(100, FAST.depth, T0)
+    buckets = BucketTable(100, FAST.depth, T0)
     fill(buckets, 100, T0)
     for second in range(10):
         buckets.adjust(FAST.depth, 100)
@@ -432,7 +432,7 @@ def test_L7_reloads_do_not_put_off_forgetting() -> None:
 
 def test_a_lowered_bound_drops_nobody_who_is_tracked() -> None:
     """Who is tracked stays tracked; newcomers share until the others have been forgotten."""
-    buckets = TokenBucket(10, SLOW.depth, T0)
+    buckets = BucketTable(10, SLOW.depth, T0)
     for number in range(10):
         exhaust(buckets, f"visitor{number}", SLOW, T0)
     buckets.adjust(SLOW.depth, 4)
@@ -449,7 +449,7 @@ def test_a_lowered_bound_drops_nobody_who_is_tracked() -> None:
 
 def test_entries_are_what_is_not_full_and_how_long_it_takes() -> None:
     """Of both generations, in microseconds; who is full needs no remembering."""
-    buckets = TokenBucket(10, SLOW.depth, T0)
+    buckets = BucketTable(10, SLOW.depth, T0)
     buckets.take("full again", FAST, T0)
     exhaust(buckets, "old", SLOW, T0 + 30 * SECOND)
     exhaust(buckets, "moved", SLOW, T0 + 30 * SECOND)
@@ -466,7 +466,7 @@ def test_entries_are_what_is_not_full_and_how_long_it_takes() -> None:
 
 def test_restored_buckets_go_on_where_they_were() -> None:
     """Another clock, the same wait; what claims to take longer than any limit is cut."""
-    buckets = TokenBucket(10, SLOW.depth, T0)
+    buckets = BucketTable(10, SLOW.depth, T0)
     buckets.restore({"spent": 60 * SECOND, "absurd": 10**15, "full": 0, "past": -5}, T0)
     assert buckets.entries(T0) == {"spent": 60 * SECOND, "absurd": 60 * SECOND}
     assert buckets.take("spent", SLOW, T0 + 20 * SECOND - 1).retry_after == 1
@@ -475,7 +475,7 @@ def test_restored_buckets_go_on_where_they_were() -> None:
 
 def test_G6_what_a_snapshot_brings_beyond_the_bound_stays_exhausted() -> None:
     """A smaller bound after the restart: who finds no room is found in the overflow buckets."""
-    buckets = TokenBucket(2, SLOW.depth, T0)
+    buckets = BucketTable(2, SLOW.depth, T0)
     names = [Placed(f"visitor{number}", number) for number in range(5)]
     buckets.restore(dict.fromkeys(names, SLOW.depth), T0)
     assert len(buckets) == 2
@@ -485,7 +485,7 @@ def test_G6_what_a_snapshot_brings_beyond_the_bound_stays_exhausted() -> None:
 
 def test_L12_a_dry_run_decides_and_counts_and_charges_like_the_real_one() -> None:
     """The verdict says what would have been; only the counter tells that it was a rehearsal."""
-    real, dry = (TokenBucket(10, FAST.depth, T0) for _ in range(2))
+    real, dry = (BucketTable(10, FAST.depth, T0) for _ in range(2))
     schedule = [0, 0, 0, SECOND // 2, SECOND // 2, 0, 3 * SECOND, 0, 0]
     now = T0
     for gap in schedule:
@@ -499,7 +499,7 @@ def test_L12_a_dry_run_decides_and_counts_and_charges_like_the_real_one() -> Non
 def test_near_counts_admissions_with_less_than_a_fifth_left() -> None:
     """Of a burst of ten: the ninth and the tenth, and no refusal."""
     limit = Limit(burst=10, interval=SECOND)
-    buckets = TokenBucket(10, limit.depth, T0)
+    buckets = BucketTable(10, limit.depth, T0)
     told = []
     for _ in range(12):
         buckets.take("visitor", limit, T0)
@@ -510,7 +510,7 @@ def test_near_counts_admissions_with_less_than_a_fifth_left() -> None:
 @pytest.mark.parametrize("idle", [0, 1, FAST.depth, 100 * FAST.depth])
 def test_M1_nobody_asks_and_tidying_gives_everything_back(idle: int) -> None:
     """After two horizons of silence nothing is tracked, after a sweep nothing is held."""
-    buckets = TokenBucket(1000, FAST.depth, T0)
+    buckets = BucketTable(1000, FAST.depth, T0)
     fill(buckets, 1000, T0)
     buckets.tidy(T0 + FAST.depth)
     fill(buckets, 10, T0 + FAST.depth)
