@@ -10,7 +10,7 @@ from collections.abc import Callable
 import msgspec
 
 from broker.issue import IssuedToken, Refusal, ReusePolicy, TokenService
-from broker.limits.policy import Limits, LimitSet, Rule
+from broker.limits.policy import LimitRule, Limits, LimitSet
 from broker.model import EmbedToken, LimitName, TokenRequest
 from broker.pacing.pacer import NoPacing, Pacer
 from broker.rules import bucket
@@ -50,7 +50,7 @@ def limits(
 
     def limit_set(name: LimitName, numbers: Numbers) -> LimitSet:
         rate, burst = numbers
-        return LimitSet(name, Rule(bucket.limit(rate, MINUTE, burst)), {})
+        return LimitSet(name, LimitRule(bucket.limit(rate, MINUTE, burst)), {})
 
     return Limits(
         fingerprint=limit_set(LimitName.FINGERPRINT, fingerprint),

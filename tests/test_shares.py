@@ -3,12 +3,12 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.limits.policy import Limits, LimitSet, Rule, share_of
+from broker.limits.policy import LimitRule, Limits, LimitSet, share_of
 from broker.model import LimitName
 from broker.rules.bucket import Limit
 
 rules = st.builds(
-    Rule,
+    LimitRule,
     st.builds(Limit, burst=st.integers(1, 10_000), interval=st.integers(1, 10**9)),
     st.booleans(),
 )
@@ -30,7 +30,7 @@ limits = st.builds(
 )
 
 
-def all_rules(limits: Limits) -> list[Rule]:
+def all_rules(limits: Limits) -> list[LimitRule]:
     """Return every rule, in one order."""
     return [
         rule

@@ -35,7 +35,7 @@ from broker.issue import ReusePolicy
 from broker.issuers import keyfile
 from broker.issuers.keyring import BadKey, Keyring, check_key
 from broker.issuers.vendor.egress import Proxy, check_proxy, proxy_for
-from broker.limits.policy import Limits, LimitSet, Rule
+from broker.limits.policy import LimitRule, Limits, LimitSet
 from broker.model import LimitName, Secret
 from broker.pacing.slots import Budget
 from broker.rules import bucket
@@ -427,8 +427,8 @@ def _limit_set(
     name: LimitName,
     section: FingerprintLimitSettings | FingerprintMintsLimitSettings | AgentLimitSettings,
 ) -> LimitSet:
-    rule = Rule(bucket.limit(section.rate, section.per.us, section.burst), section.dry_run)
-    overrides: Mapping[str, Rule] = {
+    rule = LimitRule(bucket.limit(section.rate, section.per.us, section.burst), section.dry_run)
+    overrides: Mapping[str, LimitRule] = {
         agent: _override(section, override) for agent, override in section.overrides.items()
     }
     return LimitSet(name, rule, overrides)
@@ -437,14 +437,14 @@ def _limit_set(
 def _override(
     section: FingerprintLimitSettings | FingerprintMintsLimitSettings | AgentLimitSettings,
     override: AgentOverrideSettings,
-) -> Rule:
+) -> LimitRule:
     rate = section.rate if override.rate is None else override.rate
     per = section.per if override.per is None else override.per
     burst = section.burst if override.burst is None else override.burst
     dry_run = section.dry_run if override.dry_run is None else override.dry_run
-    return Rule(bucket.limit(rate, per.us, burst), dry_run)
+    return LimitRule(bucket.limit(rate, per.us, burst), dry_run)
 
 
 def _client_limit(section: LimitSettings) -> LimitSet:
-    rule = Rule(bucket.limit(section.rate, section.per.us, section.burst), section.dry_run)
+    rule = LimitRule(bucket.limit(section.rate, section.per.us, section.burst), section.dry_run)
     return LimitSet(LimitName.CLIENT, rule, {})

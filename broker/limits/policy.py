@@ -8,7 +8,7 @@ from broker.model import SEPARATOR, LimitName, TokenRequest
 from broker.rules.bucket import Limit
 
 
-class Rule(Struct, frozen=True, gc=False):
+class LimitRule(Struct, frozen=True, gc=False):
     """One limit, and whether it only rehearses (`dry_run`: decide and count, never deny)."""
 
     limit: Limit
@@ -19,10 +19,10 @@ class LimitSet(Struct, frozen=True):
     """One kind of limit with its exceptions by agent."""
 
     name: LimitName
-    rule: Rule
-    overrides: Mapping[str, Rule]
+    rule: LimitRule
+    overrides: Mapping[str, LimitRule]
 
-    def for_agent(self, agent: str) -> Rule:
+    def for_agent(self, agent: str) -> LimitRule:
         """Return the rule that holds for this agent."""
         if not self.overrides:
             return self.rule
@@ -80,10 +80,12 @@ def share_of(limits: Limits, replicas: int) -> Limits:
     )
 
 
-def _divide(rule: Rule, replicas: int) -> Rule:
+def _divide(rule: LimitRule, replicas: int) -> LimitRule:
     """Divide rate and burst; a burst under one is one.
 
     With more replicas than burst each has one token at once, more in all than the limit's burst.
     """
     limit = rule.limit
-    return Rule(Limit(max(limit.burst // replicas, 1), limit.interval * replicas), rule.dry_run)
+    return LimitRule(
+        Limit(max(limit.burst // replicas, 1), limit.interval * replicas), rule.dry_run
+    )

@@ -13,7 +13,7 @@ from typing import Protocol
 import pytest
 from msgspec.structs import replace
 
-from broker.limits.policy import Limits, LimitSet, Rule
+from broker.limits.policy import LimitRule, Limits, LimitSet
 from broker.model import EmbedToken, LimitName, TokenRequest
 from broker.rules import bucket
 from broker.rules.bucket import Limit, Verdict
@@ -59,8 +59,8 @@ def limits_of(
 ) -> Limits:
     """Make limits of which only those given can be met."""
 
-    def rule(name: LimitName, limit: Limit) -> Rule:
-        return Rule(limit, name in dry_run)
+    def rule(name: LimitName, limit: Limit) -> LimitRule:
+        return LimitRule(limit, name in dry_run)
 
     def limit_set(name: LimitName, limit: Limit) -> LimitSet:
         others = (overrides or {}).get(name, {})

@@ -14,7 +14,7 @@ import pytest
 
 from broker.app import snapshot
 from broker.app.snapshot import MAX_CLOCK_SKEW, SnapshotIgnored, Terms
-from broker.limits.policy import Limits, LimitSet, Rule
+from broker.limits.policy import LimitRule, Limits, LimitSet
 from broker.model import EmbedToken, LimitName, Secret, Session, TokenRequest
 from broker.rules.bucket import Limit
 from broker.sessions.memory import MemoryBook
@@ -37,7 +37,7 @@ def new_key() -> Secret:
 
 def limit_set(name: LimitName, burst: int, interval: int) -> LimitSet:
     """Make a limit without exceptions."""
-    return LimitSet(name, Rule(Limit(burst=burst, interval=interval)), {})
+    return LimitSet(name, LimitRule(Limit(burst=burst, interval=interval)), {})
 
 
 LIMITS = Limits(
