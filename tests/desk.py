@@ -10,7 +10,7 @@ from collections.abc import Callable
 import msgspec
 
 from broker.issue import IssuedToken, Refusal, ReusePolicy, TokenService
-from broker.limits.policy import LimitRule, Limits, LimitSet
+from broker.limits.policy import LimitPolicy, LimitRule, Limits
 from broker.model import EmbedToken, LimitName, TokenRequest
 from broker.pacing.pacer import NoPacing, Pacer
 from broker.rules import bucket
@@ -48,9 +48,9 @@ def limits(
 ) -> Limits:
     """Limits of which only the interesting one needs to be said."""
 
-    def limit_set(name: LimitName, numbers: Numbers) -> LimitSet:
+    def limit_set(name: LimitName, numbers: Numbers) -> LimitPolicy:
         rate, burst = numbers
-        return LimitSet(name, LimitRule(bucket.limit(rate, MINUTE, burst)), {})
+        return LimitPolicy(name, LimitRule(bucket.limit(rate, MINUTE, burst)), {})
 
     return Limits(
         fingerprint=limit_set(LimitName.FINGERPRINT, fingerprint),

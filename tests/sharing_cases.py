@@ -2,7 +2,7 @@
 
 import secrets
 
-from broker.limits.policy import LimitRule, Limits, LimitSet
+from broker.limits.policy import LimitPolicy, LimitRule, Limits
 from broker.model import LimitName, TokenRequest
 from broker.rules.bucket import Limit
 
@@ -20,10 +20,10 @@ def limits_of(
 ) -> Limits:
     """Make limits of which only those given can be met."""
     return Limits(
-        fingerprint=LimitSet(LimitName.FINGERPRINT, LimitRule(fingerprint), {}),
-        fingerprint_mints=LimitSet(LimitName.FINGERPRINT_MINTS, LimitRule(mints), {}),
-        agent=LimitSet(LimitName.AGENT, LimitRule(agent), {}),
-        client=None if client is None else LimitSet(LimitName.CLIENT, LimitRule(client), {}),
+        fingerprint=LimitPolicy(LimitName.FINGERPRINT, LimitRule(fingerprint), {}),
+        fingerprint_mints=LimitPolicy(LimitName.FINGERPRINT_MINTS, LimitRule(mints), {}),
+        agent=LimitPolicy(LimitName.AGENT, LimitRule(agent), {}),
+        client=None if client is None else LimitPolicy(LimitName.CLIENT, LimitRule(client), {}),
         max_tracked=1_000_000,
     )
 

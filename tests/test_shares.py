@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.limits.policy import LimitRule, Limits, LimitSet, share_of
+from broker.limits.policy import LimitPolicy, LimitRule, Limits, share_of
 from broker.model import LimitName
 from broker.rules.bucket import Limit
 
@@ -14,10 +14,10 @@ rules = st.builds(
 )
 
 
-def sets(name: LimitName) -> st.SearchStrategy[LimitSet]:
+def sets(name: LimitName) -> st.SearchStrategy[LimitPolicy]:
     """Draw a limit with exceptions."""
     overrides = st.dictionaries(st.sampled_from(["A", "B"]), rules, max_size=2)
-    return st.builds(LimitSet, st.just(name), rules, overrides)
+    return st.builds(LimitPolicy, st.just(name), rules, overrides)
 
 
 limits = st.builds(

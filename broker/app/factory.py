@@ -35,7 +35,7 @@ from broker.issue import ReusePolicy
 from broker.issuers import keyfile
 from broker.issuers.keyring import BadKey, Keyring, check_key
 from broker.issuers.vendor.egress import Proxy, check_proxy, proxy_for
-from broker.limits.policy import LimitRule, Limits, LimitSet
+from broker.limits.policy import LimitPolicy, LimitRule, Limits
 from broker.model import LimitName, Secret
 from broker.pacing.slots import Budget
 from broker.rules import bucket
@@ -426,12 +426,12 @@ def _make_up(node: Any, make: Callable[[str], Secret], path: str) -> Any:  # noq
 def _limit_set(
     name: LimitName,
     section: FingerprintLimitSettings | FingerprintMintsLimitSettings | AgentLimitSettings,
-) -> LimitSet:
+) -> LimitPolicy:
     rule = LimitRule(bucket.limit(section.rate, section.per.us, section.burst), section.dry_run)
     overrides: Mapping[str, LimitRule] = {
         agent: _override(section, override) for agent, override in section.overrides.items()
     }
-    return LimitSet(name, rule, overrides)
+    return LimitPolicy(name, rule, overrides)
 
 
 def _override(
@@ -445,6 +445,6 @@ def _override(
     return LimitRule(bucket.limit(rate, per.us, burst), dry_run)
 
 
-def _client_limit(section: LimitSettings) -> LimitSet:
+def _client_limit(section: LimitSettings) -> LimitPolicy:
     rule = LimitRule(bucket.limit(section.rate, section.per.us, section.burst), section.dry_run)
-    return LimitSet(LimitName.CLIENT, rule, {})
+    return LimitPolicy(LimitName.CLIENT, rule, {})

@@ -15,7 +15,7 @@ class LimitRule(Struct, frozen=True, gc=False):
     dry_run: bool = False
 
 
-class LimitSet(Struct, frozen=True):
+class LimitPolicy(Struct, frozen=True):
     """One kind of limit with its exceptions by agent."""
 
     name: LimitName
@@ -48,10 +48,10 @@ class LimitSet(Struct, frozen=True):
 class Limits(Struct, frozen=True):
     """Every limit in force; `client` is off unless configured."""
 
-    fingerprint: LimitSet
-    fingerprint_mints: LimitSet
-    agent: LimitSet
-    client: LimitSet | None
+    fingerprint: LimitPolicy
+    fingerprint_mints: LimitPolicy
+    agent: LimitPolicy
+    client: LimitPolicy | None
     max_tracked: int
 
 
@@ -64,8 +64,8 @@ def share_of(limits: Limits, replicas: int) -> Limits:
     if replicas == 1:
         return limits
 
-    def divide(limit_set: LimitSet) -> LimitSet:
-        return LimitSet(
+    def divide(limit_set: LimitPolicy) -> LimitPolicy:
+        return LimitPolicy(
             limit_set.name,
             _divide(limit_set.rule, replicas),
             {agent: _divide(rule, replicas) for agent, rule in limit_set.overrides.items()},

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing_extensions import override
 
 from broker.limits.buckets import BucketCounts, BucketTable
-from broker.limits.policy import LimitRule, Limits, LimitSet
+from broker.limits.policy import LimitPolicy, LimitRule, Limits
 from broker.model import SEPARATOR, Clock, EmbedToken, LimitName, TokenRequest, visitor_of
 from broker.rules.bucket import Verdict
 from broker.stores.base import Denial, Kept, Lease, Store, Visit
@@ -157,7 +157,7 @@ class MemoryStore(Store):
         for bucket in self.buckets.values():
             bucket.tidy(now)
 
-    def _charge(self, limit_set: LimitSet, key: str, agent: str, now: int) -> Denial | None:
+    def _charge(self, limit_set: LimitPolicy, key: str, agent: str, now: int) -> Denial | None:
         rule: LimitRule = limit_set.for_agent(agent)
         verdict: Verdict = self.buckets[limit_set.name].take(
             key, rule.limit, now, dry_run=rule.dry_run

@@ -20,7 +20,7 @@ from functools import lru_cache
 from typing_extensions import override
 
 from broker.limits.buckets import BucketCounts
-from broker.limits.policy import Limits, LimitSet
+from broker.limits.policy import LimitPolicy, Limits
 from broker.model import Clock, EmbedToken, LimitName, TokenRequest, visitor_of
 from broker.rules.bucket import Limit, Verdict, said
 from broker.sealing import Seal
@@ -317,7 +317,7 @@ class ValkeyStore:
         return denial
 
     async def _charge(
-        self, kind: LimitSet, local_key: str, name: bytes, agent: str = ""
+        self, kind: LimitPolicy, local_key: str, name: bytes, agent: str = ""
     ) -> Denial | None:
         """Charge a bucket that is not a visitor's."""
         rule = kind.for_agent(agent)

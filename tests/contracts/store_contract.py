@@ -13,7 +13,7 @@ from typing import Protocol
 import pytest
 from msgspec.structs import replace
 
-from broker.limits.policy import LimitRule, Limits, LimitSet
+from broker.limits.policy import LimitPolicy, LimitRule, Limits
 from broker.model import EmbedToken, LimitName, TokenRequest
 from broker.rules import bucket
 from broker.rules.bucket import Limit, Verdict
@@ -62,9 +62,9 @@ def limits_of(
     def rule(name: LimitName, limit: Limit) -> LimitRule:
         return LimitRule(limit, name in dry_run)
 
-    def limit_set(name: LimitName, limit: Limit) -> LimitSet:
+    def limit_set(name: LimitName, limit: Limit) -> LimitPolicy:
         others = (overrides or {}).get(name, {})
-        return LimitSet(name, rule(name, limit), {a: rule(name, o) for a, o in others.items()})
+        return LimitPolicy(name, rule(name, limit), {a: rule(name, o) for a, o in others.items()})
 
     return Limits(
         fingerprint=limit_set(LimitName.FINGERPRINT, fingerprint),

@@ -24,7 +24,7 @@ from broker.issue import IssuedToken, ReusePolicy, TokenService
 from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor.client import Answer, CallFailed
 from broker.issuers.vendor.replies import Reason
-from broker.limits.policy import LimitRule, Limits, LimitSet
+from broker.limits.policy import LimitPolicy, LimitRule, Limits
 from broker.model import LimitName, Secret, TokenRequest
 from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import Budget
@@ -168,8 +168,8 @@ class Site:
 
 
 def _limits() -> Limits:
-    def limit_set(name: LimitName, rate: int, burst: int) -> LimitSet:
-        return LimitSet(name, LimitRule(bucket.limit(rate, MINUTE, burst)), {})
+    def limit_set(name: LimitName, rate: int, burst: int) -> LimitPolicy:
+        return LimitPolicy(name, LimitRule(bucket.limit(rate, MINUTE, burst)), {})
 
     return Limits(
         fingerprint=limit_set(LimitName.FINGERPRINT, 60, 20),

@@ -14,7 +14,7 @@ import pytest
 
 from broker.app import snapshot
 from broker.app.snapshot import MAX_CLOCK_SKEW, SnapshotIgnored, Terms
-from broker.limits.policy import LimitRule, Limits, LimitSet
+from broker.limits.policy import LimitPolicy, LimitRule, Limits
 from broker.model import EmbedToken, LimitName, Secret, Session, TokenRequest
 from broker.rules.bucket import Limit
 from broker.sessions.memory import MemoryBook
@@ -35,9 +35,9 @@ def new_key() -> Secret:
     return Secret(secrets.token_hex(32))
 
 
-def limit_set(name: LimitName, burst: int, interval: int) -> LimitSet:
+def limit_set(name: LimitName, burst: int, interval: int) -> LimitPolicy:
     """Make a limit without exceptions."""
-    return LimitSet(name, LimitRule(Limit(burst=burst, interval=interval)), {})
+    return LimitPolicy(name, LimitRule(Limit(burst=burst, interval=interval)), {})
 
 
 LIMITS = Limits(

@@ -26,7 +26,7 @@ from broker.errors import BrokerError
 from broker.issue import IssuedToken, ReusePolicy, TokenService
 from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor.client import VendorClient
-from broker.limits.policy import LimitRule, Limits, LimitSet
+from broker.limits.policy import LimitPolicy, LimitRule, Limits
 from broker.model import LimitName, Secret, TokenRequest
 from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import Budget
@@ -66,8 +66,8 @@ def visitor() -> str:
 def roomy() -> Limits:
     """Limits that no test meets."""
 
-    def limit_set(name: LimitName) -> LimitSet:
-        return LimitSet(name, LimitRule(bucket.limit(60_000, MINUTE, 1_000_000)), {})
+    def limit_set(name: LimitName) -> LimitPolicy:
+        return LimitPolicy(name, LimitRule(bucket.limit(60_000, MINUTE, 1_000_000)), {})
 
     return Limits(
         fingerprint=limit_set(LimitName.FINGERPRINT),
