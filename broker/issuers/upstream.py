@@ -47,7 +47,7 @@ from broker.model import Clock, Minted, Secret, TokenRequest
 from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import Slot
 from broker.rules.backoff import full_jitter
-from broker.rules.breaker import Credentials, Health, KeyOutcome, Outcome, Ticket
+from broker.rules.breaker import Credentials, Health, KeyOutcome, Outcome, Permit
 from broker.rules.reuse import SECOND
 from broker.telemetry.metrics import UpstreamMetrics
 
@@ -210,7 +210,7 @@ class UpstreamIssuer(Issuer):
         if wait := self.health.wait(now):
             raise _vendor_is_unwell(wait)
 
-    def _enter(self) -> tuple[Ticket, Ticket]:
+    def _enter(self) -> tuple[Permit, Permit]:
         """Take a ticket of each breaker; raises if one has none to give."""
         now = self._clock.mono()
         self.credentials, key_ticket = self.credentials.allow(now)
@@ -268,7 +268,7 @@ class UpstreamIssuer(Issuer):
         if not self.credentials.rejected:
             self._pacer.pause((throttled.retry_after or DEFAULT_PAUSE) / SECOND)
 
-    def _learn(self, reply: Reply, key: Secret, key_ticket: Ticket, health_ticket: Ticket) -> None:
+    def _learn(self, reply: Reply, key: Secret, key_ticket: Permit, health_ticket: Permit) -> None:
         """Let both breakers, the key list and the budget draw their conclusions."""
         reason = reason_of(reply)
         if reason is not None:
@@ -303,7 +303,7 @@ class UpstreamIssuer(Issuer):
         return KeyOutcome.REJECTED
 
     def _settle(
-        self, key_ticket: Ticket, key: KeyOutcome, health_ticket: Ticket, health: Outcome
+        self, key_ticket: Permit, key: KeyOutcome, health_ticket: Permit, health: Outcome
     ) -> None:
         now = self._clock.mono()
         self.credentials = self.credentials.settle(key_ticket, key, now)

@@ -57,7 +57,7 @@ authentication all the same, so six a minute at most."""
 PROBE_RETRY = SECOND
 """Microseconds that those are told to wait who come while a probe is out."""
 
-Ticket = NewType("Ticket", int)
+Permit = NewType("Permit", int)
 """Leave to make one call; returned with its outcome."""
 
 
@@ -113,14 +113,14 @@ class Breaker(Struct, frozen=True):
     epoch: int = 0
     until: int = 0
 
-    def allow(self, now: int) -> tuple[Self, Ticket | None]:
+    def allow(self, now: int) -> tuple[Self, Permit | None]:
         """Ask for leave to make a call at `now`; without a ticket it must not be made."""
         if self.phase is Phase.CLOSED:
-            return self, Ticket(self.epoch)
+            return self, Permit(self.epoch)
         if now < self.until:
             return replace(self, until=min(self.until, now + self.longest)), None
         probing = self._enter(Phase.PROBING, now + self.longest)
-        return probing, Ticket(probing.epoch)
+        return probing, Permit(probing.epoch)
 
     def wait(self, now: int) -> int:
         """Return the microseconds after which a call may be let through; 0 for at once."""
@@ -160,7 +160,7 @@ class Health(Breaker, frozen=True):
     window: tuple[Tally, ...] = ()
     pause: int = 0
 
-    def settle(self, ticket: Ticket, outcome: Outcome, now: int, draw: Callable[[], float]) -> Self:
+    def settle(self, ticket: Permit, outcome: Outcome, now: int, draw: Callable[[], float]) -> Self:
         """Take a ticket back; `draw` returns a number in [0, 1) that may shorten a pause."""
         if ticket != self.epoch:
             return self
@@ -240,7 +240,7 @@ class Credentials(Breaker, frozen=True):
 
     rejected: bool = False
 
-    def settle(self, ticket: Ticket, outcome: KeyOutcome, now: int) -> Self:  # noqa: PLR0911 - a line an outcome
+    def settle(self, ticket: Permit, outcome: KeyOutcome, now: int) -> Self:  # noqa: PLR0911 - a line an outcome
         """Take a ticket back."""
         if ticket != self.epoch:
             return self

@@ -22,16 +22,16 @@ from broker.rules.breaker import (
     Health,
     KeyOutcome,
     Outcome,
+    Permit,
     Phase,
     Tally,
-    Ticket,
 )
 from broker.rules.reuse import SECOND
 
 T0 = 1_000_000 * SECOND
 """A moment to start from, on a second's boundary."""
 
-LATE = Ticket(-1)
+LATE = Permit(-1)
 """A ticket of an epoch long gone."""
 
 
@@ -40,7 +40,7 @@ def full_pause() -> float:
     return 0.0
 
 
-def ask(breaker: Credentials, now: int) -> tuple[Credentials, Ticket]:
+def ask(breaker: Credentials, now: int) -> tuple[Credentials, Permit]:
     """Ask for leave that must be given."""
     breaker, ticket = breaker.allow(now)
     assert ticket is not None
@@ -83,9 +83,9 @@ def test_the_three_states_are_what_they_are_called() -> None:
 @pytest.mark.parametrize(
     ("state", "ticket", "outcome", "expected"),
     [
-        (CLOSED, Ticket(0), Outcome.SUCCEEDED, Health(window=(BEFORE, Tally(AT // SECOND, 1, 0)))),
-        (CLOSED, Ticket(0), Outcome.FAILED, Health(window=(BEFORE, Tally(AT // SECOND, 1, 1)))),
-        (CLOSED, Ticket(0), Outcome.ABANDONED, CLOSED),
+        (CLOSED, Permit(0), Outcome.SUCCEEDED, Health(window=(BEFORE, Tally(AT // SECOND, 1, 0)))),
+        (CLOSED, Permit(0), Outcome.FAILED, Health(window=(BEFORE, Tally(AT // SECOND, 1, 1)))),
+        (CLOSED, Permit(0), Outcome.ABANDONED, CLOSED),
         (CLOSED, LATE, Outcome.SUCCEEDED, CLOSED),
         (CLOSED, LATE, Outcome.FAILED, CLOSED),
         (CLOSED, LATE, Outcome.ABANDONED, CLOSED),
@@ -101,7 +101,7 @@ def test_the_three_states_are_what_they_are_called() -> None:
     ],
 )  # fmt: skip
 def test_health_every_state_takes_every_outcome(
-    state: Health, ticket: Ticket, outcome: Outcome, expected: Health
+    state: Health, ticket: Permit, outcome: Outcome, expected: Health
 ) -> None:
     """A ticket of this epoch counts, one of another changes nothing, in any state."""
     assert state.settle(ticket, outcome, AT, full_pause) == expected
@@ -290,8 +290,8 @@ def test_V8_calls_from_before_the_outage_do_not_disturb_the_probe() -> None:
 # --- credentials: every state x every input
 
 GOOD = Credentials()
-DOUBTED = GOOD.settle(Ticket(0), KeyOutcome.ROTATED, T0)
-SHUT = GOOD.settle(Ticket(0), KeyOutcome.REJECTED, T0)
+DOUBTED = GOOD.settle(Permit(0), KeyOutcome.ROTATED, T0)
+SHUT = GOOD.settle(Permit(0), KeyOutcome.REJECTED, T0)
 TRIED, TRIAL = ask(SHUT, T0 + KEY_PAUSE)
 THEN = T0 + KEY_PAUSE + SECOND
 
@@ -333,7 +333,7 @@ def _key_cases() -> list[_KeyCase]:
 
 @pytest.mark.parametrize(("state", "ticket", "outcome", "expected"), _key_cases())
 def test_credentials_every_state_takes_every_outcome(
-    state: Credentials, ticket: Ticket, outcome: KeyOutcome, expected: Credentials
+    state: Credentials, ticket: Permit, outcome: KeyOutcome, expected: Credentials
 ) -> None:
     """A ticket of this epoch counts, one of another changes nothing, in any state."""
     assert state.settle(ticket, outcome, THEN) == expected

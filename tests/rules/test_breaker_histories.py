@@ -10,9 +10,9 @@ from broker.rules.breaker import (
     Health,
     KeyOutcome,
     Outcome,
+    Permit,
     Phase,
     StoreHealth,
-    Ticket,
 )
 from broker.rules.reuse import SECOND
 
@@ -28,11 +28,11 @@ class _History(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = T0
-        self.out: list[Ticket] = []
-        self.void: list[Ticket] = []
+        self.out: list[Permit] = []
+        self.void: list[Permit] = []
         self.last_news = T0
 
-    def settle(self, ticket: Ticket, outcome: Outcome | KeyOutcome, drawn: float) -> None:
+    def settle(self, ticket: Permit, outcome: Outcome | KeyOutcome, drawn: float) -> None:
         """Hand a ticket back."""
         raise NotImplementedError
 
@@ -83,7 +83,7 @@ class _History(RuleBasedStateMachine):
     def at_most_one_ticket_counts_unless_closed(self) -> None:
         """However many calls are under way."""
         if self.breaker.is_open:
-            assert self.out.count(Ticket(self.breaker.epoch)) <= 1
+            assert self.out.count(Permit(self.breaker.epoch)) <= 1
 
     @invariant()
     def nobody_waits_longer_than_the_longest_pause_since_the_last_news(self) -> None:
@@ -110,7 +110,7 @@ class _HealthHistory(_History):
         self.last_failure = T0
 
     @override
-    def settle(self, ticket: Ticket, outcome: Outcome | KeyOutcome, drawn: float) -> None:
+    def settle(self, ticket: Permit, outcome: Outcome | KeyOutcome, drawn: float) -> None:
         assert isinstance(outcome, Outcome)
         before = self.breaker
         self.breaker = before.settle(ticket, outcome, self.now, lambda: drawn)
@@ -187,7 +187,7 @@ class _CredentialsHistory(_History):
         self.breaker: Credentials = Credentials()
 
     @override
-    def settle(self, ticket: Ticket, outcome: Outcome | KeyOutcome, drawn: float) -> None:
+    def settle(self, ticket: Permit, outcome: Outcome | KeyOutcome, drawn: float) -> None:
         assert isinstance(outcome, KeyOutcome)
         self.breaker = self.breaker.settle(ticket, outcome, self.now)
 

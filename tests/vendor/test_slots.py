@@ -11,7 +11,7 @@ from broker.issuers.negative_cache import LocalRefusals
 from broker.issuers.vendor.replies import Refused, Scope
 from broker.model import TokenRequest
 from broker.pacing.slots import Budget
-from broker.rules.breaker import Outcome, Ticket
+from broker.rules.breaker import Outcome, Permit
 from broker.testing import FakeClock, Refusal
 from broker.testing.vendor import faults
 
@@ -60,7 +60,7 @@ async def test_V8_a_probe_that_another_breaker_stops_gives_its_leave_back() -> N
         well, now = relay.issuer.health, relay.clock.mono()
         unwell = well
         while not unwell.is_open:
-            unwell = unwell.settle(Ticket(unwell.epoch), Outcome.FAILED, now, lambda: 0.0)
+            unwell = unwell.settle(Permit(unwell.epoch), Outcome.FAILED, now, lambda: 0.0)
         relay.issuer.health = unwell
         with pytest.raises(ServiceUnavailable, match="the vendor keeps failing"):
             await asking
@@ -77,7 +77,7 @@ async def test_N13_a_slot_that_a_breaker_leaves_unused_goes_to_the_next() -> Non
         await until(lambda: relay.pacer.depth == 4, "a line")
         now, unwell = relay.clock.mono(), relay.issuer.health
         while not unwell.is_open:
-            unwell = unwell.settle(Ticket(unwell.epoch), Outcome.FAILED, now, lambda: 0.0)
+            unwell = unwell.settle(Permit(unwell.epoch), Outcome.FAILED, now, lambda: 0.0)
         relay.issuer.health = unwell
         outcomes = await asyncio.gather(*crowd, return_exceptions=True)
         assert {type(outcome) for outcome in outcomes} == {ServiceUnavailable}

@@ -16,7 +16,7 @@ import structlog
 from typing_extensions import override
 
 from broker.model import Clock
-from broker.rules.breaker import Outcome, Phase, StoreHealth, Ticket
+from broker.rules.breaker import Outcome, Permit, Phase, StoreHealth
 from broker.rules.reuse import SECOND
 from broker.tasks import TaskSet
 from broker.telemetry.cells import Counter
@@ -134,17 +134,17 @@ class Server:
         with contextlib.suppress(StoreFailed):
             _ = await self.command(operation, key, packed, shape)
 
-    def _enter(self) -> Ticket:
+    def _enter(self) -> Permit:
         """Ask the breaker; raises StoreFailed, uncounted, for a call that is not to be made."""
         health = self._health
         if health.phase is Phase.CLOSED:
-            return Ticket(health.epoch)
+            return Permit(health.epoch)
         self._health, ticket = health.allow(self._clock.mono())
         if ticket is None:
             raise StoreFailed(Reason.CONNECTION)
         return ticket
 
-    async def _watch(self, ticket: Ticket, operation: Operation, reply: Awaitable[Reply]) -> Reply:
+    async def _watch(self, ticket: Permit, operation: Operation, reply: Awaitable[Reply]) -> Reply:
         began = time.perf_counter()
         try:
             answer = await reply
@@ -164,7 +164,7 @@ class Server:
             self._note(ticket, Outcome.SUCCEEDED)
         return answer
 
-    def _note(self, ticket: Ticket, outcome: Outcome, failed: StoreFailed | None = None) -> None:
+    def _note(self, ticket: Permit, outcome: Outcome, failed: StoreFailed | None = None) -> None:
         was_away = self.is_away
         now = self._clock.mono()
         self.tidy()
