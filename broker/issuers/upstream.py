@@ -47,7 +47,7 @@ from broker.model import Clock, Minted, Secret, TokenRequest
 from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import Slot
 from broker.rules.backoff import full_jitter
-from broker.rules.breaker import Credentials, Health, KeyOutcome, Outcome, Permit
+from broker.rules.breaker import Credentials, FailureRateBreaker, KeyOutcome, Outcome, Permit
 from broker.rules.reuse import SECOND
 from broker.telemetry.metrics import UpstreamMetrics
 
@@ -96,7 +96,7 @@ class UpstreamIssuer(Issuer):
         self._keys = list(keys)
         self._passed_over: set[Secret] = set()
         self._reported: set[Secret] = set()
-        self.health = Health()
+        self.health = FailureRateBreaker()
         self.credentials = Credentials()
         self._refusals = refusals or LocalRefusals(clock)
         self._refusals.use_keys(self._keys)

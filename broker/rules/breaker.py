@@ -1,6 +1,6 @@
 """Circuit breakers as states: no clock, no tasks, no I/O.  Microseconds and integers.
 
-A breaker is asked before a call to the vendor and told how the call ended.  `Health` stops
+A breaker is asked before a call to the vendor and told how the call ended.  `FailureRateBreaker` stops
 calls while the vendor is unwell, `Credentials` while our key is bad: the vendor counts failed
 authentication against our address, so a dead key must not be tried at the rate of the traffic.
 Does not know what a call is, nor which answers count as failures: its caller sorts them.
@@ -146,7 +146,7 @@ class Tally(Struct, frozen=True, gc=False):
     failures: int
 
 
-class Health(Breaker, frozen=True):
+class FailureRateBreaker(Breaker, frozen=True):
     """Stops calls while half of them or more fail.
 
     `window` holds the tallies of the last `span`, oldest first; `pause` is how long the present
@@ -194,7 +194,7 @@ class Health(Breaker, frozen=True):
         return replace(self._enter(Phase.OPEN, until), window=(), pause=pause)
 
 
-class StoreHealth(Health, frozen=True):
+class StoreHealth(FailureRateBreaker, frozen=True):
     """The same for a store nearby, which answers thousands of calls a second, each at once.
 
     Without it there is another way to go on, so it opens after a second at most, and probes soon.

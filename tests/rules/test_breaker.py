@@ -19,7 +19,7 @@ from broker.rules.breaker import (
     UNLEARNED_PAUSE,
     WINDOW,
     Credentials,
-    Health,
+    FailureRateBreaker,
     KeyOutcome,
     Outcome,
     Permit,
@@ -47,14 +47,14 @@ def ask(breaker: Credentials, now: int) -> tuple[Credentials, Permit]:
     return breaker, ticket
 
 
-def call(health: Health, outcome: Outcome, now: int = T0) -> Health:
+def call(health: FailureRateBreaker, outcome: Outcome, now: int = T0) -> FailureRateBreaker:
     """Make one call that must be let through."""
     health, ticket = health.allow(now)
     assert ticket is not None
     return health.settle(ticket, outcome, now, full_pause)
 
 
-def calls(health: Health, outcomes: str, now: int = T0) -> Health:
+def calls(health: FailureRateBreaker, outcomes: str, now: int = T0) -> FailureRateBreaker:
     """Make calls: `+` succeeds, `-` fails."""
     for sign in outcomes:
         health = call(health, Outcome.SUCCEEDED if sign == "+" else Outcome.FAILED, now)
@@ -63,10 +63,10 @@ def calls(health: Health, outcomes: str, now: int = T0) -> Health:
 
 # --- health: every state x every input
 
-CLOSED = calls(Health(), "++--")
+CLOSED = calls(FailureRateBreaker(), "++--")
 BEFORE = Tally(T0 // SECOND, 4, 2)
 TWICE = 2 * FIRST_PAUSE
-OPEN = calls(Health(), "-" * 10)
+OPEN = calls(FailureRateBreaker(), "-" * 10)
 PROBING, PROBE = OPEN.allow(T0 + FIRST_PAUSE)
 NOON = T0 + FIRST_PAUSE
 AT = NOON + SECOND
@@ -83,8 +83,8 @@ def test_the_three_states_are_what_they_are_called() -> None:
 @pytest.mark.parametrize(
     ("state", "ticket", "outcome", "expected"),
     [
-        (CLOSED, Permit(0), Outcome.SUCCEEDED, Health(window=(BEFORE, Tally(AT // SECOND, 1, 0)))),
-        (CLOSED, Permit(0), Outcome.FAILED, Health(window=(BEFORE, Tally(AT // SECOND, 1, 1)))),
+        (CLOSED, Permit(0), Outcome.SUCCEEDED, FailureRateBreaker(window=(BEFORE, Tally(AT // SECOND, 1, 0)))),
+        (CLOSED, Permit(0), Outcome.FAILED, FailureRateBreaker(window=(BEFORE, Tally(AT // SECOND, 1, 1)))),
         (CLOSED, Permit(0), Outcome.ABANDONED, CLOSED),
         (CLOSED, LATE, Outcome.SUCCEEDED, CLOSED),
         (CLOSED, LATE, Outcome.FAILED, CLOSED),
@@ -92,16 +92,16 @@ def test_the_three_states_are_what_they_are_called() -> None:
         (OPEN, LATE, Outcome.SUCCEEDED, OPEN),
         (OPEN, LATE, Outcome.FAILED, OPEN),
         (OPEN, LATE, Outcome.ABANDONED, OPEN),
-        (PROBING, PROBE, Outcome.SUCCEEDED, Health(Phase.CLOSED, 3, 0)),
-        (PROBING, PROBE, Outcome.FAILED, Health(Phase.OPEN, 3, AT + TWICE, (), TWICE)),
-        (PROBING, PROBE, Outcome.ABANDONED, Health(Phase.OPEN, 3, AT, (), FIRST_PAUSE)),
+        (PROBING, PROBE, Outcome.SUCCEEDED, FailureRateBreaker(Phase.CLOSED, 3, 0)),
+        (PROBING, PROBE, Outcome.FAILED, FailureRateBreaker(Phase.OPEN, 3, AT + TWICE, (), TWICE)),
+        (PROBING, PROBE, Outcome.ABANDONED, FailureRateBreaker(Phase.OPEN, 3, AT, (), FIRST_PAUSE)),
         (PROBING, LATE, Outcome.SUCCEEDED, PROBING),
         (PROBING, LATE, Outcome.FAILED, PROBING),
         (PROBING, LATE, Outcome.ABANDONED, PROBING),
     ],
 )  # fmt: skip
 def test_health_every_state_takes_every_outcome(
-    state: Health, ticket: Permit, outcome: Outcome, expected: Health
+    state: FailureRateBreaker, ticket: Permit, outcome: Outcome, expected: FailureRateBreaker
 ) -> None:
     """A ticket of this epoch counts, one of another changes nothing, in any state."""
     assert state.settle(ticket, outcome, AT, full_pause) == expected
@@ -122,7 +122,7 @@ def test_health_every_state_takes_every_outcome(
     ],
 )
 def test_every_state_answers_a_call(
-    state: Health,
+    state: FailureRateBreaker,
     now: int,
     phase: Phase,
     given_leave: bool,
@@ -138,8 +138,8 @@ def test_every_state_answers_a_call(
 
 def test_nine_failures_are_not_enough_and_the_tenth_is() -> None:
     """Below ten calls no ratio means anything."""
-    assert not calls(Health(), "-" * (MIN_CALLS - 1)).is_open
-    assert calls(Health(), "-" * MIN_CALLS).is_open
+    assert not calls(FailureRateBreaker(), "-" * (MIN_CALLS - 1)).is_open
+    assert calls(FailureRateBreaker(), "-" * MIN_CALLS).is_open
 
 
 @pytest.mark.parametrize(
@@ -156,19 +156,19 @@ def test_nine_failures_are_not_enough_and_the_tenth_is() -> None:
 )
 def test_half_of_the_calls_have_to_fail(outcomes: str, opens: bool) -> None:
     """Half is enough, less is not; and only a failure opens, never a success."""
-    assert calls(Health(), outcomes).is_open is opens
+    assert calls(FailureRateBreaker(), outcomes).is_open is opens
 
 
 @pytest.mark.parametrize(("apart", "opens"), [(29, True), (30, False), (3600, False)])
 def test_failures_are_forgotten_after_the_window(apart: int, opens: bool) -> None:
     """Nine old failures and a new one open only within thirty seconds."""
-    health = calls(Health(), "-" * 9)
+    health = calls(FailureRateBreaker(), "-" * 9)
     assert calls(health, "-", T0 + apart * SECOND).is_open is opens
 
 
 def test_the_window_holds_no_more_than_its_seconds() -> None:
     """Memory is bounded however long the vendor is called and however often."""
-    health = Health()
+    health = FailureRateBreaker()
     for n in range(2000):
         health = calls(health, "++-", T0 + n * SECOND // 10)
     assert len(health.window) == WINDOW // SECOND
@@ -177,7 +177,7 @@ def test_the_window_holds_no_more_than_its_seconds() -> None:
 
 def test_failures_in_the_future_do_not_count() -> None:
     """After a clock that stepped back, what was counted before it is forgotten."""
-    health = calls(Health(), "-" * 9, T0 + 3600 * SECOND)
+    health = calls(FailureRateBreaker(), "-" * 9, T0 + 3600 * SECOND)
     assert not calls(health, "-").is_open
 
 
@@ -186,7 +186,7 @@ def test_failures_in_the_future_do_not_count() -> None:
 
 def test_pauses_double_up_to_a_minute_and_begin_anew_after_a_success() -> None:
     """5, 10, 20, 40, 60, 60 seconds; a probe that succeeds makes it as if nothing had been."""
-    health = calls(Health(), "-" * 10)
+    health = calls(FailureRateBreaker(), "-" * 10)
     pauses = []
     for _ in range(6):
         before = health.until
@@ -202,14 +202,14 @@ def test_pauses_double_up_to_a_minute_and_begin_anew_after_a_success() -> None:
 
 def test_after_a_success_it_takes_ten_failures_again() -> None:
     """What was counted during the outage is not held against the vendor that is back."""
-    health = call(calls(Health(), "-" * 10), Outcome.SUCCEEDED, NOON)
+    health = call(calls(FailureRateBreaker(), "-" * 10), Outcome.SUCCEEDED, NOON)
     assert not calls(health, "-" * 9, NOON).is_open
 
 
 @given(st.floats(0, 1, exclude_max=True), st.integers(0, 8))
 def test_jitter_only_shortens_a_pause_and_never_by_much(drawn: float, failed_probes: int) -> None:
     """A minute stays the longest pause; replicas that opened together probe apart."""
-    health = calls(Health(), "-" * 10)
+    health = calls(FailureRateBreaker(), "-" * 10)
     for _ in range(failed_probes):
         health = call(health, Outcome.FAILED, health.until)
     now = health.until
@@ -227,7 +227,7 @@ def test_an_abandoned_probe_does_not_lengthen_the_pause() -> None:
 
 
 @pytest.mark.parametrize("state", [OPEN, PROBING])
-def test_a_clock_that_steps_back_locks_nobody_out(state: Health) -> None:
+def test_a_clock_that_steps_back_locks_nobody_out(state: FailureRateBreaker) -> None:
     """The deadline follows the clock down, so the next call is a minute away at most."""
     after, ticket = state.allow(T0 - 3600 * SECOND)
     assert ticket is None
@@ -274,7 +274,7 @@ def test_V8_a_lost_probe_is_replaced_and_its_late_word_is_void() -> None:
 
 def test_V8_calls_from_before_the_outage_do_not_disturb_the_probe() -> None:
     """A thousand calls that hung through it fail one by one, before, during and after."""
-    closed = Health()
+    closed = FailureRateBreaker()
     closed, slow = closed.allow(T0)
     assert slow is not None
     opened = calls(closed, "-" * 10)

@@ -7,7 +7,7 @@ from typing_extensions import override
 from broker.rules.breaker import (
     Breaker,
     Credentials,
-    Health,
+    FailureRateBreaker,
     KeyOutcome,
     Outcome,
     Permit,
@@ -106,7 +106,7 @@ class _HealthHistory(_History):
     @initialize()
     def begin(self) -> None:
         """Start closed, with nothing counted."""
-        self.breaker: Health = Health()
+        self.breaker: FailureRateBreaker = FailureRateBreaker()
         self.last_failure = T0
 
     @override
