@@ -194,7 +194,7 @@ class FailureRateBreaker(Breaker, frozen=True):
         return replace(self._enter(Phase.OPEN, until), window=(), pause=pause)
 
 
-class StoreHealth(FailureRateBreaker, frozen=True):
+class StoreBreaker(FailureRateBreaker, frozen=True):
     """The same for a store nearby, which answers thousands of calls a second, each at once.
 
     Without it there is another way to go on, so it opens after a second at most, and probes soon.
@@ -224,7 +224,7 @@ class StoreHealth(FailureRateBreaker, frozen=True):
         failing = replace(self, streak=self.streak + 1)
         if failing.streak >= self.min_calls:
             return failing._open(now, self.first, draw)  # noqa: SLF001 - it is one of us
-        return super(StoreHealth, failing)._weigh(outcome, now, draw)
+        return super(StoreBreaker, failing)._weigh(outcome, now, draw)
 
     @override
     def _open(self, now: int, pause: int, draw: Callable[[], float]) -> Self:

@@ -12,7 +12,7 @@ from broker.rules.breaker import (
     Outcome,
     Permit,
     Phase,
-    StoreHealth,
+    StoreBreaker,
 )
 from broker.rules.reuse import SECOND
 
@@ -147,7 +147,7 @@ class _StoreHealthHistory(_HealthHistory):
     @override
     def begin(self) -> None:
         """Start closed, with nothing counted."""
-        self.breaker: StoreHealth = StoreHealth()
+        self.breaker: StoreBreaker = StoreBreaker()
         self.last_failure = T0
 
     @precondition(lambda self: not self.breaker.is_open)

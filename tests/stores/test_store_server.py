@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typing_extensions import override
 
-from broker.rules.breaker import Outcome, StoreHealth
+from broker.rules.breaker import Outcome, StoreBreaker
 from broker.telemetry import exposition
 from broker.telemetry.cells import Board
 from broker.telemetry.metrics import STORE_ERRORS, Metrics
@@ -271,7 +271,7 @@ def test_a_single_failure_after_successes_never_opens(
     events: list[tuple[Outcome | int, int]],
 ) -> None:
     """Any history: it opens only at a failure, and only with five in a row or half of five."""
-    health, now, row = StoreHealth(), 10**12, 0
+    health, now, row = StoreBreaker(), 10**12, 0
     for event, gap in events:
         now += gap
         if health.is_open:

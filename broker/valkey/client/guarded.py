@@ -16,7 +16,7 @@ import structlog
 from typing_extensions import override
 
 from broker.model import Clock
-from broker.rules.breaker import Outcome, Permit, Phase, StoreHealth
+from broker.rules.breaker import Outcome, Permit, Phase, StoreBreaker
 from broker.rules.reuse import SECOND
 from broker.tasks import TaskSet
 from broker.telemetry.cells import Counter
@@ -86,7 +86,7 @@ class Server:
         self._stats = stats
         self._duration = {each: stats.duration[each.value] for each in Operation}
         self._draw = draw
-        self._health = StoreHealth()
+        self._health = StoreBreaker()
         self._well = 0
         self._tasks = TaskSet()
 
