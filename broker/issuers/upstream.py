@@ -47,7 +47,7 @@ from broker.model import Clock, Minted, Secret, TokenRequest
 from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import Slot
 from broker.rules.backoff import full_jitter
-from broker.rules.breaker import Credentials, FailureRateBreaker, KeyOutcome, Outcome, Permit
+from broker.rules.breaker import FailureRateBreaker, KeyBreaker, KeyOutcome, Outcome, Permit
 from broker.rules.reuse import SECOND
 from broker.telemetry.metrics import UpstreamMetrics
 
@@ -97,7 +97,7 @@ class UpstreamIssuer(Issuer):
         self._passed_over: set[Secret] = set()
         self._reported: set[Secret] = set()
         self.health = FailureRateBreaker()
-        self.credentials = Credentials()
+        self.credentials = KeyBreaker()
         self._refusals = refusals or LocalRefusals(clock)
         self._refusals.use_keys(self._keys)
 

@@ -1,7 +1,7 @@
 """Circuit breakers as states: no clock, no tasks, no I/O.  Microseconds and integers.
 
 A breaker is asked before a call to the vendor and told how the call ended.  `FailureRateBreaker` stops
-calls while the vendor is unwell, `Credentials` while our key is bad: the vendor counts failed
+calls while the vendor is unwell, `KeyBreaker` while our key is bad: the vendor counts failed
 authentication against our address, so a dead key must not be tried at the rate of the traffic.
 Does not know what a call is, nor which answers count as failures: its caller sorts them.
 
@@ -231,7 +231,7 @@ class StoreBreaker(FailureRateBreaker, frozen=True):
         return replace(super()._open(now, pause, draw), streak=0)
 
 
-class Credentials(Breaker, frozen=True):
+class KeyBreaker(Breaker, frozen=True):
     """Stops calls while no key is good.
 
     `rejected` says that the last answer about a key was a refusal.  It outlives a change of the

@@ -18,8 +18,8 @@ from broker.rules.breaker import (
     PROBE_RETRY,
     UNLEARNED_PAUSE,
     WINDOW,
-    Credentials,
     FailureRateBreaker,
+    KeyBreaker,
     KeyOutcome,
     Outcome,
     Permit,
@@ -40,7 +40,7 @@ def full_pause() -> float:
     return 0.0
 
 
-def ask(breaker: Credentials, now: int) -> tuple[Credentials, Permit]:
+def ask(breaker: KeyBreaker, now: int) -> tuple[KeyBreaker, Permit]:
     """Ask for leave that must be given."""
     breaker, ticket = breaker.allow(now)
     assert ticket is not None
@@ -289,34 +289,34 @@ def test_V8_calls_from_before_the_outage_do_not_disturb_the_probe() -> None:
 
 # --- credentials: every state x every input
 
-GOOD = Credentials()
+GOOD = KeyBreaker()
 DOUBTED = GOOD.settle(Permit(0), KeyOutcome.ROTATED, T0)
 SHUT = GOOD.settle(Permit(0), KeyOutcome.REJECTED, T0)
 TRIED, TRIAL = ask(SHUT, T0 + KEY_PAUSE)
 THEN = T0 + KEY_PAUSE + SECOND
 
-_KeyCase: TypeAlias = tuple[Credentials, int, KeyOutcome, Credentials]
+_KeyCase: TypeAlias = tuple[KeyBreaker, int, KeyOutcome, KeyBreaker]
 
 
-def _shut(epoch: int, until: int) -> Credentials:
-    return Credentials(Phase.OPEN, epoch, until, rejected=True)
+def _shut(epoch: int, until: int) -> KeyBreaker:
+    return KeyBreaker(Phase.OPEN, epoch, until, rejected=True)
 
 
 def _key_cases() -> list[_KeyCase]:
     table: list[_KeyCase] = [
         (GOOD, GOOD.epoch, KeyOutcome.ACCEPTED, GOOD),
         (GOOD, GOOD.epoch, KeyOutcome.REJECTED, _shut(1, THEN + KEY_PAUSE)),
-        (GOOD, GOOD.epoch, KeyOutcome.ROTATED, Credentials(Phase.CLOSED, 1, THEN, rejected=True)),
+        (GOOD, GOOD.epoch, KeyOutcome.ROTATED, KeyBreaker(Phase.CLOSED, 1, THEN, rejected=True)),
         (GOOD, GOOD.epoch, KeyOutcome.THROTTLED, GOOD),
         (GOOD, GOOD.epoch, KeyOutcome.UNKNOWN, GOOD),
         (GOOD, GOOD.epoch, KeyOutcome.ABANDONED, GOOD),
-        (DOUBTED, 1, KeyOutcome.ACCEPTED, Credentials(Phase.CLOSED, 1, T0)),
+        (DOUBTED, 1, KeyOutcome.ACCEPTED, KeyBreaker(Phase.CLOSED, 1, T0)),
         (DOUBTED, 1, KeyOutcome.REJECTED, _shut(2, THEN + KEY_PAUSE)),
-        (DOUBTED, 1, KeyOutcome.ROTATED, Credentials(Phase.CLOSED, 2, THEN, rejected=True)),
+        (DOUBTED, 1, KeyOutcome.ROTATED, KeyBreaker(Phase.CLOSED, 2, THEN, rejected=True)),
         (DOUBTED, 1, KeyOutcome.THROTTLED, _shut(2, THEN + KEY_PAUSE)),
         (DOUBTED, 1, KeyOutcome.UNKNOWN, DOUBTED),
         (DOUBTED, 1, KeyOutcome.ABANDONED, DOUBTED),
-        (TRIED, TRIAL, KeyOutcome.ACCEPTED, Credentials(Phase.CLOSED, 3, 0)),
+        (TRIED, TRIAL, KeyOutcome.ACCEPTED, KeyBreaker(Phase.CLOSED, 3, 0)),
         (TRIED, TRIAL, KeyOutcome.REJECTED, _shut(3, THEN + KEY_PAUSE)),
         (TRIED, TRIAL, KeyOutcome.ROTATED, _shut(3, THEN)),
         (TRIED, TRIAL, KeyOutcome.THROTTLED, _shut(3, THEN + KEY_PAUSE)),
@@ -333,7 +333,7 @@ def _key_cases() -> list[_KeyCase]:
 
 @pytest.mark.parametrize(("state", "ticket", "outcome", "expected"), _key_cases())
 def test_credentials_every_state_takes_every_outcome(
-    state: Credentials, ticket: Permit, outcome: KeyOutcome, expected: Credentials
+    state: KeyBreaker, ticket: Permit, outcome: KeyOutcome, expected: KeyBreaker
 ) -> None:
     """A ticket of this epoch counts, one of another changes nothing, in any state."""
     assert state.settle(ticket, outcome, THEN) == expected
@@ -342,13 +342,13 @@ def test_credentials_every_state_takes_every_outcome(
 @pytest.mark.parametrize(
     ("state", "expected"),
     [
-        (GOOD, Credentials(Phase.CLOSED, 1, THEN)),
-        (DOUBTED, Credentials(Phase.CLOSED, 2, THEN, rejected=True)),
+        (GOOD, KeyBreaker(Phase.CLOSED, 1, THEN)),
+        (DOUBTED, KeyBreaker(Phase.CLOSED, 2, THEN, rejected=True)),
         (SHUT, _shut(2, THEN)),
         (TRIED, _shut(3, THEN)),
     ],
 )
-def test_every_state_takes_new_keys(state: Credentials, expected: Credentials) -> None:
+def test_every_state_takes_new_keys(state: KeyBreaker, expected: KeyBreaker) -> None:
     """Old tickets are void; what was shut lets one call through at once."""
     assert state.keys_changed(THEN) == expected
 
@@ -358,7 +358,7 @@ def test_every_state_takes_new_keys(state: Credentials, expected: Credentials) -
 
 def test_V3_a_dead_key_is_tried_twice_a_minute_whatever_the_traffic() -> None:
     """A thousand asks a second for ten minutes: one call, then one every thirty seconds."""
-    breaker, tried = Credentials(), []
+    breaker, tried = KeyBreaker(), []
     for n in range(600_000):
         now = T0 + n * SECOND // 1000
         breaker, ticket = breaker.allow(now)
@@ -400,14 +400,14 @@ def test_V3_a_probe_of_the_old_key_says_nothing_about_the_new_one() -> None:
 
 def test_V3_a_call_with_the_old_key_does_not_shut_out_the_new_one() -> None:
     """The same while all was well: calls under way end with 401 after the keys were changed."""
-    breaker, ticket = ask(Credentials(), T0)
+    breaker, ticket = ask(KeyBreaker(), T0)
     changed = breaker.keys_changed(T0)
     assert not changed.settle(ticket, KeyOutcome.REJECTED, T0).is_open
 
 
 def test_V3_a_burst_under_way_when_the_key_dies_counts_once() -> None:
     """Eight calls end with 401 together: shut once, thirty seconds from the first."""
-    breaker, tickets = Credentials(), []
+    breaker, tickets = KeyBreaker(), []
     for _ in range(8):
         breaker, ticket = ask(breaker, T0)
         tickets.append(ticket)
@@ -418,7 +418,7 @@ def test_V3_a_burst_under_way_when_the_key_dies_counts_once() -> None:
 
 def test_V3_with_a_second_key_nobody_is_stopped() -> None:
     """The first of two keys dies under load: calls go on, and the late 401s change nothing."""
-    breaker, old = ask(Credentials(), T0)
+    breaker, old = ask(KeyBreaker(), T0)
     breaker = breaker.settle(old, KeyOutcome.ROTATED, T0)
     breaker, new = ask(breaker, T0)
     breaker = breaker.settle(new, KeyOutcome.ACCEPTED, T0)

@@ -6,8 +6,8 @@ from typing_extensions import override
 
 from broker.rules.breaker import (
     Breaker,
-    Credentials,
     FailureRateBreaker,
+    KeyBreaker,
     KeyOutcome,
     Outcome,
     Permit,
@@ -184,7 +184,7 @@ class _CredentialsHistory(_History):
     @initialize()
     def begin(self) -> None:
         """Start closed, with no key ever refused."""
-        self.breaker: Credentials = Credentials()
+        self.breaker: KeyBreaker = KeyBreaker()
 
     @override
     def settle(self, ticket: Permit, outcome: Outcome | KeyOutcome, drawn: float) -> None:
