@@ -38,7 +38,7 @@ from broker.stores.token_cache import TokenCache
 from broker.tasks import Background, BackgroundTask, aside
 from broker.telemetry import exposition, logs
 from broker.telemetry.cells import Board
-from broker.telemetry.readiness import Health
+from broker.telemetry.readiness import Readiness
 from broker.telemetry.streams import stderr
 from broker.web import admin, admin_sessions, token_status
 from broker.web.acceptor import Acceptor
@@ -89,7 +89,7 @@ class App:
         self._dev = dev
         self._seat = seat
         self._clock = SystemClock()
-        self._health = Health()
+        self._health = Readiness()
         self._stopping = asyncio.Event()
         self._pauses = PauseKeeper()
         self._admin_refusals = logs.RefusalLog()

@@ -38,7 +38,7 @@ from broker.rules import restarts
 from broker.tasks import Background, BackgroundTask, aside
 from broker.telemetry import exposition, logs
 from broker.telemetry.cells import share, shared
-from broker.telemetry.readiness import Health
+from broker.telemetry.readiness import Readiness
 from broker.telemetry.streams import stderr
 from broker.web import admin
 from broker.web.listener import CannotListen, listen
@@ -112,7 +112,7 @@ class Supervisor:
         self._board = shared(self._memory, width)
         self.metrics = factory.metrics(settings, self._board.rows[0])
         self._children: dict[int, Child] = {}
-        self._health = Health(lambda: any(child.serves for child in self._children.values()))
+        self._health = Readiness(lambda: any(child.serves for child in self._children.values()))
         self._stopping = asyncio.Event()
         self._reload_wanted = asyncio.Event()
         self._crew_met = asyncio.Event()

@@ -9,7 +9,7 @@ others that do, asked to stop, without anybody who takes requests, or told to re
 the store."""
 
 
-class Health:
+class Readiness:
     """`draining` is set once, when the process has been asked to stop.
 
     `serves` tells whether somebody takes requests: a supervisor does not do it itself.

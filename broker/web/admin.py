@@ -16,7 +16,7 @@ from prometheus_client.exposition import choose_encoder
 
 from broker.errors import BrokerError
 from broker.rules.accept import ranges as accept_ranges
-from broker.telemetry.readiness import Health
+from broker.telemetry.readiness import Readiness
 from broker.web.listener import CannotListen, Listener, listen
 from broker.web.response import JSON_TYPE, ReadyAnswer, head, retry_after_seconds
 from broker.web.server import BACKLOG, DataConnection, Handler
@@ -27,7 +27,7 @@ CLOSING_TIME = 1.0
 scrape takes milliseconds, and a client that does not read must not delay the end of the process."""
 
 
-def build(registry: CollectorRegistry, health: Health) -> web.Application:
+def build(registry: CollectorRegistry, health: Readiness) -> web.Application:
     """Return the application with /metrics, /livez and /readyz."""
     app = web.Application()
     app.router.add_get("/metrics", _metrics(registry))
@@ -142,7 +142,7 @@ async def _live(_request: web.Request) -> web.StreamResponse:
     return answer(200, plain_body(HealthAnswer("ok")))
 
 
-def _ready(health: Health) -> _Handler:
+def _ready(health: Readiness) -> _Handler:
     async def ready(_request: web.Request) -> web.StreamResponse:
         return answer(200 if health.ready else 503, plain_body(HealthAnswer(health.state)))
 

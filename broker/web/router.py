@@ -16,7 +16,7 @@ from broker.issue import IssuedToken, Refusal, TokenService
 from broker.model import Clock, LimitName, Outcome, TokenRequest, name_of
 from broker.telemetry.logs import RefusalLog, visitor_hash
 from broker.telemetry.metrics import BUDGET, Metrics
-from broker.telemetry.readiness import Health
+from broker.telemetry.readiness import Readiness
 from broker.web import body
 from broker.web.auth import Client, ClientAuthenticator
 from broker.web.response import JSON_TYPE, ReadyAnswer, head, limit_headers, retry_after_seconds
@@ -70,7 +70,7 @@ class Routes:
         desk: TokenService,
         metrics: Metrics,
         clock: Clock,
-        health: Health,
+        health: Readiness,
         *,
         deadline: float,
         any_fingerprint: bool,
