@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from broker.telemetry import exposition
-from broker.telemetry.cells import Board, Cells, Counter, share, shared
+from broker.telemetry.cells import Cells, Counter, SharedCells, share, shared
 from broker.telemetry.metrics import Metrics
 
 ROWS = 3
@@ -25,7 +25,7 @@ def handle() -> Iterator[int]:
     os.close(handle)
 
 
-def shown(metrics: Metrics, board: Board) -> CollectorRegistry:
+def shown(metrics: Metrics, board: SharedCells) -> CollectorRegistry:
     """What a scrape of all rows shows."""
     return exposition.registry(metrics.sheet.families, board, lambda: None)
 
@@ -167,5 +167,5 @@ def test_rows_sum_like_one_process(steps: list[tuple[int, int]]) -> None:
     counters = [Counter(row) for row in cells]
     for row, amount in steps:
         counters[row] += amount
-    assert Board(cells).total(0) == sum(amount for _, amount in steps)
-    assert Board(cells).maximum(0) == max(counter.value for counter in counters)
+    assert SharedCells(cells).total(0) == sum(amount for _, amount in steps)
+    assert SharedCells(cells).maximum(0) == max(counter.value for counter in counters)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from broker.telemetry import exposition
-from broker.telemetry.cells import Board
+from broker.telemetry.cells import SharedCells
 from broker.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +74,7 @@ def queries() -> list[str]:
 def reported() -> dict[str, list[dict[str, str]]]:
     """Every series that a query can ask for, with all parts of the broker in place."""
     sheet = Metrics("upstream", budget=True, shared_store=True, workers=2).sheet
-    registry = exposition.registry(sheet.families, Board([sheet.cells]), lambda: None)
+    registry = exposition.registry(sheet.families, SharedCells([sheet.cells]), lambda: None)
     series: dict[str, list[dict[str, str]]] = {}
     for family in registry.collect():
         for sample in family.samples:

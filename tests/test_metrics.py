@@ -16,7 +16,7 @@ from web.edge import AGENT, OTHER_AGENT, Edge, raise_file_limit, samples, servin
 from broker.model import TokenRequest
 from broker.tasks import BackgroundTask
 from broker.telemetry import exposition
-from broker.telemetry.cells import Board, Sheet
+from broker.telemetry.cells import SharedCells, Sheet
 from broker.telemetry.metrics import REQUEST_BUCKETS
 
 OPEN = "application/openmetrics-text; version=1.0.0"
@@ -335,7 +335,7 @@ def test_a_histogram_counts_as_prometheus_does(values: list[float]) -> None:
     sheet.count("c", "")
     for value in values:
         histogram.observe(value)
-    registry = exposition.registry(sheet.families, Board([sheet.cells]), lambda: None)
+    registry = exposition.registry(sheet.families, SharedCells([sheet.cells]), lambda: None)
     assert registry.get_sample_value("h_count") == len(values)
     assert registry.get_sample_value("c_total") == len(values)
     assert registry.get_sample_value("h_sum") == pytest.approx(sum(values))

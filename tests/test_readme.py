@@ -39,7 +39,7 @@ from broker.pacing.slots import Budget
 from broker.rules import bucket
 from broker.rules.outstanding import PROBES
 from broker.telemetry import exposition
-from broker.telemetry.cells import Board
+from broker.telemetry.cells import SharedCells
 from broker.telemetry.metrics import Metrics
 from broker.telemetry.streams import EX_IOERR
 from broker.valkey.client.scripts import acl_line
@@ -437,7 +437,9 @@ def test_exit_codes_are_those_of_the_command_line() -> None:
 def all_metrics() -> list[Metric]:
     """Metrics of a relay with all parts that can report: what Prometheus sees."""
     sheet = Metrics("upstream", budget=True, shared_store=True, workers=2).sheet
-    return list(exposition.registry(sheet.families, Board([sheet.cells]), lambda: None).collect())
+    return list(
+        exposition.registry(sheet.families, SharedCells([sheet.cells]), lambda: None).collect()
+    )
 
 
 def test_metrics_are_those_that_are_reported() -> None:

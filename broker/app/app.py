@@ -37,7 +37,7 @@ from broker.stores.memory import MemoryStore
 from broker.stores.token_cache import TokenCache
 from broker.tasks import Background, BackgroundTask, aside
 from broker.telemetry import exposition, logs
-from broker.telemetry.cells import Board
+from broker.telemetry.cells import SharedCells
 from broker.telemetry.readiness import Readiness
 from broker.telemetry.streams import stderr
 from broker.web import admin, admin_sessions, token_status
@@ -162,7 +162,7 @@ class App:
             + (budget.max_wait if budget else 0.0)
             + settings.issuer.upstream.timeout.seconds,
         )
-        board = self._seat.board if self._seat else Board([self.metrics.sheet.cells])
+        board = self._seat.board if self._seat else SharedCells([self.metrics.sheet.cells])
         self._registry = exposition.registry(self.metrics.sheet.families, board, self._publish)
 
     def _share(self) -> "Sharing | None":

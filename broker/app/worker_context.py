@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from broker.telemetry.cells import Board, Gauge
+from broker.telemetry.cells import Gauge, SharedCells
 from broker.telemetry.metrics import Metrics
 
 ALIVE = 2.0
@@ -35,7 +35,7 @@ class Seat(Struct, frozen=True):
     sockets: Sequence[socket.socket]
     url: str
     admin_url: str
-    board: Board
+    board: SharedCells
     metrics: Metrics
     siblings: Sequence[Sibling]
 

@@ -27,7 +27,7 @@ from broker.process.ipc import ORDERS, Begin, Channel, Follow, Followed, Order, 
 from broker.process.serve import EX_CONFIG, loop_factory
 from broker.tasks import Background, BackgroundTask, TaskSet
 from broker.telemetry import logs
-from broker.telemetry.cells import Board, shared
+from broker.telemetry.cells import SharedCells, shared
 from broker.telemetry.metrics import Metrics
 from broker.telemetry.streams import complain
 
@@ -83,7 +83,7 @@ def _build(begin: Begin) -> App:
     return App(settings, lambda: settings, os.environ, dev=begin.dev, seat=seat)
 
 
-def _siblings(index: int, board: Board, metrics: Metrics) -> list[Sibling]:
+def _siblings(index: int, board: SharedCells, metrics: Metrics) -> list[Sibling]:
     """Return what can be seen of the other workers; the supervisor's row is none."""
     beat, connections = metrics.process.beat, metrics.process.connections
     return [

@@ -212,7 +212,7 @@ class Sheet:
         return first
 
 
-class Board:
+class SharedCells:
     """All rows.  `rows[0]` is the supervisor's, or that of the only process."""
 
     def __init__(self, rows: Sequence[Cells]) -> None:
@@ -237,8 +237,8 @@ def share(rows: int, width: int) -> int:
     return handle
 
 
-def shared(handle: int, width: int) -> Board:
+def shared(handle: int, width: int) -> SharedCells:
     """Look at shared memory as rows of `width` cells."""
     memory = mmap.mmap(handle, 0)
     cells = memoryview(memory).cast("d")
-    return Board([cells[first : first + width] for first in range(0, len(cells), width)])
+    return SharedCells([cells[first : first + width] for first in range(0, len(cells), width)])

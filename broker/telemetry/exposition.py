@@ -17,11 +17,11 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from typing_extensions import override
 
-from broker.telemetry.cells import Board, Family, Kind
+from broker.telemetry.cells import Family, Kind, SharedCells
 
 
 def registry(
-    families: Sequence[Family], board: Board, publish: Callable[[], None]
+    families: Sequence[Family], board: SharedCells, publish: Callable[[], None]
 ) -> CollectorRegistry:
     """Return a registry that shows these families, and those of this process itself.
 
@@ -39,7 +39,7 @@ class _Broker(Collector):
     """Sums the board at scrape time."""
 
     def __init__(
-        self, families: Sequence[Family], board: Board, publish: Callable[[], None]
+        self, families: Sequence[Family], board: SharedCells, publish: Callable[[], None]
     ) -> None:
         self._families = families
         self._board = board
@@ -57,7 +57,7 @@ class _Broker(Collector):
                 yield _render(family, self._board)
 
 
-def _render(family: Family, board: Board) -> Metric:
+def _render(family: Family, board: SharedCells) -> Metric:
     name, text, labels = family.name, family.text, family.labels
     match family.kind:
         case Kind.COUNTER:
@@ -85,7 +85,7 @@ def _render(family: Family, board: Board) -> Metric:
             return histogram
 
 
-def _cumulative(family: Family, board: Board, index: int) -> list[tuple[str, float]]:
+def _cumulative(family: Family, board: SharedCells, index: int) -> list[tuple[str, float]]:
     """Return Prometheus' buckets: upper bound as text, number of values up to it."""
     total = 0.0
     buckets = []

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from broker.rules.breaker import Outcome, StoreBreaker
 from broker.telemetry import exposition
-from broker.telemetry.cells import Board
+from broker.telemetry.cells import SharedCells
 from broker.telemetry.metrics import STORE_ERRORS, Metrics
 from broker.testing import FakeClock
 from broker.valkey.client.connection import Target
@@ -311,6 +311,6 @@ async def test_the_duration_counts_what_failed(reason: Reason) -> None:
 def counted(shop: Shop) -> float:
     """Return how many calls were timed."""
     sheet = shop.metrics.sheet
-    registry = exposition.registry(sheet.families, Board([sheet.cells]), lambda: None)
+    registry = exposition.registry(sheet.families, SharedCells([sheet.cells]), lambda: None)
     name = "broker_store_duration_seconds_count"
     return registry.get_sample_value(name, {"operation": "visit"}) or 0.0
