@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from broker.config.addresses import Access, StoreAddress
 from broker.pacing.slots import Budget
-from broker.telemetry.cells import Sheet
+from broker.telemetry.cells import MetricLayout
 from broker.telemetry.metrics import StoreMetrics
 from broker.testing import FakeClock
 from broker.valkey import membership
@@ -161,7 +161,9 @@ class Member:
         self._store = store
         self.cut_off = False
         address = StoreAddress(hosts=(("nowhere.invalid", 1),))
-        self.server = Server(nodes_at(address, Access(), 1.0), FakeClock(), StoreMetrics(Sheet()))
+        self.server = Server(
+            nodes_at(address, Access(), 1.0), FakeClock(), StoreMetrics(MetricLayout())
+        )
         self.server.run = self._run  # type: ignore[method-assign]  # no sockets in virtual time
         names = Names(bytes(32), "a vendor")
         self.fleet = membership.Fleet(self.server, names, name, fixed, is_first=is_first)

@@ -18,7 +18,7 @@ from broker.rules.reuse import SECOND
 from broker.sessions.memory import MemoryBook
 from broker.stores.memory import MemoryStore
 from broker.stores.token_cache import TokenCache
-from broker.telemetry.cells import Sheet
+from broker.telemetry.cells import MetricLayout
 from broker.telemetry.metrics import MintMetrics
 from broker.testing import FakeClock, FakeIssuer
 from broker.testing.issuer import visitor_mark
@@ -84,7 +84,7 @@ class Desk:
             mono=clock.mono,
         )
         self.store = MemoryStore(limits, self.tokens, clock)
-        self.metrics = MintMetrics(Sheet(), "local")
+        self.metrics = MintMetrics(MetricLayout(), "local")
         self.book = MemoryBook(200_000, clock)
         self.desk = TokenService(
             self.store,

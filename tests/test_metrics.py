@@ -16,7 +16,7 @@ from web.edge import AGENT, OTHER_AGENT, Edge, raise_file_limit, samples, servin
 from broker.model import TokenRequest
 from broker.tasks import BackgroundTask
 from broker.telemetry import exposition
-from broker.telemetry.cells import SharedCells, Sheet
+from broker.telemetry.cells import MetricLayout, SharedCells
 from broker.telemetry.metrics import REQUEST_BUCKETS
 
 OPEN = "application/openmetrics-text; version=1.0.0"
@@ -330,7 +330,7 @@ class TestSeries:
 @given(st.lists(st.floats(0, 20) | st.sampled_from(REQUEST_BUCKETS)))
 def test_a_histogram_counts_as_prometheus_does(values: list[float]) -> None:
     """A value on a bound belongs to that bucket; buckets are cumulative and end in all."""
-    sheet = Sheet()
+    sheet = MetricLayout()
     histogram = sheet.histograms("h", "", REQUEST_BUCKETS)[()]
     sheet.count("c", "")
     for value in values:

@@ -15,7 +15,7 @@ from broker.issuers.keyring import BadToken
 from broker.model import Outcome, Session
 from broker.rules.reuse import SECOND
 from broker.sessions.admin import TokenIntrospector
-from broker.telemetry.cells import Sheet
+from broker.telemetry.cells import MetricLayout
 from broker.telemetry.metrics import SessionMetrics
 from broker.testing import FakeClock, run_virtual
 from broker.wire.responses import token_in
@@ -33,7 +33,7 @@ class Ended:
         self.desk = Desk(clock, policy=policy, draw=self.chance.random)
         self.desk.issuer.delay = 1.0
         self.sessions = TokenIntrospector(
-            self.desk.issuer, self.desk.book, self.desk.store, SessionMetrics(Sheet())
+            self.desk.issuer, self.desk.book, self.desk.store, SessionMetrics(MetricLayout())
         )
         self.ended: dict[str, int] = {}
         self.handed: list[tuple[str, int]] = []

@@ -5,7 +5,7 @@ all rows.  A process by itself keeps its row in a list; workers and their superv
 side by side in shared memory, where a row outlives the process that wrote it: what a killed worker
 had counted stays counted, to the last request, and its replacement counts on.
 
-A `Sheet` hands out the cells of one row in the order in which it is asked, so processes that ask in
+A `MetricLayout` hands out the cells of one row in the order in which it is asked, so processes that ask in
 the same order agree on the meaning of every cell.  Which that is, `metrics` decides; this room
 knows no names but those it is told.
 
@@ -134,7 +134,7 @@ class Family(Struct, frozen=True):
     shown: bool = True
 
 
-class Sheet:
+class MetricLayout:
     """Hands out the cells of one row, each once, and keeps what they mean.
 
     Without `cells` the row is a list that grows as it is asked.  While `shown` is off, cells are

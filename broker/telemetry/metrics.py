@@ -19,7 +19,7 @@ from broker.limits.buckets import BucketCounts
 from broker.model import LimitName, Outcome
 from broker.stores.token_cache import TokenCounts
 from broker.tasks import BackgroundTask
-from broker.telemetry.cells import Cells, Sheet
+from broker.telemetry.cells import Cells, MetricLayout
 from broker.version import VERSION
 
 BUDGET = "budget"
@@ -124,7 +124,7 @@ class Metrics:
         workers: int = 0,
         cells: Cells | None = None,
     ) -> None:
-        sheet = self.sheet = Sheet(cells)
+        sheet = self.sheet = MetricLayout(cells)
         durations = _by_label(
             sheet.histograms(
                 "broker_request_duration_seconds",
@@ -175,7 +175,7 @@ class Metrics:
 class LimitMetrics:
     """What the buckets of each limit report."""
 
-    def __init__(self, sheet: Sheet) -> None:
+    def __init__(self, sheet: MetricLayout) -> None:
         limits = [name.value for name in LimitName]
         near = sheet.counters(
             "broker_near_limit",
@@ -204,7 +204,7 @@ class LimitMetrics:
 class TokenMetrics:
     """What the tokens held in this process report."""
 
-    def __init__(self, sheet: Sheet) -> None:
+    def __init__(self, sheet: MetricLayout) -> None:
         self.cached = sheet.totals("broker_tokens_cached", "Tokens held for reuse")[()]
         evicted = sheet.counters(
             "broker_tokens_evicted",
@@ -217,7 +217,7 @@ class TokenMetrics:
 class MintMetrics:
     """What a mint reports."""
 
-    def __init__(self, sheet: Sheet, issuer: str) -> None:
+    def __init__(self, sheet: MetricLayout, issuer: str) -> None:
         outcomes = ("minted", "refused", "failed")
         duration = sheet.histograms(
             "broker_mint_duration_seconds",
@@ -239,7 +239,7 @@ class MintMetrics:
 class SessionMetrics:
     """What is asked about tokens, and what is known of sessions."""
 
-    def __init__(self, sheet: Sheet) -> None:
+    def __init__(self, sheet: MetricLayout) -> None:
         self.checks = _by_label(
             sheet.counters(
                 "broker_token_checks",
@@ -256,7 +256,7 @@ class SessionMetrics:
 class BudgetMetrics:
     """What the queue for the vendor's budget reports."""
 
-    def __init__(self, sheet: Sheet) -> None:
+    def __init__(self, sheet: MetricLayout) -> None:
         self.remaining = sheet.maxima(
             "broker_upstream_budget_remaining", "Calls that the budget would allow at this moment"
         )[()]
@@ -277,7 +277,7 @@ class BudgetMetrics:
 class UpstreamMetrics:
     """What calls to the vendor report."""
 
-    def __init__(self, sheet: Sheet) -> None:
+    def __init__(self, sheet: MetricLayout) -> None:
         self.requests = _by_label(
             sheet.counters(
                 "broker_upstream_requests",
@@ -316,7 +316,7 @@ class UpstreamMetrics:
 class StoreMetrics:
     """What a shared store reports."""
 
-    def __init__(self, sheet: Sheet) -> None:
+    def __init__(self, sheet: MetricLayout) -> None:
         self.duration = _by_label(
             sheet.histograms(
                 "broker_store_duration_seconds",
@@ -344,7 +344,7 @@ class ProcessMetrics:
     `process_...`, which nobody scrapes.
     """
 
-    def __init__(self, sheet: Sheet, workers: int) -> None:
+    def __init__(self, sheet: MetricLayout, workers: int) -> None:
         self.reloads = _by_label(
             sheet.counters(
                 "broker_config_reloads",

@@ -32,7 +32,7 @@ from broker.rules.reuse import SECOND  # noqa: E402
 from broker.sealing import Box, derive  # noqa: E402
 from broker.sessions.base import MARK_LIFE, BookFull, Place, place_of  # noqa: E402
 from broker.sessions.memory import MemoryBook  # noqa: E402
-from broker.telemetry.cells import Sheet  # noqa: E402
+from broker.telemetry.cells import MetricLayout  # noqa: E402
 from broker.telemetry.metrics import StoreMetrics  # noqa: E402
 from broker.testing import FakeClock  # noqa: E402
 from broker.valkey.client.errors import Reason, StoreFailed  # noqa: E402
@@ -87,7 +87,7 @@ async def opened_on(
 ) -> AsyncIterator[Opened]:
     """Open a replica's book."""
     clock = SystemClock()
-    server = Server(nodes_at(on.address, on.access, PATIENT), clock, StoreMetrics(Sheet()))
+    server = Server(nodes_at(on.address, on.access, PATIENT), clock, StoreMetrics(MetricLayout()))
     await server.nodes.open()
     names = Names(derive(key, "key names"), "test")
     box = Box(key, "sessions in a shared store")

@@ -10,7 +10,7 @@ from servers import StoreServer
 
 from broker.config.addresses import Access
 from broker.pacing.slots import Budget
-from broker.telemetry.cells import Sheet
+from broker.telemetry.cells import MetricLayout
 from broker.telemetry.metrics import StoreMetrics
 from broker.testing import FakeClock
 from broker.valkey import membership
@@ -32,7 +32,7 @@ class Crew:
 
     def __init__(self, store: StoreServer) -> None:
         self.server = Server(
-            nodes_at(store.address, Access(), 0.25), FakeClock(), StoreMetrics(Sheet())
+            nodes_at(store.address, Access(), 0.25), FakeClock(), StoreMetrics(MetricLayout())
         )
         self.names = Names(bytes(32), "a vendor")
         self.beating: list[Fleet] = []

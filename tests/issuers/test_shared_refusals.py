@@ -16,7 +16,7 @@ from broker.issuers.vendor.replies import Refused, Scope
 from broker.model import Secret, TokenRequest
 from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import Budget
-from broker.telemetry.cells import Sheet
+from broker.telemetry.cells import MetricLayout
 from broker.telemetry.metrics import UpstreamMetrics
 from broker.testing import FakeClock
 
@@ -102,7 +102,7 @@ async def test_V3_an_issuers_refusals_are_of_its_keys() -> None:
         [one],
         BudgetPacer(Budget(rate=60, per=60, burst=1, max_wait=1), lambda _seconds: None),
         clock,
-        UpstreamMetrics(Sheet()),
+        UpstreamMetrics(MetricLayout()),
         refusals=Accounts(clock),
     )
     issuer.use_keys([one])

@@ -33,7 +33,7 @@ from broker.rules.reuse import SECOND
 from broker.sessions.memory import MemoryBook
 from broker.stores.memory import MemoryStore
 from broker.stores.token_cache import TokenCache
-from broker.telemetry.cells import Sheet
+from broker.telemetry.cells import MetricLayout
 from broker.telemetry.metrics import MintMetrics, UpstreamMetrics
 from broker.testing import FakeClock, run_virtual
 from broker.testing.vendor.mint import visitor_mark
@@ -136,7 +136,7 @@ class Site:
             [Secret("vendor-key-of-a-simulation")],
             self.pacer,
             clock,
-            UpstreamMetrics(Sheet()),
+            UpstreamMetrics(MetricLayout()),
             chance.random,
         )
         tokens = TokenCache(
@@ -146,7 +146,7 @@ class Site:
         )
         self.store = MemoryStore(_limits(), tokens, clock)
         self.book = MemoryBook(200_000, clock)
-        metrics = MintMetrics(Sheet(), "upstream")
+        metrics = MintMetrics(MetricLayout(), "upstream")
         self.desk = TokenService(
             self.store,
             self.book,

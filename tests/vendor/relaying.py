@@ -36,7 +36,7 @@ from broker.sessions.memory import MemoryBook
 from broker.stores.memory import MemoryStore
 from broker.stores.token_cache import TokenCache
 from broker.telemetry import logs
-from broker.telemetry.cells import Counter, Sheet
+from broker.telemetry.cells import Counter, MetricLayout
 from broker.telemetry.metrics import MintMetrics, UpstreamMetrics
 from broker.testing import FakeClock, FakeVendor, VendorSettings
 from broker.testing.vendor.mint import visitor_mark
@@ -100,8 +100,8 @@ class Relay:
         self.vendor = vendor
         self._owing = owing
         self.clock = clock
-        self.upstream = UpstreamMetrics(Sheet())
-        self.metrics = MintMetrics(Sheet(), "upstream")
+        self.upstream = UpstreamMetrics(MetricLayout())
+        self.metrics = MintMetrics(MetricLayout(), "upstream")
         self.waits: list[float] = []
         self.pacer = BudgetPacer(budget, self.waits.append)
         self.issuer = UpstreamIssuer(
