@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from broker.telemetry import exposition
-from broker.telemetry.cells import Cells, Counter, SharedCells, share, shared
+from broker.telemetry.cells import Counter, Row, SharedCells, share, shared
 from broker.telemetry.metrics import Metrics
 
 ROWS = 3
@@ -163,7 +163,7 @@ def _labels(metrics: Metrics, handle: int, width: int) -> list[dict[str, str]]:
 @given(st.lists(st.tuples(st.integers(0, ROWS - 1), st.integers(0, 10)), max_size=50))
 def test_rows_sum_like_one_process(steps: list[tuple[int, int]]) -> None:
     """However the counting is spread over processes, the sum is what one would have counted."""
-    cells: list[Cells] = [[0.0], [0.0], [0.0]]
+    cells: list[Row] = [[0.0], [0.0], [0.0]]
     counters = [Counter(row) for row in cells]
     for row, amount in steps:
         counters[row] += amount

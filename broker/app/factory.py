@@ -39,7 +39,7 @@ from broker.limits.policy import LimitPolicy, LimitRule, Limits
 from broker.model import LimitName, Secret
 from broker.pacing.slots import Budget
 from broker.rules import bucket
-from broker.telemetry.cells import Cells
+from broker.telemetry.cells import Row
 from broker.telemetry.metrics import Metrics
 from broker.web.auth import Client, Network
 
@@ -225,7 +225,7 @@ def budget(settings: Settings) -> Budget | None:
     return Budget(section.rate, section.per.seconds, section.burst, section.max_wait.seconds)
 
 
-def metrics(settings: Settings, cells: Cells | None = None) -> Metrics:
+def metrics(settings: Settings, cells: Row | None = None) -> Metrics:
     """Return the metrics of a process with these settings, in its row of a shared board."""
     workers = settings.server.workers
     return Metrics(

@@ -30,7 +30,7 @@ CELL = 8
 _T = TypeVar("_T")
 
 
-class Cells(Protocol):
+class Row(Protocol):
     """One row: a list, or a view of shared memory."""
 
     def __getitem__(self, index: int, /) -> float: ...
@@ -48,7 +48,7 @@ class Counter:
 
     __slots__ = ("_cells", "_index")
 
-    def __init__(self, cells: Cells | None = None, index: int = 0) -> None:
+    def __init__(self, cells: Row | None = None, index: int = 0) -> None:
         self._cells = [0.0] if cells is None else cells
         self._index = index
 
@@ -71,7 +71,7 @@ class Gauge:
 
     __slots__ = ("_cells", "_index")
 
-    def __init__(self, cells: Cells, index: int) -> None:
+    def __init__(self, cells: Row, index: int) -> None:
         self._cells = cells
         self._index = index
 
@@ -84,7 +84,7 @@ class Gauge:
         """What was set in this row."""
         return self._cells[self._index]
 
-    def of(self, row: Cells) -> "Gauge":
+    def of(self, row: Row) -> "Gauge":
         """Return the same gauge of another process."""
         return Gauge(row, self._index)
 
@@ -94,7 +94,7 @@ class Histogram:
 
     __slots__ = ("_bounds", "_cells", "_first", "_sum")
 
-    def __init__(self, cells: Cells, index: int, bounds: Sequence[float]) -> None:
+    def __init__(self, cells: Row, index: int, bounds: Sequence[float]) -> None:
         self._cells = cells
         self._first = index
         self._bounds = bounds
@@ -141,9 +141,9 @@ class MetricLayout:
     handed out all the same (every process has the same layout) and their families stay hidden.
     """
 
-    def __init__(self, cells: Cells | None = None) -> None:
+    def __init__(self, cells: Row | None = None) -> None:
         self._grown: list[float] = []
-        self.cells: Cells = self._grown if cells is None else cells
+        self.cells: Row = self._grown if cells is None else cells
         self.families: list[Family] = []
         self.width = 0
         self.shown = True
@@ -171,7 +171,7 @@ class MetricLayout:
     ) -> dict[tuple[str, ...], Histogram]:
         """Return a histogram for every combination of label values."""
 
-        def make(cells: Cells, index: int) -> Histogram:
+        def make(cells: Row, index: int) -> Histogram:
             return Histogram(cells, index, bounds)
 
         return self._each(Kind.HISTOGRAM, name, text, labels, make, bounds)
@@ -182,7 +182,7 @@ class MetricLayout:
         family = Family(Kind.COUNT, name, text, of.labels, of.series, of.bounds, of.shown)
         self.families.append(family)
 
-    def drop_gauges(self, cells: Cells) -> None:
+    def drop_gauges(self, cells: Row) -> None:
         """Forget what a process that is gone said about itself; what it counted stays."""
         for family in self.families:
             if family.kind in (Kind.TOTAL, Kind.MAXIMUM, Kind.PRIVATE):
@@ -195,7 +195,7 @@ class MetricLayout:
         name: str,
         text: str,
         labels: dict[str, Iterable[str]],
-        make: Callable[[Cells, int], _T],
+        make: Callable[[Row, int], _T],
         bounds: tuple[float, ...] = (),
     ) -> dict[tuple[str, ...], _T]:
         size = len(bounds) + 2 if kind is Kind.HISTOGRAM else 1
@@ -215,7 +215,7 @@ class MetricLayout:
 class SharedCells:
     """All rows.  `rows[0]` is the supervisor's, or that of the only process."""
 
-    def __init__(self, rows: Sequence[Cells]) -> None:
+    def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
 
     def total(self, index: int) -> float:

@@ -19,7 +19,7 @@ from broker.limits.buckets import BucketCounts
 from broker.model import LimitName, Outcome
 from broker.stores.token_cache import TokenCounts
 from broker.tasks import BackgroundTask
-from broker.telemetry.cells import Cells, MetricLayout
+from broker.telemetry.cells import MetricLayout, Row
 from broker.version import VERSION
 
 BUDGET = "budget"
@@ -122,7 +122,7 @@ class Metrics:
         budget: bool = False,
         shared_store: bool = False,
         workers: int = 0,
-        cells: Cells | None = None,
+        cells: Row | None = None,
     ) -> None:
         sheet = self.sheet = MetricLayout(cells)
         durations = _by_label(

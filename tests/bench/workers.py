@@ -23,7 +23,7 @@ from pathlib import Path
 
 from cpu import CONFIGURATION, VISITORS, Sample, Server, measure, port_in, print_medians, run_store
 
-from broker.telemetry.cells import Cells, shared
+from broker.telemetry.cells import Row, shared
 from broker.telemetry.metrics import Metrics
 
 CREW = Path(__file__).resolve().parents[1] / "crew.py"
@@ -86,7 +86,7 @@ def run_crew(folder: Path, secret: str, workers: int, store: str) -> Iterator[Se
             process.terminate()
 
 
-def rows_of(pid: int) -> list[Cells]:
+def rows_of(pid: int) -> list[Row]:
     """Return the workers' rows of this supervisor's board."""
     for link in sorted(Path(f"/proc/{pid}/fd").iterdir()):
         if str(link.readlink()).startswith("/memfd:embed-token-broker"):
@@ -95,7 +95,7 @@ def rows_of(pid: int) -> list[Cells]:
     sys.exit("the supervisor has no board")
 
 
-def answered(rows: list[Cells]) -> list[float]:
+def answered(rows: list[Row]) -> list[float]:
     """Return how many requests each worker has answered with a held token."""
     families = Metrics("local", workers=2).sheet.families
     family = next(family for family in families if family.name == "broker_requests")
