@@ -18,7 +18,7 @@ from broker.telemetry import logs
 from broker.telemetry.streams import open_missing
 
 WORKERS, SOURCE = sys.argv[1], sys.argv[2]
-MADE = dev.Made() if SOURCE == "--dev" else None
+MADE = dev.DevSecrets() if SOURCE == "--dev" else None
 
 
 def load() -> Settings:

@@ -15,7 +15,7 @@ CLIENT = "dev"
 """Name of the client whose secret is printed, and of the key that signs."""
 
 
-class Made:
+class DevSecrets:
     """The secrets of one development run: reloads find the same ones again."""
 
     def __init__(self) -> None:

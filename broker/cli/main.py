@@ -201,7 +201,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         return _run(lambda: _settings(arguments, flags), dev=False)
     from broker.app import dev  # noqa: PLC0415 - only here
 
-    made = dev.Made()
+    made = dev.DevSecrets()
     path = config.find_file(arguments.config, os.environ) if _names_file(arguments) else None
     return _run(
         lambda: made.complete(config.load(path, os.environ, flags, made.defaults())), dev=True
