@@ -280,7 +280,7 @@ class TestMissingFiles:
             return Secret(name + secrets.token_urlsafe(32))
 
         before = settings(tree)
-        made = factory.make_up(before, make)
+        made = factory.fill_missing_secrets(before, make)
         assert sorted(asked) == [
             "clients.shop.secret",
             "issuer.local.keys.two.secret",
@@ -369,7 +369,7 @@ class TestCertificates:
             "store.encryption_key_file",
             *(f"store.{name}" for name in files),
         }
-        made = factory.make_up(tree, lambda _name: Secret(secrets.token_urlsafe(48)))
+        made = factory.fill_missing_secrets(tree, lambda _name: Secret(secrets.token_urlsafe(48)))
         assert factory.missing_files(made) == []
         factory.check(made, NOTHING)
         assert factory.store_access(made).tls is not None

@@ -43,7 +43,7 @@ class DevSecrets:
         if not local.signing_key and local.keys_file is None:  # it may know of one key only
             local = replace(local, signing_key=CLIENT)
             settings = replace(settings, issuer=replace(settings.issuer, local=local))
-        return factory.make_up(settings, self.secret)
+        return factory.fill_missing_secrets(settings, self.secret)
 
 
 def client_secret(settings: Settings) -> str:

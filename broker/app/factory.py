@@ -379,7 +379,7 @@ def is_missing(file: str) -> bool:
     return False
 
 
-def make_up(settings: Settings, make: Callable[[str], Secret]) -> Settings:
+def fill_missing_secrets(settings: Settings, make: Callable[[str], Secret]) -> Settings:
     """Return the settings with a secret from `make` for each file that is not on this machine.
 
     `make` is given the name of the setting, such as "clients.web.secret".  Certificates that are

@@ -229,7 +229,9 @@ def _check(arguments: argparse.Namespace) -> int:
 
     settings = _settings(arguments)
     missing = factory.missing_files(settings)
-    made_up = factory.make_up(settings, lambda _name: Secret(secrets.token_urlsafe(48)))
+    made_up = factory.fill_missing_secrets(
+        settings, lambda _name: Secret(secrets.token_urlsafe(48))
+    )
     factory.check(made_up, os.environ)
     for name, file in missing:
         complain(f"note: {name}: {file} is not here; it must be where the broker runs")
