@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from functools import cache
 from hashlib import sha1
 
-from broker.app.shared_backend import Sharing
+from broker.app.shared_backend import SharedBackend
 from broker.config.addresses import Access, StoreAddress
 from broker.config.settings import (
     IssuerSettings,
@@ -118,7 +118,7 @@ class Replica:
         self.clock = clock or FakeClock()
         self.metrics = Metrics("upstream", budget=True, shared_store=True)
         self.front = TokenCache(front, keep_until=_death, mono=self.clock.mono)
-        self.sharing = Sharing(
+        self.sharing = SharedBackend(
             Settings(
                 issuer=IssuerSettings(kind="upstream", upstream=UpstreamSettings(base_url=vendor)),
                 store=StoreSettings(url="valkey://elsewhere", on_error=on_error, replicas=replicas),

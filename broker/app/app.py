@@ -49,7 +49,7 @@ from broker.web.router import Routes
 from broker.web.server import BACKLOG, DataServer
 
 if TYPE_CHECKING:
-    from broker.app.shared_backend import Sharing
+    from broker.app.shared_backend import SharedBackend
     from broker.valkey.fallback import SharedStore
     from broker.valkey.session_fallback import SharedBook
 
@@ -165,14 +165,14 @@ class App:
         board = self._seat.board if self._seat else SharedCells([self.metrics.sheet.cells])
         self._registry = exposition.registry(self.metrics.sheet.families, board, self._publish)
 
-    def _share(self) -> "Sharing | None":
+    def _share(self) -> "SharedBackend | None":
         """Put the shared store together, if there is one; opens nothing."""
         address = factory.store_address(self._settings)
         if address is None or self._sealing_key is None:
             return None
-        from broker.app.shared_backend import Sharing  # noqa: PLC0415 - its client is slow to import
+        from broker.app.shared_backend import SharedBackend  # noqa: PLC0415 - its client is slow to import
 
-        return Sharing(
+        return SharedBackend(
             self._settings,
             address,
             factory.store_access(self._settings),

@@ -34,7 +34,7 @@ FIRST_BEATS = 10
 away: the first answers depend on it."""
 
 
-class Sharing:
+class SharedBackend:
     """The store on a server, and everything that needs the same server.
 
     `place` names this process among those of its host, the same after a restart; `origins` are the

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from typing_extensions import override
 
 from broker.app import factory
-from broker.app.shared_backend import Sharing
+from broker.app.shared_backend import SharedBackend
 from broker.clock import SystemClock
 from broker.config.addresses import Access, StoreAddress
 from broker.config.settings import LimitSettings, LimitsSettings, SessionSettings, Settings
@@ -116,7 +116,7 @@ async def rehearsed(address: StoreAddress, access: Access) -> AsyncIterator[Witn
         await witness.close()
 
 
-def _broker(address: StoreAddress, access: Access, fleet: str, key: Secret) -> Sharing:
+def _broker(address: StoreAddress, access: Access, fleet: str, key: Secret) -> SharedBackend:
     """Put a broker's part of the store together, in a fleet of its own."""
     settings = Settings(
         limits=LimitsSettings(client=LimitSettings(rate=6000, burst=1000)),
@@ -125,7 +125,7 @@ def _broker(address: StoreAddress, access: Access, fleet: str, key: Secret) -> S
     local = replace(settings.issuer.local, issuer=f"doctor {fleet}")
     settings = replace(settings, issuer=replace(settings.issuer, local=local))
     clock = SystemClock()
-    return Sharing(
+    return SharedBackend(
         settings,
         address,
         access,
@@ -140,7 +140,7 @@ def _broker(address: StoreAddress, access: Access, fleet: str, key: Secret) -> S
     )
 
 
-async def _membership(first: Sharing, second: Sharing, witness: Witness) -> None:
+async def _membership(first: SharedBackend, second: SharedBackend, witness: Witness) -> None:
     """Join, learn of each other, tell a server that has forgotten, take a call from the budget."""
     await second.fleet.beat()
     await first.fleet.beat()
@@ -156,7 +156,7 @@ async def _membership(first: Sharing, second: Sharing, witness: Witness) -> None
     await first.fleet.leave()
 
 
-async def _visits(first: Sharing, second: Sharing) -> None:
+async def _visits(first: SharedBackend, second: SharedBackend) -> None:
     """Mint and reuse, record and look up, wait for somebody, give up, end."""
     await asyncio.gather(*(_visit(first, second, number) for number in range(VISITORS)))
     await first.store.close()
@@ -165,7 +165,7 @@ async def _visits(first: Sharing, second: Sharing) -> None:
     await second.server.settle()
 
 
-async def _visit(first: Sharing, second: Sharing, number: int) -> None:
+async def _visit(first: SharedBackend, second: SharedBackend, number: int) -> None:
     # what fails was seen; the broker's own policy decides what follows, here as everywhere
     with suppress(StoreFailed, BrokerError):
         await _come_and_go(
@@ -173,7 +173,9 @@ async def _visit(first: Sharing, second: Sharing, number: int) -> None:
         )
 
 
-async def _come_and_go(first: Sharing, second: Sharing, ask: TokenRequest, number: int) -> None:
+async def _come_and_go(
+    first: SharedBackend, second: SharedBackend, ask: TokenRequest, number: int
+) -> None:
     store = first.store
     _ = await store.charge_client(ask.client)
     _ = await store.visit(ask, ask.key)
@@ -200,7 +202,7 @@ async def _come_and_go(first: Sharing, second: Sharing, ask: TokenRequest, numbe
     _ = await first.refusals.find(ask)
 
 
-async def _news(broker: Sharing, witness: Witness) -> None:
+async def _news(broker: SharedBackend, witness: Witness) -> None:
     """Subscribe as a broker does, and hear what it publishes."""
     channel = broker.names.wake(b"doctor" + secrets.token_hex(8).encode())
     heard = asyncio.Event()
@@ -222,14 +224,14 @@ async def _news(broker: Sharing, witness: Witness) -> None:
         subscription.close()
 
 
-async def _lead(broker: Sharing, ask: TokenRequest) -> Lease:
+async def _lead(broker: SharedBackend, ask: TokenRequest) -> Lease:
     lead = await broker.store.lead(ask, ask.key, lambda _token: False)
     if not isinstance(lead, Lease):
         raise StoreFailed(Reason.OTHER)
     return lead
 
 
-def _token(broker: Sharing, lease: Lease) -> EmbedToken:
+def _token(broker: SharedBackend, lease: Lease) -> EmbedToken:
     clock, (origin,) = SystemClock(), broker.origins
     life = LIFE * SECOND
     return EmbedToken(
