@@ -33,7 +33,7 @@ TIMEOUT = 1.0
 """Seconds for one call: an operator waits for it, a visitor does not (see `OPERATION_TIMEOUT`)."""
 
 
-class Registrar:
+class SessionAdminApi:
     """Serves the routes, if the settings have a secret for them; several workers share a store."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:

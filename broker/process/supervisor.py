@@ -45,7 +45,7 @@ from broker.web.listener import CannotListen, listen
 from broker.web.server import BACKLOG
 
 if TYPE_CHECKING:
-    from broker.app.session_admin import Registrar
+    from broker.app.session_admin import SessionAdminApi
 
 log = structlog.get_logger()
 
@@ -160,13 +160,13 @@ class Supervisor:
             workers=server.workers,
         )
 
-    async def _open_registrar(self, application: Application) -> "Registrar | None":
+    async def _open_registrar(self, application: Application) -> "SessionAdminApi | None":
         """Serve /v1/sessions, if there is a secret for it; workers have no admin listener."""
         if not factory.admin_clients(self._settings):
             return None
-        from broker.app.session_admin import Registrar  # noqa: PLC0415 - the store's client is slow to import
+        from broker.app.session_admin import SessionAdminApi  # noqa: PLC0415 - the store's client is slow to import
 
-        registrar = Registrar(self._told, self.metrics)
+        registrar = SessionAdminApi(self._told, self.metrics)
         registrar.serve_on(application)
         await registrar.open()
         return registrar
