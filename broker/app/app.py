@@ -19,7 +19,7 @@ import structlog
 from broker.app import factory, snapshot
 from broker.app.gc_tuning import PauseKeeper
 from broker.app.reload import in_force, needs_restart, read_aside
-from broker.app.worker_context import Seat
+from broker.app.worker_context import WorkerContext
 from broker.clock import SystemClock, sleep_unless
 from broker.config.schema import ConfigError
 from broker.config.secret_files import SecretFiles
@@ -81,7 +81,7 @@ class App:
         environ: Mapping[str, str],
         *,
         dev: bool = False,
-        seat: Seat | None = None,
+        seat: WorkerContext | None = None,
     ) -> None:
         self._settings = settings
         self._load = load

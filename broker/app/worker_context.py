@@ -28,7 +28,7 @@ class Sibling(Struct, frozen=True):
         return time.monotonic() - self.beat.value < ALIVE
 
 
-class Seat(Struct, frozen=True):
+class WorkerContext(Struct, frozen=True):
     """A worker's place: where it is reached and where it counts, as its supervisor gave it."""
 
     worker: int

@@ -20,7 +20,7 @@ import structlog
 from broker.app import factory
 from broker.app.app import App
 from broker.app.reload import read_aside
-from broker.app.worker_context import Seat, Sibling
+from broker.app.worker_context import Sibling, WorkerContext
 from broker.config import schema
 from broker.config.schema import ConfigError
 from broker.process.ipc import ORDERS, Begin, Channel, Follow, Followed, Order, Ready, Refused, Stop
@@ -79,7 +79,9 @@ def _build(begin: Begin) -> App:
         raise ConfigError("this is another version than the one that runs: restart the broker")
     sockets = [socket.socket(fileno=listener) for listener in begin.listeners]
     siblings = _siblings(begin.worker, board, metrics)
-    seat = Seat(begin.worker, sockets, begin.url, begin.admin_url, board, metrics, siblings)
+    seat = WorkerContext(
+        begin.worker, sockets, begin.url, begin.admin_url, board, metrics, siblings
+    )
     return App(settings, lambda: settings, os.environ, dev=begin.dev, seat=seat)
 
 
