@@ -25,7 +25,7 @@ from web.edge import logging_to
 
 from broker.app import factory
 from broker.app.reload import in_force, needs_restart
-from broker.app.worker_context import Sibling, WorkerContext
+from broker.app.worker_context import PeerLoad, WorkerContext
 from broker.config import load as config
 from broker.config import schema
 from broker.config.settings import Settings
@@ -230,7 +230,7 @@ class TestSeat:
         board = shared(handle, width)
         os.close(handle)
         mine, other, third = (Metrics("local", cells=row) for row in board.rows)
-        siblings = [Sibling(m.process.beat, m.process.connections) for m in (other, third)]
+        siblings = [PeerLoad(m.process.beat, m.process.connections) for m in (other, third)]
         seat = WorkerContext(1, [], "", "", board, mine, siblings)
         mine.process.connections.set(5)
         other.process.connections.set(3)

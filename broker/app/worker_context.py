@@ -16,7 +16,7 @@ ALIVE = 2.0
 """Seconds since its last sign of life after which a worker is taken to be hung."""
 
 
-class Sibling(Struct, frozen=True):
+class PeerLoad(Struct, frozen=True):
     """What a worker sees of another one."""
 
     beat: Gauge
@@ -37,7 +37,7 @@ class WorkerContext(Struct, frozen=True):
     admin_url: str
     board: SharedCells
     metrics: Metrics
-    siblings: Sequence[Sibling]
+    siblings: Sequence[PeerLoad]
 
     def ahead(self) -> float:
         """How many connections this worker has more than the one with the fewest."""

@@ -20,7 +20,7 @@ import structlog
 from broker.app import factory
 from broker.app.app import App
 from broker.app.reload import read_aside
-from broker.app.worker_context import Sibling, WorkerContext
+from broker.app.worker_context import PeerLoad, WorkerContext
 from broker.config import schema
 from broker.config.schema import ConfigError
 from broker.process.ipc import ORDERS, Begin, Channel, Follow, Followed, Order, Ready, Refused, Stop
@@ -85,11 +85,11 @@ def _build(begin: Begin) -> App:
     return App(settings, lambda: settings, os.environ, dev=begin.dev, seat=seat)
 
 
-def _siblings(index: int, board: SharedCells, metrics: Metrics) -> list[Sibling]:
+def _siblings(index: int, board: SharedCells, metrics: Metrics) -> list[PeerLoad]:
     """Return what can be seen of the other workers; the supervisor's row is none."""
     beat, connections = metrics.process.beat, metrics.process.connections
     return [
-        Sibling(beat.of(row), connections.of(row))
+        PeerLoad(beat.of(row), connections.of(row))
         for number, row in enumerate(board.rows)
         if number not in (0, index)
     ]
