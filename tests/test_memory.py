@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from broker.app.gc_tuning import PauseKeeper
+from broker.app.gc_tuning import GcTuner
 from broker.limits.buckets import BucketTable
 from broker.model import EmbedToken, Session, TokenRequest
 from broker.rules.bucket import limit
@@ -67,9 +67,9 @@ def watch() -> Iterator[Watch]:
 
 
 @pytest.fixture
-def keeper(watch: Watch) -> Iterator[PauseKeeper]:
+def keeper(watch: Watch) -> Iterator[GcTuner]:
     """Let the broker's keeper own this process' collector for a while."""
-    keeper = PauseKeeper(watch)
+    keeper = GcTuner(watch)
     keeper.start()
     yield keeper
     keeper.stop()
@@ -83,7 +83,7 @@ class Ring:
 
 
 def test_N11_what_lived_through_collections_is_freed_with_its_ring(
-    keeper: PauseKeeper, watch: Watch
+    keeper: GcTuner, watch: Watch
 ) -> None:
     """A flight that waits for seconds is seen by many rounds of housekeeping; then it is over."""
     ring = Ring()
@@ -102,7 +102,7 @@ def test_N11_what_lived_through_collections_is_freed_with_its_ring(
 def test_N11_what_was_frozen_is_given_back_at_the_end() -> None:
     """Who has a broker in their process, as a test has, gets their collector as it was."""
     before = gc.get_threshold(), gc.get_freeze_count()
-    keeper = PauseKeeper()
+    keeper = GcTuner()
     keeper.start()
     assert gc.get_freeze_count() > before[1]
     keeper.stop()
@@ -110,7 +110,7 @@ def test_N11_what_was_frozen_is_given_back_at_the_end() -> None:
 
 
 def test_N11_housekeeping_spends_a_small_share_on_full_collections(
-    keeper: PauseKeeper, watch: Watch
+    keeper: GcTuner, watch: Watch
 ) -> None:
     """One that took 30 ms is followed by the next after six seconds, one of 1 ms at once."""
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from broker.app import factory, snapshot
-from broker.app.gc_tuning import PauseKeeper
+from broker.app.gc_tuning import GcTuner
 from broker.app.reload import in_force, needs_restart, read_aside
 from broker.app.worker_context import WorkerContext
 from broker.clock import SystemClock, sleep_unless
@@ -91,7 +91,7 @@ class App:
         self._clock = SystemClock()
         self._health = Readiness()
         self._stopping = asyncio.Event()
-        self._pauses = PauseKeeper()
+        self._pauses = GcTuner()
         self._admin_refusals = logs.RefusalLog()
         self._admin: admin.AdminListener | None = None
         self._lead_over = asyncio.Event()

@@ -29,7 +29,7 @@ SHARE = 0.005
 (ten thousand connections) every six seconds."""
 
 
-class PauseKeeper:
+class GcTuner:
     """Owns the process' garbage collector between `start` and `stop`; `now` returns seconds."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:

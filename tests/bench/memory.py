@@ -3,7 +3,7 @@
     python tests/bench/memory.py [--tokens 1000000] [--batch 2000]
 
 Tokens are stored and found as the broker does it, beside 200,000 recorded sessions, in batches
-between two rounds of housekeeping (`PauseKeeper.tidy`).  With `--batch` 2,000 a round is a busy
+between two rounds of housekeeping (`GcTuner.tidy`).  With `--batch` 2,000 a round is a busy
 half second.  Prints one JSON object.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import uvloop
 
-from broker.app.gc_tuning import PauseKeeper
+from broker.app.gc_tuning import GcTuner
 from broker.clock import SystemClock
 from broker.model import SEPARATOR, EmbedToken, Minted, Session, TokenRequest
 from broker.rules.reuse import SECOND
@@ -162,7 +162,7 @@ def pauses(count: int, batch: int) -> dict[str, object]:
         ask = some_ask(number)
         cache[ask.key] = some_token(clock, ask)
 
-    keeper = PauseKeeper()
+    keeper = GcTuner()
     keeper.start()
     try:
         told["insert"] = _phase(insert, count, batch, keeper)
@@ -175,7 +175,7 @@ def pauses(count: int, batch: int) -> dict[str, object]:
 
 
 def _phase(
-    step: Callable[[int], None], count: int, batch: int, keeper: PauseKeeper
+    step: Callable[[int], None], count: int, batch: int, keeper: GcTuner
 ) -> dict[str, object]:
     """Run steps with housekeeping after each batch; the slowest step shows other stalls."""
     watch = Watch()

@@ -328,7 +328,7 @@ async def serving(
     log = io.StringIO()
     with logging_to(log, settings), pytest.MonkeyPatch.context() as patch:
         patch.setattr("broker.app.app.SystemClock", lambda: clock)
-        patch.setattr("broker.app.app.PauseKeeper", _NoPauses)
+        patch.setattr("broker.app.app.GcTuner", _NoPauses)
         app = App(settings, lambda: settings, {}, dev=dev)
         before = asyncio.all_tasks()
         await app.start()
