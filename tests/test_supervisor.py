@@ -215,7 +215,9 @@ async def supervised(
             assert supervisor._children == {}
 
 
-async def _take(supervisor: Supervisor, taker: worker_process.Child, seconds: float) -> None:
+async def _take(
+    supervisor: Supervisor, taker: worker_process.WorkerProcess, seconds: float
+) -> None:
     """Let the kernel say that a worker has taken so much CPU, and look."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(taker, "usage", lambda: Usage(cpu_seconds=seconds, resident_bytes=1))
@@ -373,7 +375,7 @@ class TestSupervisor:
             aiohttp.ClientSession() as http,
         ):
 
-            async def start_amid_a_reload(begin: Begin) -> worker_process.Child:
+            async def start_amid_a_reload(begin: Begin) -> worker_process.WorkerProcess:
                 started = await start(begin)
                 await supervisor._roll()
                 return started
@@ -402,7 +404,7 @@ class TestSupervisor:
         start, pids = supervisor_module.Child.start, list[int]()
         async with supervised(settings) as supervisor:
 
-            async def start_amid_the_end(begin: Begin) -> worker_process.Child:
+            async def start_amid_the_end(begin: Begin) -> worker_process.WorkerProcess:
                 started = await start(begin)
                 os.kill(started.pid, signal.SIGSTOP)
                 pids.append(started.pid)

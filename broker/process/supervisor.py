@@ -33,7 +33,7 @@ from broker.config.schema import ConfigError
 from broker.config.secret_files import SecretFiles
 from broker.config.settings import Settings
 from broker.process.ipc import Begin, packed
-from broker.process.worker_process import Child, reason_of
+from broker.process.worker_process import WorkerProcess, reason_of
 from broker.rules import restarts
 from broker.tasks import Background, BackgroundTask, aside
 from broker.telemetry import exposition, logs
@@ -111,7 +111,7 @@ class Supervisor:
         self._memory = share(count + 1, width)
         self._board = shared(self._memory, width)
         self.metrics = factory.metrics(settings, self._board.rows[0])
-        self._children: dict[int, Child] = {}
+        self._children: dict[int, WorkerProcess] = {}
         self._health = Readiness(lambda: any(child.serves for child in self._children.values()))
         self._stopping = asyncio.Event()
         self._reload_wanted = asyncio.Event()
@@ -212,7 +212,7 @@ class Supervisor:
         while not self._stopping.is_set():
             settings = self._told
             try:
-                child = await Child.start(self._begin(index, settings))
+                child = await WorkerProcess.start(self._begin(index, settings))
             except OSError as error:
                 reason, lived = f"cannot be started: {error.strerror}", 0.0
             else:
@@ -224,7 +224,7 @@ class Supervisor:
             log.error("broker.worker_died", worker=index, reason=reason, again_in_s=delay)
             await sleep_unless(self._stopping, delay)
 
-    async def _attend(self, child: Child, settings: Settings) -> str:
+    async def _attend(self, child: WorkerProcess, settings: Settings) -> str:
         """See one process through its life, begun with these settings; returns how it ended."""
         self._children[child.index] = child
         try:
@@ -310,7 +310,7 @@ class Supervisor:
         put_in_force = _nothing if registrar is None else registrar.prepared(told)
         return _Read(loaded, settings, files, other_key, told, put_in_force)
 
-    async def _lead(self, child: Child, tree: dict[str, Any]) -> str | None:
+    async def _lead(self, child: WorkerProcess, tree: dict[str, Any]) -> str | None:
         """Let a worker follow once it is ready; returns why it did not.
 
         One that does not answer is ended: its replacement begins with these settings.  One that
@@ -357,7 +357,7 @@ class Supervisor:
             self._health.hung = any(child.is_silent for child in self._children.values())
             last = now
 
-    def _look_at(self, child: Child, elapsed: float) -> None:
+    def _look_at(self, child: WorkerProcess, elapsed: float) -> None:
         """Note whether a worker has given a sign of life; end it if it gives none for long."""
         if child.is_hung:
             return  # killed; the kernel holds it
@@ -372,7 +372,7 @@ class Supervisor:
         if pulse.is_hung(self._settings.server.drain.seconds + GRACE):
             self._end_hung(child, "silent" if child.is_ready else "never ready")
 
-    def _end_hung(self, child: Child, reason: str) -> None:
+    def _end_hung(self, child: WorkerProcess, reason: str) -> None:
         """Kill a worker that hangs, once: the one who keeps it replaces it."""
         child.is_hung = True
         child.kill()

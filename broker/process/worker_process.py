@@ -37,7 +37,7 @@ and one that cannot read its files says so, after the time for that."""
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-class Child:
+class WorkerProcess:
     """One worker process, from its start to its end."""
 
     def __init__(
@@ -154,7 +154,7 @@ class Child:
 
     @override
     def __repr__(self) -> str:
-        return f"Child(worker={self.index}, pid={self.pid}, is_ready={self.is_ready})"
+        return f"WorkerProcess(worker={self.index}, pid={self.pid}, is_ready={self.is_ready})"
 
 
 def reason_of(code: int) -> str:
