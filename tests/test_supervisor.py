@@ -34,13 +34,13 @@ from broker.process import worker, worker_process
 from broker.process.ipc import (
     ORDERS,
     REPORTS,
-    Begin,
     Channel,
     Follow,
     Followed,
     Order,
     Ready,
     Report,
+    Start,
     Stop,
     packed,
 )
@@ -375,7 +375,7 @@ class TestSupervisor:
             aiohttp.ClientSession() as http,
         ):
 
-            async def start_amid_a_reload(begin: Begin) -> worker_process.WorkerProcess:
+            async def start_amid_a_reload(begin: Start) -> worker_process.WorkerProcess:
                 started = await start(begin)
                 await supervisor._roll()
                 return started
@@ -404,7 +404,7 @@ class TestSupervisor:
         start, pids = supervisor_module.Child.start, list[int]()
         async with supervised(settings) as supervisor:
 
-            async def start_amid_the_end(begin: Begin) -> worker_process.WorkerProcess:
+            async def start_amid_the_end(begin: Start) -> worker_process.WorkerProcess:
                 started = await start(begin)
                 os.kill(started.pid, signal.SIGSTOP)
                 pids.append(started.pid)

@@ -21,7 +21,7 @@ LONGEST = 2**24
 """Bytes of a message: settings with thousands of clients are far below."""
 
 
-class Begin(Struct, frozen=True, tag=True):
+class Start(Struct, frozen=True, tag=True):
     """Serve: with these settings, these open files, in this row of the board.
 
     `listeners` and `board` are file descriptors; `layout` names the board's, `log_key` is what
@@ -63,7 +63,7 @@ class Refused(Struct, frozen=True, tag=True):
     error: str
 
 
-Order = Begin | Follow | Stop
+Order = Start | Follow | Stop
 Report = Ready | Followed | Refused
 
 _In = TypeVar("_In")

@@ -32,7 +32,7 @@ from broker.clock import sleep_unless
 from broker.config.schema import ConfigError
 from broker.config.secret_files import SecretFiles
 from broker.config.settings import Settings
-from broker.process.ipc import Begin, packed
+from broker.process.ipc import Start, packed
 from broker.process.worker_process import WorkerProcess, reason_of
 from broker.rules import restarts
 from broker.tasks import Background, BackgroundTask, aside
@@ -256,8 +256,8 @@ class Supervisor:
     def _count(self) -> int:
         return self._settings.server.workers
 
-    def _begin(self, index: int, settings: Settings) -> Begin:
-        return Begin(
+    def _begin(self, index: int, settings: Settings) -> Start:
+        return Start(
             worker=index,
             settings=packed(settings),
             dev=self._dev,

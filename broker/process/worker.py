@@ -23,7 +23,7 @@ from broker.app.reload import read_aside
 from broker.app.worker_context import PeerLoad, WorkerContext
 from broker.config import schema
 from broker.config.schema import ConfigError
-from broker.process.ipc import ORDERS, Begin, Channel, Follow, Followed, Order, Ready, Refused, Stop
+from broker.process.ipc import ORDERS, Channel, Follow, Followed, Order, Ready, Refused, Start, Stop
 from broker.process.serve import EX_CONFIG, loop_factory
 from broker.tasks import Background, BackgroundTask, TaskSet
 from broker.telemetry import logs
@@ -47,7 +47,7 @@ def main() -> int:
 async def _work(end: socket.socket) -> int:
     channel = await Channel.over(end, ORDERS)
     begin = await channel.receive()
-    if not isinstance(begin, Begin):
+    if not isinstance(begin, Start):
         return 0  # the supervisor has gone
     try:
         app = _build(begin)
@@ -66,7 +66,7 @@ async def _work(end: socket.socket) -> int:
     return 0
 
 
-def _build(begin: Begin) -> App:
+def _build(begin: Start) -> App:
     """Build the App; raises ConfigError."""
     settings = schema.build(begin.settings)
     logs.configure(settings.log)
@@ -106,7 +106,7 @@ async def _obey(channel: Channel[Order], app: App, following: TaskSet) -> None:
                 following.start(_follow(channel, app, tree))
             case Stop():
                 app.stop()
-            case Begin():
+            case Start():
                 raise AssertionError("told to begin twice")
     app.stop(at_once=True)  # nobody tells balancers any more, and a successor wants the address
     await asyncio.Event().wait()  # for the end: there is nobody left to obey

@@ -16,13 +16,13 @@ from typing_extensions import override
 from broker.app.reload import READING
 from broker.process.ipc import (
     REPORTS,
-    Begin,
     Channel,
     Follow,
     Followed,
     Ready,
     Refused,
     Report,
+    Start,
     Stop,
 )
 from broker.process.usage import Usage, usage
@@ -56,7 +56,7 @@ class WorkerProcess:
         self._listening = asyncio.ensure_future(self._listen())
 
     @classmethod
-    async def start(cls, begin: Begin) -> Self:
+    async def start(cls, begin: Start) -> Self:
         """Start a worker and tell it how to begin; raises OSError if the system has no room."""
         ours, theirs = socket.socketpair()
         with theirs:
