@@ -35,10 +35,10 @@ from broker.process.ipc import (
     ORDERS,
     REPORTS,
     Channel,
-    Follow,
     Followed,
     Order,
     Ready,
+    Reload,
     Report,
     Start,
     Stop,
@@ -65,9 +65,9 @@ class TestSettingsOfAWorker:
     def test_arrive_as_they_were_sent(self, dotted: str, kind: Any) -> None:
         """Every key, secrets revealed, through the message and back."""
         for settings in settings_with(dotted, kind):
-            sent = msgspec.json.encode(Follow(packed(settings)))
+            sent = msgspec.json.encode(Reload(packed(settings)))
             order = ORDERS.decode(sent)
-            assert isinstance(order, Follow)
+            assert isinstance(order, Reload)
             assert schema.build(order.settings) == settings
 
     def test_are_those_in_force_and_not_those_of_the_file(self, dotted: str, kind: Any) -> None:
@@ -144,7 +144,7 @@ class Reader:
 
 async def test_a_worker_hears_that_it_is_to_end_while_it_reads() -> None:
     """A file system that takes its time does not hold up a drain."""
-    orders, reader, following = Orders(Follow({}), Stop()), Reader(), TaskSet()
+    orders, reader, following = Orders(Reload({}), Stop()), Reader(), TaskSet()
     stand_ins: tuple[Any, Any] = orders, reader
     obeying = asyncio.ensure_future(worker._obey(*stand_ins, following))
     await until(lambda: orders.heard != [])

@@ -39,7 +39,7 @@ class Start(Struct, frozen=True, tag=True):
     log_key: bytes
 
 
-class Follow(Struct, frozen=True, tag=True):
+class Reload(Struct, frozen=True, tag=True):
     """Take over what a reload can change."""
 
     settings: dict[str, Any]
@@ -63,7 +63,7 @@ class Refused(Struct, frozen=True, tag=True):
     error: str
 
 
-Order = Start | Follow | Stop
+Order = Start | Reload | Stop
 Report = Ready | Followed | Refused
 
 _In = TypeVar("_In")

@@ -23,7 +23,7 @@ from broker.app.reload import read_aside
 from broker.app.worker_context import PeerLoad, WorkerContext
 from broker.config import schema
 from broker.config.schema import ConfigError
-from broker.process.ipc import ORDERS, Channel, Follow, Followed, Order, Ready, Refused, Start, Stop
+from broker.process.ipc import ORDERS, Channel, Followed, Order, Ready, Refused, Reload, Start, Stop
 from broker.process.serve import EX_CONFIG, loop_factory
 from broker.tasks import Background, BackgroundTask, TaskSet
 from broker.telemetry import logs
@@ -102,7 +102,7 @@ async def _obey(channel: Channel[Order], app: App, following: TaskSet) -> None:
     """
     while (order := await channel.receive()) is not None:
         match order:
-            case Follow(tree):
+            case Reload(tree):
                 following.start(_follow(channel, app, tree))
             case Stop():
                 app.stop()

@@ -17,10 +17,10 @@ from broker.app.reload import READING
 from broker.process.ipc import (
     REPORTS,
     Channel,
-    Follow,
     Followed,
     Ready,
     Refused,
+    Reload,
     Report,
     Start,
     Stop,
@@ -105,7 +105,7 @@ class WorkerProcess:
 
         Raises TimeoutError if it does not answer: it hangs.
         """
-        self._channel.send(Follow(settings))
+        self._channel.send(Reload(settings))
         async with asyncio.timeout(ANSWER_TIME):
             answer = await self._answers.get()
         return answer.error if isinstance(answer, Refused) else None
