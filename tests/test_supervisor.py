@@ -35,10 +35,10 @@ from broker.process.ipc import (
     ORDERS,
     REPORTS,
     Channel,
-    Followed,
     Order,
     Ready,
     Reload,
+    Reloaded,
     Report,
     Start,
     Stop,
@@ -148,7 +148,7 @@ async def test_a_worker_hears_that_it_is_to_end_while_it_reads() -> None:
     stand_ins: tuple[Any, Any] = orders, reader
     obeying = asyncio.ensure_future(worker._obey(*stand_ins, following))
     await until(lambda: orders.heard != [])
-    assert (orders.heard, reader.in_force) == ([Followed()], 1)
+    assert (orders.heard, reader.in_force) == ([Reloaded()], 1)
     obeying.cancel()
     await asyncio.gather(obeying, return_exceptions=True)
     await following.close()

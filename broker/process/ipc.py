@@ -53,7 +53,7 @@ class Ready(Struct, frozen=True, tag=True):
     """I take requests."""
 
 
-class Followed(Struct, frozen=True, tag=True):
+class Reloaded(Struct, frozen=True, tag=True):
     """The new settings are in force."""
 
 
@@ -64,7 +64,7 @@ class Refused(Struct, frozen=True, tag=True):
 
 
 Order = Start | Reload | Stop
-Report = Ready | Followed | Refused
+Report = Ready | Reloaded | Refused
 
 _In = TypeVar("_In")
 

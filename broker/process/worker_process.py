@@ -17,10 +17,10 @@ from broker.app.reload import READING
 from broker.process.ipc import (
     REPORTS,
     Channel,
-    Followed,
     Ready,
     Refused,
     Reload,
+    Reloaded,
     Report,
     Start,
     Stop,
@@ -47,7 +47,7 @@ class WorkerProcess:
         self._process = process
         self._channel = channel
         self._born = time.monotonic()
-        self._answers: asyncio.Queue[Followed | Refused | None] = asyncio.Queue()
+        self._answers: asyncio.Queue[Reloaded | Refused | None] = asyncio.Queue()
         self._met = asyncio.Event()
         self.is_ready = False
         self.is_hung = False
@@ -149,7 +149,7 @@ class WorkerProcess:
             case Ready():
                 self.is_ready = True
                 self._met.set()
-            case Followed() | Refused():
+            case Reloaded() | Refused():
                 self._answers.put_nowait(report)
 
     @override
