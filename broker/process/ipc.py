@@ -57,14 +57,14 @@ class Reloaded(Struct, frozen=True, tag=True):
     """The new settings are in force."""
 
 
-class Refused(Struct, frozen=True, tag=True):
+class ReloadFailed(Struct, frozen=True, tag=True):
     """The old settings are still in force, because of this."""
 
     error: str
 
 
 Order = Start | Reload | Stop
-Report = Ready | Reloaded | Refused
+Report = Ready | Reloaded | ReloadFailed
 
 _In = TypeVar("_In")
 

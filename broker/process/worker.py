@@ -23,7 +23,17 @@ from broker.app.reload import read_aside
 from broker.app.worker_context import PeerLoad, WorkerContext
 from broker.config import schema
 from broker.config.schema import ConfigError
-from broker.process.ipc import ORDERS, Channel, Order, Ready, Refused, Reload, Reloaded, Start, Stop
+from broker.process.ipc import (
+    ORDERS,
+    Channel,
+    Order,
+    Ready,
+    Reload,
+    Reloaded,
+    ReloadFailed,
+    Start,
+    Stop,
+)
 from broker.process.serve import EX_CONFIG, loop_factory
 from broker.tasks import Background, BackgroundTask, TaskSet
 from broker.telemetry import logs
@@ -116,15 +126,17 @@ async def _follow(channel: Channel[Order], app: App, tree: dict[str, object]) ->
     channel.send(await _followed(app, tree))
 
 
-async def _followed(app: App, tree: dict[str, object]) -> Reloaded | Refused:
+async def _followed(app: App, tree: dict[str, object]) -> Reloaded | ReloadFailed:
     try:
         put_in_force = await read_aside(lambda: app.prepared(schema.build(tree)))
         put_in_force()
     except ConfigError as error:
-        return Refused(str(error))
+        return ReloadFailed(str(error))
     except Exception as error:
         log.exception("broker.defect")
-        return Refused(f"a defect: {type(error).__name__}")  # a supervisor that waits would end us
+        return ReloadFailed(
+            f"a defect: {type(error).__name__}"
+        )  # a supervisor that waits would end us
     return Reloaded()
 
 

@@ -18,9 +18,9 @@ from broker.process.ipc import (
     REPORTS,
     Channel,
     Ready,
-    Refused,
     Reload,
     Reloaded,
+    ReloadFailed,
     Report,
     Start,
     Stop,
@@ -47,7 +47,7 @@ class WorkerProcess:
         self._process = process
         self._channel = channel
         self._born = time.monotonic()
-        self._answers: asyncio.Queue[Reloaded | Refused | None] = asyncio.Queue()
+        self._answers: asyncio.Queue[Reloaded | ReloadFailed | None] = asyncio.Queue()
         self._met = asyncio.Event()
         self.is_ready = False
         self.is_hung = False
@@ -108,7 +108,7 @@ class WorkerProcess:
         self._channel.send(Reload(settings))
         async with asyncio.timeout(ANSWER_TIME):
             answer = await self._answers.get()
-        return answer.error if isinstance(answer, Refused) else None
+        return answer.error if isinstance(answer, ReloadFailed) else None
 
     def stop(self) -> None:
         """Let it drain and end."""
@@ -149,7 +149,7 @@ class WorkerProcess:
             case Ready():
                 self.is_ready = True
                 self._met.set()
-            case Reloaded() | Refused():
+            case Reloaded() | ReloadFailed():
                 self._answers.put_nowait(report)
 
     @override
