@@ -55,7 +55,7 @@ ROUND = 0.5
 GRACE = 2.0
 """Seconds beyond `drain` in which a worker must have ended: it closes connections and says so."""
 
-HOPELESS = frozenset({69, 78})
+FATAL_EXIT_CODES = frozenset({69, 78})
 """Exit codes with which a worker says at the start that another try would end alike."""
 
 
@@ -239,7 +239,7 @@ class Supervisor:
             if missed and (failure := await self._lead(child, packed(self._told))):
                 self._report_failure([failure])
             code = await child.gone()
-            if not self._crew_met.is_set() and code in HOPELESS:
+            if not self._crew_met.is_set() and code in FATAL_EXIT_CODES:
                 self._start_failed = code
                 self.stop()
         finally:
