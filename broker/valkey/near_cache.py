@@ -20,7 +20,7 @@ from broker.valkey.client.errors import Reason, StoreFailed, number
 from broker.valkey.client.resp import Reply
 
 
-class Front:
+class NearCache:
     """Tokens before the server.
 
     `origins` are those whose tokens are good; `ends` are those that are known here; `put_back`
@@ -146,4 +146,4 @@ class Front:
 
     @override
     def __repr__(self) -> str:
-        return f"Front(held={len(self._cache)})"
+        return f"NearCache(held={len(self._cache)})"

@@ -36,7 +36,7 @@ from broker.valkey.client.scripts import Script, command
 from broker.valkey.client.shapes import COUNTED, GET
 from broker.valkey.key_names import Names, VisitorKeys, is_epoch
 from broker.valkey.leases import LEASE, LEASE_MEMORY, Leases, texts
-from broker.valkey.near_cache import Front
+from broker.valkey.near_cache import NearCache
 
 MOST_ASKED = 1_000
 """Ends that are asked for at a time; a flood of news that nobody believes must not become one."""
@@ -73,7 +73,7 @@ class ValkeyStore:
     ) -> None:
         self._server = server
         self._names = names
-        self._front = Front(front, seal, clock, ends, origins, self._put_back)
+        self._front = NearCache(front, seal, clock, ends, origins, self._put_back)
         self._limits = limits
         self._clock = clock
         self._counts = counts
