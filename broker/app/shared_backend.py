@@ -20,7 +20,7 @@ from broker.telemetry.metrics import Metrics
 from broker.valkey.client.guarded import OPERATION_TIMEOUT, Server
 from broker.valkey.client.pubsub import listen
 from broker.valkey.client.topology import nodes_at
-from broker.valkey.fallback import Carried, SharedStore
+from broker.valkey.fallback import OutageDebt, SharedStore
 from broker.valkey.key_names import Names
 from broker.valkey.membership import Fleet
 from broker.valkey.negative_cache import SharedRefusals
@@ -82,7 +82,7 @@ class SharedBackend:
             metrics.limits.counts,
             self._replica,
             origins,
-            Carried(self.alone, clock),
+            OutageDebt(self.alone, clock),
             ends,
         )
         self.store = SharedStore(

@@ -176,7 +176,7 @@ class SharedStore(Store):
         return f"SharedStore(closed={self._closed}, {self._remote!r})"
 
 
-class Carried:
+class OutageDebt:
     """What was charged here while the server was away, for as long as that matters."""
 
     def __init__(self, alone: MemoryStore, clock: Clock) -> None:
