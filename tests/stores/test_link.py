@@ -12,7 +12,7 @@ import pytest
 from bad_replies import BAD
 
 from broker.model import Secret
-from broker.valkey.client.connection import Conversation, Link, Route, Target
+from broker.valkey.client.connection import Conversation, PipelinedConnection, Route, Target
 from broker.valkey.client.errors import Elsewhere, Forgotten, Reason, StoreFailed, why
 from broker.valkey.client.resp import LONGEST_REPLY, Reply
 from broker.valkey.client.scripts import command
@@ -77,9 +77,9 @@ async def node() -> AsyncIterator[Node]:
 
 
 @pytest.fixture
-async def link(node: Node) -> AsyncIterator[Link]:
+async def link(node: Node) -> AsyncIterator[PipelinedConnection]:
     """A link to it."""
-    link = Link(Target("127.0.0.1", node.port), TIMEOUT)
+    link = PipelinedConnection(Target("127.0.0.1", node.port), TIMEOUT)
     yield link
     await link.close()
     assert link._waiting == []
@@ -97,7 +97,7 @@ def reasons(results: list[object]) -> set[Reason]:
 
 
 async def test_calls_of_one_turn_leave_in_one_piece_and_are_answered_in_order(
-    node: Node, link: Link
+    node: Node, link: PipelinedConnection
 ) -> None:
     """A hundred callers, one write; each gets its own reply."""
     await told(link.send(PING))
@@ -108,7 +108,9 @@ async def test_calls_of_one_turn_leave_in_one_piece_and_are_answered_in_order(
     assert node.connections == 1
 
 
-async def test_who_comes_while_a_batch_is_out_is_the_next_batch(node: Node, link: Link) -> None:
+async def test_who_comes_while_a_batch_is_out_is_the_next_batch(
+    node: Node, link: PipelinedConnection
+) -> None:
     """They gather, and leave together when it has been answered."""
     await told(link.send(PING))
     node.pieces.clear()
@@ -124,7 +126,7 @@ async def test_who_comes_while_a_batch_is_out_is_the_next_batch(node: Node, link
     assert b"".join(node.pieces) == PING * 4
 
 
-async def test_a_reply_may_come_in_any_pieces(node: Node, link: Link) -> None:
+async def test_a_reply_may_come_in_any_pieces(node: Node, link: PipelinedConnection) -> None:
     """Byte by byte, and two replies in one piece."""
     whole = b"*2\r\n$3\r\nabc\r\n:7\r\n$-1\r\n"
     parts = [whole[place : place + 1] for place in range(len(whole))]
@@ -140,7 +142,7 @@ async def test_a_reply_may_come_in_any_pieces(node: Node, link: Link) -> None:
     assert await told(link.send(PING), link.send(PING)) == [[b"abc", 7], None]
 
 
-async def test_an_error_is_one_callers_affair(node: Node, link: Link) -> None:
+async def test_an_error_is_one_callers_affair(node: Node, link: PipelinedConnection) -> None:
     """The others of its batch are answered, and the connection stays."""
     node.answer = lambda _piece: (
         b"+OK\r\n-ERR no\r\n-NOSCRIPT x\r\n-MOVED 7 host:1\r\n-ASK 8 :2\r\n-WRONGTYPE x\r\n:1\r\n"
@@ -168,7 +170,7 @@ async def test_an_error_is_one_callers_affair(node: Node, link: Link) -> None:
     ],
 )
 async def test_a_node_that_is_the_wrong_one_is_left(
-    node: Node, link: Link, said: bytes, reason: Reason
+    node: Node, link: PipelinedConnection, said: bytes, reason: Reason
 ) -> None:
     """The next call gets a new connection: behind the same name there may be another one by now."""
     node.answer = lambda _piece: said
@@ -179,7 +181,7 @@ async def test_a_node_that_is_the_wrong_one_is_left(
 
 
 async def test_S1_what_is_not_answered_in_time_fails_with_its_connection(
-    node: Node, link: Link
+    node: Node, link: PipelinedConnection
 ) -> None:
     """The whole batch; the late reply is not taken for the next one's, who has a new connection."""
     await told(link.send(PING))
@@ -196,7 +198,9 @@ async def test_S1_what_is_not_answered_in_time_fails_with_its_connection(
     assert node.connections == 2
 
 
-async def test_S1_who_waits_behind_a_batch_that_hangs_is_told_too(node: Node, link: Link) -> None:
+async def test_S1_who_waits_behind_a_batch_that_hangs_is_told_too(
+    node: Node, link: PipelinedConnection
+) -> None:
     """Not after two times the timeout, but with those before them."""
     await told(link.send(PING))
     node.answer = lambda _piece: b""
@@ -214,7 +218,7 @@ async def test_S1_nobody_listens() -> None:
     port = free.sockets[0].getsockname()[1]
     free.close()
     await free.wait_closed()
-    link = Link(Target("127.0.0.1", port), 5.0)
+    link = PipelinedConnection(Target("127.0.0.1", port), 5.0)
     for _ in range(3):
         began = time.monotonic()
         assert reasons(await told(*(link.send(PING) for _ in range(5)))) == {Reason.CONNECTION}
@@ -222,7 +226,9 @@ async def test_S1_nobody_listens() -> None:
     await link.close()
 
 
-async def test_S1_a_connection_that_ends_fails_what_is_out(node: Node, link: Link) -> None:
+async def test_S1_a_connection_that_ends_fails_what_is_out(
+    node: Node, link: PipelinedConnection
+) -> None:
     """At once, and the next call opens another one."""
     await told(link.send(PING))
     node.answer = lambda _piece: None
@@ -231,7 +237,9 @@ async def test_S1_a_connection_that_ends_fails_what_is_out(node: Node, link: Lin
     assert await told(link.send(PING)) == [b"OK"]
 
 
-async def test_a_connection_that_ended_while_idle_is_not_used(node: Node, link: Link) -> None:
+async def test_a_connection_that_ended_while_idle_is_not_used(
+    node: Node, link: PipelinedConnection
+) -> None:
     """A server that was restarted between two calls costs no failure."""
     await told(link.send(PING))
     node.hang_up()
@@ -240,13 +248,15 @@ async def test_a_connection_that_ended_while_idle_is_not_used(node: Node, link: 
     assert node.connections == 2
 
 
-async def test_what_is_no_reply_ends_the_connection(node: Node, link: Link) -> None:
+async def test_what_is_no_reply_ends_the_connection(node: Node, link: PipelinedConnection) -> None:
     """HTTP at this port: `other`, in time."""
     node.answer = lambda _piece: b"HTTP/1.1 400 Bad Request\r\n\r\n"
     assert reasons(await told(link.send(PING))) <= {Reason.OTHER, Reason.CONNECTION}
 
 
-async def test_more_replies_than_calls_end_the_connection(node: Node, link: Link) -> None:
+async def test_more_replies_than_calls_end_the_connection(
+    node: Node, link: PipelinedConnection
+) -> None:
     """Whoever gets the last one has it; nobody gets a stranger's."""
     node.answer = lambda _piece: b"+a\r\n+b\r\n"
     assert await told(link.send(PING)) == [b"a"]
@@ -256,7 +266,7 @@ async def test_more_replies_than_calls_end_the_connection(node: Node, link: Link
     assert node.connections == 2
 
 
-async def test_who_leaves_disturbs_nobody(node: Node, link: Link) -> None:
+async def test_who_leaves_disturbs_nobody(node: Node, link: PipelinedConnection) -> None:
     """Cancelled before it was sent, or while it is out: the others get their own replies."""
     node.answer = lambda piece: b"".join(b":%d\r\n" % n for n in range(piece.count(b"*")))
     futures = [link.send(PING) for _ in range(5)]
@@ -275,7 +285,7 @@ async def test_who_leaves_disturbs_nobody(node: Node, link: Link) -> None:
 async def test_it_introduces_itself_first(node: Node) -> None:
     """User and password, then the database; the calls come after both were accepted."""
     password = secrets.token_urlsafe(16)
-    link = Link(
+    link = PipelinedConnection(
         Target("127.0.0.1", node.port, username="broker", password=Secret(password), db=3), TIMEOUT
     )
     assert await told(link.send(PING)) == [b"OK"]
@@ -291,7 +301,7 @@ async def test_who_is_not_let_in_is_told_why(node: Node) -> None:
     """Every caller that waits; the password is not in the error."""
     password = secrets.token_urlsafe(16)
     node.answer = lambda _piece: b"-WRONGPASS invalid username-password pair\r\n"
-    link = Link(Target("127.0.0.1", node.port, password=Secret(password)), TIMEOUT)
+    link = PipelinedConnection(Target("127.0.0.1", node.port, password=Secret(password)), TIMEOUT)
     results = await told(link.send(PING), link.send(PING))
     assert reasons(results) == {Reason.OTHER}
     assert [getattr(each, "detail", "") for each in results] == ["WRONGPASS"] * 2
@@ -301,7 +311,7 @@ async def test_who_is_not_let_in_is_told_why(node: Node) -> None:
 
 async def test_closing_fails_what_is_out(node: Node) -> None:
     """At once; and a link that was never used closes as well."""
-    unused, link = (Link(Target("127.0.0.1", node.port), 5.0) for _ in range(2))
+    unused, link = (PipelinedConnection(Target("127.0.0.1", node.port), 5.0) for _ in range(2))
     await unused.close()
     node.answer = lambda _piece: b""
     out = link.send(PING)
@@ -312,7 +322,7 @@ async def test_closing_fails_what_is_out(node: Node) -> None:
 
 
 async def test_a_busy_loop_does_not_take_its_slowness_for_the_servers(
-    node: Node, link: Link
+    node: Node, link: PipelinedConnection
 ) -> None:
     """The reply had arrived while the loop was busy for longer than a call may take."""
     await told(link.send(PING))
@@ -325,7 +335,9 @@ async def test_a_busy_loop_does_not_take_its_slowness_for_the_servers(
     assert await told(reply) == [b"OK"]
 
 
-async def test_a_slot_that_is_on_its_way_costs_no_connection(node: Node, link: Link) -> None:
+async def test_a_slot_that_is_on_its_way_costs_no_connection(
+    node: Node, link: PipelinedConnection
+) -> None:
     """TRYAGAIN is about one slot: everybody else's calls go on over the same connection."""
     node.answer = lambda _piece: b"-TRYAGAIN Multiple keys request during rehashing of slot\r\n"
     (failed,) = await told(link.send(PING))
@@ -338,7 +350,7 @@ async def test_a_slot_that_is_on_its_way_costs_no_connection(node: Node, link: L
 
 async def test_a_connection_that_ends_with_the_greeting_is_not_used(node: Node) -> None:
     """Hung up in the same breath as it let us in: told, and the next call opens another one."""
-    link = Link(Target("127.0.0.1", node.port, password=Secret("p")), TIMEOUT)
+    link = PipelinedConnection(Target("127.0.0.1", node.port, password=Secret("p")), TIMEOUT)
 
     def accept_and_leave(_piece: bytes) -> bytes:
         asyncio.get_running_loop().call_soon(node.hang_up)
@@ -362,7 +374,7 @@ async def test_a_conversation_that_was_over_is_told_to_who_opens_it(node: Node) 
             await asyncio.sleep(0.01)
             return talk
 
-    link = Link(Gone("127.0.0.1", node.port), TIMEOUT)
+    link = PipelinedConnection(Gone("127.0.0.1", node.port), TIMEOUT)
     for _ in range(2):
         assert reasons(await told(link.send(PING))) == {Reason.CONNECTION}
     link.target = Target("127.0.0.1", node.port)
@@ -370,7 +382,9 @@ async def test_a_conversation_that_was_over_is_told_to_who_opens_it(node: Node) 
     await link.close()
 
 
-async def test_a_reply_without_end_ends_the_connection(node: Node, link: Link) -> None:
+async def test_a_reply_without_end_ends_the_connection(
+    node: Node, link: PipelinedConnection
+) -> None:
     """Memory is bounded whatever a server says: a mebibyte of one reply is none of ours."""
     node.answer = lambda _piece: b"$999999999\r\n" + b"x" * (LONGEST_REPLY + 1)
     assert reasons(await told(link.send(PING))) == {Reason.OTHER}
@@ -381,7 +395,7 @@ async def test_a_reply_without_end_ends_the_connection(node: Node, link: Link) -
 
 @pytest.mark.parametrize("name", BAD)
 async def test_S1_a_reply_that_is_none_of_this_command_fails_and_is_not_waited_for(
-    node: Node, link: Link, name: str
+    node: Node, link: PipelinedConnection, name: str
 ) -> None:
     """In the shape of the command or as the store's failure, in time; the next good one is good."""
     good = b"*2\r\n:1\r\n:7\r\n"
@@ -400,7 +414,7 @@ async def test_S1_a_reply_that_is_none_of_this_command_fails_and_is_not_waited_f
 
 
 async def test_S1_those_behind_a_reply_of_another_shape_get_no_strangers(
-    node: Node, link: Link
+    node: Node, link: PipelinedConnection
 ) -> None:
     """One word too many: every later reply of the batch would be its neighbour's."""
     node.answer = lambda _piece: b"+OK\r\n" + b"".join(b":%d\r\n" % n for n in range(9))
@@ -413,7 +427,9 @@ async def test_S1_those_behind_a_reply_of_another_shape_get_no_strangers(
     assert node.connections == 2
 
 
-async def test_S1_what_nobody_asked_for_ends_the_connection(node: Node, link: Link) -> None:
+async def test_S1_what_nobody_asked_for_ends_the_connection(
+    node: Node, link: PipelinedConnection
+) -> None:
     """Also the beginning of it: the next reply would be taken for its rest."""
     assert await told(link.send(PING)) == [b"OK"]
     for connections, unasked in ((2, b"*2\r\n"), (3, b"$5\r\nab"), (4, b":1"), (5, b":1\r\n")):
@@ -428,7 +444,7 @@ async def test_S1_what_nobody_asked_for_ends_the_connection(node: Node, link: Li
 @pytest.mark.parametrize("said", [b":1", b"$-1", b"-NOSCRIPT x", b"-MOVED 1 host:1", b">1\r\n:1"])
 async def test_S1_who_is_let_in_otherwise_than_with_OK_is_not(node: Node, said: bytes) -> None:
     """Whoever says that is no server of ours; callers are told in time."""
-    link = Link(Target("127.0.0.1", node.port, password=Secret("p")), TIMEOUT)
+    link = PipelinedConnection(Target("127.0.0.1", node.port, password=Secret("p")), TIMEOUT)
     node.answer = lambda _piece: said + b"\r\n"
     assert reasons(await told(link.send(PING))) == {Reason.OTHER}
     node.answer = lambda _piece: b"+OK\r\n"
@@ -449,7 +465,7 @@ async def test_S1_who_is_let_in_otherwise_than_with_OK_is_not(node: Node, said: 
 )
 async def test_S1_nobody_is_reached_by_what_is_no_address(target: Target) -> None:
     """A cluster's word is not always one: told at once, and nothing is left behind."""
-    link = Link(target, 5.0)
+    link = PipelinedConnection(target, 5.0)
     began = time.monotonic()
     assert reasons(await told(link.send(PING))) == {Reason.CONNECTION}
     assert time.monotonic() - began < 4
@@ -469,7 +485,7 @@ async def test_why_there_is_no_connection_is_told(node: Node) -> None:
     }
     node.answer = lambda _piece: b"HTTP/1.1 400 Bad Request\r\n\r\n"
     for detail, target in targets.items():
-        link = Link(target, 2.0)
+        link = PipelinedConnection(target, 2.0)
         (failed,) = await told(link.send(PING))
         assert isinstance(failed, StoreFailed)
         assert (failed.reason, failed.detail) == (Reason.CONNECTION, detail)

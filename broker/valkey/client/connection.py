@@ -224,7 +224,7 @@ class Conversation(asyncio.Protocol):
             self.close(Reason.TIMEOUT)
 
 
-class Link:
+class PipelinedConnection:
     """A node; `timeout` is seconds a call.  Another `target` counts from the next connection on."""
 
     def __init__(self, target: Target, timeout: float) -> None:
@@ -348,4 +348,6 @@ class Link:
 
     @override
     def __repr__(self) -> str:
-        return f"Link(waiting={len(self._waiting)}, connected={self._talk is not None})"
+        return (
+            f"PipelinedConnection(waiting={len(self._waiting)}, connected={self._talk is not None})"
+        )

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from broker.config.addresses import Access, StoreAddress
 from broker.valkey.client import shapes
-from broker.valkey.client.connection import Link, Target
+from broker.valkey.client.connection import PipelinedConnection, Target
 from broker.valkey.client.errors import (
     SLOTS,
     TRY_AGAIN,
@@ -103,11 +103,11 @@ class SingleServer(Nodes):
         self._address = address
         self._access = access
         self._timeout = timeout
-        self._link: Link | None = None
+        self._link: PipelinedConnection | None = None
 
     @override
     async def open(self) -> None:
-        self._link = Link(target(self._address, self._access), self._timeout)
+        self._link = PipelinedConnection(target(self._address, self._access), self._timeout)
 
     @override
     async def close(self) -> None:
@@ -144,7 +144,7 @@ class Cluster(Nodes):
         self._address = address
         self._access = access
         self._timeout = timeout
-        self._links: dict[Where, Link] = {}
+        self._links: dict[Where, PipelinedConnection] = {}
         self._slots: dict[int, Where] = {}
         self._owners: tuple[Where, ...] = ()
         self._refreshing: asyncio.Task[None] | None = None
@@ -215,13 +215,13 @@ class Cluster(Nodes):
             raise StoreFailed(Reason.CLUSTER_DOWN)
         return self._slots[slot]
 
-    def _link(self, where: Where) -> Link:
+    def _link(self, where: Where) -> PipelinedConnection:
         link = self._links.get(where)
         if link is None:
             if len(self._links) >= MOST_NODES:
                 raise StoreFailed(Reason.CLUSTER_DOWN)
             node = target(self._address, self._access, where)
-            link = self._links[where] = Link(node, self._timeout)
+            link = self._links[where] = PipelinedConnection(node, self._timeout)
         return link
 
     def _refresh(self) -> None:
