@@ -12,7 +12,7 @@ import pytest
 from bad_replies import BAD
 
 from broker.model import Secret
-from broker.valkey.client.connection import Conversation, PipelinedConnection, Route, Target
+from broker.valkey.client.connection import PipelinedConnection, RespProtocol, Route, Target
 from broker.valkey.client.errors import Elsewhere, Forgotten, Reason, StoreFailed, why
 from broker.valkey.client.resp import LONGEST_REPLY, Reply
 from broker.valkey.client.scripts import command
@@ -368,7 +368,7 @@ async def test_a_conversation_that_was_over_is_told_to_who_opens_it(node: Node) 
     """Its end came before the link knew of it: it must not wait for ever behind a dead one."""
 
     class Gone(Target, frozen=True):
-        async def connect(self, make: "Callable[[], Conversation]", route: Route) -> Conversation:
+        async def connect(self, make: "Callable[[], RespProtocol]", route: Route) -> RespProtocol:
             talk = await super().connect(make, route)
             talk.close()
             await asyncio.sleep(0.01)

@@ -124,14 +124,14 @@ class Target(Struct, frozen=True):
         return commands
 
 
-class Conversation(asyncio.Protocol):
+class RespProtocol(asyncio.Protocol):
     """One connection: what is written is answered in order.
 
     `answered` is called whenever nothing is due any more, `ended` once, at its end.
     """
 
     def __init__(
-        self, answered: Callable[[], None], ended: "Callable[[Conversation], None]"
+        self, answered: Callable[[], None], ended: "Callable[[RespProtocol], None]"
     ) -> None:
         self._when_answered = answered
         self._ended = ended
@@ -234,7 +234,7 @@ class PipelinedConnection:
         self._loop = asyncio.get_running_loop()
         self._waiting: list[_Call] = []
         self._expiry: asyncio.TimerHandle | None = None
-        self._talk: Conversation | None = None
+        self._talk: RespProtocol | None = None
         self._opening: asyncio.Task[None] | None = None
 
     def send(self, packed: bytes, shape: Shape = ANYTHING) -> "asyncio.Future[Reply]":
@@ -273,7 +273,7 @@ class PipelinedConnection:
             self._opening = self._loop.create_task(self._open())
 
     async def _open(self) -> None:
-        talk: Conversation | None = None
+        talk: RespProtocol | None = None
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 talk = await self.target.connect(self._new_conversation, self._route)
@@ -292,15 +292,15 @@ class PipelinedConnection:
         if self._waiting:
             self._leave()
 
-    def _new_conversation(self) -> Conversation:
-        return Conversation(self._leave_later, self._ended)
+    def _new_conversation(self) -> RespProtocol:
+        return RespProtocol(self._leave_later, self._ended)
 
     def _leave_later(self) -> None:
         """Send what has gathered, once those who were just answered have run."""
         if self._waiting:
             self._loop.call_soon(self._leave)
 
-    async def _greet(self, talk: Conversation) -> None:
+    async def _greet(self, talk: RespProtocol) -> None:
         """Authenticate and choose the database; raises StoreFailed."""
         for packed in self.target.greeting():
             future: asyncio.Future[Reply] = self._loop.create_future()
@@ -309,7 +309,7 @@ class PipelinedConnection:
         if talk.is_gone:  # its end was told before anybody listened
             raise StoreFailed(talk.reason, "hung up")
 
-    def _ended(self, talk: Conversation) -> None:
+    def _ended(self, talk: RespProtocol) -> None:
         if self._talk is talk:
             self._talk = None
             if talk.reason is not Reason.CONNECTION:  # silent, or the wrong server
