@@ -35,7 +35,7 @@ from broker.valkey.client.pubsub import Subscription, subscribe
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import command
 from broker.valkey.client.shapes import ANYTHING, Shape
-from broker.valkey.client.topology import Nodes
+from broker.valkey.client.topology import Topology
 
 TIMEOUT = 3.0
 """Seconds for a call: the first one connects, too."""
@@ -47,10 +47,10 @@ LIFE = 60
 """Seconds that a made-up token lives: no floor is applied to it, and nobody is given it."""
 
 
-class Witness(Nodes):
+class Witness(Topology):
     """Passes calls on; keeps what failed, how long the fastest took, and the keys of all."""
 
-    def __init__(self, nodes: Nodes) -> None:
+    def __init__(self, nodes: Topology) -> None:
         self._nodes = nodes
         self.failures: list[StoreFailed] = []
         self.fastest = TIMEOUT

@@ -13,7 +13,7 @@ from servers import StoreServer
 from broker.config.addresses import Access, StoreAddress
 from broker.valkey.client import pubsub
 from broker.valkey.client.scripts import command
-from broker.valkey.client.topology import Nodes, nodes_at
+from broker.valkey.client.topology import Topology, nodes_at
 
 pytestmark = pytest.mark.parts
 
@@ -85,7 +85,7 @@ class Wire:
 class Ears:
     """A subscriber on two channels, and what it heard."""
 
-    def __init__(self, nodes: Nodes) -> None:
+    def __init__(self, nodes: Topology) -> None:
         self.nodes = nodes
         self.channels = [b"etb:wake:" + secrets.token_hex(8).encode(), b"etb:{x}:news"]
         self.heard: list[tuple[bytes, bytes]] = []

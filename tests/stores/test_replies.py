@@ -33,7 +33,7 @@ from broker.valkey.client.errors import Elsewhere, Forgotten, Reason, StoreFaile
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script
 from broker.valkey.client.shapes import ANYTHING, Shape
-from broker.valkey.client.topology import Nodes, _owners_of
+from broker.valkey.client.topology import Topology, _owners_of
 from broker.valkey.membership import MOST_PARTS
 
 CALLS = 12
@@ -87,7 +87,7 @@ def fitting(shape: Shape) -> st.SearchStrategy[Reply]:
     return st.one_of(choices)
 
 
-class Liar(Nodes):
+class Liar(Topology):
     """A server that answers in the right shape, and lies."""
 
     def __init__(self, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:

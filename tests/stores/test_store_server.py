@@ -19,13 +19,13 @@ from broker.valkey.client.guarded import Operation, Server
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script
 from broker.valkey.client.shapes import ANYTHING, Shape
-from broker.valkey.client.topology import Nodes, call
+from broker.valkey.client.topology import Topology, call
 
 SECOND = 1_000_000
 Answer = Callable[[bytes], Reply]
 
 
-class Answering(Nodes):
+class Answering(Topology):
     """Nodes that say what the test wants, and count who asked."""
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ from broker.valkey.client.errors import Reason, StoreFailed
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script
 from broker.valkey.client.shapes import ANYTHING, Shape
-from broker.valkey.client.topology import Nodes, call
+from broker.valkey.client.topology import Topology, call
 
 log = structlog.get_logger()
 
@@ -76,7 +76,7 @@ class Server:
 
     def __init__(
         self,
-        nodes: Nodes,
+        nodes: Topology,
         clock: Clock,
         stats: StoreStats,
         draw: Callable[[], float] = random.random,

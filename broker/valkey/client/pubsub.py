@@ -22,7 +22,7 @@ from broker.valkey.client.connection import CONNECT_TIMEOUT, Route, Target
 from broker.valkey.client.errors import Reason, StoreFailed
 from broker.valkey.client.resp import Reader
 from broker.valkey.client.scripts import command
-from broker.valkey.client.topology import Nodes
+from broker.valkey.client.topology import Topology
 
 log = structlog.get_logger()
 
@@ -149,7 +149,7 @@ class Subscription(asyncio.Protocol):
             self.ready.set_exception(error)
 
 
-async def listen(nodes: Nodes, channels: Sequence[bytes], heard: Listener) -> None:
+async def listen(nodes: Topology, channels: Sequence[bytes], heard: Listener) -> None:
     """Call `heard` for each message on the channels, until cancelled; the first is one's own."""
     route = Route()
     while True:
@@ -173,7 +173,7 @@ async def subscribe(target: Target, subscription: Subscription, route: Route | N
         await subscription.ready
 
 
-async def _stay(nodes: Nodes, channel: bytes, subscription: Subscription) -> None:
+async def _stay(nodes: Topology, channel: bytes, subscription: Subscription) -> None:
     """Return when the subscription has ended, or delivers nothing any more.
 
     Raises what a listener raised.

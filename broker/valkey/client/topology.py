@@ -54,7 +54,7 @@ Where = tuple[str, int]
 """Host and port of a node."""
 
 
-class Nodes(Protocol):
+class Topology(Protocol):
     """Servers that hold the store."""
 
     async def open(self) -> None:
@@ -81,7 +81,7 @@ class Nodes(Protocol):
         ...
 
 
-async def call(nodes: Nodes, script: Script, keys: Sequence[bytes], *arguments: bytes) -> Reply:
+async def call(nodes: Topology, script: Script, keys: Sequence[bytes], *arguments: bytes) -> Reply:
     """Run a script where its keys are; raises StoreFailed.
 
     A server that does not have it (a restart, SCRIPT FLUSH, a new replica) gets it in full.
@@ -96,7 +96,7 @@ async def call(nodes: Nodes, script: Script, keys: Sequence[bytes], *arguments: 
         raise StoreFailed(Reason.SCRIPT) from None
 
 
-class SingleServer(Nodes):
+class SingleServer(Topology):
     """One server, by TCP, TLS or a Unix socket."""
 
     def __init__(self, address: StoreAddress, access: Access, timeout: float) -> None:
@@ -137,7 +137,7 @@ class SingleServer(Nodes):
         return f"SingleServer({self._address.shown}, {self._link!r})"
 
 
-class Cluster(Nodes):
+class Cluster(Topology):
     """A cluster, found by any of its nodes."""
 
     def __init__(self, address: StoreAddress, access: Access, timeout: float) -> None:
@@ -299,7 +299,7 @@ _NODE_IS_GONE = frozenset(
 )
 
 
-def nodes_at(address: StoreAddress, access: Access, timeout: float) -> Nodes:
+def nodes_at(address: StoreAddress, access: Access, timeout: float) -> Topology:
     """Return the servers at this address; opens nothing."""
     kind = Cluster if address.cluster else SingleServer
     return kind(address, access, timeout)
