@@ -14,7 +14,7 @@ from broker.telemetry.metrics import StoreMetrics
 from broker.testing import FakeClock
 from broker.valkey import membership
 from broker.valkey.client.errors import Reason, StoreFailed
-from broker.valkey.client.guarded import Operation, Server
+from broker.valkey.client.guarded import Operation, StoreClient
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script
 from broker.valkey.client.topology import nodes_at
@@ -161,7 +161,7 @@ class Member:
         self._store = store
         self.cut_off = False
         address = StoreAddress(hosts=(("nowhere.invalid", 1),))
-        self.server = Server(
+        self.server = StoreClient(
             nodes_at(address, Access(), 1.0), FakeClock(), StoreMetrics(MetricLayout())
         )
         self.server.run = self._run  # type: ignore[method-assign]  # no sockets in virtual time

@@ -20,7 +20,7 @@ from broker.sessions.memory import MemoryBook
 from broker.telemetry.logs import RefusalLog
 from broker.telemetry.metrics import Metrics
 from broker.valkey.client.errors import StoreFailed
-from broker.valkey.client.guarded import Server
+from broker.valkey.client.guarded import StoreClient
 from broker.valkey.client.topology import nodes_at
 from broker.valkey.key_names import Names
 from broker.valkey.session_fallback import SharedBook
@@ -42,7 +42,7 @@ class SessionAdminApi:
         assert key is not None
         self._clock = SystemClock()
         nodes = nodes_at(address, factory.store_access(settings), TIMEOUT)
-        self._server = Server(nodes, self._clock, metrics.store)
+        self._server = StoreClient(nodes, self._clock, metrics.store)
         names = names_of(settings, key)
         most = settings.sessions.max_recorded
         remote = ValkeyBook(
@@ -105,7 +105,7 @@ class SessionAdminApi:
 
 
 class _Store(RevokesVisitors):
-    def __init__(self, server: Server, names: Names) -> None:
+    def __init__(self, server: StoreClient, names: Names) -> None:
         self._server = server
         self._names = names
 

@@ -17,7 +17,7 @@ from broker.stores.memory import MemoryStore
 from broker.stores.token_cache import TokenCache
 from broker.tasks import Background, BackgroundTask
 from broker.telemetry.metrics import Metrics
-from broker.valkey.client.guarded import OPERATION_TIMEOUT, Server
+from broker.valkey.client.guarded import OPERATION_TIMEOUT, StoreClient
 from broker.valkey.client.pubsub import listen
 from broker.valkey.client.topology import nodes_at
 from broker.valkey.fallback import OutageDebt, SharedStore
@@ -64,7 +64,7 @@ class SharedBackend:
         self._closed = store.on_error == "closed"
         fixed = store.replicas if isinstance(store.replicas, int) else None
         self.names = names_of(settings, key)
-        self.server = Server(nodes_at(address, access, timeout), clock, metrics.store)
+        self.server = StoreClient(nodes_at(address, access, timeout), clock, metrics.store)
         self.seal = Seal(key)
         name = f"{socket.gethostname()}/{place}"
         self.fleet = Fleet(

@@ -25,7 +25,7 @@ from broker.model import Clock, EmbedToken, LimitName, TokenRequest
 from broker.stores.base import Denial, Kept, Lease, Store, Visit
 from broker.stores.memory import MemoryStore
 from broker.valkey.client.errors import StoreFailed
-from broker.valkey.client.guarded import Server
+from broker.valkey.client.guarded import StoreClient
 from broker.valkey.leases import RENEWAL
 from broker.valkey.store import ValkeyStore
 
@@ -39,7 +39,7 @@ class SharedStore(Store):
 
     def __init__(
         self,
-        server: Server,
+        server: StoreClient,
         remote: ValkeyStore,
         alone: MemoryStore,
         limits: Limits,

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from broker.rules.reuse import SECOND
 from broker.valkey.client.errors import Reason, StoreFailed, number
-from broker.valkey.client.guarded import Operation, Server
+from broker.valkey.client.guarded import Operation, StoreClient
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script, command
 from broker.valkey.client.shapes import COUNTED
@@ -40,7 +40,7 @@ MOST_WOKEN = 1000
 class Leases:
     """Leases by the names of their keys."""
 
-    def __init__(self, server: Server, names: Names) -> None:
+    def __init__(self, server: StoreClient, names: Names) -> None:
         self._server = server
         self._names = names
         self._held: dict[bytes, int] = {}

@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from broker.rules.reuse import SECOND
 from broker.valkey.client.errors import Reason, StoreFailed, number
-from broker.valkey.client.guarded import Operation, Server
+from broker.valkey.client.guarded import Operation, StoreClient
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script, command
 from broker.valkey.client.shapes import COUNTED
@@ -80,7 +80,7 @@ class Fleet:
 
     def __init__(
         self,
-        server: Server,
+        server: StoreClient,
         names: Names,
         name: str,
         fixed: int | None,

@@ -17,7 +17,7 @@ from broker.issuers.vendor.replies import Refused, Scope
 from broker.model import Secret, TokenRequest
 from broker.valkey import mint_errors
 from broker.valkey.client.errors import StoreFailed
-from broker.valkey.client.guarded import Operation, Server
+from broker.valkey.client.guarded import Operation, StoreClient
 from broker.valkey.client.scripts import command
 from broker.valkey.client.shapes import COUNTED, GET, SET
 from broker.valkey.key_names import Names
@@ -36,7 +36,7 @@ _decoder = msgspec.json.Decoder(_Said)
 class SharedRefusals(Refusals):
     """A memory on the server, beside the process' own."""
 
-    def __init__(self, server: Server, names: Names, local: LocalRefusals) -> None:
+    def __init__(self, server: StoreClient, names: Names, local: LocalRefusals) -> None:
         self._server = server
         self._names = names
         self._local = local

@@ -21,7 +21,7 @@ from broker.rules.reuse import SECOND
 from broker.sealing import Box
 from broker.sessions.base import MARK_LIFE, MOST_DISOWNED, BookFull, Place, Query, place_of
 from broker.valkey.client.errors import Reason, StoreFailed, number
-from broker.valkey.client.guarded import Operation, Server
+from broker.valkey.client.guarded import Operation, StoreClient
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script, command
 from broker.valkey.client.shapes import COUNTED, GET, SET, SET_IF_NEW, Shape
@@ -37,7 +37,7 @@ class ValkeyBook:
 
     def __init__(
         self,
-        server: Server,
+        server: StoreClient,
         names: Names,
         box: Box,
         most: int,

@@ -36,7 +36,7 @@ from broker.rules.reuse import SECOND
 from broker.tasks import Background, BackgroundTask, TaskSet
 from broker.telemetry.cells import Counter
 from broker.valkey.client.errors import Reason, StoreFailed, number
-from broker.valkey.client.guarded import Operation, Server
+from broker.valkey.client.guarded import Operation, StoreClient
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script, command
 from broker.valkey.client.shapes import COUNTED
@@ -117,7 +117,7 @@ class SharedSlots(SlotSource):
     def __init__(
         self,
         budget: Budget,
-        server: Server,
+        server: StoreClient,
         names: Names,
         fleet: Fleet,
         replica: str,

@@ -30,7 +30,7 @@ from broker.stores.token_cache import TokenCache
 from broker.tasks import TaskSet
 from broker.valkey import mint_errors
 from broker.valkey.client.errors import Reason, StoreFailed, number
-from broker.valkey.client.guarded import Operation, Server
+from broker.valkey.client.guarded import Operation, StoreClient
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script, command
 from broker.valkey.client.shapes import COUNTED, GET
@@ -59,7 +59,7 @@ class ValkeyStore:
 
     def __init__(
         self,
-        server: Server,
+        server: StoreClient,
         names: Names,
         seal: Seal,
         front: TokenCache,
@@ -340,7 +340,7 @@ class ValkeyStore:
 
 
 async def end_visitor(
-    server: Server, names: Names, client: str, fingerprint: str, keys: Iterable[str]
+    server: StoreClient, names: Names, client: str, fingerprint: str, keys: Iterable[str]
 ) -> int:
     """Begin a new epoch for a visitor, and tell all replicas; raises StoreFailed.
 

@@ -36,7 +36,7 @@ from broker.telemetry.cells import MetricLayout  # noqa: E402
 from broker.telemetry.metrics import StoreMetrics  # noqa: E402
 from broker.testing import FakeClock  # noqa: E402
 from broker.valkey.client.errors import Reason, StoreFailed  # noqa: E402
-from broker.valkey.client.guarded import Server  # noqa: E402
+from broker.valkey.client.guarded import StoreClient  # noqa: E402
 from broker.valkey.client.resp import Reply  # noqa: E402
 from broker.valkey.client.topology import nodes_at  # noqa: E402
 from broker.valkey.key_names import Names  # noqa: E402
@@ -53,7 +53,7 @@ PATIENT = 5.0
 class Opened(OpenedBook):
     """A book on a server, by the system's clock."""
 
-    def __init__(self, book: SharedBook, server: Server, on: AnyServer, store: "Ends") -> None:
+    def __init__(self, book: SharedBook, server: StoreClient, on: AnyServer, store: "Ends") -> None:
         self.book = book
         self.server = server
         self.on = on
@@ -87,7 +87,9 @@ async def opened_on(
 ) -> AsyncIterator[Opened]:
     """Open a replica's book."""
     clock = SystemClock()
-    server = Server(nodes_at(on.address, on.access, PATIENT), clock, StoreMetrics(MetricLayout()))
+    server = StoreClient(
+        nodes_at(on.address, on.access, PATIENT), clock, StoreMetrics(MetricLayout())
+    )
     await server.nodes.open()
     names = Names(derive(key, "key names"), "test")
     box = Box(key, "sessions in a shared store")

@@ -15,7 +15,7 @@ from broker.telemetry.metrics import StoreMetrics
 from broker.testing import FakeClock
 from broker.valkey import membership
 from broker.valkey import slots as budget
-from broker.valkey.client.guarded import Server
+from broker.valkey.client.guarded import StoreClient
 from broker.valkey.client.topology import nodes_at
 from broker.valkey.key_names import Names
 from broker.valkey.membership import Fleet
@@ -31,7 +31,7 @@ class Crew:
     """Members of one fleet; those who are cut off fall silent."""
 
     def __init__(self, store: StoreServer) -> None:
-        self.server = Server(
+        self.server = StoreClient(
             nodes_at(store.address, Access(), 0.25), FakeClock(), StoreMetrics(MetricLayout())
         )
         self.names = Names(bytes(32), "a vendor")

@@ -15,7 +15,7 @@ from broker.telemetry.metrics import STORE_ERRORS, Metrics
 from broker.testing import FakeClock
 from broker.valkey.client.connection import Target
 from broker.valkey.client.errors import Elsewhere, Forgotten, Reason, StoreFailed, error_of
-from broker.valkey.client.guarded import Operation, Server
+from broker.valkey.client.guarded import Operation, StoreClient
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script
 from broker.valkey.client.shapes import ANYTHING, Shape
@@ -66,7 +66,7 @@ class Shop:
     def __init__(self) -> None:
         self.clock, self.nodes = FakeClock(), Answering()
         self.metrics = Metrics("local", shared_store=True)
-        self.server = Server(self.nodes, self.clock, self.metrics.store, draw=lambda: 0.0)
+        self.server = StoreClient(self.nodes, self.clock, self.metrics.store, draw=lambda: 0.0)
 
     async def ask(self) -> Reply | Reason:
         """Call; returns the reply or why there is none."""

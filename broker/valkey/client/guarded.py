@@ -71,7 +71,7 @@ class StoreStats(Protocol):
         ...
 
 
-class Server:
+class StoreClient:
     """Calls to the server, behind a breaker."""
 
     def __init__(
@@ -178,4 +178,4 @@ class Server:
 
     @override
     def __repr__(self) -> str:
-        return f"Server(away={self.is_away}, {self.nodes!r})"
+        return f"StoreClient(away={self.is_away}, {self.nodes!r})"
