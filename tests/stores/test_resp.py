@@ -9,7 +9,7 @@ from bad_replies import BAD
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from broker.valkey.client.errors import Forgotten, StoreFailed
+from broker.valkey.client.errors import NoScript, StoreFailed
 from broker.valkey.client.resp import (
     DEEPEST,
     LONGEST_LINE,
@@ -145,5 +145,5 @@ def test_errors_are_what_they_mean() -> None:
     """Whatever bytes they have; between other replies."""
     first, second, third = read(b"+OK\r\n-NOSCRIPT x\r\n", b"-\xff\xfe\r\n")
     assert first == b"OK"
-    assert isinstance(second, Forgotten)
+    assert isinstance(second, NoScript)
     assert isinstance(third, StoreFailed)

@@ -14,7 +14,7 @@ from broker.telemetry.cells import SharedCells
 from broker.telemetry.metrics import STORE_ERRORS, Metrics
 from broker.testing import FakeClock
 from broker.valkey.client.connection import Target
-from broker.valkey.client.errors import Elsewhere, Forgotten, Reason, StoreFailed, error_of
+from broker.valkey.client.errors import Elsewhere, NoScript, Reason, StoreFailed, error_of
 from broker.valkey.client.guarded import Operation, StoreClient
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script
@@ -194,7 +194,7 @@ async def test_S2_a_script_that_is_forgotten_is_sent_in_full_once(shop: Shop) ->
 
     def forgets(packed: bytes) -> Reply:
         if b"EVALSHA" in packed[:20]:
-            raise Forgotten
+            raise NoScript
         return b"done"
 
     shop.nodes.answer = forgets
@@ -202,7 +202,7 @@ async def test_S2_a_script_that_is_forgotten_is_sent_in_full_once(shop: Shop) ->
     assert [packed[:20].split()[2] for packed in shop.nodes.asked] == [b"EVALSHA", b"EVAL"]
 
     def never(_packed: bytes) -> Reply:
-        raise Forgotten
+        raise NoScript
 
     shop.nodes.answer = never
     with pytest.raises(StoreFailed, match="script"):
@@ -259,7 +259,7 @@ def test_S1_a_redirection_is_read(text: str, where: tuple[int, str, int, bool]) 
 @given(text=st.text())
 def test_any_text_is_some_failure(text: str) -> None:
     """Nothing is raised while a reply is read."""
-    assert isinstance(error_of(text), StoreFailed | Forgotten | Elsewhere)
+    assert isinstance(error_of(text), StoreFailed | NoScript | Elsewhere)
 
 
 @given(

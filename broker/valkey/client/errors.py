@@ -75,7 +75,7 @@ def number(reply: object, most: int = _LARGEST) -> int:
     raise StoreFailed(Reason.OTHER, "a number out of bounds")
 
 
-class Forgotten(Exception):
+class NoScript(Exception):
     """The server does not have the script (any more): it has to be sent in full."""
 
 
@@ -137,7 +137,7 @@ def error_of(text: str) -> Exception:
     """Turn an error reply into what the caller can act on."""
     first, _, rest = text.partition(" ")
     if first == "NOSCRIPT":
-        return Forgotten()
+        return NoScript()
     if first in ("MOVED", "ASK"):
         return _elsewhere(rest, asking=first == "ASK")
     if first == "ERR":

@@ -24,7 +24,7 @@ from broker.valkey.client.errors import (
     TRY_AGAIN,
     UNKNOWN,
     Elsewhere,
-    Forgotten,
+    NoScript,
     Reason,
     StoreFailed,
     is_node,
@@ -88,11 +88,11 @@ async def call(nodes: Topology, script: Script, keys: Sequence[bytes], *argument
     """
     try:
         return await nodes.command(keys[0], script.by_name(keys, arguments), script.shape)
-    except Forgotten:
+    except NoScript:
         pass
     try:
         return await nodes.command(keys[0], script.in_full(keys, arguments), script.shape)
-    except Forgotten:
+    except NoScript:
         raise StoreFailed(Reason.SCRIPT) from None
 
 
@@ -245,7 +245,7 @@ class Cluster(Topology):
         for where in dict.fromkeys((*self._owners, *self._address.hosts)):
             try:
                 ranges = await self._link(where).send(_CLUSTER_SLOTS, shapes.SLOTS)
-            except (StoreFailed, Elsewhere, Forgotten):
+            except (StoreFailed, Elsewhere, NoScript):
                 continue  # whoever needs it says so, and the next one tries again
             if slots := _owners_of(ranges, where[0]):
                 self._slots, self._owners = slots, tuple(dict.fromkeys(slots.values()))
