@@ -30,7 +30,7 @@ from broker.stores.base import Lease
 from broker.stores.token_cache import TokenCache
 from broker.telemetry.metrics import Metrics
 from broker.valkey.client.connection import Target
-from broker.valkey.client.errors import Elsewhere, NoScript, Reason, StoreFailed
+from broker.valkey.client.errors import NoScript, Reason, Redirect, StoreFailed
 from broker.valkey.client.pubsub import Subscription, subscribe
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import command
@@ -94,7 +94,7 @@ class Witness(Topology):
     async def clean_up(self) -> None:
         """Delete what was written."""
         for key in self.keys:
-            with suppress(StoreFailed, NoScript, Elsewhere):
+            with suppress(StoreFailed, NoScript, Redirect):
                 _ = await self._nodes.command(key, command(b"DEL", key))
 
 

@@ -13,7 +13,7 @@ from bad_replies import BAD
 
 from broker.model import Secret
 from broker.valkey.client.connection import PipelinedConnection, RespProtocol, Route, Target
-from broker.valkey.client.errors import Elsewhere, NoScript, Reason, StoreFailed, why
+from broker.valkey.client.errors import NoScript, Reason, Redirect, StoreFailed, why
 from broker.valkey.client.resp import LONGEST_REPLY, Reply
 from broker.valkey.client.scripts import command
 from broker.valkey.client.shapes import COUNTED, SPEND
@@ -152,8 +152,8 @@ async def test_an_error_is_one_callers_affair(node: Node, link: PipelinedConnect
     assert reasons([results[1], results[5]]) == {Reason.SCRIPT}
     assert isinstance(results[2], NoScript)
     moved, ask = results[3], results[4]
-    assert isinstance(moved, Elsewhere)
-    assert isinstance(ask, Elsewhere)
+    assert isinstance(moved, Redirect)
+    assert isinstance(ask, Redirect)
     assert (moved.slot, moved.host, moved.port, moved.asking) == (7, "host", 1, False)
     assert (ask.slot, ask.host, ask.port, ask.asking) == (8, "", 2, True)
     node.answer = lambda _piece: b"+OK\r\n"
@@ -405,7 +405,7 @@ async def test_S1_a_reply_that_is_none_of_this_command_fails_and_is_not_waited_f
     node.answer = lambda piece: (ill.said + (good if ill.before else b"")) * piece.count(b"PING")
     results = await told(*(link.send(PING, SPEND) for _ in range(3)))
     for each in results:
-        assert isinstance(each, StoreFailed | NoScript | Elsewhere) or SPEND.fits(each), each
+        assert isinstance(each, StoreFailed | NoScript | Redirect) or SPEND.fits(each), each
     node.answer = lambda piece: good * piece.count(b"PING")
     for _ in range(2):
         with suppress(StoreFailed):  # what was sent before it was well may end one connection

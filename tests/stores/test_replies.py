@@ -29,7 +29,7 @@ from broker.testing import FakeClock, run_virtual
 from broker.valkey import mint_errors
 from broker.valkey.client import shapes
 from broker.valkey.client.connection import Target
-from broker.valkey.client.errors import Elsewhere, NoScript, Reason, StoreFailed, error_of, number
+from broker.valkey.client.errors import NoScript, Reason, Redirect, StoreFailed, error_of, number
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script
 from broker.valkey.client.shapes import ANYTHING, Shape
@@ -320,8 +320,8 @@ def test_slots_are_not_read_again_and_again() -> None:
 def test_an_error_is_one_of_three(text: str) -> None:
     """And another node is one that can be asked."""
     error = error_of(text)
-    assert isinstance(error, StoreFailed | NoScript | Elsewhere)
-    if isinstance(error, Elsewhere):
+    assert isinstance(error, StoreFailed | NoScript | Redirect)
+    if isinstance(error, Redirect):
         assert 0 <= error.slot < 16384
         assert 0 < error.port < 65536
         assert error.host.isprintable()

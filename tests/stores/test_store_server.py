@@ -14,7 +14,7 @@ from broker.telemetry.cells import SharedCells
 from broker.telemetry.metrics import STORE_ERRORS, Metrics
 from broker.testing import FakeClock
 from broker.valkey.client.connection import Target
-from broker.valkey.client.errors import Elsewhere, NoScript, Reason, StoreFailed, error_of
+from broker.valkey.client.errors import NoScript, Reason, Redirect, StoreFailed, error_of
 from broker.valkey.client.guarded import Operation, StoreClient
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script
@@ -252,14 +252,14 @@ def test_S1_an_error_of_the_servers_is_classified(text: str, reason: Reason) -> 
 def test_S1_a_redirection_is_read(text: str, where: tuple[int, str, int, bool]) -> None:
     """Slot, host (an empty one means the same), port, and for how long."""
     error = error_of(text)
-    assert isinstance(error, Elsewhere)
+    assert isinstance(error, Redirect)
     assert (error.slot, error.host, error.port, error.asking) == where
 
 
 @given(text=st.text())
 def test_any_text_is_some_failure(text: str) -> None:
     """Nothing is raised while a reply is read."""
-    assert isinstance(error_of(text), StoreFailed | NoScript | Elsewhere)
+    assert isinstance(error_of(text), StoreFailed | NoScript | Redirect)
 
 
 @given(

@@ -79,7 +79,7 @@ class NoScript(Exception):
     """The server does not have the script (any more): it has to be sent in full."""
 
 
-class Elsewhere(Exception):
+class Redirect(Exception):
     """Another node of the cluster has this slot; `asking` for this one call only."""
 
     def __init__(self, slot: int, host: str, port: int, *, asking: bool) -> None:
@@ -174,7 +174,7 @@ def _elsewhere(rest: str, *, asking: bool) -> Exception:
         port.isascii() and port.isdigit() and len(port) <= _DIGITS and is_node(host, int(port))
     ):
         return StoreFailed(Reason.CLUSTER_DOWN, "MOVED")
-    return Elsewhere(int(slot), host, int(port), asking=asking)
+    return Redirect(int(slot), host, int(port), asking=asking)
 
 
 def is_node(host: str, port: int) -> bool:

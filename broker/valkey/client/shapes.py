@@ -10,7 +10,7 @@ from typing import Final
 
 from typing_extensions import override
 
-from broker.valkey.client.errors import Elsewhere, NoScript, Reason, StoreFailed
+from broker.valkey.client.errors import NoScript, Reason, Redirect, StoreFailed
 from broker.valkey.client.resp import Reply
 
 _NONE: Final = type(None)
@@ -33,7 +33,7 @@ class Shape:
         kinds: Kinds = (),
         word: bytes = b"",
         tail: Kinds = (),
-        errors: tuple[type[Exception], ...] = (Elsewhere,),
+        errors: tuple[type[Exception], ...] = (Redirect,),
     ) -> None:
         self._command = command
         self._forms = frozenset(forms)
@@ -81,7 +81,7 @@ class _Anything(Shape):
 
 
 def _script(name: str, *forms: Kinds, kinds: Kinds = (), tail: Kinds = ()) -> Shape:
-    return Shape(name, *forms, kinds=kinds, tail=tail, errors=(Elsewhere, NoScript))
+    return Shape(name, *forms, kinds=kinds, tail=tail, errors=(Redirect, NoScript))
 
 
 def _shown(kinds: Kinds, tail: Kinds = ()) -> str:
@@ -91,7 +91,7 @@ def _shown(kinds: Kinds, tail: Kinds = ()) -> str:
 
 _NAMES = {int: "number", bytes: "text", list: "array", _NONE: "nothing"}
 
-ANYTHING = _Anything("any", errors=(Elsewhere, NoScript))
+ANYTHING = _Anything("any", errors=(Redirect, NoScript))
 """For commands that a broker does not send: those of a diagnosis."""
 
 GET = Shape("GET", kinds=(bytes, _NONE))

@@ -23,9 +23,9 @@ from broker.valkey.client.errors import (
     SLOTS,
     TRY_AGAIN,
     UNKNOWN,
-    Elsewhere,
     NoScript,
     Reason,
+    Redirect,
     StoreFailed,
     is_node,
 )
@@ -119,7 +119,7 @@ class SingleServer(Topology):
         assert self._link is not None  # open() comes first
         try:
             return await self._link.send(packed, shape)
-        except Elsewhere:  # a node of a cluster that was configured as if it were alone
+        except Redirect:  # a node of a cluster that was configured as if it were alone
             raise StoreFailed(Reason.CLUSTER_DOWN) from None
 
     @override
@@ -174,7 +174,7 @@ class Cluster(Topology):
         for _ in range(REDIRECTS):
             try:
                 return await self._link(where).send(packed, shape)
-            except Elsewhere as moved:
+            except Redirect as moved:
                 where = (moved.host or where[0], moved.port)
                 if moved.asking:
                     return await self._ask(where, packed, shape)
@@ -202,7 +202,7 @@ class Cluster(Topology):
         asked.exception()  # its failure is the answer's, too
         try:
             return answer.result()
-        except Elsewhere:
+        except Redirect:
             raise StoreFailed(Reason.CLUSTER_DOWN) from None
 
     async def _first_topology(self, slot: int) -> Where:
@@ -245,7 +245,7 @@ class Cluster(Topology):
         for where in dict.fromkeys((*self._owners, *self._address.hosts)):
             try:
                 ranges = await self._link(where).send(_CLUSTER_SLOTS, shapes.SLOTS)
-            except (StoreFailed, Elsewhere, NoScript):
+            except (StoreFailed, Redirect, NoScript):
                 continue  # whoever needs it says so, and the next one tries again
             if slots := _owners_of(ranges, where[0]):
                 self._slots, self._owners = slots, tuple(dict.fromkeys(slots.values()))
