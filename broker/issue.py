@@ -32,7 +32,7 @@ from broker.rules import reuse
 from broker.rules.bucket import Verdict
 from broker.rules.reuse import SECOND, Life
 from broker.sessions.admin import digest_of
-from broker.sessions.base import SessionBook
+from broker.sessions.base import SessionStore
 from broker.stores.base import Denial, Kept, Lease, Store
 from broker.telemetry.logs import RefusalLog
 from broker.telemetry.metrics import MintMetrics
@@ -79,7 +79,7 @@ class TokenService:
     def __init__(
         self,
         store: Store,
-        book: SessionBook,
+        book: SessionStore,
         issuer: Issuer,
         pacer: Pacer,
         policy: ReusePolicy,

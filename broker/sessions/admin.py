@@ -20,7 +20,7 @@ from broker.issuers.base import Issuer
 from broker.issuers.keyring import BadToken
 from broker.issuers.vendor.token import MAX_TOKEN
 from broker.model import Session
-from broker.sessions.base import BookFull, Place, Query, SessionBook, place_of
+from broker.sessions.base import BookFull, Place, Query, SessionStore, place_of
 from broker.telemetry.metrics import SessionMetrics
 
 log = structlog.get_logger()
@@ -50,7 +50,7 @@ class NotRecorded(BadToken):
 class SessionAdmin:
     """Finds sessions and ends them: for operators, who have no token."""
 
-    def __init__(self, book: SessionBook, store: RevokesVisitors, metrics: SessionMetrics) -> None:
+    def __init__(self, book: SessionStore, store: RevokesVisitors, metrics: SessionMetrics) -> None:
         self._book = book
         self._store = store
         self._metrics = metrics
@@ -104,7 +104,7 @@ class TokenIntrospector(SessionAdmin):
     """Answers for tokens, too."""
 
     def __init__(
-        self, issuer: Issuer, book: SessionBook, store: RevokesVisitors, metrics: SessionMetrics
+        self, issuer: Issuer, book: SessionStore, store: RevokesVisitors, metrics: SessionMetrics
     ) -> None:
         super().__init__(book, store, metrics)
         self._issuer = issuer

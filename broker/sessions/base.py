@@ -51,7 +51,7 @@ class BookFull(Exception):
     """Nothing further can be ended: forgetting an earlier end would bring that one back."""
 
 
-class SessionBook(Protocol):
+class SessionStore(Protocol):
     """Sessions from mint to expiry."""
 
     async def record(self, session: Session) -> None:

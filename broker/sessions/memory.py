@@ -20,7 +20,7 @@ from typing_extensions import override
 from broker.errors import SessionTaken
 from broker.model import Clock, Session
 from broker.rules.reuse import SECOND
-from broker.sessions.base import MARK_LIFE, BookFull, Place, Query, SessionBook, place_of
+from broker.sessions.base import MARK_LIFE, BookFull, Place, Query, SessionStore, place_of
 
 MOST_ENDED = 1_000_000
 """Ended sessions that are remembered, about 150 bytes each: far more than anybody ends in an
@@ -33,7 +33,7 @@ _SLICE = 2_000
 """Records looked at before others get their turn: under a millisecond."""
 
 
-class MemoryBook(SessionBook):
+class MemoryBook(SessionStore):
     """Sessions of this process; `dropped` counts records that had to make room."""
 
     def __init__(self, most: int, clock: Clock, most_ended: int = MOST_ENDED) -> None:

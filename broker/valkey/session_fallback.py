@@ -26,7 +26,7 @@ from typing_extensions import override
 from broker.errors import ServiceUnavailable, SessionTaken, StoreAway
 from broker.model import Session
 from broker.sessions.admin import RevokesVisitors
-from broker.sessions.base import BookFull, Place, Query, SessionBook
+from broker.sessions.base import BookFull, Place, Query, SessionStore
 from broker.sessions.memory import MemoryBook
 from broker.valkey.client.errors import StoreFailed
 from broker.valkey.sessions import ValkeyBook
@@ -42,7 +42,7 @@ LAST_WORDS = 2.0
 """Seconds that a drain may take for it: some thousands of sessions."""
 
 
-class SharedBook(SessionBook):
+class SharedBook(SessionStore):
     """The book on the server, and this replica's own while that is away.
 
     `alone` has what this replica handed out; `store` ends visitors on the same server.

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from broker.errors import SessionTaken
 from broker.model import Session
 from broker.rules.reuse import SECOND
-from broker.sessions.base import MARK_LIFE, BookFull, Place, Query, SessionBook, place_of
+from broker.sessions.base import MARK_LIFE, BookFull, Place, Query, SessionStore, place_of
 
 AGENT = "A78WKV4515"
 HOUR = 3600
@@ -26,7 +26,7 @@ EVERYTHING = Query(agent=AGENT)
 class OpenedBook(Protocol):
     """A book, its clock, and a way to let time pass."""
 
-    book: SessionBook
+    book: SessionStore
 
     def wall(self) -> int:
         """Microseconds since 1970, as the book sees them."""
@@ -79,7 +79,7 @@ async def recorded(opened: OpenedBook, **how: object) -> Session:
     return session
 
 
-async def everything(book: SessionBook, query: Query, limit: int) -> list[Session]:
+async def everything(book: SessionStore, query: Query, limit: int) -> list[Session]:
     """Turn all pages."""
     found: list[Session] = []
     after = Place()
