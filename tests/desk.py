@@ -15,7 +15,7 @@ from broker.model import EmbedToken, LimitName, TokenRequest
 from broker.pacing.pacer import NoPacing, Pacer
 from broker.rules import bucket
 from broker.rules.reuse import SECOND
-from broker.sessions.memory import MemoryBook
+from broker.sessions.memory import MemorySessions
 from broker.stores.memory import MemoryStore
 from broker.stores.token_cache import TokenCache
 from broker.telemetry.cells import MetricLayout
@@ -85,7 +85,7 @@ class Desk:
         )
         self.store = MemoryStore(limits, self.tokens, clock)
         self.metrics = MintMetrics(MetricLayout(), "local")
-        self.book = MemoryBook(200_000, clock)
+        self.book = MemorySessions(200_000, clock)
         self.desk = TokenService(
             self.store,
             self.book,

@@ -15,7 +15,7 @@ from broker.app.gc_tuning import GcTuner
 from broker.limits.buckets import BucketTable
 from broker.model import EmbedToken, Session, TokenRequest
 from broker.rules.bucket import limit
-from broker.sessions.memory import MemoryBook
+from broker.sessions.memory import MemorySessions
 from broker.stores.token_cache import TokenCache
 from broker.testing import FakeClock
 
@@ -169,7 +169,7 @@ def test_N11_tokens_and_buckets_are_nothing_that_the_collector_visits() -> None:
 def test_N11_sessions_are_visited_by_one_list_of_ids_only() -> None:
     """No record is a container, and of the tables only the order of minting is looked into."""
     clock = FakeClock()
-    book = MemoryBook(COUNT, clock)
+    book = MemorySessions(COUNT, clock)
     before, objects = looked_into(), len(gc.get_objects())
 
     async def record() -> None:

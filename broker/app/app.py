@@ -32,7 +32,7 @@ from broker.model import LimitName
 from broker.pacing.pacer import BudgetPacer, NoPacing, Pacer
 from broker.pacing.slots import Budget
 from broker.sessions.admin import TokenIntrospector
-from broker.sessions.memory import MemoryBook
+from broker.sessions.memory import MemorySessions
 from broker.stores.memory import MemoryStore
 from broker.stores.token_cache import TokenCache
 from broker.tasks import Background, BackgroundTask, aside
@@ -144,10 +144,10 @@ class App:
         )
         pacer: Pacer = self._paced or NoPacing()
         self.issuer = self._build_issuer()
-        self.book: MemoryBook | SharedBook = (
+        self.book: MemorySessions | SharedBook = (
             self.sharing.book
             if self.sharing is not None
-            else MemoryBook(settings.sessions.max_recorded, clock)
+            else MemorySessions(settings.sessions.max_recorded, clock)
         )
         self.sessions = TokenIntrospector(self.issuer, self.book, self.store, self.metrics.sessions)
         self.desk = TokenService(
@@ -495,7 +495,7 @@ class App:
         if store.snapshot_file is None or self._sealing_key is None:
             return
         assert isinstance(self.store, MemoryStore)  # checked with the settings
-        assert isinstance(self.book, MemoryBook)  # goes with it
+        assert isinstance(self.book, MemorySessions)  # goes with it
         try:
             count = snapshot.load(
                 Path(store.snapshot_file),
@@ -520,7 +520,7 @@ class App:
         if path is None or self._sealing_key is None:
             return
         assert isinstance(self.store, MemoryStore)  # as above
-        assert isinstance(self.book, MemoryBook)
+        assert isinstance(self.book, MemorySessions)
         try:
             count = snapshot.save(
                 Path(path),

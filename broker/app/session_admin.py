@@ -16,7 +16,7 @@ from broker.errors import StoreAway
 from broker.model import LimitName
 from broker.sealing import Box
 from broker.sessions.admin import RevokesVisitors, SessionAdmin
-from broker.sessions.memory import MemoryBook
+from broker.sessions.memory import MemorySessions
 from broker.telemetry.logs import RefusalLog
 from broker.telemetry.metrics import Metrics
 from broker.valkey.client.errors import StoreFailed
@@ -49,7 +49,7 @@ class SessionAdminApi:
             self._server, names, Box(key, "sessions in a shared store"), most, self._clock
         )
         store = _Store(self._server, names)
-        book = SharedBook(remote, MemoryBook(1, self._clock), store, closed=True)
+        book = SharedBook(remote, MemorySessions(1, self._clock), store, closed=True)
         self._register = SessionAdmin(book, store, metrics.sessions)
         self._door = ClientAuthenticator(
             [],

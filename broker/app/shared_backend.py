@@ -11,7 +11,7 @@ from broker.limits.policy import Limits
 from broker.model import Clock, Secret
 from broker.pacing.slots import Budget
 from broker.sealing import Box, Seal, derive
-from broker.sessions.memory import MemoryBook
+from broker.sessions.memory import MemorySessions
 from broker.stores.epochs import KnownEnds
 from broker.stores.memory import MemoryStore
 from broker.stores.token_cache import TokenCache
@@ -97,7 +97,7 @@ class SharedBackend:
         box = Box(key, "sessions in a shared store")
         self.book = SharedBook(
             ValkeyBook(self.server, self.names, box, most, clock),
-            MemoryBook(most, clock),
+            MemorySessions(most, clock),
             self.store,
             closed=self._closed,
         )

@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from broker.config.files import CannotRead, read
 from broker.model import Clock, EmbedToken, LimitName, Secret, Session
-from broker.sessions.memory import MemoryBook
+from broker.sessions.memory import MemorySessions
 from broker.stores.memory import MemoryStore
 
 _MAGIC = b"embed-token-broker snapshot 4\n"
@@ -88,7 +88,7 @@ def save(
     path: Path,
     key: Secret,
     store: MemoryStore,
-    book: MemoryBook,
+    book: MemorySessions,
     clock: Clock,
     origins: frozenset[str],
 ) -> int:
@@ -105,7 +105,7 @@ def save(
 
 
 def load(
-    path: Path, key: Secret, store: MemoryStore, book: MemoryBook, clock: Clock, terms: Terms
+    path: Path, key: Secret, store: MemoryStore, book: MemorySessions, clock: Clock, terms: Terms
 ) -> int:
     """Restore the state in `path` and remove the file; returns the tokens restored.
 
@@ -133,7 +133,9 @@ def load(
     return _restore(content, store, clock, max(age, 0), terms)
 
 
-def _collect(store: MemoryStore, book: MemoryBook, clock: Clock, origins: list[str]) -> _Content:
+def _collect(
+    store: MemoryStore, book: MemorySessions, clock: Clock, origins: list[str]
+) -> _Content:
     mono, wall = clock.mono(), clock.wall()
     places = {origin: place for place, origin in enumerate(origins)}
     tokens = [

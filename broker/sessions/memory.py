@@ -33,7 +33,7 @@ _SLICE = 2_000
 """Records looked at before others get their turn: under a millisecond."""
 
 
-class MemoryBook(SessionStore):
+class MemorySessions(SessionStore):
     """Sessions of this process; `dropped` counts records that had to make room."""
 
     def __init__(self, most: int, clock: Clock, most_ended: int = MOST_ENDED) -> None:
@@ -163,4 +163,4 @@ class MemoryBook(SessionStore):
 
     @override
     def __repr__(self) -> str:
-        return f"MemoryBook(sessions={len(self)}, ended={len(self._young) + len(self._old)})"
+        return f"MemorySessions(sessions={len(self)}, ended={len(self._young) + len(self._old)})"

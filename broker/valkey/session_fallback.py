@@ -27,7 +27,7 @@ from broker.errors import ServiceUnavailable, SessionTaken, StoreAway
 from broker.model import Session
 from broker.sessions.admin import RevokesVisitors
 from broker.sessions.base import BookFull, Place, Query, SessionStore
-from broker.sessions.memory import MemoryBook
+from broker.sessions.memory import MemorySessions
 from broker.valkey.client.errors import StoreFailed
 from broker.valkey.sessions import ValkeyBook
 
@@ -49,7 +49,7 @@ class SharedBook(SessionStore):
     """
 
     def __init__(
-        self, remote: ValkeyBook, alone: MemoryBook, store: RevokesVisitors, *, closed: bool
+        self, remote: ValkeyBook, alone: MemorySessions, store: RevokesVisitors, *, closed: bool
     ) -> None:
         self._remote = remote
         self._alone = alone

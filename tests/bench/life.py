@@ -22,7 +22,7 @@ from broker.clock import SystemClock
 from broker.issuers.keyring import BadToken, Keyring
 from broker.issuers.local import LocalIssuer
 from broker.model import Session
-from broker.sessions.memory import MemoryBook
+from broker.sessions.memory import MemorySessions
 
 ROUNDS = 5
 """Of each measurement; the quickest counts, the others were disturbed."""
@@ -133,7 +133,7 @@ async def measure_ends(count: int) -> None:
     """Fill a book far beyond its bounds, and end sessions."""
     clock = SystemClock()
     most = 200_000
-    book = MemoryBook(most, clock)
+    book = MemorySessions(most, clock)
     before = resident()
     await fill(book, most, clock)
     full = resident()
@@ -155,7 +155,7 @@ async def measure_ends(count: int) -> None:
     print(f"  {(ended - half) / (count - count // 2):.0f} bytes each for the second half")
 
 
-async def fill(book: MemoryBook, count: int, clock: SystemClock) -> None:
+async def fill(book: MemorySessions, count: int, clock: SystemClock) -> None:
     """Record new sessions."""
     for session in sessions(count, clock):
         await book.record(session)

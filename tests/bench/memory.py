@@ -24,7 +24,7 @@ from broker.app.gc_tuning import GcTuner
 from broker.clock import SystemClock
 from broker.model import SEPARATOR, EmbedToken, Minted, Session, TokenRequest
 from broker.rules.reuse import SECOND
-from broker.sessions.memory import MemoryBook
+from broker.sessions.memory import MemorySessions
 from broker.stores.token_cache import TokenCache
 from broker.wire.responses import success_body
 
@@ -233,7 +233,7 @@ def _cpu_of_hits(cache: TokenCache, keys: list[str], count: int = 100_000) -> fl
 async def _on_loop(tokens: int, batch: int) -> dict[str, object]:
     """Measure inside the loop that the broker runs on."""
     clock = SystemClock()
-    book = MemoryBook(SESSIONS, clock)
+    book = MemorySessions(SESSIONS, clock)
     now = clock.wall() // SECOND
     for _ in range(SESSIONS):
         ids = secrets.token_hex(16), secrets.token_hex(16)

@@ -20,7 +20,7 @@ from book_contract import (  # noqa: E402 - rewritten first
 from broker.model import Session  # noqa: E402
 from broker.rules.reuse import SECOND  # noqa: E402
 from broker.sessions.base import MARK_LIFE, BookFull, Place  # noqa: E402
-from broker.sessions.memory import MemoryBook  # noqa: E402
+from broker.sessions.memory import MemorySessions  # noqa: E402
 from broker.testing import FakeClock, run_virtual  # noqa: E402
 
 
@@ -29,7 +29,7 @@ class OpenedMemoryBook(OpenedBook):
 
     def __init__(self, most: int = 1000, most_ended: int = 1000) -> None:
         self.clock = FakeClock()
-        self.memory = self.book = MemoryBook(most, self.clock, most_ended)
+        self.memory = self.book = MemorySessions(most, self.clock, most_ended)
 
     def wall(self) -> int:
         return self.clock.wall()
@@ -135,14 +135,14 @@ async def test_M1_what_is_over_is_given_back() -> None:
     opened.clock.advance(MARK_LIFE / SECOND + 1)
     opened.memory.tidy()
     assert not await opened.book.ended(gone.session_id)
-    assert repr(opened.book) == "MemoryBook(sessions=0, ended=0)"
+    assert repr(opened.book) == "MemorySessions(sessions=0, ended=0)"
 
 
 def test_a_long_listing_lets_others_have_their_turn() -> None:
     """And sees a book that changes under it as it was when it began."""
 
     async def main(clock: FakeClock) -> None:
-        book = MemoryBook(100_000, clock)
+        book = MemorySessions(100_000, clock)
         expires = clock.wall() // SECOND + 3600
         for number in range(10_000):
             await book.record(Session(f"{number:06}", "web", AGENT, "beef", "", 0, expires))

@@ -31,7 +31,7 @@ from broker.model import Secret  # noqa: E402
 from broker.rules.reuse import SECOND  # noqa: E402
 from broker.sealing import Box, derive  # noqa: E402
 from broker.sessions.base import MARK_LIFE, BookFull, Place, place_of  # noqa: E402
-from broker.sessions.memory import MemoryBook  # noqa: E402
+from broker.sessions.memory import MemorySessions  # noqa: E402
 from broker.telemetry.cells import MetricLayout  # noqa: E402
 from broker.telemetry.metrics import StoreMetrics  # noqa: E402
 from broker.testing import FakeClock  # noqa: E402
@@ -96,7 +96,7 @@ async def opened_on(
     remote = ValkeyBook(server, names, box, most, clock, MOST_DISOWNED)
     try:
         store = Ends()
-        book = SharedBook(remote, MemoryBook(most, clock), store, closed=closed)
+        book = SharedBook(remote, MemorySessions(most, clock), store, closed=closed)
         yield Opened(book, server, on, store)
     finally:
         await server.close()

@@ -30,7 +30,7 @@ from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import Budget
 from broker.rules import bucket
 from broker.rules.reuse import SECOND
-from broker.sessions.memory import MemoryBook
+from broker.sessions.memory import MemorySessions
 from broker.stores.memory import MemoryStore
 from broker.stores.token_cache import TokenCache
 from broker.telemetry.cells import MetricLayout
@@ -145,7 +145,7 @@ class Site:
             mono=clock.mono,
         )
         self.store = MemoryStore(_limits(), tokens, clock)
-        self.book = MemoryBook(200_000, clock)
+        self.book = MemorySessions(200_000, clock)
         metrics = MintMetrics(MetricLayout(), "upstream")
         self.desk = TokenService(
             self.store,

@@ -17,7 +17,7 @@ from broker.app.snapshot import MAX_CLOCK_SKEW, SnapshotIgnored, Terms
 from broker.limits.policy import LimitPolicy, LimitRule, Limits
 from broker.model import EmbedToken, LimitName, Secret, Session, TokenRequest
 from broker.rules.bucket import Limit
-from broker.sessions.memory import MemoryBook
+from broker.sessions.memory import MemorySessions
 from broker.stores.memory import MemoryStore
 from broker.stores.token_cache import TokenCache
 from broker.testing import FakeClock
@@ -61,14 +61,14 @@ def save(
     store: MemoryStore,
     clock: FakeClock,
     origin: str,
-    book: MemoryBook | None = None,
+    book: MemorySessions | None = None,
 ) -> int:
     """Save, with sessions where a test is about them."""
     return snapshot.save(
         path,
         key,
         store,
-        MemoryBook(1000, clock) if book is None else book,
+        MemorySessions(1000, clock) if book is None else book,
         clock,
         frozenset({origin}),
     )
@@ -80,11 +80,11 @@ def load(
     store: MemoryStore,
     clock: FakeClock,
     terms: Terms,
-    book: MemoryBook | None = None,
+    book: MemorySessions | None = None,
 ) -> int:
     """Load, as above."""
     return snapshot.load(
-        path, key, store, MemoryBook(1000, clock) if book is None else book, clock, terms
+        path, key, store, MemorySessions(1000, clock) if book is None else book, clock, terms
     )
 
 
@@ -465,11 +465,11 @@ def test_N20_each_token_comes_back_with_the_key_that_signed_it(
     key, (store, ask, token) = new_key(), lived_in(clock)
     other = some_ask()
     store.tokens[other.key] = msgspec.structs.replace(token, origin="local dropped")
-    book = MemoryBook(1000, clock)
+    book = MemorySessions(1000, clock)
     book.restore([], {"ended": "web"})
     both = frozenset({ORIGIN, "local dropped"})
     assert snapshot.save(path, key, store, book, clock, both) == 2
-    new, new_book = store_of(clock), MemoryBook(1000, clock)
+    new, new_book = store_of(clock), MemorySessions(1000, clock)
     assert load(path, key, new, clock, TERMS, new_book) == 1
     assert new.tokens.find(ask.key) == token
     assert new.tokens.find(other.key) is None
@@ -502,7 +502,7 @@ def test_G9_no_token_of_an_ended_visitor_is_held_after_a_restart(
 
 def test_G9_what_was_ended_stays_ended(path: Path, clock: FakeClock) -> None:
     """A restart brings back the sessions that live, and none that was ended or has expired."""
-    key, book = new_key(), MemoryBook(1000, clock)
+    key, book = new_key(), MemorySessions(1000, clock)
     wall = clock.wall() // SECOND
 
     def session(name: str, life: int, digest: bytes = b"") -> Session:
@@ -517,7 +517,7 @@ def test_G9_what_was_ended_stays_ended(path: Path, clock: FakeClock) -> None:
     asyncio.run(before())
     save(path, key, store_of(clock), clock, ORIGIN, book)
     after = restarted(clock, 60)
-    new = MemoryBook(1000, after)
+    new = MemorySessions(1000, after)
     load(path, key, store_of(after), after, TERMS, new)
 
     async def then() -> None:

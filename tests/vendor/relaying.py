@@ -32,7 +32,7 @@ from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import Budget
 from broker.rules import bucket
 from broker.rules.reuse import SECOND
-from broker.sessions.memory import MemoryBook
+from broker.sessions.memory import MemorySessions
 from broker.stores.memory import MemoryStore
 from broker.stores.token_cache import TokenCache
 from broker.telemetry import logs
@@ -118,7 +118,7 @@ class Relay:
             mono=clock.mono,
         )
         self.store = MemoryStore(roomy(), self.tokens, clock)
-        self.book = MemoryBook(200_000, clock)
+        self.book = MemorySessions(200_000, clock)
         self.desk = TokenService(
             self.store, self.book, self.issuer, self.pacer, policy, clock, self.metrics, 18.0, draw
         )
