@@ -51,7 +51,7 @@ from broker.web.server import BACKLOG, DataServer
 if TYPE_CHECKING:
     from broker.app.shared_backend import SharedBackend
     from broker.valkey.fallback import SharedStore
-    from broker.valkey.session_fallback import SharedBook
+    from broker.valkey.session_fallback import SharedSessions
 
 log = structlog.get_logger()
 
@@ -144,7 +144,7 @@ class App:
         )
         pacer: Pacer = self._paced or NoPacing()
         self.issuer = self._build_issuer()
-        self.book: MemorySessions | SharedBook = (
+        self.book: MemorySessions | SharedSessions = (
             self.sharing.book
             if self.sharing is not None
             else MemorySessions(settings.sessions.max_recorded, clock)

@@ -23,7 +23,7 @@ from broker.valkey.client.errors import StoreFailed
 from broker.valkey.client.guarded import StoreClient
 from broker.valkey.client.topology import nodes_at
 from broker.valkey.key_names import Names
-from broker.valkey.session_fallback import SharedBook
+from broker.valkey.session_fallback import SharedSessions
 from broker.valkey.sessions import ValkeyBook
 from broker.valkey.store import end_visitor
 from broker.web import admin_sessions
@@ -49,7 +49,7 @@ class SessionAdminApi:
             self._server, names, Box(key, "sessions in a shared store"), most, self._clock
         )
         store = _Store(self._server, names)
-        book = SharedBook(remote, MemorySessions(1, self._clock), store, closed=True)
+        book = SharedSessions(remote, MemorySessions(1, self._clock), store, closed=True)
         self._register = SessionAdmin(book, store, metrics.sessions)
         self._door = ClientAuthenticator(
             [],

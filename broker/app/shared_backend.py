@@ -24,7 +24,7 @@ from broker.valkey.fallback import OutageDebt, SharedStore
 from broker.valkey.key_names import Names
 from broker.valkey.membership import Fleet
 from broker.valkey.negative_cache import SharedRefusals
-from broker.valkey.session_fallback import SharedBook
+from broker.valkey.session_fallback import SharedSessions
 from broker.valkey.sessions import ValkeyBook
 from broker.valkey.slots import SharedSlots
 from broker.valkey.store import ValkeyStore
@@ -95,7 +95,7 @@ class SharedBackend:
         )
         most = settings.sessions.max_recorded
         box = Box(key, "sessions in a shared store")
-        self.book = SharedBook(
+        self.book = SharedSessions(
             ValkeyBook(self.server, self.names, box, most, clock),
             MemorySessions(most, clock),
             self.store,

@@ -42,7 +42,7 @@ LAST_WORDS = 2.0
 """Seconds that a drain may take for it: some thousands of sessions."""
 
 
-class SharedBook(SessionStore):
+class SharedSessions(SessionStore):
     """The book on the server, and this replica's own while that is away.
 
     `alone` has what this replica handed out; `store` ends visitors on the same server.
@@ -194,4 +194,4 @@ class SharedBook(SessionStore):
 
     @override
     def __repr__(self) -> str:
-        return f"SharedBook(closed={self._closed}, unwritten={len(self._unwritten)})"
+        return f"SharedSessions(closed={self._closed}, unwritten={len(self._unwritten)})"

@@ -40,7 +40,7 @@ from broker.valkey.client.guarded import StoreClient  # noqa: E402
 from broker.valkey.client.resp import Reply  # noqa: E402
 from broker.valkey.client.topology import nodes_at  # noqa: E402
 from broker.valkey.key_names import Names  # noqa: E402
-from broker.valkey.session_fallback import BATCH, SharedBook  # noqa: E402
+from broker.valkey.session_fallback import BATCH, SharedSessions  # noqa: E402
 from broker.valkey.sessions import ValkeyBook  # noqa: E402
 
 pytestmark = pytest.mark.parts
@@ -53,7 +53,9 @@ PATIENT = 5.0
 class Opened(OpenedBook):
     """A book on a server, by the system's clock."""
 
-    def __init__(self, book: SharedBook, server: StoreClient, on: AnyServer, store: "Ends") -> None:
+    def __init__(
+        self, book: SharedSessions, server: StoreClient, on: AnyServer, store: "Ends"
+    ) -> None:
         self.book = book
         self.server = server
         self.on = on
@@ -96,7 +98,7 @@ async def opened_on(
     remote = ValkeyBook(server, names, box, most, clock, MOST_DISOWNED)
     try:
         store = Ends()
-        book = SharedBook(remote, MemorySessions(most, clock), store, closed=closed)
+        book = SharedSessions(remote, MemorySessions(most, clock), store, closed=closed)
         yield Opened(book, server, on, store)
     finally:
         await server.close()
