@@ -24,7 +24,7 @@ from broker.valkey.client.guarded import StoreClient
 from broker.valkey.client.topology import nodes_at
 from broker.valkey.key_names import Names
 from broker.valkey.session_fallback import SharedSessions
-from broker.valkey.sessions import ValkeyBook
+from broker.valkey.sessions import ValkeySessions
 from broker.valkey.store import end_visitor
 from broker.web import admin_sessions
 from broker.web.auth import ClientAuthenticator
@@ -45,7 +45,7 @@ class SessionAdminApi:
         self._server = StoreClient(nodes, self._clock, metrics.store)
         names = names_of(settings, key)
         most = settings.sessions.max_recorded
-        remote = ValkeyBook(
+        remote = ValkeySessions(
             self._server, names, Box(key, "sessions in a shared store"), most, self._clock
         )
         store = _Store(self._server, names)

@@ -25,7 +25,7 @@ from broker.valkey.key_names import Names
 from broker.valkey.membership import Fleet
 from broker.valkey.negative_cache import SharedRefusals
 from broker.valkey.session_fallback import SharedSessions
-from broker.valkey.sessions import ValkeyBook
+from broker.valkey.sessions import ValkeySessions
 from broker.valkey.slots import SharedSlots
 from broker.valkey.store import ValkeyStore
 
@@ -96,7 +96,7 @@ class SharedBackend:
         most = settings.sessions.max_recorded
         box = Box(key, "sessions in a shared store")
         self.book = SharedSessions(
-            ValkeyBook(self.server, self.names, box, most, clock),
+            ValkeySessions(self.server, self.names, box, most, clock),
             MemorySessions(most, clock),
             self.store,
             closed=self._closed,

@@ -29,7 +29,7 @@ from broker.sessions.admin import RevokesVisitors
 from broker.sessions.base import BookFull, Place, Query, SessionStore
 from broker.sessions.memory import MemorySessions
 from broker.valkey.client.errors import StoreFailed
-from broker.valkey.sessions import ValkeyBook
+from broker.valkey.sessions import ValkeySessions
 
 CATCH_UP = 1.0
 """Seconds between looks whether something is to be written still; while the breaker of the store is
@@ -49,7 +49,7 @@ class SharedSessions(SessionStore):
     """
 
     def __init__(
-        self, remote: ValkeyBook, alone: MemorySessions, store: RevokesVisitors, *, closed: bool
+        self, remote: ValkeySessions, alone: MemorySessions, store: RevokesVisitors, *, closed: bool
     ) -> None:
         self._remote = remote
         self._alone = alone

@@ -32,7 +32,7 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Session).decode
 
 
-class ValkeyBook:
+class ValkeySessions:
     """Sessions on a server; `most` is how many a list may have."""
 
     def __init__(
@@ -235,4 +235,4 @@ class ValkeyBook:
 
     @override
     def __repr__(self) -> str:
-        return f"ValkeyBook({self._server!r})"
+        return f"ValkeySessions({self._server!r})"

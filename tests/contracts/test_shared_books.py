@@ -41,7 +41,7 @@ from broker.valkey.client.resp import Reply  # noqa: E402
 from broker.valkey.client.topology import nodes_at  # noqa: E402
 from broker.valkey.key_names import Names  # noqa: E402
 from broker.valkey.session_fallback import BATCH, SharedSessions  # noqa: E402
-from broker.valkey.sessions import ValkeyBook  # noqa: E402
+from broker.valkey.sessions import ValkeySessions  # noqa: E402
 
 pytestmark = pytest.mark.parts
 
@@ -95,7 +95,7 @@ async def opened_on(
     await server.nodes.open()
     names = Names(derive(key, "key names"), "test")
     box = Box(key, "sessions in a shared store")
-    remote = ValkeyBook(server, names, box, most, clock, MOST_DISOWNED)
+    remote = ValkeySessions(server, names, box, most, clock, MOST_DISOWNED)
     try:
         store = Ends()
         book = SharedSessions(remote, MemorySessions(most, clock), store, closed=closed)
