@@ -23,7 +23,7 @@ AGENTS_REMEMBERED = 10_000
 """Agent and model pairs whose refusal is remembered; a random one is refused by the vendor anew."""
 
 
-class Refusals(Protocol):
+class NegativeCache(Protocol):
     """A memory of refusals."""
 
     async def find(self, ask: TokenRequest) -> Refused | None:
@@ -49,7 +49,7 @@ class _Account(Enum):
     ALL = "all"
 
 
-class LocalRefusals(Refusals):
+class LocalRefusals(NegativeCache):
     """The memory of one process."""
 
     def __init__(self, clock: Clock) -> None:

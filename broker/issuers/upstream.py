@@ -27,7 +27,7 @@ from typing_extensions import override
 
 from broker import errors
 from broker.issuers.base import Issuer, Turn
-from broker.issuers.negative_cache import LocalRefusals, Refusals
+from broker.issuers.negative_cache import LocalRefusals, NegativeCache
 from broker.issuers.vendor.api import build_request, read_answer
 from broker.issuers.vendor.calls import Calls
 from broker.issuers.vendor.client import Answer, CallFailed, VendorClient
@@ -85,7 +85,7 @@ class UpstreamIssuer(Issuer):
         clock: Clock,
         metrics: UpstreamMetrics,
         draw: Callable[[], float] = random.random,
-        refusals: Refusals | None = None,
+        refusals: NegativeCache | None = None,
     ) -> None:
         self._client = client
         self._calls = Calls(client.timeout, self._learn_late, self._reads)

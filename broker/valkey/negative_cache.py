@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 from typing_extensions import override
 
-from broker.issuers.negative_cache import ACCOUNT_MEMORY, AGENT_MEMORY, LocalRefusals, Refusals
+from broker.issuers.negative_cache import ACCOUNT_MEMORY, AGENT_MEMORY, LocalRefusals, NegativeCache
 from broker.issuers.vendor.replies import Refused, Scope
 from broker.model import Secret, TokenRequest
 from broker.valkey import mint_errors
@@ -33,7 +33,7 @@ class _Said(Struct, frozen=True, array_like=True):
 _decoder = msgspec.json.Decoder(_Said)
 
 
-class SharedRefusals(Refusals):
+class SharedRefusals(NegativeCache):
     """A memory on the server, beside the process' own."""
 
     def __init__(self, server: StoreClient, names: Names, local: LocalRefusals) -> None:
