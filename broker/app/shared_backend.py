@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from broker.config.addresses import Access, StoreAddress
 from broker.config.settings import Settings
-from broker.issuers.negative_cache import LocalRefusals
+from broker.issuers.negative_cache import LocalNegativeCache
 from broker.limits.policy import Limits
 from broker.model import Clock, Secret
 from broker.pacing.slots import Budget
@@ -101,7 +101,7 @@ class SharedBackend:
             self.store,
             closed=self._closed,
         )
-        self.refusals = SharedRefusals(self.server, self.names, LocalRefusals(clock))
+        self.refusals = SharedRefusals(self.server, self.names, LocalNegativeCache(clock))
         self._slots: SharedSlots | None = None
         self._counts = metrics.process.background
         self._background = Background(self._counts)

@@ -49,7 +49,7 @@ class _Account(Enum):
     ALL = "all"
 
 
-class LocalRefusals(NegativeCache):
+class LocalNegativeCache(NegativeCache):
     """The memory of one process."""
 
     def __init__(self, clock: Clock) -> None:

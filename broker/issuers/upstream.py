@@ -27,7 +27,7 @@ from typing_extensions import override
 
 from broker import errors
 from broker.issuers.base import Issuer, Turn
-from broker.issuers.negative_cache import LocalRefusals, NegativeCache
+from broker.issuers.negative_cache import LocalNegativeCache, NegativeCache
 from broker.issuers.vendor.api import build_request, read_answer
 from broker.issuers.vendor.calls import Calls
 from broker.issuers.vendor.client import Answer, CallFailed, VendorClient
@@ -98,7 +98,7 @@ class UpstreamIssuer(Issuer):
         self._reported: set[Secret] = set()
         self.health = FailureRateBreaker()
         self.credentials = KeyBreaker()
-        self._refusals = refusals or LocalRefusals(clock)
+        self._refusals = refusals or LocalNegativeCache(clock)
         self._refusals.use_keys(self._keys)
 
     async def close(self) -> None:

@@ -12,7 +12,12 @@ import msgspec
 from msgspec import Struct
 from typing_extensions import override
 
-from broker.issuers.negative_cache import ACCOUNT_MEMORY, AGENT_MEMORY, LocalRefusals, NegativeCache
+from broker.issuers.negative_cache import (
+    ACCOUNT_MEMORY,
+    AGENT_MEMORY,
+    LocalNegativeCache,
+    NegativeCache,
+)
 from broker.issuers.vendor.replies import Refused, Scope
 from broker.model import Secret, TokenRequest
 from broker.valkey import mint_errors
@@ -36,7 +41,7 @@ _decoder = msgspec.json.Decoder(_Said)
 class SharedRefusals(NegativeCache):
     """A memory on the server, beside the process' own."""
 
-    def __init__(self, server: StoreClient, names: Names, local: LocalRefusals) -> None:
+    def __init__(self, server: StoreClient, names: Names, local: LocalNegativeCache) -> None:
         self._server = server
         self._names = names
         self._local = local

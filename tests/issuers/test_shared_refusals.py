@@ -9,7 +9,7 @@ from replica import Replica, opened
 from servers import StoreServer, store_server, valkey_binary
 from sharing_cases import ask_of, limits_of
 
-from broker.issuers.negative_cache import ACCOUNT_MEMORY, AGENT_MEMORY, LocalRefusals
+from broker.issuers.negative_cache import ACCOUNT_MEMORY, AGENT_MEMORY, LocalNegativeCache
 from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor.client import VendorClient
 from broker.issuers.vendor.replies import Refused, Scope
@@ -91,7 +91,7 @@ async def test_V3_another_account_is_not_refused_for_this_ones_bill(valkey: Stor
 async def test_V3_an_issuers_refusals_are_of_its_keys() -> None:
     """From its start on, and anew when its list of keys is another one."""
 
-    class Accounts(LocalRefusals):
+    class Accounts(LocalNegativeCache):
         def use_keys(self, keys: Sequence[Secret]) -> None:
             accounts.append(list(keys))
 

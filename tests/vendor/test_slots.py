@@ -7,7 +7,7 @@ import pytest
 from relaying import AGENT, Relay, relaying, until, visitor
 
 from broker.errors import ServiceUnavailable, UpstreamUnavailable
-from broker.issuers.negative_cache import LocalRefusals
+from broker.issuers.negative_cache import LocalNegativeCache
 from broker.issuers.vendor.replies import Refused, Scope
 from broker.model import TokenRequest
 from broker.pacing.slots import Budget
@@ -143,7 +143,7 @@ async def test_M4_a_success_ends_an_account_wide_refusal(relay: Relay, what: Ref
 async def test_M4_a_success_forgets_what_was_said_of_the_account_and_of_its_own_agent() -> None:
     """And nothing else: another agent's refusal stays until it is over."""
     clock = FakeClock()
-    refusals = LocalRefusals(clock)
+    refusals = LocalNegativeCache(clock)
     account = Refused(402, "INSUFFICIENT_BALANCE", "no", Scope.ACCOUNT)
     missing = Refused(404, "NOT_FOUND", "no", Scope.AGENT_MODEL)
     ours, other = TokenRequest("web", AGENT, "ab" * 16), TokenRequest("web", "B", "ab" * 16)
