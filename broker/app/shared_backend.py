@@ -23,7 +23,7 @@ from broker.valkey.client.topology import nodes_at
 from broker.valkey.fallback import OutageDebt, SharedStore
 from broker.valkey.key_names import Names
 from broker.valkey.membership import Fleet
-from broker.valkey.negative_cache import SharedRefusals
+from broker.valkey.negative_cache import SharedNegativeCache
 from broker.valkey.session_fallback import SharedSessions
 from broker.valkey.sessions import ValkeySessions
 from broker.valkey.slots import SharedSlots
@@ -101,7 +101,7 @@ class SharedBackend:
             self.store,
             closed=self._closed,
         )
-        self.refusals = SharedRefusals(self.server, self.names, LocalNegativeCache(clock))
+        self.refusals = SharedNegativeCache(self.server, self.names, LocalNegativeCache(clock))
         self._slots: SharedSlots | None = None
         self._counts = metrics.process.background
         self._background = Background(self._counts)

@@ -38,7 +38,7 @@ class _Said(Struct, frozen=True, array_like=True):
 _decoder = msgspec.json.Decoder(_Said)
 
 
-class SharedRefusals(NegativeCache):
+class SharedNegativeCache(NegativeCache):
     """A memory on the server, beside the process' own."""
 
     def __init__(self, server: StoreClient, names: Names, local: LocalNegativeCache) -> None:
