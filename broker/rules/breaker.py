@@ -7,7 +7,7 @@ Does not know what a call is, nor which answers count as failures: its caller so
 
                  too many failures,                 the moment has come:
                  or a bad key                       one call, the probe
-        CLOSED ----------------------->  OPEN  ------------------------->  PROBING
+        CLOSED ----------------------->  OPEN  ------------------------->  HALF_OPEN
            ^                               ^                                |   |
            |                               +--------------------------------+   |
            |                                 failed, or told us nothing         |
@@ -68,7 +68,7 @@ class Phase(Enum):
     """Lets them through."""
     OPEN = "open"
     """Stops them until its moment has come, then lets one through."""
-    PROBING = "probing"
+    HALF_OPEN = "probing"
     """Stops them while that one is under way."""
 
 
@@ -104,7 +104,7 @@ class Breaker(Struct, frozen=True):
     """What both breakers share: the phases, and one probe at a time.
 
     `until` is the microsecond at which the next probe may go: in OPEN the end of the pause, in
-    PROBING the moment at which the probe under way is taken for lost.
+    HALF_OPEN the moment at which the probe under way is taken for lost.
     """
 
     longest: ClassVar[int] = LONGEST_PAUSE
@@ -119,7 +119,7 @@ class Breaker(Struct, frozen=True):
             return self, Permit(self.epoch)
         if now < self.until:
             return replace(self, until=min(self.until, now + self.longest)), None
-        probing = self._enter(Phase.PROBING, now + self.longest)
+        probing = self._enter(Phase.HALF_OPEN, now + self.longest)
         return probing, Permit(probing.epoch)
 
     def wait(self, now: int) -> int:
@@ -127,7 +127,7 @@ class Breaker(Struct, frozen=True):
         if self.phase is Phase.CLOSED:
             return 0
         left = min(max(self.until - now, 0), self.longest)
-        return min(left, PROBE_RETRY) if self.phase is Phase.PROBING else left
+        return min(left, PROBE_RETRY) if self.phase is Phase.HALF_OPEN else left
 
     @property
     def is_open(self) -> bool:

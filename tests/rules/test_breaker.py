@@ -67,7 +67,7 @@ CLOSED = calls(FailureRateBreaker(), "++--")
 BEFORE = Tally(T0 // SECOND, 4, 2)
 TWICE = 2 * FIRST_PAUSE
 OPEN = calls(FailureRateBreaker(), "-" * 10)
-PROBING, PROBE = OPEN.allow(T0 + FIRST_PAUSE)
+HALF_OPEN, PROBE = OPEN.allow(T0 + FIRST_PAUSE)
 NOON = T0 + FIRST_PAUSE
 AT = NOON + SECOND
 """When the inputs arrive: the pause is over, a probe is one second under way."""
@@ -75,9 +75,13 @@ AT = NOON + SECOND
 
 def test_the_three_states_are_what_they_are_called() -> None:
     """The table below starts from here."""
-    assert (CLOSED.phase, OPEN.phase, PROBING.phase) == (Phase.CLOSED, Phase.OPEN, Phase.PROBING)
+    assert (CLOSED.phase, OPEN.phase, HALF_OPEN.phase) == (
+        Phase.CLOSED,
+        Phase.OPEN,
+        Phase.HALF_OPEN,
+    )
     assert PROBE is not None
-    assert (CLOSED.is_open, OPEN.is_open, PROBING.is_open) == (False, True, True)
+    assert (CLOSED.is_open, OPEN.is_open, HALF_OPEN.is_open) == (False, True, True)
 
 
 @pytest.mark.parametrize(
@@ -92,12 +96,12 @@ def test_the_three_states_are_what_they_are_called() -> None:
         (OPEN, LATE, Outcome.SUCCEEDED, OPEN),
         (OPEN, LATE, Outcome.FAILED, OPEN),
         (OPEN, LATE, Outcome.ABANDONED, OPEN),
-        (PROBING, PROBE, Outcome.SUCCEEDED, FailureRateBreaker(Phase.CLOSED, 3, 0)),
-        (PROBING, PROBE, Outcome.FAILED, FailureRateBreaker(Phase.OPEN, 3, AT + TWICE, (), TWICE)),
-        (PROBING, PROBE, Outcome.ABANDONED, FailureRateBreaker(Phase.OPEN, 3, AT, (), FIRST_PAUSE)),
-        (PROBING, LATE, Outcome.SUCCEEDED, PROBING),
-        (PROBING, LATE, Outcome.FAILED, PROBING),
-        (PROBING, LATE, Outcome.ABANDONED, PROBING),
+        (HALF_OPEN, PROBE, Outcome.SUCCEEDED, FailureRateBreaker(Phase.CLOSED, 3, 0)),
+        (HALF_OPEN, PROBE, Outcome.FAILED, FailureRateBreaker(Phase.OPEN, 3, AT + TWICE, (), TWICE)),
+        (HALF_OPEN, PROBE, Outcome.ABANDONED, FailureRateBreaker(Phase.OPEN, 3, AT, (), FIRST_PAUSE)),
+        (HALF_OPEN, LATE, Outcome.SUCCEEDED, HALF_OPEN),
+        (HALF_OPEN, LATE, Outcome.FAILED, HALF_OPEN),
+        (HALF_OPEN, LATE, Outcome.ABANDONED, HALF_OPEN),
     ],
 )  # fmt: skip
 def test_health_every_state_takes_every_outcome(
@@ -114,11 +118,11 @@ def test_health_every_state_takes_every_outcome(
         (CLOSED, T0 + WINDOW, Phase.CLOSED, True, 0),
         (OPEN, T0, Phase.OPEN, False, FIRST_PAUSE),
         (OPEN, NOON - 1, Phase.OPEN, False, 1),
-        (OPEN, NOON, Phase.PROBING, True, 0),
-        (OPEN, NOON + WINDOW, Phase.PROBING, True, 0),
-        (PROBING, NOON, Phase.PROBING, False, PROBE_RETRY),
-        (PROBING, NOON + LONGEST_PAUSE - 1, Phase.PROBING, False, 1),
-        (PROBING, NOON + LONGEST_PAUSE, Phase.PROBING, True, 0),
+        (OPEN, NOON, Phase.HALF_OPEN, True, 0),
+        (OPEN, NOON + WINDOW, Phase.HALF_OPEN, True, 0),
+        (HALF_OPEN, NOON, Phase.HALF_OPEN, False, PROBE_RETRY),
+        (HALF_OPEN, NOON + LONGEST_PAUSE - 1, Phase.HALF_OPEN, False, 1),
+        (HALF_OPEN, NOON + LONGEST_PAUSE, Phase.HALF_OPEN, True, 0),
     ],
 )
 def test_every_state_answers_a_call(
@@ -226,7 +230,7 @@ def test_an_abandoned_probe_does_not_lengthen_the_pause() -> None:
     assert health.pause == 2 * FIRST_PAUSE
 
 
-@pytest.mark.parametrize("state", [OPEN, PROBING])
+@pytest.mark.parametrize("state", [OPEN, HALF_OPEN])
 def test_a_clock_that_steps_back_locks_nobody_out(state: FailureRateBreaker) -> None:
     """The deadline follows the clock down, so the next call is a minute away at most."""
     after, ticket = state.allow(T0 - 3600 * SECOND)
@@ -264,7 +268,7 @@ def test_V8_a_cancelled_probe_hands_its_turn_on() -> None:
 def test_V8_a_lost_probe_is_replaced_and_its_late_word_is_void() -> None:
     """Nobody reports back for a minute: another probe goes, and only that one counts."""
     assert PROBE is not None
-    health, second = PROBING.allow(NOON + LONGEST_PAUSE)
+    health, second = HALF_OPEN.allow(NOON + LONGEST_PAUSE)
     assert second is not None
     assert health.settle(PROBE, Outcome.FAILED, NOON + LONGEST_PAUSE, full_pause) is health
     assert health.settle(PROBE, Outcome.ABANDONED, NOON + LONGEST_PAUSE, full_pause) is health

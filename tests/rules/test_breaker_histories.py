@@ -96,7 +96,7 @@ class _History(RuleBasedStateMachine):
     def who_waits_as_told_is_let_through_or_sees_a_probe(self) -> None:
         """Keep the promise of `wait`: at that moment a call may go, or one is under way."""
         ready = self.now + self.breaker.wait(self.now)
-        probing = self.breaker.phase is Phase.PROBING
+        probing = self.breaker.phase is Phase.HALF_OPEN
         assert probing or self.breaker.allow(ready)[1] is not None
 
 
