@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Coroutine, Mapping
-from enum import Enum
 from typing import Any, TypeVar
 
 import structlog
@@ -21,6 +20,7 @@ from typing_extensions import override
 from broker.clock import sleep_unless
 from broker.rules import restarts
 from broker.telemetry.cells import Counter
+from broker.telemetry.labels import BackgroundTask
 
 log = structlog.get_logger()
 
@@ -28,39 +28,6 @@ T = TypeVar("T")
 
 Work = Callable[[], Coroutine[Any, Any, None]]
 """Begins an endless piece of work; called again for each restart."""
-
-
-class BackgroundTask(Enum):
-    """What runs beside the requests: label of `broker_background_restarts_total`."""
-
-    __hash__ = object.__hash__  # Enum's own is Python code
-
-    HOUSEKEEPING = "housekeeping"
-    """Expiry and gauges; the supervisor's, too."""
-    BEAT = "beat"
-    """A worker's sign of life to its supervisor."""
-    PACING = "pacing"
-    """The queue for the vendor's budget."""
-    SHARE = "share"
-    """The look-out for when this process' own share of the vendor's budget begins and ends."""
-    HEARTBEATS = "heartbeats"
-    """The sign of life to the other members of a fleet."""
-    LEASES = "leases"
-    """The renewal of leases for mints that take long."""
-    RECORDS = "records"
-    """The writing of sessions that the store could not take."""
-    SUBSCRIPTION = "subscription"
-    """What other members of a fleet publish."""
-    WATCHED_FILES = "watched_files"
-    """The look at files whose change means a reload."""
-    RELOADS = "reloads"
-    """The supervisor's reloads, one worker after the other."""
-    WORKERS = "workers"
-    """The replacement of workers that end."""
-    WORKER_WATCH = "worker_watch"
-    """The look at workers' signs of life."""
-    ORDERS = "orders"
-    """What a supervisor says to its worker."""
 
 
 class Background:

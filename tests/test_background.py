@@ -17,8 +17,9 @@ from web.edge import Edge, request, serving
 
 from broker.config.files import open_regular
 from broker.process.supervisor import Supervisor
-from broker.tasks import BackgroundTask, aside
+from broker.tasks import aside
 from broker.telemetry.cells import Counter
+from broker.telemetry.labels import BackgroundTask
 
 
 class Odd(BaseException):

@@ -14,9 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families as plain_tex
 from web.edge import AGENT, OTHER_AGENT, Edge, raise_file_limit, samples, serving, visitor
 
 from broker.model import TokenRequest
-from broker.tasks import BackgroundTask
 from broker.telemetry import exposition
 from broker.telemetry.cells import MetricLayout, SharedCells
+from broker.telemetry.labels import BackgroundTask
 from broker.telemetry.metrics import REQUEST_BUCKETS
 
 OPEN = "application/openmetrics-text; version=1.0.0"

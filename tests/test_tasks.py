@@ -15,8 +15,9 @@ from web.edge import logging_to
 from broker.config import load as config
 from broker.config.settings import Settings
 from broker.rules import restarts
-from broker.tasks import Background, BackgroundTask, TaskSet, aside
+from broker.tasks import Background, TaskSet, aside
 from broker.telemetry.cells import Counter
+from broker.telemetry.labels import BackgroundTask
 from broker.testing.clock import FakeClock, run_virtual
 
 

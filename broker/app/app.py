@@ -35,9 +35,10 @@ from broker.sessions.admin import TokenIntrospector
 from broker.sessions.memory import MemorySessions
 from broker.stores.memory import MemoryStore
 from broker.stores.token_cache import TokenCache
-from broker.tasks import Background, BackgroundTask, aside
+from broker.tasks import Background, aside
 from broker.telemetry import exposition, logs
 from broker.telemetry.cells import SharedCells
+from broker.telemetry.labels import BackgroundTask
 from broker.telemetry.readiness import Readiness
 from broker.telemetry.streams import stderr
 from broker.web import admin, admin_sessions, token_status

@@ -15,7 +15,8 @@ from broker.sessions.memory import MemorySessions
 from broker.stores.epochs import KnownEnds
 from broker.stores.memory import MemoryStore
 from broker.stores.token_cache import TokenCache
-from broker.tasks import Background, BackgroundTask
+from broker.tasks import Background
+from broker.telemetry.labels import BackgroundTask
 from broker.telemetry.metrics import Metrics
 from broker.valkey.client.guarded import OPERATION_TIMEOUT, StoreClient
 from broker.valkey.client.pubsub import listen

@@ -21,9 +21,9 @@ from broker.config.settings import Settings
 from broker.issuers.vendor.client import Answer, CallFailed, VendorClient
 from broker.issuers.vendor.egress import Proxy
 from broker.issuers.vendor.headers import vendor_date
-from broker.issuers.vendor.replies import Reason
 from broker.model import Secret
 from broker.rules.reuse import SECOND
+from broker.telemetry.labels import Reason
 
 if TYPE_CHECKING:
     from broker.valkey.client.errors import StoreFailed

@@ -37,7 +37,6 @@ from broker.issuers.vendor.replies import (
     BadKey,
     Broken,
     Granted,
-    Reason,
     Refused,
     Reply,
     Throttled,
@@ -49,6 +48,7 @@ from broker.pacing.slots import Slot
 from broker.rules.backoff import full_jitter
 from broker.rules.breaker import FailureRateBreaker, KeyBreaker, KeyOutcome, Outcome, Permit
 from broker.rules.reuse import SECOND
+from broker.telemetry.labels import Reason
 from broker.telemetry.metrics import UpstreamMetrics
 
 log = structlog.get_logger()

@@ -15,11 +15,10 @@ AsyncLimiter among them) cost five to ten times the memory and time, and wait wh
 limit must answer.
 """
 
-from msgspec import Struct, field
 from typing_extensions import override
 
 from broker.rules.bucket import Limit, Verdict, peek, spend
-from broker.telemetry.cells import Counter
+from broker.telemetry.counts import BucketCounts
 
 OVERFLOW_BUCKETS = 4096
 """Enough to keep strangers apart under a flood, few enough (128 KiB) to exist for every limit."""
@@ -27,26 +26,6 @@ OVERFLOW_BUCKETS = 4096
 SWEEP_BATCH = 2
 """Entries of a given-up generation that one new key frees: a million at once would stop the loop
 for 100 ms, and freeing as fast as filling keeps what waits bounded."""
-
-
-class BucketCounts(Struct):
-    """Decisions on one limit that were something special.
-
-    `near`: admitted with less than a fifth of the burst left; `rehearsed`: would have been refused,
-    but for `dry_run`; `overflowed`: decided by a shared bucket.
-    """
-
-    near: Counter = field(default_factory=Counter)
-    rehearsed: Counter = field(default_factory=Counter)
-    overflowed: Counter = field(default_factory=Counter)
-
-    def note(self, verdict: Verdict, *, dry_run: bool) -> None:
-        """Count a decision, wherever it was made."""
-        if verdict.allowed:
-            if verdict.remaining * 5 < verdict.limit.burst:
-                self.near.inc()
-        elif dry_run:
-            self.rehearsed.inc()
 
 
 class BucketTable:

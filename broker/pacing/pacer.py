@@ -28,8 +28,9 @@ from typing_extensions import override
 from broker.errors import BudgetExhausted, ServiceUnavailable
 from broker.pacing.fair_queue import FairQueue, Waiter
 from broker.pacing.slots import UNCOUNTED, Budget, LocalSlots, Slot, SlotSource
-from broker.tasks import Background, BackgroundTask
+from broker.tasks import Background
 from broker.telemetry.cells import Counter
+from broker.telemetry.labels import BackgroundTask
 
 MAX_PROMISE = 300.0
 """Seconds: nobody is told to come back later than this; the vendor's own pauses end here too."""

@@ -35,9 +35,10 @@ from broker.config.settings import Settings
 from broker.process.ipc import Start, packed
 from broker.process.worker_process import WorkerProcess, reason_of
 from broker.rules import restarts
-from broker.tasks import Background, BackgroundTask, aside
+from broker.tasks import Background, aside
 from broker.telemetry import exposition, logs
 from broker.telemetry.cells import share, shared
+from broker.telemetry.labels import BackgroundTask
 from broker.telemetry.readiness import Readiness
 from broker.telemetry.streams import stderr
 from broker.web import admin

@@ -35,9 +35,10 @@ from broker.process.ipc import (
     Stop,
 )
 from broker.process.serve import EX_CONFIG, loop_factory
-from broker.tasks import Background, BackgroundTask, TaskSet
+from broker.tasks import Background, TaskSet
 from broker.telemetry import logs
 from broker.telemetry.cells import SharedCells, shared
+from broker.telemetry.labels import BackgroundTask
 from broker.telemetry.metrics import Metrics
 from broker.telemetry.streams import complain
 

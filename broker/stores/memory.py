@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping
 
 from typing_extensions import override
 
-from broker.limits.buckets import BucketCounts, BucketTable
+from broker.limits.buckets import BucketTable
 from broker.limits.policy import LimitPolicy, LimitRule, Limits
 from broker.model import SEPARATOR, Clock, EmbedToken, LimitName, TokenRequest, visitor_of
 from broker.rules.bucket import Verdict
 from broker.stores.base import Denial, Kept, Lease, Store, Visit
 from broker.stores.epochs import Epochs
 from broker.stores.token_cache import TokenCache
+from broker.telemetry.counts import BucketCounts
 
 
 class MemoryStore(Store):

@@ -15,19 +15,11 @@ import heapq
 from array import array
 from collections.abc import Callable, Iterator
 
-from msgspec import Struct, field
 from typing_extensions import override
 
 from broker.model import EmbedToken
 from broker.rules.reuse import SECOND
-from broker.telemetry.cells import Counter
-
-
-class TokenCounts(Struct):
-    """Tokens that left: `evicted` ones alive, to make room; `expired` ones died here."""
-
-    evicted: Counter = field(default_factory=Counter)
-    expired: Counter = field(default_factory=Counter)
+from broker.telemetry.counts import TokenCounts
 
 
 class TokenCache:

@@ -14,12 +14,10 @@ import platform
 from typing import TypeVar
 from zlib import crc32
 
-from broker.issuers.vendor.replies import Reason
-from broker.limits.buckets import BucketCounts
 from broker.model import LimitName, Outcome
-from broker.stores.token_cache import TokenCounts
-from broker.tasks import BackgroundTask
 from broker.telemetry.cells import MetricLayout, Row
+from broker.telemetry.counts import BucketCounts, TokenCounts
+from broker.telemetry.labels import BackgroundTask, Reason
 from broker.version import VERSION
 
 BUDGET = "budget"

@@ -33,8 +33,9 @@ from broker.pacing.slots import Budget, LocalSlots, SlotSource
 from broker.rules import outstanding
 from broker.rules.outstanding import PROBES
 from broker.rules.reuse import SECOND
-from broker.tasks import Background, BackgroundTask, TaskSet
+from broker.tasks import Background, TaskSet
 from broker.telemetry.cells import Counter
+from broker.telemetry.labels import BackgroundTask
 from broker.valkey.client.errors import Reason, StoreFailed, number
 from broker.valkey.client.guarded import Operation, StoreClient
 from broker.valkey.client.resp import Reply

@@ -19,7 +19,6 @@ from functools import lru_cache
 
 from typing_extensions import override
 
-from broker.limits.buckets import BucketCounts
 from broker.limits.policy import LimitPolicy, Limits
 from broker.model import Clock, EmbedToken, LimitName, TokenRequest, visitor_of
 from broker.rules.bucket import Limit, Verdict, said
@@ -28,6 +27,7 @@ from broker.stores.base import Denial, Kept, Lease, Visit
 from broker.stores.epochs import ENDS_LAST, KnownEnds
 from broker.stores.token_cache import TokenCache
 from broker.tasks import TaskSet
+from broker.telemetry.counts import BucketCounts
 from broker.valkey import mint_errors
 from broker.valkey.client.errors import Reason, StoreFailed, number
 from broker.valkey.client.guarded import Operation, StoreClient

@@ -24,9 +24,10 @@ from broker.errors import (
     SecretInBrowser,
     Unauthorized,
 )
-from broker.limits.buckets import BucketCounts, BucketTable
+from broker.limits.buckets import BucketTable
 from broker.model import LimitName
 from broker.rules import bucket, forwarded
+from broker.telemetry.counts import BucketCounts
 
 API_SECRET = istr("api-secret")
 _FORWARDED_FOR = istr("X-Forwarded-For")

@@ -23,7 +23,6 @@ from broker.errors import BrokerError
 from broker.issue import IssuedToken, ReusePolicy, TokenService
 from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor.client import Answer, CallFailed
-from broker.issuers.vendor.replies import Reason
 from broker.limits.policy import LimitPolicy, LimitRule, Limits
 from broker.model import LimitName, Secret, TokenRequest
 from broker.pacing.pacer import BudgetPacer
@@ -34,6 +33,7 @@ from broker.sessions.memory import MemorySessions
 from broker.stores.memory import MemoryStore
 from broker.stores.token_cache import TokenCache
 from broker.telemetry.cells import MetricLayout
+from broker.telemetry.labels import Reason
 from broker.telemetry.metrics import MintMetrics, UpstreamMetrics
 from broker.testing import FakeClock, run_virtual
 from broker.testing.vendor.mint import visitor_mark

@@ -20,8 +20,8 @@ from broker.app import factory
 from broker.config import load as config
 from broker.config.schema import ConfigError
 from broker.issuers.vendor.egress import proxy_for
-from broker.issuers.vendor.replies import Reason
 from broker.model import Secret
+from broker.telemetry.labels import Reason
 from broker.testing import FakeVendor
 
 VENDOR = "vendor.example"

@@ -25,8 +25,8 @@ from relaying import (
 from broker.errors import BrokerError
 from broker.issuers.vendor.api import MAX_BODY
 from broker.issuers.vendor.client import CONNECT_TIMEOUT, USER_AGENT, CallFailed
-from broker.issuers.vendor.replies import Reason
 from broker.rules.breaker import MIN_CALLS
+from broker.telemetry.labels import Reason
 from broker.testing import FakeVendor, Refusal
 from broker.testing.vendor import faults
 from broker.testing.vendor.faults import Fault
@@ -576,7 +576,7 @@ class TestOverHttp:
 
     async def test_M3_every_series_is_there_before_the_first_call(self, house: House) -> None:
         """At 0: an alert on a rate must not miss the first failure."""
-        from broker.issuers.vendor.replies import Reason
+        from broker.telemetry.labels import Reason
 
         metrics = await house.scrape()
         for reason in Reason:

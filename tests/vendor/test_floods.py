@@ -23,8 +23,8 @@ from broker.issuers.vendor.connection import (
     VendorConnection,
     VendorConnector,
 )
-from broker.issuers.vendor.replies import Reason
 from broker.model import Secret
+from broker.telemetry.labels import Reason
 
 BUFFERS = 20_000_000
 """Bytes that the kernel takes from a sender whose receiver reads nothing more, and then some."""

@@ -27,19 +27,11 @@ from msgspec import Struct
 
 from broker.issuers.vendor.faults import OurFault, meaning_of, usual_status
 from broker.issuers.vendor.headers import Headers, encoded, parse_retry_after, values, vendor_date
-from broker.issuers.vendor.replies import (
-    BadKey,
-    Broken,
-    Granted,
-    Reason,
-    Refused,
-    Reply,
-    Scope,
-    Throttled,
-)
+from broker.issuers.vendor.replies import BadKey, Broken, Granted, Refused, Reply, Scope, Throttled
 from broker.issuers.vendor.token import claims_of, expires_at, is_token, lifetime, session_of
 from broker.model import Minted, TokenRequest
 from broker.rules.reuse import lifetime_of
+from broker.telemetry.labels import Reason
 
 MAX_BODY = 100 * 1024
 """Bytes of an answer that are read at all; real ones have about a thousand."""

@@ -32,10 +32,10 @@ import structlog
 from typing_extensions import override
 
 from broker.issuers.vendor.client import CONNECT_TIMEOUT, VANISHED, Answer, CallFailed
-from broker.issuers.vendor.replies import Reason
 from broker.pacing.pacer import MAX_PROMISE
 from broker.pacing.slots import Slot
 from broker.tasks import TaskSet
+from broker.telemetry.labels import Reason
 
 log = structlog.get_logger()
 

@@ -18,8 +18,8 @@ from yarl import URL
 from broker.issuers.vendor.api import MAX_BODY
 from broker.issuers.vendor.connection import TooMuch, VendorConnector
 from broker.issuers.vendor.egress import Proxy
-from broker.issuers.vendor.replies import Reason
 from broker.model import Secret
+from broker.telemetry.labels import Reason
 from broker.version import VERSION
 
 MINT_PATH = "/v1/embed-tokens/request"

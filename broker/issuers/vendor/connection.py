@@ -29,7 +29,7 @@ from aiohttp.http import RawResponseMessage
 from aiohttp.streams import StreamReader
 from typing_extensions import override
 
-from broker.issuers.vendor.replies import Reason
+from broker.telemetry.labels import Reason
 
 SocketFactory = Callable[[aiohttp.AddrInfoType], socket.socket]
 

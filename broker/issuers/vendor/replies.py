@@ -10,6 +10,7 @@ from typing import TypeAlias, assert_never
 from msgspec import Struct
 
 from broker.model import Minted
+from broker.telemetry.labels import Reason
 
 
 class Scope(Enum):
@@ -21,57 +22,6 @@ class Scope(Enum):
     """For this agent and model, whoever the visitor is."""
     NEVER = "never"
     """For this one request: remembering it would let one bad visitor shut out the others."""
-
-
-class Reason(Enum):
-    """What went wrong between us and the vendor; the label of `broker_upstream_errors_total`.
-
-    Down to EXPIRED it is read from an answer; TIMEOUT to PROXY_REFUSED are the client's to report,
-    because there was no answer; the last three are verdicts, counted here beside the accidents.
-    """
-
-    STATUS_5XX = "status_5xx"
-    """The vendor, or the edge in front of it, is unwell."""
-    UNEXPECTED_STATUS = "unexpected_status"
-    """A status that no mint call has, or a 4xx whose meaning nobody knows."""
-    REDIRECT = "redirect"
-    """3xx: never followed, because the key would go along."""
-    EDGE_403 = "edge_403"
-    """A 403 without the vendor's envelope: its edge did not like us."""
-    NOT_JSON = "not_json"
-    """HTML, text, nothing, or JSON that breaks off."""
-    NO_TOKEN = "no_token"  # noqa: S105 - a label
-    """A 200 without a usable token and without a failure that we know."""
-    TOO_LARGE = "too_large"
-    """A body beyond the bound, or an answer that is mostly frame."""
-    HEADERS_TOO_LARGE = "headers_too_large"
-    """A header, the headers in all, or interim answers before them, beyond the bound."""
-    ENCODED = "encoded"
-    """A compressed body, which we did not ask for and do not unpack."""
-    EXPIRED = "expired"
-    """A token with no life left on arrival."""
-    TIMEOUT = "timeout"
-    """No complete answer in time."""
-    CONNECT = "connect"
-    """No connection."""
-    DNS = "dns"
-    """No address for the vendor's name."""
-    TLS = "tls"
-    """No trust: the handshake or the certificate failed."""
-    RESET = "reset"
-    """The connection broke before the answer was complete."""
-    PROXY_CONNECT = "proxy_connect"
-    """No connection to the egress proxy, or no address for its name."""
-    PROXY_AUTH = "proxy_auth"
-    """The egress proxy wants to know who we are, or does not believe it: its 407."""
-    PROXY_REFUSED = "proxy_refused"
-    """The egress proxy opened no tunnel: its 502, or any other answer."""
-    RATE_LIMITED = "rate_limited"
-    """Too many calls."""
-    BAD_KEY = "bad_key"
-    """The key is not a good one, or no longer."""
-    REFUSED = "refused"
-    """The vendor's verdict on account, agent, model or request."""
 
 
 class Granted(Struct, frozen=True):
