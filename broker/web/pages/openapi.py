@@ -62,9 +62,9 @@ def document(server_url: str, *, any_fingerprint: bool = False) -> dict[str, Any
     )
     references, schemas = msgspec.json.schema_components(types, ref_template=_REF)
     reference = {kind.__name__: ref for kind, ref in zip(types, references, strict=True)}
-    _require(schemas["TokenRequest"], ("agent_id", "fingerprint"))
+    _require(schemas["TokenRequestBody"], ("agent_id", "fingerprint"))
     if not any_fingerprint:
-        schemas["TokenRequest"]["properties"]["fingerprint"]["pattern"] = f"^(?:{HEX})$"
+        schemas["TokenRequestBody"]["properties"]["fingerprint"]["pattern"] = f"^(?:{HEX})$"
     paths = {
         "/v1/embed-tokens/request": {"post": _token_operation(reference)},
         "/v1/embed-tokens/verify": {"get": openapi_life.verify(reference)},
@@ -113,7 +113,7 @@ def _token_operation(reference: Mapping[str, Any]) -> dict[str, Any]:
         "requestBody": {
             "required": True,
             "content": {
-                "application/json": {"schema": reference["TokenRequest"], "example": _EXAMPLE}
+                "application/json": {"schema": reference["TokenRequestBody"], "example": _EXAMPLE}
             },
         },
         "responses": {
