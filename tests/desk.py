@@ -9,12 +9,13 @@ from collections.abc import Callable
 
 import msgspec
 
-from broker.issue import IssuedToken, Refusal, ReusePolicy, TokenService
+from broker.issue import IssuedToken, Refusal, TokenService
 from broker.limits.policy import LimitPolicy, LimitRule, Limits
+from broker.minting import Minter, MintRules
 from broker.model import EmbedToken, LimitName, TokenRequest
 from broker.pacing.pacer import NoPacing, Pacer
 from broker.rules import bucket
-from broker.rules.reuse import SECOND
+from broker.rules.reuse import SECOND, ReusePolicy
 from broker.sessions.memory import MemorySessions
 from broker.stores.memory import MemoryStore
 from broker.stores.token_cache import TokenCache
@@ -86,17 +87,17 @@ class Desk:
         self.store = MemoryStore(limits, self.tokens, clock)
         self.metrics = MintMetrics(MetricLayout(), "local")
         self.book = MemorySessions(200_000, clock)
-        self.desk = TokenService(
+        self.minter = Minter(
             self.store,
             self.book,
             self.issuer,
             NoPacing() if pacer is None else pacer,
-            policy,
+            MintRules(policy, mint_timeout),
             clock,
             self.metrics,
-            mint_timeout,
             draw or random.Random(20).random,
         )
+        self.desk = TokenService(self.store, self.minter, policy, clock)
 
     async def issue(self, ask: TokenRequest, patience: float = PATIENCE) -> IssuedToken | Refusal:
         return await self.desk.issue(ask, patience)

@@ -122,7 +122,7 @@ def test_F3_all_leave_while_the_mint_queues_and_its_place_goes_on() -> None:
         assert asyncio.get_running_loop().time() - began == pytest.approx(0.5, abs=A_BIT)
         assert answer.outcome is Outcome.MINTED
         assert [ask.fingerprint for ask in desk.issuer.asks] == ["bbbb"]
-        assert (len(desk.tokens), len(desk.desk.patience), pacer.depth) == (1, 0, 0)
+        assert (len(desk.tokens), len(desk.minter.backoff), pacer.depth) == (1, 0, 0)
         await pacer.close()
         await desk.settled()
 
@@ -506,7 +506,7 @@ def test_T2_a_token_that_arrives_below_the_floor_is_an_error() -> None:
         with pytest.raises(errors.UpstreamUnavailable):
             await desk.issue(visitor())
         assert (desk.mints, len(desk.tokens)) == (1, 0)
-        assert desk.desk.patience.failures(visitor().key) == 1
+        assert desk.minter.backoff.failures(visitor().key) == 1
 
     run_virtual(main)
 
@@ -718,7 +718,7 @@ def test_T9_a_failed_renewal_is_tried_again_backed_off_and_callers_do_not_notice
         assert max(gaps) <= 5 + 2 * A_BIT
         assert len({round(gap, 2) for gap in gaps}) >= 10  # jittered
         assert loop.time() - began > 20
-        assert len(desk.desk.patience) == 0
+        assert len(desk.minter.backoff) == 0
         await desk.settled()
 
     run_virtual(main)
@@ -745,7 +745,7 @@ def test_T9_every_kind_of_failed_renewal_backs_off_once(error: errors.BrokerErro
             await desk.hand_out(visitor())
             await asyncio.sleep(0.001)
         assert desk.mints == 2
-        assert desk.desk.patience.failures(visitor().key) == 1
+        assert desk.minter.backoff.failures(visitor().key) == 1
         await desk.settled()
 
     run_virtual(main)
@@ -784,7 +784,7 @@ def test_T9_a_renewal_that_hangs_counts_as_one_failure() -> None:
         desk.issuer.delay = 100
         await desk.hand_out(visitor())
         await asyncio.sleep(3 + A_BIT)
-        assert desk.desk.patience.failures(visitor().key) == 1
+        assert desk.minter.backoff.failures(visitor().key) == 1
         assert desk.refreshes("ahead", "failed") == 1
         await desk.settled()
 
@@ -983,7 +983,7 @@ def test_M4_a_cancelled_or_timed_out_mint_is_never_remembered_as_a_refusal() -> 
         await asyncio.sleep(0)
         with pytest.raises(errors.UpstreamTimeout):
             await desk.issue(visitor(), patience=0.2)
-        assert len(desk.desk.patience) == 0
+        assert len(desk.minter.backoff) == 0
         assert (await desk.hand_out(visitor())).outcome is Outcome.MINTED
         desk.issuer.delay = 100
         with pytest.raises(errors.UpstreamTimeout):
@@ -993,7 +993,7 @@ def test_M4_a_cancelled_or_timed_out_mint_is_never_remembered_as_a_refusal() -> 
         assert (await desk.hand_out(visitor("bbbb"))).outcome is Outcome.MINTED
         took = asyncio.get_running_loop().time() - began
         assert took <= 1 + A_BIT  # a first back-off or a slot's wait
-        assert len(desk.desk.patience) == 0
+        assert len(desk.minter.backoff) == 0
         await pacer.close()
         await desk.settled()
 

@@ -254,7 +254,7 @@ class TestRefusals:
             edge.app.issuer.mint = fail  # type: ignore[method-assign]
             edge.defects_expected = True
             assert (await edge.ask(fingerprint)).token == held.token
-            await edge.app.desk.flights.drained()
+            await edge.app.tokens.flights.drained()
             (defect,) = edge.events("broker.defect")
         assert defect["level"] == "error"
         assert defect["exception"][0]["exc_type"] == "RuntimeError"

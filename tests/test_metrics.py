@@ -299,7 +299,7 @@ class TestSeries:
                 assert visit.denial is None
                 assert edge.app.store.charge_mint(ask) is None
             for n in range(2_000):
-                await edge.app.desk.issue(
+                await edge.app.tokens.issue(
                     TokenRequest("web", f"agent{n}", f"{n:016x}", f"m{n}"), 10
                 )
             for n in range(20):

@@ -28,6 +28,7 @@ from broker.issue import TokenService
 from broker.issuers.local import LocalIssuer
 from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor.client import VendorClient
+from broker.minting import Minter, MintRules
 from broker.model import LimitName
 from broker.pacing.pacer import BudgetPacer, NoPacing, Pacer
 from broker.pacing.slots import Budget
@@ -151,18 +152,18 @@ class App:
             else MemorySessions(settings.sessions.max_recorded, clock)
         )
         self.sessions = TokenIntrospector(self.issuer, self.book, self.store, self.metrics.sessions)
-        self.desk = TokenService(
+        longest = MINT_GRACE + settings.issuer.upstream.timeout.seconds
+        longest += budget.max_wait if budget else 0.0
+        self.minter = Minter(
             self.store,
             self.book,
             self.issuer,
             pacer,
-            policy,
+            MintRules(policy, longest),
             clock,
             self.metrics.mints,
-            mint_timeout=MINT_GRACE
-            + (budget.max_wait if budget else 0.0)
-            + settings.issuer.upstream.timeout.seconds,
         )
+        self.tokens = TokenService(self.store, self.minter, policy, clock)
         board = self._seat.board if self._seat else SharedCells([self.metrics.sheet.cells])
         self._registry = exposition.registry(self.metrics.sheet.families, board, self._publish)
 
@@ -385,7 +386,7 @@ class App:
         settings = self._settings
         self._routes = Routes(
             self.door,
-            self.desk,
+            self.tokens,
             self.metrics,
             self._clock,
             self._health,
@@ -442,7 +443,7 @@ class App:
         metrics.limits.tracked[LimitName.AUTH].set(len(self.door.failures))
         metrics.tokens.cached.set(len(self._tokens))
         metrics.sessions.recorded.set(len(self.book))
-        metrics.mints.in_flight.set(len(self.desk.flights))
+        metrics.mints.in_flight.set(len(self.tokens.flights))
         if self._paced is not None:
             metrics.budget.remaining.set(self._paced.remaining)
             metrics.budget.queue_depth.set(self._paced.depth)
@@ -467,7 +468,7 @@ class App:
         await self._server.drain(max(ends - time.monotonic(), 0.1))
         with contextlib.suppress(TimeoutError):  # mints under way are paid for: into the snapshot
             async with asyncio.timeout(max(ends - time.monotonic(), 0.1)):
-                await self.desk.flights.drained()
+                await self.tokens.flights.drained()
         await self._close_admin()  # before the snapshot: it has every end that was answered
         self._save_snapshot()  # before whatever else there is, which may hang
         await self._close_outside()
@@ -482,7 +483,7 @@ class App:
 
     async def _close_outside(self) -> None:
         await self._background.close()
-        await self.desk.flights.close()
+        await self.tokens.flights.close()
         if isinstance(self.issuer, UpstreamIssuer):
             await self.issuer.close()  # before the budget, which tells what that leaves out
         if self._paced is not None:
@@ -562,7 +563,7 @@ class App:
 
     @property
     def _refusal_logs(self) -> tuple[logs.RefusalLog, ...]:
-        return self._routes.refusals, self.desk.renewal_log, self._admin_refusals
+        return self._routes.refusals, self.minter.renewal_log, self._admin_refusals
 
     def _tidy(self) -> None:
         now = self._clock.mono()

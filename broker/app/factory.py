@@ -31,7 +31,6 @@ from broker.config.settings import (
     StoreSettings,
 )
 from broker.config.validate import is_loopback, parse_address
-from broker.issue import ReusePolicy
 from broker.issuers import keyfile
 from broker.issuers.keyring import BadKey, Keyring, check_key
 from broker.issuers.vendor.egress import Proxy, check_proxy, proxy_for
@@ -39,6 +38,7 @@ from broker.limits.policy import LimitPolicy, LimitRule, Limits
 from broker.model import LimitName, Secret
 from broker.pacing.slots import Budget
 from broker.rules import bucket
+from broker.rules.reuse import ReusePolicy
 from broker.telemetry.cells import Row
 from broker.telemetry.metrics import Metrics
 from broker.web.auth import Client, Network

@@ -1,7 +1,7 @@
 """Circuit breakers as states: no clock, no tasks, no I/O.  Microseconds and integers.
 
-A breaker is asked before a call to the vendor and told how the call ended.  `FailureRateBreaker` stops
-calls while the vendor is unwell, `KeyBreaker` while our key is bad: the vendor counts failed
+A breaker is asked before a call to the vendor and told how the call ended.  `FailureRateBreaker`
+stops calls while the vendor is unwell, `KeyBreaker` while our key is bad: the vendor counts failed
 authentication against our address, so a dead key must not be tried at the rate of the traffic.
 Does not know what a call is, nor which answers count as failures: its caller sorts them.
 

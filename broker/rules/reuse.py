@@ -86,6 +86,19 @@ def life(left: int, mark: int, marks: Floors) -> Life:
     return Life.FRESH if left > mark else Life.RENEW
 
 
+class ReusePolicy(Struct, frozen=True):
+    """When tokens are reused: microseconds of life left; `enabled` False mints each time."""
+
+    enabled: bool
+    ahead: int
+    floor: int
+    outage: int
+
+    def marks(self, lifetime: int) -> Floors:
+        """Fit the configured marks to a token of this lifetime."""
+        return floors(lifetime, self.ahead, self.floor, self.outage)
+
+
 def lifetime_of(claims: object) -> int:
     """Read a token's life in microseconds from its claims (`exp - iat`, RFC 7519 section 4.1).
 

@@ -20,15 +20,16 @@ import structlog
 from multidict import CIMultiDict
 
 from broker.errors import BrokerError
-from broker.issue import IssuedToken, ReusePolicy, TokenService
+from broker.issue import IssuedToken, TokenService
 from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor.client import Answer, CallFailed
 from broker.limits.policy import LimitPolicy, LimitRule, Limits
+from broker.minting import Minter, MintRules
 from broker.model import LimitName, Secret, TokenRequest
 from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import Budget
 from broker.rules import bucket
-from broker.rules.reuse import SECOND
+from broker.rules.reuse import SECOND, ReusePolicy
 from broker.sessions.memory import MemorySessions
 from broker.stores.memory import MemoryStore
 from broker.stores.token_cache import TokenCache
@@ -147,17 +148,11 @@ class Site:
         self.store = MemoryStore(_limits(), tokens, clock)
         self.book = MemorySessions(200_000, clock)
         metrics = MintMetrics(MetricLayout(), "upstream")
-        self.desk = TokenService(
-            self.store,
-            self.book,
-            self.issuer,
-            self.pacer,
-            POLICY,
-            clock,
-            metrics,
-            24.0,
-            chance.random,
+        rules = MintRules(POLICY, 24.0)
+        minter = Minter(
+            self.store, self.book, self.issuer, self.pacer, rules, clock, metrics, chance.random
         )
+        self.desk = TokenService(self.store, minter, POLICY, clock)
 
     async def keep_house(self) -> None:
         """Do twice a second what the application does."""

@@ -71,6 +71,9 @@ HALF_OPEN, PROBE = OPEN.allow(T0 + FIRST_PAUSE)
 NOON = T0 + FIRST_PAUSE
 AT = NOON + SECOND
 """When the inputs arrive: the pause is over, a probe is one second under way."""
+GOOD, BAD = Tally(AT // SECOND, 1, 0), Tally(AT // SECOND, 1, 1)
+REOPENED = FailureRateBreaker(Phase.OPEN, 3, AT + TWICE, (), TWICE)
+AGAIN = FailureRateBreaker(Phase.OPEN, 3, AT, (), FIRST_PAUSE)
 
 
 def test_the_three_states_are_what_they_are_called() -> None:
@@ -87,8 +90,8 @@ def test_the_three_states_are_what_they_are_called() -> None:
 @pytest.mark.parametrize(
     ("state", "ticket", "outcome", "expected"),
     [
-        (CLOSED, Permit(0), Outcome.SUCCEEDED, FailureRateBreaker(window=(BEFORE, Tally(AT // SECOND, 1, 0)))),
-        (CLOSED, Permit(0), Outcome.FAILED, FailureRateBreaker(window=(BEFORE, Tally(AT // SECOND, 1, 1)))),
+        (CLOSED, Permit(0), Outcome.SUCCEEDED, FailureRateBreaker(window=(BEFORE, GOOD))),
+        (CLOSED, Permit(0), Outcome.FAILED, FailureRateBreaker(window=(BEFORE, BAD))),
         (CLOSED, Permit(0), Outcome.ABANDONED, CLOSED),
         (CLOSED, LATE, Outcome.SUCCEEDED, CLOSED),
         (CLOSED, LATE, Outcome.FAILED, CLOSED),
@@ -97,8 +100,8 @@ def test_the_three_states_are_what_they_are_called() -> None:
         (OPEN, LATE, Outcome.FAILED, OPEN),
         (OPEN, LATE, Outcome.ABANDONED, OPEN),
         (HALF_OPEN, PROBE, Outcome.SUCCEEDED, FailureRateBreaker(Phase.CLOSED, 3, 0)),
-        (HALF_OPEN, PROBE, Outcome.FAILED, FailureRateBreaker(Phase.OPEN, 3, AT + TWICE, (), TWICE)),
-        (HALF_OPEN, PROBE, Outcome.ABANDONED, FailureRateBreaker(Phase.OPEN, 3, AT, (), FIRST_PAUSE)),
+        (HALF_OPEN, PROBE, Outcome.FAILED, REOPENED),
+        (HALF_OPEN, PROBE, Outcome.ABANDONED, AGAIN),
         (HALF_OPEN, LATE, Outcome.SUCCEEDED, HALF_OPEN),
         (HALF_OPEN, LATE, Outcome.FAILED, HALF_OPEN),
         (HALF_OPEN, LATE, Outcome.ABANDONED, HALF_OPEN),

@@ -23,15 +23,16 @@ from broker.app.app import App
 from broker.config import load as config
 from broker.config.settings import Settings
 from broker.errors import BrokerError
-from broker.issue import IssuedToken, ReusePolicy, TokenService
+from broker.issue import IssuedToken, TokenService
 from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor.client import VendorClient
 from broker.limits.policy import LimitPolicy, LimitRule, Limits
+from broker.minting import Minter, MintRules
 from broker.model import LimitName, Secret, TokenRequest
 from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import Budget
 from broker.rules import bucket
-from broker.rules.reuse import SECOND
+from broker.rules.reuse import SECOND, ReusePolicy
 from broker.sessions.memory import MemorySessions
 from broker.stores.memory import MemoryStore
 from broker.stores.token_cache import TokenCache
@@ -119,9 +120,11 @@ class Relay:
         )
         self.store = MemoryStore(roomy(), self.tokens, clock)
         self.book = MemorySessions(200_000, clock)
-        self.desk = TokenService(
-            self.store, self.book, self.issuer, self.pacer, policy, clock, self.metrics, 18.0, draw
+        rules = MintRules(policy, 18.0)
+        self.minter = Minter(
+            self.store, self.book, self.issuer, self.pacer, rules, clock, self.metrics, draw
         )
+        self.desk = TokenService(self.store, self.minter, policy, clock)
 
     async def open(self) -> None:
         await self.pacer.start()
@@ -402,7 +405,7 @@ async def broker_before(
             await app.run()
         for bug in ("broker.defect", "broker.background_restarted"):
             assert bug not in log.getvalue(), log.getvalue()
-        assert len(app.desk.flights) == 0
+        assert len(app.tokens.flights) == 0
 
 
 @contextmanager

@@ -302,7 +302,7 @@ class TestLifetimes:
             assert relay.errors == {"expired": 1}
             assert len(relay.tokens) == 0
             assert relay.calls == 1
-            assert relay.desk.patience.left(key_of(fingerprint)) > 0
+            assert relay.minter.backoff.left(key_of(fingerprint)) > 0
 
     @pytest.mark.parametrize("left", [299, 100, 59, 30])
     async def test_T2_G3_an_old_token_that_is_handed_out_again_below_the_floor_is_an_error(
@@ -373,7 +373,7 @@ class TestLifetimes:
             for _ in range(3):
                 await relay.failure(fingerprint)
             assert relay.calls == 3
-            assert relay.desk.patience.failures(key_of(fingerprint)) == 3
+            assert relay.minter.backoff.failures(key_of(fingerprint)) == 3
 
     @pytest.mark.parametrize("step", [3600, -3600])
     async def test_T5_a_wall_clock_that_steps_gives_no_dead_token(self, step: int) -> None:
@@ -492,5 +492,5 @@ def key_of(fingerprint: str) -> str:
 
 def _waiting(house: House) -> int:
     """How many wait for the mint that is under way."""
-    flights = house.app.desk.flights._by_key.values()
+    flights = house.app.tokens.flights._by_key.values()
     return sum(len(flight._waiters) for flight in flights)

@@ -325,8 +325,8 @@ class TestSlowSockets:
             await started.wait()
             line.writer.transport.abort()
             await ended.wait()
-            await edge.app.desk.flights.drained()
-        assert len(edge.app.desk.flights) == 0
+            await edge.app.tokens.flights.drained()
+        assert len(edge.app.tokens.flights) == 0
         assert edge.events("broker.embed_token") == []
 
 

@@ -541,13 +541,13 @@ class TestWhatIsBehindFails:
         """
         given: list[float] = []
         async with serving({"server": {"deadline": "12s"}}) as edge:
-            issue = edge.app.desk.issue
+            issue = edge.app.tokens.issue
 
             async def recorded(ask: TokenRequest, patience: float) -> IssuedToken | Refusal:
                 given.append(patience)
                 return await issue(ask, patience)
 
-            monkeypatch.setattr(edge.app.desk, "issue", recorded)
+            monkeypatch.setattr(edge.app.tokens, "issue", recorded)
             line = await edge.connect()
             data = edge.asking()
             line.send(data[:-10])
@@ -569,7 +569,7 @@ class TestWhatIsBehindFails:
             reply = await edge.ask(fingerprint)
             assert (reply.status, reply.code) == (504, "UPSTREAM_TIMEOUT")
             go.set()
-            await edge.app.desk.flights.drained()
+            await edge.app.tokens.flights.drained()
             assert (await edge.ask(fingerprint)).cache_status == "embed-token-broker; hit"
             assert hold.calls == 1
 
@@ -845,7 +845,7 @@ def _failing(edge: Edge, error: Exception) -> None:
 
 
 def _flights(edge: Edge) -> list[Any]:
-    return list(edge.app.desk.flights._by_key.values())
+    return list(edge.app.tokens.flights._by_key.values())
 
 
 async def _until(condition: Callable[[], bool]) -> None:
