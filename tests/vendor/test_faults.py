@@ -500,10 +500,10 @@ class TestRetriesAndBreaker:
         """The broker's own timeout takes the probe away: the next caller is the next probe."""
         await _open_health(relay)
         relay.clock.advance(5)
-        relay.desk._mint_timeout = 0.05
+        relay.minter._timeout = 0.05
         with relay.vendor.fail(faults.hang()):
             assert told(await relay.failure()) == LATE
-        relay.desk._mint_timeout = 5
+        relay.minter._timeout = 5
         relay.vendor.heal()
         await relay.ask()
         assert not relay.issuer.health.is_open

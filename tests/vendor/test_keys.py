@@ -337,7 +337,7 @@ async def test_V8_a_probe_of_the_key_that_is_cancelled_does_not_wedge_the_breake
     clock = FakeClock()
     async with vendor_on(clock, UNLIMITED) as vendor:
         relay = Relay(vendor, clock)
-        relay.desk._mint_timeout = 0.05
+        relay.minter._timeout = 0.05
         await relay.open()
         vendor.revoke_secret(vendor.secret)
         await relay.failure()

@@ -178,7 +178,7 @@ async def test_N2_a_defect_in_what_comes_late_is_told(monkeypatch: pytest.Monkey
 async def test_N13_a_mint_that_is_given_up_leaves_its_call_out() -> None:
     """The mint's own time-out, not the call's: the slot is outstanding until the answer."""
     async with relaying(budget=FEW) as relay:
-        relay.desk._mint_timeout = 0.1
+        relay.minter._timeout = 0.1
         with relay.vendor.fail(faults.slow(0.6)):
             assert isinstance(await relay.failure(), UpstreamTimeout)
             assert relay.pacer.outstanding == 1
