@@ -6,8 +6,8 @@ side by side in shared memory, where a row outlives the process that wrote it: w
 had counted stays counted, to the last request, and its replacement counts on.
 
 A `MetricLayout` hands out the cells of one row in the order in which it is asked, so processes that
-ask in the same order agree on the meaning of every cell.  Which that is, `metrics` decides; this room
-knows no names but those it is told.
+ask in the same order agree on the meaning of every cell.  Which that is, `metrics` decides; this
+file knows no names but those it is told.
 
 Theory of operation.  A cell is a float64: whole numbers are exact up to 2^53.  Cells are aligned,
 and eight aligned bytes are written and read at once, so a reader never sees half a number.  It may

@@ -136,7 +136,7 @@ def resident_per_token(count: int) -> dict[str, float]:
 
 
 def pauses(count: int, batch: int) -> dict[str, object]:
-    """Fill a cache, hit it, renew in it, and fill it over its bound, all under a PauseKeeper."""
+    """Fill a cache, hit it, renew in it, and fill it over its bound, all under a GcTuner."""
     clock = SystemClock()
     cache = cache_of(clock, count)
     keys: list[str] = []
