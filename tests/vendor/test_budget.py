@@ -103,7 +103,7 @@ class TestVirtualTime:
 
         Nobody finds the burst any more that they find alone.  What is promised is a place: while
         somebody waits, the noisy one gets two slots at most, and one more for each slot that the
-        waiting client gets itself (`tests/test_line.py` has the property).
+        waiting client gets itself (`tests/pacing/test_fair_queue.py` has the property).
         """
         grants = _grants_beside_a_noisy_one(gap)
         assert sum(name == "noisy" for name, _, _ in grants) > 100

@@ -41,7 +41,7 @@ from processes import (
 
 from broker.testing import FakeVendor, VendorSettings
 
-CONFIG = Path(__file__).parent.parent / "config"
+CONFIG = Path(__file__).parents[2] / "config"
 MINTED = 'broker_mint_duration_seconds_count{issuer="local",outcome="minted"}'
 ROOMY: Tree = {"rate": 1_000_000, "burst": 1_000_000}
 """A limit that no test meets by accident."""

@@ -43,7 +43,7 @@ RELOADED = 'broker_config_reloads_total{outcome="success"}'
 ROUNDS = "broker_event_loop_lag_seconds_count"
 RESTARTS = "broker_worker_restarts_total"
 
-CREW = Path(__file__).with_name("crew.py")
+CREW = Path(__file__).parents[1] / "crew.py"
 
 DEVELOPMENT = (sys.executable, "-m", "broker", "serve", "--dev")
 

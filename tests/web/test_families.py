@@ -28,7 +28,7 @@ SWITCH = {
 """How a family is switched off in a namespace."""
 
 V4, V6 = "127.0.0.1", "::1"
-CONFIG = Path(__file__).parents[1] / "config"
+CONFIG = Path(__file__).parents[2] / "config"
 THERE = {"both": [V4, V6], "no IPv6": [V4], "no IPv4": [V6]}
 
 HOSTS = "127.0.0.1 localhost\n::1 localhost\n::1 v6.test\n"
@@ -120,7 +120,7 @@ def test_N7_one_value_serves_the_families_that_there_are(
 class Crew(Broker):
     """A running broker with two workers."""
 
-    program = (str(Path(__file__).with_name("crew.py")), "2")
+    program = (str(Path(__file__).parents[1] / "crew.py"), "2")
 
 
 @pytest.mark.parts

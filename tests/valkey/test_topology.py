@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 from redis.crc import key_slot
-from test_link import Node
+from test_connection import Node
 
 from broker.config.addresses import Access, StoreAddress
 from broker.model import Secret

@@ -14,7 +14,7 @@ from replica import Replica, opened
 from servers import StoreServer
 from sharing_cases import ask_of, limits_of
 from store_trace import Talk
-from test_fleet import House, everybody
+from test_membership import House, everybody
 from test_shared_budget import (
     AHEAD,
     BURST,

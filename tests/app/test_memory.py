@@ -20,7 +20,7 @@ from broker.stores.token_cache import TokenCache
 from broker.testing import FakeClock
 
 COUNT = 20_000
-FAILING = Path(__file__).with_name("load") / "failing.py"
+FAILING = (Path(__file__).parents[1] / "load") / "failing.py"
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ OUTCOMES = ("minted", "reused", "coalesced", "limited", "shed", "failed")
 class Crew(Broker):
     """A running broker with two workers."""
 
-    program = (str(Path(__file__).with_name("crew.py")), str(WORKERS))
+    program = (str(Path(__file__).parents[1] / "crew.py"), str(WORKERS))
 
     @classmethod
     def on(cls, folder: Path, tree: Tree, **variables: str) -> Self:

@@ -1,7 +1,7 @@
 """Everything that reads a reply, with replies that nobody expects: it fails as the store does.
 
-Those that have another shape never arrive (`tests/stores/test_link.py`); what has the right one and
-says what no script would, does.  Time is virtual: nothing here may wait for longer than a minute.
+Those that have another shape never arrive (`tests/valkey/test_connection.py`); what has the right
+one and says what no script would, does.  Time is virtual: nothing may wait for more than a minute.
 """
 
 import asyncio
