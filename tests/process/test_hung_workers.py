@@ -126,7 +126,7 @@ async def test_N10_a_loop_that_stands_is_seen(
         "    if TRAP.exists():\n"
         "        TRAP.unlink()\n"
         f"        exec({stands!r})\n"
-        "if 'broker.worker' in open('/proc/self/cmdline').read():\n"
+        "if 'broker.process.worker' in open('/proc/self/cmdline').read():\n"
         "    from broker.app import App\n"
         "    tidy = App._tidy\n"
         "    App._tidy = lambda self: (tidy(self), stand())\n"
@@ -207,7 +207,7 @@ async def test_N2_workers_whose_files_hang_say_so_and_serve(
     (tmp_path / "hook" / "sitecustomize.py").write_text(
         "import pathlib, time\n"
         f"TRAP = pathlib.Path({str(tmp_path / 'trap')!r})\n"
-        "if 'broker.worker' in open('/proc/self/cmdline').read():\n"
+        "if 'broker.process.worker' in open('/proc/self/cmdline').read():\n"
         "    from broker import files, reload\n"
         "    opened, reload.READING = files.open_regular, 3.0\n"
         "    def stand(path, *, follow=True):\n"

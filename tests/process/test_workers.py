@@ -439,7 +439,7 @@ class TestSharing:
                 assert f"\nbroker_token_remaining_seconds_count {asked}.0\n" in text
                 assert f"\nbroker_workers {WORKERS}.0\n" in text
             lines = [command_line(pid) for pid in (crew.process.pid, *crew.pids().values())]
-            assert all("broker.worker" in line for line in lines[1:])
+            assert all("broker.process.worker" in line for line in lines[1:])
             places = [*lines, *map(environment_of, crew.pids().values()), crew.log()]
             assert [place for place in places if secret in place] == []
 
