@@ -62,7 +62,7 @@ class Weather:
         self.clock = clock
         self.desk = Desk(clock, pacer=pacer, draw=self.chance.random)
         self.issuer = WatchedIssuer(self.chance, failures=0.2)
-        self.desk.issuer = self.desk.desk._issuer = self.issuer
+        self.desk.issuer = self.desk.minter._issuer = self.issuer
         self.outcomes: list[tuple[TokenRequest, object, int]] = []
 
     async def visit(self, ask: TokenRequest, patience: float) -> None:

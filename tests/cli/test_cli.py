@@ -55,7 +55,7 @@ IN_USE = "in use; stop the other process or choose another"
 
 ALL_IN_ONE = """
 import contextlib, io, json, sys
-from broker.cli import main
+from broker.cli.main import main
 
 told = []
 for command, path in json.load(sys.stdin):

@@ -199,7 +199,7 @@ def test_N12_lost_permission_is_noticed(tmp_path: Path) -> None:
     file.write_text(text())
     code = (
         "import os, sys\n"
-        "from broker.watch import SecretFiles\n"
+        "from broker.config.secret_files import SecretFiles\n"
         "if os.getuid() == 0: os.setuid(65534)\n"
         f"files = SecretFiles([{str(file)!r}])\n"
         "for _ in range(3):\n"

@@ -127,7 +127,7 @@ async def test_N10_a_loop_that_stands_is_seen(
         "        TRAP.unlink()\n"
         f"        exec({stands!r})\n"
         "if 'broker.process.worker' in open('/proc/self/cmdline').read():\n"
-        "    from broker.app import App\n"
+        "    from broker.app.app import App\n"
         "    tidy = App._tidy\n"
         "    App._tidy = lambda self: (tidy(self), stand())\n"
     )
@@ -208,7 +208,8 @@ async def test_N2_workers_whose_files_hang_say_so_and_serve(
         "import pathlib, time\n"
         f"TRAP = pathlib.Path({str(tmp_path / 'trap')!r})\n"
         "if 'broker.process.worker' in open('/proc/self/cmdline').read():\n"
-        "    from broker import files, reload\n"
+        "    from broker.app import reload\n"
+        "    from broker.config import files\n"
         "    opened, reload.READING = files.open_regular, 3.0\n"
         "    def stand(path, *, follow=True):\n"
         "        while TRAP.exists():\n"

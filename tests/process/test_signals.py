@@ -206,8 +206,8 @@ def test_N9_a_loop_that_stands_is_ended(tmp_path: Path, how: str, asked: int) ->
     path = source(tmp_path)
     code = (
         "import asyncio, sys\n"
-        "from broker import serve as module\n"
-        "from broker.app import App\n"
+        "from broker.process import serve as module\n"
+        "from broker.app.app import App\n"
         "module.CLOSING = 2.0\n"
         "start = App.start\n"
         "async def stand(self):\n"
@@ -243,7 +243,7 @@ def test_N9_a_hang_up_during_the_start_is_a_reload_after_it(tmp_path: Path) -> N
     path = source(tmp_path)
     code = (
         "import os, signal, sys\n"
-        "from broker import serve\n"
+        "from broker.process import serve\n"
         "loop_factory = serve.loop_factory\n"
         "def meet():\n"
         "    os.kill(os.getpid(), signal.SIGHUP)\n"

@@ -44,7 +44,9 @@ class TestSheet:
 
     def test_the_layout_is_the_same_in_every_process(self) -> None:
         """Whatever parts a process has: what is not shown has its cells all the same."""
-        code = "from broker.metrics import Metrics; print(Metrics('local', workers=2).layout)"
+        code = (
+            "from broker.telemetry.metrics import Metrics;print(Metrics('local', workers=2).layout)"
+        )
         command = [sys.executable, "-W", "error", "-c", code]
         other = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
         assert Metrics("local", workers=2, budget=True, shared_store=True).layout == other
@@ -144,7 +146,8 @@ class TestSharedRows:
     def test_another_process_counts_in_the_same_memory(self, handle: int) -> None:
         """The descriptor is all it needs."""
         code = (
-            "import sys; from broker.board import shared; from broker.metrics import Metrics;"
+            "import sys; from broker.telemetry.cells import shared;"
+            "from broker.telemetry.metrics import Metrics;"
             "row = shared(int(sys.argv[1]), int(sys.argv[2])).rows[2];"
             "m = Metrics('local', cells=row); m.mints.refreshes['ahead', 'same'] += 1"
         )

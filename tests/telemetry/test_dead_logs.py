@@ -572,10 +572,10 @@ def relay_without_vendor(folder: Path) -> str:
 
 ENDS_BADLY = """
 import asyncio, gc, logging, sys, threading, warnings
-from broker import logs
-from broker.settings import Log
+from broker.telemetry import logs
+from broker.config.settings import LogSettings
 
-logs.configure(Log(format="json"))
+logs.configure(LogSettings(format="json"))
 logs.take_over()
 canary = sys.argv[1]
 

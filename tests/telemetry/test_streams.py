@@ -205,7 +205,7 @@ def test_G12_a_text_is_written_as_it_is_and_one_that_is_none_escaped() -> None:
 
 INTERRUPTED = """
 import signal, sys
-from broker.streams import stderr
+from broker.telemetry.streams import stderr
 
 def handle(*_):
     stderr.write("from a handler\\n")
