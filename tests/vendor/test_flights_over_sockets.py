@@ -55,10 +55,13 @@ class TestFlights:
     async def test_F2_G2_the_first_caller_hangs_up_and_the_others_are_served(
         self, house: House
     ) -> None:
-        """The mint belongs to nobody in particular; its token is held."""
+        """The mint belongs to nobody in particular; its token is cached.
+
+        It takes longer than a client that has sent its last byte is kept (`server.HALF_CLOSED`).
+        """
         fingerprint = visitor()
         loop = asyncio.get_running_loop()
-        with house.vendor.fail(faults.slow(0.2)):
+        with house.vendor.fail(faults.slow(4.0)):
             first = loop.create_task(house.ask(fingerprint))
             await house.arrived(1)
             others = [loop.create_task(house.ask(fingerprint)) for _ in range(10)]
