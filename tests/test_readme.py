@@ -473,6 +473,24 @@ def test_limits_are_the_defaults() -> None:
     assert shown["client"] == "off"
 
 
+def test_what_the_readme_says_at_a_glance_is_in_step() -> None:
+    """Its figures are those of the table of limits, its commands those of the table of commands."""
+    glance = " ".join(section("At a glance").text.split())
+    shown = {
+        code_in(row[0])[0]: re.findall(r"\d[\d,]*", row[3]) for row in table("limit", "Limits")
+    }
+    for name, sentence in {
+        "fingerprint": "{} requests (burst {})",
+        "fingerprint_mints": "and {} mints a minute for each visitor",
+        "agent": "{} mints a minute for each agent (burst {})",
+        "budget": "{} calls a minute to the vendor (burst {})",
+    }.items():
+        rate, burst = (figure.strip(",") for figure in shown[name])
+        assert sentence.format(rate, burst) in glance, name
+    named = {name for text in code_in(glance) for name in [text.removeprefix("broker ")]}
+    assert named >= {name for name, _ in commands_of(cli._parser(), ())}
+
+
 def test_the_budget_s_arithmetic_is_right() -> None:
     """Every figure of the chapter follows from the default budget and the default floors."""
     budget, reuse = settings.Budget(), settings.Reuse()
