@@ -19,7 +19,8 @@ BROKER = Dashboard(
                     title="Alerts",
                     unit="short",
                     description="Alerts of config/prometheus/rules.yml that fire now. Their names "
-                    "are on the regions that they draw on every panel; the README says what to do.",
+                    "are on the regions that they draw on every panel; grafana/RUNBOOK.md says "
+                    "what to do.",
                     queries={
                         "firing": 'count(ALERTS{alertname=~"Broker.*", alertstate="firing", '
                         'job=~"$job|"}) or vector(0)'

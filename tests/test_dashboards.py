@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from documents import below, section
 
 from broker.telemetry import exposition
 from broker.telemetry.cells import SharedCells
@@ -21,7 +22,8 @@ DASHBOARDS = sorted((ROOT / "grafana" / "dashboards").glob("*.json"))
 
 RULES = yaml.safe_load((ROOT / "config" / "prometheus" / "rules.yml").read_text(encoding="utf-8"))
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+RUNBOOK = "When an alert fires"
+"""The heading under which every alert has its own."""
 
 NAME = re.compile(r"(?<![\w:])(?:broker|process|python)_[a-z_]+[a-z](?![\w:])")
 """A metric in a query, but not one that a rule records."""
@@ -220,11 +222,12 @@ class TestAlert:
             assert re.search(line, ALERTS[name]["expr"])
 
     def test_has_its_section_in_the_runbook(self, name: str) -> None:
-        """What to do stands in the README, under the alert's name."""
-        assert f"\n#### {name}\n" in README
-        assert ALERTS[name]["annotations"]["runbook"] == f"README.md#{name.lower()}"
+        """What to do stands there under the alert's name, and the alert links to it."""
+        assert section(name).text.strip()
+        page = section(RUNBOOK).page
+        assert ALERTS[name]["annotations"]["runbook"] == f"{page}#{name.lower()}"
 
 
 def test_the_runbook_has_no_alert_that_does_not_exist() -> None:
     """An alert that was taken out takes its section with it."""
-    assert set(re.findall(r"(?m)^#### (Broker\w+)$", README)) == ALERTS.keys()
+    assert {section.heading for section in below(RUNBOOK)} == ALERTS.keys()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import pytest
+from documents import ROOT, SECTIONS, TEXT
 from msgspec import NODEFAULT, Struct
 from msgspec.structs import FieldInfo, fields
 from processes import environment
@@ -21,10 +22,8 @@ from broker.config.settings import Settings
 from broker.telemetry.cells import Kind
 from broker.telemetry.metrics import Metrics
 
-ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "config" / "broker.toml"
 SHIPPED = sorted((ROOT / "config").glob("*.toml"))
-README = [path for path in [ROOT / "README.md"] if path.exists()]
 
 SWITCHED_OFF = re.compile(r"^#(?=[\w\[\"])", re.MULTILINE)
 """What is not set by default is commented out without a blank; prose has one."""
@@ -186,24 +185,21 @@ def absent(names: set[str], text: str) -> list[str]:
     return sorted(n for n in names if not re.search(rf"(?<![\w]){re.escape(n)}(?![\w])", text))
 
 
-class TestReadme:
-    @pytest.mark.parametrize("path", README, ids=lambda path: path.name)
-    def test_has_every_metric_in_a_table(self, path: Path) -> None:
+class TestPages:
+    def test_have_every_metric_in_one_table(self) -> None:
         """Under the name that a query uses."""
-        assert absent(metric_names(), table_cells(path.read_text(encoding="utf-8"))) == []
+        (metrics,) = [section.text for section in SECTIONS if section.heading == "Metrics"]
+        assert absent(metric_names(), table_cells(metrics)) == []
 
-    @pytest.mark.parametrize("path", README, ids=lambda path: path.name)
-    def test_has_every_command(self, path: Path) -> None:
+    def test_have_every_command(self) -> None:
         """As one would type it."""
-        assert absent(set(commands(cli._parser())), path.read_text(encoding="utf-8")) == []
+        assert absent(set(commands(cli._parser())), TEXT) == []
 
-    @pytest.mark.parametrize("path", README, ids=lambda path: path.name)
-    def test_names_no_metric_that_is_not_there(self, path: Path) -> None:
-        """A query copied from the README finds something."""
+    def test_name_no_metric_that_is_not_there(self) -> None:
+        """A query copied from a page finds something."""
         known = metric_names()
         series = re.compile(r"(_bucket|_count|_sum)$")
-        text = path.read_text(encoding="utf-8")
-        named = {series.sub("", name) for name in re.findall(r"\bbroker_[a-z_]+[a-z]\b", text)}
+        named = {series.sub("", name) for name in re.findall(r"\bbroker_[a-z_]+[a-z]\b", TEXT)}
         hosts = {"broker_web", "broker_api_secret"}
         assert sorted(named - known - hosts) == []
 

@@ -1,4 +1,4 @@
-"""The README is held to the code: its blocks run or parse, its tables say what is there."""
+"""The pages are held to the code: their blocks run or parse, their tables say what is there."""
 
 import argparse
 import ast
@@ -23,6 +23,23 @@ from urllib.parse import urlsplit
 
 import msgspec
 import pytest
+from documents import (
+    BLOCKS,
+    PAGES,
+    README,
+    ROOT,
+    TEXT,
+    Block,
+    anchors,
+    code_in,
+    commands,
+    links,
+    of,
+    section,
+    table,
+    under,
+    words_of,
+)
 from prometheus_client import Metric
 
 from broker import errors
@@ -48,87 +65,14 @@ from broker.web.token_status import session_headers
 from broker.wire import request as wire
 from broker.wire import responses
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README_LINES = 250
+"""More is a sign that a page is missing."""
+
+FLAT = " ".join(TEXT.split())
+"""All pages without line ends, for sentences."""
 
 PATIENCE = 60.0
 """Seconds after which a process is taken to hang, on a machine that is busy with other tests."""
-
-
-class Block(NamedTuple):
-    """A fenced block: its language, its text, and the heading under which it stands."""
-
-    language: str
-    text: str
-    heading: str
-
-
-def read_blocks() -> list[Block]:
-    """Return all fenced blocks, in order."""
-    found = []
-    heading, lines, language = "", [], None
-    for line in README.splitlines():
-        if language is None and line.startswith("```"):
-            language, lines = line[3:], []
-        elif language is not None and line == "```":
-            found.append(Block(language, "\n".join(lines) + "\n", heading))
-            language = None
-        elif language is not None:
-            lines.append(line)
-        elif line.startswith("#"):
-            heading = line.lstrip("# ")
-    assert language is None, f"a block under {heading!r} does not end"
-    return found
-
-
-BLOCKS = read_blocks()
-
-
-def of(language: str) -> list[Block]:
-    """Return the blocks of one language; there must be some, or a test would prove nothing."""
-    found = [block for block in BLOCKS if block.language == language]
-    assert found
-    return found
-
-
-def under(heading: str, language: str) -> Block:
-    """Return the one block of a language under a heading."""
-    (found,) = [block for block in of(language) if block.heading == heading]
-    return found
-
-
-def table(first_column: str, heading: str) -> list[list[str]]:
-    """Return the rows of the one table under `heading` whose first column is called so."""
-    section = re.split(r"(?m)^#+ ", README)
-    text = next(part for part in section if part.startswith(heading + "\n"))
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    start = next(n for n, line in enumerate(lines) if line.startswith(f"| {first_column} |"))
-    rows = []
-    for line in lines[start + 2 :]:
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if set(cells[0]) <= {"-", ":"}:  # the rule below the head of the next table
-            rows.pop()
-            break
-        rows.append(cells)
-    assert rows
-    return rows
-
-
-def code_in(cell: str) -> list[str]:
-    """Return what a cell shows as code."""
-    return re.findall(r"`([^`]+)`", cell)
-
-
-def commands() -> Iterator[list[str]]:
-    """Yield every command of every shell block as words, variables before it dropped."""
-    for block in of("sh"):
-        for line in block.text.splitlines():
-            for command in line.split(" && "):
-                words = shlex.split(command, comments=True)
-                while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-                    words = words[1:]
-                if words:
-                    yield words
 
 
 # -- blocks
@@ -151,7 +95,7 @@ def test_every_block_has_a_language_that_is_tested() -> None:
 
 
 def test_every_broker_command_is_understood() -> None:
-    """What the README tells people to type is accepted as it stands."""
+    """What the pages tell people to type is accepted as it stands."""
     parser = cli._parser()
     seen = [words[1:] for words in commands() if Path(words[0]).name == "broker"]
     assert seen
@@ -167,9 +111,15 @@ def test_every_other_command_is_a_known_one() -> None:
         ".cache/dev/bin/pip",
         ".cache/dev/bin/pytest",
         ".venv/bin/pip",
+        "/opt/embed-token-broker/bin/pip",
         "curl",
+        "echo",
         "export",
+        "install",
         "python3",
+        "sed",
+        "systemctl",
+        "tee",
         "tests/load/rolling",
         "tests/load/run",
         "tests/run",
@@ -209,14 +159,29 @@ def test_every_flag_of_a_load_test_exists(program: str) -> None:
     assert set(flags) <= set(re.findall(r"--[a-z]+", done.stdout))
 
 
-def test_every_file_that_is_mentioned_is_there() -> None:
-    """Links, paths in code, and paths in commands lead somewhere."""
-    links = re.findall(r"\]\((?!#|https?:)([^)]+)\)", README)
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_is_mentioned_is_there(page: str) -> None:
+    """Paths in prose and in commands lead somewhere, from the root."""
     folders = "broker|config|grafana|tests"
-    paths = re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./-]*\w|pyproject\.toml)", README)
-    named = {*links, *paths}
-    assert len(named) > 20
+    path = rf"(?<![\w/.-])((?:{folders})/[\w./-]*\w|pyproject\.toml)"
+    named = set(re.findall(path, PAGES[page]))
+    if page == ".github/CONTRIBUTING.md" and not MOVED:
+        named = {name for name in named if not name.startswith("broker/")}
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_to_a_file_and_a_heading(page: str) -> None:
+    """Within the page, to another page, to a file; and each page is reached from the README."""
+    for path, fragment in links(page):
+        assert (ROOT / path).exists(), path
+        assert not fragment or fragment in anchors(path), f"{path}#{fragment}"
+
+
+def test_the_readme_leads_to_every_page_and_fits_on_a_few_screens() -> None:
+    """Each of the others has one purpose; the README says who reads which."""
+    assert {path for path, _ in links("README.md")} >= PAGES.keys() - {"README.md"}
+    assert len(README.splitlines()) <= README_LINES
 
 
 def test_the_user_of_the_store_is_the_one_that_the_scripts_need() -> None:
@@ -224,24 +189,15 @@ def test_the_user_of_the_store_is_the_one_that_the_scripts_need() -> None:
     shown = acl_line("broker", ">PASSWORD")
     assert f"{shown}\n" in [block.text for block in of("text")]
     more = set(acl_line("broker", ">PASSWORD", cluster=True).split()) - set(shown.split())
-    assert f"on a cluster add `{' '.join(sorted(more))}`" in " ".join(README.split())
+    assert f"on a cluster add `{' '.join(sorted(more))}`" in FLAT
     more = set(acl_line("broker", ">PASSWORD", database=True).split()) - set(shown.split())
-    assert f"for another database than 0 `{' '.join(sorted(more))}`" in " ".join(README.split())
-
-
-def test_links_within_the_page_lead_to_a_heading() -> None:
-    """GitHub's anchors: lower case, hyphens for blanks."""
-    headings = re.findall(r"(?m)^#+ (.+)$", README)
-    anchors = {re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings}
-    links = re.findall(r"\]\(#([^)]+)\)", README)
-    assert links
-    assert set(links) <= anchors
+    assert f"for another database than 0 `{' '.join(sorted(more))}`" in FLAT
 
 
 def test_extras_that_are_installed_exist() -> None:
     """`pip install '.[x]'` warns about an unknown extra, and installs nothing."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    asked = set(re.findall(r"\.\[(\w+)\]", README))
+    asked = set(re.findall(r"\.\[(\w+)\]", TEXT))
     assert asked == {"dev", "docs"}
     assert asked <= project["optional-dependencies"].keys()
 
@@ -268,7 +224,7 @@ def test_every_toml_block_is_a_valid_configuration(block: Block) -> None:
 
 def test_the_answer_has_exactly_the_fields_of_a_success() -> None:
     """Whoever reads the example reads the real thing."""
-    shown = json.loads(of("json")[0].text)
+    shown = json.loads(under("A first token", "json").text)
     minted = Minted(token="t", session_id="s", expires_at=1, lifetime=1)
     real = json.loads(responses.success_body(minted))
     assert list(shown) == list(real)
@@ -279,7 +235,7 @@ def test_the_answer_has_exactly_the_fields_of_a_success() -> None:
 
 def test_the_error_is_the_one_that_is_sent() -> None:
     """Byte for byte, but for white space."""
-    shown = json.loads(of("json")[1].text)
+    shown = json.loads(under("The wire", "json").text)
     limit = bucket.limit(1, 1_000_000, 1)
     _, verdict = bucket.spend(1_000_000, limit, 0)
     error = errors.RateLimited(LimitName.FINGERPRINT, verdict)
@@ -293,10 +249,15 @@ def test_the_iframe_is_the_one_that_the_command_prints() -> None:
     assert html.unescape(block.text).count("TOKEN") == 1
 
 
-ROUTES = {"Node", "Express", "Next.js", "FastAPI", "Flask", "Django", "Go", "PHP"}
-"""Headings of backends, which need their frameworks: tests/parts/test_snippets.py runs them."""
+ROUTES = {block.text for block in BLOCKS if block.page == "broker/web/BACKENDS.md"}
+"""Backends, which need their frameworks: tests/parts/test_snippets.py runs them."""
 
-PROGRAMS = [block for block in of("python") if block.heading not in ROUTES]
+PROGRAMS = [block for block in of("python") if block.text not in ROUTES]
+
+
+def test_the_route_of_the_readme_is_one_that_is_run() -> None:
+    """Word for word the one for Flask."""
+    assert under("The avatar on a page", "python").text == under("Flask", "python").text
 
 
 @pytest.mark.parametrize("number", range(len(PROGRAMS)))
@@ -358,7 +319,7 @@ def test_error_codes_are_those_of_the_code() -> None:
 
 def test_statuses_of_the_vendor_are_those_that_pass() -> None:
     """The vendor's verdicts are listed by status: all that can reach a caller."""
-    sentence = re.search(r"pass through with their own code and status \(([^)]*)\)", README)
+    sentence = re.search(r"pass through with their own code and status \(([^)]*)\)", TEXT)
     assert sentence is not None
     listed = {int(number) for number in re.findall(r"\d{3}", sentence[1])}
     passing = {status for status, meaning in BY_CODE.values() if isinstance(meaning, Scope)}
@@ -368,7 +329,7 @@ def test_statuses_of_the_vendor_are_those_that_pass() -> None:
 def test_what_is_remembered_is_said() -> None:
     """The codes named for the account and for an agent are those that are remembered."""
     sentence = re.search(
-        r"A refusal is remembered only where(.*?)for the agent and model", README, re.DOTALL
+        r"A refusal is remembered only where(.*?)for the agent and model", TEXT, re.DOTALL
     )
     assert sentence is not None
     remembered = {
@@ -429,7 +390,7 @@ def commands_of(
 
 def test_exit_codes_are_those_of_the_command_line() -> None:
     """And the one of a second signal."""
-    documented = [row[0] for row in table("exit code", "Configuration")]
+    documented = [row[0] for row in table("exit code", "Exit codes")]
     codes = [cli.EX_OK, cli.EX_NO, cli.EX_USAGE, cli.EX_UNAVAILABLE, EX_IOERR, cli.EX_CONFIG]
     assert documented == [*map(str, codes), "128 + n"]
 
@@ -467,7 +428,7 @@ def test_metrics_that_are_named_elsewhere_exist() -> None:
     reported = {sample.name for family in all_metrics() for sample in family.samples} | {
         family.name for family in all_metrics()
     }
-    named = set(re.findall(r"\bbroker_[a-z_]+[a-z]\b", README)) - {"broker_web"}  # a secret's file
+    named = set(re.findall(r"\bbroker_[a-z_]+[a-z]\b", TEXT)) - {"broker_web"}  # a secret's file
     assert {name for name in named if not name.startswith("broker_web")} <= reported
 
 
@@ -522,27 +483,45 @@ def test_limits_are_the_defaults() -> None:
     assert shown["client"] == "off"
 
 
+def test_what_the_readme_says_at_a_glance_is_in_step() -> None:
+    """Its figures are those of the table of limits, its commands those of the table of commands."""
+    glance = " ".join(section("At a glance").text.split())
+    shown = {
+        code_in(row[0])[0]: re.findall(r"\d[\d,]*", row[3]) for row in table("limit", "Limits")
+    }
+    for name, sentence in {
+        "fingerprint": "{} requests (burst {})",
+        "fingerprint_mints": "and {} mints a minute for each visitor",
+        "agent": "{} mints a minute for each agent (burst {})",
+        "budget": "{} calls a minute to the vendor (burst {})",
+    }.items():
+        rate, burst = (figure.strip(",") for figure in shown[name])
+        assert sentence.format(rate, burst) in glance, name
+    named = {name for text in code_in(glance) for name in [text.removeprefix("broker ")]}
+    assert named >= {name for name, _ in commands_of(cli._parser(), ())}
+
+
 def test_the_budget_s_arithmetic_is_right() -> None:
     """Every figure of the chapter follows from the default budget and the default floors."""
     budget, reuse = settings.BudgetSettings(), settings.ReuseSettings()
     worst = budget.rate + budget.burst
-    assert f"{budget.rate} refilled + {budget.burst} of the burst = {worst}" in README
+    assert f"{budget.rate} refilled + {budget.burst} of the burst = {worst}" in TEXT
     assert worst + 3 * PROBES == 120
     gap = budget.per.seconds / budget.rate
-    assert f"one every `per` / `rate` = 60 / {budget.rate} = {gap:.2f} s" in README
+    assert f"one every `per` / `rate` = 60 / {budget.rate} = {gap:.2f} s" in TEXT
     held = f"{budget.burst - 1} \N{MULTIPLICATION SIGN} {gap:.2f} s"
-    assert f"= {held} = {(budget.burst - 1) * gap:.0f} s keeps" in README
-    assert f"| `burst` | {budget.burst} | slots" in README
+    assert f"= {held} = {(budget.burst - 1) * gap:.0f} s keeps" in TEXT
+    assert f"| `burst` | {budget.burst} | slots" in TEXT
     assert MAX_PROMISE == 5 * 60, "five minutes after it was sent"
     waiting = int(budget.max_wait.seconds * budget.rate / budget.per.seconds)
-    assert f"*At once*: {budget.burst + waiting} first visitors" in README
-    assert f"{budget.burst} of the burst, and {waiting} who" in README
+    assert f"*At once*: {budget.burst + waiting} first visitors" in TEXT
+    assert f"{budget.burst} of the burst, and {waiting} who" in TEXT
     for margin in (reuse.floor, reuse.refresh_ahead):
         minutes = 60 - int(margin.seconds / 60)
         assert (
-            f"{budget.rate} \N{MULTIPLICATION SIGN} {minutes} = {budget.rate * minutes:,}" in README
+            f"{budget.rate} \N{MULTIPLICATION SIGN} {minutes} = {budget.rate * minutes:,}" in TEXT
         )
-    for row in table("new visitors an hour, evenly", "The budget"):
+    for row in table("new visitors an hour, evenly", "What a site needs"):
         visitors, mints = int(row[0].replace(",", "")), int(row[1])
         assert mints == visitors / 60
         share = f"{mints / budget.rate * 100:.0f} %" if mints <= budget.rate else None
@@ -551,8 +530,7 @@ def test_the_budget_s_arithmetic_is_right() -> None:
 
 def test_the_share_of_an_instance_that_has_seen_nobody_is_right() -> None:
     """A part in 32, from when, how often that is a call, and for how many the window holds."""
-    told = README.partition("**Started while the store is away.**")[2].partition("\n\n")[0]
-    told = " ".join(told.split())
+    told = " ".join(section("Started while the store is away").text.split())
     assert f"a part in {UNSEEN_PARTS}, the others none" in told
     assert f"only after {ALONE_AFTER:.0f} s" in told
     assert f"up to {UNSEEN_PARTS} such instances" in told
@@ -561,12 +539,12 @@ def test_the_share_of_an_instance_that_has_seen_nobody_is_right() -> None:
     share = budget.share(UNSEEN_PARTS)
     assert share is not None
     assert f"a first visitor every {share.interval:.0f} s" in told
-    rate, factory = whole.rate, UNSEEN_PARTS
-    assert share.rate == (rate - (factory - whole.burst)) / factory
-    shown = f"({rate} - ({factory} - {whole.burst})) / {factory} = {share.rate:.1f} calls a minute"
+    rate, parts = whole.rate, UNSEEN_PARTS
+    assert share.rate == (rate - (parts - whole.burst)) / parts
+    shown = f"({rate} - ({parts} - {whole.burst})) / {parts} = {share.rate:.1f} calls a minute"
     assert shown in told
-    shares = [factory for factory in range(1, 500) if budget.share(factory) is not None]
-    assert f"(with the default more than {max(shares)})" in " ".join(README.split())
+    shares = [parts for parts in range(1, 500) if budget.share(parts) is not None]
+    assert f"(with the default more than {max(shares)})" in FLAT
 
 
 def test_default_reuse_marks_are_those_in_the_table() -> None:
@@ -574,7 +552,7 @@ def test_default_reuse_marks_are_those_in_the_table() -> None:
     reuse = settings.ReuseSettings()
     for name in ("floor", "floor_in_outage", "refresh_ahead"):
         minutes = getattr(reuse, name).seconds / 60
-        assert f"`{name}` ({minutes:.0f} min)" in README
+        assert f"`{name}` ({minutes:.0f} min)" in TEXT
 
 
 def test_tests_that_are_named_exist() -> None:
@@ -595,20 +573,20 @@ def test_tests_that_are_named_exist() -> None:
 
 def test_settings_that_are_named_exist() -> None:
     """`[section] key` in prose is a section and a key that can be configured."""
-    found = re.findall(r"`\[([a-z._]+)\](?: ([a-z_]+))?(?: = [^`]*)?`", README)
+    found = re.findall(r"`\[([a-z._]+)\](?: ([a-z_]+))?(?: = [^`]*)?`", TEXT)
     assert len(found) > 10
-    for section, key in found:
-        if section == "section":  # in the rule for names of variables
+    for name, key in found:
+        if name == "section":  # in the rule for names of variables
             continue
         kind: Any = settings.Settings
-        for part in section.split("."):
+        for part in name.split("."):
             kind = schema.bare(schema.fields_of(kind)[part])
-        assert not key or key in schema.fields_of(kind), f"[{section}] {key}"
+        assert not key or key in schema.fields_of(kind), f"[{name}] {key}"
 
 
 def test_variables_that_are_shown_are_understood() -> None:
     """Each override of the prose and of the commands, all of them at once."""
-    shown = re.findall(r"\b(BROKER_\w+?__\w+)=([^\s`]+)", README)
+    shown = re.findall(r"\b(BROKER_\w+?__\w+)=([^\s`]+)", TEXT)
     assert len(shown) > 2
     read = config.load(None, dict(shown), {})
     assert read != settings.Settings()
@@ -616,8 +594,31 @@ def test_variables_that_are_shown_are_understood() -> None:
 
 def test_nothing_is_left_to_be_filled_in() -> None:
     """Capital letters on a line of their own were places for tables."""
-    assert not re.search(r"(?m)^[A-Z]{4,}$", README)
-    assert "TODO" not in README
+    assert not re.search(r"(?m)^[A-Z]{4,}$", TEXT)
+    assert "TODO" not in TEXT
+
+
+# -- the floor plan
+
+MOVED = (ROOT / "broker" / "process").is_dir()
+"""Whether the files stand on their floors; the plan shows where they stand then."""
+
+
+@pytest.mark.skipif(not MOVED, reason="the files have not been moved to their floors")
+def test_the_floor_plan_is_the_tree() -> None:
+    """Each room with its files, each file in one line, and none that is gone."""
+    planned: defaultdict[str, list[str]] = defaultdict(list)
+    for room, _, files in table("room", "The floor plan"):
+        planned[code_in(room)[0]] += code_in(files)
+    everywhere = {"__init__.py", "__main__.py", "py.typed"}
+    there: defaultdict[str, list[str]] = defaultdict(list)
+    for path in (ROOT / "broker").rglob("*.*"):
+        if path.is_file() and path.name not in everywhere and path.suffix not in {".md", ".pyc"}:
+            room = f"{path.parent.relative_to(ROOT).as_posix()}/"
+            there[room].append(path.name.removesuffix(".py"))
+    assert {room: sorted(files) for room, files in planned.items()} == {
+        room: sorted(files) for room, files in there.items()
+    }
 
 
 # -- running
@@ -692,14 +693,14 @@ def test_the_first_token_is_as_shown_and_then_reused(running: Dev) -> None:
     body = line[line.index("-d") + 1].encode()
     before, first = post(running, body)
     after, second = post(running, body)
-    shown = json.loads(of("json")[0].text)
+    shown = json.loads(under("A first token", "json").text)
     assert list(first["data"]) == list(shown["data"])
     assert first["data"]["token"].startswith(shown["data"]["token"].removesuffix("..."))
     assert (before, after) == (
         "embed-token-broker; fwd=miss",
         "embed-token-broker; hit",
     )
-    assert "Cache-Status: embed-token-broker; hit" in README
+    assert "Cache-Status: embed-token-broker; hit" in PAGES["README.md"]
     assert second == first
 
 
@@ -795,7 +796,7 @@ def test_the_curl_lines_of_a_session_s_life_work_in_a_shell(running: Dev) -> Non
 def test_the_relay_s_commands_relay(tmp_path: Path) -> None:
     """A fake vendor and a broker in front of it, started as the page says."""
     key = secrets.token_urlsafe(24)
-    (fake,) = [words for words in commands() if "fake-vendor" in words]
+    fake = next(words for words in commands() if "fake-vendor" in words)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("BROKER_")}
     environment["BITHUMAN_API_SECRET"] = key
 
@@ -829,6 +830,45 @@ def test_the_relay_s_commands_relay(tmp_path: Path) -> None:
             await vendor.communicate()
 
     asyncio.run(scenario())
+
+
+def test_the_production_steps_make_a_configuration_that_passes(tmp_path: Path) -> None:
+    """Typed below a folder; only what installs packages and starts services is left out."""
+    (tmp_path / "vendor.key").write_text(secrets.token_urlsafe(24), encoding="utf-8")
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    for folder in ("etc/systemd/system", "var/lib/embed-token-broker"):
+        (tmp_path / folder).mkdir(parents=True)
+
+    def below(text: str) -> str:
+        text = text.replace("/opt/embed-token-broker/bin/broker", f"{sys.executable} -m broker")
+        return re.sub(r"(?<![\w.])/(etc|var)/", rf"{tmp_path}/\1/", text.replace("sudo ", ""))
+
+    for block in of("sh"):
+        if block.heading == "Production in ten steps":
+            for line in block.text.splitlines():
+                if Path(next(words_of(line))[0]).name in {"sed", "install"} or "generate" in line:
+                    subprocess.run(["bash", "-ec", below(line)], cwd=tmp_path, check=True)
+    file = tmp_path / "etc" / "embed-token-broker" / "broker.toml"
+    file.write_text(below(under("Production in ten steps", "toml").text), encoding="utf-8")
+    unit = tmp_path / "etc" / "systemd" / "system" / "embed-token-broker.service"
+    lines = unit.read_text(encoding="utf-8").splitlines()
+    given = [line.partition("=")[2] for line in lines if line.startswith("LoadCredential=")]
+    assert [word.partition(":")[0] for word in given] == ["web", "vendor", "snapshot"]
+    variables = [line.partition("=")[2] for line in lines if line.startswith("Environment=")]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("BROKER_", "BITHUMAN_"))}
+    for extra in ({}, dict(word.split("=", 1) for word in variables)):
+        # by the operator, from the file alone; then as the unit starts it
+        here = {k: below(v).replace("%d", str(file.parent / "secrets")) for k, v in extra.items()}
+        done = subprocess.run(
+            [sys.executable, "-m", "broker", "check", "--config", str(file)],
+            env={**kept, **here},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (0, "configuration ok\n"), done.stderr
+        assert done.stderr == ""
 
 
 async def start(*arguments: str, environment: dict[str, str]) -> Any:

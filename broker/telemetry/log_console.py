@@ -6,7 +6,7 @@
 When, how bad, what; then for whom, what became of it, how long it took, and the request id to look
 it up by.  Says no more than JSON does, and some of it shorter: the canonical event goes by its
 outcome, hashes by their first eight digits, which tell the visitors of a laptop apart.  Other
-events keep their name, so that it can be found in the README's table.
+events keep their name, so that it can be found in the table of OBSERVABILITY.md.
 """
 
 import os

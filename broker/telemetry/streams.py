@@ -154,20 +154,23 @@ class LineWriter:
         head = b"\n" if self._torn else b""  # what was cut off stays a line of its own
         if lost > self._told and self.notice is not None:
             head += self.notice(lost - self._told).encode("utf-8", "backslashreplace")
-        done = self._put(head + b"".join(lines))
+        data = head + b"".join(lines)
+        done = self._put(data)
         if done:
-            self._torn = False
+            self._torn = data[done - 1 : done] != b"\n"
         if done >= len(head):
             self._told = lost
         self._count_rest(lines, done - len(head))
 
     def _count_rest(self, lines: list[bytes], done: int) -> None:
-        """Count the lines that did not get through whole; `done` bytes of them were written."""
+        """Count the lines that did not get through whole; `done` bytes of them were written.
+
+        One that lacks nothing but its end is whole: the next write begins with that.
+        """
         for number, line in enumerate(lines):
             done -= len(line)
             if done < 0:
-                self._torn = self._torn or -done < len(line)
-                self._lose(len(lines) - number)
+                self._lose(len(lines) - number - (done == -1))
                 return
 
     def _put(self, data: bytes) -> int:

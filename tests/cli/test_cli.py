@@ -382,7 +382,7 @@ class TestKeysGenerate:
 
 class TestStoreAcl:
     def test_prints_the_line_that_the_scripts_need(self) -> None:
-        """Without any configuration, for the user that the README names; no password in it."""
+        """Without any configuration, for the user that STORE.md names; no password in it."""
         done = run("store", "acl")
         assert (done.returncode, done.stderr) == (0, b"")
         assert done.stdout.decode() == f"{acl_line('broker', '>PASSWORD')}\n"

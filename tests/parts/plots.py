@@ -1,4 +1,4 @@
-"""Draw the README's plots: four minutes of load and weather, as Prometheus saw them.
+"""Draw the plots of grafana/README.md: four minutes of load and weather, as Prometheus saw them.
 
     .cache/venv/bin/python tests/parts/plots.py [--folder grafana/plots]
 

@@ -1,4 +1,4 @@
-"""Real clients against a real broker: what the README promises, as users will do it."""
+"""Real clients against a real broker: what the pages promise, as users will do it."""
 
 import json
 import secrets

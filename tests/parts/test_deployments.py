@@ -66,7 +66,6 @@ class TestContainer:
         assert set(copied) == {
             "config/lock/runtime.txt",
             "pyproject.toml",
-            "README.md",
             "LICENSE",
             "broker",
         }
@@ -324,7 +323,7 @@ class TestKubernetes:
         given = {entry["name"]: entry["value"] for entry in broker["env"]}
         rate, burst = (int(given[f"BROKER_ISSUER__BUDGET__{name}"]) for name in ("RATE", "BURST"))
         assert rate * alive <= 106
-        delayed = 5  # by a connect that hangs for 3 s, as the README reckons
+        delayed = 5  # by a connect that hangs for 3 s, as the file reckons
         assert rate * alive + burst * (alive + 1) + delayed < 120
 
     def test_what_they_configure_is_a_good_configuration(self, tmp_path: Path) -> None:

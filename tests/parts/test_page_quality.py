@@ -1,13 +1,13 @@
 """The script under other people's tools: an accessibility checker, React, TypeScript."""
 
 import json
-import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from browsing import Visit
+from documents import of
 from playwright.sync_api import Browser, Frame, Page, expect
 from running import output_of
 from website import AGENT, Answer, Website, refusal
@@ -19,8 +19,6 @@ pytestmark = pytest.mark.parts
 LABEL = "Talk to the avatar"
 
 NODE = Path(__file__).with_name("node")
-
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +123,11 @@ class TestReact:
     createRoot(root).render(<StrictMode><Site /></StrictMode>);
     """
 
-    def test_the_readme_s_component_mints_once_in_strict_mode(
+    def test_the_page_s_component_mints_once_in_strict_mode(
         self, browser: Browser, site: Website, packages: Path
     ) -> None:
         """React mounts everything twice: one button, one request, and nothing left behind."""
-        (component,) = re.findall(r"```jsx\n(.*?)```", README, re.DOTALL)
+        (component,) = [block.text for block in of("jsx")]
         options = {
             "agent": AGENT,
             "tokenUrl": "/avatar-token",

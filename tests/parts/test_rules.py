@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from documents import PAGES
 from running import daemon, free_port, output_of, until
 
 pytestmark = pytest.mark.parts
@@ -146,7 +147,7 @@ def test_pods_are_found_and_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((GRAFANA / "provisioning").rglob("*.yml")), ids=str)
 def test_provisioning_leads_to_what_ships(path: Path) -> None:
-    """The data source has the scrape's interval; the provider reads the folder of the README."""
+    """The data source has the scrape's interval; the provider reads the page's folder."""
     tree = read(path)
     assert tree["apiVersion"] == 1
     if "datasources" in tree:
@@ -156,8 +157,7 @@ def test_provisioning_leads_to_what_ships(path: Path) -> None:
         assert source["type"] == "prometheus"
     else:
         (provider,) = tree["providers"]
-        readme = (ROOT / "README.md").read_text(encoding="utf-8")
-        assert provider["options"]["path"] in readme
+        assert provider["options"]["path"] in PAGES["grafana/README.md"]
 
 
 def test_a_budget_that_is_shared_is_counted_once(tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
-"""The README's routes, each run as it stands by its own runtime: what a page asks for its token."""
+"""The routes of the page, each run as it stands by its own runtime: what asks for a token."""
 
 import json
 import os
-import re
 import secrets
 import subprocess
 import sys
@@ -17,13 +16,15 @@ from typing import Any, Self
 import httpx
 import jwt
 import pytest
+from documents import BLOCKS, below
 from running import Broker, broker, free_port, output_of, tool, until
 
 pytestmark = pytest.mark.parts
 
 AGENT = "A78WKV4515"
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROUTES = "The route of your backend"
+"""The heading under which every backend has its own."""
 
 DJANGO = """
 from django.conf import settings
@@ -75,11 +76,8 @@ createServer(async (incoming, outgoing) => {
 
 def snippet(heading: str) -> str:
     """Return the block under this heading."""
-    found = re.search(
-        rf"(?m)^#### {re.escape(heading)}\n(?:.*\n)*?```\w+\n((?:.*\n)*?)```$", README
-    )
-    assert found is not None
-    return found[1]
+    (block,) = [block for block in BLOCKS if block.heading == heading]
+    return block.text
 
 
 def node(folder: Path) -> list[str]:
@@ -310,5 +308,4 @@ def test_the_curl_line_is_the_one_that_the_broker_prints(running: Broker) -> Non
 
 def test_every_backend_is_run(running: Broker) -> None:
     """A new heading needs a runner here."""
-    part = README.partition("### The route of your backend")[2].partition("\n### ")[0]
-    assert re.findall(r"(?m)^#### (.+)$", part) == ["curl", *BACKENDS]
+    assert [section.heading for section in below(ROUTES)] == ["curl", *BACKENDS]

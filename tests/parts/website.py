@@ -1,4 +1,4 @@
-"""A site as the README tells to build it: pages with the tag, and a route that has the secret."""
+"""A site as EMBED.md tells to build it: pages with the tag, and a route that has the secret."""
 
 import json
 import sys
@@ -93,7 +93,7 @@ class Website(ThreadingHTTPServer):
         return f"{self.url}{path}"
 
     def avatar_token(self, body: bytes) -> Answer:
-        """Answer the site's page: what the README's snippets do."""
+        """Answer the site's page: what the snippets of BACKENDS.md do."""
         self.asked.append(json.loads(body))
         if self.prepared:
             return self.prepared.pop(0)

@@ -149,7 +149,9 @@ class TestSupervisor:
         start, pids = supervisor_module.WorkerProcess.start, list[int]()
         async with supervised(crew_of(tmp_path, 1)) as supervisor:
 
-            async def start_and_stand(begin: supervisor_module.Start) -> supervisor_module.WorkerProcess:
+            async def start_and_stand(
+                begin: supervisor_module.Start,
+            ) -> supervisor_module.WorkerProcess:
                 started = await start(begin)
                 if not pids:
                     os.kill(started.pid, signal.SIGSTOP)

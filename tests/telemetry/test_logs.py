@@ -360,7 +360,7 @@ class TestConsole:
         assert line == "warn  failed     502 UPSTREAM_UNAVAILABLE 1234ms e78b7acf-1f"
 
     def test_any_other_event_keeps_its_name(self) -> None:
-        """So that it is found in the README's table; what is empty is left out."""
+        """So that it is found in the table of OBSERVABILITY.md; what is empty is left out."""
         line = shown(io.StringIO(), "info", "broker.reloaded", needs_restart=[])
         assert line == "info  broker.reloaded"
         line = shown(io.StringIO(), "info", "broker.reloaded", needs_restart=["server"])

@@ -70,6 +70,18 @@ def test_N1_G12_whatever_fails_lines_come_whole_or_are_counted(
     assert sum(told) >= writer.lost  # a notice that was cut off is written again
 
 
+def test_G12_what_is_cut_off_at_its_very_end_is_a_line_of_its_own(tmp_path: Path) -> None:
+    """A line or a notice without its line end: what follows it begins a new one."""
+    path = tmp_path / "log"
+    with path.open("wb") as file:
+        writer = _Disk(file.fileno(), [3, 0, 7])
+        writer.notice = lambda count: f"lost {count}\n"
+        for line in (b"one\n", b"two\n", b"six\n", b"ten\n"):
+            writer._write_lines([line])
+    assert path.read_text() == "one\nlost 1\nlost 2\nten\n"
+    assert writer.lost == 2
+
+
 def test_G12_what_a_notice_takes_of_a_write_is_no_part_of_the_lines(tmp_path: Path) -> None:
     """A write that is cut off behind the notice: the line behind it is lost, and counted."""
     path = tmp_path / "log"

@@ -870,7 +870,7 @@ def test_S5_all_shares_of_a_budget_fit_its_window(budget: Budget, replicas: int)
 
 
 def test_the_shipped_budget_in_shares() -> None:
-    """As the README's table of topologies has it: never over 114 in a minute."""
+    """Whatever the number of instances: never over 114 in a minute."""
     for replicas in range(1, 65):
         share = SHIPPED.share(replicas)
         assert share is not None

@@ -1,13 +1,13 @@
-"""Row N6: what proxies say of their client; each line of two tables of README, over sockets."""
+"""Row N6: what proxies say of their client; each line of two tables, over sockets."""
 
 import ipaddress
 import re
 import secrets
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from documents import table
 from edge import Edge, request, serving, visitor
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -17,7 +17,6 @@ from broker.rules.forwarded import tokens_in
 from broker.web.auth import ClientAuthenticator
 from broker.web.token_status import VERIFY_PATH
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 PROXY, OTHER_PROXY, STRANGER = "127.0.0.9", "127.0.0.10", "198.51.100.77"
 TRUSTING = {"server": {"trusted_proxies": [PROXY, OTHER_PROXY]}}
 BURST = 30
@@ -33,17 +32,11 @@ class Row(NamedTuple):
 
 
 def rows(first_column: str) -> list[Row]:
-    """Read the table of README whose first column is called so."""
-    found = []
-    lines = iter(README.splitlines())
-    assert any(line.startswith(f"| {first_column} |") for line in lines)
-    next(lines)
-    for line in lines:
-        if not line.startswith("|"):
-            break
-        sent, outcome = (cell.strip() for cell in line.strip("|").split("|"))
-        found.append(Row(re.findall(r"`((?:GET |[A-Za-z-]+: )[^`]+)`", sent), outcome))
-    return found
+    """Read the table of the documentation whose first column is called so."""
+    return [
+        Row(re.findall(r"`((?:GET |[A-Za-z-]+: )[^`]+)`", sent), outcome)
+        for sent, outcome in table(first_column, "What a proxy says of its client")
+    ]
 
 
 def headers_of(sent: Iterable[str]) -> Headers:

@@ -129,7 +129,7 @@ def _site(routes: Routes, script: Script) -> Handler:
 
 
 def _backend(routes: Routes, url: str, secret: str) -> Handler:
-    """Make the site's route: what the README shows for a dozen frameworks."""
+    """Make the site's route: what BACKENDS.md shows for a dozen frameworks."""
 
     async def answer(request: BaseRequest, request_id: str) -> web.StreamResponse:
         if request.headers.get(hdrs.CONTENT_TYPE, "").partition(";")[0] != JSON_TYPE:
