@@ -131,7 +131,7 @@ VENDOR = Dashboard(
                         "{{status}}": "sum by (status) "
                         "(rate(broker_upstream_requests_total{@}[~]))",
                         "validate {{outcome}}": "sum by (outcome) "
-                        "(rate(broker_upstream_validations_total{@}[~]) > 0)",
+                        "(rate(broker_upstream_validations_total{@}[~]))",
                     },
                     stacked=True,
                     colours={"200": "green", "none": "dark-red"},
