@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from functools import cache
 from hashlib import sha1
 
-from broker.app.shared_backend import SharedBackend
+from broker.app.shared_backend import StoreConnection, StoreTarget
 from broker.config.addresses import Access, StoreAddress
 from broker.config.settings import (
     IssuerSettings,
@@ -118,24 +118,19 @@ class Replica:
         self.clock = clock or FakeClock()
         self.metrics = Metrics("upstream", budget=True, shared_store=True)
         self.front = TokenCache(front, keep_until=_death, mono=self.clock.mono)
-        self.sharing = SharedBackend(
+        connection = StoreConnection(
             Settings(
                 issuer=IssuerSettings(kind="upstream", upstream=UpstreamSettings(base_url=vendor)),
                 store=StoreSettings(url="valkey://elsewhere", on_error=on_error, replicas=replicas),
                 sessions=SessionSettings(max_recorded=most_sessions),
             ),
-            address,
-            access or Access(),
-            key,
-            limits,
-            self.front,
+            StoreTarget(address, access or Access(), key, timeout),
             self.clock,
             self.metrics,
-            place=place or secrets.token_hex(4),
+            place or secrets.token_hex(4),
             is_first=is_first,
-            origins=lambda: frozenset(origins),
-            timeout=timeout,
         )
+        self.sharing = connection.backend(limits, self.front, lambda: frozenset(origins))
         self.server = self.sharing.server
         self.store: SharedStore = self.sharing.store
         self.remote: ValkeyStore = self.sharing._remote
@@ -147,7 +142,7 @@ class Replica:
 
     def slots(self, budget: Budget) -> SharedSlots:
         """Return the budget's slots."""
-        return self.sharing.slots(budget)
+        return self.sharing.connection.slots(budget)
 
     @property
     def errors(self) -> dict[str, float]:

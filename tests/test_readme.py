@@ -43,7 +43,7 @@ from documents import (
 from prometheus_client import Metric
 
 from broker import errors
-from broker.app import factory
+from broker.app import factory, missing_secrets
 from broker.cli import main as cli
 from broker.cli import mint
 from broker.config import load as config
@@ -216,7 +216,7 @@ def test_every_toml_block_is_a_valid_configuration(block: Block) -> None:
     if tree.get("issuer", {}).get("local"):
         del runnable["issuer"]
     config._merge(runnable, tree)
-    built = factory.fill_missing_secrets(
+    built = missing_secrets.fill_missing_secrets(
         config.from_tree(runnable), lambda _name: settings.Secret(secrets.token_urlsafe(48))
     )
     factory.check(built, {"BITHUMAN_API_SECRET": secrets.token_urlsafe(24)})

@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from broker.app import factory
+from broker.app import missing_secrets
 from broker.config.load import read_secret
 from broker.config.settings import Settings
 from broker.model import Secret
@@ -43,7 +43,7 @@ class DevSecrets:
         if not local.signing_key and local.keys_file is None:  # it may know of one key only
             local = replace(local, signing_key=CLIENT)
             settings = replace(settings, issuer=replace(settings.issuer, local=local))
-        return factory.fill_missing_secrets(settings, self.secret)
+        return missing_secrets.fill_missing_secrets(settings, self.secret)
 
 
 def client_secret(settings: Settings) -> str:

@@ -7,11 +7,9 @@ checked the start.
 
 import ipaddress
 import ssl
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from broker.config import files
@@ -24,7 +22,6 @@ from broker.config.settings import (
     ClientSettings,
     FingerprintLimitSettings,
     FingerprintMintsLimitSettings,
-    KeySettings,
     LimitSettings,
     LocalIssuerSettings,
     Settings,
@@ -361,66 +358,6 @@ def watched_files(settings: Settings) -> list[tuple[str, str]]:
     certificates = [("tls_ca_file", store.tls_ca_file), ("tls_cert_file", store.tls_cert_file)]
     public = [(f"store.{name}", file) for name, file in certificates if file]
     return secret_files(settings) + public
-
-
-def missing_files(settings: Settings) -> list[tuple[str, str]]:
-    """Return the files of secrets and certificates that are not on this machine."""
-    return [(name, file) for name, file in watched_files(settings) if is_missing(file)]
-
-
-def is_missing(file: str) -> bool:
-    """Whether there is no such file; one that may not be read is there."""
-    try:
-        Path(file).stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except (OSError, ValueError):
-        return False
-    return False
-
-
-def fill_missing_secrets(settings: Settings, make: Callable[[str], Secret]) -> Settings:
-    """Return the settings with a secret from `make` for each file that is not on this machine.
-
-    `make` is given the name of the setting, such as "clients.web.secret".  Certificates that are
-    not here are left out.
-    """
-    settings = replace(settings, store=_without_missing_certificates(settings.store))
-    local = settings.issuer.local
-    if local.keys_file is not None and is_missing(local.keys_file):  # has more than a secret in it
-        keys = {"made-up": KeySettings(secret=make("issuer.local.keys.made-up.secret"))}
-        local = replace(local, keys=keys, keys_file=None)
-        settings = replace(settings, issuer=replace(settings.issuer, local=local))
-    made: Settings = _make_up(settings, make, "")
-    upstream = made.issuer.upstream
-    if any(is_missing(file) for file in upstream.api_secret_files):
-        secret = make("issuer.upstream.api_secret")
-        upstream = replace(upstream, api_secret=secret, api_secret_files=())
-    return replace(made, issuer=replace(made.issuer, upstream=upstream))
-
-
-def _without_missing_certificates(store: StoreSettings) -> StoreSettings:
-    if store.tls_ca_file is not None and is_missing(store.tls_ca_file):
-        store = replace(store, tls_ca_file=None)
-    if any(file and is_missing(file) for file in (store.tls_cert_file, store.tls_key_file)):
-        store = replace(store, tls_cert_file=None, tls_key_file=None)
-    return store
-
-
-def _make_up(node: Any, make: Callable[[str], Secret], path: str) -> Any:  # noqa: ANN401 - any node
-    if isinstance(node, Mapping):
-        return {name: _make_up(entry, make, f"{path}{name}.") for name, entry in node.items()}
-    if not isinstance(node, Struct):
-        return node
-    fields = {
-        name: _make_up(getattr(node, name), make, f"{path}{name}.")
-        for name in node.__struct_fields__
-    }
-    for name in node.__struct_fields__:
-        file = fields.get(f"{name}_file")
-        if file is not None and is_missing(file):
-            fields |= {name: make(path + name), f"{name}_file": None}
-    return replace(node, **fields)
 
 
 def _limit_set(

@@ -5,14 +5,23 @@ what was read is put in force on the event loop, which reads nothing.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+import structlog
 from msgspec.structs import replace
 
+from broker.app import factory
+from broker.app.housekeeping import FileWatch
+from broker.app.wiring import Parts
 from broker.config.schema import ConfigError
+from broker.config.secret_files import SecretFiles
 from broker.config.settings import IssuerSettings, Settings
+from broker.issuers.upstream import UpstreamIssuer
 from broker.tasks import aside
+from broker.telemetry import logs
+
+log = structlog.get_logger()
 
 T = TypeVar("T")
 
@@ -79,3 +88,119 @@ def _issuer_in_force(old: IssuerSettings, new: IssuerSettings) -> IssuerSettings
         local=replace(new.local, issuer=local.issuer, audience=local.audience),
         upstream=replace(new.upstream, base_url=upstream.base_url, timeout=upstream.timeout),
     )
+
+
+class Reloader:
+    """Puts new settings in force in one process; all of them take effect, or none do.
+
+    `load` reads the settings anew; it raises ConfigError.  `watch` is given the files that the new
+    ones name.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        settings: Settings,
+        environ: Mapping[str, str],
+        load: Callable[[], Settings],
+        watch: FileWatch,
+    ) -> None:
+        self._parts = parts
+        self._settings = settings
+        self._environ = environ
+        self._load = load
+        self._watch = watch
+
+    async def run(self, wanted: asyncio.Event) -> None:
+        """Reload whenever it is wanted, for ever."""
+        while True:
+            await wanted.wait()
+            wanted.clear()
+            await self.reload()
+
+    async def reload(self) -> bool:
+        """Read the settings again; returns whether they are in force."""
+        try:
+            loaded, other_key, put_in_force = await read_aside(self._read)
+            put_in_force()
+        except ConfigError as error:
+            self._note(failed=True)
+            log.error("broker.reload_failed", error=str(error))
+            return False
+        except Exception:
+            self._note(failed=True)
+            log.exception("broker.defect")
+            return False
+        self._note(failed=False)
+        changed = needs_restart(self._settings, loaded, other_key=other_key)
+        log.info("broker.reloaded", needs_restart=changed)
+        return True
+
+    def prepared(self, settings: Settings) -> Callable[[], None]:
+        """Read all that a running process can take over; raises ConfigError.
+
+        Reading may take its time: in a thread of its own.  Returns what puts it in force, on the
+        event loop; until then nothing has changed.
+        """
+        files = SecretFiles(
+            file for _, file in factory.watched_files(settings)
+        )  # before they are read: a change in between is noticed
+        clients, limits = factory.clients(settings, self._environ), factory.limits(settings)
+        admins = factory.admin_clients(settings)
+        use_keys = self._new_keys(settings)
+        access = factory.store_access(settings)
+
+        def put_in_force() -> None:
+            parts = self._parts
+            if parts.shared_backend is not None:
+                parts.shared_backend.use_access(access)
+            parts.authenticator.use_clients(clients)
+            if parts.admin_authenticator is not None:
+                parts.admin_authenticator.use_clients(admins)
+            parts.store.use_limits(limits)
+            use_keys()
+            logs.configure(settings.log)
+            parts.routes.use_log(debug=settings.log.level == "debug")
+            parts.routes.any_fingerprint = settings.limits.fingerprint_format == "any"
+            self._watch.files = files
+
+        return put_in_force
+
+    def _read(self) -> tuple[Settings, bool, Callable[[], None]]:
+        """Read all files anew; raises ConfigError.
+
+        Returns what they say, whether there is another sealing key, and what puts them in force.
+        """
+        loaded = self._load()
+        settings = in_force(self._settings, loaded)
+        other_key = factory.sealing_key(settings) != self._parts.sealing_key
+        return loaded, other_key, self.prepared(settings)
+
+    def _new_keys(self, settings: Settings) -> Callable[[], None]:
+        """Read the issuer's keys; returns what puts them in force."""
+        issuer = self._parts.issuer
+        if settings.issuer.kind != issuer.name:
+            return lambda: None  # told as needing a restart
+        if isinstance(issuer, UpstreamIssuer):
+            keys = factory.vendor_keys(settings, self._environ)
+            proxy = factory.vendor_proxy(settings, self._environ)
+
+            def replace_keys() -> None:
+                issuer.use_keys(keys)
+                issuer.use_proxy(proxy)
+
+            return replace_keys
+        keyring = factory.keyring(settings)
+
+        def turn() -> None:
+            before = issuer.origins
+            issuer.use_keyring(keyring)
+            if not before <= issuer.origins:  # what a key that is gone signed opens nothing
+                self._parts.token_cache.clear()
+
+        return turn
+
+    def _note(self, *, failed: bool) -> None:
+        process = self._parts.metrics.process
+        process.reloads["failure" if failed else "success"].inc()
+        process.reload_failed.set(failed)

@@ -66,7 +66,7 @@ class SessionAdminApi:
     def prepared(self, settings: Settings) -> Callable[[], None]:
         """Read the admin secret, and how the store lets it in; raises ConfigError.
 
-        Returns what puts them in force, as `App.prepared` does.
+        Returns what puts them in force, as `Reloader.prepared` does.
         """
         admins, access = factory.admin_clients(settings), factory.store_access(settings)
 

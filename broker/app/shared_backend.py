@@ -4,6 +4,8 @@ import secrets
 import socket
 from collections.abc import Callable
 
+from msgspec import Struct
+
 from broker.config.addresses import Access, StoreAddress
 from broker.config.settings import Settings
 from broker.issuers.negative_cache import LocalNegativeCache
@@ -28,63 +30,120 @@ from broker.valkey.negative_cache import SharedNegativeCache
 from broker.valkey.session_fallback import SharedSessions
 from broker.valkey.sessions import ValkeySessions
 from broker.valkey.slots import SharedSlots
-from broker.valkey.store import ValkeyStore
+from broker.valkey.store import KnownHere, ServerAccess, ValkeyStore
 
 FIRST_BEATS = 10
 """Heartbeats at the start, one after the other, until the server has answered or is known to be
 away: the first answers depend on it."""
 
 
-class SharedBackend:
-    """The store on a server, and everything that needs the same server.
+class StoreTarget(Struct, frozen=True):
+    """Where the server is, how it lets the broker in, and the key that seals what is kept there.
 
-    `place` names this process among those of its host, the same after a restart; `origins` are the
-    issuer's; `is_first` says that it is the first of its instance's workers.  Made in the event
-    loop's thread; `open` before the first request.
+    `timeout` is seconds for a call.
+    """
+
+    address: StoreAddress
+    access: Access
+    key: Secret
+    timeout: float = OPERATION_TIMEOUT
+
+
+class StoreConnection:
+    """What the server is for besides the store: membership, the budget, refusals of the vendor.
+
+    It knows no issuer: an issuer and its pacer are made with it, the store after them.  `place`
+    names this process among those of its host, the same after a restart; `is_first` says that it is
+    the first of its instance's workers.
     """
 
     def __init__(
         self,
         settings: Settings,
-        address: StoreAddress,
-        access: Access,
-        key: Secret,
-        limits: Limits,
-        front: TokenCache,
+        target: StoreTarget,
         clock: Clock,
         metrics: Metrics,
         place: str,
-        origins: Callable[[], frozenset[str]],
-        timeout: float = OPERATION_TIMEOUT,
         *,
         is_first: bool = True,
     ) -> None:
         store = settings.store
-        self._replica = secrets.token_hex(8)
-        self._origins = origins
-        self._closed = store.on_error == "closed"
+        self.settings = settings
+        self.key = target.key
+        self.clock = clock
+        self.metrics = metrics
+        self.replica = secrets.token_hex(8)
+        self.closed = store.on_error == "closed"
+        self.names = names_of(settings, target.key)
+        nodes = nodes_at(target.address, target.access, target.timeout)
+        self.server = StoreClient(nodes, clock, metrics.store)
         fixed = store.replicas if isinstance(store.replicas, int) else None
-        self.names = names_of(settings, key)
-        self.server = StoreClient(nodes_at(address, access, timeout), clock, metrics.store)
-        self.seal = Seal(key)
         name = f"{socket.gethostname()}/{place}"
         self.fleet = Fleet(
             self.server, self.names, name, fixed, settings.server.workers, is_first=is_first
         )
+        self.refusals = SharedNegativeCache(self.server, self.names, LocalNegativeCache(clock))
+        self._slots: SharedSlots | None = None
+
+    def slots(self, budget: Budget) -> SharedSlots:
+        """Return the budget's slots, one source for all replicas."""
+        self._slots = SharedSlots(
+            budget,
+            self.server,
+            self.names,
+            self.fleet,
+            self.replica,
+            self.metrics.process.background,
+            closed=self.closed,
+        )
+        return self._slots
+
+    def backend(
+        self, limits: Limits, front: TokenCache, origins: Callable[[], frozenset[str]]
+    ) -> "SharedBackend":
+        """Put the store of this server together; `origins` are the issuer's."""
+        return SharedBackend(self, limits, front, origins)
+
+    def heard(self, news: bytes) -> None:
+        """Take note of news of the budget."""
+        if self._slots is not None:
+            self._slots.heard(news)
+
+
+class SharedBackend:
+    """The store on a server, and everything that needs the same server.
+
+    `front` is where tokens are held; `origins` are the issuer's.  Made in the event loop's thread;
+    `open` before the first request.
+    """
+
+    def __init__(
+        self,
+        connection: StoreConnection,
+        limits: Limits,
+        front: TokenCache,
+        origins: Callable[[], frozenset[str]],
+    ) -> None:
+        self.connection = connection
+        self.names = connection.names
+        self.server = connection.server
+        self.fleet = connection.fleet
+        self.refusals = connection.refusals
+        self.seal = Seal(connection.key)
+        self._origins = origins
+        self._closed = connection.closed
+        clock, metrics = connection.clock, connection.metrics
         ends = KnownEnds(lambda visitor: self.names.visitor(visitor).epoch, clock.mono)
         self.alone = MemoryStore(limits, front, clock, metrics.limits.counts, ends, clock.wall)
         self._remote = ValkeyStore(
-            self.server,
-            self.names,
+            ServerAccess(self.server, self.names, connection.replica),
             self.seal,
+            origins,
             front,
             limits,
             clock,
             metrics.limits.counts,
-            self._replica,
-            origins,
-            OutageDebt(self.alone, clock),
-            ends,
+            KnownHere(OutageDebt(self.alone, clock), ends),
         )
         self.store = SharedStore(
             self.server,
@@ -94,31 +153,15 @@ class SharedBackend:
             lambda: self.fleet.replicas,
             closed=self._closed,
         )
-        most = settings.sessions.max_recorded
-        box = Box(key, "sessions in a shared store")
+        most = connection.settings.sessions.max_recorded
+        box = Box(connection.key, "sessions in a shared store")
         self.book = SharedSessions(
             ValkeySessions(self.server, self.names, box, most, clock),
             MemorySessions(most, clock),
             self.store,
             closed=self._closed,
         )
-        self.refusals = SharedNegativeCache(self.server, self.names, LocalNegativeCache(clock))
-        self._slots: SharedSlots | None = None
-        self._counts = metrics.process.background
-        self._background = Background(self._counts)
-
-    def slots(self, budget: Budget) -> SharedSlots:
-        """Return the budget's slots, one source for all replicas."""
-        self._slots = SharedSlots(
-            budget,
-            self.server,
-            self.names,
-            self.fleet,
-            self._replica,
-            self._counts,
-            closed=self._closed,
-        )
-        return self._slots
+        self._background = Background(metrics.process.background)
 
     async def open(self) -> None:
         """Begin; a server that is not there makes a degraded start, not a failed one."""
@@ -161,14 +204,13 @@ class SharedBackend:
         return self._closed and self.server.is_away
 
     async def _listen(self) -> None:
-        channels = (self.names.wake(self._replica.encode()), self.names.channel)
+        channels = (self.names.wake(self.connection.replica.encode()), self.names.channel)
         await listen(self.server.nodes, channels, self._heard)
 
     def _heard(self, channel: bytes, message: bytes) -> None:
         if channel == self.names.channel:
             self._remote.heard_news(message)
-            if self._slots is not None:
-                self._slots.heard(message)
+            self.connection.heard(message)
         else:
             self._remote.leases.heard(message)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from secrets import token_bytes
 
 import msgspec
+import structlog
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -25,9 +26,12 @@ from msgspec import Struct
 from typing_extensions import override
 
 from broker.config.files import CannotRead, read
+from broker.issuers.base import Issuer
 from broker.model import Clock, EmbedToken, LimitName, Secret, Session
 from broker.sessions.memory import MemorySessions
 from broker.stores.memory import MemoryStore
+
+log = structlog.get_logger()
 
 _MAGIC = b"embed-token-broker snapshot 4\n"
 _NONCE = 12
@@ -55,6 +59,56 @@ class Terms(Struct, frozen=True):
     origins: frozenset[str]
     max_age: int
     floor: Callable[[int], int]
+
+
+class SnapshotFile:
+    """The snapshot of one process: read once at its start, written at its end.
+
+    `issuer` tells whose tokens are good at either moment; `max_age` and `floor` as in `Terms`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        key: Secret,
+        store: MemoryStore,
+        book: MemorySessions,
+        issuer: Issuer,
+        clock: Clock,
+        *,
+        max_age: int,
+        floor: Callable[[int], int],
+    ) -> None:
+        self._path = path
+        self._key = key
+        self._store = store
+        self._book = book
+        self._issuer = issuer
+        self._clock = clock
+        self._max_age = max_age
+        self._floor = floor
+        self.restored = False
+
+    def restore(self) -> None:
+        """Read the file and take it away; one that cannot be used is told of, and no more."""
+        terms = Terms(self._issuer.origins, self._max_age, self._floor)
+        try:
+            count = load(self._path, self._key, self._store, self._book, self._clock, terms)
+        except SnapshotIgnored as reason:
+            log.warning("broker.snapshot_ignored", reason=str(reason))
+        else:
+            self.restored = True
+            log.info("broker.snapshot_loaded", tokens=count)
+
+    def save(self) -> None:
+        """Write the file; a failure is told of, and no more."""
+        origins = self._issuer.origins
+        try:
+            count = save(self._path, self._key, self._store, self._book, self._clock, origins)
+        except OSError as error:
+            log.error("broker.snapshot_failed", reason=error.strerror)
+        else:
+            log.info("broker.snapshot_saved", tokens=count)
 
 
 class _HeldToken(Struct, frozen=True, array_like=True):

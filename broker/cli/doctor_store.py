@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from typing_extensions import override
 
 from broker.app import factory
-from broker.app.shared_backend import SharedBackend
+from broker.app.shared_backend import SharedBackend, StoreConnection, StoreTarget
 from broker.clock import SystemClock
 from broker.config.addresses import Access, StoreAddress
 from broker.config.settings import LimitSettings, LimitsSettings, SessionSettings, Settings
@@ -125,19 +125,15 @@ def _broker(address: StoreAddress, access: Access, fleet: str, key: Secret) -> S
     local = replace(settings.issuer.local, issuer=f"doctor {fleet}")
     settings = replace(settings, issuer=replace(settings.issuer, local=local))
     clock = SystemClock()
-    return SharedBackend(
+    connection = StoreConnection(
         settings,
-        address,
-        access,
-        key,
-        factory.limits(settings),
-        TokenCache(VISITORS, keep_until=lambda token: token.dies_mono, mono=clock.mono),
+        StoreTarget(address, access, key, TIMEOUT),
         clock,
         Metrics("local", budget=True, shared_store=True),
-        place=f"doctor {secrets.token_hex(4)}",
-        origins=lambda: frozenset({fleet}),
-        timeout=TIMEOUT,
+        f"doctor {secrets.token_hex(4)}",
     )
+    front = TokenCache(VISITORS, keep_until=lambda token: token.dies_mono, mono=clock.mono)
+    return connection.backend(factory.limits(settings), front, lambda: frozenset({fleet}))
 
 
 async def _membership(first: SharedBackend, second: SharedBackend, witness: Witness) -> None:
@@ -148,7 +144,7 @@ async def _membership(first: SharedBackend, second: SharedBackend, witness: Witn
     with suppress(StoreFailed):
         _ = await witness.command(members, command(b"DEL", members))
     await first.fleet.beat()
-    slots = first.slots(Budget(rate=6000, per=60, burst=100, max_wait=5))
+    slots = first.connection.slots(Budget(rate=6000, per=60, burst=100, max_wait=5))
     await slots.start()
     with suppress(StoreFailed):
         _ = await slots.take_if_plenty()

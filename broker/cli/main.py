@@ -225,11 +225,11 @@ def _run(load: Callable[[], Settings], *, dev: bool) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from broker.app import factory  # noqa: PLC0415 - as in _run
+    from broker.app import factory, missing_secrets  # noqa: PLC0415 - as in _run
 
     settings = _settings(arguments)
-    missing = factory.missing_files(settings)
-    made_up = factory.fill_missing_secrets(
+    missing = missing_secrets.missing_files(settings)
+    made_up = missing_secrets.fill_missing_secrets(
         settings, lambda _name: Secret(secrets.token_urlsafe(48))
     )
     factory.check(made_up, os.environ)

@@ -111,6 +111,7 @@ class BudgetPacer(Pacer):
     ) -> None:
         self._budget = budget
         self._slots = slots or LocalSlots(budget, successor=True)
+        self._slots.on_pause(self.hold)
         self._waited = waited
         self._paused = False
         self._paused_until = 0.0

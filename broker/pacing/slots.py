@@ -142,6 +142,10 @@ class SlotSource(Protocol):
         """Take note that the vendor wants no call for this long."""
         ...
 
+    def on_pause(self, hold: Callable[[float], None]) -> None:
+        """Call `hold` with the seconds of each pause that somebody else was told of."""
+        ...
+
     async def resume(self) -> None:
         """The pause is over: begin as empty as after a start."""
         ...
@@ -263,6 +267,10 @@ class LocalSlots(SlotSource):
     @override
     def pause(self, seconds: float) -> None:
         """Nobody else needs to know."""
+
+    @override
+    def on_pause(self, hold: Callable[[float], None]) -> None:
+        """Slots of one process hear of no pause but their pacer's."""
 
     @override
     async def resume(self) -> None:

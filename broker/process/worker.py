@@ -90,10 +90,10 @@ def _build(begin: Start) -> App:
         raise ConfigError("this is another version than the one that runs: restart the broker")
     sockets = [socket.socket(fileno=listener) for listener in begin.listeners]
     siblings = _siblings(begin.worker, board, metrics)
-    seat = WorkerContext(
+    context = WorkerContext(
         begin.worker, sockets, begin.url, begin.admin_url, board, metrics, siblings
     )
-    return App(settings, lambda: settings, os.environ, dev=begin.dev, seat=seat)
+    return App(settings, lambda: settings, os.environ, dev=begin.dev, worker=context)
 
 
 def _siblings(index: int, board: SharedCells, metrics: Metrics) -> list[PeerLoad]:
@@ -129,7 +129,7 @@ async def _follow(channel: Channel[Order], app: App, tree: dict[str, object]) ->
 
 async def _followed(app: App, tree: dict[str, object]) -> Reloaded | ReloadFailed:
     try:
-        put_in_force = await read_aside(lambda: app.prepared(schema.build(tree)))
+        put_in_force = await read_aside(lambda: app.reloader.prepared(schema.build(tree)))
         put_in_force()
     except ConfigError as error:
         return ReloadFailed(str(error))

@@ -113,7 +113,7 @@ def _read(reply: Reply) -> _Told:
 
 
 class SharedSlots(SlotSource):
-    """Slots that are reserved on the server.  `hold` is told of others' pauses (seconds)."""
+    """Slots that are reserved on the server."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class SharedSlots(SlotSource):
         self._fleet = fleet
         self._replica = replica.encode()
         self._closed = closed
-        self.hold: Callable[[float], None] = lambda _seconds: None
+        self._told_of_pause: Callable[[float], None] = _nobody
         self._alone: LocalSlots | None = None
         self._carried = 0
         self._started = 0.0
@@ -346,7 +346,7 @@ class SharedSlots(SlotSource):
         self._lines = told.lines
         self._lines_told = self._loop.time()
         if told.paused and not told.reserved:
-            self.hold(told.paused / SECOND)
+            self._told_of_pause(told.paused / SECOND)
         return told.reserved, told.wait / SECOND
 
     async def _send(self, waiting: int, what: bytes) -> "_Told":
@@ -518,7 +518,11 @@ class SharedSlots(SlotSource):
                 *self._fleet.time.vouched(),
             )
             if wait := number(left):
-                self.hold(wait / SECOND)
+                self._told_of_pause(wait / SECOND)
+
+    @override
+    def on_pause(self, hold: Callable[[float], None]) -> None:
+        self._told_of_pause = hold
 
     def heard(self, news: bytes) -> None:
         """Look for a pause that another replica was told of: channels are open to more than we."""
@@ -536,3 +540,7 @@ class SharedSlots(SlotSource):
     def __repr__(self) -> str:
         alone = self._alone is not None
         return f"SharedSlots(remaining={self.remaining}, out={self._out}, alone={alone})"
+
+
+def _nobody(_seconds: float) -> None:
+    """Stands for whoever would be told of a pause."""

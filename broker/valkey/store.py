@@ -17,6 +17,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 
+from msgspec import Struct
 from typing_extensions import override
 
 from broker.limits.policy import LimitPolicy, Limits
@@ -49,39 +50,54 @@ ENDED = b"ended "
 """The news that a visitor was ended, by the name of their epoch: the server tells which it is."""
 
 
+class ServerAccess(Struct, frozen=True):
+    """The server, what keys are called there, and the name by which this process takes leases."""
+
+    server: StoreClient
+    names: Names
+    replica: str
+
+
+class KnownHere(Struct, frozen=True):
+    """What this process knows and the server may not, because it was away.
+
+    `carried` tells the microseconds that a bucket was charged meanwhile; `ends` are those of
+    visitors.
+    """
+
+    carried: Callable[[LimitName, str], int]
+    ends: KnownEnds
+
+
 class ValkeyStore:
     """Buckets, tokens and leases on a server that replicas share.
 
     `front` holds what was read; `counts` are told of decisions; `origins` are those whose tokens
-    are good; `carried` tells the microseconds that a bucket was charged while the server was away;
-    `ends` are those that are known here.
+    are good.
     """
 
     def __init__(
         self,
-        server: StoreClient,
-        names: Names,
+        access: ServerAccess,
         seal: Seal,
+        origins: Callable[[], frozenset[str]],
         front: TokenCache,
         limits: Limits,
         clock: Clock,
         counts: Mapping[LimitName, BucketCounts],
-        replica: str,
-        origins: Callable[[], frozenset[str]],
-        carried: Callable[[LimitName, str], int],
-        ends: KnownEnds,
+        known_here: KnownHere,
     ) -> None:
-        self._server = server
-        self._names = names
-        self._front = NearCache(front, seal, clock, ends, origins, self._put_back)
+        self._server = access.server
+        self._names = access.names
+        self._front = NearCache(front, seal, clock, known_here.ends, origins, self._put_back)
         self._limits = limits
         self._clock = clock
         self._counts = counts
-        self._replica = replica.encode()
-        self._carried = carried
-        self._ends = ends
+        self._replica = access.replica.encode()
+        self._carried = known_here.carried
+        self._ends = known_here.ends
         self._asked: set[bytes] = set()
-        self.leases = Leases(server, names)
+        self.leases = Leases(access.server, access.names)
         self._tasks = TaskSet()
 
     def use_limits(self, limits: Limits) -> None:

@@ -61,7 +61,8 @@ class Routes:
 
     `table` maps exact paths to handlers by method, and `/folder/*` where the last segment is free;
     pages are added to it.
-    `deadline` is how many seconds a request may take.
+    `deadline` is how many seconds a request may take; `admin_url` is told to those who look for
+    metrics here, once there is one.
     """
 
     def __init__(
@@ -74,14 +75,13 @@ class Routes:
         *,
         deadline: float,
         any_fingerprint: bool,
-        admin_url: str,
     ) -> None:
         self._door = door
         self._desk = desk
         self._metrics = metrics
         self._clock = clock
         self._health = health
-        self._admin_url = admin_url
+        self.admin_url = ""
         self._deadline = deadline
         self.any_fingerprint = any_fingerprint
         self.use_log(debug=False)
@@ -258,7 +258,7 @@ class Routes:
         path = request.path if absolute else request.raw_path.partition("?")[0]
         methods = self.table.get(path) or self._tree(path)
         if methods is None:
-            where = f"metrics are on the admin listener: {self._admin_url}/metrics"
+            where = f"metrics are on the admin listener: {self.admin_url}/metrics"
             other = f"no such route: tokens are at POST {TOKEN_PATH}"
             return self._error(errors.NotFound(where if path == "/metrics" else other), request_id)
         handler = methods.get(request.method) or methods.get(ANY_METHOD)

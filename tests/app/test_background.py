@@ -47,23 +47,23 @@ class Bomb:
 
 
 PLACES: dict[BackgroundTask, Callable[[Edge], tuple[Any, str]]] = {
-    BackgroundTask.HOUSEKEEPING: lambda edge: (edge.app, "_tidy"),
+    BackgroundTask.HOUSEKEEPING: lambda edge: (edge.app.housekeeping, "do_round"),
     BackgroundTask.BEAT: lambda edge: (edge.app.metrics.process, "beat"),
-    BackgroundTask.PACING: lambda edge: (edge.app._paced, "_serve_next"),
-    BackgroundTask.SHARE: lambda edge: (edge.app._paced._slots, "_look"),
+    BackgroundTask.PACING: lambda edge: (edge.app.parts.pacer, "_serve_next"),
+    BackgroundTask.SHARE: lambda edge: (edge.app.parts.pacer._slots, "_look"),
     BackgroundTask.HEARTBEATS: lambda edge: (_sharing(edge).fleet, "beat"),
     BackgroundTask.LEASES: lambda edge: (_sharing(edge)._remote.leases, "renew"),
     BackgroundTask.RECORDS: lambda edge: (_sharing(edge).book, "catch_up"),
     BackgroundTask.SUBSCRIPTION: lambda edge: (_sharing(edge)._remote, "heard_news"),
-    BackgroundTask.WATCHED_FILES: lambda edge: (edge.app._files, "changed"),
-    BackgroundTask.RELOADS: lambda edge: (edge.app, "reload"),
+    BackgroundTask.WATCHED_FILES: lambda edge: (edge.app.watch.files, "changed"),
+    BackgroundTask.RELOADS: lambda edge: (edge.app.reloader, "reload"),
 }
 """In which function each task of a process with a shared store and a budget is hit."""
 
 
 def _sharing(edge: Edge) -> Any:
-    assert edge.app.sharing is not None
-    return edge.app.sharing
+    assert edge.app.parts.shared_backend is not None
+    return edge.app.parts.shared_backend
 
 
 async def _cause(edge: Edge, name: BackgroundTask) -> None:
@@ -114,7 +114,7 @@ async def test_N2_a_task_that_is_killed_comes_back(
         owner, attribute = PLACES[name](edge)
         if name is BackgroundTask.BEAT:
             edge.app.metrics.process.beat = heart = Heart(owner.beat, failure)
-            edge.app._background.start(name, edge.app._beat)
+            edge.app._background.start(name, edge.app.housekeeping.beat)
             bomb = heart.bomb
         else:
             bomb = Bomb(owner, attribute, failure)
@@ -214,8 +214,8 @@ class TestMountThatHangs:
         """Housekeeping goes on, requests are answered, and the end comes all the same."""
         async with serving() as edge:
             held = threading.Event()
-            edge.app._files.changed = held.wait  # type: ignore[method-assign]
-            rounds = Bomb(edge.app, "_tidy", ValueError)
+            edge.app.watch.files.changed = held.wait  # type: ignore[method-assign]
+            rounds = Bomb(edge.app.housekeeping, "do_round", ValueError)
             edge.defects_expected = True
             await until(lambda: rounds.calls >= 3)
             assert (await edge.ask()).status == 200
@@ -227,13 +227,13 @@ class TestMountThatHangs:
         """Told and counted; the next is heard."""
         monkeypatch.setattr("broker.app.reload.READING", 0.2)
         async with serving() as edge:
-            held, load = threading.Event(), edge.app._load
+            held, load = threading.Event(), edge.app.reloader._load
 
             def hang() -> Any:
                 held.wait()
                 return load()
 
-            edge.app._load = hang
+            edge.app.reloader._load = hang
             edge.app.want_reload()
             reloads = edge.app.metrics.process.reloads
             await until(lambda: reloads["failure"].value == 1)
@@ -271,14 +271,14 @@ class TestMountThatHangs:
         files = {name: secret_file(tmp_path / name) for name in ("old", "new")}
         tree = {"clients": {"web": {"secret_file": files["old"], "agents": ["*"]}}}
         async with serving(tree) as edge:
-            before = edge.app._load()
+            before = edge.app.reloader._load()
             web = replace(before.clients["web"], secret_file=files["new"])
-            edge.app._load = lambda: replace(before, clients={"web": web})
+            edge.app.reloader._load = lambda: replace(before, clients={"web": web})
             reloads = edge.app.metrics.process.reloads
             edge.app.want_reload()
             await until(lambda: reloads["success"].value == 1)
             secret_file(tmp_path / "old")
-            assert not edge.app._files.changed()
+            assert not edge.app.watch.files.changed()
             secret_file(tmp_path / "new")
             await until(lambda: reloads["success"].value == 2)
             assert (await edge.ask(secret=secret_in(files["new"]))).status == 200

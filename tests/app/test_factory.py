@@ -12,7 +12,7 @@ from processes import Tree, good, merged, put, secret_file, secret_in, write
 from servers import write_certificates
 from test_config import alone, keys
 
-from broker.app import factory
+from broker.app import factory, missing_secrets
 from broker.config import load as config
 from broker.config.schema import ConfigError
 from broker.config.settings import Settings
@@ -239,7 +239,7 @@ class TestMissingFiles:
                 "store.encryption_key_file": "/nowhere/key",
             },
         )
-        assert factory.missing_files(settings(tree)) == [
+        assert missing_secrets.missing_files(settings(tree)) == [
             ("clients.shop.secret_file", "/nowhere/shop"),
             ("issuer.local.keys.two.secret_file", f"{tmp_path}/web/two"),
             ("store.encryption_key_file", "/nowhere/key"),
@@ -254,12 +254,12 @@ class TestMissingFiles:
         if before == 0:
             os.seteuid(65534)
         try:
-            missing = factory.is_missing(str(folder / "secret"))
+            missing = missing_secrets.is_missing(str(folder / "secret"))
         finally:
             os.seteuid(before)
             folder.chmod(0o700)
         assert not missing
-        assert not factory.is_missing("a\0b")
+        assert not missing_secrets.is_missing("a\0b")
 
     def test_are_made_up_so_that_everything_else_is_checked(self, tmp_path: Path) -> None:
         """A secret in place of each missing file, by its setting; what is there stays."""
@@ -280,14 +280,14 @@ class TestMissingFiles:
             return Secret(name + secrets.token_urlsafe(32))
 
         before = settings(tree)
-        made = factory.fill_missing_secrets(before, make)
+        made = missing_secrets.fill_missing_secrets(before, make)
         assert sorted(asked) == [
             "clients.shop.secret",
             "issuer.local.keys.two.secret",
             "issuer.upstream.api_secret",
             "store.encryption_key",
         ]
-        assert factory.missing_files(made) == []
+        assert missing_secrets.missing_files(made) == []
         assert made.clients["web"] == before.clients["web"]
         assert made.clients["shop"].agents == ("A1",)
         assert before == settings(tree)
@@ -365,12 +365,14 @@ class TestCertificates:
         }
         store = {"url": "valkeys://h", "encryption_key_file": "/nowhere/sealing", **files}
         tree = settings(merged(good(tmp_path), {"store": store}))
-        assert {name for name, _ in factory.missing_files(tree)} == {
+        assert {name for name, _ in missing_secrets.missing_files(tree)} == {
             "store.encryption_key_file",
             *(f"store.{name}" for name in files),
         }
-        made = factory.fill_missing_secrets(tree, lambda _name: Secret(secrets.token_urlsafe(48)))
-        assert factory.missing_files(made) == []
+        made = missing_secrets.fill_missing_secrets(
+            tree, lambda _name: Secret(secrets.token_urlsafe(48))
+        )
+        assert missing_secrets.missing_files(made) == []
         factory.check(made, NOTHING)
         assert factory.store_access(made).tls is not None
 

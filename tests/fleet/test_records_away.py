@@ -44,9 +44,9 @@ async def away_and_back(store: StoreServer, app: App) -> list[Session]:
     store.kill()
     made = [handed_out() for _ in range(50)]
     for session in made:
-        await app.book.record(session)
+        await app.parts.session_store.record(session)
     await asyncio.to_thread(store.start)
-    sharing = app.sharing
+    sharing = app.parts.shared_backend
     assert sharing is not None
 
     async def is_back() -> bool:
@@ -58,7 +58,7 @@ async def away_and_back(store: StoreServer, app: App) -> list[Session]:
 
 async def missing(app: App, made: list[Session]) -> int:
     """Count what a replica does not know."""
-    return [await app.book.find(session.session_id) for session in made].count(None)
+    return [await app.parts.session_store.find(session.session_id) for session in made].count(None)
 
 
 async def test_S1_records_of_an_outage_are_written_when_it_is_over(

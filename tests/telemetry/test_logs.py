@@ -139,7 +139,7 @@ class TestCanonicalEvents:
             async def fail(*_args: object) -> Any:
                 raise errors.UpstreamRefused(402, "NO_CREDIT", "the vendor says: pay")
 
-            edge.app.issuer.mint = fail  # type: ignore[method-assign]
+            edge.app.parts.issuer.mint = fail  # type: ignore[method-assign]
             for _ in range(5):
                 await edge.ask()
             events = edge.events("broker.embed_token")
@@ -251,10 +251,10 @@ class TestRefusals:
             async def fail(*_args: object) -> Any:
                 raise RuntimeError("out of ideas")
 
-            edge.app.issuer.mint = fail  # type: ignore[method-assign]
+            edge.app.parts.issuer.mint = fail  # type: ignore[method-assign]
             edge.defects_expected = True
             assert (await edge.ask(fingerprint)).token == held.token
-            await edge.app.tokens.flights.drained()
+            await edge.app.parts.token_service.flights.drained()
             (defect,) = edge.events("broker.defect")
         assert defect["level"] == "error"
         assert defect["exception"][0]["exc_type"] == "RuntimeError"
@@ -578,7 +578,7 @@ async def _exercise(edge: Edge, canaries: _Canaries) -> str:
     replies += [await edge.post(b"", path="/v1/validate", secret=v[:-1]) for v in known]
     replies += [await edge.ask(agent="other", secret=canaries.other_secret)]
     await _cause_a_defect(edge, own)
-    assert await edge.app.reload() is True
+    assert await edge.app.reloader.reload() is True
     assert {reply.status for reply in replies} >= {400, 401, 403, 404, 405, 429}
     return "\n".join(reply.text for reply in replies if reply.status != 200)
 
@@ -591,9 +591,9 @@ async def _cause_a_defect(edge: Edge, own: dict[str, Any]) -> None:
         raise RuntimeError(f"out of {len(local)} ideas")
 
     edge.defects_expected = True
-    kept, edge.app.issuer.mint = edge.app.issuer.mint, fail  # type: ignore[method-assign]
+    kept, edge.app.parts.issuer.mint = edge.app.parts.issuer.mint, fail  # type: ignore[method-assign]
     assert (await edge.ask(**own)).status == 500
-    edge.app.issuer.mint = kept  # type: ignore[method-assign]
+    edge.app.parts.issuer.mint = kept  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("form", FORMS)

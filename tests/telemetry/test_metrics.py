@@ -258,7 +258,7 @@ class TestTruth:
             assert scraped['broker_tokens_evicted_total{cause="capacity"}'] == 3
             assert scraped["broker_tokens_cached"] == 5
             edge.time.advance(3600)
-            edge.app.store.tidy()
+            edge.app.parts.store.tidy()
             scraped = await edge.scrape()
             assert scraped['broker_tokens_evicted_total{cause="expired"}'] == 5
             assert scraped["broker_tokens_cached"] == 0
@@ -268,13 +268,13 @@ class TestTruth:
         from broker.config.schema import ConfigError
 
         async with serving() as edge:
-            assert await edge.app.reload() is True
+            assert await edge.app.reloader.reload() is True
 
             def broken() -> Any:
                 raise ConfigError("limits.agent: rate must be a positive, finite number")
 
-            edge.app._load = broken
-            assert await edge.app.reload() is False
+            edge.app.reloader._load = broken
+            assert await edge.app.reloader.reload() is False
             scraped = await edge.scrape()
             assert scraped['broker_config_reloads_total{outcome="success"}'] == 1
             assert scraped['broker_config_reloads_total{outcome="failure"}'] == 1
@@ -295,11 +295,11 @@ class TestSeries:
             before = (await edge.scrape()).keys()
             for n in range(100_000):
                 ask = TokenRequest("web", f"agent{n}", f"{n:032x}")
-                visit = await edge.app.store.visit(ask, ask.key)
+                visit = await edge.app.parts.store.visit(ask, ask.key)
                 assert visit.denial is None
-                assert edge.app.store.charge_mint(ask) is None
+                assert edge.app.parts.store.charge_mint(ask) is None
             for n in range(2_000):
-                await edge.app.tokens.issue(
+                await edge.app.parts.token_service.issue(
                     TokenRequest("web", f"agent{n}", f"{n:016x}", f"m{n}"), 10
                 )
             for n in range(20):

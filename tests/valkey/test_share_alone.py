@@ -39,7 +39,6 @@ class Running:
         self.member = member
         self.slots = member.slots(budget)
         self.paced = BudgetPacer(budget, lambda _seconds: None, self.slots)
-        self.slots.hold = self.paced.hold
         self.calls: list[float] = []
         self.told: list[float] = []
 

@@ -405,7 +405,7 @@ async def broker_before(
             await app.run()
         for bug in ("broker.defect", "broker.background_restarted"):
             assert bug not in log.getvalue(), log.getvalue()
-        assert len(app.tokens.flights) == 0
+        assert len(app.parts.token_service.flights) == 0
 
 
 @contextmanager

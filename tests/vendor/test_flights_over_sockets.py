@@ -495,5 +495,5 @@ def key_of(fingerprint: str) -> str:
 
 def _waiting(house: House) -> int:
     """How many wait for the mint that is under way."""
-    flights = house.app.tokens.flights._by_key.values()
+    flights = house.app.parts.token_service.flights._by_key.values()
     return sum(len(flight._waiters) for flight in flights)

@@ -303,7 +303,7 @@ class TestKeyFile:
         key.write_text(vendor.secret.reveal())
         async with broker_before(vendor, self.tree(key)) as house:
             key.write_text("")
-            assert await house.app.reload() is False
+            assert await house.app.reloader.reload() is False
             assert (await house.ask()).status == 200
             (event,) = house.events("broker.reload_failed")
             assert "is empty" in event["error"]

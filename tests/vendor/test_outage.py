@@ -90,7 +90,7 @@ async def test_V6_G5_thirty_seconds_in_the_dark() -> None:
         tried = _told(house) - errors_before
         await vendor.accept_connections()
         metrics = await house.scrape()
-        waits = house.app.issuer.health.wait(house.app._clock.mono()) / 1e6
+        waits = house.app.parts.issuer.health.wait(house.app.parts.clock.mono()) / 1e6
         await crowd.come(waits + 8)
 
         failures = [(at, left, reply) for at, left, reply in crowd.seen if reply.status != 200]

@@ -262,7 +262,11 @@ class TestTheKeyStays:
             told.append((await house.ask()).body.decode())
             told.append((await house.ask(secret=spare)).body.decode())
             told.append(await house.scrape_text())
-            told.append(repr(house.app.issuer) + repr(house.app.tokens.flights) + repr(vendor))
+            told.append(
+                repr(house.app.parts.issuer)
+                + repr(house.app.parts.token_service.flights)
+                + repr(vendor)
+            )
         assert sum(name.startswith("token") for name in canaries) > 10
         out = house.log.getvalue() + "\n".join(told)
         assert len(house.log.getvalue()) > 1000

@@ -340,7 +340,7 @@ async def serving(
             await app.run()
         for bug in ("broker.defect", "broker.background_restarted"):
             assert edge.defects_expected or bug not in log.getvalue(), log.getvalue()
-        assert len(app.tokens.flights) == 0
+        assert len(app.parts.token_service.flights) == 0
         await _settle(before)
 
 

@@ -94,7 +94,7 @@ class TestProbes:
 
     async def test_readiness_ends_with_the_drain_liveness_does_not(self, edge: Edge) -> None:
         """A balancer looks away; nobody kills the process for it."""
-        edge.app._health.draining = True
+        edge.app.parts.readiness.draining = True
         ready = await edge.admin("/readyz")
         assert (ready.status, ready.json) == (503, {"status": "draining"})
         assert (await edge.admin("/livez")).status == 200

@@ -287,7 +287,7 @@ class TestForwardedFor:
         async with serving({"server": {"trusted_proxies": [PROXY]}}) as edge:
             await exhaust(edge, source=PROXY)
             assert (await edge.fail_to_log_in(forwarded, source=PROXY)).status == 429
-            assert len(edge.app.door.failures) == 1
+            assert len(edge.app.parts.authenticator.failures) == 1
 
     @pytest.mark.parametrize("forwarded", ["unknown", "bogus", "1" * 4000])
     async def test_N6_what_cannot_be_read_is_counted_for_nobody(self, forwarded: str) -> None:
@@ -296,7 +296,7 @@ class TestForwardedFor:
             await exhaust(edge, source=PROXY)
             for _ in range(31):
                 assert (await edge.fail_to_log_in(forwarded, source=PROXY)).status == 401
-            assert len(edge.app.door.failures) == 1
+            assert len(edge.app.parts.authenticator.failures) == 1
 
     @pytest.mark.parametrize(
         ("peer", "forwarded", "named"),

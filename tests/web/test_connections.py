@@ -740,7 +740,7 @@ async def _end_of(
 
 def _connections(edge: Edge, listener: str) -> list[Any]:
     if listener == "data":
-        return edge.app._server.connections
+        return edge.app.parts.server.connections
     assert edge.app._admin is not None
     served = edge.app._admin._runner.server
     assert served is not None

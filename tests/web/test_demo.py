@@ -152,4 +152,4 @@ async def test_only_development_on_loopback_has_it(edge: Edge) -> None:
     for listen, there in (("127.0.0.1:0", True), ("0.0.0.0:0", False)):
         tree = {"server": {"listen": listen}, "clients": {"dev": {"secret": "x" * 20}}}
         async with serving(tree, dev=True) as development:
-            assert ("/demo/token" in development.app._routes.table) is there
+            assert ("/demo/token" in development.app.parts.routes.table) is there

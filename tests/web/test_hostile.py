@@ -264,7 +264,7 @@ class TestSlowSockets:
                 line.send(b"x" if n % len(kinds) == 2 else b"")
             replies = await edge.all_at_once(edge.asking() for _ in range(20))
             assert {reply.status for reply in replies} == {200}
-        assert len(edge.app._server.connections) >= 500
+        assert len(edge.app.parts.server.connections) >= 500
         assert not any(line.reader.at_eof() for line in lines)
         await _hang_up(lines)
 
@@ -318,15 +318,15 @@ class TestSlowSockets:
             finally:
                 ended.set()
 
-        edge.app.issuer.mint = wait_for_a_turn  # type: ignore[assignment,method-assign]
+        edge.app.parts.issuer.mint = wait_for_a_turn  # type: ignore[assignment,method-assign]
         line = await edge.connect()
         line.send(edge.asking())
         async with asyncio.timeout(30):
             await started.wait()
             line.writer.transport.abort()
             await ended.wait()
-            await edge.app.tokens.flights.drained()
-        assert len(edge.app.tokens.flights) == 0
+            await edge.app.parts.token_service.flights.drained()
+        assert len(edge.app.parts.token_service.flights) == 0
         assert edge.events("broker.embed_token") == []
 
 

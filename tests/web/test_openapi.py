@@ -62,11 +62,14 @@ class TestDocument:
     async def test_every_public_route_is_in_it_and_nothing_else(self, edge: Edge) -> None:
         """Aliases of the liveness probe, the script's files, pages, what is below a path aside."""
         aliases = {"/health", "/healthz", "/v1/embed-tokens/verify/*"}
-        files = {path for path in edge.app._routes.table if path.startswith("/embed.")}
+        files = {path for path in edge.app.parts.routes.table if path.startswith("/embed.")}
         assert len(files) == 4
-        assert set(API["paths"]) == set(edge.app._routes.table) - aliases - files
+        assert set(API["paths"]) == set(edge.app.parts.routes.table) - aliases - files
         for path, operations in API["paths"].items():
-            methods = {method.lower() for method in edge.app._routes.table[path]} - {"head", "*"}
+            methods = {method.lower() for method in edge.app.parts.routes.table[path]} - {
+                "head",
+                "*",
+            }
             assert set(operations) == methods
 
     def test_operations_have_names_of_their_own(self) -> None:
@@ -119,7 +122,7 @@ class TestAnswersAreAsDocumented:
             require_documented(reply, path)
         require_documented(await edge.get("/livez"), "/livez", "get")
         require_documented(await edge.get("/readyz"), "/readyz", "get")
-        edge.app._health.draining = True
+        edge.app.parts.readiness.draining = True
         require_documented(await edge.get("/readyz"), "/readyz", "get")
 
 

@@ -105,7 +105,7 @@ class TestReadyAnswer:
         client.setblocking(False)
         await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", edge.port))
         assert (await edge.get("/livez")).status == 200  # by now the first one is accepted
-        server = edge.app._server
+        server = edge.app.parts.server
         transport = await _transport_of(server, client.getsockname())
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         sending = asyncio.create_task(

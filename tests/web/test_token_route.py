@@ -239,7 +239,7 @@ class TestConnections:
 
     async def test_draining_is_told_and_requests_are_still_taken(self, edge: Edge) -> None:
         """While a balancer looks away: /readyz 503, tokens as before, connections closed."""
-        edge.app._health.draining = True
+        edge.app.parts.readiness.draining = True
         reply = await edge.ask()
         assert (reply.status, reply.header("Connection")) == (200, "close")
         ready = await edge.get("/readyz")
@@ -541,17 +541,17 @@ class TestWhatIsBehindFails:
         """
         given: list[float] = []
         async with serving({"server": {"deadline": "12s"}}) as edge:
-            issue = edge.app.tokens.issue
+            issue = edge.app.parts.token_service.issue
 
             async def recorded(ask: TokenRequest, patience: float) -> IssuedToken | Refusal:
                 given.append(patience)
                 return await issue(ask, patience)
 
-            monkeypatch.setattr(edge.app.tokens, "issue", recorded)
+            monkeypatch.setattr(edge.app.parts.token_service, "issue", recorded)
             line = await edge.connect()
             data = edge.asking()
             line.send(data[:-10])
-            connections = edge.app._server.connections
+            connections = edge.app.parts.server.connections
             await until(lambda: any(one._request_in_progress for one in connections))
             began = time.perf_counter()
             await asyncio.sleep(0.5)
@@ -569,7 +569,7 @@ class TestWhatIsBehindFails:
             reply = await edge.ask(fingerprint)
             assert (reply.status, reply.code) == (504, "UPSTREAM_TIMEOUT")
             go.set()
-            await edge.app.tokens.flights.drained()
+            await edge.app.parts.token_service.flights.drained()
             assert (await edge.ask(fingerprint)).cache_status == "embed-token-broker; hit"
             assert hold.calls == 1
 
@@ -813,7 +813,7 @@ class _Hold:
 
     def __init__(self, edge: Edge, go: asyncio.Event) -> None:
         self.calls = 0
-        self._mint: Callable[..., Awaitable[Any]] = edge.app.issuer.mint
+        self._mint: Callable[..., Awaitable[Any]] = edge.app.parts.issuer.mint
         self._go = go
 
     async def __call__(self, ask: TokenRequest, turn: Turn) -> Minted:
@@ -831,7 +831,7 @@ def _slow(edge: Edge) -> tuple[_Hold, asyncio.Event]:
     """Make the issuer wait for an event."""
     go = asyncio.Event()
     hold = _Hold(edge, go)
-    edge.app.issuer.mint = hold  # type: ignore[method-assign]
+    edge.app.parts.issuer.mint = hold  # type: ignore[method-assign]
     return hold, go
 
 
@@ -841,11 +841,11 @@ def _failing(edge: Edge, error: Exception) -> None:
     async def fail(*args: object) -> Any:
         raise error
 
-    edge.app.issuer.mint = fail  # type: ignore[method-assign]
+    edge.app.parts.issuer.mint = fail  # type: ignore[method-assign]
 
 
 def _flights(edge: Edge) -> list[Any]:
-    return list(edge.app.tokens.flights._by_key.values())
+    return list(edge.app.parts.token_service.flights._by_key.values())
 
 
 async def _until(condition: Callable[[], bool]) -> None:

@@ -195,7 +195,7 @@ class TestRevocation:
         ends = minted.json["data"]["expires_at"] + 60
         while edge.time.wall() < (ends - 1) * 1_000_000:
             edge.time.advance(min(600, ends - 1 - edge.time.wall() / 1_000_000 + 0.001))
-            edge.app._tidy()
+            edge.app.housekeeping.do_round()
             told = await edge.get(VERIFY_PATH, X_Embed_Token=minted.token)
             assert (told.status, told.message) == (401, "token: revoked")
 
@@ -204,14 +204,14 @@ class TestRevocation:
         fingerprint = visitor()
         held = await edge.ask(fingerprint)
         begun, go = asyncio.Event(), asyncio.Event()
-        mint = edge.app.issuer.mint
+        mint = edge.app.parts.issuer.mint
 
         async def slow(ask: object, turn: object) -> object:
             begun.set()
             await go.wait()
             return await mint(ask, turn)  # type: ignore[arg-type]
 
-        edge.app.issuer.mint = slow  # type: ignore[assignment,method-assign]
+        edge.app.parts.issuer.mint = slow  # type: ignore[assignment,method-assign]
         asking = [asyncio.ensure_future(edge.ask(fingerprint, fresh=True)) for _ in range(5)]
         await begun.wait()
         await revoke(edge, held.token)
@@ -224,7 +224,7 @@ class TestRevocation:
         after = await edge.ask(fingerprint)
         assert after.session != held.session
         assert await verified(edge, after.token) == 200
-        live = [session.session_id for session in edge.app.book.sessions]
+        live = [session.session_id for session in edge.app.parts.session_store.sessions]
         assert live == [after.session]
 
     async def test_G9_an_end_that_failed_half_way_is_completed_by_the_next(
@@ -234,15 +234,15 @@ class TestRevocation:
         fingerprint = visitor()
         first = await edge.ask(fingerprint)
         second = await edge.ask(fingerprint, agent="B2")
-        end_visitor = edge.app.store.end_visitor
-        edge.app.store.end_visitor = away  # type: ignore[method-assign]
+        end_visitor = edge.app.parts.store.end_visitor
+        edge.app.parts.store.end_visitor = away  # type: ignore[method-assign]
         refused = await revoke(edge, first.token)
         assert (refused.status, await verified(edge, first.token)) == (503, 401)
-        edge.app.store.end_visitor = end_visitor  # type: ignore[method-assign]
+        edge.app.parts.store.end_visitor = end_visitor  # type: ignore[method-assign]
         assert (await revoke(edge, first.token)).status == 200
         assert (await edge.ask(fingerprint)).session != first.session
         assert (await edge.ask(fingerprint, agent="B2")).session != second.session
-        assert edge.app.book.ids.isdisjoint({first.session})
+        assert edge.app.parts.session_store.ids.isdisjoint({first.session})
         assert edge.events("broker.session_ended") == [
             {
                 "event": "broker.session_ended",
@@ -271,7 +271,7 @@ class TestRevocation:
 
     async def test_too_many_ends_are_refused_not_forgotten(self, edge: Edge) -> None:
         """503 and Retry-After; what was ended stays so."""
-        edge.app.book._most_ended = 2
+        edge.app.parts.session_store._most_ended = 2
         first, second = (await edge.ask()).token, (await edge.ask()).token
         assert (await revoke(edge, first)).status == 200
         refused = await revoke(edge, second)
@@ -292,8 +292,8 @@ class TestRevocation:
 
         token = (await edge.ask()).token
         with monkeypatch.context() as patch:
-            patch.setattr(edge.app.sessions, "_session_of", full)
-            patch.setattr(edge.app.book, "disown", disown)
+            patch.setattr(edge.app.parts.introspector, "_session_of", full)
+            patch.setattr(edge.app.parts.session_store, "disown", disown)
             refused = await revoke(edge, "x")
         assert (refused.status, refused.code) == (503, "SERVICE_UNAVAILABLE")
         assert refused.header("Retry-After") == "60"
