@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from broker.app import factory, snapshot
+from broker.app import credentials, factory, snapshot
 from broker.app.gc_tuning import GcTuner
 from broker.app.reload import in_force, needs_restart, read_aside
 from broker.app.worker_context import WorkerContext
@@ -109,7 +109,7 @@ class App:
         budget = factory.budget(settings)
         self.metrics = self._seat.metrics if self._seat else factory.metrics(settings)
         self._background = Background(self.metrics.process.background)
-        self._sealing_key = factory.sealing_key(settings)
+        self._sealing_key = credentials.sealing_key(settings)
         self._tokens = TokenCache(
             settings.reuse.max_tokens,
             keep_until=lambda token: token.dies_mono - policy.marks(token.lifetime).outage,
@@ -209,13 +209,15 @@ class App:
         settings = self._settings
         if settings.issuer.kind == "local":
             local = settings.issuer.local
-            return LocalIssuer(factory.keyring(settings), local.issuer, local.audience, self._clock)
+            return LocalIssuer(
+                credentials.keyring(settings), local.issuer, local.audience, self._clock
+            )
         assert self._paced is not None  # the relay always has a budget
         upstream = settings.issuer.upstream
-        keys = factory.vendor_keys(
+        keys = credentials.vendor_keys(
             settings, self._environ
         )  # before the client, which must be closed
-        proxy = factory.vendor_proxy(settings, self._environ)
+        proxy = credentials.vendor_proxy(settings, self._environ)
         return UpstreamIssuer(
             VendorClient(upstream.base_url, upstream.timeout.seconds, proxy),
             keys,
@@ -304,7 +306,7 @@ class App:
         """
         loaded = self._load()
         settings = in_force(self._settings, loaded)
-        other_key = factory.sealing_key(settings) != self._sealing_key
+        other_key = credentials.sealing_key(settings) != self._sealing_key
         return loaded, other_key, self.prepared(settings)
 
     def prepared(self, settings: Settings) -> Callable[[], None]:
@@ -342,15 +344,15 @@ class App:
         if settings.issuer.kind != issuer.name:
             return lambda: None  # told as needing a restart
         if isinstance(issuer, UpstreamIssuer):
-            keys = factory.vendor_keys(settings, self._environ)
-            proxy = factory.vendor_proxy(settings, self._environ)
+            keys = credentials.vendor_keys(settings, self._environ)
+            proxy = credentials.vendor_proxy(settings, self._environ)
 
             def replace() -> None:
                 issuer.use_keys(keys)
                 issuer.use_proxy(proxy)
 
             return replace
-        keyring = factory.keyring(settings)
+        keyring = credentials.keyring(settings)
 
         def turn() -> None:
             before = issuer.origins

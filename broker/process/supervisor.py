@@ -26,12 +26,13 @@ import structlog
 from aiohttp.web import Application
 from prometheus_client import CollectorRegistry
 
-from broker.app import factory
+from broker.app import credentials, factory
 from broker.app.reload import in_force, needs_restart, read_aside
 from broker.clock import sleep_unless
 from broker.config.schema import ConfigError
 from broker.config.secret_files import SecretFiles
 from broker.config.settings import Settings
+from broker.exit_codes import FATAL_EXIT_CODES
 from broker.process.ipc import Start, packed
 from broker.process.worker_process import WorkerProcess, reason_of
 from broker.rules import restarts
@@ -55,9 +56,6 @@ ROUND = 0.5
 
 GRACE = 2.0
 """Seconds beyond `drain` in which a worker must have ended: it closes connections and says so."""
-
-FATAL_EXIT_CODES = frozenset({69, 78})
-"""Exit codes with which a worker says at the start that another try would end alike."""
 
 
 class CannotStart(Exception):
@@ -106,7 +104,7 @@ class Supervisor:
         self._dev = dev
         self._files = SecretFiles(file for _, file in factory.watched_files(settings))
         factory.check(settings, environ)
-        self._sealing_key = factory.sealing_key(settings)
+        self._sealing_key = credentials.sealing_key(settings)
         self._told = factory.with_store_secrets(settings, self._sealing_key)
         count, width = settings.server.workers, factory.metrics(settings).sheet.width
         self._memory = share(count + 1, width)
@@ -305,7 +303,7 @@ class Supervisor:
         settings = in_force(self._settings, loaded)
         files = SecretFiles(file for _, file in factory.watched_files(settings))
         factory.check(settings, self._environ)
-        other_key = factory.sealing_key(settings) != self._sealing_key
+        other_key = credentials.sealing_key(settings) != self._sealing_key
         told = factory.with_store_secrets(settings, self._sealing_key)
         registrar = self._registrar
         put_in_force = _nothing if registrar is None else registrar.prepared(told)
