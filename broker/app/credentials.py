@@ -6,6 +6,7 @@ imports of a server.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from broker.config import files
 from broker.config.load import VENDOR_VARIABLES, read_secret, secret_in
@@ -13,8 +14,10 @@ from broker.config.schema import ConfigError
 from broker.config.settings import LocalIssuerSettings, Settings
 from broker.issuers import keyfile
 from broker.issuers.keyring import BadKey, Keyring, check_key
-from broker.issuers.vendor.egress import Proxy, check_proxy, proxy_for
 from broker.model import Secret
+
+if TYPE_CHECKING:
+    from broker.issuers.vendor.egress import Proxy
 
 
 def vendor_keys(settings: Settings, environ: Mapping[str, str]) -> list[Secret]:
@@ -37,8 +40,10 @@ def vendor_keys(settings: Settings, environ: Mapping[str, str]) -> list[Secret]:
     return list(dict.fromkeys(usable))
 
 
-def vendor_proxy(settings: Settings, environ: Mapping[str, str]) -> Proxy | None:
+def vendor_proxy(settings: Settings, environ: Mapping[str, str]) -> "Proxy | None":
     """Return the proxy on the way to the vendor, None for none; raises ConfigError."""
+    from broker.issuers.vendor.egress import check_proxy, proxy_for  # noqa: PLC0415 - as in validate
+
     upstream = settings.issuer.upstream
     given = read_secret("issuer.upstream.proxy", upstream.proxy, upstream.proxy_file)
     try:

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import secrets
 
 from broker.cli.base import Commands, settings_of
 from broker.config.settings import Settings
@@ -18,6 +17,8 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Build every part once, with made-up secrets for files that are not on this machine."""
+    import secrets
+
     from broker.app import factory
 
     settings = settings_of(arguments)

@@ -1,9 +1,7 @@
 """`broker fake-vendor`: a vendor for tests, with its limits and without real tokens."""
 
 import argparse
-import json
 import os
-import secrets
 import signal
 from typing import TYPE_CHECKING
 
@@ -31,6 +29,8 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Serve until Ctrl-C; the first line tells where, and the key that it accepts."""
     import asyncio
+    import json
+    import secrets
 
     from broker.config.validate import parse_address
     from broker.testing import VendorSettings, serve_forever

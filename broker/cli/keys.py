@@ -5,7 +5,6 @@ No secret is ever printed but one that was just made.
 
 import argparse
 import os
-import secrets
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +54,8 @@ def add(commands: Commands) -> None:
 
 def run_generate(arguments: argparse.Namespace) -> int:
     """Print a new key, or write it into a file that is not there yet."""
+    import secrets
+
     key = secrets.token_urlsafe(32)
     if not arguments.out:
         tell(key)
@@ -93,6 +94,8 @@ def rotate(settings: Settings, after: int, *, drop_old: bool) -> list[str]:
     `drop_old` is for a key that somebody has seen: the new one signs at once, and whatever the old
     ones signed is not good any more.
     """
+    import secrets
+
     from broker.cli.key_table import rows
     from broker.config.files import CannotRead
     from broker.issuers import keyfile

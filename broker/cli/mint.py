@@ -1,12 +1,8 @@
 """`broker mint`: one token from the command line, signed here or asked of a running broker."""
 
 import argparse
-import html
-import json
 import os
-from http import HTTPStatus
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 from broker.cli.base import Commands, settings_of
 from broker.config.schema import ConfigError
@@ -96,6 +92,8 @@ def sign(settings: Settings, agent: str, fingerprint: str) -> str:
 
 def _checked(settings: Settings, agent: str, fingerprint: str) -> TokenRequest:
     """Hold the command line to the rules of the wire."""
+    import json
+
     from broker.errors import BrokerError
     from broker.wire import request as wire
 
@@ -119,6 +117,8 @@ def ask(url: str, secret: str, agent: str, fingerprint: str) -> str:
 
 
 async def _ask(url: str, secret: str, body: dict[str, str]) -> str:
+    from http import HTTPStatus
+
     import aiohttp
 
     from broker.issuers.vendor.token import is_token
@@ -157,6 +157,9 @@ def iframe(agent: str, token: str) -> str:
     The stars in `allow` are needed: the viewer is reached through redirects to other origins, and
     without them the microphone stays silent.
     """
+    import html
+    from urllib.parse import quote
+
     source = f"{EMBED_ORIGIN}/embed/{quote(agent, safe='')}?token={quote(token, safe='')}"
     return (
         f'<iframe src="{html.escape(source)}" title="Talking avatar"'

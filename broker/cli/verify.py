@@ -1,11 +1,9 @@
 """`broker verify`: what the token on standard input proves, by the local keys."""
 
 import argparse
-import json
 import sys
 
 from broker.cli.base import Commands, settings_of
-from broker.config.files import MAX_FILE
 from broker.exit_codes import EX_NO, EX_OK
 from broker.telemetry.streams import complain, tell
 
@@ -17,8 +15,11 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the claims of a token that is good now."""
+    import json
+
     from broker.app import credentials
     from broker.clock import SystemClock
+    from broker.config.files import MAX_FILE
     from broker.issuers.keyring import BadToken
 
     settings = settings_of(arguments)
