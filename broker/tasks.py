@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import structlog
@@ -143,22 +144,18 @@ async def aside(work: Callable[[], T]) -> T:
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 
-    def settle(result: T | None, failure: BaseException | None) -> None:
-        if done.done():
-            return  # whoever asked was cancelled
-        if failure is not None:
-            done.set_exception(failure)
-        else:
-            done.set_result(result)  # type: ignore[arg-type]  # one of both is given
+    def settle(tell: Callable[[], None]) -> None:
+        if not done.done():  # or whoever asked was cancelled
+            tell()
 
     def run() -> None:
-        result, failure = None, None
+        tell: Callable[[], None]
         try:
-            result = work()
+            tell = partial(done.set_result, work())
         except BaseException as error:  # noqa: BLE001 - raised where it was asked for
-            failure = error
+            tell = partial(done.set_exception, error)
         with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
-            loop.call_soon_threadsafe(settle, result, failure)
+            loop.call_soon_threadsafe(settle, tell)
 
     threading.Thread(target=run, name="aside", daemon=True).start()
     return await done

@@ -1,8 +1,6 @@
-"""The version, as installed."""
+"""The version, said once: the package's metadata takes it from here.
 
-from importlib.metadata import PackageNotFoundError, version
+Not read back from that metadata, which takes longer than most commands.
+"""
 
-try:
-    VERSION = version("embed-token-broker")
-except PackageNotFoundError:  # a source tree that was never installed
-    VERSION = "0+unknown"
+VERSION = "0.1.0"

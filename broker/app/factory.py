@@ -8,13 +8,13 @@ checked the start.
 import ipaddress
 import ssl
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from msgspec.structs import replace
 
+from broker.app import credentials
 from broker.config import files
 from broker.config.addresses import Access, StoreAddress, parse_store_url
-from broker.config.load import MIN_CLIENT_SECRET, VENDOR_VARIABLES, read_secret, secret_in
+from broker.config.load import MIN_CLIENT_SECRET, read_secret
 from broker.config.schema import ConfigError
 from broker.config.settings import (
     AgentLimitSettings,
@@ -23,14 +23,10 @@ from broker.config.settings import (
     FingerprintLimitSettings,
     FingerprintMintsLimitSettings,
     LimitSettings,
-    LocalIssuerSettings,
     Settings,
     StoreSettings,
 )
 from broker.config.validate import is_loopback, parse_address
-from broker.issuers import keyfile
-from broker.issuers.keyring import BadKey, Keyring, check_key
-from broker.issuers.vendor.egress import Proxy, check_proxy, proxy_for
 from broker.limits.policy import LimitPolicy, LimitRule, Limits
 from broker.model import LimitName, Secret
 from broker.pacing.slots import Budget
@@ -117,78 +113,8 @@ def _holders_of_vendor_keys(settings: Settings, environ: Mapping[str, str]) -> l
         )
     return [
         Client("vendor-key", key.digest(), None, allow_origin=False)
-        for key in vendor_keys(settings, environ)
+        for key in credentials.vendor_keys(settings, environ)
     ]
-
-
-def vendor_keys(settings: Settings, environ: Mapping[str, str]) -> list[Secret]:
-    """Return the vendor's keys in order; raises ConfigError for none, or an unusable one."""
-    upstream = settings.issuer.upstream
-    name = "issuer.upstream.api_secret"
-    if upstream.api_secret is not None and upstream.api_secret_files:
-        raise ConfigError(f"{name} and {name}_files are both set: keep one")
-    found = [secret_in(f"{name}_files", file) for file in upstream.api_secret_files]
-    keys: list[Secret | None] = [upstream.api_secret, *found]
-    if not any(keys):
-        given = next((environ[name] for name in VENDOR_VARIABLES if environ.get(name)), None)
-        keys = [Secret(given) if given else None]
-    usable = [key for key in keys if key is not None]
-    if not usable:
-        raise ConfigError(f"{name}_files: no vendor key; set it, or BITHUMAN_API_SECRET")
-    for key in usable:
-        if not key.reveal().isascii() or not key.reveal().isprintable() or " " in key.reveal():
-            raise ConfigError(f"{name}: not a key: it holds blanks or unprintable characters")
-    return list(dict.fromkeys(usable))
-
-
-def vendor_proxy(settings: Settings, environ: Mapping[str, str]) -> Proxy | None:
-    """Return the proxy on the way to the vendor, None for none; raises ConfigError."""
-    upstream = settings.issuer.upstream
-    given = read_secret("issuer.upstream.proxy", upstream.proxy, upstream.proxy_file)
-    try:
-        if given is not None:
-            check_proxy(given)
-        return proxy_for(upstream.base_url, given, environ)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def keyring(settings: Settings) -> Keyring:
-    """Return the keys of the local issuer; raises ConfigError for none or a weak one."""
-    local = settings.issuer.local
-    if local.keys_file is not None:
-        return _keyring_in(local.keys_file, local)
-    keys: dict[str, bytes] = {}
-    for kid, key in local.keys.items():
-        secret = read_secret(f"issuer.local.keys.{kid}.secret", key.secret, key.secret_file)
-        if secret is None:
-            raise ConfigError(f"issuer.local.keys.{kid}: needs secret_file")
-        keys[kid] = secret.reveal().encode()
-    if not keys:
-        raise ConfigError(
-            "issuer.local.keys: no key to sign with; make one with `broker keys generate`,"
-            " or try `broker serve --dev`"
-        )
-    if not local.signing_key and len(keys) > 1:
-        raise ConfigError("issuer.local.signing_key: required with more than one key")
-    try:
-        return Keyring.of(keys, local.signing_key or next(iter(keys)))
-    except BadKey as error:
-        raise ConfigError(f"issuer.local.keys: {error}") from None
-
-
-def _keyring_in(file: str, local: LocalIssuerSettings) -> Keyring:
-    """Return the keys of a file that `broker keys rotate` wrote."""
-    if local.keys or local.signing_key:
-        other = "keys" if local.keys else "signing_key"
-        raise ConfigError(f"issuer.local.keys_file and issuer.local.{other} are both set: keep one")
-    try:
-        return Keyring(keyfile.schedule(keyfile.read(Path(file))))
-    except files.CannotRead as error:
-        remedy = "; make it with `broker keys rotate`" if error.is_absent else ""
-        raise ConfigError(f"issuer.local.keys_file: {error}{remedy}") from None
-    except (keyfile.BadKeyFile, BadKey) as error:
-        raise ConfigError(f"issuer.local.keys_file: {file}: {error}") from None
 
 
 def limits(settings: Settings) -> Limits:
@@ -232,18 +158,6 @@ def metrics(settings: Settings, cells: Row | None = None) -> Metrics:
         workers=workers if workers > 1 else 0,
         cells=cells,
     )
-
-
-def sealing_key(settings: Settings) -> Secret | None:
-    """Return the key that seals what is stored; raises ConfigError for a weak one."""
-    store = settings.store
-    secret = read_secret("store.encryption_key", store.encryption_key, store.encryption_key_file)
-    if secret is not None:
-        try:
-            check_key("store.encryption_key", secret.reveal().encode())
-        except BadKey as error:
-            raise ConfigError(f"store.encryption_key_file: {error}") from None
-    return secret
 
 
 def store_address(settings: Settings) -> StoreAddress | None:
@@ -317,11 +231,11 @@ def check(settings: Settings, environ: Mapping[str, str]) -> None:
     clients(settings, environ)
     admin_clients(settings)
     if settings.issuer.kind == "upstream":
-        vendor_keys(settings, environ)
-        vendor_proxy(settings, environ)
+        credentials.vendor_keys(settings, environ)
+        credentials.vendor_proxy(settings, environ)
     else:
-        keyring(settings)
-    sealing_key(settings)
+        credentials.keyring(settings)
+    credentials.sealing_key(settings)
     store_access(settings)
     limits(settings)
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import structlog
 from msgspec.structs import replace
 
-from broker.app import factory
+from broker.app import credentials, factory
 from broker.app.housekeeping import FileWatch
 from broker.app.wiring import Parts
 from broker.config.schema import ConfigError
@@ -173,7 +173,7 @@ class Reloader:
         """
         loaded = self._load()
         settings = in_force(self._settings, loaded)
-        other_key = factory.sealing_key(settings) != self._parts.sealing_key
+        other_key = credentials.sealing_key(settings) != self._parts.sealing_key
         return loaded, other_key, self.prepared(settings)
 
     def _new_keys(self, settings: Settings) -> Callable[[], None]:
@@ -182,15 +182,15 @@ class Reloader:
         if settings.issuer.kind != issuer.name:
             return lambda: None  # told as needing a restart
         if isinstance(issuer, UpstreamIssuer):
-            keys = factory.vendor_keys(settings, self._environ)
-            proxy = factory.vendor_proxy(settings, self._environ)
+            keys = credentials.vendor_keys(settings, self._environ)
+            proxy = credentials.vendor_proxy(settings, self._environ)
 
             def replace_keys() -> None:
                 issuer.use_keys(keys)
                 issuer.use_proxy(proxy)
 
             return replace_keys
-        keyring = factory.keyring(settings)
+        keyring = credentials.keyring(settings)
 
         def turn() -> None:
             before = issuer.origins

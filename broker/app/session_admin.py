@@ -8,7 +8,7 @@ from collections.abc import Callable
 from aiohttp import web
 from typing_extensions import override
 
-from broker.app import factory
+from broker.app import credentials, factory
 from broker.app.shared_backend import names_of
 from broker.clock import SystemClock
 from broker.config.settings import Settings
@@ -37,7 +37,7 @@ class SessionAdminApi:
     """Serves the routes, if the settings have a secret for them; several workers share a store."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        address, key = factory.store_address(settings), factory.sealing_key(settings)
+        address, key = factory.store_address(settings), credentials.sealing_key(settings)
         assert address is not None  # both are checked with the settings
         assert key is not None
         self._clock = SystemClock()

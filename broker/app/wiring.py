@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 from prometheus_client import CollectorRegistry
 
-from broker.app import factory
+from broker.app import credentials, factory
 from broker.app.snapshot import SnapshotFile
 from broker.app.worker_context import WorkerContext
 from broker.config.settings import Settings
@@ -109,7 +109,7 @@ def build(
         clock,
         worker,
         factory.metrics(settings) if worker is None else worker.metrics,
-        factory.sealing_key(settings),
+        credentials.sealing_key(settings),
         factory.reuse(settings),
     )
     cache = _token_cache(given)
@@ -246,11 +246,13 @@ def _issuer(
     settings = given.settings
     if settings.issuer.kind == "local":
         local = settings.issuer.local
-        return LocalIssuer(factory.keyring(settings), local.issuer, local.audience, given.clock)
+        return LocalIssuer(credentials.keyring(settings), local.issuer, local.audience, given.clock)
     assert pacer is not None  # the relay always has a budget
     upstream = settings.issuer.upstream
-    keys = factory.vendor_keys(settings, given.environ)  # before the client, which must be closed
-    proxy = factory.vendor_proxy(settings, given.environ)
+    keys = credentials.vendor_keys(
+        settings, given.environ
+    )  # before the client, which must be closed
+    proxy = credentials.vendor_proxy(settings, given.environ)
     return UpstreamIssuer(
         VendorClient(upstream.base_url, upstream.timeout.seconds, proxy),
         keys,

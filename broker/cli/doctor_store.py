@@ -1,257 +1,145 @@
-"""Does once what a broker does with its store all day, and tells what failed: for `broker doctor`.
+"""Examines the shared store by a rehearsal, and by what the server says of itself."""
 
-With the broker's own code, user and scripts, under names that nobody else has: in a fleet that was
-just made up, so no budget, member or visitor of a running broker is touched.  What it wrote it
-deletes.  A server that takes no writes, a right that is missing, a memory that is full: each shows
-itself where a broker would meet it, and not by what the server says of itself.
-"""
-
-import asyncio
-import secrets
-import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-
-from msgspec.structs import replace
-from typing_extensions import override
+from collections.abc import Mapping
 
 from broker.app import factory
-from broker.app.shared_backend import SharedBackend, StoreConnection, StoreTarget
-from broker.clock import SystemClock
-from broker.config.addresses import Access, StoreAddress
-from broker.config.settings import LimitSettings, LimitsSettings, SessionSettings, Settings
-from broker.errors import BrokerError
-from broker.issuers.vendor.replies import Refused, Scope
-from broker.model import EmbedToken, Secret, Session, TokenRequest
-from broker.pacing.slots import Budget
-from broker.rules.reuse import SECOND
-from broker.sessions.base import Place, Query
-from broker.stores.base import Lease
-from broker.stores.token_cache import TokenCache
-from broker.telemetry.metrics import Metrics
-from broker.valkey.client.connection import Target
-from broker.valkey.client.errors import NoScript, Reason, Redirect, StoreFailed
-from broker.valkey.client.pubsub import Subscription, subscribe
-from broker.valkey.client.resp import Reply
-from broker.valkey.client.scripts import command
-from broker.valkey.client.shapes import ANYTHING, Shape
-from broker.valkey.client.topology import Topology
+from broker.cli.finding import Finding
+from broker.cli.rehearsal import TIMEOUT, rehearsed
+from broker.config.settings import Settings
+from broker.valkey.client.errors import StoreFailed
+from broker.valkey.client.guarded import OPERATION_TIMEOUT
 
-TIMEOUT = 3.0
-"""Seconds for a call: the first one connects, too."""
-
-VISITORS = 12
-"""Visitors of a rehearsal: on a cluster their keys lie in some seventy slots, on every primary."""
-
-LIFE = 60
-"""Seconds that a made-up token lives: no floor is applied to it, and nobody is given it."""
+OLDEST = 7
+"""Major version of a store's server: scripts and ACLs are those of 7."""
 
 
-class Witness(Topology):
-    """Passes calls on; keeps what failed, how long the fastest took, and the keys of all."""
-
-    def __init__(self, nodes: Topology) -> None:
-        self._nodes = nodes
-        self.failures: list[StoreFailed] = []
-        self.fastest = TIMEOUT
-        self.keys: set[bytes] = set()
-
-    @override
-    async def open(self) -> None:
-        await self._nodes.open()
-
-    @override
-    async def close(self) -> None:
-        await self._nodes.close()
-
-    @override
-    async def command(self, key: bytes, packed: bytes, shape: Shape = ANYTHING) -> Reply:
-        self.keys.update(_keys_of(packed) or (key,))
-        began = time.perf_counter()
-        try:
-            reply = await self._nodes.command(key, packed, shape)
-        except StoreFailed as failed:
-            self.failures.append(failed)
-            raise
-        self.fastest = min(self.fastest, time.perf_counter() - began)
-        return reply
-
-    @override
-    def anywhere(self) -> Target:
-        return self._nodes.anywhere()
-
-    @override
-    def use_access(self, access: Access) -> None:
-        self._nodes.use_access(access)
-
-    async def ask(self, *words: bytes) -> Reply | StoreFailed:
-        """Send a command that a broker would not; what fails is told, not kept."""
-        try:
-            return await self._nodes.command(b"etb:", command(*words))
-        except StoreFailed as failed:
-            return failed
-
-    async def clean_up(self) -> None:
-        """Delete what was written."""
-        for key in self.keys:
-            with suppress(StoreFailed, NoScript, Redirect):
-                _ = await self._nodes.command(key, command(b"DEL", key))
+async def examine(settings: Settings) -> list[Finding]:
+    """Do once what the broker does with the store; then look at it, if that is permitted."""
+    address = factory.store_address(settings)
+    assert address is not None  # or there is nothing to look at
+    findings = [_clear_text()] if factory.shows_password(settings) else []
+    where = address.shown
+    async with rehearsed(address, factory.store_access(settings)) as witness:
+        told = await witness.ask(b"INFO")
+        fields = _fields(told)
+        role = await witness.ask(b"ROLE") if witness.failures and not fields else None
+    if fields.get("redis_mode") == _SENTINEL or _is_sentinel(role):
+        return [*findings, _problem(where, _IS_SENTINEL)]
+    plain = [each for each in witness.failures if each.detail in _BY_WORD]
+    problems = [_store_problem(each, where) for each in plain or witness.failures]
+    problems += [*_slow(witness.fastest, where), *_by_its_own_words(fields, where)]
+    if problems:
+        return [*findings, *dict.fromkeys(problems)]
+    if isinstance(told, StoreFailed):
+        return [*findings, _not_seen(where)]
+    return [*findings, _eviction(where, fields)]
 
 
-@asynccontextmanager
-async def rehearsed(address: StoreAddress, access: Access) -> AsyncIterator[Witness]:
-    """Do everything once; the server can be asked more afterwards."""
-    fleet, key = secrets.token_hex(8), Secret(secrets.token_urlsafe(48))
-    first, second = (_broker(address, access, fleet, key) for _ in range(2))
-    witness = first.server.nodes = second.server.nodes = Witness(first.server.nodes)
-    await witness.open()
-    try:
-        await _membership(first, second, witness)
-        if not witness.failures:
-            await _visits(first, second)
-            await _news(first, witness)
-        yield witness
-    finally:
-        await witness.clean_up()
-        await witness.close()
+def _is_sentinel(role: object) -> bool:
+    """Whether this is what a Sentinel says of itself."""
+    return isinstance(role, list) and role[:1] == [_SENTINEL.encode()]
 
 
-def _broker(address: StoreAddress, access: Access, fleet: str, key: Secret) -> SharedBackend:
-    """Put a broker's part of the store together, in a fleet of its own."""
-    settings = Settings(
-        limits=LimitsSettings(client=LimitSettings(rate=6000, burst=1000)),
-        sessions=SessionSettings(max_recorded=1),
-    )
-    local = replace(settings.issuer.local, issuer=f"doctor {fleet}")
-    settings = replace(settings, issuer=replace(settings.issuer, local=local))
-    clock = SystemClock()
-    connection = StoreConnection(
-        settings,
-        StoreTarget(address, access, key, TIMEOUT),
-        clock,
-        Metrics("local", budget=True, shared_store=True),
-        f"doctor {secrets.token_hex(4)}",
-    )
-    front = TokenCache(VISITORS, keep_until=lambda token: token.dies_mono, mono=clock.mono)
-    return connection.backend(factory.limits(settings), front, lambda: frozenset({fleet}))
+_SENTINEL = "sentinel"
+
+_IS_SENTINEL = (
+    "is a Sentinel, which has no keys: put the address of the primary into store.url, or one that"
+    " follows it (a virtual address, a proxy, a service)"
+)
+
+_IS_REPLICA = "is a replica and takes no writes: put the address of the primary into store.url"
+
+_BY_WORD = {
+    "READONLY": _IS_REPLICA,
+    "OOM": "is full and evicts nothing: raise its maxmemory, or give the broker one of its own",
+    "NOPERM": "refuses the broker's user something it needs, a command, a key or a channel: give it"
+    " the line of `broker store acl`",
+    "NOAUTH": "asks for a password: set store.password_file, and store.username if it has users",
+    "WRONGPASS": "refuses user or password (WRONGPASS): check store.username and"
+    " store.password_file",
+    "MISCONF": "takes no writes because it cannot save them: mend its disk, or set"
+    " stop-writes-on-bgsave-error no",
+    "NOREPLICAS": "takes no writes because too few replicas follow it: mend them, or lower its"
+    " min-replicas-to-write",
+    "LOADING": "is loading its data: try again when it has",
+    "unknown command": "does not know EVAL or EVALSHA: the broker decides in scripts; remove the"
+    " rename-command of its configuration, or use another server",
+    "max number of clients reached": "has no connection left: raise its maxclients; each worker of"
+    " each broker needs two",
+}
+"""What to do, by the server's own word."""
 
 
-async def _membership(first: SharedBackend, second: SharedBackend, witness: Witness) -> None:
-    """Join, learn of each other, tell a server that has forgotten, take a call from the budget."""
-    await second.fleet.beat()
-    await first.fleet.beat()
-    members = first.names.members
-    with suppress(StoreFailed):
-        _ = await witness.command(members, command(b"DEL", members))
-    await first.fleet.beat()
-    slots = first.connection.slots(Budget(rate=6000, per=60, burst=100, max_wait=5))
-    await slots.start()
-    with suppress(StoreFailed):
-        _ = await slots.take_if_plenty()
-    await slots.close()
-    await first.fleet.leave()
-
-
-async def _visits(first: SharedBackend, second: SharedBackend) -> None:
-    """Mint and reuse, record and look up, wait for somebody, give up, end."""
-    await asyncio.gather(*(_visit(first, second, number) for number in range(VISITORS)))
-    await first.store.close()
-    await second.store.close()
-    await first.server.settle()
-    await second.server.settle()
-
-
-async def _visit(first: SharedBackend, second: SharedBackend, number: int) -> None:
-    # what fails was seen; the broker's own policy decides what follows, here as everywhere
-    with suppress(StoreFailed, BrokerError):
-        await _come_and_go(
-            first, second, TokenRequest("doctor", "doctor", secrets.token_hex(16)), number
+def _store_problem(failed: StoreFailed, where: str) -> Finding:
+    known = _BY_WORD.get(failed.detail)
+    if known is not None:
+        return _problem(where, known)
+    reason = f"{failed.reason.value}{': ' if failed.detail else ''}{failed.detail}"
+    if failed.reason.value == "cluster_down":
+        return _problem(
+            where,
+            f"says that another server has the keys ({reason}): write valkey+cluster:// for a"
+            " cluster, and look whether it is well",
         )
+    if failed.reason.value in ("timeout", "connection", "other"):
+        text = f"{where} does not answer ({reason}): check store.url, user and password, TLS"
+        return Finding(ok=False, name="store", text=text)
+    return _problem(where, f"refuses what the broker does ({reason}): look into its log")
 
 
-async def _come_and_go(
-    first: SharedBackend, second: SharedBackend, ask: TokenRequest, number: int
-) -> None:
-    store = first.store
-    _ = await store.charge_client(ask.client)
-    _ = await store.visit(ask, ask.key)
-    lease = await _lead(first, ask)
-    await first.store.renew_leases()
-    waiting = asyncio.create_task(second.store.lead(ask, ask.key, lambda _token: True))
-    await asyncio.sleep(0.05)
-    session = _session(ask, number)
-    await first.book.record(session)
-    _ = await store.keep(ask, ask.key, _token(first, lease), lease)
-    await asyncio.wait([waiting], timeout=TIMEOUT)
-    waiting.cancel()
-    await asyncio.gather(waiting, return_exceptions=True)
-    _ = await second.store.look(ask, ask.key)
-    _ = await first.book.find(session.session_id)
-    _ = await first.book.find_token(session.digest)
-    _ = await first.book.page(Query(agent=ask.agent), Place(), 10)
-    await first.book.mark(session, by_client=False)
-    await store.end_visitor(ask.client, ask.fingerprint, ask.key)
-    await first.book.forget(session)
-    store.abandon(ask, ask.key, await _lead(first, ask), None)
-    first.refusals.remember(ask, Refused(404, "NOT_FOUND", "no", Scope.AGENT_MODEL))
-    first.refusals.forget(ask)
-    _ = await first.refusals.find(ask)
+def _problem(where: str, text: str) -> Finding:
+    return Finding(ok=False, name="store", text=f"{where} {text}")
 
 
-async def _news(broker: SharedBackend, witness: Witness) -> None:
-    """Subscribe as a broker does, and hear what it publishes."""
-    channel = broker.names.wake(b"doctor" + secrets.token_hex(8).encode())
-    heard = asyncio.Event()
-    channels = (channel, broker.names.channel)
-    target = witness.anywhere()
-    subscription = Subscription(
-        channels, b"".join(target.greeting()), lambda _channel, _message: heard.set()
-    )
-    try:
-        await subscribe(target, subscription)
-        _ = await witness.command(channel, command(b"PUBLISH", channel, b"-"))
-        async with asyncio.timeout(TIMEOUT):
-            await heard.wait()
-    except StoreFailed as failed:
-        witness.failures.append(failed)
-    except (OSError, TimeoutError):
-        witness.failures.append(StoreFailed(Reason.TIMEOUT, "what is published is not heard"))
-    finally:
-        subscription.close()
-
-
-async def _lead(broker: SharedBackend, ask: TokenRequest) -> Lease:
-    lead = await broker.store.lead(ask, ask.key, lambda _token: False)
-    if not isinstance(lead, Lease):
-        raise StoreFailed(Reason.OTHER)
-    return lead
-
-
-def _token(broker: SharedBackend, lease: Lease) -> EmbedToken:
-    clock, (origin,) = SystemClock(), broker.origins
-    life = LIFE * SECOND
-    return EmbedToken(
-        b"-", clock.mono() + life, clock.wall() + life, life, life, lease.fence, lease.epoch, origin
-    )
-
-
-def _session(ask: TokenRequest, number: int) -> Session:
-    expires = SystemClock().wall() // SECOND + LIFE + number
-    return Session(
-        secrets.token_hex(16),
-        ask.client,
-        ask.agent,
-        ask.fingerprint,
-        "",
-        expires - LIFE,
-        expires,
-        secrets.token_bytes(32),
-    )
-
-
-def _keys_of(packed: bytes) -> list[bytes]:
-    """Read the keys of a packed script call; none for any other command."""
-    parts_ = packed.split(b"\r\n")
-    if parts_[2] not in (b"EVALSHA", b"EVAL"):
+def _slow(fastest: float, where: str) -> list[Finding]:
+    """Judge by the fastest of some hundred calls, so that a busy machine is no slow store."""
+    if not OPERATION_TIMEOUT <= fastest < TIMEOUT:
         return []
-    return parts_[8 : 8 + 2 * int(parts_[6]) : 2]
+    took, waits = round(fastest * 1000), round(OPERATION_TIMEOUT * 1000)
+    return [_problem(where, f"takes {took} ms for a call, the broker waits {waits}: put it nearer")]
+
+
+def _fields(told: object) -> dict[str, str]:
+    """Read what INFO told; nothing where it was not permitted."""
+    if not isinstance(told, bytes):
+        return {}
+    pairs = (line.partition(":") for line in told.decode("utf-8", "replace").split("\r\n"))
+    return {name: value for name, _, value in pairs}
+
+
+def _by_its_own_words(fields: Mapping[str, str], where: str) -> list[Finding]:
+    """Judge what a rehearsal cannot see: a replica that takes writes loses them."""
+    found = []
+    if fields.get("role") == "slave":
+        found.append(_problem(where, _IS_REPLICA))
+    version = fields.get("valkey_version") or fields.get("redis_version") or ""
+    if version.partition(".")[0].isdigit() and int(version.partition(".")[0]) < OLDEST:
+        found.append(_problem(where, f"is of version {version}: at least {OLDEST} is needed"))
+    return found
+
+
+def _clear_text() -> Finding:
+    text = (
+        "crosses the network in clear text: write valkeys://, unless nobody else can listen there"
+    )
+    return Finding(ok=False, name="store.password", text=text)
+
+
+def _not_seen(where: str) -> Finding:
+    text = (
+        f"{where} does all that the broker needs; whether it evicts was not seen: that needs +info,"
+        " or look whether its maxmemory-policy is noeviction"
+    )
+    return Finding(ok=True, name="store", text=text)
+
+
+def _eviction(where: str, fields: Mapping[str, str]) -> Finding:
+    """Judge by INFO memory: what is evicted is a limit that is full again, or an end forgotten."""
+    policy, most = fields.get("maxmemory_policy", "?"), fields.get("maxmemory", "0")
+    if policy == "noeviction":
+        return Finding(ok=True, name="store", text=f"{where} answers, and evicts nothing")
+    if most == "0":
+        text = f"{where} answers; with a maxmemory it would evict ({policy}): set noeviction"
+        return Finding(ok=True, name="store", text=text)
+    text = f"{where} evicts ({policy}), limits and ends, too: set maxmemory-policy noeviction"
+    return Finding(ok=False, name="store", text=text)

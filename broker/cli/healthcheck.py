@@ -4,41 +4,37 @@ It needs no good configuration, only to know where to ask: a file on the disk ma
 next one, and a broker that is configured by flags has none.
 """
 
-import socket
-import tomllib
+import argparse
+import os
 from collections.abc import Mapping
-from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
-from typing_extensions import override
-
-from broker.config import files
+from broker.cli.base import Commands, one_line
 from broker.config.settings import AdminSettings
-from broker.config.validate import parse_address
-
-TIMEOUT = 2.0
-"""Seconds; engines commonly wait for three."""
-
-_EVERYWHERE = {
-    "0.0.0.0": ("127.0.0.1",),  # noqa: S104 - where one listens, not asks
-    "::": ("127.0.0.1", "::1"),
-}
-"""Where to ask a listener that is on all addresses: one family may be off."""
+from broker.exit_codes import EX_NO, EX_OK
+from broker.telemetry.streams import complain
 
 VARIABLE = "BROKER_ADMIN__LISTEN"
 """What overrides the file's `[admin] listen`."""
 
 
-class _UnixConnection(HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("broker", timeout=TIMEOUT)
-        self._path = path
+def add(commands: Commands) -> None:
+    """Add the command."""
+    parser = commands.add("healthcheck", "ask the broker of this host if it is ready", run)
+    parser.add_argument("--admin-listen", metavar="H:P", help="instead of [admin] listen")
 
-    @override
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
+
+def run(arguments: argparse.Namespace) -> int:
+    """Say nothing if it is ready."""
+    from broker.cli import probe
+    from broker.config import load as config
+
+    file = config.find_file(arguments.config, os.environ)
+    problem = probe.ask(where(arguments.admin_listen, os.environ, file))
+    if problem:
+        complain(f"broker: {one_line(problem)}")
+        return EX_NO
+    return EX_OK
 
 
 def where(flag: str | None, environ: Mapping[str, str], file: Path | None) -> str:
@@ -48,37 +44,12 @@ def where(flag: str | None, environ: Mapping[str, str], file: Path | None) -> st
 
 
 def _of_file(file: Path | None) -> str | None:
+    import tomllib
+
+    from broker.config import files
+
     try:
         listen = tomllib.loads(files.read_text(file))["admin"]["listen"] if file else None
     except (files.CannotRead, ValueError, RecursionError, LookupError, TypeError):
         return None
     return listen if isinstance(listen, str) else None
-
-
-def ask(listen: str) -> str:
-    """Return an empty text if the broker at this admin listener is ready, else why it is not."""
-    failure = ""
-    try:
-        connections = _connections(listen)
-    except (ValueError, HTTPException) as error:
-        return f"admin listener {listen}: {error}"
-    for connection in connections:
-        try:
-            connection.request("GET", "/readyz")
-            status = connection.getresponse().status
-        except (OSError, HTTPException, UnicodeError) as error:
-            failure = type(error).__name__
-            continue
-        finally:
-            connection.close()
-        return "" if status == 200 else f"not ready: /readyz answers {status}"  # noqa: PLR2004 - HTTP's OK
-    return f"no answer at {listen}: {failure}"
-
-
-def _connections(listen: str) -> list[HTTPConnection]:
-    """Return the ways to the listener, each to be tried until one is answered."""
-    address = parse_address(listen)
-    if isinstance(address, str):
-        return [_UnixConnection(address)]
-    host, port = address
-    return [HTTPConnection(h, port, timeout=TIMEOUT) for h in _EVERYWHERE.get(host, (host,))]

@@ -1,22 +1,91 @@
-"""The commands that look at signing keys and turn them; no secret is ever printed."""
+"""`broker keys ...`: makes signing keys, looks at them and turns them.
 
-import secrets
+No secret is ever printed but one that was just made.
+"""
+
+import argparse
+import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from time import gmtime, strftime
+from typing import TYPE_CHECKING
 
-from broker.app import factory
-from broker.config import files
+from broker.cli.base import Commands, one_line, settings_of
+from broker.config import schema
 from broker.config.schema import ConfigError
 from broker.config.settings import Settings
-from broker.issuers import keyfile
-from broker.issuers.keyring import NEVER, BadKey, Key, Keyring
-from broker.rules.reuse import SECOND
+from broker.exit_codes import EX_NO, EX_OK
+from broker.telemetry.streams import complain, tell
+
+if TYPE_CHECKING:
+    from broker.issuers.keyfile import Entry
 
 
 class CannotRotate(Exception):
     """The keys are as they were; the message says why and what to do."""
+
+
+def add(commands: Commands) -> None:
+    """Add the commands."""
+    keys = commands.below("keys", "signing keys")
+    generate = keys.add(
+        "generate", "make a key: 32 random bytes as text", run_generate, needs_config=False
+    )
+    generate.add_argument(
+        "--out",
+        metavar="FILE",
+        help="write it there (mode 0600, never over a file) instead of printing it",
+    )
+    keys.add("list", "show which key signs, and until when others verify", run_list)
+    text = "add a key to [issuer.local] keys_file, which will sign"
+    turn = keys.add("rotate", text, run_rotate)
+    turn.add_argument(
+        "--after",
+        metavar="SPAN",
+        default="10s",
+        type=schema.duration,
+        help="when it signs: once every broker and viewer has the file (default %(default)s)",
+    )
+    turn.add_argument(
+        "--drop-old",
+        action="store_true",
+        help="the old keys were seen: it signs at once, what they signed is not good any more",
+    )
+
+
+def run_generate(arguments: argparse.Namespace) -> int:
+    """Print a new key, or write it into a file that is not there yet."""
+    import secrets
+
+    key = secrets.token_urlsafe(32)
+    if not arguments.out:
+        tell(key)
+        return EX_OK
+    try:
+        handle = os.open(arguments.out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        complain(f"broker: cannot write {arguments.out}: {error.strerror}")
+        return EX_NO
+    with os.fdopen(handle, "w") as file:
+        file.write(key + "\n")
+    return EX_OK
+
+
+def run_list(arguments: argparse.Namespace) -> int:
+    """Print a line for each key."""
+    tell("\n".join(listing(settings_of(arguments))))
+    return EX_OK
+
+
+def run_rotate(arguments: argparse.Namespace) -> int:
+    """Add a key, and print all."""
+    after = arguments.after.us // 1_000_000
+    try:
+        lines = rotate(settings_of(arguments), after, drop_old=arguments.drop_old)
+    except CannotRotate as error:
+        complain(f"broker: {one_line(error)}")
+        return EX_NO
+    tell("\n".join(lines))
+    return EX_OK
 
 
 def rotate(settings: Settings, after: int, *, drop_old: bool) -> list[str]:
@@ -25,6 +94,13 @@ def rotate(settings: Settings, after: int, *, drop_old: bool) -> list[str]:
     `drop_old` is for a key that somebody has seen: the new one signs at once, and whatever the old
     ones signed is not good any more.
     """
+    import secrets
+
+    from broker.cli.key_table import rows
+    from broker.config.files import CannotRead
+    from broker.issuers import keyfile
+    from broker.issuers.keyring import BadKey, Keyring
+
     local = settings.issuer.local
     if local.keys_file is None:
         raise ConfigError(
@@ -33,44 +109,23 @@ def rotate(settings: Settings, after: int, *, drop_old: bool) -> list[str]:
         )
     now, secret = int(time.time()), secrets.token_urlsafe(32)
 
-    def change(entries: list[keyfile.Entry]) -> list[keyfile.Entry]:
+    def change(entries: "list[Entry]") -> "list[Entry]":
         return keyfile.rotated([] if drop_old else entries, now, after, secret)
 
     try:
         entries = keyfile.edit(Path(local.keys_file), change)
-    except files.CannotRead as error:
+    except CannotRead as error:
         raise CannotRotate(str(error)) from None
     except OSError as error:
         raise CannotRotate(f"cannot write {local.keys_file}: {error.strerror}") from None
     except (keyfile.BadKeyFile, BadKey) as error:
         raise CannotRotate(f"{local.keys_file}: {error}") from None
-    return list(_table(Keyring(keyfile.schedule(entries)), now))
+    return list(rows(Keyring(keyfile.schedule(entries)), now))
 
 
 def listing(settings: Settings) -> list[str]:
     """Return a line for each key, whatever configures it."""
-    return list(_table(factory.keyring(settings), int(time.time())))
+    from broker.app import credentials
+    from broker.cli.key_table import rows
 
-
-def _table(ring: Keyring, now: int) -> Iterator[str]:
-    signing = ring.signing(now * SECOND)
-    for key in ring.keys:
-        yield f"{key.kid:24}{_state(key, signing, now)}"
-
-
-def _state(key: Key, signing: str, now: int) -> str:
-    if key.kid == signing:
-        return "signs" if key.verifies_until == NEVER else f"signs; {_until(key)}"
-    if now * SECOND < key.signs_from < NEVER:
-        return f"verifies; signs from {_date(key.signs_from)}"
-    if now * SECOND >= key.verifies_until:
-        return f"ended {_date(key.verifies_until)}"
-    return "verifies" if key.verifies_until == NEVER else _until(key)
-
-
-def _until(key: Key) -> str:
-    return f"verifies until {_date(key.verifies_until)}"
-
-
-def _date(us: int) -> str:
-    return strftime("%Y-%m-%d %H:%M:%S UTC", gmtime(us // SECOND))
+    return list(rows(credentials.keyring(settings), int(time.time())))

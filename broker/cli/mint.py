@@ -1,23 +1,18 @@
-"""One token from the command line: signed here, or asked of a running broker."""
+"""`broker mint`: one token from the command line, signed here or asked of a running broker."""
 
-import asyncio
-import html
-import json
-from http import HTTPStatus
-from urllib.parse import quote
+import argparse
+import os
+from typing import TYPE_CHECKING
 
-import aiohttp
-
-from broker.app import factory
-from broker.clock import SystemClock
+from broker.cli.base import Commands, settings_of
 from broker.config.schema import ConfigError
 from broker.config.settings import Settings
-from broker.errors import BrokerError
-from broker.issuers.local import LocalIssuer
-from broker.issuers.vendor.token import is_token
+from broker.exit_codes import EX_NO, EX_OK, EX_UNAVAILABLE, EX_USAGE
 from broker.model import TokenRequest
-from broker.pacing.slots import UNCOUNTED, Slot
-from broker.wire import request as wire
+from broker.telemetry.streams import complain, tell
+
+if TYPE_CHECKING:
+    from broker.pacing.slots import Slot
 
 EMBED_ORIGIN = "https://www.bithuman.ai"
 """Where the vendor serves the viewer; it redirects to its present host by itself."""
@@ -38,12 +33,57 @@ class Refused(CannotMint):
     """The broker at `--url` will not give it."""
 
 
+def add(commands: Commands) -> None:
+    """Add the command."""
+    parser = commands.add("mint", "make one token, signed here or asked of a broker", run)
+    parser.add_argument("agent", metavar="AGENT")
+    parser.add_argument(
+        "--fingerprint", required=True, metavar="F", help="hex string of the visitor's device"
+    )
+    parser.add_argument(
+        "--url",
+        metavar="U",
+        help="ask this broker; the client secret is read from BROKER_API_SECRET",
+    )
+    parser.add_argument(
+        "--iframe", action="store_true", help="print the iframe instead of the token"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print a token, or the HTML that shows the avatar."""
+    try:
+        if arguments.url:
+            secret = os.environ.get("BROKER_API_SECRET", "")
+            token = ask(arguments.url, secret, arguments.agent, arguments.fingerprint)
+        else:
+            token = sign(settings_of(arguments), arguments.agent, arguments.fingerprint)
+    except CannotMint as error:
+        complain(f"broker: {error}")
+        match error:
+            case Misused():
+                return EX_USAGE
+            case Refused():
+                return EX_NO
+            case _:
+                return EX_UNAVAILABLE
+    tell(iframe(arguments.agent, token) if arguments.iframe else token)
+    return EX_OK
+
+
 def sign(settings: Settings, agent: str, fingerprint: str) -> str:
     """Return a token signed with the configured keys."""
-    local = settings.issuer.local
-    issuer = LocalIssuer(factory.keyring(settings), local.issuer, local.audience, SystemClock())
+    import asyncio
 
-    async def at_once() -> Slot:
+    from broker.app import credentials
+    from broker.clock import SystemClock
+    from broker.issuers.local import LocalIssuer
+    from broker.pacing.slots import UNCOUNTED
+
+    local = settings.issuer.local
+    issuer = LocalIssuer(credentials.keyring(settings), local.issuer, local.audience, SystemClock())
+
+    async def at_once() -> "Slot":
         """The command line has no budget: a person mints one token."""
         return UNCOUNTED
 
@@ -52,6 +92,11 @@ def sign(settings: Settings, agent: str, fingerprint: str) -> str:
 
 def _checked(settings: Settings, agent: str, fingerprint: str) -> TokenRequest:
     """Hold the command line to the rules of the wire."""
+    import json
+
+    from broker.errors import BrokerError
+    from broker.wire import request as wire
+
     body = json.dumps({"agent_id": agent, "fingerprint": fingerprint}).encode()
     any_fingerprint = settings.limits.fingerprint_format == "any"
     try:
@@ -62,6 +107,8 @@ def _checked(settings: Settings, agent: str, fingerprint: str) -> TokenRequest:
 
 def ask(url: str, secret: str, agent: str, fingerprint: str) -> str:
     """Return a token from the broker at `url`; raises CannotMint, ConfigError without a secret."""
+    import asyncio
+
     if not secret:
         raise ConfigError("BROKER_API_SECRET is not set: it must hold the client secret")
     if not url.startswith(("http://", "https://")):
@@ -70,6 +117,12 @@ def ask(url: str, secret: str, agent: str, fingerprint: str) -> str:
 
 
 async def _ask(url: str, secret: str, body: dict[str, str]) -> str:
+    from http import HTTPStatus
+
+    import aiohttp
+
+    from broker.issuers.vendor.token import is_token
+
     timeout = aiohttp.ClientTimeout(total=TIMEOUT)
     try:
         async with (
@@ -104,6 +157,9 @@ def iframe(agent: str, token: str) -> str:
     The stars in `allow` are needed: the viewer is reached through redirects to other origins, and
     without them the microphone stays silent.
     """
+    import html
+    from urllib.parse import quote
+
     source = f"{EMBED_ORIGIN}/embed/{quote(agent, safe='')}?token={quote(token, safe='')}"
     return (
         f'<iframe src="{html.escape(source)}" title="Talking avatar"'

@@ -3,12 +3,15 @@
 Knows how an address is written; opens nothing.
 """
 
-import ssl
+from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from msgspec import Struct
 
 from broker.model import Secret
+
+if TYPE_CHECKING:
+    import ssl
 
 MEMORY = "memory://"
 
@@ -52,7 +55,7 @@ class Access(Struct, frozen=True):
 
     username: str = ""
     password: Secret | None = None
-    tls: ssl.SSLContext | None = None
+    tls: "ssl.SSLContext | None" = None
 
 
 def parse_store_url(text: str) -> StoreAddress | None:

@@ -9,11 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from yarl import URL
-
 from broker.config.addresses import StoreAddress, parse_store_url
 from broker.config.schema import ConfigError
-from broker.config.settings import Duration, Settings, StoreSettings
+from broker.config.settings import Duration, Settings, StoreSettings, UpstreamSettings
 from broker.model import AGENT_ID, AGENT_RULE
 from broker.rules import bucket
 
@@ -111,6 +109,10 @@ def normal_base_url(url: str) -> str:
     shown to somebody, is refused: a query, a fragment, a user or a password, plain HTTP to another
     machine.  No message repeats a password.
     """
+    if url == UpstreamSettings().base_url:
+        return url  # it is normal
+    from yarl import URL  # noqa: PLC0415 - commands about keys shall not wait for it
+
     try:
         given = URL(url)
         port = given.explicit_port

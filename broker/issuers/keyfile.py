@@ -29,8 +29,7 @@ from msgspec import Meta, Struct
 from typing_extensions import override
 
 from broker.config import files
-from broker.issuers.keyring import LEEWAY, NEVER, BadKey, Key
-from broker.issuers.local import LIFETIME_SECONDS
+from broker.issuers.keyring import LEEWAY, LIFETIME_SECONDS, NEVER, BadKey, Key
 from broker.rules.reuse import SECOND
 
 MOST_KEYS = 16

@@ -13,11 +13,10 @@ come in as microseconds since 1970; those inside a token are its own Unix second
 import hashlib
 import hmac
 import re
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
-from jwt.algorithms import HMACAlgorithm
-from jwt.utils import base64url_decode, base64url_encode
 from msgspec import Struct
 from typing_extensions import override
 
@@ -35,6 +34,9 @@ typed, not drawn."""
 MAX_TOKEN_CHARS = 4096
 """Our tokens have about 500 characters; longer ones are not decoded at all."""
 
+LIFETIME_SECONDS = 3600
+"""The same hour as the vendor's tokens have, so a site can move between the issuers."""
+
 LEEWAY = 60
 """Seconds by which the clocks of signer and verifier may differ."""
 
@@ -44,8 +46,6 @@ other makers who have the key could write it, would be good again after its sess
 
 NEVER = 2**62
 """The microsecond at which a key without a schedule ends: some 146,000 years from 1970."""
-
-_HS256 = HMACAlgorithm(HMACAlgorithm.SHA256)
 
 _HEADER_NAMES = frozenset({"alg", "typ", "kid"})
 
@@ -147,7 +147,7 @@ class Keyring:
         three times as long as signing it.
         """
         key = self._signer(now)
-        signed = self._headers[key.kid] + b"." + base64url_encode(msgspec.json.encode(claims))
+        signed = self._headers[key.kid] + b"." + _base64url(msgspec.json.encode(claims))
         return f"{signed.decode()}.{_signature(signed, key)}"
 
     def verify(self, token: str, issuer: str, audience: str, now: int) -> Proof:
@@ -225,17 +225,22 @@ def check_key(kid: str, key: bytes) -> None:
 
 def _header(kid: str | None) -> bytes:
     fields = {"alg": ALGORITHM, "typ": "JWT"} | ({} if kid is None else {"kid": kid})
-    return base64url_encode(msgspec.json.encode(fields))
+    return _base64url(msgspec.json.encode(fields))
 
 
 def _signature(signed: bytes, key: Key) -> str:
-    return base64url_encode(_HS256.sign(signed, key.secret)).decode()
+    return _base64url(hmac.digest(key.secret, signed, "sha256")).decode()
+
+
+def _base64url(data: bytes) -> bytes:
+    """Encode without padding (RFC 7515 section 2)."""
+    return urlsafe_b64encode(data).rstrip(b"=")
 
 
 def _json(part: str) -> object:
     """Decode one part of a token; None for what is not JSON."""
     try:
-        return _decode(base64url_decode(part))
+        return _decode(urlsafe_b64decode(part + "=" * (-len(part) % 4)))
     except (ValueError, msgspec.DecodeError, RecursionError):
         return None
 

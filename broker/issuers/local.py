@@ -10,12 +10,9 @@ from msgspec import Struct
 from typing_extensions import override
 
 from broker.issuers.base import Issuer, Turn
-from broker.issuers.keyring import BadToken, Keyring
+from broker.issuers.keyring import LIFETIME_SECONDS, BadToken, Keyring
 from broker.model import AGENT_ID, Clock, Minted, Session, TokenRequest
 from broker.rules.reuse import SECOND
-
-LIFETIME_SECONDS = 3600
-"""The same hour as the vendor's tokens have, so a site can move between the issuers."""
 
 MOST_PROVEN = 4096
 """Tokens in a generation, about 1.5 KB each: the visitors of some minutes."""

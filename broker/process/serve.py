@@ -14,14 +14,13 @@ import structlog
 
 from broker.app.app import App
 from broker.config.settings import Settings
+from broker.exit_codes import EX_OK, EX_UNAVAILABLE
 from broker.process.supervisor import CannotStart, Supervisor
 from broker.telemetry import logs
 from broker.telemetry.streams import complain, stderr, stdout
 from broker.web.listener import CannotListen
 
 log = structlog.get_logger()
-
-EX_UNAVAILABLE, EX_CONFIG = 69, 78
 
 LAST_WORDS = 0.2
 """Seconds that an end at once gives the log."""
@@ -87,7 +86,7 @@ async def _serve(settings: Settings, load: Callable[[], Settings], *, dev: bool)
     if dev:
         _introduce(app, settings)
     await app.run()
-    return 0
+    return EX_OK
 
 
 class Ending:

@@ -26,21 +26,22 @@ import structlog
 from aiohttp.web import Application
 from prometheus_client import CollectorRegistry
 
-from broker.app import factory
+from broker.app import credentials, factory
 from broker.app.reload import in_force, needs_restart, read_aside
 from broker.clock import sleep_unless
 from broker.config.schema import ConfigError
 from broker.config.secret_files import SecretFiles
 from broker.config.settings import Settings
+from broker.exit_codes import FATAL_EXIT_CODES
 from broker.process.ipc import Start, packed
 from broker.process.worker_process import WorkerProcess, reason_of
+from broker.process.worker_watch import WorkerWatch
 from broker.rules import restarts
 from broker.tasks import Background, aside
 from broker.telemetry import exposition, logs
 from broker.telemetry.cells import share, shared
 from broker.telemetry.labels import BackgroundTask
 from broker.telemetry.readiness import Readiness
-from broker.telemetry.streams import stderr
 from broker.web import admin
 from broker.web.listener import CannotListen, listen
 from broker.web.server import BACKLOG
@@ -55,9 +56,6 @@ ROUND = 0.5
 
 GRACE = 2.0
 """Seconds beyond `drain` in which a worker must have ended: it closes connections and says so."""
-
-FATAL_EXIT_CODES = frozenset({69, 78})
-"""Exit codes with which a worker says at the start that another try would end alike."""
 
 
 class CannotStart(Exception):
@@ -106,7 +104,7 @@ class Supervisor:
         self._dev = dev
         self._files = SecretFiles(file for _, file in factory.watched_files(settings))
         factory.check(settings, environ)
-        self._sealing_key = factory.sealing_key(settings)
+        self._sealing_key = credentials.sealing_key(settings)
         self._told = factory.with_store_secrets(settings, self._sealing_key)
         count, width = settings.server.workers, factory.metrics(settings).sheet.width
         self._memory = share(count + 1, width)
@@ -114,6 +112,7 @@ class Supervisor:
         self.metrics = factory.metrics(settings, self._board.rows[0])
         self._children: dict[int, WorkerProcess] = {}
         self._health = Readiness(lambda: any(child.serves for child in self._children.values()))
+        self._watch = WorkerWatch(self._children, self._board, self.metrics, self._health)
         self._stopping = asyncio.Event()
         self._reload_wanted = asyncio.Event()
         self._crew_met = asyncio.Event()
@@ -305,7 +304,7 @@ class Supervisor:
         settings = in_force(self._settings, loaded)
         files = SecretFiles(file for _, file in factory.watched_files(settings))
         factory.check(settings, self._environ)
-        other_key = factory.sealing_key(settings) != self._sealing_key
+        other_key = credentials.sealing_key(settings) != self._sealing_key
         told = factory.with_store_secrets(settings, self._sealing_key)
         registrar = self._registrar
         put_in_force = _nothing if registrar is None else registrar.prepared(told)
@@ -321,7 +320,7 @@ class Supervisor:
         try:
             return await child.follow(tree)
         except TimeoutError:
-            self._end_hung(child, "no answer to a reload")
+            self._watch.end_hung(child, "no answer to a reload")
             return f"worker {child.index} did not answer and was ended"
 
     def _note_reload(self, *, failed: bool) -> None:
@@ -353,53 +352,11 @@ class Supervisor:
         while True:
             await asyncio.sleep(ROUND)
             now = time.monotonic()
-            for child in list(self._children.values()):
-                self._look_at(child, now - last)
-            self._health.hung = any(child.is_silent for child in self._children.values())
+            self._watch.look(now - last, self._settings.server.drain.seconds + GRACE)
             last = now
 
-    def _look_at(self, child: WorkerProcess, elapsed: float) -> None:
-        """Note whether a worker has given a sign of life; end it if it gives none for long."""
-        if child.is_hung:
-            return  # killed; the kernel holds it
-        process, row = self.metrics.process, self._board.rows[child.index]
-        was_quiet = child.pulse.is_quiet
-        beat = process.beat.of(row).value
-        child.pulse = pulse = child.pulse.after(beat, elapsed, ready=child.is_ready)
-        if pulse.is_quiet and beat:
-            process.workers.of(row).set(0)  # until it says otherwise
-            if not was_quiet:
-                log.warning("broker.worker_silent", worker=child.index, pid=child.pid)
-        if pulse.is_hung(self._settings.server.drain.seconds + GRACE):
-            self._end_hung(child, "silent" if child.is_ready else "never ready")
-
-    def _end_hung(self, child: WorkerProcess, reason: str) -> None:
-        """Kill a worker that hangs, once: the one who keeps it replaces it."""
-        child.is_hung = True
-        child.kill()
-        self.metrics.process.hangs.inc()
-        log.error("broker.worker_hung", worker=child.index, pid=child.pid, reason=reason)
-
     def _publish(self) -> None:
-        """Note what each worker takes of the machine, and how all of them are."""
-        self._note_store()
-        process = self.metrics.process
-        process.log_lines_dropped += stderr.take_lost()
-        for label, memory in process.memory.items():
-            child = self._children.get(int(label))
-            usage = None if child is None else child.usage()
-            memory.set(0 if usage is None else usage.resident_bytes)
-            if child is not None and usage is not None and usage.cpu_seconds > child.counted_cpu:
-                process.cpu[label] += usage.cpu_seconds - child.counted_cpu
-                child.counted_cpu = usage.cpu_seconds
-
-    def _note_store(self) -> None:
-        """Learn from the workers' rows whether they are without the shared store."""
-        degraded = self.metrics.store.degraded
-        without = [degraded.of(self._board.rows[index]).value > 0 for index in self._children]
-        self._health.degraded = any(without)
-        closed = self._settings.store.on_error == "closed"
-        self._health.refuses = closed and bool(without) and all(without)
+        self._watch.publish(closed=self._settings.store.on_error == "closed")
 
     async def _end(self) -> None:
         """End whoever is left, and close everything."""

@@ -23,6 +23,7 @@ from broker.app.reload import read_aside
 from broker.app.worker_context import PeerLoad, WorkerContext
 from broker.config import schema
 from broker.config.schema import ConfigError
+from broker.exit_codes import EX_CONFIG, EX_OK
 from broker.process.ipc import (
     ORDERS,
     Channel,
@@ -34,7 +35,7 @@ from broker.process.ipc import (
     Start,
     Stop,
 )
-from broker.process.serve import EX_CONFIG, loop_factory
+from broker.process.serve import loop_factory
 from broker.tasks import Background, TaskSet
 from broker.telemetry import logs
 from broker.telemetry.cells import SharedCells, shared
@@ -59,7 +60,7 @@ async def _work(end: socket.socket) -> int:
     channel = await Channel.over(end, ORDERS)
     begin = await channel.receive()
     if not isinstance(begin, Start):
-        return 0  # the supervisor has gone
+        return EX_OK  # the supervisor has gone
     try:
         app = _build(begin)
     except ConfigError as error:
@@ -74,7 +75,7 @@ async def _work(end: socket.socket) -> int:
     await background.close()
     await following.close()
     channel.close()
-    return 0
+    return EX_OK
 
 
 def _build(begin: Start) -> App:

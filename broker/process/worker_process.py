@@ -1,7 +1,8 @@
-"""A worker as its supervisor sees it: a process, and what it was told and has said."""
+"""A worker as its supervisor sees it: a process, what it was told and has said, what it takes."""
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import structlog
+from msgspec import Struct
 from typing_extensions import override
 
 from broker.app.reload import READING
@@ -25,7 +27,6 @@ from broker.process.ipc import (
     Start,
     Stop,
 )
-from broker.process.usage import Usage, usage
 from broker.rules.hangs import Pulse
 
 log = structlog.get_logger()
@@ -35,6 +36,16 @@ ANSWER_TIME = READING + 5.0
 and one that cannot read its files says so, after the time for that."""
 
 _ROOT = Path(__file__).resolve().parents[2]
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class Usage(Struct, frozen=True):
+    """CPU time so far, user and system, and memory at this moment."""
+
+    cpu_seconds: float
+    resident_bytes: int
 
 
 class WorkerProcess:
@@ -155,6 +166,17 @@ class WorkerProcess:
     @override
     def __repr__(self) -> str:
         return f"WorkerProcess(worker={self.index}, pid={self.pid}, is_ready={self.is_ready})"
+
+
+def usage(pid: int) -> Usage | None:
+    """Return what this process takes by proc(5), None if it is gone or there is no /proc."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()  # the name before it may hold anything
+    user, system, pages = int(fields[11]), int(fields[12]), int(fields[21])
+    return Usage((user + system) / _TICKS, pages * _PAGE)
 
 
 def reason_of(code: int) -> str:

@@ -23,6 +23,7 @@ from itertools import product
 from typing import Protocol, Self, TypeVar
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 CELL = 8
 """Bytes of a cell."""
@@ -137,8 +138,8 @@ class Family(Struct, frozen=True):
 class MetricLayout:
     """Hands out the cells of one row, each once, and keeps what they mean.
 
-    Without `cells` the row is a list that grows as it is asked.  While `shown` is off, cells are
-    handed out all the same (every process has the same layout) and their families stay hidden.
+    Without `cells` the row is a list that grows as it is asked.  Without `shown`, cells are handed
+    out all the same (every process has the same layout) and their family stays hidden.
     """
 
     def __init__(self, cells: Row | None = None) -> None:
@@ -146,41 +147,49 @@ class MetricLayout:
         self.cells: Row = self._grown if cells is None else cells
         self.families: list[Family] = []
         self.width = 0
-        self.shown = True
 
     def counters(
-        self, name: str, text: str, **labels: Iterable[str]
+        self, name: str, text: str, *, shown: bool = True, **labels: Iterable[str]
     ) -> dict[tuple[str, ...], Counter]:
         """Return a counter for every combination of label values."""
-        return self._each(Kind.COUNTER, name, text, labels, Counter)
+        return self._each(Kind.COUNTER, name, text, labels, Counter, shown=shown)
 
-    def totals(self, name: str, text: str, **labels: Iterable[str]) -> dict[tuple[str, ...], Gauge]:
+    def totals(
+        self, name: str, text: str, *, shown: bool = True, **labels: Iterable[str]
+    ) -> dict[tuple[str, ...], Gauge]:
         """Return gauges that are added up over all processes."""
-        return self._each(Kind.TOTAL, name, text, labels, Gauge)
+        return self._each(Kind.TOTAL, name, text, labels, Gauge, shown=shown)
 
-    def maxima(self, name: str, text: str, **labels: Iterable[str]) -> dict[tuple[str, ...], Gauge]:
+    def maxima(
+        self, name: str, text: str, *, shown: bool = True, **labels: Iterable[str]
+    ) -> dict[tuple[str, ...], Gauge]:
         """Return gauges of which the greatest of all processes is shown."""
-        return self._each(Kind.MAXIMUM, name, text, labels, Gauge)
+        return self._each(Kind.MAXIMUM, name, text, labels, Gauge, shown=shown)
 
     def private(self, name: str) -> Gauge:
         """Return a gauge that no scrape shows."""
-        return self._each(Kind.PRIVATE, name, "", {}, Gauge)[()]
+        return self._each(Kind.PRIVATE, name, "", {}, Gauge, shown=False)[()]
 
     def histograms(
-        self, name: str, text: str, bounds: tuple[float, ...], **labels: Iterable[str]
+        self,
+        name: str,
+        text: str,
+        bounds: tuple[float, ...],
+        *,
+        shown: bool = True,
+        **labels: Iterable[str],
     ) -> dict[tuple[str, ...], Histogram]:
         """Return a histogram for every combination of label values."""
 
         def make(cells: Row, index: int) -> Histogram:
             return Histogram(cells, index, bounds)
 
-        return self._each(Kind.HISTOGRAM, name, text, labels, make, bounds)
+        return self._each(Kind.HISTOGRAM, name, text, labels, make, bounds, shown=shown)
 
-    def count(self, name: str, text: str) -> None:
-        """Show how many values the histogram that was just handed out has, as a counter too."""
-        of = self.families[-1]
-        family = Family(Kind.COUNT, name, text, of.labels, of.series, of.bounds, of.shown)
-        self.families.append(family)
+    def count(self, name: str, text: str, *, of: str) -> None:
+        """Show how many values the histogram of this name has, as a counter too."""
+        counted = next(family for family in self.families if family.name == of)
+        self.families.append(replace(counted, kind=Kind.COUNT, name=name, text=text))
 
     def drop_gauges(self, cells: Row) -> None:
         """Forget what a process that is gone said about itself; what it counted stays."""
@@ -197,10 +206,11 @@ class MetricLayout:
         labels: dict[str, Iterable[str]],
         make: Callable[[Row, int], _T],
         bounds: tuple[float, ...] = (),
+        *,
+        shown: bool,
     ) -> dict[tuple[str, ...], _T]:
         size = len(bounds) + 2 if kind is Kind.HISTOGRAM else 1
         series = {values: self._take(size) for values in product(*labels.values())}
-        shown = self.shown and kind is not Kind.PRIVATE
         self.families.append(Family(kind, name, text, tuple(labels), series, bounds, shown))
         return {values: make(self.cells, index) for values, index in series.items()}
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 from zlib import crc32
 
 from broker.model import LimitName, Outcome
-from broker.telemetry.cells import MetricLayout, Row
+from broker.telemetry.cells import Histogram, MetricLayout, Row
 from broker.telemetry.counts import BucketCounts, TokenCounts
 from broker.telemetry.labels import BackgroundTask, Reason
 from broker.version import VERSION
@@ -23,59 +23,26 @@ from broker.version import VERSION
 BUDGET = "budget"
 """The label of the one rejection that is not a token bucket's."""
 
-REQUEST_BUCKETS = (
-    0.00005,
-    0.0001,
-    0.00025,
-    0.0005,
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-)
+LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+"""Seconds that the event loop woke late."""
+
+REQUEST_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, *LAG_BUCKETS, 2.5, 5.0, 10.0)
 """Seconds, 50 us to 10 s: a reuse takes tens of microseconds, a mint up to its deadline."""
+
+STORE_BUCKETS = REQUEST_BUCKETS[:13]
+"""Seconds, 50 us to 500 ms: an operation takes tens of microseconds, and is given up at 50 ms."""
 
 REMAINING_BUCKETS = (60.0, 120.0, 300.0, 420.0, 600.0, 900.0, 1200.0, 1800.0, 2700.0, 3600.0)
 """Seconds of life at hand-out: the floors, the renewal window, and the hour."""
-
-LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
-"""Seconds that the event loop woke late."""
 
 WAIT_BUCKETS = (0.0, 0.01, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Seconds in the budget's queue; the default longest wait is 8 s."""
 
 
-_STATUSES = (
-    "200",
-    "400",
-    "401",
-    "402",
-    "403",
-    "404",
-    "409",
-    "410",
-    "422",
-    "429",
-    "500",
-    "502",
-    "503",
-    "504",
-)
+_STATUSES = tuple(map(str, (200, 400, 401, 402, 403, 404, 409, 410, 422, 429, 500, 502, 503, 504)))
 """Statuses that the vendor documents; the label must not grow with its imagination."""
 
 _OTHER, _NONE = "other", "none"
-
-STORE_BUCKETS = REQUEST_BUCKETS[:13]
-"""Seconds, 50 us to 500 ms: an operation takes tens of microseconds, and is given up at 50 ms."""
 
 OPERATIONS = (
     "visit",
@@ -123,16 +90,7 @@ class Metrics:
         cells: Row | None = None,
     ) -> None:
         sheet = self.sheet = MetricLayout(cells)
-        durations = _by_label(
-            sheet.histograms(
-                "broker_request_duration_seconds",
-                "Time from a parsed request head to the answer, by how the request ended",
-                REQUEST_BUCKETS,
-                outcome=[outcome.value for outcome in Outcome],
-            )
-        )
-        sheet.count("broker_requests", "Token requests by how they ended")
-        self.requests = {outcome: durations[outcome.value] for outcome in Outcome}
+        self.requests = _requests(sheet)
         self.remaining = sheet.histograms(
             "broker_token_remaining_seconds",
             "Life left of a token when it is handed out",
@@ -154,13 +112,9 @@ class Metrics:
         self.tokens = TokenMetrics(sheet)
         self.mints = MintMetrics(sheet, issuer)
         self.sessions = SessionMetrics(sheet)
-        sheet.shown = budget
-        self.budget = BudgetMetrics(sheet)
-        sheet.shown = issuer == "upstream"
-        self.upstream = UpstreamMetrics(sheet)
-        sheet.shown = shared_store
-        self.store = StoreMetrics(sheet)
-        sheet.shown = True
+        self.budget = BudgetMetrics(sheet, shown=budget)
+        self.upstream = UpstreamMetrics(sheet, shown=issuer == "upstream")
+        self.store = StoreMetrics(sheet, shown=shared_store)
         self.process = ProcessMetrics(sheet, workers)
 
     @property
@@ -168,6 +122,18 @@ class Metrics:
         """Names the meaning of every cell: processes that share a board must agree on it."""
         meaning = repr([(f.name, f.kind, f.series, f.bounds) for f in self.sheet.families])
         return f"{VERSION} {crc32(meaning.encode()):08x}"
+
+
+def _requests(sheet: MetricLayout) -> dict[Outcome, Histogram]:
+    name = "broker_request_duration_seconds"
+    durations = sheet.histograms(
+        name,
+        "Time from a parsed request head to the answer, by how the request ended",
+        REQUEST_BUCKETS,
+        outcome=[outcome.value for outcome in Outcome],
+    )
+    sheet.count("broker_requests", "Token requests by how they ended", of=name)
+    return {outcome: durations[outcome.value,] for outcome in Outcome}
 
 
 class LimitMetrics:
@@ -254,32 +220,39 @@ class SessionMetrics:
 class BudgetMetrics:
     """What the queue for the vendor's budget reports."""
 
-    def __init__(self, sheet: MetricLayout) -> None:
+    def __init__(self, sheet: MetricLayout, *, shown: bool) -> None:
         self.remaining = sheet.maxima(
-            "broker_upstream_budget_remaining", "Calls that the budget would allow at this moment"
+            "broker_upstream_budget_remaining",
+            "Calls that the budget would allow at this moment",
+            shown=shown,
         )[()]
         self.queue_depth = sheet.totals(
-            "broker_upstream_queue_depth", "Mints waiting for the budget"
+            "broker_upstream_queue_depth",
+            "Mints waiting for the budget",
+            shown=shown,
         )[()]
         self.outstanding = sheet.totals(
             "broker_upstream_calls_outstanding",
             "Calls to the vendor that are out, and count as if they arrived now",
+            shown=shown,
         )[()]
         self.queue_wait = sheet.histograms(
             "broker_upstream_queue_wait_seconds",
             "Time that a mint waited for its slot in the budget",
             WAIT_BUCKETS,
+            shown=shown,
         )[()]
 
 
 class UpstreamMetrics:
     """What calls to the vendor report."""
 
-    def __init__(self, sheet: MetricLayout) -> None:
+    def __init__(self, sheet: MetricLayout, *, shown: bool) -> None:
         self.requests = _by_label(
             sheet.counters(
                 "broker_upstream_requests",
                 "Calls to the vendor by the status of its answer; none: there was no answer",
+                shown=shown,
                 status=(*_STATUSES, _OTHER, _NONE),
             )
         )
@@ -287,6 +260,7 @@ class UpstreamMetrics:
             sheet.counters(
                 "broker_upstream_errors",
                 "Calls to the vendor that gave no token, by what went wrong",
+                shown=shown,
                 reason=[reason.value for reason in Reason],
             )
         )
@@ -294,6 +268,7 @@ class UpstreamMetrics:
             sheet.counters(
                 "broker_upstream_validations",
                 "Questions whether the vendor reads, asked while calls hang, by what came of them",
+                shown=shown,
                 outcome=("answered", "none"),
             )
         )
@@ -301,6 +276,7 @@ class UpstreamMetrics:
             sheet.maxima(
                 "broker_breaker_open",
                 "1 while this breaker stops calls to the vendor",
+                shown=shown,
                 breaker=("credentials", "health"),
             )
         )
@@ -314,12 +290,13 @@ class UpstreamMetrics:
 class StoreMetrics:
     """What a shared store reports."""
 
-    def __init__(self, sheet: MetricLayout) -> None:
+    def __init__(self, sheet: MetricLayout, *, shown: bool) -> None:
         self.duration = _by_label(
             sheet.histograms(
                 "broker_store_duration_seconds",
                 "Time from asking the store to its answer or failure, by what was asked",
                 STORE_BUCKETS,
+                shown=shown,
                 operation=OPERATIONS,
             )
         )
@@ -327,11 +304,14 @@ class StoreMetrics:
             sheet.counters(
                 "broker_store_errors",
                 "Operations that the store failed, by what went wrong",
+                shown=shown,
                 reason=STORE_ERRORS,
             )
         )
         self.degraded = sheet.maxima(
-            "broker_store_degraded", "1 while a process works without the shared store"
+            "broker_store_degraded",
+            "1 while a process works without the shared store",
+            shown=shown,
         )[()]
 
 
@@ -354,14 +334,7 @@ class ProcessMetrics:
             "broker_config_reload_failed",
             "1 while the last attempt to reload has failed: the settings before it are in force",
         )[()]
-        build = sheet.maxima(
-            "broker_build_info",
-            "Always 1; the labels tell what runs",
-            version=(VERSION,),
-            python=(platform.python_version(),),
-        )
-        for gauge in build.values():
-            gauge.set(1)
+        _tell_build(sheet)
         self.log_lines_dropped = sheet.counters(
             "broker_log_lines_dropped",
             "Log lines that were lost, because standard error was full, gone or failed",
@@ -386,12 +359,13 @@ class ProcessMetrics:
             task=[name.value for name in BackgroundTask],
         )
         self.background = {name: background[name.value,] for name in BackgroundTask}
-        sheet.shown = workers > 0
+        shown = workers > 0
         indices = [str(index) for index in range(1, workers + 1)]
         self.cpu = _by_label(
             sheet.counters(
                 "broker_worker_cpu_seconds",
                 "CPU time of this worker and those that it replaced, user and system",
+                shown=shown,
                 worker=indices,
             )
         )
@@ -399,10 +373,21 @@ class ProcessMetrics:
             sheet.totals(
                 "broker_worker_resident_memory_bytes",
                 "Resident memory of this worker",
+                shown=shown,
                 worker=indices,
             )
         )
-        sheet.shown = True
+
+
+def _tell_build(sheet: MetricLayout) -> None:
+    build = sheet.maxima(
+        "broker_build_info",
+        "Always 1; the labels tell what runs",
+        version=(VERSION,),
+        python=(platform.python_version(),),
+    )
+    for gauge in build.values():
+        gauge.set(1)
 
 
 def _by_label(cells: dict[tuple[str, ...], _T]) -> dict[str, _T]:

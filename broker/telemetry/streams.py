@@ -30,6 +30,8 @@ from queue import Empty, SimpleQueue
 
 from typing_extensions import override
 
+from broker.exit_codes import EX_IOERR
+
 ROOM = 2_000
 """Lines that wait at most, of some 400 bytes: a reader may pause for a second under full load."""
 
@@ -43,9 +45,6 @@ at once."""
 
 FLUSH = 0.5
 """Seconds that the end of a process waits for what can still be written."""
-
-EX_IOERR = 74
-"""Exit code of a command whose result could not be written (sysexits.h)."""
 
 RECHECK = 1_000
 """Milliseconds between looks at a descriptor that somebody else made non-blocking."""

@@ -12,7 +12,7 @@ from processes import Tree, good, merged, put, secret_file, secret_in, write
 from servers import write_certificates
 from test_config import alone, keys
 
-from broker.app import factory, missing_secrets
+from broker.app import credentials, factory, missing_secrets
 from broker.config import load as config
 from broker.config.schema import ConfigError
 from broker.config.settings import Settings
@@ -158,11 +158,11 @@ class TestKeys:
             "issuer.local.keys: signing_key names 'three', which is not among the keys"
         )
         right = put(tree, "issuer.local.signing_key", "two")
-        assert factory.keyring(settings(right)).signing(0) == "two"
+        assert credentials.keyring(settings(right)).signing(0) == "two"
 
     def test_that_are_one_need_no_name(self, tmp_path: Path) -> None:
         """The only key signs."""
-        assert factory.keyring(settings(good(tmp_path))).signing(0) == "one"
+        assert credentials.keyring(settings(good(tmp_path))).signing(0) == "one"
 
 
 class TestLimits:
@@ -405,11 +405,11 @@ def test_the_stores_secrets_travel_in_place_of_their_files(tmp_path: Path) -> No
     sealing = secret_file(tmp_path / "sealing")
     store = {"url": "valkey://h", "password_file": password, "encryption_key_file": sealing}
     tree = settings(merged(good(tmp_path), {"store": store}))
-    key = factory.sealing_key(tree)
+    key = credentials.sealing_key(tree)
     told = factory.with_store_secrets(tree, key)
     for file in (password, sealing):
         Path(file).unlink()
-    assert factory.sealing_key(told) == key
+    assert credentials.sealing_key(told) == key
     assert factory.store_access(told).password is not None
     assert told.store.password_file is told.store.encryption_key_file is None
     assert replace(told, store=tree.store) == tree

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from processes import Broker, good, put, run, toml, write
 
-from broker.cli import healthcheck
+from broker.cli import probe
 from broker.cli.healthcheck import where
 
 
@@ -67,10 +67,10 @@ def test_where_one_family_is_off_the_other_is_asked(monkeypatch: pytest.MonkeyPa
         def log_message(self, *_: object) -> None:
             """Say nothing."""
 
-    monkeypatch.setattr(healthcheck, "_EVERYWHERE", {"::": ("127.0.0.2", "127.0.0.1")})
+    monkeypatch.setattr(probe, "_EVERYWHERE", {"::": ("127.0.0.2", "127.0.0.1")})
     with HTTPServer(("127.0.0.1", 0), Ready) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
-        assert healthcheck.ask(f"[::]:{server.server_port}") == ""
+        assert probe.ask(f"[::]:{server.server_port}") == ""
 
 
 def test_it_needs_to_know_no_more_than_where_to_ask(tmp_path: Path) -> None:

@@ -45,8 +45,7 @@ from broker.process.ipc import (
     packed,
 )
 from broker.process.supervisor import CannotStart, Supervisor
-from broker.process.usage import Usage, usage
-from broker.process.worker_process import reason_of
+from broker.process.worker_process import Usage, reason_of, usage
 from broker.rules import restarts
 from broker.tasks import TaskSet
 from broker.telemetry.cells import share, shared
@@ -475,7 +474,7 @@ class TestSupervisor:
             for without in ((), (1,), (2,), (1, 2)):
                 for index in (1, 2):
                     degraded.of(supervisor._board.rows[index]).set(index in without)
-                supervisor._note_store()
+                supervisor._publish()
                 states.append((supervisor._health.state, supervisor._health.ready))
             assert states == [
                 ("ok", True),

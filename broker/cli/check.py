@@ -1,0 +1,57 @@
+"""`broker check`: says what is wrong with a configuration, and opens nothing."""
+
+import argparse
+import os
+
+from broker.cli.base import Commands, settings_of
+from broker.config.settings import Settings
+from broker.exit_codes import EX_OK
+from broker.model import Secret
+from broker.telemetry.streams import complain, tell
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    commands.add("check", "check a configuration and say what is wrong", run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Build every part once, with made-up secrets for files that are not on this machine."""
+    import secrets
+
+    from broker.app import factory, missing_secrets
+
+    settings = settings_of(arguments)
+    missing = missing_secrets.missing_files(settings)
+    made_up = missing_secrets.fill_missing_secrets(
+        settings, lambda _name: Secret(secrets.token_urlsafe(48))
+    )
+    factory.check(made_up, os.environ)
+    for name, file in missing:
+        complain(f"note: {name}: {file} is not here; it must be where the broker runs")
+    note_unused_key(settings)
+    if factory.shows_password(settings):
+        complain(
+            "note: store.password crosses the network in clear text: write valkeys:// where others"
+            " can listen"
+        )
+    tell("configuration ok")
+    return EX_OK
+
+
+def note_unused_key(settings: Settings) -> None:
+    """Say so when there is a vendor key and tokens are signed here all the same.
+
+    The vendor's viewer takes none of those.
+    """
+    from broker.config.load import VENDOR_VARIABLES
+
+    upstream = settings.issuer.upstream
+    given = upstream.api_secret or upstream.api_secret_files
+    if settings.issuer.kind == "local" and (
+        given or any(os.environ.get(name) for name in VENDOR_VARIABLES)
+    ):
+        complain(
+            'note: a vendor key is given but not used, because issuer.kind is "local" and tokens'
+            ' are signed here; set issuer.kind = "upstream" to relay the vendor\'s'
+        )

@@ -1,0 +1,44 @@
+"""`broker config show`: the configuration in force, secrets masked."""
+
+import argparse
+import os
+
+from broker.cli.base import Commands, settings_of
+from broker.config import schema
+from broker.config.settings import Settings
+from broker.exit_codes import EX_OK
+from broker.telemetry.streams import tell
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    below = commands.below("config", "the configuration in force", "show")
+    below.add("show", "print it, secrets masked", run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the settings, and what is used for those that are left out."""
+    settings = settings_of(arguments)
+    tell(schema.show(settings, _resolved(settings)).removesuffix("\n"))
+    return EX_OK
+
+
+def _resolved(settings: Settings) -> dict[str, str]:
+    """Say of keys that are left out what is used in their place."""
+    from broker.config.load import VENDOR_VARIABLES
+
+    notes = {}
+    local, upstream = settings.issuer.local, settings.issuer.upstream
+    if settings.issuer.kind == "local" and not local.signing_key and len(local.keys) == 1:
+        notes["issuer.local.signing_key"] = f"the only key signs: {next(iter(local.keys))}"
+    variable = next((name for name in VENDOR_VARIABLES if os.environ.get(name)), None)
+    given = upstream.api_secret or upstream.api_secret_files
+    if settings.issuer.kind == "upstream" and variable and not given:
+        notes["issuer.upstream.api_secret"] = f"the key in {variable} is used"
+    if settings.issuer.kind == "upstream" and not (upstream.proxy or upstream.proxy_file):
+        from broker.app import credentials
+
+        proxy = credentials.vendor_proxy(settings, os.environ)
+        if proxy is not None:
+            notes["issuer.upstream.proxy"] = f"{proxy.source} is used"
+    return notes

@@ -1,0 +1,102 @@
+"""Examines the way to the vendor: one cheap call per key, and no token."""
+
+from http import HTTPStatus
+
+import msgspec
+from msgspec import Struct
+
+from broker.cli.finding import Finding
+from broker.clock import SystemClock
+from broker.config.settings import Settings
+from broker.issuers.vendor.client import Answer, CallFailed, VendorClient
+from broker.issuers.vendor.egress import Proxy
+from broker.issuers.vendor.headers import vendor_date
+from broker.model import Secret
+from broker.rules.reuse import SECOND
+from broker.telemetry.labels import Reason
+
+MAX_SKEW = 30 * SECOND
+"""Microseconds: half of the minute that verifiers commonly forgive."""
+
+_REMEDIES = {
+    Reason.DNS: "the name is not known: check base_url and the resolver",
+    Reason.TLS: "no trusted TLS: check base_url, the CA certificates, and proxies in between",
+    Reason.CONNECT: "no connection: check the firewall and egress rules",
+    Reason.PROXY_CONNECT: "no connection to the egress proxy: check its address and the firewall",
+    Reason.PROXY_AUTH: "the egress proxy wants a user and a password (407): put them into the file"
+    " of issuer.upstream.proxy_file",
+    Reason.PROXY_REFUSED: "the egress proxy opens no way there: permit CONNECT to the vendor in it,"
+    ' or go without it by issuer.upstream.proxy = "direct"',
+    Reason.HEADERS_TOO_LARGE: "headers beyond 64 KiB, 512 lines or 256 KiB in all, or over 16"
+    " interim answers: look at what an edge or a proxy in between adds",
+    Reason.TIMEOUT: "no answer in time: check the network, or raise issuer.upstream.timeout",
+}
+
+
+class _Reply(Struct):
+    valid: bool = False
+
+
+async def examine(settings: Settings, keys: list[Secret], proxy: Proxy | None) -> list[Finding]:
+    """Ask the vendor about each key; what fails for one would fail for all."""
+    upstream = settings.issuer.upstream
+    client = VendorClient(upstream.base_url, upstream.timeout.seconds, proxy)
+    findings = [] if proxy is None else [_through(proxy)]
+    try:
+        for number, key in enumerate(keys, 1):
+            try:
+                answer = await client.validate(key)
+            except CallFailed as failed:
+                remedy = _REMEDIES.get(failed.reason, f"the call failed: {failed.reason.value}")
+                return [*findings, Finding(ok=False, name=upstream.base_url, text=remedy)]
+            if number == 1:
+                findings += [_reached(upstream.base_url, answer), _skew(answer)]
+            findings.append(_key(number, answer))
+    finally:
+        await client.close()
+    return findings
+
+
+def _through(proxy: Proxy) -> Finding:
+    known = "with a user and a password" if proxy.authorization else "without a password"
+    text = f"calls to the vendor go through {proxy.url}, {known} ({proxy.source})"
+    return Finding(ok=True, name="egress proxy", text=text)
+
+
+def _reached(base_url: str, answer: Answer) -> Finding:
+    if HTTPStatus.MULTIPLE_CHOICES <= answer.status < HTTPStatus.BAD_REQUEST:
+        target = answer.headers.get("Location", "somewhere else")[:200]
+        text = (
+            f"redirects to {target!r}, which is never followed: put the final address into base_url"
+        )
+        return Finding(ok=False, name=base_url, text=text)
+    secure = "TLS is trusted" if base_url.startswith("https:") else "plain HTTP on this machine"
+    return Finding(ok=True, name=base_url, text=f"answers without a redirect, {secure}")
+
+
+def _skew(answer: Answer) -> Finding:
+    now = SystemClock().wall()
+    theirs = vendor_date(answer.headers, now)
+    if theirs is None:
+        return Finding(ok=True, name="clock", text="the vendor sent no Date to compare with")
+    skew = abs(theirs - now)
+    seconds = skew // SECOND
+    if skew <= MAX_SKEW:
+        return Finding(ok=True, name="clock", text=f"within {seconds + 1} s of the vendor's")
+    return Finding(
+        ok=False, name="clock", text=f"{seconds} s off the vendor's: synchronize it (chrony, NTP)"
+    )
+
+
+def _key(number: int, answer: Answer) -> Finding:
+    name = f"vendor key {number}"
+    try:
+        valid = msgspec.json.decode(answer.body, type=_Reply).valid
+    except msgspec.DecodeError:
+        valid = False
+    if answer.status == HTTPStatus.OK and valid:
+        return Finding(ok=True, name=name, text="the vendor accepts it")
+    if answer.status in (HTTPStatus.OK, HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        text = "the vendor refuses it: make a new one in the vendor's dashboard"
+        return Finding(ok=False, name=name, text=text)
+    return Finding(ok=False, name=name, text=f"cannot tell: the vendor answered {answer.status}")

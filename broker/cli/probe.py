@@ -1,0 +1,59 @@
+"""Asks an admin listener whether the broker behind it is ready, as a container's engine would."""
+
+import socket
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
+
+from typing_extensions import override
+
+from broker.config.validate import parse_address
+
+TIMEOUT = 2.0
+"""Seconds; engines commonly wait for three."""
+
+_EVERYWHERE = {
+    "0.0.0.0": ("127.0.0.1",),  # noqa: S104 - where one listens, not asks
+    "::": ("127.0.0.1", "::1"),
+}
+"""Where to ask a listener that is on all addresses: one family may be off."""
+
+
+class _UnixConnection(HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("broker", timeout=TIMEOUT)
+        self._path = path
+
+    @override
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def ask(listen: str) -> str:
+    """Return an empty text if the broker at this admin listener is ready, else why it is not."""
+    failure = ""
+    try:
+        connections = _connections(listen)
+    except (ValueError, HTTPException) as error:
+        return f"admin listener {listen}: {error}"
+    for connection in connections:
+        try:
+            connection.request("GET", "/readyz")
+            status = connection.getresponse().status
+        except (OSError, HTTPException, UnicodeError) as error:
+            failure = type(error).__name__
+            continue
+        finally:
+            connection.close()
+        return "" if status == HTTPStatus.OK else f"not ready: /readyz answers {status}"
+    return f"no answer at {listen}: {failure}"
+
+
+def _connections(listen: str) -> list[HTTPConnection]:
+    """Return the ways to the listener, each to be tried until one is answered."""
+    address = parse_address(listen)
+    if isinstance(address, str):
+        return [_UnixConnection(address)]
+    host, port = address
+    return [HTTPConnection(h, port, timeout=TIMEOUT) for h in _EVERYWHERE.get(host, (host,))]

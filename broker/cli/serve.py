@@ -1,0 +1,57 @@
+"""`broker serve`: answers requests until stopped."""
+
+import argparse
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from broker.cli.base import Commands, settings_of
+from broker.cli.check import note_unused_key
+from broker.config.settings import Settings
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    parser = commands.add("serve", "answer requests until stopped", run)
+    parser.add_argument(
+        "--dev", action="store_true", help="no configuration needed: keys and secret are made"
+    )
+    parser.add_argument("--listen", metavar="H:P", help="instead of [server] listen")
+    parser.add_argument("--admin-listen", metavar="H:P", help="instead of [admin] listen")
+    parser.add_argument("--workers", metavar="N", help="instead of [server] workers")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve with what file, environment and flags say, now and at each reload."""
+    flags: dict[str, Any] = {}
+    server = {"listen": arguments.listen, "workers": arguments.workers}
+    flags["server"] = {name: value for name, value in server.items() if value}
+    if arguments.admin_listen:
+        flags["admin"] = {"listen": arguments.admin_listen}
+    if not arguments.dev:
+        return _serve(lambda: settings_of(arguments, flags), dev=False)
+    from broker.app import dev
+    from broker.config import load as config
+
+    made = dev.DevSecrets()
+    path = config.find_file(arguments.config, os.environ) if _names_file(arguments) else None
+    return _serve(
+        lambda: made.complete(config.load(path, os.environ, flags, made.defaults())), dev=True
+    )
+
+
+def _names_file(arguments: argparse.Namespace) -> bool:
+    """Development mode reads a file only if one is named, never the packaged one."""
+    return bool(arguments.config or os.environ.get("BROKER_CONFIG"))
+
+
+def _serve(load: Callable[[], Settings], *, dev: bool) -> int:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # a reload waits for the start
+    from broker.process.serve import serve
+    from broker.telemetry import logs
+
+    settings = load()
+    logs.configure(settings.log)
+    note_unused_key(settings)
+    return serve(settings, load, dev=dev)

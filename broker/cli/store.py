@@ -1,0 +1,36 @@
+"""`broker store acl`: the rule for the shared store's ACL file."""
+
+import argparse
+import os
+
+from broker.cli.base import Commands
+from broker.config.schema import ConfigError
+from broker.config.settings import Settings
+from broker.exit_codes import EX_OK
+from broker.telemetry.streams import tell
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    below = commands.below("store", "the shared store", "acl")
+    parser = below.add(
+        "acl", "print the rule for its ACL file: enough for a broker, and no more", run
+    )
+    parser.add_argument("--user", metavar="NAME", help="instead of [store] username")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the rule; without a configuration, the one of an ordinary store."""
+    from broker.config import load as config
+    from broker.config.addresses import parse_store_url
+    from broker.valkey.client.scripts import acl_line
+
+    path = config.find_file(arguments.config, os.environ)
+    settings = Settings() if path is None else config.load(path, os.environ, {})
+    user = arguments.user or settings.store.username or "broker"
+    if not user.isprintable() or " " in user:
+        raise ConfigError("--user: a name without blanks, as the server's ACL file has it")
+    address = parse_store_url(settings.store.url)
+    cluster, database = (False, False) if address is None else (address.cluster, address.db > 0)
+    tell(acl_line(user, ">PASSWORD", cluster=cluster, database=database))
+    return EX_OK
