@@ -31,9 +31,9 @@ from test_shared_stalls import virtual
 
 from broker.model import Session
 from broker.sessions.base import Place, Query
+from broker.valkey.budget_script import SILENT
 from broker.valkey.client.scripts import command
 from broker.valkey.membership import LOST
-from broker.valkey.slots import SILENT
 
 pytestmark = pytest.mark.parts
 

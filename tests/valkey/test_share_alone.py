@@ -413,13 +413,13 @@ def test_S3_no_share_is_spent_while_heartbeats_are_answered() -> None:
         (replica,) = await opened(store.replica("a"))
         replica.slots._failed = True
         await asyncio.sleep(10)
-        assert replica.slots._alone is None
+        assert replica.slots._share.slots is None
         store.away = True
         await asyncio.sleep(10)
-        assert replica.slots._alone is not None
+        assert replica.slots._share.slots is not None
         store.away = False
         await asyncio.sleep(2)
-        assert replica.slots._alone is None
+        assert replica.slots._share.slots is None
         assert await replica.ask()
         assert store.twin.full_at is not None
         await closed([replica])

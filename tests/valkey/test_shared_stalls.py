@@ -17,7 +17,7 @@ from broker.pacing.pacer import MAX_PROMISE, BudgetPacer, Priority
 from broker.pacing.slots import Budget
 from broker.rules.outstanding import PROBES
 from broker.testing.clock import FakeClock, run_virtual
-from broker.valkey.slots import SILENT
+from broker.valkey.budget_script import SILENT
 
 SHIPPED = Budget(rate=106, per=60, burst=8, max_wait=8)
 ALLOWED = 120
