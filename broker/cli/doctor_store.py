@@ -194,7 +194,7 @@ async def _come_and_go(
     _ = await first.book.find_token(session.digest)
     _ = await first.book.page(Query(agent=ask.agent), Place(), 10)
     await first.book.mark(session, by_client=False)
-    await store.end_visitor(ask.client, ask.fingerprint, ask.key)
+    await store.revoke_visitor(ask.client, ask.fingerprint, ask.key)
     await first.book.forget(session)
     store.abandon(ask, ask.key, await _lead(first, ask), None)
     first.refusals.remember(ask, Refused(404, "NOT_FOUND", "no", Scope.AGENT_MODEL))

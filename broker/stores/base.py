@@ -103,7 +103,7 @@ class Store(Protocol):
         """End a lease without a token; those who wait elsewhere get `error` if it is an answer."""
         ...
 
-    async def end_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
+    async def revoke_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
         """Forget every token of this visitor, also those that are being minted at this moment.
 
         `keys` are those of tokens that are known to be theirs.

@@ -148,7 +148,7 @@ class MemoryStore(Store):
         """Nobody else waits for it."""
 
     @override
-    async def end_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
+    async def revoke_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
         self._epochs.end(visitor_of(client, fingerprint))
 
     def tidy(self) -> None:

@@ -136,10 +136,10 @@ class SharedStore(Store):
             self._remote.abandon(ask, key, lease, error)
 
     @override
-    async def end_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
+    async def revoke_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
         """End it at the server, or not at all: it must hold for every replica."""
         try:
-            await self._remote.end_visitor(client, fingerprint, *keys)
+            await self._remote.revoke_visitor(client, fingerprint, *keys)
         except StoreFailed:
             raise StoreAway from None
 

@@ -177,7 +177,9 @@ class SharedSessions(SessionStore):
                 await self._remote.record(session)
                 if await self._remote.disowned(session):
                     await self.mark(session, by_client=True)
-                    await self._store.end_visitor(session.client, session.fingerprint, session.key)
+                    await self._store.revoke_visitor(
+                        session.client, session.fingerprint, session.key
+                    )
                 if await self._remote.ended(session_id):
                     await self._remote.forget(session)
                     await self._alone.forget(session)

@@ -177,9 +177,9 @@ class ValkeyStore:
             self.leases.release(names.lease(name), lease.fence, mint_errors.encode(error))
         )
 
-    async def end_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
+    async def revoke_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
         """Begin a new epoch for this visitor: no token from before it is found again."""
-        epoch = await end_visitor(self._server, self._names, client, fingerprint, keys)
+        epoch = await revoke_visitor(self._server, self._names, client, fingerprint, keys)
         self._ends.note(self._names.visitor(visitor_of(client, fingerprint)).epoch, epoch)
 
     def heard_news(self, news: bytes) -> None:
@@ -339,7 +339,7 @@ class ValkeyStore:
         return f"ValkeyStore({self.leases!r}, {self._server!r})"
 
 
-async def end_visitor(
+async def revoke_visitor(
     server: StoreClient, names: Names, client: str, fingerprint: str, keys: Iterable[str]
 ) -> int:
     """Begin a new epoch for a visitor, and tell all replicas; raises StoreFailed.

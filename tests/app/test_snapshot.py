@@ -492,7 +492,7 @@ def test_G9_no_token_of_an_ended_visitor_is_held_after_a_restart(
     key, (store, ask, token) = new_key(), lived_in(clock)
     other = some_ask()
     store.tokens[other.key] = token
-    asyncio.run(store.end_visitor(ask.client, ask.fingerprint))
+    asyncio.run(store.revoke_visitor(ask.client, ask.fingerprint))
     assert save(path, key, store, clock, ORIGIN) == 1
     new = store_of(clock)
     assert load(path, key, new, clock, TERMS) == 1

@@ -238,7 +238,7 @@ class StoreContract:
         asks = [ask, ask_of(ask.fingerprint, agent=OTHER_AGENT), replace(ask, model="m")]
         for each in asks:
             await keep(opened, each, token_at(opened))
-        await opened.store.end_visitor(ask.client, ask.fingerprint)
+        await opened.store.revoke_visitor(ask.client, ask.fingerprint)
         for each in asks:
             assert await opened.store.look(each, each.key) is None
             assert (await visit(opened, each)).token is None
@@ -250,14 +250,14 @@ class StoreContract:
         opened, ask = await open_store(limits_of()), ask_of()
         others = [ask_of(), replace(ask, client="shop"), ask_of(ask.fingerprint + "0")]
         tokens = [await keep(opened, other, token_at(opened)) for other in others]
-        await opened.store.end_visitor(ask.client, ask.fingerprint)
+        await opened.store.revoke_visitor(ask.client, ask.fingerprint)
         assert [(await visit(opened, other)).token for other in others] == tokens
 
     async def test_G9_an_end_wins_over_a_mint_under_way(self, open_store: OpenStore) -> None:
         """Its token is refused to its own leader, and nobody finds it."""
         opened, ask = await open_store(limits_of()), ask_of()
         lease = await lead(opened, ask)
-        await opened.store.end_visitor(ask.client, ask.fingerprint)
+        await opened.store.revoke_visitor(ask.client, ask.fingerprint)
         token = replace(token_at(opened), version=lease.fence, epoch=lease.epoch)
         assert await opened.store.keep(ask, ask.key, token, lease) is Kept.ENDED
         assert await opened.store.look(ask, ask.key) is None
@@ -270,7 +270,7 @@ class StoreContract:
         assert await opened.store.release(ask, ask.key, await lead(opened, ask)) is True
         assert await opened.store.look(ask, ask.key) is None
         lease = await lead(opened, ask)
-        await opened.store.end_visitor(ask.client, ask.fingerprint)
+        await opened.store.revoke_visitor(ask.client, ask.fingerprint)
         assert await opened.store.release(ask, ask.key, lease) is False
         assert await opened.store.release(ask, ask.key, await lead(opened, ask)) is True
 

@@ -77,7 +77,7 @@ class Ends:
     def __init__(self) -> None:
         self.visitors: list[tuple[str, str]] = []
 
-    async def end_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
+    async def revoke_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
         """As a store does."""
         assert keys
         self.visitors.append((client, fingerprint))

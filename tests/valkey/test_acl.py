@@ -75,7 +75,7 @@ async def _everything(server: AnyServer, replica: Replica, asking: Callable[[], 
         assert kept is Kept.KEPT
         assert (await store.visit(ask, ask.key)).token == token
         assert await store.look(ask, ask.key) == token
-        await store.end_visitor(ask.client, ask.fingerprint)
+        await store.revoke_visitor(ask.client, ask.fingerprint)
         lease = await lead(replica, ask)
         kept, token = await keep(replica, ask, lease)
         replica.front.clear()

@@ -83,7 +83,7 @@ async def anything(replica: Replica, chance: random.Random, ask: TokenRequest) -
                 replica.store.abandon(ask, ask.key, lease, failure)
         case _:
             if chance.random() < 0.1:
-                await replica.store.end_visitor(ask.client, ask.fingerprint)
+                await replica.store.revoke_visitor(ask.client, ask.fingerprint)
 
 
 async def test_L3_every_key_has_an_end(valkey: StoreServer) -> None:

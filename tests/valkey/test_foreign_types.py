@@ -86,9 +86,9 @@ async def test_N26_a_visitor_whose_epoch_is_foreign_is_not_said_to_be_ended(
         key = replica.names.visitor(ask.visitor).epoch
         put_something(valkey, key)
         with pytest.raises(StoreAway):
-            await replica.store.end_visitor(ask.client, ask.fingerprint)
+            await replica.store.revoke_visitor(ask.client, ask.fingerprint)
         valkey.ask("DEL", key)
-        await replica.store.end_visitor(ask.client, ask.fingerprint)
+        await replica.store.revoke_visitor(ask.client, ask.fingerprint)
 
 
 @pytest.mark.parametrize("kind", ["members", "budget", "queues"])

@@ -499,7 +499,7 @@ async def test_G9_an_end_in_one_replica_is_exact_in_the_other(pair: Pair) -> Non
     await keep(pair.one, ask, await lead(pair.one, ask))
     assert await found(pair.other, ask) == await found(pair.one, ask) is not None
     assert pair.other.front.find(ask.key) is not None
-    await pair.one.store.end_visitor(ask.client, ask.fingerprint)
+    await pair.one.store.revoke_visitor(ask.client, ask.fingerprint)
     assert await found(pair.other, ask) is None
     assert await pair.other.store.look(ask, ask.key) is None
     assert pair.other.front.find(ask.key) is None
@@ -510,7 +510,7 @@ async def test_G9_a_mint_in_flight_elsewhere_is_ended(pair: Pair) -> None:
     ask = ask_of()
     lease = await lead(pair.one, ask)
     (task,) = await waiting(pair.other, ask)
-    await pair.other.store.end_visitor(ask.client, ask.fingerprint)
+    await pair.other.store.revoke_visitor(ask.client, ask.fingerprint)
     kept, _ = await keep(pair.one, ask, lease)
     assert kept is Kept.ENDED
     assert pair.one.front.find(ask.key) is None
@@ -530,7 +530,7 @@ async def test_G9_an_ended_leader_is_told_so_also_when_it_was_succeeded(deaf_pai
     one, other, ask = deaf_pair.one, deaf_pair.other, ask_of()
     old = await lead(one, ask)
     deaf_pair.clock.advance(LEASE / SECOND)
-    await one.store.end_visitor(ask.client, ask.fingerprint)
+    await one.store.revoke_visitor(ask.client, ask.fingerprint)
     new = await lead(other, ask)
     assert (await keep(one, ask, old))[0] is Kept.ENDED
     (task,) = await waiting(one, ask)
@@ -545,7 +545,7 @@ async def test_G9_an_epoch_never_comes_twice(deaf_pair: Pair) -> None:
     epochs = []
     for step in (0, 0, 0, -3600, 0, 1):
         deaf_pair.clock.advance(step)
-        await deaf_pair.one.store.end_visitor(ask.client, ask.fingerprint)
+        await deaf_pair.one.store.revoke_visitor(ask.client, ask.fingerprint)
         lease = await lead_after_a_step(deaf_pair.one, ask)
         epochs.append(lease.epoch)
         assert (await keep(deaf_pair.one, ask, lease))[0] is Kept.KEPT
@@ -565,7 +565,7 @@ async def test_G9_an_end_holds_also_when_the_server_goes_away_after_it() -> None
             for each in (ask, stranger):
                 await keep(pair[0], each, await lead(pair[0], each))
                 assert await found(pair[1], each) == await found(pair[0], each) is not None
-            await pair[0].store.end_visitor(ask.client, ask.fingerprint)
+            await pair[0].store.revoke_visitor(ask.client, ask.fingerprint)
             await eventually(lambda: pair[1].sharing.alone._epochs.of(ask.visitor) > 0)
             server.pause()
             for replica in pair:
@@ -589,7 +589,7 @@ async def test_G9_a_mint_that_was_ended_is_not_kept_alone() -> None:
     with store_server(valkey_binary()) as server:
         async with opened(Replica(server.address, limits_of(), timeout=0.2)) as replica:
             lease = await lead(replica, ask)
-            await replica.store.end_visitor(ask.client, ask.fingerprint)
+            await replica.store.revoke_visitor(ask.client, ask.fingerprint)
             server.pause()
             assert (await keep(replica, ask, lease))[0] is Kept.ENDED
             server.resume()
@@ -614,7 +614,7 @@ async def test_G9_a_server_that_forgot_an_end_is_told_of_it(
     """
     ask = ask_of()
     await keep(pair.one, ask, await lead(pair.one, ask))
-    await pair.one.store.end_visitor(ask.client, ask.fingerprint)
+    await pair.one.store.revoke_visitor(ask.client, ask.fingerprint)
     lease = await lead(pair.one, ask)
     valkey.ask("DEL", epoch_key(pair.one, ask))
     pair.one.front.clear()
@@ -632,7 +632,7 @@ async def test_G9_a_token_that_outlived_its_epoch_is_not_given_by_who_knows(
     """Held at the server and in front, and the server has lost the epoch since the end."""
     ask, one = ask_of(), deaf_pair.one
     await keep(one, ask, await lead(one, ask))
-    await one.store.end_visitor(ask.client, ask.fingerprint)
+    await one.store.revoke_visitor(ask.client, ask.fingerprint)
     valkey.ask("DEL", epoch_key(one, ask))
     assert await found(one, ask) is None
     assert isinstance(await one.store.lead(ask, ask.key, always), Lease)
@@ -647,7 +647,7 @@ async def test_G9_a_writer_of_the_store_brings_no_ended_token_back(
     one, other, ask = deaf_pair.one, deaf_pair.other, ask_of()
     await keep(one, ask, await lead(one, ask))
     assert await found(other, ask) is not None
-    await one.store.end_visitor(ask.client, ask.fingerprint)
+    await one.store.revoke_visitor(ask.client, ask.fingerprint)
     epoch = valkey.ask("GET", epoch_key(one, ask))
     valkey.ask("HSET", token_key(one, ask), "epoch", epoch)
     assert await found(other, ask) is await found(one, ask) is None
@@ -669,7 +669,7 @@ async def test_G9_a_token_that_is_known_is_gone_with_its_session(
     one, ask, stranger = deaf_pair.one, ask_of(), ask_of()
     for each in (ask, stranger):
         await keep(one, each, await lead(one, each))
-    await one.store.end_visitor(ask.client, ask.fingerprint, ask.key)
+    await one.store.revoke_visitor(ask.client, ask.fingerprint, ask.key)
     assert valkey.ask("EXISTS", token_key(one, ask), epoch_key(one, ask)) == 1
     valkey.ask("DEL", epoch_key(one, ask))
     assert await found(deaf_pair.other, ask) is None
@@ -935,7 +935,7 @@ async def test_a_mint_begun_alone_is_kept_alone() -> None:
     with store_server(valkey_binary()) as server:
         one, other_one = (Replica(server.address, limits_of(), timeout=0.2) for _ in range(2))
         async with opened(one) as replica, opened(other_one):
-            await other_one.store.end_visitor(ask.client, ask.fingerprint)
+            await other_one.store.revoke_visitor(ask.client, ask.fingerprint)
             server.pause()
             lease = await lead(replica, ask)
             server.resume()

@@ -168,7 +168,7 @@ async def keeps(replica: Replica) -> None:
 async def ends(replica: Replica) -> None:
     """An end, and news of one."""
     replica.remote.heard_news(b"ended " + replica.names.visitor("x").epoch)
-    await replica.store.end_visitor("web", "0a", "key")
+    await replica.store.revoke_visitor("web", "0a", "key")
 
 
 async def beats(replica: Replica) -> None:

@@ -306,7 +306,7 @@ async def test_G9_an_end_is_refused_while_the_server_is_away(server: StoreServer
     async with replica_of(server.address) as replica:
         server.kill()
         with pytest.raises(errors.ServiceUnavailable):
-            await replica.store.end_visitor("web", "abcd")
+            await replica.store.revoke_visitor("web", "abcd")
 
 
 # --- a cluster
