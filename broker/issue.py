@@ -108,7 +108,7 @@ class TokenService:
         except errors.BrokerError as error:
             if not error.transient:
                 raise
-            found = await self._store.look(request, key)  # the old one may have been revoked
+            found = await self._store.peek(request, key)  # the old one may have been revoked
             left = 0 if found is None else self._left(found)
             if found is None or left < self._policy.marks(found.lifetime).outage:
                 raise

@@ -189,7 +189,7 @@ async def _come_and_go(
     await asyncio.wait([waiting], timeout=TIMEOUT)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
-    _ = await second.store.look(ask, ask.key)
+    _ = await second.store.peek(ask, ask.key)
     _ = await first.book.find(session.session_id)
     _ = await first.book.find_token(session.digest)
     _ = await first.book.page(Query(agent=ask.agent), Place(), 10)

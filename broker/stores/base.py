@@ -72,7 +72,7 @@ class Store(Protocol):
         """Charge the client's limit, where there is one, for a request that is not for a token."""
         ...
 
-    async def look(self, ask: TokenRequest, key: str) -> EmbedToken | None:
+    async def peek(self, ask: TokenRequest, key: str) -> EmbedToken | None:
         """Look for a token without charging anything."""
         ...
 

@@ -106,7 +106,7 @@ class MemoryStore(Store):
         return not self._epochs.holds(visitor_of(client, fingerprint), token.epoch)
 
     @override
-    async def look(self, ask: TokenRequest, key: str) -> EmbedToken | None:
+    async def peek(self, ask: TokenRequest, key: str) -> EmbedToken | None:
         return self.find(ask.visitor, key)
 
     @override

@@ -84,12 +84,12 @@ class SharedStore(Store):
         return await self._alone.charge_client(client)
 
     @override
-    async def look(self, ask: TokenRequest, key: str) -> EmbedToken | None:
+    async def peek(self, ask: TokenRequest, key: str) -> EmbedToken | None:
         try:
-            return await self._remote.look(ask, key)
+            return await self._remote.peek(ask, key)
         except StoreFailed as failed:
             self._go_alone(failed)
-        return await self._alone.look(ask, key)
+        return await self._alone.peek(ask, key)
 
     @override
     async def lead(

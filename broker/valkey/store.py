@@ -112,7 +112,7 @@ class ValkeyStore:
             return None
         return await self._charge(limit_set, client, self._names.client(client))
 
-    async def look(self, ask: TokenRequest, key: str) -> EmbedToken | None:
+    async def peek(self, ask: TokenRequest, key: str) -> EmbedToken | None:
         """Look for a token, charging nothing."""
         front = self._front.find(key)
         return self._front.read(ask, key, await self._ask_visitor(ask, key, front), front)

@@ -164,7 +164,7 @@ class StoreContract:
         opened, ask = await open_store(limits_of()), ask_of()
         token = await keep(opened, ask, token_at(opened))
         for _ in range(3):
-            assert await opened.store.look(ask, ask.key) == token
+            assert await opened.store.peek(ask, ask.key) == token
             assert (await visit(opened, ask)).token == token
 
     async def test_a_later_token_replaces_the_one_before(self, open_store: OpenStore) -> None:
@@ -172,18 +172,18 @@ class StoreContract:
         opened, ask = await open_store(limits_of()), ask_of()
         await keep(opened, ask, token_at(opened))
         later = await keep(opened, ask, token_at(opened))
-        assert await opened.store.look(ask, ask.key) == later
+        assert await opened.store.peek(ask, ask.key) == later
 
     async def test_T5_a_dead_token_is_not_found(self, open_store: OpenStore) -> None:
         """At its last microsecond at the latest it is gone, or says itself that it is over."""
         opened, ask = await open_store(limits_of()), ask_of()
         await keep(opened, ask, token_at(opened, lifetime=60 * SECOND))
         await opened.pass_time(59 * SECOND)
-        held = await opened.store.look(ask, ask.key)
+        held = await opened.store.peek(ask, ask.key)
         assert held is not None
         assert held.left(*opened.moments()) == SECOND
         await opened.pass_time(SECOND)
-        gone = await opened.store.look(ask, ask.key)
+        gone = await opened.store.peek(ask, ask.key)
         assert gone is None or gone.left(*opened.moments()) <= 0
 
     async def test_G8_a_token_is_found_under_its_own_key_only(self, open_store: OpenStore) -> None:
@@ -214,7 +214,7 @@ class StoreContract:
         """Neither limit of visits nor limit of mints."""
         opened, ask = await open_store(limits_of(Limit(1, HOUR), Limit(1, HOUR))), ask_of()
         for _ in range(10):
-            await opened.store.look(ask, ask.key)
+            await opened.store.peek(ask, ask.key)
         assert await admitted(opened, ask, 2) == 1
         assert await minted(opened, ask, 2) == 1
 
@@ -240,7 +240,7 @@ class StoreContract:
             await keep(opened, each, token_at(opened))
         await opened.store.revoke_visitor(ask.client, ask.fingerprint)
         for each in asks:
-            assert await opened.store.look(each, each.key) is None
+            assert await opened.store.peek(each, each.key) is None
             assert (await visit(opened, each)).token is None
             token = await keep(opened, each, token_at(opened))
             assert (await visit(opened, each)).token == token
@@ -260,7 +260,7 @@ class StoreContract:
         await opened.store.revoke_visitor(ask.client, ask.fingerprint)
         token = replace(token_at(opened), version=lease.fence, epoch=lease.epoch)
         assert await opened.store.keep(ask, ask.key, token, lease) is Kept.ENDED
-        assert await opened.store.look(ask, ask.key) is None
+        assert await opened.store.peek(ask, ask.key) is None
 
     async def test_G9_what_is_not_held_is_handed_out_unless_its_visitor_was_ended(
         self, open_store: OpenStore
@@ -268,7 +268,7 @@ class StoreContract:
         """Released: nobody finds it, the next one leads at once, and an end in between is told."""
         opened, ask = await open_store(limits_of()), ask_of()
         assert await opened.store.release(ask, ask.key, await lead(opened, ask)) is True
-        assert await opened.store.look(ask, ask.key) is None
+        assert await opened.store.peek(ask, ask.key) is None
         lease = await lead(opened, ask)
         await opened.store.revoke_visitor(ask.client, ask.fingerprint)
         assert await opened.store.release(ask, ask.key, lease) is False

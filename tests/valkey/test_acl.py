@@ -74,7 +74,7 @@ async def _everything(server: AnyServer, replica: Replica, asking: Callable[[], 
         kept, token = await keep(replica, ask, lease)
         assert kept is Kept.KEPT
         assert (await store.visit(ask, ask.key)).token == token
-        assert await store.look(ask, ask.key) == token
+        assert await store.peek(ask, ask.key) == token
         await store.revoke_visitor(ask.client, ask.fingerprint)
         lease = await lead(replica, ask)
         kept, token = await keep(replica, ask, lease)

@@ -501,7 +501,7 @@ async def test_G9_an_end_in_one_replica_is_exact_in_the_other(pair: Pair) -> Non
     assert pair.other.front.find(ask.key) is not None
     await pair.one.store.revoke_visitor(ask.client, ask.fingerprint)
     assert await found(pair.other, ask) is None
-    assert await pair.other.store.look(ask, ask.key) is None
+    assert await pair.other.store.peek(ask, ask.key) is None
     assert pair.other.front.find(ask.key) is None
 
 
@@ -741,7 +741,7 @@ async def test_S1_N26_junk_in_the_store_is_no_failure(valkey: StoreServer, junk:
                 if isinstance(lease, Lease):
                     await keep(replica, ask, lease)
             replica.front.clear()
-            assert await replica.store.look(ask, ask.key) is not None, place
+            assert await replica.store.peek(ask, ask.key) is not None, place
         assert replica.errors == {}
 
 

@@ -143,7 +143,7 @@ async def visits(replica: Replica) -> None:
                 assert 0 <= verdict.full_in <= verdict.limit.depth
                 assert verdict.allowed or verdict.retry_after > 0
         replica.front[ask.key] = token_of(replica)
-    _ = await replica.store.look(ask, ask.key)
+    _ = await replica.store.peek(ask, ask.key)
 
 
 async def leads(replica: Replica) -> None:

@@ -69,7 +69,7 @@ async def served_alone(replica: Replica, reason: str) -> None:
     async with asyncio.timeout(4 * PATIENCE):
         visit = await replica.store.visit(ask, ask.key)
         assert (visit.denial, visit.token) == (None, None)
-        assert await replica.store.look(ask, ask.key) is None
+        assert await replica.store.peek(ask, ask.key) is None
         lease = await replica.store.lead(ask, ask.key, lambda _token: False)
         assert isinstance(lease, Lease)
         replica.store.abandon(ask, ask.key, lease, None)
@@ -291,7 +291,7 @@ async def test_S1_closed_refuses_with_503(server: StoreServer) -> None:
         for _ in range(12):  # before and after the breaker opens
             for call in (
                 lambda: replica.store.visit(ask, ask.key),
-                lambda: replica.store.look(ask, ask.key),
+                lambda: replica.store.peek(ask, ask.key),
                 lambda: replica.store.lead(ask, ask.key, lambda _token: False),
             ):
                 with pytest.raises(errors.ServiceUnavailable) as caught:
@@ -539,7 +539,7 @@ async def reach(replica: Replica) -> None:
     async with asyncio.timeout(10):
         while True:
             before = replica.errors
-            await replica.store.look(ask_of("eeee"), ask_of("eeee").key)
+            await replica.store.peek(ask_of("eeee"), ask_of("eeee").key)
             if replica.errors == before and not replica.server.is_away:
                 return
             replica.server._health = type(replica.server._health)()  # no patience: close it
