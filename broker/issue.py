@@ -56,7 +56,7 @@ class TokenService:
     async def issue(self, request: TokenRequest, timeout: float) -> IssuedToken | Refusal:
         """Answer one request within `timeout` seconds; raises what a mint raises."""
         key = request.key
-        visit = await self._store.visit(request, key)
+        visit = await self._store.admit(request, key)
         if visit.denial is not None:
             return Refusal(visit.denial)
         cached = visit.token if self._policy.enabled else None

@@ -178,7 +178,7 @@ async def _come_and_go(
 ) -> None:
     store = first.store
     _ = await store.charge_client(ask.client)
-    _ = await store.visit(ask, ask.key)
+    _ = await store.admit(ask, ask.key)
     lease = await _lead(first, ask)
     await first.store.renew_leases()
     waiting = asyncio.create_task(second.store.lead(ask, ask.key, lambda _token: True))

@@ -2,7 +2,7 @@
 
 A store keeps what requests share: buckets, tokens, and who mints for a key.  It decides by the
 rules of `broker.rules` and counts what it decided; it does not know HTTP, issuers or flights.
-Methods are coroutines although memory needs none: a shared store answers `visit` with one round
+Methods are coroutines although memory needs none: a shared store answers `admit` with one round
 trip.
 
 Theory of operation.  A mint for a key has one leader among all processes that share the store.
@@ -64,7 +64,7 @@ class Kept(Enum):
 class Store(Protocol):
     """What requests share."""
 
-    async def visit(self, ask: TokenRequest, key: str) -> Visit:
+    async def admit(self, ask: TokenRequest, key: str) -> Visit:
         """Charge the limits that every request meets, and look for a token under `key`."""
         ...
 

@@ -70,7 +70,7 @@ class MemoryStore(Store):
         self._limits = limits
 
     @override
-    async def visit(self, ask: TokenRequest, key: str) -> Visit:
+    async def admit(self, ask: TokenRequest, key: str) -> Visit:
         now = self._clock.mono()
         limits = self._limits
         if limits.client is not None:

@@ -68,12 +68,12 @@ class SharedStore(Store):
         self._alone.use_limits(share_of(limits, self._divided_by))
 
     @override
-    async def visit(self, ask: TokenRequest, key: str) -> Visit:
+    async def admit(self, ask: TokenRequest, key: str) -> Visit:
         try:
-            return await self._remote.visit(ask, key)
+            return await self._remote.admit(ask, key)
         except StoreFailed as failed:
             self._go_alone(failed)
-        return await self._alone.visit(ask, key)
+        return await self._alone.admit(ask, key)
 
     @override
     async def charge_client(self, client: str) -> Denial | None:

@@ -88,7 +88,7 @@ class ValkeyStore:
         """Put other limits in force, for the next request on."""
         self._limits = limits
 
-    async def visit(self, ask: TokenRequest, key: str) -> Visit:
+    async def admit(self, ask: TokenRequest, key: str) -> Visit:
         """Charge what every request meets, and look for a token: one round trip."""
         limits = self._limits
         if limits.client is not None:  # a slot of its own; off by default

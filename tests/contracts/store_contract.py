@@ -97,7 +97,7 @@ def token_at(opened: Opened, lifetime: int = HOUR) -> EmbedToken:
 
 async def visit(opened: Opened, ask: TokenRequest) -> Visit:
     """Ask as the story does."""
-    return await opened.store.visit(ask, ask.key)
+    return await opened.store.admit(ask, ask.key)
 
 
 async def admitted(opened: Opened, ask: TokenRequest, times: int) -> int:

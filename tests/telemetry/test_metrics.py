@@ -295,7 +295,7 @@ class TestSeries:
             before = (await edge.scrape()).keys()
             for n in range(100_000):
                 ask = TokenRequest("web", f"agent{n}", f"{n:032x}")
-                visit = await edge.app.store.visit(ask, ask.key)
+                visit = await edge.app.store.admit(ask, ask.key)
                 assert visit.denial is None
                 assert edge.app.store.charge_mint(ask) is None
             for n in range(2_000):

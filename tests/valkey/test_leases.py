@@ -68,7 +68,7 @@ async def keep(replica: Replica, ask: TokenRequest, lease: Lease) -> tuple[Kept,
 
 async def found(replica: Replica, ask: TokenRequest) -> bytes | None:
     """Return the answer that a visit would get."""
-    token = (await replica.store.visit(ask, ask.key)).token
+    token = (await replica.store.admit(ask, ask.key)).token
     return None if token is None else token.body
 
 
@@ -734,7 +734,7 @@ async def test_S1_N26_junk_in_the_store_is_no_failure(valkey: StoreServer, junk:
                 held = {"fence": 1, "holder": "x", "ends": 1, place: junk.encode("latin-1")}
                 valkey.ask("HSET", keys["lease"], *(part for pair in held.items() for part in pair))
             for _ in range(2):
-                visit = await replica.store.visit(ask, ask.key)
+                visit = await replica.store.admit(ask, ask.key)
                 if visit.denial is not None:
                     assert 0 < visit.denial.verdict.retry_after <= limit.depth
                 lease = await asyncio.wait_for(replica.store.lead(ask, ask.key, never), PATIENT)
@@ -853,12 +853,12 @@ async def test_T5_a_token_dies_by_the_servers_clock_too(deaf_pair: Pair) -> None
     reader = Replica(deaf_pair.one.sharing.server.nodes._address, limits_of(), now=lambda: later)
     later = deaf_pair.clock.wall() + 59 * SECOND
     async with opened(reader):
-        held = (await reader.store.visit(ask, ask.key)).token
+        held = (await reader.store.admit(ask, ask.key)).token
         assert held is not None
         assert held.left(*reader.moments()) == SECOND
         later += SECOND
         reader.front.clear()
-        assert (await reader.store.visit(ask, ask.key)).token is None
+        assert (await reader.store.admit(ask, ask.key)).token is None
 
 
 async def test_G8_a_token_of_another_key_or_issuer_is_not_adopted(valkey: StoreServer) -> None:

@@ -135,7 +135,7 @@ async def visits(replica: Replica) -> None:
     """A visit's verdict has numbers that an answer can say; a held token changes nothing."""
     ask = ask_of("0a")
     for _ in range(2):
-        visit = await replica.store.visit(ask, ask.key)
+        visit = await replica.store.admit(ask, ask.key)
         for verdict in (visit.verdict, visit.denial.verdict if visit.denial else None):
             if verdict is not None:
                 assert 0 <= verdict.remaining <= verdict.limit.burst
