@@ -567,11 +567,11 @@ class App:
 
     def _tidy(self) -> None:
         now = self._clock.mono()
-        self.store.tidy()
-        self.book.tidy()
-        self.door.failures.tidy(now)
+        self.store.purge_expired()
+        self.book.purge_expired()
+        self.door.failures.purge_expired(now)
         if self._admin_door is not None:
-            self._admin_door.failures.tidy(now)
+            self._admin_door.failures.purge_expired(now)
         for refusals in self._refusal_logs:
             refusals.flush(now)
         self._pauses.tidy()

@@ -100,7 +100,7 @@ class SessionAdminApi:
         """Tally calls, forget failures: call it about twice a second."""
         self._server.tidy()
         now = self._clock.mono()
-        self._door.failures.tidy(now)
+        self._door.failures.purge_expired(now)
         self._refusals.flush(now)
 
 

@@ -127,7 +127,7 @@ class MemorySessions(SessionStore):
         self._young.update(marks)
         self._marks_of.update(marks.values())
 
-    def tidy(self) -> None:
+    def purge_expired(self) -> None:
         """Give back what has expired: call it now and then."""
         for order in list(self._orders.values()):
             while order and not self._lives(self._sessions[next(iter(order))]):

@@ -151,12 +151,12 @@ class MemoryStore(Store):
     async def revoke_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
         self._epochs.end(visitor_of(client, fingerprint))
 
-    def tidy(self) -> None:
+    def purge_expired(self) -> None:
         """Give back what has expired: call it about once a second, so that no request has to."""
         now = self._clock.mono()
         self.tokens.expire(now)
         for bucket in self.buckets.values():
-            bucket.tidy(now)
+            bucket.purge_expired(now)
 
     def _charge(self, limit_set: LimitPolicy, key: str, agent: str, now: int) -> Denial | None:
         rule: LimitRule = limit_set.for_agent(agent)

@@ -143,9 +143,9 @@ class SharedStore(Store):
         except StoreFailed:
             raise StoreAway from None
 
-    def tidy(self) -> None:
+    def purge_expired(self) -> None:
         """Give back what has expired, tally calls: about twice a second."""
-        self._alone.tidy()
+        self._alone.purge_expired()
         self._server.tidy()
 
     async def keep_leases(self) -> None:

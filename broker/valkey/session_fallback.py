@@ -130,9 +130,9 @@ class SharedSessions(SessionStore):
             self._require_open(failed)
         return await self._alone.ended(session_id)
 
-    def tidy(self) -> None:
+    def purge_expired(self) -> None:
         """Give back what has expired: call it now and then."""
-        self._alone.tidy()
+        self._alone.purge_expired()
         if self._unwritten:
             self._unwritten &= self._alone.ids
 

@@ -145,7 +145,7 @@ async def test_M1_tidying_gives_back_what_is_over() -> None:
     assert len(opened.store.tokens) == 200
     for _ in range(60):
         await opened.pass_time(60 * SECOND)
-        opened.store.tidy()
+        opened.store.purge_expired()
     assert [len(bucket) for bucket in opened.store.buckets.values()] == [0] * 4
     assert opened.store.tokens.counts.expired.value == 200
     assert len(opened.store.tokens) == 0

@@ -158,8 +158,8 @@ class Site:
         """Do twice a second what the application does."""
         while True:
             await asyncio.sleep(0.5)
-            self.store.tidy()
-            self.book.tidy()
+            self.store.purge_expired()
+            self.book.purge_expired()
 
 
 def _limits() -> Limits:

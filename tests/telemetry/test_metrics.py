@@ -258,7 +258,7 @@ class TestTruth:
             assert scraped['broker_tokens_evicted_total{cause="capacity"}'] == 3
             assert scraped["broker_tokens_cached"] == 5
             edge.time.advance(3600)
-            edge.app.store.tidy()
+            edge.app.store.purge_expired()
             scraped = await edge.scrape()
             assert scraped['broker_tokens_evicted_total{cause="expired"}'] == 5
             assert scraped["broker_tokens_cached"] == 0
