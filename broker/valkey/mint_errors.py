@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from broker import errors
 from broker.model import LimitName
-from broker.rules.bucket import Limit, said
+from broker.rules.bucket import Limit, verdict_from_wait
 from broker.stores.base import Denial
 
 LONGEST_WAIT = 300_000_000
@@ -97,7 +97,7 @@ class _Limited(_Told, frozen=True, tag="limited"):
         limit = Limit(self.burst, self.interval)
         if not limit.depth - limit.interval < self.full_in <= limit.depth:
             raise ValueError("a bucket that would not refuse")
-        return errors.RateLimited(self.limit, said(self.full_in, limit, allowed=False))
+        return errors.RateLimited(self.limit, verdict_from_wait(self.full_in, limit, allowed=False))
 
 
 _Any = _Refused | _Unavailable | _Timeout | _Budget | _Busy | _Limited

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from broker.limits.policy import LimitPolicy, Limits
 from broker.model import Clock, EmbedToken, LimitName, TokenRequest, visitor_of
-from broker.rules.bucket import Limit, Verdict, said
+from broker.rules.bucket import Limit, Verdict, verdict_from_wait
 from broker.sealing import Seal
 from broker.stores.base import Denial, Kept, Lease, Visit
 from broker.stores.epochs import ENDS_LAST, KnownEnds
@@ -365,7 +365,7 @@ def _verdict(wait: int, limit: Limit, *, allowed: int) -> Verdict:
     most = max(limit.depth, int(float(limit.depth)))
     if not 0 <= wait <= most or (not allowed and wait + limit.interval <= limit.depth):
         raise StoreFailed(Reason.OTHER, "a bucket out of bounds")
-    return said(min(wait, limit.depth), limit, allowed=bool(allowed))
+    return verdict_from_wait(min(wait, limit.depth), limit, allowed=bool(allowed))
 
 
 @lru_cache(maxsize=1024)
