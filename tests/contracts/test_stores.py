@@ -159,7 +159,9 @@ async def test_L12_a_dry_run_is_counted_by_limit() -> None:
     for _ in range(7):
         await opened.store.admit(ask, ask.key)
         await mint_denied(opened, ask)
-    counted = {name: bucket.counts.rehearsed.value for name, bucket in opened.store.buckets.items()}
+    counted = {
+        name: bucket.counts.dry_run_denied.value for name, bucket in opened.store.buckets.items()
+    }
     assert counted == {
         LimitName.FINGERPRINT: 5,
         LimitName.FINGERPRINT_MINTS: 0,

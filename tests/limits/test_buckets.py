@@ -88,7 +88,7 @@ class Histories(RuleBasedStateMachine):
         self.full_at: dict[str, int] = {}
         self.exact: set[str] = set()
         self.strangers_met = False
-        self.rehearsed = 0
+        self.dry_run_denied = 0
         self.near = 0
         self.buckets = BucketTable(max_tracked, self.horizon, self.now)
 
@@ -127,7 +127,7 @@ class Histories(RuleBasedStateMachine):
             self.near += verdict.remaining * 5 < verdict.limit.burst
             self.full_at[key] = full_at
         else:
-            self.rehearsed += dry_run
+            self.dry_run_denied += dry_run
             known = self.full_at.get(key, 0)
             self.full_at[key] = min(known, self.now + verdict.limit.depth)
         tracked = self.buckets.entries(self.now).get(key, 0)
@@ -177,16 +177,16 @@ class Histories(RuleBasedStateMachine):
         }
         self.strangers_met |= len(aged) > self.max_tracked
         self.most_tracked = self.max_tracked
-        self.near = self.rehearsed = 0
+        self.near = self.dry_run_denied = 0
 
     @invariant()
     def M1_gauges_equal_the_truth(self) -> None:
         buckets = self.buckets
         assert not buckets._young.keys() & buckets._old.keys()
         assert len(buckets) == len(buckets._young.keys() | buckets._old.keys())
-        assert (buckets.counts.near.value, buckets.counts.rehearsed.value) == (
+        assert (buckets.counts.near.value, buckets.counts.dry_run_denied.value) == (
             self.near,
-            self.rehearsed,
+            self.dry_run_denied,
         )
 
     @invariant()
@@ -491,7 +491,7 @@ def test_L12_a_dry_run_decides_and_counts_and_charges_like_the_real_one() -> Non
     for gap in schedule:
         now += gap
         assert dry.take("visitor", FAST, now, dry_run=True) == real.take("visitor", FAST, now)
-    assert (real.counts.rehearsed.value, dry.counts.rehearsed.value) == (0, 4)
+    assert (real.counts.dry_run_denied.value, dry.counts.dry_run_denied.value) == (0, 4)
     assert real.counts.near.value == dry.counts.near.value == 3
     assert real.entries(now) == dry.entries(now)
 
