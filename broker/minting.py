@@ -83,7 +83,7 @@ class Minter:
 
     def may_renew_ahead(self, key: str) -> bool:
         """Whether a renewal ahead of time is cheap at this moment: no back-off, and headroom."""
-        return not self.backoff.left(key) and self._pacer.plenty
+        return not self.backoff.left(key) and self._pacer.has_headroom
 
     async def mint(self, flight: Flight[EmbedToken], mint: Mint) -> EmbedToken:
         """Return the token of this flight; raises errors.BrokerError."""

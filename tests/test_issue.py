@@ -1062,7 +1062,7 @@ def test_who_insists_on_a_fresh_token_joins_a_renewal_and_queues_for_it() -> Non
         desk = Desk(clock, pacer=pacer)
         held = await desk.hand_out(visitor())
         await asyncio.sleep(HOUR - 7 * 60)
-        assert pacer.plenty
+        assert pacer.has_headroom
         other = desk.begin(visitor("bbbb"))  # takes the slot that the renewal has in mind
         renewing = desk.begin(visitor())
         insisting = desk.begin(visitor(fresh=True))

@@ -151,7 +151,7 @@ async def _membership(first: SharedBackend, second: SharedBackend, witness: Witn
     slots = first.slots(Budget(rate=6000, per=60, burst=100, max_wait=5))
     await slots.start()
     with suppress(StoreFailed):
-        _ = await slots.take_if_plenty()
+        _ = await slots.take_if_headroom()
     await slots.close()
     await first.fleet.leave()
 

@@ -66,7 +66,7 @@ class Pacer(Protocol):
     """Hands out slots."""
 
     @property
-    def plenty(self) -> bool:
+    def has_headroom(self) -> bool:
         """Whether a renewal ahead of time may take a slot now."""
         ...
 
@@ -83,7 +83,7 @@ class NoPacing(Pacer):
 
     @property
     @override
-    def plenty(self) -> bool:
+    def has_headroom(self) -> bool:
         return True
 
     @override
@@ -137,7 +137,7 @@ class BudgetPacer(Pacer):
     @override
     async def turn(self, urgency: Priority, client: str) -> Slot:
         if urgency is Priority.AHEAD:
-            await self._take_if_plenty()
+            await self._take_if_headroom()
         elif not self.depth and not self._paused and self._slots.is_free:
             _ = await self._slots.take(lambda: 1)
             self._waited(0.0)
@@ -185,7 +185,7 @@ class BudgetPacer(Pacer):
 
     @property
     @override
-    def plenty(self) -> bool:
+    def has_headroom(self) -> bool:
         """Whether nobody waits and half the burst is left."""
         return not self.depth and self.remaining * 2 >= self._budget.burst
 
@@ -236,8 +236,8 @@ class BudgetPacer(Pacer):
             return BudgetExhausted(UNANSWERED, wait)
         return BudgetExhausted(self._slots.shortage, wait)
 
-    async def _take_if_plenty(self) -> None:
-        if not self.depth and not self._paused and await self._slots.take_if_plenty():
+    async def _take_if_headroom(self) -> None:
+        if not self.depth and not self._paused and await self._slots.take_if_headroom():
             if not self._paused:
                 return
             self._slots.settle()  # a pause began meanwhile

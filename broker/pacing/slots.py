@@ -100,7 +100,7 @@ class SlotSource(Protocol):
         """
         ...
 
-    async def take_if_plenty(self) -> bool:
+    async def take_if_headroom(self) -> bool:
         """Take a slot if it is there at once, nobody waits, and half the burst is left."""
         ...
 
@@ -218,7 +218,7 @@ class LocalSlots(SlotSource):
         return True
 
     @override
-    async def take_if_plenty(self) -> bool:
+    async def take_if_headroom(self) -> bool:
         if self.remaining * 2 < self._budget.burst or not self.is_free:
             return False
         return await self.take(lambda: 1)

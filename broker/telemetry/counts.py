@@ -9,8 +9,8 @@ from broker.telemetry.cells import Counter
 class BucketCounts(Struct):
     """Decisions on one limit that were something special.
 
-    `near`: admitted with less than a fifth of the burst left; `dry_run_denied`: would have been refused,
-    but for `dry_run`; `overflowed`: decided by a shared bucket.
+    `near`: admitted with less than a fifth of the burst left; `dry_run_denied`: would have been
+    refused, but for `dry_run`; `overflowed`: decided by a shared bucket.
     """
 
     near: Counter = field(default_factory=Counter)

@@ -116,9 +116,9 @@ class BudgetShare:
             if self.slots is not None:
                 self.slots.drain()  # before whoever waits for a slot of it goes on
 
-    async def take_if_plenty(self) -> bool:
-        """See `SlotSource.take_if_plenty`."""
-        return self.slots is not None and self.may_spend and await self.slots.take_if_plenty()
+    async def take_if_headroom(self) -> bool:
+        """See `SlotSource.take_if_headroom`."""
+        return self.slots is not None and self.may_spend and await self.slots.take_if_headroom()
 
     def settle(self) -> None:
         """Settle a slot that was taken while the share is in force, whoever gave it out."""

@@ -158,11 +158,11 @@ class SharedSlots(SlotSource):
         return False
 
     @override
-    async def take_if_plenty(self) -> bool:
+    async def take_if_headroom(self) -> bool:
         try:
             reserved, _ = await self._reserve(0, modest=True)
         except StoreFailed:
-            taken = await self._share.take_if_plenty()
+            taken = await self._share.take_if_headroom()
             self._out += taken
             return taken
         return reserved

@@ -567,9 +567,9 @@ def test_N13_calls_that_are_out_count_in_everything_that_is_told() -> None:
         await asyncio.sleep(SLOW.depth)  # what was owed has refilled
         held = Held(pacer)
         await held.calls(2)
-        assert (pacer.remaining, pacer.outstanding, pacer.plenty) == (2, 2, True)
+        assert (pacer.remaining, pacer.outstanding, pacer.has_headroom) == (2, 2, True)
         await held.calls(1)
-        assert (pacer.remaining, pacer.outstanding, pacer.plenty) == (1, 3, False)
+        assert (pacer.remaining, pacer.outstanding, pacer.has_headroom) == (1, 3, False)
         await held.calls(1)
         assert (pacer.remaining, pacer.outstanding) == (0, 4)
         await asyncio.sleep(60)
@@ -729,7 +729,7 @@ def test_a_renewal_ahead_of_time_takes_only_what_is_left_over() -> None:
             crowd.comes(f"ahead {number}", Priority.AHEAD)
         await crowd.done()
         assert crowd.order == ["ahead 0", "ahead 1", "ahead 2"]  # of four, until two are not left
-        assert (pacer.remaining, pacer.plenty) == (1, False)
+        assert (pacer.remaining, pacer.has_headroom) == (1, False)
         assert crowd.refused == {
             "ahead 3": (pytest.approx(now(), abs=A_BIT), 1.0),
             "ahead 4": (pytest.approx(now(), abs=A_BIT), 1.0),
@@ -803,7 +803,7 @@ def test_a_pause_holds_those_who_wait_and_tells_the_others_its_end() -> None:
     async def main(_clock: FakeClock) -> None:
         pacer = await filled()
         pacer.pause(5)
-        assert (pacer.remaining, pacer.plenty) == (0, False)
+        assert (pacer.remaining, pacer.has_headroom) == (0, False)
         crowd = Crowd(pacer)
         began = now()
         for number in range(6):
@@ -832,8 +832,8 @@ def test_repr_shows_what_helps() -> None:
 class Distant(LocalSlots):
     """Slots that are asked for elsewhere: the answer takes a second."""
 
-    async def take_if_plenty(self) -> bool:
-        taken = await super().take_if_plenty()
+    async def take_if_headroom(self) -> bool:
+        taken = await super().take_if_headroom()
         await asyncio.sleep(1)
         return taken
 

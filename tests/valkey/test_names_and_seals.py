@@ -12,7 +12,7 @@ from broker.app.shared_backend import names_of
 from broker.config.settings import IssuerSettings, Settings, UpstreamSettings
 from broker.config.validate import normal_base_url
 from broker.model import LimitName, Secret, TokenRequest
-from broker.rules.bucket import Limit
+from broker.rules.bucket import Limit, verdict_from_wait
 from broker.sealing import KEY_ID, NONCE, Seal, Sealed, derive
 from broker.stores.base import Denial
 from broker.valkey import mint_errors

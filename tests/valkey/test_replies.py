@@ -198,7 +198,7 @@ async def reserves(replica: Replica) -> None:
         assert loop.time() - began < MINUTE
         if taken:
             slots.settle()
-        if await slots.take_if_plenty():
+        if await slots.take_if_headroom():
             slots.abandon()
         assert slots.predict(3, loop.time(), drained=False) >= loop.time()
         assert isinstance(slots.remaining, int)

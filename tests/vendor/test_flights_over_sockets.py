@@ -425,7 +425,9 @@ class TestLifetimes:
         """The renewal hangs; a hundred requests are answered while it does, with the old token."""
         fingerprint = visitor()
         first = await relay.ask(fingerprint)
-        await until(lambda: relay.pacer.plenty, "half a burst")  # the first answer takes some back
+        await until(
+            lambda: relay.pacer.has_headroom, "half a burst"
+        )  # the first answer takes some back
         relay.clock.advance(HOUR - 6 * 60)
         with relay.vendor.fail(faults.hang()):
             for _ in range(100):
