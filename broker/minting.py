@@ -266,7 +266,7 @@ class _Turn:
         flight: Flight[EmbedToken],
         clock: Clock,
     ) -> None:
-        self._take = pacer.turn
+        self._take = pacer.acquire
         self._priority = priority
         self._client = client
         self._flight = flight

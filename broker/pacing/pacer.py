@@ -70,7 +70,7 @@ class Pacer(Protocol):
         """Whether a renewal ahead of time may take a slot now."""
         ...
 
-    async def turn(self, urgency: Priority, client: str) -> Slot:
+    async def acquire(self, priority: Priority, client: str) -> Slot:
         """Return when the caller may make one call to the vendor; the slot has to be given back.
 
         Raises `ServiceUnavailable` with the predicted time when that would take too long.
@@ -87,7 +87,7 @@ class NoPacing(Pacer):
         return True
 
     @override
-    async def turn(self, urgency: Priority, client: str) -> Slot:
+    async def acquire(self, priority: Priority, client: str) -> Slot:
         return UNCOUNTED
 
     @override
@@ -135,14 +135,14 @@ class BudgetPacer(Pacer):
                 place.granted.set_exception(_stopping())
 
     @override
-    async def turn(self, urgency: Priority, client: str) -> Slot:
-        if urgency is Priority.AHEAD:
+    async def acquire(self, priority: Priority, client: str) -> Slot:
+        if priority is Priority.AHEAD:
             await self._take_if_headroom()
         elif not self.depth and not self._paused and self._slots.is_free:
             _ = await self._slots.take(lambda: 1)
             self._waited(0.0)
         else:
-            await self._queue(urgency, client)
+            await self._queue(priority, client)
         return Slot(self._slots, self._pass_on)
 
     def pause(self, seconds: float) -> None:
@@ -189,10 +189,10 @@ class BudgetPacer(Pacer):
         """Whether nobody waits and half the burst is left."""
         return not self.depth and self.remaining * 2 >= self._budget.burst
 
-    async def _queue(self, urgency: Priority, client: str) -> None:
+    async def _queue(self, priority: Priority, client: str) -> None:
         if BackgroundTask.PACING not in self._background:
             raise _stopping()
-        rank = _RANKS[urgency]
+        rank = _RANKS[priority]
         predicted = self._predict(client, rank)
         if predicted > self._budget.max_wait:
             raise self._used_up(self._promise(client, predicted))

@@ -85,7 +85,7 @@ class Crowd:
 
     async def _ask(self, name: str, urgency: Priority, client: str) -> None:
         try:
-            slot = await self.pacer.turn(urgency, client)
+            slot = await self.pacer.acquire(urgency, client)
         except BudgetExhausted as error:
             self.refused[name] = (now(), error.retry_after / 1_000_000)
         else:
@@ -108,7 +108,7 @@ async def greedy(pacer: BudgetPacer, calls: list[float], client: str) -> None:
     """Call again and again, as early as one is let."""
     while True:
         try:
-            slot = await pacer.turn(Priority.FIRST, client)
+            slot = await pacer.acquire(Priority.FIRST, client)
         except BudgetExhausted as error:
             await asyncio.sleep(min(error.retry_after / 1_000_000, 2.0))
         else:
@@ -555,7 +555,7 @@ class Held(Crowd):
 
     async def calls(self, count: int) -> None:
         for _ in range(count):
-            self.slots.append(await self.pacer.turn(Priority.FIRST, "web"))
+            self.slots.append(await self.pacer.acquire(Priority.FIRST, "web"))
 
 
 def test_N13_calls_that_are_out_count_in_everything_that_is_told() -> None:
@@ -628,7 +628,7 @@ def test_N13_without_a_stall_the_budget_is_used_up_as_before(latency: float) -> 
         async def caller(client: str) -> None:
             while True:
                 try:
-                    slot = await pacer.turn(Priority.FIRST, client)
+                    slot = await pacer.acquire(Priority.FIRST, client)
                 except BudgetExhausted as error:
                     await asyncio.sleep(min(error.retry_after / 1_000_000, 2.0))
                     continue
@@ -681,10 +681,10 @@ def test_V11_retry_after_is_kept(count: int) -> None:
 
         async def caller() -> None:
             try:
-                slot = await pacer.turn(Priority.FIRST, "web")
+                slot = await pacer.acquire(Priority.FIRST, "web")
             except BudgetExhausted as error:
                 await asyncio.sleep(error.retry_after / 1_000_000)
-                slot = await pacer.turn(Priority.FIRST, "web")
+                slot = await pacer.acquire(Priority.FIRST, "web")
             calls.append(now())
             slot.settle()
 
@@ -763,7 +763,7 @@ def test_closing_tells_everybody_who_waits() -> None:
     async def main(_clock: FakeClock) -> None:
         pacer = await started()
         waiting = [
-            asyncio.get_running_loop().create_task(pacer.turn(urgency, "web"))
+            asyncio.get_running_loop().create_task(pacer.acquire(urgency, "web"))
             for urgency in (Priority.FIRST, Priority.MANDATORY, Priority.FIRST)
         ]
         await asyncio.sleep(0.3)
@@ -791,7 +791,7 @@ def test_nobody_queues_at_a_pacer_that_has_closed() -> None:
         await pacer.close()
         began = now()
         with pytest.raises(ServiceUnavailable):
-            await pacer.turn(Priority.FIRST, "web")
+            await pacer.acquire(Priority.FIRST, "web")
         assert now() - began < A_BIT
 
     run_virtual(main)
@@ -845,7 +845,7 @@ def test_V10_a_slot_that_comes_in_a_pause_is_given_back_by_a_renewal() -> None:
         pacer = BudgetPacer(SLOW, lambda _seconds: None, Distant(SLOW))
         await pacer.start()
         await asyncio.sleep(SLOW.depth + 1)
-        renewal = asyncio.create_task(pacer.turn(Priority.AHEAD, "web"))
+        renewal = asyncio.create_task(pacer.acquire(Priority.AHEAD, "web"))
         await asyncio.sleep(0.5)
         assert pacer.outstanding == 1
         pacer.pause(5)

@@ -57,7 +57,7 @@ class Running:
     async def ask(self, took: float = 0.3) -> bool:
         """Be a first visitor, whose call takes a while; returns whether it was made."""
         try:
-            slot = await self.paced.turn(Priority.FIRST, "web")
+            slot = await self.paced.acquire(Priority.FIRST, "web")
         except BudgetExhausted as refused:
             self.told.append(refused.retry_after / 1_000_000)
             return False
@@ -304,7 +304,7 @@ def test_N13_a_stalled_vendor_gets_no_more_than_a_window_when_it_lets_go(stall: 
         async def visitor(replica: Running) -> None:
             while True:
                 try:
-                    slot = await replica.paced.turn(Priority.FIRST, "web")
+                    slot = await replica.paced.acquire(Priority.FIRST, "web")
                 except BudgetExhausted:
                     await asyncio.sleep(0.5)
                     continue
