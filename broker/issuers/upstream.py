@@ -243,7 +243,7 @@ class UpstreamIssuer(Issuer):
     async def _correct(self, answer: Answer, wall: int) -> None:
         hint = rate_limit_hint(answer.headers, wall)
         if hint is not None:
-            await self._pacer.correct(hint.remaining)
+            await self._pacer.sync_remaining(hint.remaining)
 
     async def _learn_late(self, answer: Answer) -> None:
         """Heed what an answer says of the budget, though its caller has gone: all else is told."""

@@ -164,9 +164,9 @@ class BudgetPacer(Pacer):
                 wait = self._promise(place.client, self._paused_until - now)
                 place.granted.set_exception(self._used_up(wait))
 
-    async def correct(self, remaining: int) -> None:
+    async def sync_remaining(self, remaining: int) -> None:
         """Believe the vendor when it says that fewer calls are left than we think."""
-        await self._slots.correct(remaining)
+        await self._slots.sync_remaining(remaining)
 
     @property
     def depth(self) -> int:

@@ -146,7 +146,7 @@ class SlotSource(Protocol):
         """The pause is over: begin as empty as after a start."""
         ...
 
-    async def correct(self, remaining: int) -> None:
+    async def sync_remaining(self, remaining: int) -> None:
         """Believe the vendor when it says that fewer calls are left than we think."""
         ...
 
@@ -274,7 +274,7 @@ class LocalSlots(SlotSource):
         self._ledger = outstanding.drained(self._ledger, self._limit, self._now)
 
     @override
-    async def correct(self, remaining: int) -> None:
+    async def sync_remaining(self, remaining: int) -> None:
         excess = self.remaining - max(remaining, 0)
         if excess > 0:
             self._ledger = outstanding.charge(self._ledger, self._limit, self._now, excess)

@@ -234,11 +234,11 @@ class SharedSlots(SlotSource):
         await self._share.resume()
 
     @override
-    async def correct(self, remaining: int) -> None:
+    async def sync_remaining(self, remaining: int) -> None:
         if remaining >= self.remaining:
             return
         if self._share.slots is not None:
-            await self._share.slots.correct(remaining)
+            await self._share.slots.sync_remaining(remaining)
         else:
             self._tasks.start(self._hold(0, max(remaining, 0)))
 

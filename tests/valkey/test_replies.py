@@ -204,7 +204,7 @@ async def reserves(replica: Replica) -> None:
         assert isinstance(slots.remaining, int)
         slots.heard(b"paused")
         slots.pause(1)
-        await slots.correct(0)
+        await slots.sync_remaining(0)
         await slots.resume()
     finally:
         await slots.close()

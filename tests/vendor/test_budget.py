@@ -81,7 +81,7 @@ class TestVirtualTime:
                 elif dice < 0.004:
                     pacer.pause(chance.uniform(1, 90))
                 elif dice < 0.014:
-                    await pacer.correct(chance.randrange(8))
+                    await pacer.sync_remaining(chance.randrange(8))
                 elif crowd and dice < 0.1:
                     chance.choice(list(crowd)).cancel()
             await asyncio.gather(*crowd, return_exceptions=True)
