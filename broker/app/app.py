@@ -202,7 +202,7 @@ class App:
             return BudgetPacer(budget, observe, counts=self.metrics.process.background)
         slots = self.sharing.slots(budget)
         paced = BudgetPacer(budget, observe, slots, self.metrics.process.background)
-        slots.hold = paced.hold
+        slots.pause_for = paced.pause_for
         return paced
 
     def _build_issuer(self) -> LocalIssuer | UpstreamIssuer:

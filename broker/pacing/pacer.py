@@ -147,10 +147,10 @@ class BudgetPacer(Pacer):
 
     def pause(self, seconds: float) -> None:
         """Give out nothing for this long (the vendor said so), and no burst afterwards."""
-        self.hold(seconds)
+        self.pause_for(seconds)
         self._slots.pause(min(seconds, MAX_PROMISE))
 
-    def hold(self, seconds: float) -> None:
+    def pause_for(self, seconds: float) -> None:
         """Follow a pause, whoever was told of it.
 
         Who waits and would not be served in time is told so now, not at the end of their patience.

@@ -52,7 +52,7 @@ LOOK = 0.5
 
 
 class SharedSlots(SlotSource):
-    """Slots that are reserved on the server.  `hold` is told of others' pauses (seconds)."""
+    """Slots that are reserved on the server.  `pause_for` is told of others' pauses (seconds)."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class SharedSlots(SlotSource):
         self._budget = budget
         self._script = BudgetScript(budget, server, names, fleet.time, replica)
         self._fleet = fleet
-        self.hold: Callable[[float], None] = lambda _seconds: None
+        self.pause_for: Callable[[float], None] = lambda _seconds: None
         self._share = BudgetShare(budget, fleet, closed=closed)
         self._failed = False
         self._returned = True
@@ -251,7 +251,7 @@ class SharedSlots(SlotSource):
         self._lines = told.lines
         self._lines_told = self._loop.time()
         if told.paused and not told.reserved:
-            self.hold(told.paused / SECOND)
+            self.pause_for(told.paused / SECOND)
         return told.reserved, told.wait / SECOND
 
     async def _send(self, waiting: int, what: bytes) -> BudgetReply:
@@ -377,7 +377,7 @@ class SharedSlots(SlotSource):
         """Tell the server (0 and -1 tell it nothing), and follow the pause in force there."""
         with contextlib.suppress(StoreFailed):  # counted; this replica itself holds to it
             if wait := await self._script.hold(us, remaining):
-                self.hold(wait / SECOND)
+                self.pause_for(wait / SECOND)
 
     def heard(self, news: bytes) -> None:
         """Look for a pause that another replica was told of: channels are open to more than we."""

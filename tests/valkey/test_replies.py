@@ -188,7 +188,7 @@ async def beats(replica: Replica) -> None:
 async def reserves(replica: Replica) -> None:
     """Whatever the budget says: no call is made far from its moment, predictions are numbers."""
     slots = replica.slots(Budget(rate=106, per=60, burst=8, max_wait=20))
-    slots.hold = _is_a_time
+    slots.pause_for = _is_a_time
     await slots.start()
     try:
         loop = asyncio.get_running_loop()

@@ -39,7 +39,7 @@ class Running:
         self.member = member
         self.slots = member.slots(budget)
         self.paced = BudgetPacer(budget, lambda _seconds: None, self.slots)
-        self.slots.hold = self.paced.hold
+        self.slots.pause_for = self.paced.pause_for
         self.calls: list[float] = []
         self.told: list[float] = []
 

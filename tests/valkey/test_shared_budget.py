@@ -754,7 +754,7 @@ async def test_V1_a_pause_is_told_to_the_others_at_once(
 ) -> None:
     """By message, before they ask: what they have reserved ahead is held back, too."""
     held: list[float] = []
-    pair[1].hold = held.append
+    pair[1].pause_for = held.append
     pair[0].pause(2.5)
     await eventually(lambda: held != [])
     assert 2 < held[0] <= 2.5  # what is left of it by the server
@@ -782,7 +782,7 @@ async def test_predictions_count_the_lines_of_others(
 async def test_noise_is_no_news(pair: tuple[SharedSlots, SharedSlots]) -> None:
     """What cannot be read is passed over; a pause that the server knows nothing of is none."""
     held: list[float] = []
-    pair[0].hold = held.append
+    pair[0].pause_for = held.append
     for noise in (b"", b"paused ", b"paused 999", b"paused " + b"9" * 400, b"resumed 1", b"\xff"):
         pair[0].heard(noise)
         assert not len(pair[0]._tasks)

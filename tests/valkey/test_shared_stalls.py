@@ -115,7 +115,7 @@ class Process:
         self.paced = BudgetPacer(
             SHIPPED, lambda _seconds: None, None if name == "-" else self.slots
         )
-        self.slots.hold = self.paced.hold
+        self.slots.pause_for = self.paced.pause_for
         self.calls = Calls(TIMEOUT, _heed, vendor.reads)
         self._visitors = visitors
 
