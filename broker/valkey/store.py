@@ -208,7 +208,7 @@ class ValkeyStore:
     async def _tell_end(self, name: bytes, epoch: int) -> None:
         """Tell a server that has forgotten an end which epoch is in force."""
         _ = await self._server.run(
-            Operation.KEEP, Script.FINISH, (name,), b"%d" % ENDS_LAST, b"%d" % epoch
+            Operation.KEEP, Script.REVOKE, (name,), b"%d" % ENDS_LAST, b"%d" % epoch
         )
 
     async def _write(self, ask: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
@@ -349,7 +349,7 @@ async def revoke_visitor(
     visitor = names.visitor(visitor_of(client, fingerprint))
     tokens = [visitor.token(names.token_name(key)) for key in keys]
     reply = await server.run(
-        Operation.KEEP, Script.FINISH, (visitor.epoch, *tokens), b"%d" % ENDS_LAST, b""
+        Operation.KEEP, Script.REVOKE, (visitor.epoch, *tokens), b"%d" % ENDS_LAST, b""
     )
     news = command(b"PUBLISH", names.channel, ENDED + visitor.epoch)
     with contextlib.suppress(StoreFailed):  # counted; they ask the server with each visit anyway

@@ -390,7 +390,7 @@ LIES: list[tuple[str, Shape, Reply]] = [
 @pytest.mark.parametrize(("name", "shape", "reply"), LIES)
 def test_each_lie_by_itself(name: str, shape: Shape, reply: Reply) -> None:
     """Said to every such call, whatever else is asked."""
-    usual: dict[Shape, Reply] = {shapes.GET: None, shapes.HOLD: 0, shapes.FINISH: b"1"}
+    usual: dict[Shape, Reply] = {shapes.GET: None, shapes.HOLD: 0, shapes.REVOKE: b"1"}
 
     async def scene(clock: FakeClock) -> None:
         limits = limits_of(LIMIT, LIMIT, LIMIT, LIMIT)
