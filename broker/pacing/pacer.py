@@ -197,12 +197,12 @@ class BudgetPacer(Pacer):
         if predicted > self._budget.max_wait:
             raise self._used_up(self._promise(client, predicted))
         arrived = self._loop.time()
-        patience = self._budget.max_wait + LATENESS
-        place = Waiter(client, rank, arrived + patience, self._loop.create_future())
+        timeout = self._budget.max_wait + LATENESS
+        place = Waiter(client, rank, arrived + timeout, self._loop.create_future())
         self._line.join(place)
         self._wanted.set()
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(timeout):
                 await place.granted
         except TimeoutError as error:
             self._give_up(place)

@@ -167,8 +167,8 @@ class Routes:
                 traceparent=request.headers.get(_TRACEPARENT, ""),
             )
             client.require_agent(ask.agent)
-            patience = self._deadline - (time.perf_counter() - started)
-            result = await self._desk.issue(ask, patience)
+            timeout = self._deadline - (time.perf_counter() - started)
+            result = await self._desk.issue(ask, timeout)
         except errors.BrokerError as error:
             return self._refuse(error, request_id, started, client, ask)
         except Exception:
