@@ -227,7 +227,7 @@ class Minter:
             mark=reuse.renewal_mark(self._policy.marks(whole), self._draw),
             version=lease.fence,
             epoch=lease.epoch,
-            origin=sys.intern(minted.origin or self._issuer.origin),  # once, not once a token
+            origin=sys.intern(minted.origin or self._issuer.signer_id),  # once, not once a token
         )
 
     def _better_than(self, cached: EmbedToken | None) -> Callable[[EmbedToken], bool]:

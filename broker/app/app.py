@@ -185,7 +185,7 @@ class App:
             self.metrics,
             place=self._place,
             is_first=self._seat is None or self._seat.worker == 1,
-            origins=lambda: self.issuer.origins,
+            origins=lambda: self.issuer.signer_ids,
         )
 
     @property
@@ -353,9 +353,9 @@ class App:
         keyring = factory.keyring(settings)
 
         def turn() -> None:
-            before = issuer.origins
+            before = issuer.signer_ids
             issuer.use_keyring(keyring)
-            if not before <= issuer.origins:  # what a key that is gone signed opens nothing
+            if not before <= issuer.signer_ids:  # what a key that is gone signed opens nothing
                 self._tokens.clear()
 
         return turn
@@ -506,7 +506,7 @@ class App:
                 self.book,
                 self._clock,
                 snapshot.Terms(
-                    self.issuer.origins,
+                    self.issuer.signer_ids,
                     store.snapshot_max_age.us,
                     lambda lifetime: self._policy.marks(lifetime).floor,
                 ),
@@ -530,7 +530,7 @@ class App:
                 self.store,
                 self.book,
                 self._clock,
-                self.issuer.origins,
+                self.issuer.signer_ids,
             )
         except OSError as error:
             log.error("broker.snapshot_failed", reason=error.strerror)

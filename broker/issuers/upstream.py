@@ -122,13 +122,13 @@ class UpstreamIssuer(Issuer):
 
     @property
     @override
-    def origin(self) -> str:
+    def signer_id(self) -> str:
         return f"upstream {self._client.base_url}"
 
     @property
     @override
-    def origins(self) -> frozenset[str]:
-        return frozenset({self.origin})
+    def signer_ids(self) -> frozenset[str]:
+        return frozenset({self.signer_id})
 
     @override
     async def check(self, ask: TokenRequest) -> None:

@@ -32,12 +32,12 @@ class FakeIssuer(Issuer):
 
     @property
     @override
-    def origin(self) -> str:
+    def signer_id(self) -> str:
         return "fake"
 
     @property
     @override
-    def origins(self) -> frozenset[str]:
+    def signer_ids(self) -> frozenset[str]:
         return frozenset({"fake"})
 
     @override
