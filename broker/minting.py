@@ -26,12 +26,13 @@ from broker.model import Clock, EmbedToken, Minted, Session, TokenRequest
 from broker.pacing.pacer import Pacer, Priority
 from broker.pacing.slots import UNCOUNTED, Slot
 from broker.rules import reuse
-from broker.rules.reuse import SECOND, ReusePolicy
+from broker.rules.reuse import ReusePolicy
 from broker.sessions.admin import digest_of
 from broker.sessions.base import SessionStore
 from broker.stores.base import Denial, Kept, Lease, Store
 from broker.telemetry.logs import RefusalLog
 from broker.telemetry.metrics import MintMetrics
+from broker.units import SECOND
 from broker.wire.responses import success_body, token_in
 
 log = structlog.get_logger()

@@ -15,7 +15,7 @@ from broker.minting import Minter, MintRules
 from broker.model import EmbedToken, LimitName, TokenRequest
 from broker.pacing.pacer import NoPacing, Pacer
 from broker.rules import bucket
-from broker.rules.reuse import SECOND, ReusePolicy
+from broker.rules.reuse import ReusePolicy
 from broker.sessions.memory import MemorySessions
 from broker.stores.memory import MemoryStore
 from broker.stores.token_cache import TokenCache
@@ -23,6 +23,7 @@ from broker.telemetry.cells import MetricLayout
 from broker.telemetry.metrics import MintMetrics
 from broker.testing import FakeClock, FakeIssuer
 from broker.testing.issuer import visitor_mark
+from broker.units import SECOND
 
 MINUTE = 60 * SECOND
 

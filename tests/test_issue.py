@@ -20,9 +20,9 @@ from broker.key_backoff import CAP as BACKOFF_CAP
 from broker.model import LimitName, Outcome, TokenRequest
 from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import Budget
-from broker.rules.reuse import SECOND
 from broker.stores.base import Denial
 from broker.testing import FakeClock, run_virtual
+from broker.units import SECOND
 
 A_BIT = 0.01
 """Seconds: more than the ticks of a virtual loop add up to."""

@@ -22,8 +22,8 @@ from broker.issuers.vendor.client import Answer, CallFailed, VendorClient
 from broker.issuers.vendor.egress import Proxy
 from broker.issuers.vendor.headers import vendor_date
 from broker.model import Secret
-from broker.rules.reuse import SECOND
 from broker.telemetry.labels import Reason
+from broker.units import SECOND
 
 if TYPE_CHECKING:
     from broker.valkey.client.errors import StoreFailed

@@ -24,11 +24,11 @@ from broker.errors import BrokerError
 from broker.issuers.vendor.replies import Refused, Scope
 from broker.model import EmbedToken, Secret, Session, TokenRequest
 from broker.pacing.slots import Budget
-from broker.rules.reuse import SECOND
 from broker.sessions.base import Place, Query
 from broker.stores.base import Lease
 from broker.stores.token_cache import TokenCache
 from broker.telemetry.metrics import Metrics
+from broker.units import SECOND
 from broker.valkey.client.connection import Target
 from broker.valkey.client.errors import NoScript, Reason, Redirect, StoreFailed
 from broker.valkey.client.pubsub import Subscription, subscribe

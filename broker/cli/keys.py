@@ -12,7 +12,7 @@ from broker.config.schema import ConfigError
 from broker.config.settings import Settings
 from broker.issuers import keyfile
 from broker.issuers.keyring import NEVER, BadKey, Key, Keyring
-from broker.rules.reuse import SECOND
+from broker.units import SECOND
 
 
 class CannotRotate(Exception):

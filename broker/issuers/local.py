@@ -12,7 +12,7 @@ from typing_extensions import override
 from broker.issuers.base import Issuer, Turn
 from broker.issuers.keyring import BadToken, Keyring
 from broker.model import AGENT_ID, Clock, Minted, Session, TokenRequest
-from broker.rules.reuse import SECOND
+from broker.units import SECOND
 
 LIFETIME_SECONDS = 3600
 """The same hour as the vendor's tokens have, so a site can move between the issuers."""

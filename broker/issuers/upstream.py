@@ -47,9 +47,9 @@ from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import Slot
 from broker.rules.backoff import full_jitter
 from broker.rules.breaker import FailureRateBreaker, KeyBreaker, KeyOutcome, Outcome, Permit
-from broker.rules.reuse import SECOND
 from broker.telemetry.labels import Reason
 from broker.telemetry.metrics import UpstreamMetrics
+from broker.units import SECOND
 
 log = structlog.get_logger()
 

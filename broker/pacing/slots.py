@@ -24,7 +24,7 @@ from typing_extensions import override
 from broker.rules import outstanding
 from broker.rules.bucket import Limit
 from broker.rules.outstanding import Ledger
-from broker.rules.reuse import SECOND
+from broker.units import SECOND
 
 LEAST_RATE = 0.01
 """Part of the rate that bursts of one must leave, or there is no share: it would take hours."""

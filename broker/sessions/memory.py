@@ -19,8 +19,8 @@ from typing_extensions import override
 
 from broker.errors import SessionTaken
 from broker.model import Clock, Session
-from broker.rules.reuse import SECOND
 from broker.sessions.base import MARK_LIFE, BookFull, Place, Query, SessionStore, place_of
+from broker.units import SECOND
 
 MOST_ENDED = 1_000_000
 """Ended sessions that are remembered, about 150 bytes each: far more than anybody ends in an

@@ -8,7 +8,8 @@ from typing_extensions import override
 
 from broker.issuers.base import Issuer, Turn
 from broker.model import Minted, TokenRequest
-from broker.rules.reuse import DEFAULT_LIFETIME, SECOND
+from broker.rules.reuse import DEFAULT_LIFETIME
+from broker.units import SECOND
 
 
 class FakeIssuer(Issuer):

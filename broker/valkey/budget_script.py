@@ -4,7 +4,7 @@ from msgspec import Struct
 
 from broker.pacing.slots import Budget
 from broker.rules.outstanding import PROBES
-from broker.rules.reuse import SECOND
+from broker.units import SECOND
 from broker.valkey.client.errors import Reason, StoreFailed, number
 from broker.valkey.client.guarded import Operation, StoreClient
 from broker.valkey.client.resp import Reply

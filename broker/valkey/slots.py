@@ -25,10 +25,10 @@ from typing_extensions import override
 
 from broker.pacing.slots import Budget, SlotSource
 from broker.rules import outstanding
-from broker.rules.reuse import SECOND
 from broker.tasks import Background, TaskSet
 from broker.telemetry.cells import Counter
 from broker.telemetry.labels import BackgroundTask
+from broker.units import SECOND
 from broker.valkey.budget_script import PAUSED, QUEUE_TOLD, BudgetMessage, BudgetReply, BudgetScript
 from broker.valkey.budget_share import BudgetShare
 from broker.valkey.client.errors import StoreFailed

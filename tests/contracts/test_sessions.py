@@ -18,10 +18,10 @@ from book_contract import (  # noqa: E402 - rewritten first
 )
 
 from broker.model import Session  # noqa: E402
-from broker.rules.reuse import SECOND  # noqa: E402
 from broker.sessions.base import MARK_LIFE, BookFull, Place  # noqa: E402
 from broker.sessions.memory import MemorySessions  # noqa: E402
 from broker.testing import FakeClock, run_virtual  # noqa: E402
+from broker.units import SECOND  # noqa: E402
 
 
 class OpenedMemoryBook(OpenedBook):

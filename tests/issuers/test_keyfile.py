@@ -26,8 +26,8 @@ from broker.issuers.keyfile import (
 from broker.issuers.keyring import NEVER, BadKey, BadToken, Keyring
 from broker.issuers.local import LocalIssuer
 from broker.model import TokenRequest
-from broker.rules.reuse import SECOND
 from broker.testing import FakeClock
+from broker.units import SECOND
 
 NOW = 1_800_000_000
 HOUR = 3600

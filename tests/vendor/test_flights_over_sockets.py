@@ -24,10 +24,11 @@ from relaying import (
 from broker.errors import BrokerError, UpstreamTimeout, UpstreamUnavailable
 from broker.model import Outcome, TokenRequest
 from broker.pacing.slots import Budget
-from broker.rules.reuse import MAX_LIFETIME, SECOND
+from broker.rules.reuse import MAX_LIFETIME
 from broker.testing import FakeVendor, Refusal
 from broker.testing.vendor import faults
 from broker.testing.vendor.mint import visitor_mark
+from broker.units import SECOND
 
 HOUR = 3600
 
