@@ -29,7 +29,7 @@ from broker.rules import reuse
 from broker.rules.reuse import ReusePolicy
 from broker.sessions.admin import digest_of
 from broker.sessions.base import SessionStore
-from broker.stores.base import Denial, Kept, Lease, Store
+from broker.stores.base import Kept, Lease, Rejection, Store
 from broker.telemetry.logs import RefusalLog
 from broker.telemetry.metrics import MintMetrics
 from broker.units import SECOND
@@ -116,8 +116,8 @@ class Minter:
         lead = await self._store.lead(mint.request, mint.key, self._better_than(mint.cached))
         if isinstance(lead, EmbedToken):
             return lead
-        if isinstance(lead, Denial):
-            raise errors.RateLimited(lead.limit, lead.verdict)
+        if isinstance(lead, Rejection):
+            raise lead.error()
         return await self._make(flight, mint, lead)
 
     async def _make(self, flight: Flight[EmbedToken], mint: Mint, lease: Lease) -> EmbedToken:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from broker.issue import IssuedToken, Refusal, TokenService
+from broker.issue import IssuedToken, TokenService
 from broker.limits.policy import LimitPolicy, LimitRule, Limits
 from broker.minting import Minter, MintRules
 from broker.model import EmbedToken, LimitName, TokenRequest
@@ -17,6 +17,7 @@ from broker.pacing.pacer import NoPacing, Pacer
 from broker.rules import bucket
 from broker.rules.reuse import ReusePolicy
 from broker.sessions.memory import MemorySessions
+from broker.stores.base import Rejection
 from broker.stores.memory import MemoryStore
 from broker.stores.token_cache import TokenCache
 from broker.telemetry.cells import MetricLayout
@@ -100,7 +101,7 @@ class Desk:
         )
         self.desk = TokenService(self.store, self.minter, policy, clock)
 
-    async def issue(self, ask: TokenRequest, patience: float = PATIENCE) -> IssuedToken | Refusal:
+    async def issue(self, ask: TokenRequest, patience: float = PATIENCE) -> IssuedToken | Rejection:
         return await self.desk.issue(ask, patience)
 
     async def hand_out(self, ask: TokenRequest, patience: float = PATIENCE) -> IssuedToken:

@@ -19,15 +19,20 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from broker.errors import RateLimited
 from broker.model import EmbedToken, LimitName, TokenRequest
 from broker.rules.bucket import Verdict
 
 
-class Denial(Struct, frozen=True, gc=False):
+class Rejection(Struct, frozen=True, gc=False):
     """A limit that refused, and what its bucket said."""
 
     limit: LimitName
     verdict: Verdict
+
+    def error(self) -> RateLimited:
+        """Return it as the error that is answered."""
+        return RateLimited(self.limit, self.verdict)
 
 
 class Visit(Struct, frozen=True, gc=False):
@@ -39,7 +44,7 @@ class Visit(Struct, frozen=True, gc=False):
     """
 
     verdict: Verdict | None
-    denial: Denial | None
+    denial: Rejection | None
     token: EmbedToken | None
 
 
@@ -68,7 +73,7 @@ class Store(Protocol):
         """Charge the limits that every request meets, and look for a token under `key`."""
         ...
 
-    async def charge_client(self, client: str) -> Denial | None:
+    async def charge_client(self, client: str) -> Rejection | None:
         """Charge the client's limit, where there is one, for a request that is not for a token."""
         ...
 
@@ -78,7 +83,7 @@ class Store(Protocol):
 
     async def lead(
         self, ask: TokenRequest, key: str, good: Callable[[EmbedToken], bool]
-    ) -> Lease | EmbedToken | Denial:
+    ) -> Lease | EmbedToken | Rejection:
         """Become the one who mints for `key`, and charge the limits that only a mint meets.
 
         Returns a token instead if one is there now that is `good`, uncharged, or the limit that

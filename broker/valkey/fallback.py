@@ -22,7 +22,7 @@ from broker.errors import StoreAway
 from broker.limits.buckets import BucketTable
 from broker.limits.policy import Limits, share_of
 from broker.model import Clock, EmbedToken, LimitName, TokenRequest
-from broker.stores.base import Denial, Kept, Lease, Store, Visit
+from broker.stores.base import Kept, Lease, Rejection, Store, Visit
 from broker.stores.memory import MemoryStore
 from broker.valkey.client.errors import StoreFailed
 from broker.valkey.client.guarded import StoreClient
@@ -76,7 +76,7 @@ class SharedStore(Store):
         return await self._alone.admit(ask, key)
 
     @override
-    async def charge_client(self, client: str) -> Denial | None:
+    async def charge_client(self, client: str) -> Rejection | None:
         try:
             return await self._remote.charge_client(client)
         except StoreFailed as failed:
@@ -94,7 +94,7 @@ class SharedStore(Store):
     @override
     async def lead(
         self, ask: TokenRequest, key: str, good: Callable[[EmbedToken], bool]
-    ) -> Lease | EmbedToken | Denial:
+    ) -> Lease | EmbedToken | Rejection:
         try:
             return await self._remote.lead(ask, key, good)
         except StoreFailed as failed:

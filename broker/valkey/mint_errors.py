@@ -17,7 +17,6 @@ from typing_extensions import override
 from broker import errors
 from broker.model import LimitName
 from broker.rules.bucket import Limit, verdict_from_wait
-from broker.stores.base import Denial
 
 LONGEST_WAIT = 300_000_000
 """Microseconds: the longest pause of a budget, and so of what a caller is told to wait."""
@@ -130,11 +129,6 @@ def _told(error: BaseException | None) -> _Told | None:  # noqa: PLR0911 - a lin
             return _Busy(error.message, min(error.wait, LONGEST_WAIT))
         case _:
             return None
-
-
-def limited(denial: Denial) -> errors.RateLimited:
-    """Return a limit's refusal as an error, for those who wait elsewhere."""
-    return errors.RateLimited(denial.limit, denial.verdict)
 
 
 def decode(told: bytes) -> errors.BrokerError:

@@ -23,7 +23,7 @@ from broker.limits.policy import LimitPolicy, Limits
 from broker.model import Clock, EmbedToken, LimitName, TokenRequest, visitor_of
 from broker.rules.bucket import Limit, Verdict, verdict_from_wait
 from broker.sealing import Seal
-from broker.stores.base import Denial, Kept, Lease, Visit
+from broker.stores.base import Kept, Lease, Rejection, Visit
 from broker.stores.epochs import ENDS_LAST, KnownEnds
 from broker.stores.token_cache import TokenCache
 from broker.tasks import TaskSet
@@ -102,10 +102,10 @@ class ValkeyStore:
         verdict = _verdict(reply[1], rule.limit, allowed=reply[0])
         self._counts[kind.name].note(verdict, dry_run=rule.dry_run)
         if not verdict.allowed and not rule.dry_run:
-            return Visit(verdict, Denial(kind.name, verdict), None)
+            return Visit(verdict, Rejection(kind.name, verdict), None)
         return Visit(verdict, None, self._front.read(ask, key, reply, front))
 
-    async def charge_client(self, client: str) -> Denial | None:
+    async def charge_client(self, client: str) -> Rejection | None:
         """Charge the client's limit, where there is one."""
         limit_set = self._limits.client
         if limit_set is None:
@@ -119,7 +119,7 @@ class ValkeyStore:
 
     async def lead(
         self, ask: TokenRequest, key: str, good: Callable[[EmbedToken], bool]
-    ) -> Lease | EmbedToken | Denial:
+    ) -> Lease | EmbedToken | Rejection:
         """Become the one who mints, or wait for whoever is; see `base.Store`."""
         names, name = self._names.visitor(ask.visitor), self._names.token_name(key)
         mints = self._limits.fingerprint_mints
@@ -140,7 +140,7 @@ class ValkeyStore:
                     raise mint_errors.decode(error)
                 case [b"denied", int(wait)]:
                     verdict = _verdict(wait, rule.limit, allowed=0)
-                    return Denial(mints.name, verdict)
+                    return Rejection(mints.name, verdict)
                 case [b"lead", _, bytes(epoch), *_] if number(epoch) < self._ends.of(ask.visitor):
                     await self._tell_end(names.epoch, self._ends.of(ask.visitor))
                 case [b"lead", bytes(fence), bytes(epoch), int(allowed), int(wait)]:
@@ -301,7 +301,7 @@ class ValkeyStore:
             raise StoreFailed(Reason.OTHER)
         return reply
 
-    async def _begin(self, ask: TokenRequest, key: str, lease: Lease) -> Lease | Denial:
+    async def _begin(self, ask: TokenRequest, key: str, lease: Lease) -> Lease | Rejection:
         """Meet the agent's limit, and hold on to the lease; ends it if that fails."""
         names, name = self._names.visitor(ask.visitor), self._names.token_name(key)
         self.leases.hold(names.lease(name), lease.fence)
@@ -313,12 +313,12 @@ class ValkeyStore:
             raise
         if denial is None:
             return lease
-        self.abandon(ask, key, lease, mint_errors.limited(denial))
+        self.abandon(ask, key, lease, denial.error())
         return denial
 
     async def _charge(
         self, kind: LimitPolicy, local_key: str, name: bytes, agent: str = ""
-    ) -> Denial | None:
+    ) -> Rejection | None:
         """Charge a bucket that is not a visitor's."""
         rule = kind.for_agent(agent)
         burst, interval = _numbers(rule.limit)
@@ -332,7 +332,7 @@ class ValkeyStore:
             case _:
                 raise StoreFailed(Reason.OTHER)
         self._counts[kind.name].note(verdict, dry_run=rule.dry_run)
-        return None if verdict.allowed or rule.dry_run else Denial(kind.name, verdict)
+        return None if verdict.allowed or rule.dry_run else Rejection(kind.name, verdict)
 
     @override
     def __repr__(self) -> str:

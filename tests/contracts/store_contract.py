@@ -17,7 +17,7 @@ from broker.limits.policy import LimitPolicy, LimitRule, Limits
 from broker.model import EmbedToken, LimitName, TokenRequest
 from broker.rules import bucket
 from broker.rules.bucket import Limit, Verdict
-from broker.stores.base import Denial, Kept, Lease, Store, Visit
+from broker.stores.base import Kept, Lease, Rejection, Store, Visit
 
 SECOND = 1_000_000
 HOUR = 3600 * SECOND
@@ -120,10 +120,10 @@ async def keep(opened: Opened, ask: TokenRequest, token: EmbedToken) -> EmbedTok
     return token
 
 
-async def mint_denied(opened: Opened, ask: TokenRequest) -> Denial | None:
+async def mint_denied(opened: Opened, ask: TokenRequest) -> Rejection | None:
     """Charge a mint and give it up at once."""
     lead = await opened.store.lead(ask, ask.key, nothing_is_good)
-    if isinstance(lead, Denial):
+    if isinstance(lead, Rejection):
         return lead
     assert isinstance(lead, Lease)
     opened.store.abandon(ask, ask.key, lead, None)
@@ -140,7 +140,7 @@ async def minted(opened: Opened, ask: TokenRequest, times: int) -> int:
     return sum([await mint_denied(opened, ask) is None for _ in range(times)])
 
 
-def refused_by(denial: Denial | None) -> tuple[LimitName, int] | None:
+def refused_by(denial: Rejection | None) -> tuple[LimitName, int] | None:
     """Name the limit and its wait, None where nothing was refused."""
     return None if denial is None else (denial.limit, denial.verdict.retry_after)
 
@@ -225,7 +225,7 @@ class StoreContract:
         token = await keep(opened, ask, token_at(opened))
         await visit(opened, ask)
         verdict = Verdict(False, 0, 60 * SECOND, 60 * SECOND, limit)
-        denial = Denial(LimitName.FINGERPRINT, verdict)
+        denial = Rejection(LimitName.FINGERPRINT, verdict)
         assert await visit(opened, ask) == Visit(verdict, denial, None)
         await opened.pass_time(60 * SECOND)
         assert (await visit(opened, ask)).token == token

@@ -16,7 +16,7 @@ from sharing_cases import WIDE, ask_of, limits_of
 from broker import errors
 from broker.model import EmbedToken, LimitName, Secret, TokenRequest
 from broker.rules.bucket import Limit, Verdict
-from broker.stores.base import Denial, Kept, Lease
+from broker.stores.base import Kept, Lease, Rejection
 from broker.testing import FakeClock
 from broker.valkey import leases as leases_module
 from broker.valkey import store as valkey_module
@@ -152,7 +152,7 @@ async def test_S4_who_waits_is_woken_with_the_token(pair: Pair) -> None:
     assert kept is Kept.KEPT
     assert {each.body for each in told} == {token.body}
     assert asleep(pair.other) == 0
-    assert isinstance(await pair.other.store.lead(ask, ask.key, never), Denial)
+    assert isinstance(await pair.other.store.lead(ask, ask.key, never), Rejection)
 
 
 async def test_F1_many_at_once_in_two_replicas_have_one_leader(pair: Pair) -> None:
@@ -257,13 +257,13 @@ async def test_F4_an_agents_limit_is_told_to_those_who_wait(pair: Pair) -> None:
     await lead(pair.one, ask_of())
     ask = ask_of()
     refusal = await pair.one.store.lead(ask, ask.key, never)
-    assert isinstance(refusal, Denial)
+    assert isinstance(refusal, Rejection)
     assert refusal.limit is LimitName.AGENT
     assert pair.one.remote.leases._held.keys() == set(pair.one.remote.leases._held) - {ask.key}
     assert len(pair.one.remote.leases._held) == 1
     await pair.one.settled()
     refusal = await pair.other.store.lead(ask, ask.key, never)
-    assert isinstance(refusal, Denial)
+    assert isinstance(refusal, Rejection)
 
 
 async def test_S4_a_lost_message_costs_a_moment(deaf_pair: Pair) -> None:
@@ -366,7 +366,7 @@ async def test_S4_a_lease_is_renewed_only_while_its_mint_is_under_way(
     if ending == "denied":
         one.use_limits(limits_of(agent=Limit(burst=1, interval=HOUR)))
         await keep(one, ask_of(fingerprint="0001"), await lead(one, ask_of(fingerprint="0001")))
-        assert isinstance(await one.store.lead(ask, ask.key, never), Denial)
+        assert isinstance(await one.store.lead(ask, ask.key, never), Rejection)
     else:
         lease = await lead(one, ask)
         assert len(one.remote.leases) == 1
@@ -458,7 +458,7 @@ async def lead_after_a_step(replica: Replica, ask: TokenRequest) -> Lease:
         lead = await asyncio.wait_for(replica.store.lead(ask, ask.key, never), PATIENT)
         if isinstance(lead, Lease):
             return lead
-        assert isinstance(lead, Denial)
+        assert isinstance(lead, Rejection)
         assert lead.verdict.full_in == WIDE.depth
         replica.clock.advance(WIDE.depth / SECOND)
     lead = await replica.store.lead(ask, ask.key, never)

@@ -14,7 +14,7 @@ from broker.config.validate import normal_base_url
 from broker.model import LimitName, Secret, TokenRequest
 from broker.rules.bucket import Limit, verdict_from_wait
 from broker.sealing import KEY_ID, NONCE, Seal, Sealed, derive
-from broker.stores.base import Denial
+from broker.stores.base import Rejection
 from broker.valkey import mint_errors
 from broker.valkey.key_names import PREFIX, Names
 
@@ -288,9 +288,7 @@ def test_a_wait_beyond_a_pause_is_cut_to_it() -> None:
 def test_a_limit_is_told_as_its_refusal() -> None:
     """The agent's limit, met after the lease was given."""
     verdict = verdict_from_wait(3, Limit(1, 5), allowed=False)
-    told = mint_errors.decode(
-        mint_errors.encode(mint_errors.limited(Denial(LimitName.AGENT, verdict)))
-    )
+    told = mint_errors.decode(mint_errors.encode(Rejection(LimitName.AGENT, verdict).error()))
     assert isinstance(told, errors.RateLimited)
     assert (told.limit, told.verdict) == (LimitName.AGENT, verdict)
 

@@ -24,7 +24,7 @@ from broker.model import EmbedToken, Session
 from broker.pacing.slots import Budget
 from broker.rules.bucket import Limit
 from broker.sessions.base import BookFull, Place, Query
-from broker.stores.base import Denial, Lease
+from broker.stores.base import Lease, Rejection
 from broker.testing import FakeClock, run_virtual
 from broker.valkey import mint_errors
 from broker.valkey.client import shapes
@@ -153,7 +153,7 @@ async def leads(replica: Replica) -> None:
     if isinstance(lead, Lease):
         await replica.store.renew_leases()
         await replica.store.keep(ask, ask.key, token_of(replica), lead)
-    elif isinstance(lead, Denial):
+    elif isinstance(lead, Rejection):
         assert 0 < lead.verdict.retry_after <= lead.verdict.limit.depth
 
 
