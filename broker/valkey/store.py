@@ -241,14 +241,13 @@ class ValkeyStore:
     ) -> list[int]:
         kind = self._limits.fingerprint
         names = self._names.visitor(ask.visitor)
-        own = ask.agent if kind.overrides and ask.agent in kind.overrides else ""
         burst, interval = (b"1", b"1") if limit is None else _numbers(limit)
         carried = 0 if limit is None else self._carried(kind.name, kind.visitor_key(ask))
         reply = await self._server.run(
             Operation.VISIT,
             Script.VISIT,
             (
-                names.bucket("requests", own),
+                names.bucket("requests", kind.own_bucket(ask.agent)),
                 names.token(self._names.token_name(key)),
                 names.epoch,
             ),
@@ -275,13 +274,12 @@ class ValkeyStore:
     ) -> list[Reply]:
         kind = self._limits.fingerprint_mints
         rule = kind.for_agent(ask.agent)
-        own = ask.agent if kind.overrides and ask.agent in kind.overrides else ""
         burst, interval = _numbers(rule.limit)
         reply = await self._server.run(
             Operation.LEAD,
             Script.LEAD,
             (
-                names.bucket("mints", own),
+                names.bucket("mints", kind.own_bucket(ask.agent)),
                 names.token(name),
                 names.epoch,
                 names.lease(name),
