@@ -34,7 +34,7 @@ _SLICE = 2_000
 
 
 class MemorySessions(SessionStore):
-    """Sessions of this process; `dropped` counts records that had to make room."""
+    """Sessions of this process."""
 
     def __init__(self, most: int, clock: Clock, most_ended: int = MOST_ENDED) -> None:
         self._most = most
@@ -47,7 +47,6 @@ class MemorySessions(SessionStore):
         self._old: dict[str, str] = {}
         self._marks_of: Counter[str] = Counter()
         self._turns = clock.mono() + MARK_LIFE
-        self.dropped = 0
 
     @override
     async def record(self, session: Session) -> None:
@@ -59,7 +58,6 @@ class MemorySessions(SessionStore):
         if len(self._sessions) >= self._most:
             most = max(self._orders, key=lambda client: len(self._orders[client]))
             self._forget(next(iter(self._orders[most])))
-            self.dropped += 1
         self._write(session)
 
     @override
