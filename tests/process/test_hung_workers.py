@@ -146,17 +146,19 @@ class TestSupervisor:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A replacement that never becomes ready: killed, counted, and tried again."""
-        start, pids = supervisor_module.Child.start, list[int]()
+        start, pids = supervisor_module.WorkerProcess.start, list[int]()
         async with supervised(crew_of(tmp_path, 1)) as supervisor:
 
-            async def start_and_stand(begin: supervisor_module.Begin) -> supervisor_module.Child:
+            async def start_and_stand(
+                begin: supervisor_module.Start,
+            ) -> supervisor_module.WorkerProcess:
                 started = await start(begin)
                 if not pids:
                     os.kill(started.pid, signal.SIGSTOP)
                 pids.append(started.pid)
                 return started
 
-            monkeypatch.setattr(supervisor_module.Child, "start", start_and_stand)
+            monkeypatch.setattr(supervisor_module.WorkerProcess, "start", start_and_stand)
             monkeypatch.setattr(hangs, "START", 2.0)
             supervisor._children[1].kill()
             await until(lambda: len(pids) == 2)

@@ -369,7 +369,7 @@ class TestSupervisor:
         first = crew_of(tmp_path, 1)
         new = replace(first.clients["web"], secret_file=secret_file(tmp_path / "new"))
         later = replace(first, clients={"web": new})
-        start = supervisor_module.Child.start
+        start = supervisor_module.WorkerProcess.start
         async with (
             supervised(first, lambda: later) as supervisor,
             aiohttp.ClientSession() as http,
@@ -387,7 +387,7 @@ class TestSupervisor:
                 return led[-1]
 
             monkeypatch.setattr(supervisor, "_lead", noted)
-            monkeypatch.setattr(supervisor_module.Child, "start", start_amid_a_reload)
+            monkeypatch.setattr(supervisor_module.WorkerProcess, "start", start_amid_a_reload)
             supervisor._children[1].kill()
             await until(lambda: 1 not in supervisor._children)
             await until(lambda: 1 in supervisor._children and supervisor._children[1].is_ready)
@@ -401,7 +401,7 @@ class TestSupervisor:
     ) -> None:
         """It was not there when all were ended, and it hangs: ended as soon as it is there."""
         settings = crew_of(tmp_path, 1)
-        start, pids = supervisor_module.Child.start, list[int]()
+        start, pids = supervisor_module.WorkerProcess.start, list[int]()
         async with supervised(settings) as supervisor:
 
             async def start_amid_the_end(begin: Start) -> worker_process.WorkerProcess:
@@ -412,7 +412,7 @@ class TestSupervisor:
                 supervisor.abort()
                 return started
 
-            monkeypatch.setattr(supervisor_module.Child, "start", start_amid_the_end)
+            monkeypatch.setattr(supervisor_module.WorkerProcess, "start", start_amid_the_end)
             supervisor._children[1].kill()
             await until(lambda: pids != [])
             async with asyncio.timeout(5):
