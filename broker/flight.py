@@ -41,8 +41,8 @@ class Flight(Generic[T]):
         self.background = background
         self._waiters: set[asyncio.Future[T]] = set()
 
-    async def wait(self, patience: float | None = None) -> T:
-        """Wait for the outcome; raises what the mint raised, or TimeoutError after `patience` s.
+    async def wait(self, timeout: float | None = None) -> T:
+        """Wait for the outcome; raises what the mint raised, or TimeoutError after `timeout` s.
 
         A timer on the waiter's own future costs a quarter of `asyncio.timeout`, and a mint may
         well be quicker than that.
@@ -50,7 +50,7 @@ class Flight(Generic[T]):
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[T] = loop.create_future()
         self._waiters.add(waiter)
-        timer = None if patience is None else loop.call_later(patience, _give_up, waiter)
+        timer = None if timeout is None else loop.call_later(timeout, _give_up, waiter)
         try:
             return await waiter
         finally:
@@ -92,18 +92,18 @@ class SingleFlight(Generic[T]):
         self,
         key: str,
         mint: Callable[[Flight[T]], Awaitable[T]],
-        patience: float | None = None,
+        timeout: float | None = None,
     ) -> tuple[T, bool]:
         """Return the outcome of this key's mint and whether this call started it.
 
-        Raises what the mint raised, or TimeoutError if it takes longer than `patience` seconds.
+        Raises what the mint raised, or TimeoutError if it takes longer than `timeout` seconds.
         """
         flight = self._by_key.get(key)
         leader = flight is None
         if flight is None:
             flight = self._start(key, mint, background=False)
         try:
-            return await flight.wait(patience), leader
+            return await flight.wait(timeout), leader
         finally:
             if flight.deserted:
                 self._abandon(key, flight)

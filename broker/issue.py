@@ -22,7 +22,7 @@ from broker.pacing.pacer import Priority
 from broker.rules import reuse
 from broker.rules.bucket import Verdict
 from broker.rules.reuse import Life, ReusePolicy
-from broker.stores.base import Denial, Store
+from broker.stores.base import Rejection, Store
 
 Lead = Callable[[Flight[EmbedToken]], Awaitable[EmbedToken]]
 """What the leader of a flight does."""
@@ -37,12 +37,6 @@ class IssuedToken(Struct, frozen=True, gc=False):
     verdict: Verdict | None
 
 
-class Refusal(Struct, frozen=True, gc=False):
-    """A limit said no."""
-
-    denial: Denial
-
-
 class TokenService:
     """Answers requests; `flights` are the mints under way, by key."""
 
@@ -53,12 +47,12 @@ class TokenService:
         self._clock = clock
         self.flights: SingleFlight[EmbedToken] = SingleFlight()
 
-    async def issue(self, request: TokenRequest, timeout: float) -> IssuedToken | Refusal:
+    async def issue(self, request: TokenRequest, timeout: float) -> IssuedToken | Rejection:
         """Answer one request within `timeout` seconds; raises what a mint raises."""
         key = request.key
-        visit = await self._store.visit(request, key)
+        visit = await self._store.admit(request, key)
         if visit.denial is not None:
-            return Refusal(visit.denial)
+            return visit.denial
         cached = visit.token if self._policy.enabled else None
         if cached is None or request.fresh:
             return await self._mint(request, key, cached, visit.verdict, timeout)
@@ -108,7 +102,7 @@ class TokenService:
         except errors.BrokerError as error:
             if not error.transient:
                 raise
-            found = await self._store.look(request, key)  # the old one may have been revoked
+            found = await self._store.peek(request, key)  # the old one may have been revoked
             left = 0 if found is None else self._left(found)
             if found is None or left < self._policy.marks(found.lifetime).outage:
                 raise

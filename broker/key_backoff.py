@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from broker.model import Clock
 from broker.rules.backoff import full_jitter
-from broker.rules.reuse import SECOND
+from broker.units import SECOND
 
 BASE, CAP = 250_000, 5_000_000
 """Microseconds: a key whose mint failed waits up to 0.25 s, then twice that, never over 5 s."""

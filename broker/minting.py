@@ -26,12 +26,13 @@ from broker.model import Clock, EmbedToken, Minted, Session, TokenRequest
 from broker.pacing.pacer import Pacer, Priority
 from broker.pacing.slots import UNCOUNTED, Slot
 from broker.rules import reuse
-from broker.rules.reuse import SECOND, ReusePolicy
+from broker.rules.reuse import ReusePolicy
 from broker.sessions.admin import digest_of
 from broker.sessions.base import SessionStore
-from broker.stores.base import Denial, Kept, Lease, Store
+from broker.stores.base import Kept, Lease, Rejection, Store
 from broker.telemetry.logs import RefusalLog
 from broker.telemetry.metrics import MintMetrics
+from broker.units import SECOND
 from broker.wire.responses import success_body, token_in
 
 log = structlog.get_logger()
@@ -83,7 +84,7 @@ class Minter:
 
     def may_renew_ahead(self, key: str) -> bool:
         """Whether a renewal ahead of time is cheap at this moment: no back-off, and headroom."""
-        return not self.backoff.left(key) and self._pacer.plenty
+        return not self.backoff.left(key) and self._pacer.has_headroom
 
     async def mint(self, flight: Flight[EmbedToken], mint: Mint) -> EmbedToken:
         """Return the token of this flight; raises errors.BrokerError."""
@@ -115,8 +116,8 @@ class Minter:
         lead = await self._store.lead(mint.request, mint.key, self._better_than(mint.cached))
         if isinstance(lead, EmbedToken):
             return lead
-        if isinstance(lead, Denial):
-            raise errors.RateLimited(lead.limit, lead.verdict)
+        if isinstance(lead, Rejection):
+            raise lead.error()
         return await self._make(flight, mint, lead)
 
     async def _make(self, flight: Flight[EmbedToken], mint: Mint, lease: Lease) -> EmbedToken:
@@ -227,7 +228,7 @@ class Minter:
             mark=reuse.renewal_mark(self._policy.marks(whole), self._draw),
             version=lease.fence,
             epoch=lease.epoch,
-            origin=sys.intern(minted.origin or self._issuer.origin),  # once, not once a token
+            origin=sys.intern(minted.origin or self._issuer.signer_id),  # once, not once a token
         )
 
     def _better_than(self, cached: EmbedToken | None) -> Callable[[EmbedToken], bool]:
@@ -266,7 +267,7 @@ class _Turn:
         flight: Flight[EmbedToken],
         clock: Clock,
     ) -> None:
-        self._take = pacer.turn
+        self._take = pacer.acquire
         self._priority = priority
         self._client = client
         self._flight = flight

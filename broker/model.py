@@ -94,7 +94,7 @@ class Minted(Struct, frozen=True):
     counted from the start of the mint; it differs where the vendor handed out an old token again,
     and 0 stands for "the same".  `expires_at` is the token's own `exp` (Unix seconds); `extra` are
     further fields of the vendor's `data` object that callers get unchanged.  `origin` names what
-    signed it, one of the issuer's `origins`.
+    signed it, one of the issuer's `signer_ids`.
     """
 
     token: str

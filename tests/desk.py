@@ -9,20 +9,22 @@ from collections.abc import Callable
 
 import msgspec
 
-from broker.issue import IssuedToken, Refusal, TokenService
+from broker.issue import IssuedToken, TokenService
 from broker.limits.policy import LimitPolicy, LimitRule, Limits
 from broker.minting import Minter, MintRules
 from broker.model import EmbedToken, LimitName, TokenRequest
 from broker.pacing.pacer import NoPacing, Pacer
 from broker.rules import bucket
-from broker.rules.reuse import SECOND, ReusePolicy
+from broker.rules.reuse import ReusePolicy
 from broker.sessions.memory import MemorySessions
+from broker.stores.base import Rejection
 from broker.stores.memory import MemoryStore
 from broker.stores.token_cache import TokenCache
 from broker.telemetry.cells import MetricLayout
 from broker.telemetry.metrics import MintMetrics
 from broker.testing import FakeClock, FakeIssuer
 from broker.testing.issuer import visitor_mark
+from broker.units import SECOND
 
 MINUTE = 60 * SECOND
 
@@ -99,7 +101,7 @@ class Desk:
         )
         self.desk = TokenService(self.store, self.minter, policy, clock)
 
-    async def issue(self, ask: TokenRequest, patience: float = PATIENCE) -> IssuedToken | Refusal:
+    async def issue(self, ask: TokenRequest, patience: float = PATIENCE) -> IssuedToken | Rejection:
         return await self.desk.issue(ask, patience)
 
     async def hand_out(self, ask: TokenRequest, patience: float = PATIENCE) -> IssuedToken:

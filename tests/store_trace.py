@@ -198,7 +198,7 @@ class Model:
         self.leases[name] = Lease(fence, error=error)
         return [waiter.encode() for waiter in lease.waiters]
 
-    def finish(self, keys: list[str], known: int, now: int) -> Reply:
+    def revoke(self, keys: list[str], known: int, now: int) -> Reply:
         """End a visitor, or bring back an epoch that is known."""
         visitor, *tokens = keys
         before = self.epochs.get(visitor) or 0
@@ -287,8 +287,8 @@ def _step(  # noqa: PLR0911 - a branch a script
             )
             known = b"%d" % told if told > 0 else b""
             keys = [epoch, token] if draw.random() < 0.5 else [epoch]
-            reply = model.finish(keys, max(told, 0), now)
-            return Script.FINISH, encoded(*keys), [b"%d" % MEMORY, known], reply
+            reply = model.revoke(keys, max(told, 0), now)
+            return Script.REVOKE, encoded(*keys), [b"%d" % MEMORY, known], reply
 
 
 def encoded(*keys: str) -> list[bytes]:

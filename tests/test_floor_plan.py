@@ -21,6 +21,7 @@ RETIRED = {
     "Door",
     "Elsewhere",
     "EndsVisitors",
+    "FINISH",
     "Flights",
     "Followed",
     "Forgotten",
@@ -54,7 +55,11 @@ RETIRED = {
     "Unpaced",
     "Urgency",
     "ValkeyBook",
+    "_roll",
+    "end_visitor",
     "make_up",
+    "plenty",
+    "take_if_plenty",
 }
 """Names of what the field has another word for; the glossary of CONTRIBUTING has both."""
 

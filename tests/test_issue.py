@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker import errors
-from broker.issue import IssuedToken, Refusal
+from broker.issue import IssuedToken
 from broker.key_backoff import CAP as BACKOFF_CAP
 from broker.model import LimitName, Outcome, TokenRequest
 from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import Budget
-from broker.rules.reuse import SECOND
-from broker.stores.base import Denial
+from broker.stores.base import Rejection
 from broker.testing import FakeClock, run_virtual
+from broker.units import SECOND
 
 A_BIT = 0.01
 """Seconds: more than the ticks of a virtual loop add up to."""
@@ -596,8 +596,8 @@ def test_T5_a_wall_clock_that_steps_locks_nobody_out() -> None:
             clock.step_wall(hours * HOUR)
             await desk.hand_out(visitor(fresh=True))
             refusal = await desk.issue(visitor(fresh=True))
-            assert isinstance(refusal, Refusal)
-            assert refusal.denial.verdict.retry_after <= SECOND
+            assert isinstance(refusal, Rejection)
+            assert refusal.verdict.retry_after <= SECOND
             clock.step_mono(2)
 
     run_virtual(main)
@@ -868,19 +868,17 @@ def test_L5_a_limit_that_refuses_charges_neither_itself_nor_a_later_one() -> Non
         assert _charges(desk, who) == (5, 5, 3, 3)
         await desk.hand_out(visitor())  # reuse: the sixth request
         for _ in range(2):
-            assert await desk.issue(who) == Refusal(
-                Denial(
-                    LimitName.FINGERPRINT,
-                    desk.store._fingerprint.peek(
-                        who.visitor, desk.limits.fingerprint.rule.limit, clock.mono()
-                    ),
-                )
+            assert await desk.issue(who) == Rejection(
+                LimitName.FINGERPRINT,
+                desk.store._fingerprint.peek(
+                    who.visitor, desk.limits.fingerprint.rule.limit, clock.mono()
+                ),
             )
         assert _charges(desk, who) == (8, 6, 3, 3)
         await desk.hand_out(visitor("bbbb"))  # the client's ninth
         answer = await desk.issue(visitor("cccc"))
-        assert isinstance(answer, Refusal)
-        assert answer.denial.limit is LimitName.CLIENT
+        assert isinstance(answer, Rejection)
+        assert answer.limit is LimitName.CLIENT
         assert _charges(desk, visitor("cccc")) == (9, 0, 0, 4)
 
     run_virtual(main)
@@ -932,12 +930,12 @@ def test_L6_a_thousand_requests_of_one_visitor_are_the_burst() -> None:
     async def main(clock: FakeClock) -> None:
         desk = Desk(clock, limits=limits(fingerprint=(1 / 60, 7)))
         answers = await asyncio.gather(*(desk.issue(visitor()) for _ in range(1000)))
-        assert Counter(type(answer) for answer in answers) == {IssuedToken: 7, Refusal: 993}
+        assert Counter(type(answer) for answer in answers) == {IssuedToken: 7, Rejection: 993}
         await desk.hand_out(visitor("bbbb"))
         refusal = answers[-1]
-        assert isinstance(refusal, Refusal)
-        clock.advance((refusal.denial.verdict.retry_after - 100) / SECOND)
-        assert isinstance(await desk.issue(visitor()), Refusal)
+        assert isinstance(refusal, Rejection)
+        clock.advance((refusal.verdict.retry_after - 100) / SECOND)
+        assert isinstance(await desk.issue(visitor()), Rejection)
         clock.advance(100 / SECOND)
         await desk.hand_out(visitor())
 
@@ -1062,7 +1060,7 @@ def test_who_insists_on_a_fresh_token_joins_a_renewal_and_queues_for_it() -> Non
         desk = Desk(clock, pacer=pacer)
         held = await desk.hand_out(visitor())
         await asyncio.sleep(HOUR - 7 * 60)
-        assert pacer.plenty
+        assert pacer.has_headroom
         other = desk.begin(visitor("bbbb"))  # takes the slot that the renewal has in mind
         renewing = desk.begin(visitor())
         insisting = desk.begin(visitor(fresh=True))

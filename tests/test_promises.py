@@ -16,8 +16,8 @@ from broker.issuers.base import Turn
 from broker.model import Minted, Outcome, TokenRequest
 from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import UNCOUNTED, Budget, Slot
-from broker.rules.reuse import SECOND
 from broker.testing import FakeClock, FakeIssuer, run_virtual
+from broker.units import SECOND
 
 A_BIT = 0.01
 HOUR = 3600

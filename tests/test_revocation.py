@@ -13,11 +13,11 @@ from broker import errors
 from broker.issue import IssuedToken
 from broker.issuers.keyring import BadToken
 from broker.model import Outcome, Session
-from broker.rules.reuse import SECOND
 from broker.sessions.admin import TokenIntrospector
 from broker.telemetry.cells import MetricLayout
 from broker.telemetry.metrics import SessionMetrics
 from broker.testing import FakeClock, run_virtual
+from broker.units import SECOND
 from broker.wire.responses import token_in
 
 MINUTE = 60

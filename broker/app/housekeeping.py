@@ -45,11 +45,11 @@ class Housekeeping:
         """Expire, flush logs, bring readiness and gauges up to date."""
         parts = self._parts
         now = parts.clock.mono()
-        parts.store.tidy()
-        parts.session_store.tidy()
-        parts.authenticator.failures.tidy(now)
+        parts.store.purge_expired()
+        parts.session_store.purge_expired()
+        parts.authenticator.failures.purge_expired(now)
         if parts.admin_authenticator is not None:
-            parts.admin_authenticator.failures.tidy(now)
+            parts.admin_authenticator.failures.purge_expired(now)
         for refusals in parts.refusal_logs:
             refusals.flush(now)
         self._tuner.tidy()

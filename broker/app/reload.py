@@ -193,9 +193,9 @@ class Reloader:
         keyring = credentials.keyring(settings)
 
         def turn() -> None:
-            before = issuer.origins
+            before = issuer.signer_ids
             issuer.use_keyring(keyring)
-            if not before <= issuer.origins:  # what a key that is gone signed opens nothing
+            if not before <= issuer.signer_ids:  # what a key that is gone signed opens nothing
                 self._parts.token_cache.clear()
 
         return turn

@@ -25,7 +25,7 @@ from broker.valkey.client.topology import nodes_at
 from broker.valkey.key_names import Names
 from broker.valkey.session_fallback import SharedSessions
 from broker.valkey.sessions import ValkeySessions
-from broker.valkey.store import end_visitor
+from broker.valkey.store import revoke_visitor
 from broker.web import admin_sessions
 from broker.web.auth import ClientAuthenticator
 
@@ -100,7 +100,7 @@ class SessionAdminApi:
         """Tally calls, forget failures: call it about twice a second."""
         self._server.tidy()
         now = self._clock.mono()
-        self._door.failures.tidy(now)
+        self._door.failures.purge_expired(now)
         self._refusals.flush(now)
 
 
@@ -110,8 +110,8 @@ class _Store(RevokesVisitors):
         self._names = names
 
     @override
-    async def end_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
+    async def revoke_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
         try:
-            _ = await end_visitor(self._server, self._names, client, fingerprint, keys)
+            _ = await revoke_visitor(self._server, self._names, client, fingerprint, keys)
         except StoreFailed as failed:
             raise StoreAway from failed

@@ -91,7 +91,7 @@ class SnapshotFile:
 
     def restore(self) -> None:
         """Read the file and take it away; one that cannot be used is told of, and no more."""
-        terms = Terms(self._issuer.origins, self._max_age, self._floor)
+        terms = Terms(self._issuer.signer_ids, self._max_age, self._floor)
         try:
             count = load(self._path, self._key, self._store, self._book, self._clock, terms)
         except SnapshotIgnored as reason:
@@ -102,7 +102,7 @@ class SnapshotFile:
 
     def save(self) -> None:
         """Write the file; a failure is told of, and no more."""
-        origins = self._issuer.origins
+        origins = self._issuer.signer_ids
         try:
             count = save(self._path, self._key, self._store, self._book, self._clock, origins)
         except OSError as error:

@@ -271,7 +271,7 @@ def _stores(
 ) -> _Stores:
     settings, clock, limits = given.settings, given.clock, factory.limits(given.settings)
     if connection is not None:
-        shared = connection.backend(limits, cache, lambda: issuer.origins)
+        shared = connection.backend(limits, cache, lambda: issuer.signer_ids)
         return _Stores(shared.store, shared.book, shared)
     store = MemoryStore(limits, cache, clock, given.metrics.limits.counts)
     sessions = MemorySessions(settings.sessions.max_recorded, clock)

@@ -12,8 +12,8 @@ from broker.issuers.vendor.client import Answer, CallFailed, VendorClient
 from broker.issuers.vendor.egress import Proxy
 from broker.issuers.vendor.headers import vendor_date
 from broker.model import Secret
-from broker.rules.reuse import SECOND
 from broker.telemetry.labels import Reason
+from broker.units import SECOND
 
 MAX_SKEW = 30 * SECOND
 """Microseconds: half of the minute that verifiers commonly forgive."""

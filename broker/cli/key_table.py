@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from time import gmtime, strftime
 
 from broker.issuers.keyring import NEVER, Key, Keyring
-from broker.rules.reuse import SECOND
+from broker.units import SECOND
 
 
 def rows(ring: Keyring, now: int) -> Iterator[str]:

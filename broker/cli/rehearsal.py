@@ -24,11 +24,11 @@ from broker.errors import BrokerError
 from broker.issuers.vendor.replies import Refused, Scope
 from broker.model import EmbedToken, Secret, Session, TokenRequest
 from broker.pacing.slots import Budget
-from broker.rules.reuse import SECOND
 from broker.sessions.base import Place, Query
 from broker.stores.base import Lease
 from broker.stores.token_cache import TokenCache
 from broker.telemetry.metrics import Metrics
+from broker.units import SECOND
 from broker.valkey.client.connection import Target
 from broker.valkey.client.errors import NoScript, Reason, Redirect, StoreFailed
 from broker.valkey.client.pubsub import Subscription, subscribe
@@ -147,7 +147,7 @@ async def _membership(first: SharedBackend, second: SharedBackend, witness: Witn
     slots = first.connection.slots(Budget(rate=6000, per=60, burst=100, max_wait=5))
     await slots.start()
     with suppress(StoreFailed):
-        _ = await slots.take_if_plenty()
+        _ = await slots.take_if_headroom()
     await slots.close()
     await first.fleet.leave()
 
@@ -174,7 +174,7 @@ async def _come_and_go(
 ) -> None:
     store = first.store
     _ = await store.charge_client(ask.client)
-    _ = await store.visit(ask, ask.key)
+    _ = await store.admit(ask, ask.key)
     lease = await _lead(first, ask)
     await first.store.renew_leases()
     waiting = asyncio.create_task(second.store.lead(ask, ask.key, lambda _token: True))
@@ -185,12 +185,12 @@ async def _come_and_go(
     await asyncio.wait([waiting], timeout=TIMEOUT)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
-    _ = await second.store.look(ask, ask.key)
+    _ = await second.store.peek(ask, ask.key)
     _ = await first.book.find(session.session_id)
     _ = await first.book.find_token(session.digest)
     _ = await first.book.page(Query(agent=ask.agent), Place(), 10)
     await first.book.mark(session, by_client=False)
-    await store.end_visitor(ask.client, ask.fingerprint, ask.key)
+    await store.revoke_visitor(ask.client, ask.fingerprint, ask.key)
     await first.book.forget(session)
     store.abandon(ask, ask.key, await _lead(first, ask), None)
     first.refusals.remember(ask, Refused(404, "NOT_FOUND", "no", Scope.AGENT_MODEL))

@@ -26,13 +26,13 @@ class Issuer(Protocol):
     """Whether its tokens prove themselves, so that `prove` can tell a good one from any other."""
 
     @property
-    def origin(self) -> str:
+    def signer_id(self) -> str:
         """Name what signs new tokens, for a snapshot; tells nothing of a key."""
         ...
 
     @property
-    def origins(self) -> frozenset[str]:
-        """Every `origin` whose tokens are still good."""
+    def signer_ids(self) -> frozenset[str]:
+        """Every `signer_id` whose tokens are still good."""
         ...
 
     async def check(self, ask: TokenRequest) -> None:

@@ -30,7 +30,7 @@ from typing_extensions import override
 
 from broker.config import files
 from broker.issuers.keyring import LEEWAY, LIFETIME_SECONDS, NEVER, BadKey, Key
-from broker.rules.reuse import SECOND
+from broker.units import NO_DATE, SECOND
 
 MOST_KEYS = 16
 """A token without `kid` is tried against every key.  One a day leaves two; more are a mistake."""
@@ -51,7 +51,7 @@ class Entry(Struct, frozen=True, forbid_unknown_fields=True):
 
     kid: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     secret: str
-    signs_from: Annotated[int, Meta(ge=0, lt=10**12)]
+    signs_from: Annotated[int, Meta(ge=0, lt=NO_DATE)]
 
     @override
     def __repr__(self) -> str:

@@ -20,7 +20,8 @@ import msgspec
 from msgspec import Struct
 from typing_extensions import override
 
-from broker.rules.reuse import MAX_LIFETIME, SECOND
+from broker.rules.reuse import MAX_LIFETIME
+from broker.units import NO_DATE, SECOND
 
 ALGORITHM = "HS256"
 
@@ -51,9 +52,6 @@ _HEADER_NAMES = frozenset({"alg", "typ", "kid"})
 
 _SHAPE = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{43}")
 """Three parts in the alphabet of RFC 4648 section 5, without padding, and 32 bytes of signature."""
-
-_NO_DATE = 10**12
-"""Seconds since 1970 from which a number is not a date; as in `rules.reuse`."""
 
 _REQUIRED = ("exp", "nbf", "iss", "aud", "sub")
 
@@ -278,6 +276,6 @@ def _require(claims: Mapping[str, object], issuer: str, audience: str, now: int)
 def _date(claims: Mapping[str, object], name: str) -> int:
     """Read a NumericDate as we write it: whole seconds, in a year that can be a date."""
     value = claims[name]
-    if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= _NO_DATE:
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= NO_DATE:
         raise BadToken("malformed")
     return value

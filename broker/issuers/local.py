@@ -12,7 +12,7 @@ from typing_extensions import override
 from broker.issuers.base import Issuer, Turn
 from broker.issuers.keyring import LIFETIME_SECONDS, BadToken, Keyring
 from broker.model import AGENT_ID, Clock, Minted, Session, TokenRequest
-from broker.rules.reuse import SECOND
+from broker.units import SECOND
 
 MOST_PROVEN = 4096
 """Tokens in a generation, about 1.5 KB each: the visitors of some minutes."""
@@ -37,22 +37,22 @@ class LocalIssuer(Issuer):
     def use_keyring(self, keyring: Keyring) -> None:
         """Sign and verify with other keys from now on."""
         self.keyring = keyring
-        self._origins = {key.kid: self._origin_of(key.kid) for key in keyring.keys}
+        self._signer_ids = {key.kid: self._signer_id_of(key.kid) for key in keyring.keys}
         self._proven = _Proven()
 
     @property
     @override
-    def origin(self) -> str:
-        return self._origins[self.keyring.signing(self._clock.wall())]
+    def signer_id(self) -> str:
+        return self._signer_ids[self.keyring.signing(self._clock.wall())]
 
     @property
     @override
-    def origins(self) -> frozenset[str]:
+    def signer_ids(self) -> frozenset[str]:
         now = self._clock.wall()
         good = (key.kid for key in self.keyring.keys if now < key.verifies_until)
-        return frozenset(self._origins[kid] for kid in good)
+        return frozenset(self._signer_ids[kid] for kid in good)
 
-    def _origin_of(self, kid: str) -> str:
+    def _signer_id_of(self, kid: str) -> str:
         return f"local {self._issuer} {self._audience} {self.keyring.name_of(kid)}"
 
     @override
@@ -88,7 +88,7 @@ class LocalIssuer(Issuer):
             expires_at=expires,
             lifetime=(LIFETIME_SECONDS - BACKDATED_SECONDS) * SECOND,
             extra={} if ask.model is None else {"model": ask.model},
-            origin=self._origins[self.keyring.signing(now)],
+            origin=self._signer_ids[self.keyring.signing(now)],
         )
 
     @override

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from broker.issuers.vendor.replies import Refused, Scope
 from broker.model import Clock, Secret, TokenRequest
-from broker.rules.reuse import SECOND
+from broker.units import SECOND
 
 ACCOUNT_MEMORY, AGENT_MEMORY = 15, 30
 """Seconds that a refusal is remembered: for the whole account shortly, because a top-up should be

@@ -47,9 +47,9 @@ from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import Slot
 from broker.rules.backoff import full_jitter
 from broker.rules.breaker import FailureRateBreaker, KeyBreaker, KeyOutcome, Outcome, Permit
-from broker.rules.reuse import SECOND
 from broker.telemetry.labels import Reason
 from broker.telemetry.metrics import UpstreamMetrics
+from broker.units import SECOND
 
 log = structlog.get_logger()
 
@@ -122,13 +122,13 @@ class UpstreamIssuer(Issuer):
 
     @property
     @override
-    def origin(self) -> str:
+    def signer_id(self) -> str:
         return f"upstream {self._client.base_url}"
 
     @property
     @override
-    def origins(self) -> frozenset[str]:
-        return frozenset({self.origin})
+    def signer_ids(self) -> frozenset[str]:
+        return frozenset({self.signer_id})
 
     @override
     async def check(self, ask: TokenRequest) -> None:
@@ -243,7 +243,7 @@ class UpstreamIssuer(Issuer):
     async def _correct(self, answer: Answer, wall: int) -> None:
         hint = rate_limit_hint(answer.headers, wall)
         if hint is not None:
-            await self._pacer.correct(hint.remaining)
+            await self._pacer.sync_remaining(hint.remaining)
 
     async def _learn_late(self, answer: Answer) -> None:
         """Heed what an answer says of the budget, though its caller has gone: all else is told."""

@@ -110,7 +110,7 @@ class BucketTable:
         self._young = {}
         self._rotate_at = now + self._horizon
 
-    def tidy(self, now: int, batch: int = 20_000) -> None:
+    def purge_expired(self, now: int, batch: int = 20_000) -> None:
         """Give memory back while nobody asks: call it about once a second."""
         if now >= self._rotate_at:
             self._rotate(now)

@@ -28,15 +28,18 @@ class LimitPolicy(Struct, frozen=True):
             return self.rule
         return self.overrides.get(agent, self.rule)
 
-    def visitor_key(self, ask: TokenRequest) -> str:
-        """Return whose bucket this ask meets: its visitor's.
+    def own_bucket(self, agent: str) -> str:
+        """Return the agent if a visitor has a bucket of their own on it, which an override makes.
 
-        On an agent with an override the visitor has one of their own: limits of two depths on one
-        bucket would undo each other, because the shallow one cuts what the deep one has exhausted.
+        Limits of two depths on one bucket would undo each other, because the shallow one cuts what
+        the deep one has exhausted.
         """
-        if self.overrides and ask.agent in self.overrides:
-            return f"{ask.visitor}{SEPARATOR}{ask.agent}"
-        return ask.visitor
+        return agent if self.overrides and agent in self.overrides else ""
+
+    def visitor_key(self, ask: TokenRequest) -> str:
+        """Return whose bucket this ask meets: its visitor's, or theirs on this agent."""
+        own = self.own_bucket(ask.agent)
+        return f"{ask.visitor}{SEPARATOR}{own}" if own else ask.visitor
 
     @property
     def horizon(self) -> int:

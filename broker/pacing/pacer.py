@@ -66,11 +66,11 @@ class Pacer(Protocol):
     """Hands out slots."""
 
     @property
-    def plenty(self) -> bool:
+    def has_headroom(self) -> bool:
         """Whether a renewal ahead of time may take a slot now."""
         ...
 
-    async def turn(self, urgency: Priority, client: str) -> Slot:
+    async def acquire(self, priority: Priority, client: str) -> Slot:
         """Return when the caller may make one call to the vendor; the slot has to be given back.
 
         Raises `ServiceUnavailable` with the predicted time when that would take too long.
@@ -83,11 +83,11 @@ class NoPacing(Pacer):
 
     @property
     @override
-    def plenty(self) -> bool:
+    def has_headroom(self) -> bool:
         return True
 
     @override
-    async def turn(self, urgency: Priority, client: str) -> Slot:
+    async def acquire(self, priority: Priority, client: str) -> Slot:
         return UNCOUNTED
 
     @override
@@ -111,7 +111,7 @@ class BudgetPacer(Pacer):
     ) -> None:
         self._budget = budget
         self._slots = slots or LocalSlots(budget, successor=True)
-        self._slots.on_pause(self.hold)
+        self._slots.on_pause(self.pause_for)
         self._waited = waited
         self._paused = False
         self._paused_until = 0.0
@@ -136,22 +136,22 @@ class BudgetPacer(Pacer):
                 place.granted.set_exception(_stopping())
 
     @override
-    async def turn(self, urgency: Priority, client: str) -> Slot:
-        if urgency is Priority.AHEAD:
-            await self._take_if_plenty()
+    async def acquire(self, priority: Priority, client: str) -> Slot:
+        if priority is Priority.AHEAD:
+            await self._take_if_headroom()
         elif not self.depth and not self._paused and self._slots.is_free:
             _ = await self._slots.take(lambda: 1)
             self._waited(0.0)
         else:
-            await self._queue(urgency, client)
+            await self._queue(priority, client)
         return Slot(self._slots, self._pass_on)
 
     def pause(self, seconds: float) -> None:
         """Give out nothing for this long (the vendor said so), and no burst afterwards."""
-        self.hold(seconds)
+        self.pause_for(seconds)
         self._slots.pause(min(seconds, MAX_PROMISE))
 
-    def hold(self, seconds: float) -> None:
+    def pause_for(self, seconds: float) -> None:
         """Follow a pause, whoever was told of it.
 
         Who waits and would not be served in time is told so now, not at the end of their patience.
@@ -165,9 +165,9 @@ class BudgetPacer(Pacer):
                 wait = self._promise(place.client, self._paused_until - now)
                 place.granted.set_exception(self._used_up(wait))
 
-    async def correct(self, remaining: int) -> None:
+    async def sync_remaining(self, remaining: int) -> None:
         """Believe the vendor when it says that fewer calls are left than we think."""
-        await self._slots.correct(remaining)
+        await self._slots.sync_remaining(remaining)
 
     @property
     def depth(self) -> int:
@@ -186,24 +186,24 @@ class BudgetPacer(Pacer):
 
     @property
     @override
-    def plenty(self) -> bool:
+    def has_headroom(self) -> bool:
         """Whether nobody waits and half the burst is left."""
         return not self.depth and self.remaining * 2 >= self._budget.burst
 
-    async def _queue(self, urgency: Priority, client: str) -> None:
+    async def _queue(self, priority: Priority, client: str) -> None:
         if BackgroundTask.PACING not in self._background:
             raise _stopping()
-        rank = _RANKS[urgency]
+        rank = _RANKS[priority]
         predicted = self._predict(client, rank)
         if predicted > self._budget.max_wait:
             raise self._used_up(self._promise(client, predicted))
         arrived = self._loop.time()
-        patience = self._budget.max_wait + LATENESS
-        place = Waiter(client, rank, arrived + patience, self._loop.create_future())
+        timeout = self._budget.max_wait + LATENESS
+        place = Waiter(client, rank, arrived + timeout, self._loop.create_future())
         self._line.join(place)
         self._wanted.set()
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(timeout):
                 await place.granted
         except TimeoutError as error:
             self._give_up(place)
@@ -237,8 +237,8 @@ class BudgetPacer(Pacer):
             return BudgetExhausted(UNANSWERED, wait)
         return BudgetExhausted(self._slots.shortage, wait)
 
-    async def _take_if_plenty(self) -> None:
-        if not self.depth and not self._paused and await self._slots.take_if_plenty():
+    async def _take_if_headroom(self) -> None:
+        if not self.depth and not self._paused and await self._slots.take_if_headroom():
             if not self._paused:
                 return
             self._slots.settle()  # a pause began meanwhile

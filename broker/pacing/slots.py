@@ -24,7 +24,7 @@ from typing_extensions import override
 from broker.rules import outstanding
 from broker.rules.bucket import Limit
 from broker.rules.outstanding import Ledger
-from broker.rules.reuse import SECOND
+from broker.units import SECOND
 
 LEAST_RATE = 0.01
 """Part of the rate that bursts of one must leave, or there is no share: it would take hours."""
@@ -100,7 +100,7 @@ class SlotSource(Protocol):
         """
         ...
 
-    async def take_if_plenty(self) -> bool:
+    async def take_if_headroom(self) -> bool:
         """Take a slot if it is there at once, nobody waits, and half the burst is left."""
         ...
 
@@ -150,7 +150,7 @@ class SlotSource(Protocol):
         """The pause is over: begin as empty as after a start."""
         ...
 
-    async def correct(self, remaining: int) -> None:
+    async def sync_remaining(self, remaining: int) -> None:
         """Believe the vendor when it says that fewer calls are left than we think."""
         ...
 
@@ -222,7 +222,7 @@ class LocalSlots(SlotSource):
         return True
 
     @override
-    async def take_if_plenty(self) -> bool:
+    async def take_if_headroom(self) -> bool:
         if self.remaining * 2 < self._budget.burst or not self.is_free:
             return False
         return await self.take(lambda: 1)
@@ -282,7 +282,7 @@ class LocalSlots(SlotSource):
         self._ledger = outstanding.drained(self._ledger, self._limit, self._now)
 
     @override
-    async def correct(self, remaining: int) -> None:
+    async def sync_remaining(self, remaining: int) -> None:
         excess = self.remaining - max(remaining, 0)
         if excess > 0:
             self._ledger = outstanding.charge(self._ledger, self._limit, self._now, excess)

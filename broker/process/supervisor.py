@@ -274,12 +274,12 @@ class Supervisor:
             await self._reload_wanted.wait()
             self._reload_wanted.clear()
             try:
-                await self._roll()
+                await self.rolling_reload()
             except BaseException:
                 self._note_reload(failed=True)
                 raise
 
-    async def _roll(self) -> None:
+    async def rolling_reload(self) -> None:
         """Check new settings, then put them in force, one worker after the other."""
         try:
             read = await read_aside(self._read)

@@ -33,7 +33,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 from typing_extensions import override
 
-from broker.rules.reuse import SECOND
+from broker.units import SECOND
 
 WINDOW = 30 * SECOND
 """Failures are weighed over this time; kept by the second, so a call counts for 29 to 30."""

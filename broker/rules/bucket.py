@@ -99,7 +99,7 @@ def spend(full_at: int, limit: Limit, now: int) -> tuple[int, Verdict]:
     return now + wait, Verdict(True, spare // interval, wait, 0, limit)  # noqa: FBT003 - hot path
 
 
-def said(wait: int, limit: Limit, *, allowed: bool) -> Verdict:
+def verdict_from_wait(wait: int, limit: Limit, *, allowed: bool) -> Verdict:
     """Return the verdict of a bucket elsewhere, which told only this; `wait` is us until full."""
     spare = limit.depth - wait
     if allowed:

@@ -19,17 +19,13 @@ from typing import TypeGuard
 
 from msgspec import Struct
 
-SECOND = 1_000_000
-"""Microseconds in a second."""
+from broker.units import NO_DATE, SECOND
 
 DEFAULT_LIFETIME = 3600 * SECOND
 """The vendor's documented token life; assumed where a token does not tell its own."""
 
 MAX_LIFETIME = 3600 * SECOND
 """No token is reused for longer than the vendor's documented hour, whatever its `exp` says."""
-
-_NEVER = 10**12
-"""Seconds since 1970 (year 33658) from which a date is taken for nonsense, not for a date."""
 
 RENEWAL_LEAD = 120 * SECOND
 """The renewal window closes this long before the floor, so a renewal has time to be retried."""
@@ -116,4 +112,4 @@ def lifetime_of(claims: object) -> int:
 
 def _is_date(value: object) -> TypeGuard[int | float]:
     """Whether this can be a NumericDate at all: NaN, infinities and astronomers' years cannot."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _NEVER
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < NO_DATE

@@ -35,7 +35,7 @@ FULL_WAIT = 60_000_000
 class RevokesVisitors(Protocol):
     """What ending a session needs of a store."""
 
-    async def end_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
+    async def revoke_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
         """Forget every token of this visitor, also those that are being minted at this moment.
 
         `keys` are those of tokens that are known to be theirs.
@@ -89,7 +89,7 @@ class SessionAdmin:
             raise ServiceUnavailable(
                 "too many sessions were ended within an hour; try again later", FULL_WAIT
             ) from None
-        await self._store.end_visitor(session.client, session.fingerprint, session.key)
+        await self._store.revoke_visitor(session.client, session.fingerprint, session.key)
         await self._book.forget(session)
         self._metrics.ended.inc()
         log.info(

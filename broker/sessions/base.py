@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from broker.issuers.keyring import LEEWAY, MAX_LIFE
 from broker.model import Session
-from broker.rules.reuse import SECOND
+from broker.units import SECOND
 
 MARK_LIFE = (MAX_LIFE + 2 * LEEWAY) * SECOND
 """Microseconds for which an ended session is remembered: the longest life of a token, and the

@@ -19,8 +19,8 @@ from typing_extensions import override
 
 from broker.errors import SessionTaken
 from broker.model import Clock, Session
-from broker.rules.reuse import SECOND
 from broker.sessions.base import MARK_LIFE, BookFull, Place, Query, SessionStore, place_of
+from broker.units import SECOND
 
 MOST_ENDED = 1_000_000
 """Ended sessions that are remembered, about 150 bytes each: far more than anybody ends in an
@@ -34,7 +34,7 @@ _SLICE = 2_000
 
 
 class MemorySessions(SessionStore):
-    """Sessions of this process; `dropped` counts records that had to make room."""
+    """Sessions of this process."""
 
     def __init__(self, most: int, clock: Clock, most_ended: int = MOST_ENDED) -> None:
         self._most = most
@@ -47,7 +47,6 @@ class MemorySessions(SessionStore):
         self._old: dict[str, str] = {}
         self._marks_of: Counter[str] = Counter()
         self._turns = clock.mono() + MARK_LIFE
-        self.dropped = 0
 
     @override
     async def record(self, session: Session) -> None:
@@ -59,7 +58,6 @@ class MemorySessions(SessionStore):
         if len(self._sessions) >= self._most:
             most = max(self._orders, key=lambda client: len(self._orders[client]))
             self._forget(next(iter(self._orders[most])))
-            self.dropped += 1
         self._write(session)
 
     @override
@@ -127,7 +125,7 @@ class MemorySessions(SessionStore):
         self._young.update(marks)
         self._marks_of.update(marks.values())
 
-    def tidy(self) -> None:
+    def purge_expired(self) -> None:
         """Give back what has expired: call it now and then."""
         for order in list(self._orders.values()):
             while order and not self._lives(self._sessions[next(iter(order))]):

@@ -2,7 +2,7 @@
 
 A store keeps what requests share: buckets, tokens, and who mints for a key.  It decides by the
 rules of `broker.rules` and counts what it decided; it does not know HTTP, issuers or flights.
-Methods are coroutines although memory needs none: a shared store answers `visit` with one round
+Methods are coroutines although memory needs none: a shared store answers `admit` with one round
 trip.
 
 Theory of operation.  A mint for a key has one leader among all processes that share the store.
@@ -19,15 +19,20 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from broker.errors import RateLimited
 from broker.model import EmbedToken, LimitName, TokenRequest
 from broker.rules.bucket import Verdict
 
 
-class Denial(Struct, frozen=True, gc=False):
+class Rejection(Struct, frozen=True, gc=False):
     """A limit that refused, and what its bucket said."""
 
     limit: LimitName
     verdict: Verdict
+
+    def error(self) -> RateLimited:
+        """Return it as the error that is answered."""
+        return RateLimited(self.limit, self.verdict)
 
 
 class Visit(Struct, frozen=True, gc=False):
@@ -39,7 +44,7 @@ class Visit(Struct, frozen=True, gc=False):
     """
 
     verdict: Verdict | None
-    denial: Denial | None
+    denial: Rejection | None
     token: EmbedToken | None
 
 
@@ -64,21 +69,21 @@ class Kept(Enum):
 class Store(Protocol):
     """What requests share."""
 
-    async def visit(self, ask: TokenRequest, key: str) -> Visit:
+    async def admit(self, ask: TokenRequest, key: str) -> Visit:
         """Charge the limits that every request meets, and look for a token under `key`."""
         ...
 
-    async def charge_client(self, client: str) -> Denial | None:
+    async def charge_client(self, client: str) -> Rejection | None:
         """Charge the client's limit, where there is one, for a request that is not for a token."""
         ...
 
-    async def look(self, ask: TokenRequest, key: str) -> EmbedToken | None:
+    async def peek(self, ask: TokenRequest, key: str) -> EmbedToken | None:
         """Look for a token without charging anything."""
         ...
 
     async def lead(
         self, ask: TokenRequest, key: str, good: Callable[[EmbedToken], bool]
-    ) -> Lease | EmbedToken | Denial:
+    ) -> Lease | EmbedToken | Rejection:
         """Become the one who mints for `key`, and charge the limits that only a mint meets.
 
         Returns a token instead if one is there now that is `good`, uncharged, or the limit that
@@ -103,7 +108,7 @@ class Store(Protocol):
         """End a lease without a token; those who wait elsewhere get `error` if it is an answer."""
         ...
 
-    async def end_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
+    async def revoke_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
         """Forget every token of this visitor, also those that are being minted at this moment.
 
         `keys` are those of tokens that are known to be theirs.

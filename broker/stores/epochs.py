@@ -12,7 +12,7 @@ from collections.abc import Callable
 from cachetools import TTLCache
 from typing_extensions import override
 
-from broker.rules.reuse import SECOND
+from broker.units import SECOND
 
 CELLS = 65_536
 """Half a megabyte, made when the first visitor is ended."""

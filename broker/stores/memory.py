@@ -12,7 +12,7 @@ from broker.limits.buckets import BucketTable
 from broker.limits.policy import LimitPolicy, LimitRule, Limits
 from broker.model import SEPARATOR, Clock, EmbedToken, LimitName, TokenRequest, visitor_of
 from broker.rules.bucket import Verdict
-from broker.stores.base import Denial, Kept, Lease, Store, Visit
+from broker.stores.base import Kept, Lease, Rejection, Store, Visit
 from broker.stores.epochs import Epochs
 from broker.stores.token_cache import TokenCache
 from broker.telemetry.counts import BucketCounts
@@ -70,7 +70,7 @@ class MemoryStore(Store):
         self._limits = limits
 
     @override
-    async def visit(self, ask: TokenRequest, key: str) -> Visit:
+    async def admit(self, ask: TokenRequest, key: str) -> Visit:
         now = self._clock.mono()
         limits = self._limits
         if limits.client is not None:
@@ -82,11 +82,11 @@ class MemoryStore(Store):
             limits.fingerprint.visitor_key(ask), rule.limit, now, dry_run=rule.dry_run
         )
         if not verdict.allowed and not rule.dry_run:
-            return Visit(verdict, Denial(LimitName.FINGERPRINT, verdict), None)
+            return Visit(verdict, Rejection(LimitName.FINGERPRINT, verdict), None)
         return Visit(verdict, None, self.find(ask.visitor, key))
 
     @override
-    async def charge_client(self, client: str) -> Denial | None:
+    async def charge_client(self, client: str) -> Rejection | None:
         limit_set = self._limits.client
         if limit_set is None:
             return None
@@ -106,13 +106,13 @@ class MemoryStore(Store):
         return not self._epochs.holds(visitor_of(client, fingerprint), token.epoch)
 
     @override
-    async def look(self, ask: TokenRequest, key: str) -> EmbedToken | None:
+    async def peek(self, ask: TokenRequest, key: str) -> EmbedToken | None:
         return self.find(ask.visitor, key)
 
     @override
     async def lead(
         self, ask: TokenRequest, key: str, good: Callable[[EmbedToken], bool]
-    ) -> Lease | EmbedToken | Denial:
+    ) -> Lease | EmbedToken | Rejection:
         token = self.find(ask.visitor, key)
         if token is not None and good(token):
             return token
@@ -122,7 +122,7 @@ class MemoryStore(Store):
         self._fence = max(self._fence + 1, self._fence_floor())
         return self._fence
 
-    def charge_mint(self, ask: TokenRequest) -> Denial | None:
+    def charge_mint(self, ask: TokenRequest) -> Rejection | None:
         """Charge the limits that only a started mint meets; None means go ahead."""
         now = self._clock.mono()
         mints, agent = self._limits.fingerprint_mints, self._limits.agent
@@ -148,21 +148,21 @@ class MemoryStore(Store):
         """Nobody else waits for it."""
 
     @override
-    async def end_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
+    async def revoke_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
         self._epochs.end(visitor_of(client, fingerprint))
 
-    def tidy(self) -> None:
+    def purge_expired(self) -> None:
         """Give back what has expired: call it about once a second, so that no request has to."""
         now = self._clock.mono()
         self.tokens.expire(now)
         for bucket in self.buckets.values():
-            bucket.tidy(now)
+            bucket.purge_expired(now)
 
-    def _charge(self, limit_set: LimitPolicy, key: str, agent: str, now: int) -> Denial | None:
+    def _charge(self, limit_set: LimitPolicy, key: str, agent: str, now: int) -> Rejection | None:
         rule: LimitRule = limit_set.for_agent(agent)
         verdict: Verdict = self.buckets[limit_set.name].take(
             key, rule.limit, now, dry_run=rule.dry_run
         )
         if verdict.allowed or rule.dry_run:
             return None
-        return Denial(limit_set.name, verdict)
+        return Rejection(limit_set.name, verdict)

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from typing_extensions import override
 
 from broker.model import EmbedToken
-from broker.rules.reuse import SECOND
 from broker.telemetry.counts import TokenCounts
+from broker.units import SECOND
 
 
 class TokenCache:

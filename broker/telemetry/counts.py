@@ -9,12 +9,12 @@ from broker.telemetry.cells import Counter
 class BucketCounts(Struct):
     """Decisions on one limit that were something special.
 
-    `near`: admitted with less than a fifth of the burst left; `rehearsed`: would have been refused,
-    but for `dry_run`; `overflowed`: decided by a shared bucket.
+    `near`: admitted with less than a fifth of the burst left; `dry_run_denied`: would have been
+    refused, but for `dry_run`; `overflowed`: decided by a shared bucket.
     """
 
     near: Counter = field(default_factory=Counter)
-    rehearsed: Counter = field(default_factory=Counter)
+    dry_run_denied: Counter = field(default_factory=Counter)
     overflowed: Counter = field(default_factory=Counter)
 
     def note(self, verdict: Verdict, *, dry_run: bool) -> None:
@@ -23,7 +23,7 @@ class BucketCounts(Struct):
             if verdict.remaining * 5 < verdict.limit.burst:
                 self.near.inc()
         elif dry_run:
-            self.rehearsed.inc()
+            self.dry_run_denied.inc()
 
 
 class TokenCounts(Struct):

@@ -146,7 +146,7 @@ class LimitMetrics:
             "Requests admitted with less than a fifth of the burst left",
             limit=limits,
         )
-        rehearsed = sheet.counters(
+        dry_run_denied = sheet.counters(
             "broker_dry_run_rejections",
             "Requests that a limit in dry run would have refused",
             limit=limits,
@@ -159,7 +159,7 @@ class LimitMetrics:
         )
         self.tracked = {name: tracked[name.value,] for name in LimitName}
         self.counts = {
-            name: BucketCounts(near[key], rehearsed[key], overflowed[key])
+            name: BucketCounts(near[key], dry_run_denied[key], overflowed[key])
             for name in LimitName
             for key in [(name.value,)]
         }

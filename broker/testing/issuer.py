@@ -8,7 +8,8 @@ from typing_extensions import override
 
 from broker.issuers.base import Issuer, Turn
 from broker.model import Minted, TokenRequest
-from broker.rules.reuse import DEFAULT_LIFETIME, SECOND
+from broker.rules.reuse import DEFAULT_LIFETIME
+from broker.units import SECOND
 
 
 class FakeIssuer(Issuer):
@@ -32,12 +33,12 @@ class FakeIssuer(Issuer):
 
     @property
     @override
-    def origin(self) -> str:
+    def signer_id(self) -> str:
         return "fake"
 
     @property
     @override
-    def origins(self) -> frozenset[str]:
+    def signer_ids(self) -> frozenset[str]:
         return frozenset({"fake"})
 
     @override

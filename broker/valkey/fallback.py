@@ -22,7 +22,7 @@ from broker.errors import StoreAway
 from broker.limits.buckets import BucketTable
 from broker.limits.policy import Limits, share_of
 from broker.model import Clock, EmbedToken, LimitName, TokenRequest
-from broker.stores.base import Denial, Kept, Lease, Store, Visit
+from broker.stores.base import Kept, Lease, Rejection, Store, Visit
 from broker.stores.memory import MemoryStore
 from broker.valkey.client.errors import StoreFailed
 from broker.valkey.client.guarded import StoreClient
@@ -68,15 +68,15 @@ class SharedStore(Store):
         self._alone.use_limits(share_of(limits, self._divided_by))
 
     @override
-    async def visit(self, ask: TokenRequest, key: str) -> Visit:
+    async def admit(self, ask: TokenRequest, key: str) -> Visit:
         try:
-            return await self._remote.visit(ask, key)
+            return await self._remote.admit(ask, key)
         except StoreFailed as failed:
             self._go_alone(failed)
-        return await self._alone.visit(ask, key)
+        return await self._alone.admit(ask, key)
 
     @override
-    async def charge_client(self, client: str) -> Denial | None:
+    async def charge_client(self, client: str) -> Rejection | None:
         try:
             return await self._remote.charge_client(client)
         except StoreFailed as failed:
@@ -84,17 +84,17 @@ class SharedStore(Store):
         return await self._alone.charge_client(client)
 
     @override
-    async def look(self, ask: TokenRequest, key: str) -> EmbedToken | None:
+    async def peek(self, ask: TokenRequest, key: str) -> EmbedToken | None:
         try:
-            return await self._remote.look(ask, key)
+            return await self._remote.peek(ask, key)
         except StoreFailed as failed:
             self._go_alone(failed)
-        return await self._alone.look(ask, key)
+        return await self._alone.peek(ask, key)
 
     @override
     async def lead(
         self, ask: TokenRequest, key: str, good: Callable[[EmbedToken], bool]
-    ) -> Lease | EmbedToken | Denial:
+    ) -> Lease | EmbedToken | Rejection:
         try:
             return await self._remote.lead(ask, key, good)
         except StoreFailed as failed:
@@ -136,16 +136,16 @@ class SharedStore(Store):
             self._remote.abandon(ask, key, lease, error)
 
     @override
-    async def end_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
+    async def revoke_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
         """End it at the server, or not at all: it must hold for every replica."""
         try:
-            await self._remote.end_visitor(client, fingerprint, *keys)
+            await self._remote.revoke_visitor(client, fingerprint, *keys)
         except StoreFailed:
             raise StoreAway from None
 
-    def tidy(self) -> None:
+    def purge_expired(self) -> None:
         """Give back what has expired, tally calls: about twice a second."""
-        self._alone.tidy()
+        self._alone.purge_expired()
         self._server.tidy()
 
     async def keep_leases(self) -> None:

@@ -10,7 +10,7 @@ import random
 
 from typing_extensions import override
 
-from broker.rules.reuse import SECOND
+from broker.units import SECOND
 from broker.valkey.client.errors import Reason, StoreFailed, number
 from broker.valkey.client.guarded import Operation, StoreClient
 from broker.valkey.client.resp import Reply

@@ -23,7 +23,7 @@ import secrets
 import structlog
 from typing_extensions import override
 
-from broker.rules.reuse import SECOND
+from broker.units import SECOND
 from broker.valkey.client.errors import Reason, StoreFailed, number
 from broker.valkey.client.guarded import Operation, StoreClient
 from broker.valkey.client.resp import Reply

@@ -16,8 +16,7 @@ from typing_extensions import override
 
 from broker import errors
 from broker.model import LimitName
-from broker.rules.bucket import Limit, said
-from broker.stores.base import Denial
+from broker.rules.bucket import Limit, verdict_from_wait
 
 LONGEST_WAIT = 300_000_000
 """Microseconds: the longest pause of a budget, and so of what a caller is told to wait."""
@@ -97,7 +96,7 @@ class _Limited(_Told, frozen=True, tag="limited"):
         limit = Limit(self.burst, self.interval)
         if not limit.depth - limit.interval < self.full_in <= limit.depth:
             raise ValueError("a bucket that would not refuse")
-        return errors.RateLimited(self.limit, said(self.full_in, limit, allowed=False))
+        return errors.RateLimited(self.limit, verdict_from_wait(self.full_in, limit, allowed=False))
 
 
 _Any = _Refused | _Unavailable | _Timeout | _Budget | _Busy | _Limited
@@ -130,11 +129,6 @@ def _told(error: BaseException | None) -> _Told | None:  # noqa: PLR0911 - a lin
             return _Busy(error.message, min(error.wait, LONGEST_WAIT))
         case _:
             return None
-
-
-def limited(denial: Denial) -> errors.RateLimited:
-    """Return a limit's refusal as an error, for those who wait elsewhere."""
-    return errors.RateLimited(denial.limit, denial.verdict)
 
 
 def decode(told: bytes) -> errors.BrokerError:

@@ -130,9 +130,9 @@ class SharedSessions(SessionStore):
             self._require_open(failed)
         return await self._alone.ended(session_id)
 
-    def tidy(self) -> None:
+    def purge_expired(self) -> None:
         """Give back what has expired: call it now and then."""
-        self._alone.tidy()
+        self._alone.purge_expired()
         if self._unwritten:
             self._unwritten &= self._alone.ids
 
@@ -177,7 +177,9 @@ class SharedSessions(SessionStore):
                 await self._remote.record(session)
                 if await self._remote.disowned(session):
                     await self.mark(session, by_client=True)
-                    await self._store.end_visitor(session.client, session.fingerprint, session.key)
+                    await self._store.revoke_visitor(
+                        session.client, session.fingerprint, session.key
+                    )
                 if await self._remote.ended(session_id):
                     await self._remote.forget(session)
                     await self._alone.forget(session)

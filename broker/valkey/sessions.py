@@ -17,9 +17,9 @@ from typing_extensions import override
 
 from broker.errors import SessionTaken
 from broker.model import Clock, Session
-from broker.rules.reuse import SECOND
 from broker.sealing import Box
 from broker.sessions.base import MARK_LIFE, MOST_DISOWNED, BookFull, Place, Query, place_of
+from broker.units import SECOND
 from broker.valkey.client.errors import Reason, StoreFailed, number
 from broker.valkey.client.guarded import Operation, StoreClient
 from broker.valkey.client.resp import Reply

@@ -22,9 +22,9 @@ from typing_extensions import override
 
 from broker.limits.policy import LimitPolicy, Limits
 from broker.model import Clock, EmbedToken, LimitName, TokenRequest, visitor_of
-from broker.rules.bucket import Limit, Verdict, said
+from broker.rules.bucket import Limit, Verdict, verdict_from_wait
 from broker.sealing import Seal
-from broker.stores.base import Denial, Kept, Lease, Visit
+from broker.stores.base import Kept, Lease, Rejection, Visit
 from broker.stores.epochs import ENDS_LAST, KnownEnds
 from broker.stores.token_cache import TokenCache
 from broker.tasks import TaskSet
@@ -104,7 +104,7 @@ class ValkeyStore:
         """Put other limits in force, for the next request on."""
         self._limits = limits
 
-    async def visit(self, ask: TokenRequest, key: str) -> Visit:
+    async def admit(self, ask: TokenRequest, key: str) -> Visit:
         """Charge what every request meets, and look for a token: one round trip."""
         limits = self._limits
         if limits.client is not None:  # a slot of its own; off by default
@@ -118,24 +118,24 @@ class ValkeyStore:
         verdict = _verdict(reply[1], rule.limit, allowed=reply[0])
         self._counts[kind.name].note(verdict, dry_run=rule.dry_run)
         if not verdict.allowed and not rule.dry_run:
-            return Visit(verdict, Denial(kind.name, verdict), None)
+            return Visit(verdict, Rejection(kind.name, verdict), None)
         return Visit(verdict, None, self._front.read(ask, key, reply, front))
 
-    async def charge_client(self, client: str) -> Denial | None:
+    async def charge_client(self, client: str) -> Rejection | None:
         """Charge the client's limit, where there is one."""
         limit_set = self._limits.client
         if limit_set is None:
             return None
         return await self._charge(limit_set, client, self._names.client(client))
 
-    async def look(self, ask: TokenRequest, key: str) -> EmbedToken | None:
+    async def peek(self, ask: TokenRequest, key: str) -> EmbedToken | None:
         """Look for a token, charging nothing."""
         front = self._front.find(key)
         return self._front.read(ask, key, await self._ask_visitor(ask, key, front), front)
 
     async def lead(
         self, ask: TokenRequest, key: str, good: Callable[[EmbedToken], bool]
-    ) -> Lease | EmbedToken | Denial:
+    ) -> Lease | EmbedToken | Rejection:
         """Become the one who mints, or wait for whoever is; see `base.Store`."""
         names, name = self._names.visitor(ask.visitor), self._names.token_name(key)
         mints = self._limits.fingerprint_mints
@@ -156,7 +156,7 @@ class ValkeyStore:
                     raise mint_errors.decode(error)
                 case [b"denied", int(wait)]:
                     verdict = _verdict(wait, rule.limit, allowed=0)
-                    return Denial(mints.name, verdict)
+                    return Rejection(mints.name, verdict)
                 case [b"lead", _, bytes(epoch), *_] if number(epoch) < self._ends.of(ask.visitor):
                     await self._tell_end(names.epoch, self._ends.of(ask.visitor))
                 case [b"lead", bytes(fence), bytes(epoch), int(allowed), int(wait)]:
@@ -193,9 +193,9 @@ class ValkeyStore:
             self.leases.release(names.lease(name), lease.fence, mint_errors.encode(error))
         )
 
-    async def end_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
+    async def revoke_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
         """Begin a new epoch for this visitor: no token from before it is found again."""
-        epoch = await end_visitor(self._server, self._names, client, fingerprint, keys)
+        epoch = await revoke_visitor(self._server, self._names, client, fingerprint, keys)
         self._ends.note(self._names.visitor(visitor_of(client, fingerprint)).epoch, epoch)
 
     def heard_news(self, news: bytes) -> None:
@@ -224,7 +224,7 @@ class ValkeyStore:
     async def _tell_end(self, name: bytes, epoch: int) -> None:
         """Tell a server that has forgotten an end which epoch is in force."""
         _ = await self._server.run(
-            Operation.KEEP, Script.FINISH, (name,), b"%d" % ENDS_LAST, b"%d" % epoch
+            Operation.KEEP, Script.REVOKE, (name,), b"%d" % ENDS_LAST, b"%d" % epoch
         )
 
     async def _write(self, ask: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
@@ -257,14 +257,13 @@ class ValkeyStore:
     ) -> list[int]:
         kind = self._limits.fingerprint
         names = self._names.visitor(ask.visitor)
-        own = ask.agent if kind.overrides and ask.agent in kind.overrides else ""
         burst, interval = (b"1", b"1") if limit is None else _numbers(limit)
         carried = 0 if limit is None else self._carried(kind.name, kind.visitor_key(ask))
         reply = await self._server.run(
             Operation.VISIT,
             Script.VISIT,
             (
-                names.bucket("requests", own),
+                names.bucket("requests", kind.own_bucket(ask.agent)),
                 names.token(self._names.token_name(key)),
                 names.epoch,
             ),
@@ -291,13 +290,12 @@ class ValkeyStore:
     ) -> list[Reply]:
         kind = self._limits.fingerprint_mints
         rule = kind.for_agent(ask.agent)
-        own = ask.agent if kind.overrides and ask.agent in kind.overrides else ""
         burst, interval = _numbers(rule.limit)
         reply = await self._server.run(
             Operation.LEAD,
             Script.LEAD,
             (
-                names.bucket("mints", own),
+                names.bucket("mints", kind.own_bucket(ask.agent)),
                 names.token(name),
                 names.epoch,
                 names.lease(name),
@@ -317,7 +315,7 @@ class ValkeyStore:
             raise StoreFailed(Reason.OTHER)
         return reply
 
-    async def _begin(self, ask: TokenRequest, key: str, lease: Lease) -> Lease | Denial:
+    async def _begin(self, ask: TokenRequest, key: str, lease: Lease) -> Lease | Rejection:
         """Meet the agent's limit, and hold on to the lease; ends it if that fails."""
         names, name = self._names.visitor(ask.visitor), self._names.token_name(key)
         self.leases.hold(names.lease(name), lease.fence)
@@ -329,12 +327,12 @@ class ValkeyStore:
             raise
         if denial is None:
             return lease
-        self.abandon(ask, key, lease, mint_errors.limited(denial))
+        self.abandon(ask, key, lease, denial.error())
         return denial
 
     async def _charge(
         self, kind: LimitPolicy, local_key: str, name: bytes, agent: str = ""
-    ) -> Denial | None:
+    ) -> Rejection | None:
         """Charge a bucket that is not a visitor's."""
         rule = kind.for_agent(agent)
         burst, interval = _numbers(rule.limit)
@@ -348,14 +346,14 @@ class ValkeyStore:
             case _:
                 raise StoreFailed(Reason.OTHER)
         self._counts[kind.name].note(verdict, dry_run=rule.dry_run)
-        return None if verdict.allowed or rule.dry_run else Denial(kind.name, verdict)
+        return None if verdict.allowed or rule.dry_run else Rejection(kind.name, verdict)
 
     @override
     def __repr__(self) -> str:
         return f"ValkeyStore({self.leases!r}, {self._server!r})"
 
 
-async def end_visitor(
+async def revoke_visitor(
     server: StoreClient, names: Names, client: str, fingerprint: str, keys: Iterable[str]
 ) -> int:
     """Begin a new epoch for a visitor, and tell all replicas; raises StoreFailed.
@@ -365,7 +363,7 @@ async def end_visitor(
     visitor = names.visitor(visitor_of(client, fingerprint))
     tokens = [visitor.token(names.token_name(key)) for key in keys]
     reply = await server.run(
-        Operation.KEEP, Script.FINISH, (visitor.epoch, *tokens), b"%d" % ENDS_LAST, b""
+        Operation.KEEP, Script.REVOKE, (visitor.epoch, *tokens), b"%d" % ENDS_LAST, b""
     )
     news = command(b"PUBLISH", names.channel, ENDED + visitor.epoch)
     with contextlib.suppress(StoreFailed):  # counted; they ask the server with each visit anyway
@@ -381,7 +379,7 @@ def _verdict(wait: int, limit: Limit, *, allowed: int) -> Verdict:
     most = max(limit.depth, int(float(limit.depth)))
     if not 0 <= wait <= most or (not allowed and wait + limit.interval <= limit.depth):
         raise StoreFailed(Reason.OTHER, "a bucket out of bounds")
-    return said(min(wait, limit.depth), limit, allowed=bool(allowed))
+    return verdict_from_wait(min(wait, limit.depth), limit, allowed=bool(allowed))
 
 
 @lru_cache(maxsize=1024)

@@ -12,8 +12,9 @@ from aiohttp.web_request import BaseRequest
 from multidict import istr
 
 from broker import errors
-from broker.issue import IssuedToken, Refusal, TokenService
+from broker.issue import IssuedToken, TokenService
 from broker.model import Clock, LimitName, Outcome, TokenRequest, name_of
+from broker.stores.base import Rejection
 from broker.telemetry.logs import RefusalLog, visitor_hash
 from broker.telemetry.metrics import BUDGET, Metrics
 from broker.telemetry.readiness import Readiness
@@ -167,17 +168,15 @@ class Routes:
                 traceparent=request.headers.get(_TRACEPARENT, ""),
             )
             client.require_agent(ask.agent)
-            patience = self._deadline - (time.perf_counter() - started)
-            result = await self._desk.issue(ask, patience)
+            timeout = self._deadline - (time.perf_counter() - started)
+            result = await self._desk.issue(ask, timeout)
         except errors.BrokerError as error:
             return self._refuse(error, request_id, started, client, ask)
         except Exception:
             log.exception("broker.defect", request_id=request_id)
             return self._refuse(errors.Internal(), request_id, started, client, ask)
-        if isinstance(result, Refusal):
-            denial = result.denial
-            limited = errors.RateLimited(denial.limit, denial.verdict)
-            return self._refuse(limited, request_id, started, client, ask)
+        if isinstance(result, Rejection):
+            return self._refuse(result.error(), request_id, started, client, ask)
         return self._hand_out(result, request_id, started, ask)
 
     def _hand_out(

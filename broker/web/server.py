@@ -34,8 +34,6 @@ from typing import Any
 import structlog
 from aiohttp import StreamReader, web
 from aiohttp.hdrs import METH_CONNECT
-from aiohttp.http import RawRequestMessage
-from aiohttp.http_exceptions import LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import _ErrInfo
 from aiohttp.web_request import BaseRequest
@@ -43,14 +41,21 @@ from typing_extensions import override
 
 from broker.errors import HeadTooLarge
 from broker.telemetry.cells import Gauge
+from broker.web.head_bounds import (
+    HEAD_TIMEOUT,
+    HEAD_TOO_LARGE,
+    MAX_FIELD,
+    MAX_FIELDS,
+    MAX_HEAD,
+    host_error,
+    is_followed,
+    is_too_large,
+    size_of,
+)
 from broker.web.response import JSON_TYPE, ReadyAnswer, head
 from broker.wire.responses import error_body
 
 log = structlog.get_logger()
-
-HEAD_TIMEOUT = 20.0
-"""Seconds from the first byte of a head to its end; Apache's figure.  A balancer sends a head in
-one piece, so only a socket that trickles takes longer."""
 
 UNSENT_TIMEOUT = 30.0
 """Seconds that a part of an answer may wait for a client to read: one that reads at all takes
@@ -68,16 +73,6 @@ LAST_LOOK = 0.01
 """Seconds between the end of the idle time and the close: bytes that had come in time, while the
 event loop was busy, are read in between."""
 
-MAX_FIELD = 32 * 1024
-"""Bytes of the target, and of one header's value: 16 KB of cookies (browsers allow 4 KB for each of
-many), a `Referer` or a forwarded URI with a token in it fit twice."""
-
-MAX_HEAD = 64 * 1024
-"""Bytes of a whole head: what large balancers pass on at most (Envoy 60 KiB, AWS 64 KB)."""
-
-MAX_FIELDS = 128
-"""Headers in a head: more than any proxy adds (Apache allows 100), and each takes time to read."""
-
 READ_BUFFER = 16 * 1024
 """Bytes of a body after which a connection is read no further until somebody takes them (aiohttp
 allows twice that): a good body has 8 KiB."""
@@ -89,13 +84,7 @@ BACKLOG = 1024
 """Connections the kernel may hold for us: a page going viral arrives as a burst of connects, and
 the usual 128 would reset some of them."""
 
-_TOO_MANY_FIELDS = "Too many headers received"
-"""How aiohttp's parser says that there are more than MAX_FIELDS: it has no class of its own."""
-
-_HEAD_TOO_LARGE = HeadTooLarge(
-    f"request head: more than {MAX_FIELD} bytes in one line, {MAX_HEAD} in all or {MAX_FIELDS}"
-    " headers; send fewer cookies, or let the proxy in front drop what the broker does not need"
-)
+NOT_HTTP = "request: not valid HTTP/1.1; send a well-formed request"
 
 Handler = Callable[[BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -226,10 +215,10 @@ class DataConnection(web.RequestHandler):
         if self._is_full:
             return
         if isinstance(message, _ErrInfo):
-            if isinstance(message.exc, LineTooLong) or message.message == _TOO_MANY_FIELDS:
+            if is_too_large(message.exc, message.message):
                 self._messages.pop()
                 self._refuse_head()
-        elif message.upgrade and (message.method == METH_CONNECT or _is_followed(data, self._body)):
+        elif message.upgrade and (message.method == METH_CONNECT or is_followed(data, self._body)):
             self._is_full = True
 
     @override
@@ -257,10 +246,7 @@ class DataConnection(web.RequestHandler):
         elif isinstance(exc, HeadTooLarge):
             code, text = exc.code, exc.message
         else:
-            code, text = (
-                "VALIDATION_ERROR",
-                "request: not valid HTTP/1.1; send a well-formed request",
-            )
+            code, text = "VALIDATION_ERROR", NOT_HTTP
         body = error_body(status, code, text)
         answer = head(status, len(body), JSON_TYPE, request_id, date)
         return ReadyAnswer(status, answer, body, close=True)
@@ -313,18 +299,15 @@ class DataConnection(web.RequestHandler):
         """
         for n in range(len(self._messages) - new, len(self._messages)):
             message, _ = self._messages[n]
-            if isinstance(message, RawRequestMessage) and not _is_origin_form(message):
-                try:
-                    _ = message.url.host
-                except ValueError as error:
-                    self._messages[n] = (_ErrInfo(400, error, ""), EMPTY_PAYLOAD)
+            if error := host_error(message):
+                self._messages[n] = (_ErrInfo(400, error, ""), EMPTY_PAYLOAD)
 
     def _check_sizes(self, new: int) -> None:
         """Refuse the first of the `new` heads that is too large, and what follows it."""
         self._end_head()
         for n in range(len(self._messages) - new, len(self._messages)):
             message, _ = self._messages[n]
-            if isinstance(message, RawRequestMessage) and _size(message) > MAX_HEAD:
+            if size_of(message) > MAX_HEAD:
                 while len(self._messages) > n:
                     self._messages.pop()
                 self._refuse_head()
@@ -338,7 +321,7 @@ class DataConnection(web.RequestHandler):
         """
         self._end_head()
         self._body = StreamReader(self, READ_BUFFER, loop=self._loop)
-        error = _ErrInfo(_HEAD_TOO_LARGE.status, _HEAD_TOO_LARGE, "")
+        error = _ErrInfo(HEAD_TOO_LARGE.status, HEAD_TOO_LARGE, "")
         self._messages.append((error, self._body))
         self._is_full = True
         if self._waiter is not None and not self._waiter.done():
@@ -414,21 +397,3 @@ class DataServer(web.Server):
     @override
     def __call__(self) -> web.RequestHandler:
         return DataConnection(self, self._error_head, self._keep_alive)
-
-
-def _size(message: RawRequestMessage) -> int:
-    """Bytes of a head, as good as: line ends and blanks of headers are taken as four."""
-    return len(message.path) + sum(
-        len(name) + len(value) + 4 for name, value in message.raw_headers
-    )
-
-
-def _is_origin_form(message: object) -> bool:
-    """Whether a request names a path, as nearly all do, and no host (RFC 9112 section 3.2)."""
-    return isinstance(message, RawRequestMessage) and message.path.startswith("/")
-
-
-def _is_followed(data: bytes, body: StreamReader) -> bool:
-    """Whether `data` has more than the one request that ends in it, or cannot be told."""
-    end = data.find(b"\r\n\r\n") + 4
-    return not body.is_eof() or len(data) - end != body.total_bytes

@@ -32,14 +32,13 @@ from broker.errors import (
     Invalid,
     MissingAuth,
     MissingParam,
-    RateLimited,
     Unauthorized,
 )
 from broker.issuers.keyring import BadToken
 from broker.model import Clock, Session
 from broker.rules import forwarded
 from broker.sessions.admin import TokenIntrospector
-from broker.stores.base import Denial
+from broker.stores.base import Rejection
 from broker.web import body
 from broker.web.auth import ClientAuthenticator
 from broker.web.router import ANY_METHOD, Routes
@@ -63,7 +62,7 @@ _FIELDS = 16
 _INACTIVE = plain_body(InactiveToken(active=False))
 
 
-Charge = Callable[[str], Awaitable[Denial | None]]
+Charge = Callable[[str], Awaitable[Rejection | None]]
 """Charges the limit of a client, by its name."""
 
 
@@ -94,7 +93,7 @@ def add(
         token = await _token_field(request)
         denial = await charge(client.name)
         if denial is not None:
-            raise RateLimited(denial.limit, denial.verdict)
+            raise denial.error()
         await desk.revoke(token, client.name)
         return routes.answer(200, b"", request_id, content_type="text/plain")
 

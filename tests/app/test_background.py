@@ -132,7 +132,7 @@ async def test_N2_a_task_that_is_killed_comes_back(
 SUPERVISED: dict[BackgroundTask, str] = {
     BackgroundTask.HOUSEKEEPING: "_publish",
     BackgroundTask.WORKER_WATCH: "_look_at",
-    BackgroundTask.RELOADS: "_roll",
+    BackgroundTask.RELOADS: "rolling_reload",
     BackgroundTask.WORKERS: "_note_met",
 }
 """In which method of the supervisor each of its tasks is hit."""
@@ -172,7 +172,7 @@ async def test_N2_a_worker_obeys_after_an_order_that_it_cannot_read(tmp_path: Pa
         mine = Counter(supervisor._board.rows[1], orders._index)
         child._channel._writer.write(b'{"type": "Nonsense"}\n')
         await until(lambda: mine.value == 1)
-        await supervisor._roll()
+        await supervisor.rolling_reload()
         assert supervisor.metrics.process.reloads["success"].value == 1
         assert supervisor._children[1] is child
 

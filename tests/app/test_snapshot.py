@@ -128,7 +128,7 @@ def lived_in(clock: FakeClock) -> tuple[MemoryStore, TokenRequest, EmbedToken]:
 
     async def live() -> None:
         store.tokens[ask.key] = token
-        await store.visit(ask, ask.key)
+        await store.admit(ask, ask.key)
         while store.charge_mint(ask) is None:
             pass
 
@@ -175,7 +175,7 @@ async def test_exhausted_buckets_stay_exhausted(clock: FakeClock, path: Path) ->
     store, key, ask = store_of(clock), new_key(), some_ask()
     other = some_ask(agent="another")
     for _ in range(5):
-        assert (await store.visit(ask, ask.key)).denial is None
+        assert (await store.admit(ask, ask.key)).denial is None
     while store.charge_mint(ask) is None:
         pass
     while store.charge_mint(some_ask()) is None:
@@ -184,11 +184,11 @@ async def test_exhausted_buckets_stay_exhausted(clock: FakeClock, path: Path) ->
     after = restarted(clock, down=59.999_999)
     new = store_of(after)
     load(path, key, new, after, TERMS)
-    denial = (await new.visit(ask, ask.key)).denial
+    denial = (await new.admit(ask, ask.key)).denial
     assert denial is not None
     assert (denial.limit, denial.verdict.retry_after) == (LimitName.FINGERPRINT, 1)
     after.advance(0.000_001)
-    assert (await new.visit(ask, ask.key)).denial is None
+    assert (await new.admit(ask, ask.key)).denial is None
     mints, agent = new.charge_mint(ask), new.charge_mint(some_ask())
     assert mints is not None
     assert (mints.limit, mints.verdict.retry_after) == (
@@ -206,12 +206,12 @@ async def test_half_spent_buckets_and_strangers_come_back_as_they_were(
     """Two of five spent: three are left; who was never seen has all; a full bucket is not saved."""
     store, key, ask = store_of(clock), new_key(), some_ask()
     for _ in range(2):
-        await store.visit(ask, ask.key)
+        await store.admit(ask, ask.key)
     save(path, key, store, clock, ORIGIN)
     after = restarted(clock)
     new = store_of(after)
     load(path, key, new, after, TERMS)
-    verdicts = [(await new.visit(who, who.key)).verdict for who in (ask, some_ask())]
+    verdicts = [(await new.admit(who, who.key)).verdict for who in (ask, some_ask())]
     assert [verdict and verdict.remaining for verdict in verdicts] == [2, 4]
     full = restarted(clock, down=599)
     later = store_of(full)
@@ -492,7 +492,7 @@ def test_G9_no_token_of_an_ended_visitor_is_held_after_a_restart(
     key, (store, ask, token) = new_key(), lived_in(clock)
     other = some_ask()
     store.tokens[other.key] = token
-    asyncio.run(store.end_visitor(ask.client, ask.fingerprint))
+    asyncio.run(store.revoke_visitor(ask.client, ask.fingerprint))
     assert save(path, key, store, clock, ORIGIN) == 1
     new = store_of(clock)
     assert load(path, key, new, clock, TERMS) == 1

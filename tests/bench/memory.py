@@ -23,9 +23,9 @@ import uvloop
 from broker.app.gc_tuning import GcTuner
 from broker.clock import SystemClock
 from broker.model import SEPARATOR, EmbedToken, Minted, Session, TokenRequest
-from broker.rules.reuse import SECOND
 from broker.sessions.memory import MemorySessions
 from broker.stores.token_cache import TokenCache
+from broker.units import SECOND
 from broker.wire.responses import success_body
 
 LIFETIME = 3595 * SECOND

@@ -12,8 +12,8 @@ from msgspec.structs import replace
 
 from broker.errors import SessionTaken
 from broker.model import Session
-from broker.rules.reuse import SECOND
 from broker.sessions.base import MARK_LIFE, BookFull, Place, Query, SessionStore, place_of
+from broker.units import SECOND
 
 AGENT = "A78WKV4515"
 HOUR = 3600

@@ -17,7 +17,7 @@ from broker.limits.policy import LimitPolicy, LimitRule, Limits
 from broker.model import EmbedToken, LimitName, TokenRequest
 from broker.rules import bucket
 from broker.rules.bucket import Limit, Verdict
-from broker.stores.base import Denial, Kept, Lease, Store, Visit
+from broker.stores.base import Kept, Lease, Rejection, Store, Visit
 
 SECOND = 1_000_000
 HOUR = 3600 * SECOND
@@ -97,7 +97,7 @@ def token_at(opened: Opened, lifetime: int = HOUR) -> EmbedToken:
 
 async def visit(opened: Opened, ask: TokenRequest) -> Visit:
     """Ask as the story does."""
-    return await opened.store.visit(ask, ask.key)
+    return await opened.store.admit(ask, ask.key)
 
 
 async def admitted(opened: Opened, ask: TokenRequest, times: int) -> int:
@@ -120,10 +120,10 @@ async def keep(opened: Opened, ask: TokenRequest, token: EmbedToken) -> EmbedTok
     return token
 
 
-async def mint_denied(opened: Opened, ask: TokenRequest) -> Denial | None:
+async def mint_denied(opened: Opened, ask: TokenRequest) -> Rejection | None:
     """Charge a mint and give it up at once."""
     lead = await opened.store.lead(ask, ask.key, nothing_is_good)
-    if isinstance(lead, Denial):
+    if isinstance(lead, Rejection):
         return lead
     assert isinstance(lead, Lease)
     opened.store.abandon(ask, ask.key, lead, None)
@@ -140,7 +140,7 @@ async def minted(opened: Opened, ask: TokenRequest, times: int) -> int:
     return sum([await mint_denied(opened, ask) is None for _ in range(times)])
 
 
-def refused_by(denial: Denial | None) -> tuple[LimitName, int] | None:
+def refused_by(denial: Rejection | None) -> tuple[LimitName, int] | None:
     """Name the limit and its wait, None where nothing was refused."""
     return None if denial is None else (denial.limit, denial.verdict.retry_after)
 
@@ -164,7 +164,7 @@ class StoreContract:
         opened, ask = await open_store(limits_of()), ask_of()
         token = await keep(opened, ask, token_at(opened))
         for _ in range(3):
-            assert await opened.store.look(ask, ask.key) == token
+            assert await opened.store.peek(ask, ask.key) == token
             assert (await visit(opened, ask)).token == token
 
     async def test_a_later_token_replaces_the_one_before(self, open_store: OpenStore) -> None:
@@ -172,18 +172,18 @@ class StoreContract:
         opened, ask = await open_store(limits_of()), ask_of()
         await keep(opened, ask, token_at(opened))
         later = await keep(opened, ask, token_at(opened))
-        assert await opened.store.look(ask, ask.key) == later
+        assert await opened.store.peek(ask, ask.key) == later
 
     async def test_T5_a_dead_token_is_not_found(self, open_store: OpenStore) -> None:
         """At its last microsecond at the latest it is gone, or says itself that it is over."""
         opened, ask = await open_store(limits_of()), ask_of()
         await keep(opened, ask, token_at(opened, lifetime=60 * SECOND))
         await opened.pass_time(59 * SECOND)
-        held = await opened.store.look(ask, ask.key)
+        held = await opened.store.peek(ask, ask.key)
         assert held is not None
         assert held.left(*opened.moments()) == SECOND
         await opened.pass_time(SECOND)
-        gone = await opened.store.look(ask, ask.key)
+        gone = await opened.store.peek(ask, ask.key)
         assert gone is None or gone.left(*opened.moments()) <= 0
 
     async def test_G8_a_token_is_found_under_its_own_key_only(self, open_store: OpenStore) -> None:
@@ -214,7 +214,7 @@ class StoreContract:
         """Neither limit of visits nor limit of mints."""
         opened, ask = await open_store(limits_of(Limit(1, HOUR), Limit(1, HOUR))), ask_of()
         for _ in range(10):
-            await opened.store.look(ask, ask.key)
+            await opened.store.peek(ask, ask.key)
         assert await admitted(opened, ask, 2) == 1
         assert await minted(opened, ask, 2) == 1
 
@@ -225,7 +225,7 @@ class StoreContract:
         token = await keep(opened, ask, token_at(opened))
         await visit(opened, ask)
         verdict = Verdict(False, 0, 60 * SECOND, 60 * SECOND, limit)
-        denial = Denial(LimitName.FINGERPRINT, verdict)
+        denial = Rejection(LimitName.FINGERPRINT, verdict)
         assert await visit(opened, ask) == Visit(verdict, denial, None)
         await opened.pass_time(60 * SECOND)
         assert (await visit(opened, ask)).token == token
@@ -238,9 +238,9 @@ class StoreContract:
         asks = [ask, ask_of(ask.fingerprint, agent=OTHER_AGENT), replace(ask, model="m")]
         for each in asks:
             await keep(opened, each, token_at(opened))
-        await opened.store.end_visitor(ask.client, ask.fingerprint)
+        await opened.store.revoke_visitor(ask.client, ask.fingerprint)
         for each in asks:
-            assert await opened.store.look(each, each.key) is None
+            assert await opened.store.peek(each, each.key) is None
             assert (await visit(opened, each)).token is None
             token = await keep(opened, each, token_at(opened))
             assert (await visit(opened, each)).token == token
@@ -250,17 +250,17 @@ class StoreContract:
         opened, ask = await open_store(limits_of()), ask_of()
         others = [ask_of(), replace(ask, client="shop"), ask_of(ask.fingerprint + "0")]
         tokens = [await keep(opened, other, token_at(opened)) for other in others]
-        await opened.store.end_visitor(ask.client, ask.fingerprint)
+        await opened.store.revoke_visitor(ask.client, ask.fingerprint)
         assert [(await visit(opened, other)).token for other in others] == tokens
 
     async def test_G9_an_end_wins_over_a_mint_under_way(self, open_store: OpenStore) -> None:
         """Its token is refused to its own leader, and nobody finds it."""
         opened, ask = await open_store(limits_of()), ask_of()
         lease = await lead(opened, ask)
-        await opened.store.end_visitor(ask.client, ask.fingerprint)
+        await opened.store.revoke_visitor(ask.client, ask.fingerprint)
         token = replace(token_at(opened), version=lease.fence, epoch=lease.epoch)
         assert await opened.store.keep(ask, ask.key, token, lease) is Kept.ENDED
-        assert await opened.store.look(ask, ask.key) is None
+        assert await opened.store.peek(ask, ask.key) is None
 
     async def test_G9_what_is_not_held_is_handed_out_unless_its_visitor_was_ended(
         self, open_store: OpenStore
@@ -268,9 +268,9 @@ class StoreContract:
         """Released: nobody finds it, the next one leads at once, and an end in between is told."""
         opened, ask = await open_store(limits_of()), ask_of()
         assert await opened.store.release(ask, ask.key, await lead(opened, ask)) is True
-        assert await opened.store.look(ask, ask.key) is None
+        assert await opened.store.peek(ask, ask.key) is None
         lease = await lead(opened, ask)
-        await opened.store.end_visitor(ask.client, ask.fingerprint)
+        await opened.store.revoke_visitor(ask.client, ask.fingerprint)
         assert await opened.store.release(ask, ask.key, lease) is False
         assert await opened.store.release(ask, ask.key, await lead(opened, ask)) is True
 

@@ -28,13 +28,13 @@ from servers import AnyServer, StoreServer, store_server, valkey_binary  # noqa:
 from broker.clock import SystemClock  # noqa: E402
 from broker.errors import ServiceUnavailable  # noqa: E402
 from broker.model import Secret  # noqa: E402
-from broker.rules.reuse import SECOND  # noqa: E402
 from broker.sealing import Box, derive  # noqa: E402
 from broker.sessions.base import MARK_LIFE, BookFull, Place, place_of  # noqa: E402
 from broker.sessions.memory import MemorySessions  # noqa: E402
 from broker.telemetry.cells import MetricLayout  # noqa: E402
 from broker.telemetry.metrics import StoreMetrics  # noqa: E402
 from broker.testing import FakeClock  # noqa: E402
+from broker.units import SECOND  # noqa: E402
 from broker.valkey.client.errors import Reason, StoreFailed  # noqa: E402
 from broker.valkey.client.guarded import StoreClient  # noqa: E402
 from broker.valkey.client.resp import Reply  # noqa: E402
@@ -77,7 +77,7 @@ class Ends:
     def __init__(self) -> None:
         self.visitors: list[tuple[str, str]] = []
 
-    async def end_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
+    async def revoke_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
         """As a store does."""
         assert keys
         self.visitors.append((client, fingerprint))

@@ -18,10 +18,10 @@ from book_contract import (  # noqa: E402 - rewritten first
 )
 
 from broker.model import Session  # noqa: E402
-from broker.rules.reuse import SECOND  # noqa: E402
 from broker.sessions.base import MARK_LIFE, BookFull, Place  # noqa: E402
 from broker.sessions.memory import MemorySessions  # noqa: E402
 from broker.testing import FakeClock, run_virtual  # noqa: E402
+from broker.units import SECOND  # noqa: E402
 
 
 class OpenedMemoryBook(OpenedBook):
@@ -58,7 +58,7 @@ async def test_G6_records_are_bounded_and_the_oldest_makes_room() -> None:
     first, *others = [await recorded(opened, token=f"t{n}") for n in range(3)]
     await opened.book.record(first)
     late = await recorded(opened)
-    assert (len(opened.memory), opened.memory.dropped) == (3, 1)
+    assert len(opened.memory) == 3
     assert await opened.book.find(others[0].session_id) is None
     assert await opened.book.find_token(others[0].digest) is None
     for kept in (first, others[1], late):
@@ -77,7 +77,7 @@ async def test_G6_no_client_s_records_push_out_another_s() -> None:
     assert [await opened.book.find(s.session_id) for s in (*quiet, late)] == [*quiet, late]
     assert await opened.book.find(held[0].session_id) is None
     opened.clock.advance(3601)
-    opened.memory.tidy()
+    opened.memory.purge_expired()
     assert (len(opened.memory), opened.memory._orders) == (0, {})
 
 
@@ -114,7 +114,7 @@ async def test_G6_a_client_leaves_ends_to_others() -> None:
         await opened.end(await recorded(opened, client="one"))
     for _ in range(2):
         opened.clock.advance(MARK_LIFE / SECOND + 1)
-        opened.memory.tidy()
+        opened.memory.purge_expired()
     for _ in range(4):
         await opened.end(await recorded(opened, client="one"), by_client=True)
 
@@ -128,12 +128,12 @@ async def test_M1_what_is_over_is_given_back() -> None:
     await opened.end(gone)
     for _ in range(int(MARK_LIFE / SECOND)):
         opened.clock.advance(1)
-        opened.memory.tidy()
+        opened.memory.purge_expired()
         assert await opened.book.ended(gone.session_id)
     assert len(opened.memory) == 0
     assert not opened.memory._by_digest
     opened.clock.advance(MARK_LIFE / SECOND + 1)
-    opened.memory.tidy()
+    opened.memory.purge_expired()
     assert not await opened.book.ended(gone.session_id)
     assert repr(opened.book) == "MemorySessions(sessions=0, ended=0)"
 

@@ -133,7 +133,7 @@ async def test_M1_tidying_gives_back_what_is_over() -> None:
     opened = OpenedMemory(limits_of(*[Limit(300, SECOND)] * 4))
     for _ in range(200):
         ask = ask_of()
-        await opened.store.visit(ask, ask.key)
+        await opened.store.admit(ask, ask.key)
         await keep(opened, ask, token_at(opened, HOUR))
     sizes = {name: len(bucket) for name, bucket in opened.store.buckets.items()}
     assert sizes == {
@@ -145,7 +145,7 @@ async def test_M1_tidying_gives_back_what_is_over() -> None:
     assert len(opened.store.tokens) == 200
     for _ in range(60):
         await opened.pass_time(60 * SECOND)
-        opened.store.tidy()
+        opened.store.purge_expired()
     assert [len(bucket) for bucket in opened.store.buckets.values()] == [0] * 4
     assert opened.store.tokens.counts.expired.value == 200
     assert len(opened.store.tokens) == 0
@@ -157,9 +157,11 @@ async def test_L12_a_dry_run_is_counted_by_limit() -> None:
     opened = OpenedMemory(limits_of(limit, limit, dry_run=frozenset({LimitName.FINGERPRINT})))
     ask = ask_of()
     for _ in range(7):
-        await opened.store.visit(ask, ask.key)
+        await opened.store.admit(ask, ask.key)
         await mint_denied(opened, ask)
-    counted = {name: bucket.counts.rehearsed.value for name, bucket in opened.store.buckets.items()}
+    counted = {
+        name: bucket.counts.dry_run_denied.value for name, bucket in opened.store.buckets.items()
+    }
     assert counted == {
         LimitName.FINGERPRINT: 5,
         LimitName.FINGERPRINT_MINTS: 0,
@@ -177,13 +179,13 @@ async def test_L7_a_flood_over_the_bound_leaves_an_exhausted_visitor_exhausted()
     )
     victim = ask_of()
     for _ in range(3):
-        await opened.store.visit(victim, victim.key)
+        await opened.store.admit(victim, victim.key)
         await mint_denied(opened, victim)
     for _ in range(20_000):
         ask = ask_of()
-        await opened.store.visit(ask, ask.key)
+        await opened.store.admit(ask, ask.key)
         await mint_denied(opened, ask)
-    assert (await opened.store.visit(victim, victim.key)).denial is not None
+    assert (await opened.store.admit(victim, victim.key)).denial is not None
     assert await mint_denied(opened, victim) is not None
     visitors = opened.store.buckets[LimitName.FINGERPRINT]
     assert (len(visitors), visitors.counts.overflowed.value) == (1000, 19_001)

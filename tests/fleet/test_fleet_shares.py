@@ -13,8 +13,8 @@ from broker.pacing.slots import Budget
 from broker.telemetry.cells import MetricLayout
 from broker.telemetry.metrics import StoreMetrics
 from broker.testing import FakeClock
+from broker.valkey import budget_share as budget
 from broker.valkey import membership
-from broker.valkey import slots as budget
 from broker.valkey.client.guarded import StoreClient
 from broker.valkey.client.topology import nodes_at
 from broker.valkey.key_names import Names

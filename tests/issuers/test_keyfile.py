@@ -26,8 +26,8 @@ from broker.issuers.keyfile import (
 from broker.issuers.keyring import NEVER, BadKey, BadToken, Keyring
 from broker.issuers.local import LocalIssuer
 from broker.model import TokenRequest
-from broker.rules.reuse import SECOND
 from broker.testing import FakeClock
+from broker.units import SECOND
 
 NOW = 1_800_000_000
 HOUR = 3600
@@ -87,9 +87,9 @@ class TestSchedule:
             last.advance(0.000001)
             with pytest.raises(BadToken, match="expired"):
                 LocalIssuer(ring, "i", "a", last).prove(token)
-        assert {issuer.origin} < issuer.origins
+        assert {issuer.signer_id} < issuer.signer_ids
         clock.advance(AFTERLIFE)
-        assert {issuer.origin} == issuer.origins
+        assert {issuer.signer_id} == issuer.signer_ids
 
     async def test_O2_a_key_that_has_ended_verifies_nothing_whatever_its_token_says(self) -> None:
         """Somebody found the old key and goes on signing: every token ends with the key."""

@@ -12,9 +12,9 @@ from broker.issuers.keyring import LEEWAY, MAX_LIFE, BadToken, Key, Keyring
 from broker.issuers.local import MOST_PROVEN, LocalIssuer
 from broker.model import TokenRequest
 from broker.pacing.slots import UNCOUNTED, Slot
-from broker.rules.reuse import SECOND
 from broker.sessions.base import MARK_LIFE
 from broker.testing import FakeClock
+from broker.units import SECOND
 
 ISSUER, AUDIENCE = "embed-token-broker", "embed"
 AGENT, VISITOR = "A78WKV4515", "D3adBeef-0001"

@@ -36,8 +36,9 @@ from broker.issuers.vendor.replies import (
 )
 from broker.issuers.vendor.token import claims_of
 from broker.model import Minted, TokenRequest
-from broker.rules.reuse import MAX_LIFETIME, SECOND, lifetime_of
+from broker.rules.reuse import MAX_LIFETIME, lifetime_of
 from broker.telemetry.labels import Reason
+from broker.units import SECOND
 from broker.wire.responses import success_body
 
 SAMPLES = Path(__file__).parent.parent / "samples"

@@ -18,7 +18,7 @@ from broker.issuers.vendor.headers import (
     values,
     vendor_date,
 )
-from broker.rules.reuse import SECOND
+from broker.units import SECOND
 
 NOON = 1_795_348_800
 NOW = NOON * SECOND

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.issuers.vendor.token import claims_of, expires_at, is_token, lifetime, session_of
-from broker.rules.reuse import SECOND
+from broker.units import SECOND
 
 NOW = 1_795_348_800
 """Seconds: our clock in every test, and the vendor's where nothing else is said."""

@@ -88,7 +88,7 @@ class Histories(RuleBasedStateMachine):
         self.full_at: dict[str, int] = {}
         self.exact: set[str] = set()
         self.strangers_met = False
-        self.rehearsed = 0
+        self.dry_run_denied = 0
         self.near = 0
         self.buckets = BucketTable(max_tracked, self.horizon, self.now)
 
@@ -127,7 +127,7 @@ class Histories(RuleBasedStateMachine):
             self.near += verdict.remaining * 5 < verdict.limit.burst
             self.full_at[key] = full_at
         else:
-            self.rehearsed += dry_run
+            self.dry_run_denied += dry_run
             known = self.full_at.get(key, 0)
             self.full_at[key] = min(known, self.now + verdict.limit.depth)
         tracked = self.buckets.entries(self.now).get(key, 0)
@@ -145,8 +145,8 @@ class Histories(RuleBasedStateMachine):
         self.now += max(self.horizon * tenths // 10 + nudge, 0)
 
     @rule()
-    def tidy(self) -> None:
-        self.buckets.tidy(self.now)
+    def purge_expired(self) -> None:
+        self.buckets.purge_expired(self.now)
 
     @rule(
         ordinary=st.sampled_from(LIMITS),
@@ -177,16 +177,16 @@ class Histories(RuleBasedStateMachine):
         }
         self.strangers_met |= len(aged) > self.max_tracked
         self.most_tracked = self.max_tracked
-        self.near = self.rehearsed = 0
+        self.near = self.dry_run_denied = 0
 
     @invariant()
     def M1_gauges_equal_the_truth(self) -> None:
         buckets = self.buckets
         assert not buckets._young.keys() & buckets._old.keys()
         assert len(buckets) == len(buckets._young.keys() | buckets._old.keys())
-        assert (buckets.counts.near.value, buckets.counts.rehearsed.value) == (
+        assert (buckets.counts.near.value, buckets.counts.dry_run_denied.value) == (
             self.near,
-            self.rehearsed,
+            self.dry_run_denied,
         )
 
     @invariant()
@@ -236,7 +236,7 @@ def test_M1_the_gauge_equals_the_truth_after_a_million_operations() -> None:
         if number % 40 == 0:
             now += chance.randrange(20_000)
         if number % 1000 == 0:
-            buckets.tidy(now)
+            buckets.purge_expired(now)
         if now >= rotate_at:
             old, young = (set() if now - rotate_at >= limit.depth else young), set()
             rotate_at = now + limit.depth
@@ -296,8 +296,8 @@ def test_G6_an_exhausted_overflow_bucket_is_not_left_by_being_tracked() -> None:
     exhaust(buckets, Placed("victim", 7), SLOW, late)
     assert buckets.counts.overflowed.value == SLOW.burst + 1
     now = T0 + 2 * SLOW.depth - 2 * SECOND
-    buckets.tidy(T0 + SLOW.depth)
-    buckets.tidy(now + 2 * SECOND)
+    buckets.purge_expired(T0 + SLOW.depth)
+    buckets.purge_expired(now + 2 * SECOND)
     assert len(buckets) == 0
     verdict = buckets.take(Placed("victim", 7), SLOW, late + SLOW.interval - 1)
     assert verdict == Verdict(False, 0, SLOW.depth - SLOW.interval + 1, 1, SLOW)
@@ -346,7 +346,7 @@ def test_L3_a_bucket_is_never_forgotten_before_it_is_full(start: int, idle: int)
     buckets.take("other", SLOW, T0)
     exhaust(buckets, "victim", SLOW, now)
     for step in (idle // 3, idle // 2, idle):
-        buckets.tidy(now + step)
+        buckets.purge_expired(now + step)
     verdict = buckets.peek("victim", SLOW, now + idle)
     assert verdict == peek(now + SLOW.depth, SLOW, now + idle)
     assert buckets.take("victim", SLOW, now + idle).allowed == verdict.allowed
@@ -357,15 +357,15 @@ def test_what_is_given_up_is_freed_in_small_pieces() -> None:
     buckets = BucketTable(10_000, FAST.depth, T0)
     for number in range(10_000):
         buckets.take(f"visitor{number}", FAST, T0)
-    buckets.tidy(T0 + FAST.depth, batch=10)
+    buckets.purge_expired(T0 + FAST.depth, batch=10)
     assert (len(buckets), len(buckets._swept)) == (10_000, 0)
-    buckets.tidy(T0 + 2 * FAST.depth, batch=10)
+    buckets.purge_expired(T0 + 2 * FAST.depth, batch=10)
     assert (len(buckets), len(buckets._swept)) == (0, 9_990)
     buckets.take("new", FAST, T0 + 2 * FAST.depth)
     assert len(buckets._swept) == 9_990 - SWEEP_BATCH
     buckets.take("new", FAST, T0 + 2 * FAST.depth)
     assert len(buckets._swept) == 9_990 - SWEEP_BATCH
-    buckets.tidy(T0 + 2 * FAST.depth)
+    buckets.purge_expired(T0 + 2 * FAST.depth)
     assert len(buckets._swept) == 0
 
 
@@ -400,7 +400,7 @@ def test_L11_a_deeper_limit_is_not_forgotten_at_the_old_rotation() -> None:
     buckets.adjust(deep.depth, 10)
     exhaust(buckets, "victim", deep, T0 + 1)
     for at in (1, 2, 3, 4, 10, 100, 999):
-        buckets.tidy(T0 + at * SECOND)
+        buckets.purge_expired(T0 + at * SECOND)
         assert not buckets.take("victim", deep, T0 + at * SECOND).allowed
     assert buckets.take("victim", deep, T0 + 1000 * SECOND + 1).allowed
 
@@ -412,7 +412,7 @@ def test_L11_a_shallower_limit_does_not_forget_what_the_old_one_exhausted() -> N
     exhaust(buckets, "victim", deep, T0 + 999 * SECOND)
     buckets.adjust(FAST.depth, 10)
     for at in range(1000, 1900, 3):
-        buckets.tidy(T0 + at * SECOND)
+        buckets.purge_expired(T0 + at * SECOND)
     buckets.adjust(deep.depth, 10)
     assert not buckets.take("victim", deep, T0 + 1999 * SECOND - 1).allowed
     assert buckets.take("victim", deep, T0 + 1999 * SECOND).allowed
@@ -424,7 +424,7 @@ def test_L7_reloads_do_not_put_off_forgetting() -> None:
     fill(buckets, 100, T0)
     for second in range(10):
         buckets.adjust(FAST.depth, 100)
-        buckets.tidy(T0 + second * SECOND)
+        buckets.purge_expired(T0 + second * SECOND)
     assert len(buckets) == 0
     buckets.take("new", FAST, T0 + 10 * SECOND)
     assert (len(buckets), buckets.counts.overflowed.value) == (1, 0)
@@ -439,7 +439,7 @@ def test_a_lowered_bound_drops_nobody_who_is_tracked() -> None:
     assert not any(buckets.take(f"visitor{n}", SLOW, T0).allowed for n in range(10))
     buckets.take("new", SLOW, T0)
     assert (len(buckets), buckets.counts.overflowed.value) == (10, 1)
-    buckets.tidy(T0 + 2 * SLOW.depth)
+    buckets.purge_expired(T0 + 2 * SLOW.depth)
     buckets.take("new", SLOW, T0 + 2 * SLOW.depth)
     assert len(buckets) == 1
 
@@ -453,7 +453,7 @@ def test_entries_are_what_is_not_full_and_how_long_it_takes() -> None:
     buckets.take("full again", FAST, T0)
     exhaust(buckets, "old", SLOW, T0 + 30 * SECOND)
     exhaust(buckets, "moved", SLOW, T0 + 30 * SECOND)
-    buckets.tidy(T0 + SLOW.depth)
+    buckets.purge_expired(T0 + SLOW.depth)
     now = T0 + SLOW.depth + SECOND
     exhaust(buckets, "young", SLOW, now)
     buckets.take("moved", SLOW, now)
@@ -491,7 +491,7 @@ def test_L12_a_dry_run_decides_and_counts_and_charges_like_the_real_one() -> Non
     for gap in schedule:
         now += gap
         assert dry.take("visitor", FAST, now, dry_run=True) == real.take("visitor", FAST, now)
-    assert (real.counts.rehearsed.value, dry.counts.rehearsed.value) == (0, 4)
+    assert (real.counts.dry_run_denied.value, dry.counts.dry_run_denied.value) == (0, 4)
     assert real.counts.near.value == dry.counts.near.value == 3
     assert real.entries(now) == dry.entries(now)
 
@@ -512,7 +512,7 @@ def test_M1_nobody_asks_and_tidying_gives_everything_back(idle: int) -> None:
     """After two horizons of silence nothing is tracked, after a sweep nothing is held."""
     buckets = BucketTable(1000, FAST.depth, T0)
     fill(buckets, 1000, T0)
-    buckets.tidy(T0 + FAST.depth)
+    buckets.purge_expired(T0 + FAST.depth)
     fill(buckets, 10, T0 + FAST.depth)
-    buckets.tidy(T0 + 3 * FAST.depth + idle)
+    buckets.purge_expired(T0 + 3 * FAST.depth + idle)
     assert (len(buckets), len(buckets._swept)) == (0, 0)

@@ -29,7 +29,7 @@ from broker.model import LimitName, Secret, TokenRequest
 from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import Budget
 from broker.rules import bucket
-from broker.rules.reuse import SECOND, ReusePolicy
+from broker.rules.reuse import ReusePolicy
 from broker.sessions.memory import MemorySessions
 from broker.stores.memory import MemoryStore
 from broker.stores.token_cache import TokenCache
@@ -38,6 +38,7 @@ from broker.telemetry.labels import Reason
 from broker.telemetry.metrics import MintMetrics, UpstreamMetrics
 from broker.testing import FakeClock, run_virtual
 from broker.testing.vendor.mint import visitor_mark
+from broker.units import SECOND
 
 AGENT = "A78WKV4515"
 ALLOWED, MINUTE = 120, 60 * SECOND
@@ -158,8 +159,8 @@ class Site:
         """Do twice a second what the application does."""
         while True:
             await asyncio.sleep(0.5)
-            self.store.tidy()
-            self.book.tidy()
+            self.store.purge_expired()
+            self.book.purge_expired()
 
 
 def _limits() -> Limits:

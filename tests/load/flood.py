@@ -84,7 +84,7 @@ def flood(
         buckets.take(key, limit, now)
         slowest = max(slowest, time.thread_time_ns() - since)
         if number % 10_000 == 0:
-            buckets.tidy(now)
+            buckets.purge_expired(now)
             tracked = max(tracked, len(buckets))
             leaked += watch and buckets.take(victim, limit, now).allowed
     took = time.perf_counter() - started

@@ -85,7 +85,7 @@ class Crowd:
 
     async def _ask(self, name: str, urgency: Priority, client: str) -> None:
         try:
-            slot = await self.pacer.turn(urgency, client)
+            slot = await self.pacer.acquire(urgency, client)
         except BudgetExhausted as error:
             self.refused[name] = (now(), error.retry_after / 1_000_000)
         else:
@@ -108,7 +108,7 @@ async def greedy(pacer: BudgetPacer, calls: list[float], client: str) -> None:
     """Call again and again, as early as one is let."""
     while True:
         try:
-            slot = await pacer.turn(Priority.FIRST, client)
+            slot = await pacer.acquire(Priority.FIRST, client)
         except BudgetExhausted as error:
             await asyncio.sleep(min(error.retry_after / 1_000_000, 2.0))
         else:
@@ -555,7 +555,7 @@ class Held(Crowd):
 
     async def calls(self, count: int) -> None:
         for _ in range(count):
-            self.slots.append(await self.pacer.turn(Priority.FIRST, "web"))
+            self.slots.append(await self.pacer.acquire(Priority.FIRST, "web"))
 
 
 def test_N13_calls_that_are_out_count_in_everything_that_is_told() -> None:
@@ -567,9 +567,9 @@ def test_N13_calls_that_are_out_count_in_everything_that_is_told() -> None:
         await asyncio.sleep(SLOW.depth)  # what was owed has refilled
         held = Held(pacer)
         await held.calls(2)
-        assert (pacer.remaining, pacer.outstanding, pacer.plenty) == (2, 2, True)
+        assert (pacer.remaining, pacer.outstanding, pacer.has_headroom) == (2, 2, True)
         await held.calls(1)
-        assert (pacer.remaining, pacer.outstanding, pacer.plenty) == (1, 3, False)
+        assert (pacer.remaining, pacer.outstanding, pacer.has_headroom) == (1, 3, False)
         await held.calls(1)
         assert (pacer.remaining, pacer.outstanding) == (0, 4)
         await asyncio.sleep(60)
@@ -628,7 +628,7 @@ def test_N13_without_a_stall_the_budget_is_used_up_as_before(latency: float) -> 
         async def caller(client: str) -> None:
             while True:
                 try:
-                    slot = await pacer.turn(Priority.FIRST, client)
+                    slot = await pacer.acquire(Priority.FIRST, client)
                 except BudgetExhausted as error:
                     await asyncio.sleep(min(error.retry_after / 1_000_000, 2.0))
                     continue
@@ -681,10 +681,10 @@ def test_V11_retry_after_is_kept(count: int) -> None:
 
         async def caller() -> None:
             try:
-                slot = await pacer.turn(Priority.FIRST, "web")
+                slot = await pacer.acquire(Priority.FIRST, "web")
             except BudgetExhausted as error:
                 await asyncio.sleep(error.retry_after / 1_000_000)
-                slot = await pacer.turn(Priority.FIRST, "web")
+                slot = await pacer.acquire(Priority.FIRST, "web")
             calls.append(now())
             slot.settle()
 
@@ -729,7 +729,7 @@ def test_a_renewal_ahead_of_time_takes_only_what_is_left_over() -> None:
             crowd.comes(f"ahead {number}", Priority.AHEAD)
         await crowd.done()
         assert crowd.order == ["ahead 0", "ahead 1", "ahead 2"]  # of four, until two are not left
-        assert (pacer.remaining, pacer.plenty) == (1, False)
+        assert (pacer.remaining, pacer.has_headroom) == (1, False)
         assert crowd.refused == {
             "ahead 3": (pytest.approx(now(), abs=A_BIT), 1.0),
             "ahead 4": (pytest.approx(now(), abs=A_BIT), 1.0),
@@ -763,7 +763,7 @@ def test_closing_tells_everybody_who_waits() -> None:
     async def main(_clock: FakeClock) -> None:
         pacer = await started()
         waiting = [
-            asyncio.get_running_loop().create_task(pacer.turn(urgency, "web"))
+            asyncio.get_running_loop().create_task(pacer.acquire(urgency, "web"))
             for urgency in (Priority.FIRST, Priority.MANDATORY, Priority.FIRST)
         ]
         await asyncio.sleep(0.3)
@@ -791,7 +791,7 @@ def test_nobody_queues_at_a_pacer_that_has_closed() -> None:
         await pacer.close()
         began = now()
         with pytest.raises(ServiceUnavailable):
-            await pacer.turn(Priority.FIRST, "web")
+            await pacer.acquire(Priority.FIRST, "web")
         assert now() - began < A_BIT
 
     run_virtual(main)
@@ -803,7 +803,7 @@ def test_a_pause_holds_those_who_wait_and_tells_the_others_its_end() -> None:
     async def main(_clock: FakeClock) -> None:
         pacer = await filled()
         pacer.pause(5)
-        assert (pacer.remaining, pacer.plenty) == (0, False)
+        assert (pacer.remaining, pacer.has_headroom) == (0, False)
         crowd = Crowd(pacer)
         began = now()
         for number in range(6):
@@ -832,8 +832,8 @@ def test_repr_shows_what_helps() -> None:
 class Distant(LocalSlots):
     """Slots that are asked for elsewhere: the answer takes a second."""
 
-    async def take_if_plenty(self) -> bool:
-        taken = await super().take_if_plenty()
+    async def take_if_headroom(self) -> bool:
+        taken = await super().take_if_headroom()
         await asyncio.sleep(1)
         return taken
 
@@ -845,7 +845,7 @@ def test_V10_a_slot_that_comes_in_a_pause_is_given_back_by_a_renewal() -> None:
         pacer = BudgetPacer(SLOW, lambda _seconds: None, Distant(SLOW))
         await pacer.start()
         await asyncio.sleep(SLOW.depth + 1)
-        renewal = asyncio.create_task(pacer.turn(Priority.AHEAD, "web"))
+        renewal = asyncio.create_task(pacer.acquire(Priority.AHEAD, "web"))
         await asyncio.sleep(0.5)
         assert pacer.outstanding == 1
         pacer.pause(5)

@@ -283,7 +283,7 @@ class TestSupervisor:
         async with supervised(first, lambda: later) as supervisor:
             hung = supervisor._children[1].pid
             os.kill(hung, signal.SIGSTOP)
-            await supervisor._roll()
+            await supervisor.rolling_reload()
             await until(lambda: _pid(supervisor, 1) not in (hung, None))
             await until(lambda: supervisor._children[1].is_ready)
             process = supervisor.metrics.process
@@ -301,7 +301,7 @@ class TestSupervisor:
         async with supervised(first, lambda: later) as supervisor:
             dying = supervisor._children[1].pid
             os.kill(dying, signal.SIGSTOP)
-            led = asyncio.ensure_future(supervisor._roll())
+            led = asyncio.ensure_future(supervisor.rolling_reload())
             await until(lambda: supervisor._settings == later)
             os.kill(dying, signal.SIGKILL)
             async with asyncio.timeout(PATIENCE):
@@ -357,7 +357,7 @@ class TestSupervisor:
             pids = [_pid(supervisor, index) for index in (1, 2)]
             (tmp_path / "other").unlink()
             monkeypatch.setattr(factory, "check", lambda *_: None)
-            await supervisor._roll()
+            await supervisor.rolling_reload()
             assert supervisor.metrics.process.reloads["failure"].value == 1
             assert [_pid(supervisor, index) for index in (1, 2)] == pids
 
@@ -376,7 +376,7 @@ class TestSupervisor:
 
             async def start_amid_a_reload(begin: Start) -> worker_process.WorkerProcess:
                 started = await start(begin)
-                await supervisor._roll()
+                await supervisor.rolling_reload()
                 return started
 
             lead, led = supervisor._lead, list[str | None]()

@@ -26,7 +26,7 @@ from broker.rules.breaker import (
     Phase,
     Tally,
 )
-from broker.rules.reuse import SECOND
+from broker.units import SECOND
 
 T0 = 1_000_000 * SECOND
 """A moment to start from, on a second's boundary."""

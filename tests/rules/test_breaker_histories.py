@@ -14,7 +14,7 @@ from broker.rules.breaker import (
     Phase,
     StoreBreaker,
 )
-from broker.rules.reuse import SECOND
+from broker.units import SECOND
 
 T0 = 1_000_000 * SECOND
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from broker.rules import outstanding
 from broker.rules.bucket import Limit
 from broker.rules.outstanding import PROBES, Ledger
-from broker.rules.reuse import SECOND
+from broker.units import SECOND
 
 limits = st.builds(Limit, burst=st.integers(1, 12), interval=st.integers(1, 2 * SECOND))
 

@@ -11,7 +11,6 @@ from broker.rules.reuse import (
     DEFAULT_LIFETIME,
     MAX_LIFETIME,
     RENEWAL_LEAD,
-    SECOND,
     Floors,
     Life,
     floors,
@@ -19,6 +18,7 @@ from broker.rules.reuse import (
     lifetime_of,
     renewal_mark,
 )
+from broker.units import SECOND
 
 AHEAD, FLOOR, OUTAGE = 900 * SECOND, 300 * SECOND, 60 * SECOND
 """The settings' defaults."""

@@ -258,7 +258,7 @@ class TestTruth:
             assert scraped['broker_tokens_evicted_total{cause="capacity"}'] == 3
             assert scraped["broker_tokens_cached"] == 5
             edge.time.advance(3600)
-            edge.app.parts.store.tidy()
+            edge.app.parts.store.purge_expired()
             scraped = await edge.scrape()
             assert scraped['broker_tokens_evicted_total{cause="expired"}'] == 5
             assert scraped["broker_tokens_cached"] == 0
@@ -295,7 +295,7 @@ class TestSeries:
             before = (await edge.scrape()).keys()
             for n in range(100_000):
                 ask = TokenRequest("web", f"agent{n}", f"{n:032x}")
-                visit = await edge.app.parts.store.visit(ask, ask.key)
+                visit = await edge.app.parts.store.admit(ask, ask.key)
                 assert visit.denial is None
                 assert edge.app.parts.store.charge_mint(ask) is None
             for n in range(2_000):

@@ -68,14 +68,14 @@ async def _everything(server: AnyServer, replica: Replica, asking: Callable[[], 
             await eventually(
                 lambda: any(node.ask("PUBSUB", "CHANNELS", "etb:wake:*") for node in nodes)
             )
-        assert (await store.visit(ask, ask.key)).denial is None
+        assert (await store.admit(ask, ask.key)).denial is None
         lease = await lead(replica, ask)
         await replica.remote.leases.renew()
         kept, token = await keep(replica, ask, lease)
         assert kept is Kept.KEPT
-        assert (await store.visit(ask, ask.key)).token == token
-        assert await store.look(ask, ask.key) == token
-        await store.end_visitor(ask.client, ask.fingerprint)
+        assert (await store.admit(ask, ask.key)).token == token
+        assert await store.peek(ask, ask.key) == token
+        await store.revoke_visitor(ask.client, ask.fingerprint)
         lease = await lead(replica, ask)
         kept, token = await keep(replica, ask, lease)
         replica.front.clear()
@@ -215,7 +215,7 @@ async def test_a_server_that_asks_for_a_certificate_is_given_one() -> None:
         access = Access(server.access.username, server.access.password, tls)
         async with opened(Replica(server.address, limits_of(), access=access)) as replica:
             ask = ask_of()
-            assert (await replica.store.visit(ask, ask.key)).denial is None
+            assert (await replica.store.admit(ask, ask.key)).denial is None
             assert set(replica.errors) <= {"connection", "other"}
             assert replica.errors != {}
 
@@ -226,7 +226,7 @@ async def test_a_server_whose_certificate_is_not_trusted_is_not_spoken_to() -> N
         access = Access(server.access.username, server.access.password)
         async with opened(Replica(server.address, limits_of(), access=access)) as replica:
             ask = ask_of()
-            assert (await replica.store.visit(ask, ask.key)).denial is None
+            assert (await replica.store.admit(ask, ask.key)).denial is None
             assert set(replica.errors) == {"connection"}
 
 

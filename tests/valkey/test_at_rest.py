@@ -67,7 +67,7 @@ async def anything(replica: Replica, chance: random.Random, ask: TokenRequest) -
     """Do one of the things that the story does."""
     match chance.randrange(5):
         case 0 | 1:
-            await replica.store.visit(ask, ask.key)
+            await replica.store.admit(ask, ask.key)
         case 2:
             if isinstance(lease := await replica.store.lead(ask, ask.key, always), Lease):
                 mono, wall = replica.moments()
@@ -83,7 +83,7 @@ async def anything(replica: Replica, chance: random.Random, ask: TokenRequest) -
                 replica.store.abandon(ask, ask.key, lease, failure)
         case _:
             if chance.random() < 0.1:
-                await replica.store.end_visitor(ask.client, ask.fingerprint)
+                await replica.store.revoke_visitor(ask.client, ask.fingerprint)
 
 
 async def test_L3_every_key_has_an_end(valkey: StoreServer) -> None:
@@ -146,7 +146,7 @@ async def test_L2_a_quick_bucket_limits_by_the_servers_own_clock(
     async with opened(Replica(valkey.address, limits_of(rule))) as replica:
         loop = asyncio.get_running_loop()
         began = loop.time()
-        visits = [await replica.store.visit(ask, ask.key) for _ in range(asked)]
+        visits = [await replica.store.admit(ask, ask.key) for _ in range(asked)]
         took = (loop.time() - began) * 1_000_000
         admitted = sum(visit.denial is None for visit in visits)
     assert admitted <= min(burst + took // rule.interval, passed)
@@ -162,14 +162,14 @@ async def test_L1_and_L9_on_the_servers_own_clock(valkey: StoreServer) -> None:
         times = []
         for _ in range(60):
             before = loop.time()
-            visit = await replica.store.visit(ask, ask.key)
+            visit = await replica.store.admit(ask, ask.key)
             if visit.denial is None:
                 times.append((before, loop.time()))
             else:
                 wait = visit.denial.verdict.retry_after
                 assert 0 < wait <= rule.interval
                 await asyncio.sleep(wait / 1_000_000)
-                assert (await replica.store.visit(ask, ask.key)).denial is None
+                assert (await replica.store.admit(ask, ask.key)).denial is None
                 times.append((loop.time(), loop.time()))
     for first, (start, _) in enumerate(times):
         for last in range(first, len(times)):
@@ -190,7 +190,7 @@ async def test_L4_and_L6_two_replicas_whose_clocks_differ_admit_one_burst(
         opened(Replica(valkey.address, limits, clock=clocks[1])) as other,
     ):
         visits = await asyncio.gather(
-            *(each.store.visit(ask, ask.key) for each in [one, other] * 500)
+            *(each.store.admit(ask, ask.key) for each in [one, other] * 500)
         )
         assert sum(visit.denial is None for visit in visits) == 20
         assert one.errors == other.errors == {}
@@ -202,10 +202,10 @@ async def test_a_hit_is_one_script_and_one_round_trip(valkey: StoreServer) -> No
     ask = ask_of()
     async with opened(Replica(valkey.address, limits_of())) as replica:
         await keep(replica, ask, await lead(replica, ask))
-        await replica.store.visit(ask, ask.key)  # loads the script
+        await replica.store.admit(ask, ask.key)  # loads the script
         valkey.ask("CONFIG", "RESETSTAT")
         for _ in range(100):
-            assert (await replica.store.visit(ask, ask.key)).token is not None
+            assert (await replica.store.admit(ask, ask.key)).token is not None
     commands = valkey.ask("INFO", "commandstats")
     called = {name.removeprefix("cmdstat_"): told["calls"] for name, told in commands.items()}
     assert called.pop("evalsha") == 100
@@ -223,7 +223,7 @@ async def test_what_a_bucket_and_a_token_weigh(
     server.flush()
     ask, limits = ask_of(), limits_of(Limit(20, HOUR), Limit(6, HOUR))
     async with opened(Replica(server.address, limits)) as replica:
-        await replica.store.visit(ask, ask.key)
+        await replica.store.admit(ask, ask.key)
         lease = await lead(replica, ask)
         _, token = await keep(replica, ask, lease)
         body = secrets.token_bytes(900)

@@ -31,9 +31,9 @@ from test_shared_stalls import virtual
 
 from broker.model import Session
 from broker.sessions.base import Place, Query
+from broker.valkey.budget_script import SILENT
 from broker.valkey.client.scripts import command
 from broker.valkey.membership import LOST
-from broker.valkey.slots import SILENT
 
 pytestmark = pytest.mark.parts
 
@@ -317,7 +317,7 @@ async def test_G9_an_end_over_a_foreign_epoch_ends(valkey: StoreServer) -> None:
             valkey.ask("SET", name, value.encode("latin-1"))
             for _ in range(3):
                 before = valkey.ask("GET", name)
-                await replica.store.end_visitor(ask.client, ask.fingerprint)
+                await replica.store.revoke_visitor(ask.client, ask.fingerprint)
                 assert valkey.ask("GET", name) != before
                 lease = await asyncio.wait_for(
                     replica.store.lead(ask, ask.key, lambda _token: False), 30

@@ -62,7 +62,7 @@ async def test_N26_a_visitor_is_served_by_this_replica_s_share(
     async with opened(Replica(valkey.address, limits_of())) as replica:
         put_something(valkey, KEYS[kind](replica, ask))
         for _ in range(20):
-            assert (await replica.store.visit(ask, ask.key)).denial is None
+            assert (await replica.store.admit(ask, ask.key)).denial is None
             lead = await replica.store.lead(ask, ask.key, lambda _token: False)
             assert isinstance(lead, Lease)
             await replica.store.release(ask, ask.key, lead)
@@ -72,7 +72,7 @@ async def test_N26_a_visitor_is_served_by_this_replica_s_share(
         assert replica.errors.keys() == {"script"}
         counted = replica.errors["script"]
         assert not replica.server.is_away
-        assert (await replica.store.visit(other, other.key)).denial is None
+        assert (await replica.store.admit(other, other.key)).denial is None
         assert replica.errors["script"] == counted
 
 
@@ -86,9 +86,9 @@ async def test_N26_a_visitor_whose_epoch_is_foreign_is_not_said_to_be_ended(
         key = replica.names.visitor(ask.visitor).epoch
         put_something(valkey, key)
         with pytest.raises(StoreAway):
-            await replica.store.end_visitor(ask.client, ask.fingerprint)
+            await replica.store.revoke_visitor(ask.client, ask.fingerprint)
         valkey.ask("DEL", key)
-        await replica.store.end_visitor(ask.client, ask.fingerprint)
+        await replica.store.revoke_visitor(ask.client, ask.fingerprint)
 
 
 @pytest.mark.parametrize("kind", ["members", "budget", "queues"])
@@ -106,7 +106,7 @@ async def test_N26_a_fleet_goes_on_by_shares(valkey: StoreServer, kind: str) -> 
         assert replica.errors.keys() <= {"script"}
         assert not replica.server.is_away
         ask = ask_of()
-        assert (await replica.store.visit(ask, ask.key)).denial is None
+        assert (await replica.store.admit(ask, ask.key)).denial is None
 
 
 async def test_N26_sessions_are_found_and_listed_around_it(valkey: StoreServer) -> None:

@@ -16,7 +16,7 @@ from sharing_cases import WIDE, ask_of, limits_of
 from broker import errors
 from broker.model import EmbedToken, LimitName, Secret, TokenRequest
 from broker.rules.bucket import Limit, Verdict
-from broker.stores.base import Denial, Kept, Lease
+from broker.stores.base import Kept, Lease, Rejection
 from broker.testing import FakeClock
 from broker.valkey import leases as leases_module
 from broker.valkey import store as valkey_module
@@ -68,7 +68,7 @@ async def keep(replica: Replica, ask: TokenRequest, lease: Lease) -> tuple[Kept,
 
 async def found(replica: Replica, ask: TokenRequest) -> bytes | None:
     """Return the answer that a visit would get."""
-    token = (await replica.store.visit(ask, ask.key)).token
+    token = (await replica.store.admit(ask, ask.key)).token
     return None if token is None else token.body
 
 
@@ -152,7 +152,7 @@ async def test_S4_who_waits_is_woken_with_the_token(pair: Pair) -> None:
     assert kept is Kept.KEPT
     assert {each.body for each in told} == {token.body}
     assert asleep(pair.other) == 0
-    assert isinstance(await pair.other.store.lead(ask, ask.key, never), Denial)
+    assert isinstance(await pair.other.store.lead(ask, ask.key, never), Rejection)
 
 
 async def test_F1_many_at_once_in_two_replicas_have_one_leader(pair: Pair) -> None:
@@ -257,13 +257,13 @@ async def test_F4_an_agents_limit_is_told_to_those_who_wait(pair: Pair) -> None:
     await lead(pair.one, ask_of())
     ask = ask_of()
     refusal = await pair.one.store.lead(ask, ask.key, never)
-    assert isinstance(refusal, Denial)
+    assert isinstance(refusal, Rejection)
     assert refusal.limit is LimitName.AGENT
     assert pair.one.remote.leases._held.keys() == set(pair.one.remote.leases._held) - {ask.key}
     assert len(pair.one.remote.leases._held) == 1
     await pair.one.settled()
     refusal = await pair.other.store.lead(ask, ask.key, never)
-    assert isinstance(refusal, Denial)
+    assert isinstance(refusal, Rejection)
 
 
 async def test_S4_a_lost_message_costs_a_moment(deaf_pair: Pair) -> None:
@@ -366,7 +366,7 @@ async def test_S4_a_lease_is_renewed_only_while_its_mint_is_under_way(
     if ending == "denied":
         one.use_limits(limits_of(agent=Limit(burst=1, interval=HOUR)))
         await keep(one, ask_of(fingerprint="0001"), await lead(one, ask_of(fingerprint="0001")))
-        assert isinstance(await one.store.lead(ask, ask.key, never), Denial)
+        assert isinstance(await one.store.lead(ask, ask.key, never), Rejection)
     else:
         lease = await lead(one, ask)
         assert len(one.remote.leases) == 1
@@ -458,7 +458,7 @@ async def lead_after_a_step(replica: Replica, ask: TokenRequest) -> Lease:
         lead = await asyncio.wait_for(replica.store.lead(ask, ask.key, never), PATIENT)
         if isinstance(lead, Lease):
             return lead
-        assert isinstance(lead, Denial)
+        assert isinstance(lead, Rejection)
         assert lead.verdict.full_in == WIDE.depth
         replica.clock.advance(WIDE.depth / SECOND)
     lead = await replica.store.lead(ask, ask.key, never)
@@ -499,9 +499,9 @@ async def test_G9_an_end_in_one_replica_is_exact_in_the_other(pair: Pair) -> Non
     await keep(pair.one, ask, await lead(pair.one, ask))
     assert await found(pair.other, ask) == await found(pair.one, ask) is not None
     assert pair.other.front.find(ask.key) is not None
-    await pair.one.store.end_visitor(ask.client, ask.fingerprint)
+    await pair.one.store.revoke_visitor(ask.client, ask.fingerprint)
     assert await found(pair.other, ask) is None
-    assert await pair.other.store.look(ask, ask.key) is None
+    assert await pair.other.store.peek(ask, ask.key) is None
     assert pair.other.front.find(ask.key) is None
 
 
@@ -510,7 +510,7 @@ async def test_G9_a_mint_in_flight_elsewhere_is_ended(pair: Pair) -> None:
     ask = ask_of()
     lease = await lead(pair.one, ask)
     (task,) = await waiting(pair.other, ask)
-    await pair.other.store.end_visitor(ask.client, ask.fingerprint)
+    await pair.other.store.revoke_visitor(ask.client, ask.fingerprint)
     kept, _ = await keep(pair.one, ask, lease)
     assert kept is Kept.ENDED
     assert pair.one.front.find(ask.key) is None
@@ -530,7 +530,7 @@ async def test_G9_an_ended_leader_is_told_so_also_when_it_was_succeeded(deaf_pai
     one, other, ask = deaf_pair.one, deaf_pair.other, ask_of()
     old = await lead(one, ask)
     deaf_pair.clock.advance(LEASE / SECOND)
-    await one.store.end_visitor(ask.client, ask.fingerprint)
+    await one.store.revoke_visitor(ask.client, ask.fingerprint)
     new = await lead(other, ask)
     assert (await keep(one, ask, old))[0] is Kept.ENDED
     (task,) = await waiting(one, ask)
@@ -545,7 +545,7 @@ async def test_G9_an_epoch_never_comes_twice(deaf_pair: Pair) -> None:
     epochs = []
     for step in (0, 0, 0, -3600, 0, 1):
         deaf_pair.clock.advance(step)
-        await deaf_pair.one.store.end_visitor(ask.client, ask.fingerprint)
+        await deaf_pair.one.store.revoke_visitor(ask.client, ask.fingerprint)
         lease = await lead_after_a_step(deaf_pair.one, ask)
         epochs.append(lease.epoch)
         assert (await keep(deaf_pair.one, ask, lease))[0] is Kept.KEPT
@@ -565,7 +565,7 @@ async def test_G9_an_end_holds_also_when_the_server_goes_away_after_it() -> None
             for each in (ask, stranger):
                 await keep(pair[0], each, await lead(pair[0], each))
                 assert await found(pair[1], each) == await found(pair[0], each) is not None
-            await pair[0].store.end_visitor(ask.client, ask.fingerprint)
+            await pair[0].store.revoke_visitor(ask.client, ask.fingerprint)
             await eventually(lambda: pair[1].sharing.alone._epochs.of(ask.visitor) > 0)
             server.pause()
             for replica in pair:
@@ -589,7 +589,7 @@ async def test_G9_a_mint_that_was_ended_is_not_kept_alone() -> None:
     with store_server(valkey_binary()) as server:
         async with opened(Replica(server.address, limits_of(), timeout=0.2)) as replica:
             lease = await lead(replica, ask)
-            await replica.store.end_visitor(ask.client, ask.fingerprint)
+            await replica.store.revoke_visitor(ask.client, ask.fingerprint)
             server.pause()
             assert (await keep(replica, ask, lease))[0] is Kept.ENDED
             server.resume()
@@ -614,7 +614,7 @@ async def test_G9_a_server_that_forgot_an_end_is_told_of_it(
     """
     ask = ask_of()
     await keep(pair.one, ask, await lead(pair.one, ask))
-    await pair.one.store.end_visitor(ask.client, ask.fingerprint)
+    await pair.one.store.revoke_visitor(ask.client, ask.fingerprint)
     lease = await lead(pair.one, ask)
     valkey.ask("DEL", epoch_key(pair.one, ask))
     pair.one.front.clear()
@@ -632,7 +632,7 @@ async def test_G9_a_token_that_outlived_its_epoch_is_not_given_by_who_knows(
     """Held at the server and in front, and the server has lost the epoch since the end."""
     ask, one = ask_of(), deaf_pair.one
     await keep(one, ask, await lead(one, ask))
-    await one.store.end_visitor(ask.client, ask.fingerprint)
+    await one.store.revoke_visitor(ask.client, ask.fingerprint)
     valkey.ask("DEL", epoch_key(one, ask))
     assert await found(one, ask) is None
     assert isinstance(await one.store.lead(ask, ask.key, always), Lease)
@@ -647,7 +647,7 @@ async def test_G9_a_writer_of_the_store_brings_no_ended_token_back(
     one, other, ask = deaf_pair.one, deaf_pair.other, ask_of()
     await keep(one, ask, await lead(one, ask))
     assert await found(other, ask) is not None
-    await one.store.end_visitor(ask.client, ask.fingerprint)
+    await one.store.revoke_visitor(ask.client, ask.fingerprint)
     epoch = valkey.ask("GET", epoch_key(one, ask))
     valkey.ask("HSET", token_key(one, ask), "epoch", epoch)
     assert await found(other, ask) is await found(one, ask) is None
@@ -669,7 +669,7 @@ async def test_G9_a_token_that_is_known_is_gone_with_its_session(
     one, ask, stranger = deaf_pair.one, ask_of(), ask_of()
     for each in (ask, stranger):
         await keep(one, each, await lead(one, each))
-    await one.store.end_visitor(ask.client, ask.fingerprint, ask.key)
+    await one.store.revoke_visitor(ask.client, ask.fingerprint, ask.key)
     assert valkey.ask("EXISTS", token_key(one, ask), epoch_key(one, ask)) == 1
     valkey.ask("DEL", epoch_key(one, ask))
     assert await found(deaf_pair.other, ask) is None
@@ -734,14 +734,14 @@ async def test_S1_N26_junk_in_the_store_is_no_failure(valkey: StoreServer, junk:
                 held = {"fence": 1, "holder": "x", "ends": 1, place: junk.encode("latin-1")}
                 valkey.ask("HSET", keys["lease"], *(part for pair in held.items() for part in pair))
             for _ in range(2):
-                visit = await replica.store.visit(ask, ask.key)
+                visit = await replica.store.admit(ask, ask.key)
                 if visit.denial is not None:
                     assert 0 < visit.denial.verdict.retry_after <= limit.depth
                 lease = await asyncio.wait_for(replica.store.lead(ask, ask.key, never), PATIENT)
                 if isinstance(lease, Lease):
                     await keep(replica, ask, lease)
             replica.front.clear()
-            assert await replica.store.look(ask, ask.key) is not None, place
+            assert await replica.store.peek(ask, ask.key) is not None, place
         assert replica.errors == {}
 
 
@@ -853,12 +853,12 @@ async def test_T5_a_token_dies_by_the_servers_clock_too(deaf_pair: Pair) -> None
     reader = Replica(deaf_pair.one.sharing.server.nodes._address, limits_of(), now=lambda: later)
     later = deaf_pair.clock.wall() + 59 * SECOND
     async with opened(reader):
-        held = (await reader.store.visit(ask, ask.key)).token
+        held = (await reader.store.admit(ask, ask.key)).token
         assert held is not None
         assert held.left(*reader.moments()) == SECOND
         later += SECOND
         reader.front.clear()
-        assert (await reader.store.visit(ask, ask.key)).token is None
+        assert (await reader.store.admit(ask, ask.key)).token is None
 
 
 async def test_G8_a_token_of_another_key_or_issuer_is_not_adopted(valkey: StoreServer) -> None:
@@ -935,7 +935,7 @@ async def test_a_mint_begun_alone_is_kept_alone() -> None:
     with store_server(valkey_binary()) as server:
         one, other_one = (Replica(server.address, limits_of(), timeout=0.2) for _ in range(2))
         async with opened(one) as replica, opened(other_one):
-            await other_one.store.end_visitor(ask.client, ask.fingerprint)
+            await other_one.store.revoke_visitor(ask.client, ask.fingerprint)
             server.pause()
             lease = await lead(replica, ask)
             server.resume()

@@ -12,9 +12,9 @@ from broker.app.shared_backend import names_of
 from broker.config.settings import IssuerSettings, Settings, UpstreamSettings
 from broker.config.validate import normal_base_url
 from broker.model import LimitName, Secret, TokenRequest
-from broker.rules.bucket import Limit, said
+from broker.rules.bucket import Limit, verdict_from_wait
 from broker.sealing import KEY_ID, NONCE, Seal, Sealed, derive
-from broker.stores.base import Denial
+from broker.stores.base import Rejection
 from broker.valkey import mint_errors
 from broker.valkey.key_names import PREFIX, Names
 
@@ -204,7 +204,9 @@ def test_G7_a_seals_content_does_not_show_itself() -> None:
 # --- outcomes
 
 verdicts = st.builds(
-    lambda limit, left: said(limit.depth - left % limit.interval, limit, allowed=False),
+    lambda limit, left: verdict_from_wait(
+        limit.depth - left % limit.interval, limit, allowed=False
+    ),
     limit=st.builds(Limit, st.integers(1, 2**30), st.integers(1, 2**31)),
     left=st.integers(0, 2**31),
 )
@@ -285,10 +287,8 @@ def test_a_wait_beyond_a_pause_is_cut_to_it() -> None:
 
 def test_a_limit_is_told_as_its_refusal() -> None:
     """The agent's limit, met after the lease was given."""
-    verdict = said(3, Limit(1, 5), allowed=False)
-    told = mint_errors.decode(
-        mint_errors.encode(mint_errors.limited(Denial(LimitName.AGENT, verdict)))
-    )
+    verdict = verdict_from_wait(3, Limit(1, 5), allowed=False)
+    told = mint_errors.decode(mint_errors.encode(Rejection(LimitName.AGENT, verdict).error()))
     assert isinstance(told, errors.RateLimited)
     assert (told.limit, told.verdict) == (LimitName.AGENT, verdict)
 

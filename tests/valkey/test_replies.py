@@ -24,7 +24,7 @@ from broker.model import EmbedToken, Session
 from broker.pacing.slots import Budget
 from broker.rules.bucket import Limit
 from broker.sessions.base import BookFull, Place, Query
-from broker.stores.base import Denial, Lease
+from broker.stores.base import Lease, Rejection
 from broker.testing import FakeClock, run_virtual
 from broker.valkey import mint_errors
 from broker.valkey.client import shapes
@@ -135,7 +135,7 @@ async def visits(replica: Replica) -> None:
     """A visit's verdict has numbers that an answer can say; a held token changes nothing."""
     ask = ask_of("0a")
     for _ in range(2):
-        visit = await replica.store.visit(ask, ask.key)
+        visit = await replica.store.admit(ask, ask.key)
         for verdict in (visit.verdict, visit.denial.verdict if visit.denial else None):
             if verdict is not None:
                 assert 0 <= verdict.remaining <= verdict.limit.burst
@@ -143,7 +143,7 @@ async def visits(replica: Replica) -> None:
                 assert 0 <= verdict.full_in <= verdict.limit.depth
                 assert verdict.allowed or verdict.retry_after > 0
         replica.front[ask.key] = token_of(replica)
-    _ = await replica.store.look(ask, ask.key)
+    _ = await replica.store.peek(ask, ask.key)
 
 
 async def leads(replica: Replica) -> None:
@@ -153,7 +153,7 @@ async def leads(replica: Replica) -> None:
     if isinstance(lead, Lease):
         await replica.store.renew_leases()
         await replica.store.keep(ask, ask.key, token_of(replica), lead)
-    elif isinstance(lead, Denial):
+    elif isinstance(lead, Rejection):
         assert 0 < lead.verdict.retry_after <= lead.verdict.limit.depth
 
 
@@ -168,7 +168,7 @@ async def keeps(replica: Replica) -> None:
 async def ends(replica: Replica) -> None:
     """An end, and news of one."""
     replica.remote.heard_news(b"ended " + replica.names.visitor("x").epoch)
-    await replica.store.end_visitor("web", "0a", "key")
+    await replica.store.revoke_visitor("web", "0a", "key")
 
 
 async def beats(replica: Replica) -> None:
@@ -198,13 +198,13 @@ async def reserves(replica: Replica) -> None:
         assert loop.time() - began < MINUTE
         if taken:
             slots.settle()
-        if await slots.take_if_plenty():
+        if await slots.take_if_headroom():
             slots.abandon()
         assert slots.predict(3, loop.time(), drained=False) >= loop.time()
         assert isinstance(slots.remaining, int)
         slots.heard(b"paused")
         slots.pause(1)
-        await slots.correct(0)
+        await slots.sync_remaining(0)
         await slots.resume()
     finally:
         await slots.close()
@@ -390,7 +390,7 @@ LIES: list[tuple[str, Shape, Reply]] = [
 @pytest.mark.parametrize(("name", "shape", "reply"), LIES)
 def test_each_lie_by_itself(name: str, shape: Shape, reply: Reply) -> None:
     """Said to every such call, whatever else is asked."""
-    usual: dict[Shape, Reply] = {shapes.GET: None, shapes.HOLD: 0, shapes.FINISH: b"1"}
+    usual: dict[Shape, Reply] = {shapes.GET: None, shapes.HOLD: 0, shapes.REVOKE: b"1"}
 
     async def scene(clock: FakeClock) -> None:
         limits = limits_of(LIMIT, LIMIT, LIMIT, LIMIT)

@@ -56,7 +56,7 @@ class Running:
     async def ask(self, took: float = 0.3) -> bool:
         """Be a first visitor, whose call takes a while; returns whether it was made."""
         try:
-            slot = await self.paced.turn(Priority.FIRST, "web")
+            slot = await self.paced.acquire(Priority.FIRST, "web")
         except BudgetExhausted as refused:
             self.told.append(refused.retry_after / 1_000_000)
             return False
@@ -303,7 +303,7 @@ def test_N13_a_stalled_vendor_gets_no_more_than_a_window_when_it_lets_go(stall: 
         async def visitor(replica: Running) -> None:
             while True:
                 try:
-                    slot = await replica.paced.turn(Priority.FIRST, "web")
+                    slot = await replica.paced.acquire(Priority.FIRST, "web")
                 except BudgetExhausted:
                     await asyncio.sleep(0.5)
                     continue
@@ -412,13 +412,13 @@ def test_S3_no_share_is_spent_while_heartbeats_are_answered() -> None:
         (replica,) = await opened(store.replica("a"))
         replica.slots._failed = True
         await asyncio.sleep(10)
-        assert replica.slots._alone is None
+        assert replica.slots._share.slots is None
         store.away = True
         await asyncio.sleep(10)
-        assert replica.slots._alone is not None
+        assert replica.slots._share.slots is not None
         store.away = False
         await asyncio.sleep(2)
-        assert replica.slots._alone is None
+        assert replica.slots._share.slots is None
         assert await replica.ask()
         assert store.twin.full_at is not None
         await closed([replica])

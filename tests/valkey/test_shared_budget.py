@@ -18,10 +18,11 @@ from test_leases import eventually
 
 from broker.pacing.slots import Budget
 from broker.rules.outstanding import PROBES
+from broker.valkey import budget_share as budget_module
 from broker.valkey import membership as fleet_module
-from broker.valkey import slots as budget_module
+from broker.valkey.budget_script import AHEAD, QUEUE_TOLD, REMEMBERED, SILENT
 from broker.valkey.client.scripts import Script, command
-from broker.valkey.slots import AHEAD, QUEUE_TOLD, REMEMBERED, SILENT, SharedSlots
+from broker.valkey.slots import SharedSlots
 
 pytestmark = pytest.mark.parts
 
@@ -822,7 +823,7 @@ async def test_S5_without_the_server_a_replica_spends_its_share(
             server.start()
             replica.clock.advance(10)
             assert await slots.take(lambda: 1)
-            assert slots._alone is None
+            assert slots._share.slots is None
             assert not replica.server.is_away
 
 

@@ -57,7 +57,7 @@ async def admitted(replica: Replica, times: int, ask: TokenRequest | None = None
     passed = 0
     for _ in range(times):
         began = time.monotonic()
-        visit = await replica.store.visit(ask or VISITOR, (ask or VISITOR).key)
+        visit = await replica.store.admit(ask or VISITOR, (ask or VISITOR).key)
         assert time.monotonic() - began < PATIENCE
         passed += visit.denial is None
     return passed
@@ -67,9 +67,9 @@ async def served_alone(replica: Replica, reason: str) -> None:
     """Every part of the story is answered here, in time; failures bear this reason only."""
     ask = ask_of("0001")
     async with asyncio.timeout(4 * PATIENCE):
-        visit = await replica.store.visit(ask, ask.key)
+        visit = await replica.store.admit(ask, ask.key)
         assert (visit.denial, visit.token) == (None, None)
-        assert await replica.store.look(ask, ask.key) is None
+        assert await replica.store.peek(ask, ask.key) is None
         lease = await replica.store.lead(ask, ask.key, lambda _token: False)
         assert isinstance(lease, Lease)
         replica.store.abandon(ask, ask.key, lease, None)
@@ -84,7 +84,7 @@ async def back_at_the_server(replica: Replica) -> None:
             replica.clock.advance(6)
             with suppress(errors.BrokerError):
                 before = replica.errors
-                await replica.store.visit(VISITOR, VISITOR.key)
+                await replica.store.admit(VISITOR, VISITOR.key)
                 if replica.errors == before and not replica.server.is_away:
                     return
             await asyncio.sleep(0.02)
@@ -182,7 +182,7 @@ async def test_S1_something_that_is_no_store() -> None:
     port = other.sockets[0].getsockname()[1]
     async with replica_of(StoreAddress(hosts=(("127.0.0.1", port),))) as replica:
         ask = VISITOR
-        assert (await replica.store.visit(ask, ask.key)).denial is None
+        assert (await replica.store.admit(ask, ask.key)).denial is None
         assert sum(replica.errors.values()) == 1
         assert set(replica.errors) <= {"connection", "other"}
     other.close()
@@ -267,7 +267,7 @@ async def test_S1_a_wrong_password(server: StoreServer) -> None:
     server.ask("CONFIG", "SET", "requirepass", "other")
     async with replica_of(server.address) as replica:
         ask = VISITOR
-        assert (await replica.store.visit(ask, ask.key)).denial is None
+        assert (await replica.store.admit(ask, ask.key)).denial is None
         assert sum(replica.errors.values()) == 1
 
 
@@ -290,8 +290,8 @@ async def test_S1_closed_refuses_with_503(server: StoreServer) -> None:
         ask = VISITOR
         for _ in range(12):  # before and after the breaker opens
             for call in (
-                lambda: replica.store.visit(ask, ask.key),
-                lambda: replica.store.look(ask, ask.key),
+                lambda: replica.store.admit(ask, ask.key),
+                lambda: replica.store.peek(ask, ask.key),
                 lambda: replica.store.lead(ask, ask.key, lambda _token: False),
             ):
                 with pytest.raises(errors.ServiceUnavailable) as caught:
@@ -306,7 +306,7 @@ async def test_G9_an_end_is_refused_while_the_server_is_away(server: StoreServer
     async with replica_of(server.address) as replica:
         server.kill()
         with pytest.raises(errors.ServiceUnavailable):
-            await replica.store.end_visitor("web", "abcd")
+            await replica.store.revoke_visitor("web", "abcd")
 
 
 # --- a cluster
@@ -454,7 +454,7 @@ async def test_S2_script_flush_under_load_fails_no_request(
         async def caller(number: int) -> None:
             ask = ask_of(f"{number:04}")
             while not done.is_set():
-                visit = await replica.store.visit(ask, ask.key)
+                visit = await replica.store.admit(ask, ask.key)
                 passed[number] += visit.denial is None
                 lease = await replica.store.lead(ask, ask.key, lambda _token: False)
                 assert isinstance(lease, Lease)
@@ -539,7 +539,7 @@ async def reach(replica: Replica) -> None:
     async with asyncio.timeout(10):
         while True:
             before = replica.errors
-            await replica.store.look(ask_of("eeee"), ask_of("eeee").key)
+            await replica.store.peek(ask_of("eeee"), ask_of("eeee").key)
             if replica.errors == before and not replica.server.is_away:
                 return
             replica.server._health = type(replica.server._health)()  # no patience: close it

@@ -17,7 +17,7 @@ from broker.pacing.pacer import MAX_PROMISE, BudgetPacer, Priority
 from broker.pacing.slots import Budget
 from broker.rules.outstanding import PROBES
 from broker.testing.clock import FakeClock, run_virtual
-from broker.valkey.slots import SILENT
+from broker.valkey.budget_script import SILENT
 
 SHIPPED = Budget(rate=106, per=60, burst=8, max_wait=8)
 ALLOWED = 120
@@ -129,7 +129,7 @@ class Process:
     async def _visit(self) -> None:
         while True:
             try:
-                slot = await self.paced.turn(Priority.FIRST, "web")
+                slot = await self.paced.acquire(Priority.FIRST, "web")
                 await self.calls.make(self._vendor.call, slot)
             except (BudgetExhausted, CallFailed):
                 await asyncio.sleep(0.5)
@@ -379,7 +379,7 @@ def test_N13_in_a_stall_a_newcomer_is_refused_at_once_and_told_a_true_time() -> 
         for process in (one, other):
             began = now()
             with pytest.raises(BudgetExhausted) as refused:
-                await process.paced.turn(Priority.FIRST, "newcomer")
+                await process.paced.acquire(Priority.FIRST, "newcomer")
             assert now() - began < 0.01
             assert 30 <= refused.value.retry_after / 1_000_000 <= 60
             assert str(refused.value).startswith("the vendor does not answer: ")
@@ -402,12 +402,12 @@ def test_N13_a_replica_without_calls_of_its_own_learns_when_a_stall_is_over() ->
         vendor.stand_still()
         await asyncio.sleep(30)
         with pytest.raises(BudgetExhausted):
-            await quiet.paced.turn(Priority.FIRST, "newcomer")
+            await quiet.paced.acquire(Priority.FIRST, "newcomer")
         assert quiet.slots._stuck_since is not None
         vendor.go_on()
         await asyncio.sleep(5)
         assert quiet.slots._stuck_since is None
-        slot = await quiet.paced.turn(Priority.FIRST, "newcomer")
+        slot = await quiet.paced.acquire(Priority.FIRST, "newcomer")
         slot.settle()
         await stopped([one, quiet])
 

@@ -18,7 +18,7 @@ KINDS = {
     *("spend allowed 0", "spend denied 0"),
     *("lead lead", "lead token", "lead wait", "lead failed", "lead denied"),
     *("keep kept", "keep superseded", "keep ended"),
-    *("renew done", "renew nothing", "abandon done", "abandon nothing", "finish done"),
+    *("renew done", "renew nothing", "abandon done", "abandon nothing", "revoke done"),
     "spoiled",
 }
 """What must have been met on the way, or the trace proves less than it says."""

@@ -32,7 +32,7 @@ from broker.model import LimitName, Secret, TokenRequest
 from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import Budget
 from broker.rules import bucket
-from broker.rules.reuse import SECOND, ReusePolicy
+from broker.rules.reuse import ReusePolicy
 from broker.sessions.memory import MemorySessions
 from broker.stores.memory import MemoryStore
 from broker.stores.token_cache import TokenCache
@@ -41,6 +41,7 @@ from broker.telemetry.cells import Counter, MetricLayout
 from broker.telemetry.metrics import MintMetrics, UpstreamMetrics
 from broker.testing import FakeClock, FakeVendor, VendorSettings
 from broker.testing.vendor.mint import visitor_mark
+from broker.units import SECOND
 
 AGENT = "A78WKV4515"
 TOKEN_PATH = "/v1/embed-tokens/request"

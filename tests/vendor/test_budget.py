@@ -59,7 +59,7 @@ class TestVirtualTime:
             async def ask(pacer: BudgetPacer) -> None:
                 urgency = chance.choice([Priority.FIRST, Priority.FIRST, *Priority])
                 try:
-                    slot = await pacer.turn(urgency, f"client {chance.randrange(5)}")
+                    slot = await pacer.acquire(urgency, f"client {chance.randrange(5)}")
                 except Exception as error:  # noqa: BLE001 - who is told to wait is no call
                     refused[type(error).__name__] += 1
                 else:
@@ -81,7 +81,7 @@ class TestVirtualTime:
                 elif dice < 0.004:
                     pacer.pause(chance.uniform(1, 90))
                 elif dice < 0.014:
-                    await pacer.correct(chance.randrange(8))
+                    await pacer.sync_remaining(chance.randrange(8))
                 elif crowd and dice < 0.1:
                     chance.choice(list(crowd)).cancel()
             await asyncio.gather(*crowd, return_exceptions=True)
@@ -132,7 +132,7 @@ def _modest_waits(gap: float, *, noisy: bool) -> tuple[float, float]:
         async def ask(name: str, note: list[float]) -> None:
             began = now()
             try:
-                slot = await pacer.turn(Priority.FIRST, name)
+                slot = await pacer.acquire(Priority.FIRST, name)
             except BudgetExhausted:
                 note.append(math.inf)
             else:
@@ -170,7 +170,7 @@ def _grants_beside_a_noisy_one(gap: float) -> list[tuple[str, int, float]]:
         async def ask(name: str) -> None:
             began, joined = now(), len(grants)
             with contextlib.suppress(BudgetExhausted):
-                slot = await pacer.turn(Priority.FIRST, name)
+                slot = await pacer.acquire(Priority.FIRST, name)
                 grants.append((name, joined, now() - began))
                 slot.settle()
 

@@ -429,13 +429,13 @@ class TestThrottling:
         headers = {"X-RateLimit-Remaining": "3"}
         relay.vendor.fail(faults.error(Refusal.UNPROCESSABLE, headers=headers))
         corrected: list[int] = []
-        original = relay.pacer.correct
+        original = relay.pacer.sync_remaining
 
-        async def correct(remaining: int) -> None:
+        async def sync_remaining(remaining: int) -> None:
             await original(remaining)
             corrected.append(remaining)
 
-        relay.pacer.correct = correct  # type: ignore[method-assign]
+        relay.pacer.sync_remaining = sync_remaining  # type: ignore[method-assign]
         await relay.failure()
         assert corrected == [3]
         assert relay.pacer.remaining <= 3

@@ -24,10 +24,11 @@ from relaying import (
 from broker.errors import BrokerError, UpstreamTimeout, UpstreamUnavailable
 from broker.model import Outcome, TokenRequest
 from broker.pacing.slots import Budget
-from broker.rules.reuse import MAX_LIFETIME, SECOND
+from broker.rules.reuse import MAX_LIFETIME
 from broker.testing import FakeVendor, Refusal
 from broker.testing.vendor import faults
 from broker.testing.vendor.mint import visitor_mark
+from broker.units import SECOND
 
 HOUR = 3600
 
@@ -428,7 +429,9 @@ class TestLifetimes:
         """The renewal hangs; a hundred requests are answered while it does, with the old token."""
         fingerprint = visitor()
         first = await relay.ask(fingerprint)
-        await until(lambda: relay.pacer.plenty, "half a burst")  # the first answer takes some back
+        await until(
+            lambda: relay.pacer.has_headroom, "half a burst"
+        )  # the first answer takes some back
         relay.clock.advance(HOUR - 6 * 60)
         with relay.vendor.fail(faults.hang()):
             for _ in range(100):

@@ -26,11 +26,11 @@ from relaying import (
 from broker.model import Secret
 from broker.pacing.slots import Budget
 from broker.rules.breaker import KEY_PAUSE
-from broker.rules.reuse import SECOND
 from broker.testing import FakeClock, FakeVendor, Refusal, VendorSettings
 from broker.testing.vendor import faults
 from broker.testing.vendor.journal import Call
 from broker.testing.vendor.settings import Allowance
+from broker.units import SECOND
 
 SHIPPED = Budget(rate=106, per=60, burst=8, max_wait=8)
 

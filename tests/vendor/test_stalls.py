@@ -341,7 +341,7 @@ async def test_N13_who_is_refused_in_a_stall_is_told_why() -> None:
         error = await relay.failure()
         assert isinstance(error, BudgetExhausted)
         assert str(error) == "the vendor does not answer: calls that are out use up the budget"
-        relay.pacer.hold(60)
+        relay.pacer.pause_for(60)
         assert str(await relay.failure()) == "the vendor's budget is used up"
 
 

@@ -190,15 +190,15 @@ class TestEnding:
         """503 while the store is away; the session is still found, and then it is over."""
         minted = await edge.ask()
         path = f"{PATH}/{minted.session}"
-        end_visitor = edge.app.parts.store.end_visitor
+        revoke_visitor = edge.app.parts.store.revoke_visitor
 
         async def away(*_: object) -> None:
             raise ServiceUnavailable("the shared store is away", 1_000_000)
 
-        edge.app.parts.store.end_visitor = away  # type: ignore[method-assign]
+        edge.app.parts.store.revoke_visitor = away  # type: ignore[method-assign]
         assert (await look(edge, path, "DELETE")).status == 503
         assert not await good(edge, minted.token)
-        edge.app.parts.store.end_visitor = end_visitor  # type: ignore[method-assign]
+        edge.app.parts.store.revoke_visitor = revoke_visitor  # type: ignore[method-assign]
         assert (await look(edge, path, "DELETE")).json == {"ended": 1}
         assert (await look(edge, path, "DELETE")).status == 404
         (event,) = edge.events("broker.session_ended")
@@ -215,23 +215,23 @@ class TestEnding:
             fingerprint = visitor()
             made = [await edge.ask(fingerprint, agent=agent) for agent in ("A1", "A2", "A3")]
             path = f"{PATH}/{made[1].session}"
-            end_visitor, calls = edge.app.parts.store.end_visitor, 0
+            revoke_visitor, calls = edge.app.parts.store.revoke_visitor, 0
 
-            async def away(*who: str, at: int = broken_at, end: Any = end_visitor) -> None:
+            async def away(*who: str, at: int = broken_at, end: Any = revoke_visitor) -> None:
                 nonlocal calls
                 calls += 1
                 if calls == at:
                     raise ServiceUnavailable("the shared store is away", 1_000_000)
                 await end(*who)
 
-            edge.app.parts.store.end_visitor = away  # type: ignore[method-assign]
+            edge.app.parts.store.revoke_visitor = away  # type: ignore[method-assign]
             refused = await look(edge, path, "DELETE", scope="visitor")
             assert (refused.status, calls) == (503, broken_at)
             again = await look(edge, path, "DELETE", scope="visitor")
             assert again.json == {"ended": 3 - (broken_at - 1)}
             assert (await look(edge, fingerprint=fingerprint)).json["sessions"] == []
             assert [await good(edge, each.token) for each in made] == [False] * 3
-            edge.app.parts.store.end_visitor = end_visitor  # type: ignore[method-assign]
+            edge.app.parts.store.revoke_visitor = revoke_visitor  # type: ignore[method-assign]
 
     async def test_one_session_of_a_visitor_or_all_of_them(self, edge: Edge) -> None:
         """`scope=visitor` ends what the visitor has with other agents, too; nobody else's."""

@@ -26,9 +26,10 @@ from edge import (
 from processes import until
 
 from broker import errors
-from broker.issue import IssuedToken, Refusal
+from broker.issue import IssuedToken
 from broker.issuers.base import Turn
 from broker.model import AGENT_RULE, Minted, Outcome, TokenRequest
+from broker.stores.base import Rejection
 
 MINT_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]+")
 
@@ -543,7 +544,7 @@ class TestWhatIsBehindFails:
         async with serving({"server": {"deadline": "12s"}}) as edge:
             issue = edge.app.parts.token_service.issue
 
-            async def recorded(ask: TokenRequest, patience: float) -> IssuedToken | Refusal:
+            async def recorded(ask: TokenRequest, patience: float) -> IssuedToken | Rejection:
                 given.append(patience)
                 return await issue(ask, patience)
 

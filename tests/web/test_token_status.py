@@ -234,11 +234,11 @@ class TestRevocation:
         fingerprint = visitor()
         first = await edge.ask(fingerprint)
         second = await edge.ask(fingerprint, agent="B2")
-        end_visitor = edge.app.parts.store.end_visitor
-        edge.app.parts.store.end_visitor = away  # type: ignore[method-assign]
+        revoke_visitor = edge.app.parts.store.revoke_visitor
+        edge.app.parts.store.revoke_visitor = away  # type: ignore[method-assign]
         refused = await revoke(edge, first.token)
         assert (refused.status, await verified(edge, first.token)) == (503, 401)
-        edge.app.parts.store.end_visitor = end_visitor  # type: ignore[method-assign]
+        edge.app.parts.store.revoke_visitor = revoke_visitor  # type: ignore[method-assign]
         assert (await revoke(edge, first.token)).status == 200
         assert (await edge.ask(fingerprint)).session != first.session
         assert (await edge.ask(fingerprint, agent="B2")).session != second.session

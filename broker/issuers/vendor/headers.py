@@ -17,7 +17,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from broker.rules.reuse import SECOND
+from broker.units import SECOND
 
 SHORTEST_RETRY, LONGEST_RETRY = SECOND, 300 * SECOND
 """Microseconds: `Retry-After` is cut to 1 s - 5 min.  Shorter would be a hot loop, and one

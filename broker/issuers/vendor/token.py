@@ -18,7 +18,8 @@ from typing import TypeGuard
 
 import msgspec
 
-from broker.rules.reuse import DEFAULT_LIFETIME, SECOND, lifetime_of
+from broker.rules.reuse import DEFAULT_LIFETIME, lifetime_of
+from broker.units import NO_DATE, SECOND
 
 MAX_TOKEN = 8192
 """Characters.  Today's tokens have about 500; more than this fits into no iframe's URL."""
@@ -28,9 +29,6 @@ MAX_SESSION = 128
 
 _DATES = range(1, 253_402_300_800)
 """Unix seconds up to the end of year 9999: what callers' date types can hold."""
-
-_NONSENSE = 10**12
-"""Seconds since 1970 from which a number in a token is not a date; as in `rules.reuse`."""
 
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 """The `b64token` of RFC 6750 section 2.1; a JWT is one, and it needs no quoting anywhere."""
@@ -102,4 +100,4 @@ def _number(value: object) -> int | float | None:
     """Return a claim that can be a NumericDate; None for strings, booleans, absurd numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if abs(value) < _NONSENSE else None
+    return value if abs(value) < NO_DATE else None

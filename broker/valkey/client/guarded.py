@@ -17,9 +17,9 @@ from typing_extensions import override
 
 from broker.model import Clock
 from broker.rules.breaker import Outcome, Permit, Phase, StoreBreaker
-from broker.rules.reuse import SECOND
 from broker.tasks import TaskSet
 from broker.telemetry.cells import Counter
+from broker.units import SECOND
 from broker.valkey.client.errors import Reason, StoreFailed
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script

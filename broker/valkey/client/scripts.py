@@ -30,7 +30,7 @@ class Script(Enum):
     RENEW = "renew"
     KEEP = "keep"
     ABANDON = "abandon"
-    FINISH = "finish"
+    REVOKE = "revoke"
     HEARTBEAT = "heartbeat"
     BUDGET = "budget"
     HOLD = "hold"

@@ -123,7 +123,7 @@ LEAD = _script(
 KEEP = _script("keep", (bytes,), tail=(bytes,))
 ABANDON = _script("abandon", (), tail=(bytes,))
 RENEW = _script("renew", kinds=(int,))
-FINISH = _script("finish", kinds=(bytes,))
+REVOKE = _script("revoke", kinds=(bytes,))
 HEARTBEAT = _script("heartbeat", (int,), (int, int, int, bytes, int), tail=(bytes, int))
 BUDGET = _script("budget", (int, int, int, int, bytes, int, int, int), tail=(int,))
 HOLD = _script("hold", kinds=(int,))
