@@ -127,9 +127,9 @@ async def test_N10_a_loop_that_stands_is_seen(
         "        TRAP.unlink()\n"
         f"        exec({stands!r})\n"
         "if 'broker.process.worker' in open('/proc/self/cmdline').read():\n"
-        "    from broker.app.app import App\n"
-        "    tidy = App._tidy\n"
-        "    App._tidy = lambda self: (tidy(self), stand())\n"
+        "    from broker.app.housekeeping import Housekeeping\n"
+        "    do_round = Housekeeping.do_round\n"
+        "    Housekeeping.do_round = lambda self: (do_round(self), stand())\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hook"))
     with Crew.on(tmp_path, tree) as crew:

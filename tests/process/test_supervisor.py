@@ -127,6 +127,10 @@ class Reader:
         self._stopped = threading.Event()
         self.in_force = 0
 
+    @property
+    def reloader(self) -> "Reader":
+        return self
+
     def prepared(self, _settings: Settings) -> Callable[[], None]:
         """Wait for files as a mounted file system does."""
         self._stopped.wait()
