@@ -68,7 +68,7 @@ class SharedSlots(SlotSource):
         self._budget = budget
         self._script = BudgetScript(budget, server, names, fleet.time, replica)
         self._fleet = fleet
-        self._told_of_pause: Callable[[float], None] = _nobody
+        self._told_of_pause: Callable[[float], None] = lambda _seconds: None
         self._share = BudgetShare(budget, fleet, closed=closed)
         self._failed = False
         self._returned = True
@@ -398,7 +398,3 @@ class SharedSlots(SlotSource):
     @override
     def __repr__(self) -> str:
         return f"SharedSlots(remaining={self.remaining}, out={self._out}, {self._share!r})"
-
-
-def _nobody(_seconds: float) -> None:
-    """Stands for whoever would be told of a pause."""
