@@ -162,7 +162,7 @@ class Member:
         self.cut_off = False
         address = StoreAddress(hosts=(("nowhere.invalid", 1),))
         self.server = StoreClient(
-            nodes_at(address, Access(), 1.0), FakeClock(), StoreMetrics(MetricLayout())
+            nodes_at(address, Access(), 1.0), FakeClock(), StoreMetrics(MetricLayout(), shown=True)
         )
         self.server.run = self._run  # type: ignore[method-assign]  # no sockets in virtual time
         names = Names(bytes(32), "a vendor")

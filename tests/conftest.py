@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 from servers import (
     StoreCluster,
     StoreServer,
@@ -11,6 +12,9 @@ from servers import (
     store_server,
     valkey_binary,
 )
+
+settings.register_profile("broker", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("broker")  # what is slow on a busy machine is no defect
 
 
 @pytest.fixture(scope="session")

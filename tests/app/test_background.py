@@ -131,11 +131,11 @@ async def test_N2_a_task_that_is_killed_comes_back(
 
 SUPERVISED: dict[BackgroundTask, str] = {
     BackgroundTask.HOUSEKEEPING: "_publish",
-    BackgroundTask.WORKER_WATCH: "_look_at",
+    BackgroundTask.WORKER_WATCH: "look",
     BackgroundTask.RELOADS: "rolling_reload",
     BackgroundTask.WORKERS: "_note_met",
 }
-"""In which method of the supervisor each of its tasks is hit."""
+"""In which method of the supervisor, or of its watch, each of its tasks is hit."""
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -145,7 +145,8 @@ async def test_N2_the_supervisor_goes_on(
 ) -> None:
     """Workers are replaced and watched, reloads are heard, whatever happened before."""
     async with supervised(crew_of(tmp_path, 1)) as supervisor:
-        bomb = Bomb(supervisor, SUPERVISED[name], failure)
+        hit = supervisor._watch if name is BackgroundTask.WORKER_WATCH else supervisor
+        bomb = Bomb(hit, SUPERVISED[name], failure)
         if name is BackgroundTask.WORKERS:
             first = supervisor._children[1]
             first.kill()

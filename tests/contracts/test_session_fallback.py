@@ -90,7 +90,7 @@ async def opened_on(
     """Open a replica's book."""
     clock = SystemClock()
     server = StoreClient(
-        nodes_at(on.address, on.access, PATIENT), clock, StoreMetrics(MetricLayout())
+        nodes_at(on.address, on.access, PATIENT), clock, StoreMetrics(MetricLayout(), shown=True)
     )
     await server.nodes.open()
     names = Names(derive(key, "key names"), "test")

@@ -23,7 +23,7 @@ async def test_G9_an_ended_visitor_is_given_nothing_of_before(
         fingerprint, stranger = visitor(), visitor()
         before = [(await replica.ask(fingerprint)).token for replica in fleet]
         strangers = [(await replica.ask(stranger)).token for replica in fleet]
-        await ender.store.revoke_visitor("web", fingerprint)
+        await ender.parts.store.revoke_visitor("web", fingerprint)
         after = [(await replica.ask(fingerprint)).token for replica in fleet]
         assert len(set(before)) == len(set(after)) == 1
         assert set(before).isdisjoint(after)
@@ -37,7 +37,7 @@ async def test_G9_an_ended_visitor_is_given_nothing_of_before(
             assert slow.met == 1
             waiting = asyncio.create_task(fleet[1].ask(newcomer))
             await asyncio.sleep(0.3)
-            await ender.store.revoke_visitor("web", newcomer)
+            await ender.parts.store.revoke_visitor("web", newcomer)
             refused, waited = await minting, await waiting
         assert refused.status == 503, "its token was minted before the end"
         assert int(refused.headers["Retry-After"]) >= 1
@@ -54,4 +54,4 @@ async def test_G9_an_end_that_the_store_cannot_take_is_refused(
     """It must hold for every replica, or it is not said to have happened."""
     async with replica_here(tree_for(tmp_path, f"unix://{tmp_path}/nobody")) as ender:
         with pytest.raises(ServiceUnavailable):
-            await ender.store.revoke_visitor("web", visitor())
+            await ender.parts.store.revoke_visitor("web", visitor())

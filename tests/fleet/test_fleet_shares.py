@@ -32,7 +32,9 @@ class Crew:
 
     def __init__(self, store: StoreServer) -> None:
         self.server = StoreClient(
-            nodes_at(store.address, Access(), 0.25), FakeClock(), StoreMetrics(MetricLayout())
+            nodes_at(store.address, Access(), 0.25),
+            FakeClock(),
+            StoreMetrics(MetricLayout(), shown=True),
         )
         self.names = Names(bytes(32), "a vendor")
         self.beating: list[Fleet] = []

@@ -73,8 +73,8 @@ async def test_S1_records_of_an_outage_are_written_when_it_is_over(
             return await missing(other, made) == 0
 
         await until(is_known, "the other replica to know all of them")
-        assert await other.sessions.end(made[0].session_id, visitor=False) == 1
-        assert await one.book.find(made[0].session_id) is None
+        assert await other.parts.introspector.end(made[0].session_id, visitor=False) == 1
+        assert await one.parts.session_store.find(made[0].session_id) is None
 
 
 async def test_S1_records_of_an_outage_are_written_on_drain(

@@ -138,7 +138,7 @@ class Site:
             [Secret("vendor-key-of-a-simulation")],
             self.pacer,
             clock,
-            UpstreamMetrics(MetricLayout()),
+            UpstreamMetrics(MetricLayout(), shown=True),
             chance.random,
         )
         tokens = TokenCache(

@@ -332,7 +332,7 @@ def test_a_histogram_counts_as_prometheus_does(values: list[float]) -> None:
     """A value on a bound belongs to that bucket; buckets are cumulative and end in all."""
     sheet = MetricLayout()
     histogram = sheet.histograms("h", "", REQUEST_BUCKETS)[()]
-    sheet.count("c", "")
+    sheet.count("c", "", of="h")
     for value in values:
         histogram.observe(value)
     registry = exposition.registry(sheet.families, SharedCells([sheet.cells]), lambda: None)

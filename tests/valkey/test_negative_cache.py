@@ -102,7 +102,7 @@ async def test_V3_an_issuers_refusals_are_of_its_keys() -> None:
         [one],
         BudgetPacer(Budget(rate=60, per=60, burst=1, max_wait=1), lambda _seconds: None),
         clock,
-        UpstreamMetrics(MetricLayout()),
+        UpstreamMetrics(MetricLayout(), shown=True),
         refusals=Accounts(clock),
     )
     issuer.use_keys([one])

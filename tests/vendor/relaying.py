@@ -102,7 +102,7 @@ class Relay:
         self.vendor = vendor
         self._owing = owing
         self.clock = clock
-        self.upstream = UpstreamMetrics(MetricLayout())
+        self.upstream = UpstreamMetrics(MetricLayout(), shown=True)
         self.metrics = MintMetrics(MetricLayout(), "upstream")
         self.waits: list[float] = []
         self.pacer = BudgetPacer(budget, self.waits.append)
