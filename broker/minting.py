@@ -134,6 +134,9 @@ class Minter:
                 self._require_floor(token)
                 self.backoff.forget(mint.key)
                 session = await self._record(mint.request, minted, token, turn.wall)
+                if session is None:
+                    await self._store.release(mint.request, mint.key, lease)
+                    return token
             await self._keep(mint, token, lease, session)
         except BaseException as error:
             turn.settle()
@@ -158,8 +161,13 @@ class Minter:
 
     async def _record(
         self, request: TokenRequest, minted: Minted, token: EmbedToken, began: int
-    ) -> Session:
-        """Write the session down before its token is cached: what is handed out can be revoked."""
+    ) -> Session | None:
+        """Write the session down before its token is cached: what is handed out can be revoked.
+
+        None for one that is another visitor's (a vendor, or a cache before it, that repeats
+        itself): then the token is for this flight only, because to revoke it for the other one
+        must end it here, too, and no cache knows of that.
+        """
         if not self._issuer.proves and await self._sessions.ended(minted.session_id):
             raise errors.SessionEnded  # the vendor gave one again; what is signed here is new
         session = Session(
@@ -172,7 +180,12 @@ class Minter:
             expires=token.dies_wall // SECOND,
             digest=b"" if self._issuer.proves else digest_of(minted.token),
         )
-        await self._sessions.record(session)
+        try:
+            await self._sessions.record(session)
+        except errors.SessionTaken:
+            if self.renewal_log.first("session taken", self._clock.mono()):
+                log.warning("broker.session_repeated", client=request.client)
+            return None
         return session
 
     def _same_again(self, key: str, cached: EmbedToken, lease: Lease) -> EmbedToken:
