@@ -191,11 +191,18 @@ class Till:
         return reply
 
 
+@pytest.fixture(params=["valkey", "redis7"])
+def engine(request: pytest.FixtureRequest) -> StoreServer:
+    """Each engine: they write the numbers of scripts in ways of their own."""
+    server: StoreServer = request.getfixturevalue(request.param)
+    server.flush()
+    return server
+
+
 @pytest.fixture
-def till(valkey: StoreServer) -> Iterator[Till]:
+def till(engine: StoreServer) -> Iterator[Till]:
     """An absent budget."""
-    valkey.flush()
-    with Talk(valkey) as talk:
+    with Talk(engine) as talk:
         yield Till(talk)
 
 
@@ -712,17 +719,16 @@ def test_S6_the_script_and_its_twin_in_python_decide_the_same(till: Till) -> Non
 
 
 @pytest.fixture
-async def pair(valkey: StoreServer) -> AsyncIterator[tuple[SharedSlots, SharedSlots]]:
+async def pair(engine: StoreServer) -> AsyncIterator[tuple[SharedSlots, SharedSlots]]:
     """Two replicas on a budget that is quick, so that real time is short."""
-    valkey.flush()
     quick = Budget(rate=100, per=1, burst=4, max_wait=5)
-    one, other = (Replica(valkey.address, limits_of()) for _ in range(2))
+    one, other = (Replica(engine.address, limits_of()) for _ in range(2))
     async with opened(one, beside=True), opened(other, beside=True):
         slots = one.slots(quick), other.slots(quick)
         for each in slots:
             await each.start()
-        await eventually(lambda: len(valkey.ask("PUBSUB", "CHANNELS", "etb:*news")) == 1)
-        await eventually(lambda: valkey.ask("PUBSUB", "NUMSUB", one.names.channel)[1] == 2)
+        await eventually(lambda: len(engine.ask("PUBSUB", "CHANNELS", "etb:*news")) == 1)
+        await eventually(lambda: engine.ask("PUBSUB", "NUMSUB", one.names.channel)[1] == 2)
         yield slots
         for each in slots:
             await each.close()

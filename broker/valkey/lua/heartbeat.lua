@@ -83,7 +83,7 @@ if fixed > 0 then
   parts = holders < fixed and fixed or 0
   withheld = math.min(silent, math.max(fixed - alive, 0)) / fixed
 end
-withheld = math.min(math.ceil(withheld * 1000000 - 0.001), 1000000)
+withheld = math.min(math.ceil(withheld * 1000000 - 0.001), 1000000) + 0 -- nothing is -0 else
 local seen = now -- or when it was sent: one that a server kept for a while is old
 if not is_newcomer then
   seen = math.min(now, tonumber(ARGV[8]))
@@ -93,6 +93,6 @@ if ARGV[9] == '1' then
 end
 redis.call('HSET', KEYS[1], me, table.concat({text(seen), drawn, text(parts), text(clock)}, ' '))
 redis.call('PEXPIRE', KEYS[1], px(forgotten))
-redis.call('HSET', KEYS[2], 'withheld', withheld)
+redis.call('HSET', KEYS[2], 'withheld', text(withheld))
 redis.call('PEXPIRE', KEYS[2], px(forgotten))
 return {1, parts, withheld, era, now, unpack(reply)}

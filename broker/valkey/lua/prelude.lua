@@ -8,8 +8,9 @@ local function now_us()
   return time[1] * 1000000 + time[2]
 end
 
+-- A number as `stored` reads it: without an exponent, and without the sign that a zero may have.
 local function text(number)
-  return string.format('%.0f', number)
+  return string.format('%.0f', number + 0)
 end
 
 -- Milliseconds for PX, rounded up: a key must not be gone before what it says is over, and 0 would
