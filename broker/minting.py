@@ -126,7 +126,7 @@ class Minter:
         try:
             minted = await self._timed(self._issuer.mint(mint.request, turn), turn)
             turn.settle()
-            session = None
+            session, is_their_own = None, True
             if mint.cached is not None and minted.token == token_in(mint.cached.body):
                 token = self._same_again(mint.key, mint.cached, lease)
             else:
@@ -134,10 +134,8 @@ class Minter:
                 self._require_floor(token)
                 self.backoff.forget(mint.key)
                 session = await self._record(mint.request, minted, token, turn.wall)
-                if session is None:
-                    await self._store.release(mint.request, mint.key, lease)
-                    return token
-            await self._keep(mint, token, lease, session)
+                is_their_own = session is not None
+            await self._keep(mint, token, lease, session, cache=is_their_own)
         except BaseException as error:
             turn.settle()
             modest = mint.priority is Priority.AHEAD and isinstance(error, errors.BudgetExhausted)
@@ -147,10 +145,10 @@ class Minter:
         return token
 
     async def _keep(
-        self, mint: Mint, token: EmbedToken, lease: Lease, session: Session | None
+        self, mint: Mint, token: EmbedToken, lease: Lease, session: Session | None, *, cache: bool
     ) -> None:
-        """Cache the token, if tokens are reused; raises SessionEnded if its visitor was revoked."""
-        if self._policy.enabled:
+        """Cache it, if tokens are reused and it may be; raises SessionEnded for who was revoked."""
+        if self._policy.enabled and cache:
             lives = await self._store.keep(mint.request, mint.key, token, lease) is not Kept.ENDED
         else:
             lives = await self._store.release(mint.request, mint.key, lease)

@@ -119,3 +119,26 @@ async def test_G8_G9_an_answer_that_is_another_visitor_s_is_cached_for_nobody_el
             assert await admin.end(session.session_id, visitor=False) == 1
             for each in (mine, theirs):
                 assert isinstance(await relay.failure(each), SessionEnded)
+
+
+async def test_G9_who_is_revoked_while_a_repeated_session_is_minted_gets_none() -> None:
+    """Not cached, and not handed out either: the revocation came first."""
+    first: dict[str, object] = {}
+    revoked: list[asyncio.Task[None]] = []
+
+    async with relaying() as relay:
+        mine, theirs = visitor(), visitor()
+
+        def repeat(answer: Answer) -> Answer:
+            said = msgspec.json.decode(answer.body)
+            if first:
+                revoking = relay.store.revoke_visitor("web", theirs)
+                revoked.append(asyncio.ensure_future(revoking))
+            first.setdefault("sid", said["data"]["sid"])
+            said["data"] |= first
+            return json_answer(said)
+
+        relay.vendor.fail(Fault(name="repeats", edit=repeat))
+        await relay.ask(mine)
+        assert isinstance(await relay.failure(theirs), SessionEnded)
+        await asyncio.gather(*revoked)
