@@ -227,6 +227,30 @@ def _event(line: str) -> dict[str, Any]:
     return {"event": next((w for w in words if w.startswith("broker.")), ""), **fields}
 
 
+def read_of(pid: int, name: str) -> str:
+    """Return what the kernel tells of a process, e.g. `stat`; nothing where it has just ended."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def is_alive(pid: int) -> bool:
+    """Whether this process exists, and has not ended."""
+    state = read_of(pid, "stat").rpartition(")")[2].split()[:1]
+    return bool(state) and state[0] not in "ZX"
+
+
+def children_of(pid: int) -> set[int]:
+    """Return the processes that this one has started, by whichever of its threads."""
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+    except (FileNotFoundError, ProcessLookupError):
+        return set()
+    told = [read_of(pid, f"task/{thread.name}/children") for thread in threads]
+    return {int(child) for child in " ".join(told).split()}
+
+
 def wait_for(look: Callable[[], T], explain: Callable[[], str] = str) -> T:
     """Poll until `look` returns something; for processes, whose time is not ours."""
     ends = time.monotonic() + PATIENCE

@@ -7,10 +7,18 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import Caller, Tree, good, merged, until, until_true
+from processes import (
+    Caller,
+    Tree,
+    good,
+    is_alive,
+    merged,
+    until,
+    until_true,
+)
 from test_serve import client_secret
 from test_supervisor import crew_of, supervised
-from test_workers import WORKERS, Crew, ask_all, is_alive
+from test_workers import WORKERS, Crew, ask_all
 
 from broker.app.reload import UNREADABLE
 from broker.process import supervisor as supervisor_module

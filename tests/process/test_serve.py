@@ -30,6 +30,7 @@ from processes import (
     good,
     merged,
     put,
+    read_of,
     run,
     secret_file,
     secret_in,
@@ -728,8 +729,7 @@ class TestUnixSocket:
 
 def command_line(number: int) -> str:
     """Return what every user of the machine sees of a process."""
-    line = Path(f"/proc/{number}/cmdline")
-    return line.read_text(encoding="utf-8") if line.exists() else ""
+    return read_of(number, "cmdline")
 
 
 async def test_G7_process_list_shows_no_secret(tmp_path: Path, tree: Tree) -> None:

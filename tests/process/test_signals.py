@@ -10,8 +10,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from processes import PATIENCE, Broker, Tree, environment, good, merged, put, toml, wait_for, write
-from test_workers import Crew, is_alive
+from processes import (
+    PATIENCE,
+    Broker,
+    Tree,
+    children_of,
+    environment,
+    good,
+    is_alive,
+    merged,
+    put,
+    read_of,
+    toml,
+    wait_for,
+    write,
+)
+from test_workers import Crew
 
 MOMENTS = 40
 SPREAD = 1.6
@@ -40,18 +54,18 @@ def started(*command: str) -> Iterator[subprocess.Popen[bytes]]:
 
 def first_child(pid: int) -> int:
     """Return the process that this one has started, once it has."""
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    return int(wait_for(lambda: children.read_text().split() or None)[0])
+    (child,) = wait_for(lambda: children_of(pid))
+    return child
 
 
 def has_begun(pid: int) -> bool:
     """Whether a process has replaced `unshare` and runs Python."""
-    return b"python" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
+    return "python" in read_of(pid, "cmdline").split("\0")[0]
 
 
 def code_of_first_lines(pid: int) -> bool:
     """Whether a process catches SIGTERM: bit 14 of the mask that the kernel shows."""
-    status = Path(f"/proc/{pid}/status").read_text()
+    status = read_of(pid, "status")
     caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
     return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
 
@@ -151,8 +165,7 @@ def test_N9_sigterm_ends_workers_at_any_moment_of_the_start(tmp_path: Path) -> N
     for number in range(MOMENTS // 4):
         with started(sys.executable, *Crew.program, path) as process:
             time.sleep(2 * SPREAD * number / (MOMENTS // 4))
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-            pids = [int(pid) for pid in children.read_text().split()]
+            pids = children_of(process.pid)
             process.send_signal(signal.SIGTERM)
             codes.append(process.wait(PATIENCE))
             wait_for(lambda pids=pids: not any(map(is_alive, pids)))

@@ -24,8 +24,10 @@ from processes import (
     Caller,
     Tree,
     good,
+    is_alive,
     merged,
     put,
+    read_of,
     run,
     secret_file,
     secret_in,
@@ -84,12 +86,6 @@ def tree(tmp_path: Path) -> Tree:
     roomy = {"rate": 1_000_000, "burst": 1_000_000}
     kinds = ("fingerprint", "fingerprint_mints", "agent")
     return merged(good(tmp_path), {f"limits.{kind}": roomy for kind in kinds})
-
-
-def is_alive(pid: int) -> bool:
-    """Whether this process exists, and has not ended."""
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
 
 
 async def requests_in(caller: Caller) -> float:
@@ -477,7 +473,7 @@ class TestSharing:
 
 def environment_of(pid: int) -> str:
     """What a process was given as its environment."""
-    return Path(f"/proc/{pid}/environ").read_text(encoding="utf-8", errors="replace")
+    return read_of(pid, "environ")
 
 
 class TestStart:

@@ -26,8 +26,10 @@ from processes import (
     AGENT,
     PATIENCE,
     Tree,
+    children_of,
     environment,
     good,
+    is_alive,
     merged,
     put,
     secret_in,
@@ -138,10 +140,7 @@ class Deaf:
 
     def children(self) -> set[int]:
         """Process ids of the workers."""
-        told = [
-            task.read_text() for task in Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        ]
-        return {int(pid) for pid in " ".join(told).split()}
+        return children_of(self.process.pid)
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         self.process.send_signal(number)
@@ -324,16 +323,7 @@ class TestEveryProcess:
                 wait_for(lambda: broker.call("/readyz", admin=True)[0] == 503)
                 time.sleep(1.1)  # a second signal within a second may be the first one, repeated
                 assert broker.end() == 128 + signal.SIGTERM
-                wait_for(lambda: not any(map(runs, children)))
-
-
-def runs(pid: int) -> bool:
-    """Whether a process exists, and has not ended."""
-    stat = Path(f"/proc/{pid}/stat")
-    try:
-        return stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+                wait_for(lambda: not any(map(is_alive, children)))
 
 
 class TestWhatIsLost:
