@@ -10,8 +10,6 @@ import time
 from collections import Counter
 from collections.abc import (
     AsyncIterator,
-    Awaitable,
-    Callable,
     Iterable,
     Iterator,
     Mapping,
@@ -21,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import aiohttp
 from msgspec import Struct
@@ -32,8 +30,6 @@ from servers import AnyServer, StoreServer, free_port
 from broker.app.app import App
 from broker.config import load as config
 from broker.testing import FakeVendor, VendorSettings
-
-T = TypeVar("T")
 
 AGENT = "A78WKV4515"
 TOKEN_PATH = "/v1/embed-tokens/request"
@@ -101,6 +97,12 @@ class Reply(Struct):
         return self.headers["Cache-Status"] == "embed-token-broker; hit"
 
 
+class Patient(Broker):
+    """A broker that waits for the store, however busy the machine is."""
+
+    program = (str(Path(__file__).with_name("patient_broker.py")), "serve")
+
+
 class Replica:
     """A broker process, and a backend that asks it."""
 
@@ -153,20 +155,28 @@ class Replica:
             assert "Traceback" not in broker.log(), broker.log()
 
 
-async def start(folder: Path, tree: Tree, prefix: Sequence[str] = (), **variables: str) -> Replica:
+async def start(
+    folder: Path,
+    tree: Tree,
+    prefix: Sequence[str] = (),
+    kind: type[Broker] = Broker,
+    **variables: str,
+) -> Replica:
     """Start one replica in a folder of its own, while the test's loop goes on."""
     own = folder / secrets.token_hex(4)
     own.mkdir()
     secret = secret_in(tree["clients"]["web"]["secret_file"])
-    broker = await asyncio.to_thread(Broker.configured, own, tree, prefix, **variables)
+    broker = await asyncio.to_thread(kind.configured, own, tree, prefix, **variables)
     return Replica(broker, secret)
 
 
 @asynccontextmanager
-async def replicas(folder: Path, tree: Tree, count: int = 2) -> AsyncIterator[list[Replica]]:
+async def replicas(
+    folder: Path, tree: Tree, count: int = 2, kind: type[Broker] = Broker
+) -> AsyncIterator[list[Replica]]:
     """Run replicas on the same settings, each on ports of its own."""
     async with AsyncExitStack() as stack:
-        started = await asyncio.gather(*(start(folder, tree) for _ in range(count)))
+        started = await asyncio.gather(*(start(folder, tree, kind=kind) for _ in range(count)))
         for replica in started:
             stack.push_async_callback(replica.close)
         await joined(started)
@@ -174,10 +184,10 @@ async def replicas(folder: Path, tree: Tree, count: int = 2) -> AsyncIterator[li
 
 
 @contextmanager
-def pair(folder: Path, tree: Tree) -> Iterator[list[Broker]]:
+def pair(folder: Path, tree: Tree, kind: type[Broker] = Broker) -> Iterator[list[Broker]]:
     """Run two replicas for several tests; each test asks them with sessions of its own loop."""
     with ThreadPoolExecutor(2) as pool:
-        started = list(pool.map(partial(_configured, folder, tree), range(2)))
+        started = list(pool.map(partial(_configured, folder, tree, kind), range(2)))
     with started[0], started[1]:
         yield started
         for broker in started:
@@ -185,10 +195,10 @@ def pair(folder: Path, tree: Tree) -> Iterator[list[Broker]]:
             assert code == 0, broker.log()
 
 
-def _configured(folder: Path, tree: Tree, place: int) -> Broker:
+def _configured(folder: Path, tree: Tree, kind: type[Broker], place: int) -> Broker:
     own = folder / str(place)
     own.mkdir()
-    return Broker.configured(own, tree)
+    return kind.configured(own, tree)
 
 
 async def joined(fleet: Iterable[Replica]) -> None:
@@ -210,21 +220,12 @@ async def store_errors(fleet: Iterable[Replica]) -> float:
     return sum([await replica.metric(sample) for replica in fleet for sample in samples])
 
 
-async def undisturbed(
-    fleet: Sequence[Replica], attempt: Callable[[], Awaitable[T]], tries: int = 4
-) -> T:
-    """Return what an attempt found in which every call to the store was answered in time.
-
-    A call has 50 ms; where other tests take the machine for longer, a replica goes on alone, as it
-    should, and the attempt tells nothing about two replicas that share.
-    """
-    for _ in range(tries):
-        before = await store_errors(fleet)
-        found = await attempt()
-        if await store_errors(fleet) == before:
-            return found
-        await back(fleet)
-    raise AssertionError(f"the store was too slow {tries} times")
+@asynccontextmanager
+async def undisturbed(fleet: Sequence[Replica]) -> AsyncIterator[None]:
+    """Make sure that the replicas shared: every call to the store was answered."""
+    before = await store_errors(fleet)
+    yield
+    assert await store_errors(fleet) == before
 
 
 def fixed_place(tree: Tree) -> Tree:

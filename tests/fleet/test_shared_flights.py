@@ -14,6 +14,7 @@ from processes import Broker, Tree, merged, secret_in
 from replicas import (
     AGENT,
     UNLIMITED,
+    Patient,
     Replica,
     Reply,
     back,
@@ -55,7 +56,7 @@ def running(
             f"limits.agent.overrides.{TWICE}": {"rate": 1, "per": "1h", "burst": 2},
         },
     )
-    with pair(folder, tree) as brokers:
+    with pair(folder, tree, Patient) as brokers:
         yield brokers, tree
 
 
@@ -117,14 +118,11 @@ class TestLimits:
         self, fleet: list[Replica]
     ) -> None:
         """Exactly `burst` of one visitor's requests pass, whichever replica they meet."""
-
-        async def attempt() -> list[Reply]:
-            fingerprint = visitor()
-            return await asyncio.gather(
+        fingerprint = visitor()
+        async with undisturbed(fleet):
+            replies = await asyncio.gather(
                 *(fleet[turn % 2].ask(fingerprint, FEW) for turn in range(1000))
             )
-
-        replies = await undisturbed(fleet, attempt)
         statuses = Counter(reply.status for reply in replies)
         print(f"1,000 at once on two replicas, burst 50: {dict(statuses)}")
         assert statuses == {200: 50, 429: 950}
@@ -136,20 +134,16 @@ class TestFlights:
         self, fleet: list[Replica], store: StoreServer, vendor: FakeVendor
     ) -> None:
         """One call, one token, one session, one charge of the agent."""
-
-        async def attempt() -> tuple[list[Reply], int, list[int]]:
-            store.ask("DEL", f"etb:{{agent:{TWICE}}}:bucket")
-            before = len(vendor.journal.calls)
-            fingerprint = visitor()
+        store.ask("DEL", f"etb:{{agent:{TWICE}}}:bucket")
+        before = len(vendor.journal.calls)
+        fingerprint = visitor()
+        async with undisturbed(fleet):
             with vendor.fail(faults.slow(1.5)):
                 replies = await asyncio.gather(
                     *(fleet[turn % 2].ask(fingerprint, TWICE) for turn in range(1000))
                 )
             calls = len(vendor.journal.calls) - before
             later = [(await replica.ask(agent=TWICE)).status for replica in fleet]
-            return replies, calls, later
-
-        replies, calls, later = await undisturbed(fleet, attempt)
         assert {reply.status for reply in replies} == {200}
         assert len({(reply.token, reply.session) for reply in replies}) == 1
         assert calls == 1
@@ -317,14 +311,12 @@ class TestNobodyElse:
         vendor.fail(faults.slow(0.3), where=lambda _call: chance.random() < 0.4)
         vendor.fail(faults.truncated(), where=lambda _call: chance.random() < 0.1)
 
-        async def attempt() -> set[tuple[str, str]]:
-            visitors = [visitor() for _ in range(60)]
-            got = await asyncio.gather(
+        visitors = [visitor() for _ in range(60)]
+        async with undisturbed(fleet):
+            answers = await asyncio.gather(
                 *(ask(chance.choice(fleet), chance.choice(visitors)) for _ in range(2000))
             )
-            return {each for each in got if each is not None}
-
-        got = await undisturbed(fleet, attempt)
+        got = {each for each in answers if each is not None}
         print(f"2,000 requests: {dict(statuses)}, {len(got)} tokens")
         assert len(got) == len({key for key, _ in got}) > 100, "one token each, on both replicas"
 

@@ -13,6 +13,7 @@ import pytest
 from processes import merged
 from replicas import (
     Crowd,
+    Patient,
     Replica,
     Reply,
     back,
@@ -52,18 +53,18 @@ class TestReplicas:
         limit = {"rate": RATE, "per": "1s", "burst": BURST}
         tree = merged(tree_for(tmp_path, store), {"limits.fingerprint": limit})
         ahead = faked_time.environment("+5s")
-        fleet = [await start(tmp_path, tree), await start(tmp_path, tree, **ahead)]
+        fleet = [
+            await start(tmp_path, tree, kind=Patient),
+            await start(tmp_path, tree, kind=Patient, **ahead),
+        ]
         try:
             await joined(fleet)
-
-            async def attempt() -> tuple[list[Reply], float]:
-                fingerprint, began, replies = visitor(), time.monotonic(), []
+            async with undisturbed(fleet):
+                fingerprint, began, replies = visitor(), time.monotonic(), list[Reply]()
                 while time.monotonic() - began < 3:
                     replies += await asyncio.gather(*(each.ask(fingerprint) for each in fleet))
                     await asyncio.sleep(0.02)
-                return replies, time.monotonic() - began
-
-            replies, took = await undisturbed(fleet, attempt)
+                took = time.monotonic() - began
             dates = [
                 parsedate_to_datetime(reply.headers["Date"]).timestamp() for reply in replies[:2]
             ]
@@ -178,17 +179,15 @@ class TestStore:
         server, clock = moved
         limit = {"rate": 1, "per": "1h", "burst": BURST}
         tree = merged(tree_for(tmp_path, server), {"limits.fingerprint": limit})
-        async with replicas(tmp_path, tree) as fleet:
-
-            async def attempt() -> list[int]:
-                fingerprint = visitor()
-                admitted = []
-                for offset in ("+0", "+1d", "+0"):
-                    clock.set(offset)
-                    admitted.append(await _admitted(fleet, fingerprint))
-                return admitted
-
-            admitted = await undisturbed(fleet, attempt)
+        async with (
+            replicas(tmp_path, tree, kind=Patient) as fleet,
+            undisturbed(fleet),
+        ):
+            fingerprint = visitor()
+            admitted = []
+            for offset in ("+0", "+1d", "+0"):
+                clock.set(offset)
+                admitted.append(await _admitted(fleet, fingerprint))
         print(f"burst {BURST}: {admitted} admitted before, a day ahead, and back")
         assert admitted == [BURST, BURST, 0]
 
