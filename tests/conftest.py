@@ -1,6 +1,7 @@
 """Servers that several suites use: started when the first test asks, killed at the end."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -12,6 +13,22 @@ from servers import (
     store_server,
     valkey_binary,
 )
+
+ROOMS_THAT_WAIT = ("fleet", "parts", "vendor", "process", "valkey", "web", "telemetry")
+"""Rooms of tests that start processes and wait for them, the slowest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what waits, so that it waits beside everything else and not at the end."""
+    here = Path(__file__).parent
+    last = len(ROOMS_THAT_WAIT)
+
+    def place(item: pytest.Item) -> int:
+        room = item.path.relative_to(here).parts[0]
+        return ROOMS_THAT_WAIT.index(room) if room in ROOMS_THAT_WAIT else last
+
+    items.sort(key=place)
+
 
 settings.register_profile("broker", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("broker")  # what is slow on a busy machine is no defect

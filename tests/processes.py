@@ -25,8 +25,12 @@ Tree = dict[str, Any]
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Return what a broker is given: nothing of this process but where Python finds things."""
-    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    """Return what a broker is given: nothing of this process but where Python finds things.
+
+    And what coverage.py measures, where this process is measured.
+    """
+    names = ("PATH", "PYTHONPATH", "COVERAGE_PROCESS_CONFIG")
+    kept = {name: os.environ[name] for name in names if name in os.environ}
     return {**kept, **variables}
 
 

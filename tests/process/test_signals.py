@@ -27,7 +27,7 @@ from processes import (
 )
 from test_workers import Crew
 
-MOMENTS = 40
+MOMENTS = 24
 SPREAD = 1.6
 """Seconds over which the moments are spread: a start takes less, where nothing else runs."""
 

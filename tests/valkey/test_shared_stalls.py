@@ -160,8 +160,8 @@ async def stopped(processes: Sequence[Process]) -> None:
         await process.stop()
 
 
-STALLS = [(length, False) for length in (1, 5, 30, 90, 320, 620, 930)]
-STALLS += [(length, True) for length in (90, 320, 930)]
+STALLS = [(length, False) for length in (1, 5, 30, 90, 320, 930)]
+STALLS += [(length, True) for length in (90, 930)]
 
 
 @pytest.mark.parametrize("names", ["-", "a", "abc"])
