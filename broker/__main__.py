@@ -20,9 +20,9 @@ def main() -> int:
     """Run one command; returns its exit code."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end if os.getpid() == 1 else signal.SIG_DFL)
-    from broker.cli import main as cli  # noqa: PLC0415 - takes a while, in which signals are to be obeyed
+    from broker.cli import main as run  # noqa: PLC0415 - takes a while, in which signals are to be obeyed
 
-    return cli.main()
+    return run()
 
 
 if __name__ == "__main__":

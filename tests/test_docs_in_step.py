@@ -15,7 +15,7 @@ from msgspec import NODEFAULT, Struct
 from msgspec.structs import FieldInfo, fields
 from processes import environment
 
-from broker.cli import main as cli
+from broker.cli.main import _parser
 from broker.config import load as config
 from broker.config import schema
 from broker.config.settings import Settings
@@ -193,7 +193,7 @@ class TestPages:
 
     def test_have_every_command(self) -> None:
         """As one would type it."""
-        assert absent(set(commands(cli._parser())), TEXT) == []
+        assert absent(set(commands(_parser())), TEXT) == []
 
     def test_name_no_metric_that_is_not_there(self) -> None:
         """A query copied from a page finds something."""
@@ -211,7 +211,7 @@ class TestPages:
             "broker_build_info",
         } <= metric_names()
         assert {"broker serve", "broker config show", "broker keys generate"} <= set(
-            commands(cli._parser())
+            commands(_parser())
         )
         text = "broker_a\n| `broker_b_total` | x |\n| broker_cc |"
         names = {"broker_a", "broker_b_total", "broker_b", "broker_c"}

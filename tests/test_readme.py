@@ -44,8 +44,8 @@ from prometheus_client import Metric
 
 from broker import errors, exit_codes
 from broker.app import factory, missing_secrets
-from broker.cli import main as cli
 from broker.cli import mint
+from broker.cli.main import _parser
 from broker.config import load as config
 from broker.config import schema, settings
 from broker.issuers.vendor.faults import BY_CODE
@@ -95,7 +95,7 @@ def test_every_block_has_a_language_that_is_tested() -> None:
 
 def test_every_broker_command_is_understood() -> None:
     """What the pages tell people to type is accepted as it stands."""
-    parser = cli._parser()
+    parser = _parser()
     seen = [words[1:] for words in commands() if Path(words[0]).name == "broker"]
     assert seen
     for arguments in seen:
@@ -371,7 +371,7 @@ def test_commands_are_those_of_the_command_line() -> None:
         name = " ".join(usage.split(" [")[0].split()[1:])
         name = re.sub(r" (?:AGENT|--).*", "", name)
         documented[name] = {f"--{word[2:]}" for word in words if word.startswith("--")}
-    assert documented == dict(commands_of(cli._parser(), ()))
+    assert documented == dict(commands_of(_parser(), ()))
 
 
 def commands_of(
@@ -497,7 +497,7 @@ def test_what_the_readme_says_at_a_glance_is_in_step() -> None:
         rate, burst = (figure.strip(",") for figure in shown[name])
         assert sentence.format(rate, burst) in glance, name
     named = {name for text in code_in(glance) for name in [text.removeprefix("broker ")]}
-    assert named >= {name for name, _ in commands_of(cli._parser(), ())}
+    assert named >= {name for name, _ in commands_of(_parser(), ())}
 
 
 def test_the_budget_s_arithmetic_is_right() -> None:

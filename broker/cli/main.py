@@ -4,7 +4,6 @@ Builds the parser from the commands, each a file of this folder, and runs one of
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from broker.cli import (
@@ -59,7 +58,3 @@ def _parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         command.add(commands)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

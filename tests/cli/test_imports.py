@@ -28,7 +28,7 @@ from broker.cli import main
 said = io.StringIO()
 with contextlib.redirect_stdout(said):
     try:
-        code = main.main(sys.argv[1:])
+        code = main(sys.argv[1:])
     except SystemExit as end:
         code = end.code
 json.dump([code, said.getvalue() != "", sorted(sys.modules)], sys.stdout)

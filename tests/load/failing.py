@@ -36,7 +36,7 @@ from typing import Any
 import uvloop
 from typing_extensions import override
 
-from broker.cli import main as cli
+from broker import cli
 from broker.key_backoff import KEYS
 from broker.testing import FakeVendor, Refusal, VendorSettings
 from broker.testing.vendor import faults
