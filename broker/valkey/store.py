@@ -105,7 +105,10 @@ class ValkeyStore:
         self._limits = limits
 
     async def admit(self, ask: TokenRequest, key: str) -> Visit:
-        """Charge what every request meets, and look for a token: one round trip."""
+        """Charge what every request meets, and look for a token.
+
+        One round trip, and one before it where clients have a limit.
+        """
         limits = self._limits
         if limits.client is not None:  # a slot of its own; off by default
             denial = await self._charge(limits.client, ask.client, self._names.client(ask.client))
