@@ -30,7 +30,7 @@ from broker.web import admin_sessions
 from broker.web.auth import ClientAuthenticator
 
 TIMEOUT = 1.0
-"""Seconds for one call: an operator waits for it, a visitor does not (see `OPERATION_TIMEOUT`)."""
+"""Seconds for one call: an operator waits for it, a visitor does not (see `[store] timeout`)."""
 
 
 class SessionAdminApi:

@@ -20,7 +20,7 @@ from broker.stores.token_cache import TokenCache
 from broker.tasks import Background
 from broker.telemetry.labels import BackgroundTask
 from broker.telemetry.metrics import Metrics
-from broker.valkey.client.guarded import OPERATION_TIMEOUT, StoreClient
+from broker.valkey.client.guarded import StoreClient
 from broker.valkey.client.pubsub import listen
 from broker.valkey.client.topology import nodes_at
 from broker.valkey.fallback import OutageDebt, SharedStore
@@ -40,13 +40,13 @@ away: the first answers depend on it."""
 class StoreTarget(Struct, frozen=True):
     """Where the server is, how it lets the broker in, and the key that seals what is kept there.
 
-    `timeout` is seconds for a call.
+    `timeout` is seconds for a call (`[store] timeout`).
     """
 
     address: StoreAddress
     access: Access
     key: Secret
-    timeout: float = OPERATION_TIMEOUT
+    timeout: float
 
 
 class StoreConnection:

@@ -190,7 +190,12 @@ def _connection(given: _Given) -> "StoreConnection | None":
 
     return StoreConnection(
         settings,
-        StoreTarget(address, factory.store_access(settings), given.sealing_key),
+        StoreTarget(
+            address,
+            factory.store_access(settings),
+            given.sealing_key,
+            settings.store.timeout.seconds,
+        ),
         given.clock,
         given.metrics,
         _place(settings.server.listen, worker),

@@ -7,7 +7,6 @@ from broker.cli.finding import Finding
 from broker.cli.rehearsal import TIMEOUT, rehearsed
 from broker.config.settings import Settings
 from broker.valkey.client.errors import StoreFailed
-from broker.valkey.client.guarded import OPERATION_TIMEOUT
 
 OLDEST = 7
 """Major version of a store's server: scripts and ACLs are those of 7."""
@@ -27,7 +26,8 @@ async def examine(settings: Settings) -> list[Finding]:
         return [*findings, _problem(where, _IS_SENTINEL)]
     plain = [each for each in witness.failures if each.detail in _BY_WORD]
     problems = [_store_problem(each, where) for each in plain or witness.failures]
-    problems += [*_slow(witness.fastest, where), *_by_its_own_words(fields, where)]
+    problems += _slow(witness.fastest, settings.store.timeout.seconds, where)
+    problems += _by_its_own_words(fields, where)
     if problems:
         return [*findings, *dict.fromkeys(problems)]
     if isinstance(told, StoreFailed):
@@ -91,12 +91,13 @@ def _problem(where: str, text: str) -> Finding:
     return Finding(ok=False, name="store", text=f"{where} {text}")
 
 
-def _slow(fastest: float, where: str) -> list[Finding]:
+def _slow(fastest: float, waits: float, where: str) -> list[Finding]:
     """Judge by the fastest of some hundred calls, so that a busy machine is no slow store."""
-    if not OPERATION_TIMEOUT <= fastest < TIMEOUT:
+    if not waits <= fastest < TIMEOUT:
         return []
-    took, waits = round(fastest * 1000), round(OPERATION_TIMEOUT * 1000)
-    return [_problem(where, f"takes {took} ms for a call, the broker waits {waits}: put it nearer")]
+    took, most = round(fastest * 1000), round(waits * 1000)
+    said = f"takes {took} ms for a call, the broker waits {most}"
+    return [_problem(where, f"{said}: put it nearer, or raise store.timeout")]
 
 
 def _fields(told: object) -> dict[str, str]:

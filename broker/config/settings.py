@@ -330,6 +330,9 @@ class StoreSettings(_Section, frozen=True):
     by password need none."""
     tls_key_file: str | None = None
     """Its key, without a passphrase; left out if it is in the same file."""
+    timeout: Duration = Duration(50_000)
+    """What a request waits for the server; then it goes on as `on_error` says.  50 ms: a server
+    nearby takes a hundredth of it, and a visitor does not notice it."""
     on_error: Literal["local", "closed"] = "local"
     """While the server is away: `local` goes on with this process' share of every limit and of the
     budget, `closed` refuses with 503.  Local: the site stays up, and in the long run no limit is

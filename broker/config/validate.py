@@ -25,6 +25,10 @@ KEEP_ALIVE_BOUNDS = Duration(1_000_000), Duration(3_600_000_000)
 """The least and the most of `server.keep_alive`: below it clients connect for every request, and
 above it lies no balancer's own time."""
 
+STORE_TIMEOUT_BOUNDS = Duration(10_000), Duration(5_000_000)
+"""The least and the most of `store.timeout`: less is the noise of a busy machine, and with more a
+request whose server hangs has no time left for a mint."""
+
 _PORT = re.compile(r"[0-9]{1,5}")
 
 _OWN_PORTS = {"http": 80, "https": 443}
@@ -195,6 +199,12 @@ def _check_store(settings: Settings) -> None:
     except ValueError as error:
         raise ConfigError(f"store.url: {error}") from None
     _check_certificates(store, address)
+    least, most = STORE_TIMEOUT_BOUNDS
+    if not least.us <= store.timeout.us <= most.us:
+        raise ConfigError(
+            f"store.timeout: must be {least} to {most}; a server nearby takes less than 1ms, so put"
+            " it nearer if it needs more"
+        )
     has_key = bool(store.encryption_key or store.encryption_key_file)
     if store.snapshot_file and not has_key:
         raise ConfigError(

@@ -40,6 +40,9 @@ UNLIMITED = VendorSettings(ip=None)
 WIDE = {"rate": 600_000, "per": "60s", "burst": 100_000}
 """A limit that no test meets."""
 
+PATIENT = {"store.timeout": "5s"}
+"""For replicas that must share: other tests may take the machine for longer than 50 ms."""
+
 PATIENCE = 30.0
 """Seconds for an asker; longer than any answer may take."""
 
@@ -95,12 +98,6 @@ class Reply(Struct):
     def reused(self) -> bool:
         """Whether it was a hit."""
         return self.headers["Cache-Status"] == "embed-token-broker; hit"
-
-
-class Patient(Broker):
-    """A broker that waits for the store, however busy the machine is."""
-
-    program = (str(Path(__file__).with_name("patient_broker.py")), "serve")
 
 
 class Replica:
@@ -159,24 +156,21 @@ async def start(
     folder: Path,
     tree: Tree,
     prefix: Sequence[str] = (),
-    kind: type[Broker] = Broker,
     **variables: str,
 ) -> Replica:
     """Start one replica in a folder of its own, while the test's loop goes on."""
     own = folder / secrets.token_hex(4)
     own.mkdir()
     secret = secret_in(tree["clients"]["web"]["secret_file"])
-    broker = await asyncio.to_thread(kind.configured, own, tree, prefix, **variables)
+    broker = await asyncio.to_thread(Broker.configured, own, tree, prefix, **variables)
     return Replica(broker, secret)
 
 
 @asynccontextmanager
-async def replicas(
-    folder: Path, tree: Tree, count: int = 2, kind: type[Broker] = Broker
-) -> AsyncIterator[list[Replica]]:
+async def replicas(folder: Path, tree: Tree, count: int = 2) -> AsyncIterator[list[Replica]]:
     """Run replicas on the same settings, each on ports of its own."""
     async with AsyncExitStack() as stack:
-        started = await asyncio.gather(*(start(folder, tree, kind=kind) for _ in range(count)))
+        started = await asyncio.gather(*(start(folder, tree) for _ in range(count)))
         for replica in started:
             stack.push_async_callback(replica.close)
         await joined(started)
@@ -184,10 +178,10 @@ async def replicas(
 
 
 @contextmanager
-def pair(folder: Path, tree: Tree, kind: type[Broker] = Broker) -> Iterator[list[Broker]]:
+def pair(folder: Path, tree: Tree) -> Iterator[list[Broker]]:
     """Run two replicas for several tests; each test asks them with sessions of its own loop."""
     with ThreadPoolExecutor(2) as pool:
-        started = list(pool.map(partial(_configured, folder, tree, kind), range(2)))
+        started = list(pool.map(partial(_configured, folder, tree), range(2)))
     with started[0], started[1]:
         yield started
         for broker in started:
@@ -195,10 +189,10 @@ def pair(folder: Path, tree: Tree, kind: type[Broker] = Broker) -> Iterator[list
             assert code == 0, broker.log()
 
 
-def _configured(folder: Path, tree: Tree, kind: type[Broker], place: int) -> Broker:
+def _configured(folder: Path, tree: Tree, place: int) -> Broker:
     own = folder / str(place)
     own.mkdir()
-    return kind.configured(own, tree)
+    return Broker.configured(own, tree)
 
 
 async def joined(fleet: Iterable[Replica]) -> None:

@@ -13,8 +13,8 @@ import pytest
 from processes import Broker, Tree, merged, secret_in
 from replicas import (
     AGENT,
+    PATIENT,
     UNLIMITED,
-    Patient,
     Replica,
     Reply,
     back,
@@ -54,9 +54,10 @@ def running(
         {
             f"limits.fingerprint.overrides.{FEW}": {"rate": 1, "per": "1h", "burst": 50},
             f"limits.agent.overrides.{TWICE}": {"rate": 1, "per": "1h", "burst": 2},
+            **PATIENT,
         },
     )
-    with pair(folder, tree, Patient) as brokers:
+    with pair(folder, tree) as brokers:
         yield brokers, tree
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -475,13 +475,16 @@ def _grown_memory(checker: Checker, settled: float, late: float) -> list[str]:
 
 
 def _grown_objects(checker: Checker, settled: float, late: float) -> list[str]:
-    """Compare counts of live objects by type, over all processes."""
-    early = [_sum(kinds) for at, kinds in checker.objects if settled <= at < settled + 60]
-    end = [_sum(kinds) for at, kinds in checker.objects if at >= late]
+    """Compare counts of live objects by type, in the process that has most of them.
+
+    Not over all: how many processes there are depends on who was just killed.
+    """
+    early = [_most(kinds.values()) for at, kinds in checker.objects if settled <= at < settled + 60]
+    end = [_most(kinds.values()) for at, kinds in checker.objects if at >= late]
     if not early or not end:
         return ["the run was too short to judge objects"]
     before, after = _most(early), _most(end)
-    print(f"live objects              {before.total()} -> {after.total()} (all processes)")
+    print(f"live objects              {before.total()} -> {after.total()} (fullest process)")
     return [
         f"objects of type {kind} grew from {before[kind]} to {count}"
         for kind, count in after.items()
@@ -489,14 +492,7 @@ def _grown_objects(checker: Checker, settled: float, late: float) -> list[str]:
     ]
 
 
-def _sum(kinds: dict[int, Counter[str]]) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for counts in kinds.values():
-        total.update(counts)
-    return total
-
-
-def _most(samples: list[Counter[str]]) -> Counter[str]:
+def _most(samples: Iterable[Counter[str]]) -> Counter[str]:
     most: Counter[str] = Counter()
     for sample in samples:
         most |= sample

@@ -28,9 +28,6 @@ from broker.valkey.client.topology import Topology, call
 
 log = structlog.get_logger()
 
-OPERATION_TIMEOUT = 0.05
-"""Seconds for one call: a store nearby takes a hundredth of it, a visitor does not notice it."""
-
 
 class Operation(Enum):
     """What a call is for: label of `broker_store_duration_seconds`."""
