@@ -35,6 +35,7 @@ class ReadyAnswer(web.StreamResponse):
         self._head = head
         self._payload = body
         self._close = close
+        self.is_written = False
 
     @property
     @override
@@ -45,12 +46,23 @@ class ReadyAnswer(web.StreamResponse):
     def force_close(self) -> None:
         self._close = True
 
+    def whole(self) -> bytes:
+        """Return all of it, for a plain request whose connection is kept."""
+        return f"{self._head}\r\n".encode("latin-1") + self._payload
+
     @override
     async def prepare(self, request: BaseRequest) -> AbstractStreamWriter | None:
-        """Write the whole answer; raises ConnectionError if the client is gone."""
+        """Write the whole answer, unless it is written; raises ConnectionError for who is gone."""
         transport = request.transport
         if transport is None or transport.is_closing():
             raise ClientConnectionResetError("the client is gone")
+        if not self.is_written:
+            transport.write(self._for(request))
+        if request.protocol.writing_paused:  # one who does not read gets no other answer meanwhile
+            await request.writer.drain()
+        return None
+
+    def _for(self, request: BaseRequest) -> bytes:
         old = request.version < (1, 1)
         if self._close or not request.keep_alive:
             self._close = True
@@ -58,10 +70,7 @@ class ReadyAnswer(web.StreamResponse):
         else:
             connection = "Connection: keep-alive\r\n\r\n" if old else "\r\n"
         payload = b"" if request.method == "HEAD" else self._payload
-        transport.write((self._head + connection).encode("latin-1") + payload)
-        if request.protocol.writing_paused:  # one who does not read gets no other answer meanwhile
-            await request.writer.drain()
-        return None
+        return (self._head + connection).encode("latin-1") + payload
 
     @override
     async def write_eof(self, data: bytes = b"") -> None:

@@ -10,8 +10,11 @@ from collections.abc import Callable
 from aiohttp import web
 from typing_extensions import override
 
+from broker.tasks import TaskSet
 from broker.telemetry.cells import Gauge
 from broker.web.connection import DataConnection, Handler
+from broker.web.lane import Lane
+from broker.web.lane_connection import LaneConnection
 
 DRAIN_POLL = 0.02
 """Seconds between looks at what is still busy, while draining."""
@@ -30,8 +33,11 @@ class DataServer(web.Server):
         error_head: Callable[[], tuple[str, str]],
         open_now: Gauge,
         keep_alive: float,
+        lane: Lane | None = None,
     ) -> None:
         super().__init__(handler, handler_cancellation=True)
+        self._lane = lane
+        self._leaving = TaskSet()
         self._error_head = error_head
         self._keep_alive = keep_alive
         self._open = 0
@@ -62,6 +68,7 @@ class DataServer(web.Server):
             await asyncio.sleep(DRAIN_POLL)
         self.pre_shutdown()
         await self.shutdown(DRAIN_POLL)
+        await self._leaving.finish()
 
     def _close_idle(self) -> int:
         """Close connections without a request; returns how many have one."""
@@ -75,4 +82,6 @@ class DataServer(web.Server):
 
     @override
     def __call__(self) -> web.RequestHandler:
-        return DataConnection(self, self._error_head, self._keep_alive)
+        if self._lane is None:
+            return DataConnection(self, self._error_head, self._keep_alive)
+        return LaneConnection(self, self._error_head, self._keep_alive, self._lane, self._leaving)
