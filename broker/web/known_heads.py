@@ -11,7 +11,6 @@ the head has nothing that tells how to go on reading.  Whatever differs by a byt
 Bounded: two generations of a dict, of heads that came twice and are no longer than most.
 """
 
-from aiohttp import hdrs
 from aiohttp.http import RawRequestMessage
 from msgspec import Struct
 
@@ -30,14 +29,14 @@ comes again is taken for new."""
 
 _TELLING = frozenset(
     {
-        hdrs.CONNECTION,
-        hdrs.CONTENT_ENCODING,
-        hdrs.EXPECT,
-        hdrs.ORIGIN,
-        hdrs.TE,
-        hdrs.TRAILER,
-        hdrs.TRANSFER_ENCODING,
-        hdrs.UPGRADE,
+        "connection",
+        "content-encoding",
+        "expect",
+        "origin",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
     }
 )
 """Headers that say how to go on, or who may ask: a head with one of them is read each time."""
@@ -72,22 +71,15 @@ class KnownHeads:
             self._keep(head, known)
         return known
 
-    def is_wanted(self, head: bytes) -> bool:
-        """Whether this head, which is not known, has come before; its coming is noted."""
-        if len(head) > LONGEST:
-            return False
+    def note(self, head: bytes, known: KnownHead) -> None:
+        """Keep what was read of a head that came before, unless it has to be read each time."""
         number = hash(head)
-        if number in self._once:
+        if number not in self._once:
+            if len(self._once) >= MAX_ONCE:
+                self._once.clear()
+            self._once.add(number)
+        elif len(head) <= LONGEST and not any(map(_is_telling, known.message.headers.items())):
             self._once.discard(number)
-            return True
-        if len(self._once) >= MAX_ONCE:
-            self._once.clear()
-        self._once.add(number)
-        return False
-
-    def add(self, head: bytes, known: KnownHead) -> None:
-        """Keep what was read of a head, unless it has to be read each time."""
-        if not any(_is_telling(name, value) for name, value in known.message.headers.items()):
             self._keep(head, known)
 
     def _keep(self, head: bytes, known: KnownHead) -> None:
@@ -99,7 +91,6 @@ class KnownHeads:
         return len(self._young.keys() | self._old.keys())
 
 
-def _is_telling(name: str, value: str) -> bool:
-    if name.title() not in _TELLING:
-        return False
-    return name.title() != hdrs.CONNECTION or value.lower() != "keep-alive"
+def _is_telling(field: tuple[str, str]) -> bool:
+    name, value = field[0].lower(), field[1].lower()
+    return name in _TELLING and (name, value) != ("connection", "keep-alive")

@@ -108,7 +108,8 @@ class Lane:
         self._handlers = handlers
         self.given_id = ids.given_id
         self.new_id = ids.new_id
-        self.heads = KnownHeads()
+        heads = self._heads = KnownHeads()
+        self.find, self.note, self.forget = heads.find, heads.note, heads.clear
 
     def handler_of(self, message: RawRequestMessage) -> LaneHandler | None:
         """Return what answers this request, if it is a plain one."""
@@ -123,7 +124,3 @@ class Lane:
         if handlers is None or message.method == METH_HEAD:
             return None
         return handlers.get(message.method) or handlers.get(ANY_METHOD)
-
-    def forget(self) -> None:
-        """Have every head read anew."""
-        self.heads.clear()

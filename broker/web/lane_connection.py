@@ -6,20 +6,24 @@ answers keep their order, and a client that does not read is answered no further
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from aiohttp import web
-from aiohttp.http import RawRequestMessage
+from aiohttp.http import HttpProcessingError, RawRequestMessage
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_request import BaseRequest
 from typing_extensions import override
 
 from broker.tasks import TaskSet
 from broker.web.connection import READ_BUFFER, DataConnection
-from broker.web.head_bounds import is_followed
+from broker.web.head_bounds import MAX_HEAD, is_followed
 from broker.web.known_heads import KnownHead
 from broker.web.lane import Begun, Lane, answered, failed
-from broker.web.whole_request import WholeRequest, Work
+from broker.web.whole_request import LaneHandler, WholeRequest, Work
+
+if TYPE_CHECKING:
+    from aiohttp.http_parser import HttpParser
 
 
 class LaneConnection(DataConnection):
@@ -52,90 +56,71 @@ class LaneConnection(DataConnection):
 
     @override
     def data_received(self, data: bytes) -> None:
-        waiter = self._waiter
-        if waiter is None or waiter.done() or self._paused or self._is_full or self._head_bytes:
+        waiter, transport = self._waiter, self.transport
+        if (
+            waiter is None  # a request is under way
+            or waiter.done()  # one is about to be, or the connection is being closed
+            or not self._is_between
+            or self._paused
+            or self._is_full
+            or transport is None
+            or transport.is_closing()
+            or not data
+        ):
             self._read_on(data)
             return
-        if self._is_between and self._take_known(data, waiter):
-            return
-        self._waiter = None  # nobody is to be woken for what is answered here
-        try:
-            is_one = self._read_on(data)
-        finally:
-            self._waiter = waiter
-        if (not is_one or not self._answer(data)) and self._messages:
-            waiter.set_result(None)
-
-    def _take_known(self, data: bytes, waiter: "asyncio.Future[None]") -> bool:
-        """Answer one whole request whose head was read before; returns whether it is one."""
         end = data.find(b"\r\n\r\n") + 4
-        known = self._lane.heads.find(data[:end])
-        if known is None or known.length != len(data) - end or self._is_gone:
-            return False
-        message = known.message
-        request = WholeRequest(
-            message.method,
-            message.path,
-            message.version,
-            message.headers,
-            data[end:],
-            self,
-            known.facts,
-        )
-        self._request_count += 1
-        self._maybe_head = 0
-        if not self._step(known.handler(request, known.given_id or self._lane.new_id())):
-            self._messages.append((message, EMPTY_PAYLOAD))
-            waiter.set_result(None)
-        return True
+        known = self._lane.find(data[:end])
+        if known is None or known.length != len(data) - end:
+            self._read_first(data, end, waiter)
+            return
+        request = WholeRequest(known.message, data[end:], self, known.facts)
+        if self._run(known.handler(request, known.given_id or self._lane.new_id())):
+            return
+        self._messages.append((known.message, EMPTY_PAYLOAD))
+        waiter.set_result(None)
 
-    def _read_on(self, data: bytes) -> bool:
-        """Parse; returns whether that was exactly one whole request, and nothing else."""
-        was_between, self._is_between = self._is_between, self._is_between and not data
-        body, known = self._body, self._request_count
-        came, was_in_body = body.total_bytes, not body.is_eof()
-        super().data_received(data)
-        new = self._request_count - known
-        if new == 1 and was_between and self._messages:
-            message, body = self._messages[-1]
-            if isinstance(message, RawRequestMessage) and not message.upgrade:
-                self._is_between = not is_followed(data, body)
-                return self._is_between
-        elif not new and was_in_body and data:
-            self._is_between = (
-                body.is_eof()
-                and body.total_bytes - came == len(data)
-                and body.total_bytes <= READ_BUFFER  # beyond it, the parser may hold bytes back
-                and not self._buffer_paused
-            )
-        return False
+    def _read_first(self, data: bytes, end: int, waiter: "asyncio.Future[None]") -> None:
+        """Parse, and answer what came if it is one whole request for the lane, and nothing else.
 
-    def _answer(self, data: bytes) -> bool:
-        """Take the first step of the only message's handler, if it may take the lane."""
-        message, content = self._messages[0]
-        if not isinstance(message, RawRequestMessage) or self._is_gone:
-            return False
-        lane, headers = self._lane, message.headers
-        handler = lane.handler_of(message)
-        if handler is None:
-            return False
-        end = len(data) - content.total_bytes
-        request = WholeRequest(
-            message.method, message.path, message.version, headers, data[end:], self
-        )
-        given_id = lane.given_id(headers)
-        is_over = self._step(handler(request, given_id or lane.new_id()))
-        if request.facts is not None and lane.heads.is_wanted(head := data[:end]):
-            known = KnownHead(message, handler, content.total_bytes, given_id, request.facts)
-            lane.heads.add(head, known)
-        if is_over:
-            self._messages.popleft()
-            if self._parser is not None:
-                self._parser.message_consumed()
+        `end` is where its head ends.
+        """
+        parser = self._parser
+        assert parser is not None  # there is a transport
+        parsed = _Parsed()
+        messages = parsed.ask(parser, data)
+        if len(messages) == 1 and not parsed.is_upgraded and len(data) <= MAX_HEAD:
+            message, content = messages[0]
+            handler = self._lane.handler_of(message)
+            if handler and content.is_eof() and content.total_bytes == len(data) - end:
+                if self._answer(message, data, end, handler):
+                    parser.message_consumed()
+                else:
+                    self._messages.append((message, content))
+                    waiter.set_result(None)
+                return
+        self._parser = cast(
+            "HttpParser[Any]", parsed
+        )  # which gives the same again: aiohttp's own code takes it from here
+        try:
+            self._read_on(data)
+        finally:
+            self._parser = parser
+
+    def _answer(self, message: RawRequestMessage, data: bytes, end: int, run: LaneHandler) -> bool:
+        """Take the first step of a handler, and remember the head if it may come again."""
+        lane = self._lane
+        request = WholeRequest(message, data[end:], self)
+        given_id = lane.given_id(message.headers)
+        is_over = self._run(run(request, given_id or lane.new_id()))
+        if request.facts is not None:
+            lane.note(data[:end], KnownHead(message, run, len(data) - end, given_id, request.facts))
         return is_over
 
-    def _step(self, work: Work) -> bool:
-        """Answer, if this step is the last; else have it gone on with, and return False."""
+    def _run(self, work: Work) -> bool:
+        """Answer, if the first step is the last; else have it gone on with, and return False."""
+        self._request_count += 1
+        self._maybe_head = 0
         try:
             pending = work.send(None)
         except StopIteration as end:
@@ -148,7 +133,7 @@ class LaneConnection(DataConnection):
         else:
             self._begun = Begun(work, pending)
             return False
-        if not answer.keep_alive or self.transport is None:
+        if not answer.keep_alive or self.transport is None or self._manager is None:
             self._begun = answered(answer)
             return False
         self.transport.write(answer.whole())
@@ -156,21 +141,31 @@ class LaneConnection(DataConnection):
             answer.is_written = True
             self._begun = answered(answer)
             return False
-        self._note_answer()
+        # what aiohttp's loop does after an answer: it is counted, and the idle time begins
+        self._manager.requests_count += 1
+        closes = self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        if self._keepalive_handle is None:
+            self._keepalive_handle = self._loop.call_at(closes, self._process_keepalive)
         return True
 
-    def _note_answer(self) -> None:
-        """Do what aiohttp's loop does after an answer: it is counted, and the idle time begins."""
-        if self._manager is not None:
-            self._manager.requests_count += 1
-        close_time = self._loop.time() + self._keepalive_timeout
-        self._next_keepalive_close_time = close_time
-        if self._keepalive_handle is None:
-            self._keepalive_handle = self._loop.call_at(close_time, self._process_keepalive)
-
-    @property
-    def _is_gone(self) -> bool:
-        return self.transport is None or self.transport.is_closing()
+    def _read_on(self, data: bytes) -> None:
+        """Have it read by aiohttp, and see whether the parser stands between two requests then."""
+        was_between, self._is_between = self._is_between, self._is_between and not data
+        body, known = self._body, self._request_count
+        came, was_in_body = body.total_bytes, not body.is_eof()
+        super().data_received(data)
+        new = self._request_count - known
+        if new == 1 and was_between and self._messages:
+            message, body = self._messages[-1]
+            is_request = isinstance(message, RawRequestMessage) and not message.upgrade
+            self._is_between = is_request and not is_followed(data, body)
+        elif not new and was_in_body and data:
+            self._is_between = (
+                body.is_eof()
+                and body.total_bytes - came == len(data)
+                and body.total_bytes <= READ_BUFFER  # beyond it, the parser may hold bytes back
+                and not self._buffer_paused
+            )
 
     def _go_on(self, request: BaseRequest) -> Awaitable[web.StreamResponse]:
         """Answer in aiohttp's loop: go on with what was begun, or begin."""
@@ -179,3 +174,30 @@ class LaneConnection(DataConnection):
             return self._serve(request)
         self._begun = None
         return begun
+
+
+class _Parsed:
+    """What a parser has made of some bytes, to be asked for again."""
+
+    def __init__(self) -> None:
+        self._outcome: tuple[Sequence[Any], bool, bytes] = ((), False, b"")
+        self._error: HttpProcessingError | None = None
+
+    def ask(self, parser: "HttpParser[Any]", data: bytes) -> Sequence[Any]:
+        """Have bytes parsed; returns the messages."""
+        try:
+            self._outcome = parser.feed_data(data)
+        except HttpProcessingError as error:
+            self._error = error
+        return self._outcome[0]
+
+    @property
+    def is_upgraded(self) -> bool:
+        """Whether what follows is another protocol."""
+        return self._outcome[1]
+
+    def feed_data(self, _data: bytes) -> tuple[Sequence[Any], bool, bytes]:
+        """Return, or raise, what the parser did."""
+        if self._error is not None:
+            raise self._error
+        return self._outcome

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from aiohttp import web
-from aiohttp.http import HttpVersion
+from aiohttp.http import RawRequestMessage
 from aiohttp.web_request import BaseRequest
 from msgspec import Struct
 from multidict import CIMultiDictProxy
@@ -23,13 +23,20 @@ class WholeRequest(Struct, gc=False):
     same: it is given back with the next head of the same bytes.
     """
 
-    method: str
-    raw_path: str
-    version: HttpVersion
-    headers: "CIMultiDictProxy[str]"
+    message: RawRequestMessage
     body: bytes
     connection: web.RequestHandler
     facts: object = None
+
+    @property
+    def headers(self) -> "CIMultiDictProxy[str]":
+        """The head's fields."""
+        return self.message.headers
+
+    @property
+    def raw_path(self) -> str:
+        """The target as it came."""
+        return self.message.path
 
     @property
     def remote(self) -> str | None:
