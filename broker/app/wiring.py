@@ -347,4 +347,5 @@ def _server(given: _Given, routes: Routes, authenticator: ClientAuthenticator) -
         given.metrics.process.connections,
         keep_alive=given.settings.server.keep_alive.seconds,
         lane=lane,
+        lane_off=given.metrics.process.fast_lane_off,
     )

@@ -47,6 +47,21 @@ class LaneConnection(DataConnection):
         self._serve = manager.request_handler
         self._request_handler = self._go_on
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether aiohttp's loop waits for the next request."""
+        return self._waiter is not None and not self._waiter.done()
+
+    @property
+    def loop_task(self) -> "asyncio.Task[None] | None":
+        """The task of that loop."""
+        return self._task_handler
+
+    @property
+    def parser(self) -> object:
+        """What reads heads; None once the connection is lost."""
+        return self._parser
+
     @override
     def connection_lost(self, exc: BaseException | None) -> None:
         begun, self._begun = self._begun, None

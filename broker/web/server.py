@@ -7,14 +7,19 @@ do, and when it ends, is in `connection`.
 import asyncio
 from collections.abc import Callable
 
+import aiohttp
+import structlog
 from aiohttp import web
 from typing_extensions import override
 
 from broker.tasks import TaskSet
 from broker.telemetry.cells import Gauge
+from broker.web.aiohttp_internals import fault_of_lane
 from broker.web.connection import DataConnection, Handler
 from broker.web.lane import Lane
 from broker.web.lane_connection import LaneConnection
+
+log = structlog.get_logger()
 
 DRAIN_POLL = 0.02
 """Seconds between looks at what is still busy, while draining."""
@@ -34,14 +39,23 @@ class DataServer(web.Server):
         open_now: Gauge,
         keep_alive: float,
         lane: Lane | None = None,
+        lane_off: Gauge | None = None,
     ) -> None:
         super().__init__(handler, handler_cancellation=True)
         self._lane = lane
+        self._lane_off = lane_off or Gauge([0.0], 0)
         self._leaving = TaskSet()
         self._error_head = error_head
         self._keep_alive = keep_alive
         self._open = 0
         self._open_now = open_now
+
+    async def prove_lane(self) -> None:
+        """Try the fast lane, and serve without it if this aiohttp does not bear it."""
+        if self._lane is not None and (fault := await fault_of_lane()) is not None:
+            self._lane = None
+            log.error("broker.fast_lane_off", aiohttp=aiohttp.__version__, reason=fault)
+        self._lane_off.set(self._lane is None)
 
     @override
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
