@@ -361,8 +361,8 @@ BROKER = Dashboard(
                     title="Connections",
                     unit="short",
                     description="Open on the data listener, over all workers of an instance. "
-                    "Without the fast lane a request takes three times the CPU; the log says why it is "
-                    "off.",
+                    "Without the fast lane a request takes three times the CPU; the log says why "
+                    "it is off.",
                     queries={
                         "{{instance}}": "broker_connections{@}",
                         "{{instance}} without the fast lane": "broker_fast_lane_off{@}",

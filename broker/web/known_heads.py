@@ -67,7 +67,7 @@ class KnownHeads:
     def find(self, head: bytes) -> KnownHead | None:
         """Return what is known of these bytes."""
         known = self._young.get(head)
-        if known is None and (known := self._old.get(head)) is not None:
+        if known is None and self._old and (known := self._old.get(head)) is not None:
             self._keep(head, known)
         return known
 

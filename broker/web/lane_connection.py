@@ -71,17 +71,10 @@ class LaneConnection(DataConnection):
 
     @override
     def data_received(self, data: bytes) -> None:
-        waiter, transport = self._waiter, self.transport
-        if (
-            waiter is None  # a request is under way
-            or waiter.done()  # one is about to be, or the connection is being closed
-            or not self._is_between
-            or self._paused
-            or self._is_full
-            or transport is None
-            or transport.is_closing()
-            or not data
-        ):
+        waiter = self._waiter
+        # None: a request is under way, or its answer is not sent; done: one is about to be, or the
+        # connection is being closed
+        if waiter is None or waiter.done() or not self._is_between or not data:
             self._read_on(data)
             return
         end = data.find(b"\r\n\r\n") + 4

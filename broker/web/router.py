@@ -19,6 +19,7 @@ from broker.stores.base import Rejection
 from broker.telemetry.logs import RefusalLog, visitor_hash
 from broker.telemetry.metrics import BUDGET, Metrics
 from broker.telemetry.readiness import Readiness
+from broker.units import SECOND
 from broker.web import body
 from broker.web.auth import Client, ClientAuthenticator
 from broker.web.lane import ANY_METHOD
@@ -178,8 +179,8 @@ class Routes:
         client: Client | None = None
         ask: TokenRequest | None = None
         try:
-            caller = request.facts if isinstance(request, WholeRequest) else None
-            if not isinstance(caller, Caller):
+            caller = request.facts if type(request) is WholeRequest else None
+            if type(caller) is not Caller:
                 client = self._door.identify(request, self._clock.mono())
                 caller = _read_head(request, client)
             client = caller.client
@@ -194,7 +195,8 @@ class Routes:
                 request_id=request_id,
                 traceparent=caller.traceparent,
             )
-            client.require_agent(ask.agent)
+            if client.agents is not None:
+                client.require_agent(ask.agent)
             result = await self._desk.issue(ask, timeout)
         except errors.BrokerError as error:
             return self._refuse(error, request_id, started, client, ask)
@@ -338,10 +340,10 @@ class Routes:
 
     def _http_date(self, wall: int) -> str:
         """The date, formatted once a second."""
-        if not self._date_until - 1_000_000 <= wall < self._date_until:
+        if not 0 < self._date_until - wall <= SECOND:
             second = wall // 1_000_000
             self._date = formatdate(second, usegmt=True)
-            self._date_until = (second + 1) * 1_000_000
+            self._date_until = (second + 1) * SECOND
         return self._date
 
     def _log_handout(

@@ -3,8 +3,8 @@
     python tests/bench/cpu.py [--rounds 9] [--seconds 2] [--connections 16] [--shared]
         [--cases hit,crowd,traced,mint,429,invalid,verify,introspect]
 
-Hits are one visitor's (`hit`), 10,000 visitors' (`crowd`), or come with a trace of their own each, so
-that no two heads are the same (`traced`).
+Hits are one visitor's (`hit`), 10,000 visitors' (`crowd`), or come with a trace of their own each,
+so that no two heads are the same (`traced`).
 
 A plain handler reads the body and answers the same bytes: on uvloop as the broker, and as stock
 `web.run_app`.  Every round measures each server once for each case, in an order that rotates, so
@@ -87,19 +87,18 @@ encryption_key = "{key}"
 CROWD = 10_000
 """Visitors of the case of that name."""
 
-VISITORS = (
-    """
+VISITORS = """
 local case, round, secret, seen, ready = "", 0, "", 0, {}
-local agent, visitor, crowd = "A78WKV4515", "9f86d081884c7d659a2feaa0c55ad015", %d
+local agent, visitor, crowd = "A78WKV4515", "9f86d081884c7d659a2feaa0c55ad015", 0
 local function asking(agent, visitor, trace)
   local headers = {["Host"] = "broker", ["api-secret"] = secret,
     ["Content-Type"] = "application/json", ["traceparent"] = trace}
-  local body = '{"agent_id":"%%s","fingerprint":"%%s"}'
-  if case == "invalid" then body = '{"agent_id":"%%s"}' end
+  local body = '{"agent_id":"%s","fingerprint":"%s"}'
+  if case == "invalid" then body = '{"agent_id":"%s"}' end
   return wrk.format("POST", nil, headers, string.format(body, agent, visitor))
 end
 function init(args)
-  secret, case, round = args[1], args[2], tonumber(args[3])
+  secret, case, round, crowd = args[1], args[2], tonumber(args[3]), tonumber(args[5])
   if case == "429" then agent = "tight" end
   local form = "application/x-www-form-urlencoded"
   if case == "verify" then
@@ -108,7 +107,7 @@ function init(args)
     local headers = {["Host"] = "broker", ["api-secret"] = secret, ["Content-Type"] = form}
     ready = {wrk.format("POST", nil, headers, "token=" .. args[4])}
   elseif case == "crowd" then
-    for n = 1, crowd do ready[n] = asking(agent, string.format("%%032x", n - 1)) end
+    for n = 1, crowd do ready[n] = asking(agent, string.format("%032x", n - 1)) end
   elseif case == "traced" then
     local mark = string.rep("7", 32)
     local all = asking(agent, visitor, "00-" .. mark .. "-b7ad6b7169203331-01")
@@ -121,17 +120,15 @@ end
 function request()
   seen = seen + 1
   if case == "traced" then
-    return ready[1] .. string.format("%%016x%%016x", round, seen) .. ready[2]
+    return ready[1] .. string.format("%016x%016x", round, seen) .. ready[2]
   end
   if case == "mint" then
-    return asking(agent, string.format("9f86d0818%%07x%%016x", round, seen))
+    return asking(agent, string.format("9f86d0818%07x%016x", round, seen))
   end
-  return ready[(seen - 1) %% #ready + 1]
+  return ready[(seen - 1) % #ready + 1]
 end
 """
-    % CROWD
-)
-"""Requests are written before the run, where they can be: the generator must not be the slower one."""
+"""Requests are written before the run where they can be, or the generator would be slower."""
 
 
 @dataclass(frozen=True)
@@ -342,6 +339,7 @@ def measure(
         case,
         str(number),
         token_of(server, secret),
+        str(CROWD),
     ]
     before = server.cpu()
     done = subprocess.run(command, check=True, capture_output=True, text=True)
