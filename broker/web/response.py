@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from broker.model import LimitName
 from broker.rules.bucket import Limit, Verdict
+from broker.units import SECOND
 
 _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus
@@ -93,6 +94,58 @@ def head(
         f"Cache-Control: {cache}\r\nX-Content-Type-Options: nosniff\r\nDate: {date}\r\n"
         f"X-Request-Id: {request_id}\r\n"
     )
+
+
+class GrantHeads:
+    """Heads of hand-outs, written into templates: nearly all differ in six numbers only.
+
+    A template holds for a date and a limit.
+    """
+
+    def __init__(self) -> None:
+        self._date = ""
+        self._templates: dict[str, tuple[Limit, str]] = {}
+
+    def write(
+        self, line: str, length: int, request_id: str, date: str, verdict: Verdict, wall: int
+    ) -> str:
+        """Return `head` of a 200, `line` and `limit_headers`, as those would be one by one.
+
+        The verdict is that of the fingerprint limit; `wall` is now, in Unix us.
+        """
+        full_in = verdict.full_in
+        if not verdict.allowed or not full_in:
+            start = head(200, length, JSON_TYPE, request_id, date)
+            return start + line + limit_headers(LimitName.FINGERPRINT, verdict, wall)
+        limit = verdict.limit
+        known = self._templates.get(line)
+        if known is None or known[0] is not limit or date is not self._date:
+            known = self._renew(line, limit, date)
+        remaining = verdict.remaining
+        return known[1] % (
+            length,
+            request_id,
+            remaining,
+            (wall + full_in - 1) // SECOND + 1,
+            remaining,
+            (full_in - 1) % limit.interval // SECOND + 1,
+        )
+
+    def _renew(self, line: str, limit: Limit, date: str) -> tuple[Limit, str]:
+        if date is not self._date:
+            self._date = date
+            self._templates.clear()
+        lines, opening = _policy(LimitName.FINGERPRINT, limit)
+        template = (
+            f"{head(200, _LENGTH, JSON_TYPE, '%s', date).replace(str(_LENGTH), '%d')}{line}{lines}"
+            f"X-RateLimit-Remaining: %d\r\nX-RateLimit-Reset: %d\r\n{opening}%d;t=%d\r\n"
+        )
+        known = self._templates[line] = limit, template
+        return known
+
+
+_LENGTH = 987_654_321
+"""Stands for a length in a template."""
 
 
 def limit_headers(name: LimitName, verdict: Verdict, wall: int) -> str:

@@ -9,12 +9,11 @@ from typing import Any, TypeVar
 
 import structlog
 from aiohttp.web_request import BaseRequest
-from msgspec import Struct
 from multidict import istr
 
 from broker import errors
 from broker.issue import IssuedToken, TokenService
-from broker.model import Clock, LimitName, Outcome, TokenRequest, name_of
+from broker.model import Clock, Outcome, TokenRequest, name_of
 from broker.stores.base import Rejection
 from broker.telemetry.logs import RefusalLog, visitor_hash
 from broker.telemetry.metrics import BUDGET, Metrics
@@ -22,10 +21,19 @@ from broker.telemetry.readiness import Readiness
 from broker.units import SECOND
 from broker.web import body
 from broker.web.auth import Client, ClientAuthenticator
+from broker.web.caller import Caller, caller_of
 from broker.web.lane import ANY_METHOD
-from broker.web.response import JSON_TYPE, ReadyAnswer, head, limit_headers, retry_after_seconds
+from broker.web.response import (
+    JSON_TYPE,
+    GrantHeads,
+    ReadyAnswer,
+    head,
+    limit_headers,
+    retry_after_seconds,
+)
 from broker.web.whole_request import LaneHandler, Request, WholeRequest
 from broker.wire import request as wire
+from broker.wire.known_bodies import KnownBodies
 from broker.wire.responses import HealthAnswer, ValidAnswer, error_body_of, plain_body, token_in
 
 log = structlog.get_logger()
@@ -33,7 +41,6 @@ log = structlog.get_logger()
 TOKEN_PATH = "/v1/embed-tokens/request"  # noqa: S105 - a path, not a password
 
 _REQUEST_ID = istr("X-Request-Id")
-_TRACEPARENT = istr("traceparent")
 _ID_ALPHABET = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
 _ID_MAX = 64
 
@@ -58,13 +65,6 @@ _CLOSING = frozenset({408, 413})
 got the size or the time of one wrong may have the next one wrong, too."""
 
 _OK = plain_body(HealthAnswer("ok"))
-
-
-class Caller(Struct, frozen=True):
-    """What the head of a token request says, once its secret is known."""
-
-    client: Client
-    traceparent: str
 
 
 class Routes:
@@ -101,6 +101,8 @@ class Routes:
         self._id_count = count(1)
         self._date = ""
         self._date_until = 0
+        self._heads = GrantHeads()
+        self._bodies = KnownBodies()
         self.table: dict[str, dict[str, Handler]] = {TOKEN_PATH: {"POST": self._token}}
         self.lane: dict[str, dict[str, LaneHandler]] = {TOKEN_PATH: {"POST": self._token}}
         self.add("/v1/validate", "POST", self._validate)
@@ -182,18 +184,18 @@ class Routes:
             caller = request.facts if type(request) is WholeRequest else None
             if type(caller) is not Caller:
                 client = self._door.identify(request, self._clock.mono())
-                caller = _read_head(request, client)
+                caller = caller_of(request, client)
             client = caller.client
             content = body.arrived(request, wire.MAX_BODY)
             if content is None:
                 content = await body.read(request, wire.MAX_BODY)
                 timeout -= time.perf_counter() - started
-            ask = wire.parse(
+            ask = self._bodies.read(
                 content,
                 client.name,
+                request_id,
+                caller.traceparent,
                 any_fingerprint=self.any_fingerprint,
-                request_id=request_id,
-                traceparent=caller.traceparent,
             )
             if client.agents is not None:
                 client.require_agent(ask.agent)
@@ -212,12 +214,13 @@ class Routes:
     ) -> ReadyAnswer:
         outcome, verdict = handout.outcome, handout.verdict
         wall = self._clock.wall()
-        limits = "" if verdict is None else limit_headers(LimitName.FINGERPRINT, verdict, wall)
-        content = handout.token.body
-        text = head(200, len(content), JSON_TYPE, request_id, self._http_date(wall))
-        answer = ReadyAnswer(
-            200, f"{text}{_CACHE_STATUS[outcome]}{limits}", content, close=self._health.draining
-        )
+        date = self._http_date(wall)
+        content, line = handout.token.body, _CACHE_STATUS[outcome]
+        if verdict is None:
+            text = head(200, len(content), JSON_TYPE, request_id, date) + line
+        else:
+            text = self._heads.write(line, len(content), request_id, date, verdict, wall)
+        answer = ReadyAnswer(200, text, content, close=self._health.draining)
         self._metrics.remaining.observe(handout.left / 1_000_000)
         seconds = time.perf_counter() - started
         self._metrics.requests[outcome].observe(seconds)
@@ -361,15 +364,6 @@ class Routes:
             left_s=handout.left // 1_000_000,
             duration_ms=round(seconds * 1000, 3),
         )
-
-
-def _read_head(request: Request, client: Client) -> Caller:
-    """Read the rest of a head; raises UnsupportedType for an encoded body."""
-    body.require_plain(request.headers)
-    caller = Caller(client, request.headers.get(_TRACEPARENT, ""))
-    if isinstance(request, WholeRequest):
-        request.facts = caller
-    return caller
 
 
 def _log_failure(
