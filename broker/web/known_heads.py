@@ -71,15 +71,20 @@ class KnownHeads:
             self._keep(head, known)
         return known
 
-    def note(self, head: bytes, known: KnownHead) -> None:
-        """Keep what was read of a head that came before, unless it has to be read each time."""
+    def came_before(self, head: bytes) -> bool:
+        """Whether a head that is not known has come before; that it came is noted."""
         number = hash(head)
-        if number not in self._once:
-            if len(self._once) >= MAX_ONCE:
-                self._once.clear()
-            self._once.add(number)
-        elif len(head) <= LONGEST and not any(map(_is_telling, known.message.headers.items())):
-            self._once.discard(number)
+        if number in self._once:
+            return True
+        if len(self._once) >= MAX_ONCE:
+            self._once.clear()
+        self._once.add(number)
+        return False
+
+    def keep(self, head: bytes, known: KnownHead) -> None:
+        """Keep what was read of a head, unless it has to be read each time."""
+        if len(head) <= LONGEST and not any(map(_is_telling, known.message.headers.items())):
+            self._once.discard(hash(head))
             self._keep(head, known)
 
     def _keep(self, head: bytes, known: KnownHead) -> None:

@@ -109,7 +109,8 @@ class Lane:
         self.given_id = ids.given_id
         self.new_id = ids.new_id
         heads = self._heads = KnownHeads()
-        self.find, self.note, self.forget = heads.find, heads.note, heads.clear
+        self.find, self.forget = heads.find, heads.clear
+        self.came_before, self.keep = heads.came_before, heads.keep
 
     def handler_of(self, message: RawRequestMessage) -> LaneHandler | None:
         """Return what answers this request, if it is a plain one."""

@@ -94,22 +94,25 @@ class LaneConnection(DataConnection):
         `end` is where its head ends.
         """
         parser = self._parser
-        assert parser is not None  # there is a transport
-        parsed = _Parsed()
-        messages = parsed.ask(parser, data)
-        if len(messages) == 1 and not parsed.is_upgraded and len(data) <= MAX_HEAD:
-            message, content = messages[0]
-            handler = self._lane.handler_of(message)
-            if handler and content.is_eof() and content.total_bytes == len(data) - end:
-                if self._answer(message, data, end, handler):
-                    parser.message_consumed()
-                else:
-                    self._messages.append((message, content))
-                    waiter.set_result(None)
-                return
-        self._parser = cast(
-            "HttpParser[Any]", parsed
-        )  # which gives the same again: aiohttp's own code takes it from here
+        assert parser is not None  # the connection is not lost
+        try:
+            messages, is_upgraded, rest = parser.feed_data(data)
+        except HttpProcessingError as error:
+            outcome: _Outcome = error
+        else:
+            outcome = messages, is_upgraded, rest
+            if len(messages) == 1 and not is_upgraded and len(data) <= MAX_HEAD:
+                message, content = messages[0]
+                handler = self._lane.handler_of(message)
+                if handler and content.is_eof() and content.total_bytes == len(data) - end:
+                    if self._answer(message, data, end, handler):
+                        parser.message_consumed()
+                    else:
+                        self._messages.append((message, content))
+                        waiter.set_result(None)
+                    return
+        # gives the same again: aiohttp's own code takes it from here
+        self._parser = cast("HttpParser[Any]", _Parsed(outcome))
         try:
             self._read_on(data)
         finally:
@@ -121,8 +124,8 @@ class LaneConnection(DataConnection):
         request = WholeRequest(message, data[end:], self)
         given_id = lane.given_id(message.headers)
         is_over = self._run(run(request, given_id or lane.new_id()))
-        if request.facts is not None:
-            lane.note(data[:end], KnownHead(message, run, len(data) - end, given_id, request.facts))
+        if request.facts is not None and lane.came_before(head := data[:end]):
+            lane.keep(head, KnownHead(message, run, len(data) - end, given_id, request.facts))
         return is_over
 
     def _run(self, work: Work) -> bool:
@@ -184,28 +187,18 @@ class LaneConnection(DataConnection):
         return begun
 
 
+_Outcome = tuple[Sequence[Any], bool, bytes] | HttpProcessingError
+"""What a parser returns, or raises."""
+
+
 class _Parsed:
     """What a parser has made of some bytes, to be asked for again."""
 
-    def __init__(self) -> None:
-        self._outcome: tuple[Sequence[Any], bool, bytes] = ((), False, b"")
-        self._error: HttpProcessingError | None = None
-
-    def ask(self, parser: "HttpParser[Any]", data: bytes) -> Sequence[Any]:
-        """Have bytes parsed; returns the messages."""
-        try:
-            self._outcome = parser.feed_data(data)
-        except HttpProcessingError as error:
-            self._error = error
-        return self._outcome[0]
-
-    @property
-    def is_upgraded(self) -> bool:
-        """Whether what follows is another protocol."""
-        return self._outcome[1]
+    def __init__(self, outcome: _Outcome) -> None:
+        self._outcome = outcome
 
     def feed_data(self, _data: bytes) -> tuple[Sequence[Any], bool, bytes]:
         """Return, or raise, what the parser did."""
-        if self._error is not None:
-            raise self._error
+        if isinstance(self._outcome, HttpProcessingError):
+            raise self._outcome
         return self._outcome

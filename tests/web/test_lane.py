@@ -167,16 +167,16 @@ class TestTaken:
         heads = KnownHeads()
         known: Any = type("Known", (), {"message": type("Message", (), {"headers": {}})})
         for n in range(5 * MAX_KNOWN):
-            for _ in range(2):
-                heads.note(b"%d" % n, known)
+            assert not heads.came_before(b"%d" % n)
+            assert heads.came_before(b"%d" % n)
+            heads.keep(b"%d" % n, known)
             heads.find(b"0")
         assert len(heads) <= 2 * MAX_KNOWN
         assert heads.find(b"0") is known
-        heads.note(b"x" * (known_heads.LONGEST + 1), known)
-        heads.note(b"x" * (known_heads.LONGEST + 1), known)
+        heads.keep(b"x" * (known_heads.LONGEST + 1), known)
         assert heads.find(b"x" * (known_heads.LONGEST + 1)) is None
         for n in range(3 * known_heads.MAX_ONCE):
-            heads.note(b"once %d" % n, known)
+            heads.came_before(b"once %d" % n)
         assert len(heads._once) <= known_heads.MAX_ONCE
 
 
