@@ -56,7 +56,7 @@ class TokenService:
         cached = visit.token if self._policy.enabled else None
         if cached is None or request.fresh:
             return await self._mint(request, key, cached, visit.verdict, timeout)
-        left = self._left(cached)
+        left = cached.left(self._clock.mono(), self._clock.wall())
         if left > cached.mark:  # most requests end here; a mark never lies below the floor
             return IssuedToken(cached, Outcome.REUSED, left, visit.verdict)
         match reuse.life(left, cached.mark, self._policy.marks(cached.lifetime)):

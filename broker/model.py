@@ -74,13 +74,12 @@ class TokenRequest(Struct, frozen=True, gc=False):
     @property
     def visitor(self) -> str:
         """Key of what is counted for one visitor of one client."""
-        return visitor_of(self.client, self.fingerprint)
+        return f"{self.client}{SEPARATOR}{self.fingerprint}"  # visitor_of, without the call
 
     @property
     def key(self) -> str:
         """Key under which this ask's token is reused: client, agent, fingerprint, model."""
-        model = "" if self.model is None else self.model
-        return token_key(self.client, self.agent, self.fingerprint, model)
+        return SEPARATOR.join((self.client, self.agent, self.fingerprint, self.model or ""))
 
     @override
     def __repr__(self) -> str:

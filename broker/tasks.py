@@ -173,6 +173,13 @@ class TaskSet:
         self._tasks.add(task)
         task.add_done_callback(self._note_end)
 
+    def cancel(self, work: Coroutine[Any, Any, object]) -> None:
+        """End a piece of work that somebody else has begun: CancelledError is raised in it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._note_end)
+        task.cancel()
+
     async def finish(self) -> None:
         """Wait for all that are under way, and for those that they begin."""
         while self._tasks:

@@ -360,8 +360,13 @@ BROKER = Dashboard(
                 Panel(
                     title="Connections",
                     unit="short",
-                    description="Open on the data listener, over all workers of an instance.",
-                    queries={"{{instance}}": "broker_connections{@}"},
+                    description="Open on the data listener, over all workers of an instance. "
+                    "Without the fast lane a request takes three times the CPU; the log says why "
+                    "it is off.",
+                    queries={
+                        "{{instance}}": "broker_connections{@}",
+                        "{{instance}} without the fast lane": "broker_fast_lane_off{@}",
+                    },
                 ),
                 Panel(
                     title="Log lines lost",

@@ -146,6 +146,7 @@ class App:
         self.admin_url = self._admin.url
 
     async def _open_data(self) -> None:
+        await self.parts.server.prove_lane()
         self.parts.routes.admin_url = self.admin_url
         self._listener, self.url = await self._listen()
         wiring.add_pages(self.parts, self._settings, self._registry, self.url, dev=self._dev)

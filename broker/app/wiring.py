@@ -33,6 +33,7 @@ from broker.telemetry.metrics import Metrics
 from broker.telemetry.readiness import Readiness
 from broker.web import token_status
 from broker.web.auth import ClientAuthenticator
+from broker.web.lane import Lane
 from broker.web.pages import embed_script
 from broker.web.router import Routes
 from broker.web.server import DataServer
@@ -46,6 +47,10 @@ MINT_GRACE = 6.0
 """Seconds that a mint may take beyond its turn and its call: the longest back-off of a key and the
 pause before a retry.  A mint may outlive its callers, because its token is worth caching; but the
 call has a timeout of its own, and must be the one to tell that it ran out."""
+
+
+NO_LANE = "BROKER_NO_FAST_LANE"
+"""Environment variable, for tests: where it is set, every request goes aiohttp's way."""
 
 
 class Parts(Struct, frozen=True):
@@ -142,7 +147,7 @@ def build(
         authenticator=authenticator,
         admin_authenticator=admin_authenticator,
         routes=routes,
-        server=_server(given, routes),
+        server=_server(given, routes, authenticator),
         embed=embed_script.add(routes),
         admin_refusals=RefusalLog(),
     )
@@ -336,10 +341,16 @@ def _routes(
     return routes
 
 
-def _server(given: _Given, routes: Routes) -> DataServer:
+def _server(given: _Given, routes: Routes, authenticator: ClientAuthenticator) -> DataServer:
+    lane = None
+    if not given.environ.get(NO_LANE):
+        lane = Lane(routes.lane, routes)
+        authenticator.when_changed(lane.forget)
     return DataServer(
         routes,
         routes.error_head,
         given.metrics.process.connections,
         keep_alive=given.settings.server.keep_alive.seconds,
+        lane=lane,
+        lane_off=given.metrics.process.fast_lane_off,
     )

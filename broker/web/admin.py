@@ -17,9 +17,10 @@ from prometheus_client.exposition import choose_encoder
 from broker.errors import BrokerError
 from broker.rules.accept import ranges as accept_ranges
 from broker.telemetry.readiness import Readiness
+from broker.web.connection import DataConnection, Handler
 from broker.web.listener import CannotListen, Listener, listen
 from broker.web.response import JSON_TYPE, ReadyAnswer, head, retry_after_seconds
-from broker.web.server import BACKLOG, DataConnection, Handler
+from broker.web.server import BACKLOG
 from broker.wire.responses import HealthAnswer, error_body, error_body_of, plain_body
 
 CLOSING_TIME = 1.0

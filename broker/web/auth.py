@@ -8,11 +8,10 @@ are throttled; a valid secret always passes, so nobody can lock a client out by 
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 from aiohttp.hdrs import AUTHORIZATION, ORIGIN
-from aiohttp.web_request import BaseRequest
 from msgspec import Struct
 from multidict import CIMultiDictProxy, istr
 
@@ -28,6 +27,7 @@ from broker.limits.buckets import BucketTable
 from broker.model import LimitName
 from broker.rules import bucket, forwarded
 from broker.telemetry.counts import BucketCounts
+from broker.web.whole_request import Request
 
 API_SECRET = istr("api-secret")
 _FORWARDED_FOR = istr("X-Forwarded-For")
@@ -74,18 +74,25 @@ class ClientAuthenticator:
         self._trusted = tuple(trusted_proxies)
         self._is_trusted = lru_cache(maxsize=1024)(self._look_up)  # parsing takes microseconds
         self._own_origins: frozenset[str] = frozenset()
+        self._on_change: list[Callable[[], None]] = []
         self.failures = BucketTable(MAX_TRACKED_ADDRESSES, FAILED_AUTH_LIMIT.depth, now, counts)
         self.use_clients(clients)
 
     def use_clients(self, clients: Sequence[Client]) -> None:
         """Replace all clients, from the next request on."""
         self._clients: Mapping[bytes, Client] = {c.digest: c for c in clients}
+        for tell in self._on_change:
+            tell()
+
+    def when_changed(self, tell: Callable[[], None]) -> None:
+        """Tell this, too, when clients are replaced: who keeps whom it has recognised."""
+        self._on_change.append(tell)
 
     def trust_origins(self, origins: frozenset[str]) -> None:
         """Exempt these origins from the browser rule."""
         self._own_origins = origins
 
-    def identify(self, request: BaseRequest, now: int) -> Client:
+    def identify(self, request: Request, now: int) -> Client:
         """Return the client whose secret the request bears; `now` is monotonic microseconds.
 
         Raises MissingAuth, Unauthorized, RateLimited (an address that keeps failing),
@@ -106,7 +113,7 @@ class ClientAuthenticator:
             self._refuse_browser(headers, client.name)
         return client
 
-    def is_valid(self, request: BaseRequest, now: int) -> bool:
+    def is_valid(self, request: Request, now: int) -> bool:
         """Whether the secret is a known one; failures count as in `identify`."""
         try:
             self.identify(request, now)
@@ -140,7 +147,7 @@ class ClientAuthenticator:
     def _in_trusted(self, address: forwarded.Address) -> bool:
         return any(address in network for network in self._trusted)
 
-    def _throttle(self, request: BaseRequest, now: int) -> None:
+    def _throttle(self, request: Request, now: int) -> None:
         address = self.address_of(request.headers, request.remote)
         if address is None:
             return

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from broker.model import LimitName
 from broker.rules.bucket import Limit, Verdict
+from broker.units import SECOND
 
 _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus
@@ -35,6 +36,7 @@ class ReadyAnswer(web.StreamResponse):
         self._head = head
         self._payload = body
         self._close = close
+        self.is_written = False
 
     @property
     @override
@@ -45,12 +47,23 @@ class ReadyAnswer(web.StreamResponse):
     def force_close(self) -> None:
         self._close = True
 
+    def whole(self) -> bytes:
+        """Return all of it, for a plain request whose connection is kept."""
+        return f"{self._head}\r\n".encode("latin-1") + self._payload
+
     @override
     async def prepare(self, request: BaseRequest) -> AbstractStreamWriter | None:
-        """Write the whole answer; raises ConnectionError if the client is gone."""
+        """Write the whole answer, unless it is written; raises ConnectionError for who is gone."""
         transport = request.transport
         if transport is None or transport.is_closing():
             raise ClientConnectionResetError("the client is gone")
+        if not self.is_written:
+            transport.write(self._for(request))
+        if request.protocol.writing_paused:  # one who does not read gets no other answer meanwhile
+            await request.writer.drain()
+        return None
+
+    def _for(self, request: BaseRequest) -> bytes:
         old = request.version < (1, 1)
         if self._close or not request.keep_alive:
             self._close = True
@@ -58,10 +71,7 @@ class ReadyAnswer(web.StreamResponse):
         else:
             connection = "Connection: keep-alive\r\n\r\n" if old else "\r\n"
         payload = b"" if request.method == "HEAD" else self._payload
-        transport.write((self._head + connection).encode("latin-1") + payload)
-        if request.protocol.writing_paused:  # one who does not read gets no other answer meanwhile
-            await request.writer.drain()
-        return None
+        return (self._head + connection).encode("latin-1") + payload
 
     @override
     async def write_eof(self, data: bytes = b"") -> None:
@@ -84,6 +94,58 @@ def head(
         f"Cache-Control: {cache}\r\nX-Content-Type-Options: nosniff\r\nDate: {date}\r\n"
         f"X-Request-Id: {request_id}\r\n"
     )
+
+
+class GrantHeads:
+    """Heads of hand-outs, written into templates: nearly all differ in six numbers only.
+
+    A template holds for a date and a limit.
+    """
+
+    def __init__(self) -> None:
+        self._date = ""
+        self._templates: dict[str, tuple[Limit, str]] = {}
+
+    def write(
+        self, line: str, length: int, request_id: str, date: str, verdict: Verdict, wall: int
+    ) -> str:
+        """Return `head` of a 200, `line` and `limit_headers`, as those would be one by one.
+
+        The verdict is that of the fingerprint limit; `wall` is now, in Unix us.
+        """
+        full_in = verdict.full_in
+        if not verdict.allowed or not full_in:
+            start = head(200, length, JSON_TYPE, request_id, date)
+            return start + line + limit_headers(LimitName.FINGERPRINT, verdict, wall)
+        limit = verdict.limit
+        known = self._templates.get(line)
+        if known is None or known[0] is not limit or date is not self._date:
+            known = self._renew(line, limit, date)
+        remaining = verdict.remaining
+        return known[1] % (
+            length,
+            request_id,
+            remaining,
+            (wall + full_in - 1) // SECOND + 1,
+            remaining,
+            (full_in - 1) % limit.interval // SECOND + 1,
+        )
+
+    def _renew(self, line: str, limit: Limit, date: str) -> tuple[Limit, str]:
+        if date is not self._date:
+            self._date = date
+            self._templates.clear()
+        lines, opening = _policy(LimitName.FINGERPRINT, limit)
+        template = (
+            f"{head(200, _LENGTH, JSON_TYPE, '%s', date).replace(str(_LENGTH), '%d')}{line}{lines}"
+            f"X-RateLimit-Remaining: %d\r\nX-RateLimit-Reset: %d\r\n{opening}%d;t=%d\r\n"
+        )
+        known = self._templates[line] = limit, template
+        return known
+
+
+_LENGTH = 987_654_321
+"""Stands for a length in a template."""
 
 
 def limit_headers(name: LimitName, verdict: Verdict, wall: int) -> str:

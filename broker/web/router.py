@@ -2,26 +2,38 @@
 
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from email.utils import formatdate
 from itertools import count
+from typing import Any, TypeVar
 
 import structlog
-from aiohttp import web
 from aiohttp.web_request import BaseRequest
 from multidict import istr
 
 from broker import errors
 from broker.issue import IssuedToken, TokenService
-from broker.model import Clock, LimitName, Outcome, TokenRequest, name_of
+from broker.model import Clock, Outcome, TokenRequest, name_of
 from broker.stores.base import Rejection
 from broker.telemetry.logs import RefusalLog, visitor_hash
 from broker.telemetry.metrics import BUDGET, Metrics
 from broker.telemetry.readiness import Readiness
+from broker.units import SECOND
 from broker.web import body
 from broker.web.auth import Client, ClientAuthenticator
-from broker.web.response import JSON_TYPE, ReadyAnswer, head, limit_headers, retry_after_seconds
+from broker.web.caller import Caller, caller_of
+from broker.web.lane import ANY_METHOD
+from broker.web.response import (
+    JSON_TYPE,
+    GrantHeads,
+    ReadyAnswer,
+    head,
+    limit_headers,
+    retry_after_seconds,
+)
+from broker.web.whole_request import LaneHandler, Request, WholeRequest
 from broker.wire import request as wire
+from broker.wire.known_bodies import KnownBodies
 from broker.wire.responses import HealthAnswer, ValidAnswer, error_body_of, plain_body, token_in
 
 log = structlog.get_logger()
@@ -29,7 +41,6 @@ log = structlog.get_logger()
 TOKEN_PATH = "/v1/embed-tokens/request"  # noqa: S105 - a path, not a password
 
 _REQUEST_ID = istr("X-Request-Id")
-_TRACEPARENT = istr("traceparent")
 _ID_ALPHABET = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
 _ID_MAX = 64
 
@@ -39,11 +50,10 @@ _CACHE_STATUS = {
     Outcome.COALESCED: "Cache-Status: embed-token-broker; fwd=miss; collapsed\r\n",
 }
 
-ANY_METHOD = "*"
-"""Registers a handler for whatever method a request has."""
-
-Handler = Callable[[BaseRequest, str], Awaitable[web.StreamResponse]]
+Handler = Callable[[BaseRequest, str], Awaitable[ReadyAnswer]]
 """Answers a request; the second argument is its request id."""
+
+_R = TypeVar("_R")
 
 _COUNTED = frozenset(
     {Outcome.LIMITED, Outcome.SHED, Outcome.INVALID, Outcome.UNAUTHORIZED, Outcome.FORBIDDEN}
@@ -91,17 +101,21 @@ class Routes:
         self._id_count = count(1)
         self._date = ""
         self._date_until = 0
+        self._heads = GrantHeads()
+        self._bodies = KnownBodies()
         self.table: dict[str, dict[str, Handler]] = {TOKEN_PATH: {"POST": self._token}}
+        self.lane: dict[str, dict[str, LaneHandler]] = {TOKEN_PATH: {"POST": self._token}}
         self.add("/v1/validate", "POST", self._validate)
         for path in ("/livez", "/health", "/healthz"):
             self.add(path, "GET", self._live)
         self.add("/readyz", "GET", self._ready)
 
-    def __call__(self, request: BaseRequest) -> Awaitable[web.StreamResponse]:
+    def __call__(self, request: BaseRequest) -> Awaitable[ReadyAnswer]:
         """Answer one request; what goes wrong is answered and logged, never raised."""
         methods = self.table.get(request.raw_path)
         handler = None if methods is None else methods.get(request.method)
-        return (handler or self._off_route)(request, self._request_id(request))
+        request_id = self.given_id(request.headers) or self.new_id()
+        return (handler or self._off_route)(request, request_id)
 
     def use_log(self, *, debug: bool) -> None:
         """Follow a change of the log's level; `debug` writes every hand-out.
@@ -116,8 +130,23 @@ class Routes:
 
         A path that ends in `/*` is answered with all that is below it.
         """
+        guarded = self._guarded(handler)
+        methods = self.table.setdefault(path, {})
+        methods[method] = guarded
+        if method == "GET":
+            methods["HEAD"] = guarded
+        elif method == ANY_METHOD:
+            methods["GET"] = guarded  # which is found at once
 
-        async def guarded(request: BaseRequest, request_id: str) -> web.StreamResponse:
+    def add_to_lane(self, path: str, method: str, handler: LaneHandler) -> None:
+        """Add a route whose requests are answered where they arrive, if they can be."""
+        self.add(path, method, handler)
+        self.lane.setdefault(path, {})[method] = self._guarded(handler)
+
+    def _guarded(
+        self, handler: Callable[[_R, str], Awaitable[ReadyAnswer]]
+    ) -> Callable[[_R, str], Coroutine[Any, Any, ReadyAnswer]]:
+        async def guarded(request: _R, request_id: str) -> ReadyAnswer:
             try:
                 return await handler(request, request_id)
             except errors.BrokerError as error:
@@ -130,45 +159,46 @@ class Routes:
                 log.exception("broker.defect", request_id=request_id)
                 return self._error(errors.Internal(), request_id)
 
-        methods = self.table.setdefault(path, {})
-        methods[method] = guarded
-        if method == "GET":
-            methods["HEAD"] = guarded
-        elif method == ANY_METHOD:
-            methods["GET"] = guarded  # which is found at once
+        return guarded
 
     def page(
         self, content_type: str, content: bytes, headers: str = "", cache: str = "no-store"
     ) -> Handler:
         """Make a handler that answers fixed bytes; `headers` are ready lines with their CRLF."""
 
-        async def answer(_request: BaseRequest, request_id: str) -> web.StreamResponse:
+        async def answer(_request: BaseRequest, request_id: str) -> ReadyAnswer:
             return self.answer(200, content, request_id, headers, content_type, cache)
 
         return answer
 
     def error_head(self) -> tuple[str, str]:
         """Return a request id and the date, for requests that could not be parsed."""
-        return self._new_id(), self._http_date(self._clock.wall())
+        return self.new_id(), self._http_date(self._clock.wall())
 
-    async def _token(self, request: BaseRequest, request_id: str) -> web.StreamResponse:
+    async def _token(self, request: Request, request_id: str) -> ReadyAnswer:
         started = time.perf_counter()
+        timeout = self._deadline
         client: Client | None = None
         ask: TokenRequest | None = None
         try:
-            client = self._door.identify(request, self._clock.mono())
+            caller = request.facts if type(request) is WholeRequest else None
+            if type(caller) is not Caller:
+                client = self._door.identify(request, self._clock.mono())
+                caller = caller_of(request, client)
+            client = caller.client
             content = body.arrived(request, wire.MAX_BODY)
             if content is None:
                 content = await body.read(request, wire.MAX_BODY)
-            ask = wire.parse(
+                timeout -= time.perf_counter() - started
+            ask = self._bodies.read(
                 content,
                 client.name,
+                request_id,
+                caller.traceparent,
                 any_fingerprint=self.any_fingerprint,
-                request_id=request_id,
-                traceparent=request.headers.get(_TRACEPARENT, ""),
             )
-            client.require_agent(ask.agent)
-            timeout = self._deadline - (time.perf_counter() - started)
+            if client.agents is not None:
+                client.require_agent(ask.agent)
             result = await self._desk.issue(ask, timeout)
         except errors.BrokerError as error:
             return self._refuse(error, request_id, started, client, ask)
@@ -181,15 +211,16 @@ class Routes:
 
     def _hand_out(
         self, handout: IssuedToken, request_id: str, started: float, ask: TokenRequest
-    ) -> web.StreamResponse:
+    ) -> ReadyAnswer:
         outcome, verdict = handout.outcome, handout.verdict
         wall = self._clock.wall()
-        limits = "" if verdict is None else limit_headers(LimitName.FINGERPRINT, verdict, wall)
-        content = handout.token.body
-        text = head(200, len(content), JSON_TYPE, request_id, self._http_date(wall))
-        answer = ReadyAnswer(
-            200, f"{text}{_CACHE_STATUS[outcome]}{limits}", content, close=self._health.draining
-        )
+        date = self._http_date(wall)
+        content, line = handout.token.body, _CACHE_STATUS[outcome]
+        if verdict is None:
+            text = head(200, len(content), JSON_TYPE, request_id, date) + line
+        else:
+            text = self._heads.write(line, len(content), request_id, date, verdict, wall)
+        answer = ReadyAnswer(200, text, content, close=self._health.draining)
         self._metrics.remaining.observe(handout.left / 1_000_000)
         seconds = time.perf_counter() - started
         self._metrics.requests[outcome].observe(seconds)
@@ -204,7 +235,7 @@ class Routes:
         started: float,
         client: Client | None,
         ask: TokenRequest | None,
-    ) -> web.StreamResponse:
+    ) -> ReadyAnswer:
         """Answer and count a token request that failed."""
         seconds = time.perf_counter() - started
         self._metrics.requests[error.outcome].observe(seconds)
@@ -237,18 +268,18 @@ class Routes:
         now = self._clock.mono()
         return self.refusals.tell_of_leak(error.client, now, request_id, anyway=anyway)
 
-    async def _validate(self, request: BaseRequest, request_id: str) -> web.StreamResponse:
+    async def _validate(self, request: BaseRequest, request_id: str) -> ReadyAnswer:
         valid = self._door.is_valid(request, self._clock.mono())
         return self.answer(200, plain_body(ValidAnswer(valid)), request_id)
 
-    async def _live(self, _request: BaseRequest, request_id: str) -> web.StreamResponse:
+    async def _live(self, _request: BaseRequest, request_id: str) -> ReadyAnswer:
         return self.answer(200, _OK, request_id)
 
-    async def _ready(self, _request: BaseRequest, request_id: str) -> web.StreamResponse:
+    async def _ready(self, _request: BaseRequest, request_id: str) -> ReadyAnswer:
         status = 200 if self._health.ready else 503
         return self.answer(status, plain_body(HealthAnswer(self._health.state)), request_id)
 
-    async def _off_route(self, request: BaseRequest, request_id: str) -> web.StreamResponse:
+    async def _off_route(self, request: BaseRequest, request_id: str) -> ReadyAnswer:
         """What is not in the table to the letter: a query, another method, nothing at all.
 
         Also the absolute form of a target, which proxies may send (RFC 9112 section 3.2.2).
@@ -272,7 +303,7 @@ class Routes:
                 return methods
         return None
 
-    def _error(self, error: errors.BrokerError, request_id: str) -> web.StreamResponse:
+    def _error(self, error: errors.BrokerError, request_id: str) -> ReadyAnswer:
         headers = ""
         if isinstance(error, errors.RateLimited):
             headers = limit_headers(error.limit, error.verdict, self._clock.wall())
@@ -292,29 +323,30 @@ class Routes:
         headers: str = "",
         content_type: str = JSON_TYPE,
         cache: str = "no-store",
-    ) -> web.StreamResponse:
+    ) -> ReadyAnswer:
         """Return an answer; `headers` are ready lines with their CRLF."""
         date = self._http_date(self._clock.wall())
         text = head(status, len(content), content_type, request_id, date, cache)
         close = self._health.draining or status in _CLOSING
         return ReadyAnswer(status, text + headers, content, close=close)
 
-    def _request_id(self, request: BaseRequest) -> str:
-        """Keep a well-formed inbound id, else make one: unique, and cheap."""
-        given = request.headers.get(_REQUEST_ID)
+    def given_id(self, headers: Mapping[str, str]) -> str:
+        """Return a well-formed id that the caller sent, which is kept; empty if there is none."""
+        given = headers.get(_REQUEST_ID)
         if given and len(given) <= _ID_MAX and _ID_ALPHABET.issuperset(given):
             return given
-        return self._new_id()
+        return ""
 
-    def _new_id(self) -> str:
+    def new_id(self) -> str:
+        """Make a request id: unique, and cheap."""
         return f"{self._id_prefix}-{next(self._id_count):x}"
 
     def _http_date(self, wall: int) -> str:
         """The date, formatted once a second."""
-        if not self._date_until - 1_000_000 <= wall < self._date_until:
+        if not 0 < self._date_until - wall <= SECOND:
             second = wall // 1_000_000
             self._date = formatdate(second, usegmt=True)
-            self._date_until = (second + 1) * 1_000_000
+            self._date_until = (second + 1) * SECOND
         return self._date
 
     def _log_handout(

@@ -21,10 +21,8 @@ Credentials of another scheme than Bearer are no token of ours, and may stand be
 from collections.abc import Awaitable, Callable, Iterator
 from urllib.parse import parse_qsl, quote
 
-from aiohttp import web
 from aiohttp.hdrs import AUTHORIZATION
-from aiohttp.web_request import BaseRequest
-from msgspec import UNSET
+from msgspec import UNSET, Struct
 from multidict import CIMultiDictProxy, istr
 
 from broker.errors import (
@@ -40,8 +38,11 @@ from broker.rules import forwarded
 from broker.sessions.admin import TokenIntrospector
 from broker.stores.base import Rejection
 from broker.web import body
-from broker.web.auth import ClientAuthenticator
-from broker.web.router import ANY_METHOD, Routes
+from broker.web.auth import Client, ClientAuthenticator
+from broker.web.lane import ANY_METHOD
+from broker.web.response import ReadyAnswer
+from broker.web.router import Routes
+from broker.web.whole_request import Request, WholeRequest
 from broker.wire import request as wire
 from broker.wire.responses import ActiveToken, InactiveToken, plain_body
 
@@ -71,25 +72,26 @@ def add(
 ) -> None:
     """Serve what this module is about; `charge` is met by what changes something."""
 
-    async def verify(request: BaseRequest, request_id: str) -> web.StreamResponse:
-        headers = request.headers
-        token = presented(request, trusted=door.trusts(request.remote))
+    async def verify(request: Request, request_id: str) -> ReadyAnswer:
+        asked = request.facts if isinstance(request, WholeRequest) else None
+        if not isinstance(asked, Asked):
+            asked = _read_head(request, trusted=door.trusts(request.remote))
         try:
-            session = await desk.check(token)
+            session = await desk.check(asked.token)
         except BadToken as error:
             raise Unauthorized(f"token: {error}") from None
-        if any(agent != session.agent for agent in headers.getall(_REQUIRED_AGENT, ())):
+        if any(agent != session.agent for agent in asked.agents):
             raise AgentNotAllowed("token: good, but for another agent than the one required here")
         return routes.answer(200, b"", request_id, session_headers(session), "text/plain")
 
-    async def introspect(request: BaseRequest, request_id: str) -> web.StreamResponse:
-        client = door.identify(request, clock.mono())
+    async def introspect(request: Request, request_id: str) -> ReadyAnswer:
+        client = _identified(request, door, clock)
         session = await desk.introspect(await _token_field(request), client.name)
         content = _INACTIVE if session is None else plain_body(_active(session, client.name))
         return routes.answer(200, content, request_id)
 
-    async def revoke(request: BaseRequest, request_id: str) -> web.StreamResponse:
-        client = door.identify(request, clock.mono())
+    async def revoke(request: Request, request_id: str) -> ReadyAnswer:
+        client = _identified(request, door, clock)
         token = await _token_field(request)
         denial = await charge(client.name)
         if denial is not None:
@@ -97,13 +99,41 @@ def add(
         await desk.revoke(token, client.name)
         return routes.answer(200, b"", request_id, content_type="text/plain")
 
-    routes.add(VERIFY_PATH, ANY_METHOD, verify)
+    routes.add_to_lane(VERIFY_PATH, ANY_METHOD, verify)
     routes.add(f"{VERIFY_PATH}/*", ANY_METHOD, verify)
-    routes.add("/v1/introspect", "POST", introspect)
-    routes.add("/v1/revoke", "POST", revoke)
+    routes.add_to_lane("/v1/introspect", "POST", introspect)
+    routes.add_to_lane("/v1/revoke", "POST", revoke)
 
 
-def presented(request: BaseRequest, *, trusted: bool) -> str:
+def _identified(request: Request, door: ClientAuthenticator, clock: Clock) -> Client:
+    """Return whose secret a head bears; raises what `identify` does, UnsupportedType."""
+    known = request.facts if isinstance(request, WholeRequest) else None
+    if isinstance(known, Client):
+        return known
+    client = door.identify(request, clock.mono())
+    body.require_plain(request.headers)
+    if isinstance(request, WholeRequest):
+        request.facts = client
+    return client
+
+
+class Asked(Struct, frozen=True):
+    """What the head of a proxy's question says: the token, and for which agents it must be."""
+
+    token: str
+    agents: tuple[str, ...]
+
+
+def _read_head(request: Request, *, trusted: bool) -> Asked:
+    """Read what is asked; a head whose meaning depends on the peer is read each time."""
+    headers = request.headers
+    asked = Asked(presented(request, trusted=trusted), tuple(headers.getall(_REQUIRED_AGENT, ())))
+    if isinstance(request, WholeRequest) and not any(name in headers for name in _FORWARDED_URIS):
+        request.facts = asked
+    return asked
+
+
+def presented(request: Request, *, trusted: bool) -> str:
     """Return the one token that a request bears; `trusted` if its peer's URIs count.
 
     Raises MissingAuth for none, Unauthorized for two that differ or a URI read in two ways.
@@ -141,7 +171,7 @@ def _bearers(headers: "CIMultiDictProxy[str]") -> Iterator[str]:
             yield token.strip()
 
 
-def _forwarded(request: BaseRequest) -> tuple[str, ...]:
+def _forwarded(request: Request) -> tuple[str, ...]:
     """Return the tokens of the URI that the peer says its client asked for."""
     stated = [
         _tokens_in(uri)
@@ -165,11 +195,9 @@ def _tokens_in(uri: str) -> tuple[str, ...]:
         raise Unauthorized(f"token: {error}") from None
 
 
-async def _token_field(request: BaseRequest) -> str:
+async def _token_field(request: Request) -> str:
     """Return the form's `token`; other fields, such as RFC 7662's hint, change nothing."""
-    content = body.arrived(request, wire.MAX_BODY)
-    if content is None:
-        content = await body.read(request, wire.MAX_BODY)
+    content = await body.read(request, wire.MAX_BODY)
     try:
         fields = parse_qsl(content.decode("ascii"), keep_blank_values=True, max_num_fields=_FIELDS)
     except ValueError:

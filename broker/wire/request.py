@@ -126,9 +126,13 @@ def parse(
         model = None
     elif model is not None:
         _check_model(model)
-    if traceparent and _TRACEPARENT.fullmatch(traceparent) is None:
-        traceparent = ""
-    return TokenRequest(client, agent, fingerprint, model, request.fresh, request_id, traceparent)
+    trace = well_formed(traceparent)
+    return TokenRequest(client, agent, fingerprint, model, request.fresh, request_id, trace)
+
+
+def well_formed(traceparent: str) -> str:
+    """Return a traceparent that is one; empty for any other, as W3C Trace Context asks."""
+    return traceparent if traceparent and _TRACEPARENT.fullmatch(traceparent) else ""
 
 
 def _check_any_fingerprint(fingerprint: str, *, any_fingerprint: bool) -> None:

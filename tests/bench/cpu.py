@@ -1,7 +1,10 @@
 """CPU per request over HTTP: the broker beside a plain aiohttp handler.
 
     python tests/bench/cpu.py [--rounds 9] [--seconds 2] [--connections 16] [--shared]
-        [--cases hit,mint,429,verify,introspect]
+        [--cases hit,crowd,traced,mint,429,invalid,verify,introspect]
+
+Hits are one visitor's (`hit`), 10,000 visitors' (`crowd`), or come with a trace of their own each,
+so that no two heads are the same (`traced`).
 
 A plain handler reads the body and answers the same bytes: on uvloop as the broker, and as stock
 `web.run_app`.  Every round measures each server once for each case, in an order that rotates, so
@@ -38,10 +41,19 @@ PATH = "/v1/embed-tokens/request"
 
 VERIFY, INTROSPECT = "/v1/embed-tokens/verify", "/v1/introspect"
 
-CASES = {"hit": 0.80, "mint": 1.10, "429": 0.80, "verify": 0.90, "introspect": 0.90}
+CASES = {
+    "hit": 0.28,
+    "crowd": 0.36,
+    "traced": 0.36,
+    "mint": 1.00,
+    "429": 0.30,
+    "invalid": 0.35,
+    "verify": 0.40,
+    "introspect": 0.50,
+}
 """What is asked of the broker, and the target: CPU of it over CPU of the plain handler."""
 
-SHARED_CASES = {"hit": 1.20}
+SHARED_CASES = {"hit": 0.65, "crowd": 0.80}
 """The same on a shared store; without a target for the others."""
 
 TICK = 1_000_000 / os.sysconf("SC_CLK_TCK")
@@ -72,31 +84,51 @@ encryption_key = "{key}"
 """
 """Defaults, but for limits that must not end the run: logging, headers and features included."""
 
+CROWD = 10_000
+"""Visitors of the case of that name."""
+
 VISITORS = """
-local secret, case, round, token, seen = "", "", 0, "", 0
+local case, round, secret, seen, ready = "", 0, "", 0, {}
+local agent, visitor, crowd = "A78WKV4515", "9f86d081884c7d659a2feaa0c55ad015", 0
+local function asking(agent, visitor, trace)
+  local headers = {["Host"] = "broker", ["api-secret"] = secret,
+    ["Content-Type"] = "application/json", ["traceparent"] = trace}
+  local body = '{"agent_id":"%s","fingerprint":"%s"}'
+  if case == "invalid" then body = '{"agent_id":"%s"}' end
+  return wrk.format("POST", nil, headers, string.format(body, agent, visitor))
+end
 function init(args)
-  secret, case, round, token = args[1], args[2], tonumber(args[3]), args[4]
+  secret, case, round, crowd = args[1], args[2], tonumber(args[3]), tonumber(args[5])
+  if case == "429" then agent = "tight" end
+  local form = "application/x-www-form-urlencoded"
+  if case == "verify" then
+    ready = {wrk.format("GET", nil, {["Host"] = "broker", ["X-Embed-Token"] = args[4]})}
+  elseif case == "introspect" then
+    local headers = {["Host"] = "broker", ["api-secret"] = secret, ["Content-Type"] = form}
+    ready = {wrk.format("POST", nil, headers, "token=" .. args[4])}
+  elseif case == "crowd" then
+    for n = 1, crowd do ready[n] = asking(agent, string.format("%032x", n - 1)) end
+  elseif case == "traced" then
+    local mark = string.rep("7", 32)
+    local all = asking(agent, visitor, "00-" .. mark .. "-b7ad6b7169203331-01")
+    local first, last = string.find(all, mark, 1, true)
+    ready = {string.sub(all, 1, first - 1), string.sub(all, last + 1)}
+  else
+    ready = {asking(agent, visitor)}
+  end
 end
 function request()
-  if case == "verify" then
-    return wrk.format("GET", nil, {["X-Embed-Token"] = token})
+  seen = seen + 1
+  if case == "traced" then
+    return ready[1] .. string.format("%016x%016x", round, seen) .. ready[2]
   end
-  if case == "introspect" then
-    local type = "application/x-www-form-urlencoded"
-    return wrk.format("POST", nil, {["api-secret"] = secret, ["Content-Type"] = type},
-      "token=" .. token)
-  end
-  local agent, visitor = "A78WKV4515", "9f86d081884c7d659a2feaa0c55ad015"
-  if case == "429" then agent = "tight" end
   if case == "mint" then
-    seen = seen + 1
-    visitor = string.format("9f86d0818%07x%016x", round, seen)
+    return asking(agent, string.format("9f86d0818%07x%016x", round, seen))
   end
-  local body = string.format('{"agent_id":"%s","fingerprint":"%s"}', agent, visitor)
-  local headers = {["api-secret"] = secret, ["Content-Type"] = "application/json"}
-  return wrk.format("POST", nil, headers, body)
+  return ready[(seen - 1) % #ready + 1]
 end
 """
+"""Requests are written before the run where they can be, or the generator would be slower."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +183,7 @@ def main() -> None:
             store = stack.enter_context(run_store(folder))
             shared = stack.enter_context(run_broker(folder, secret, "shared", store))
             ask(shared, secret, "tight")
+            meet_crowd(shared, secret)
             servers.append(shared)
         numbers = count(1)
         for number in range(options.rounds + 1):
@@ -235,12 +268,16 @@ def keep_answers(broker: Server, secret: str, folder: Path) -> None:
     for case, agent, status in (
         ("mint", "other", 200),
         ("hit", "other", 200),
+        ("crowd", "other", 200),
+        ("traced", "other", 200),
         ("429", "tight", 429),
+        ("invalid", "not an agent", 400),
     ):
         got, body = ask(broker, secret, agent)
         if got != status:
             sys.exit(f"{case}: {got} instead of {status}: {body!r}")
         (folder / f"{case}.{status}").write_bytes(body)
+    meet_crowd(broker, secret)
     token = token_of(broker, secret)
     form = {"api-secret": secret, "Content-Type": "application/x-www-form-urlencoded"}
     for case, (status, body) in {
@@ -250,6 +287,17 @@ def keep_answers(broker: Server, secret: str, folder: Path) -> None:
         if status != 200 or b"false" in body:
             sys.exit(f"{case}: {status} {body!r}")
         (folder / f"{case}.200").write_bytes(body)
+
+
+def meet_crowd(broker: Server, secret: str) -> None:
+    """Have a token minted for each visitor of the crowd."""
+    connection = http.client.HTTPConnection("127.0.0.1", broker.port, timeout=10)
+    for number in range(CROWD):
+        body = json.dumps({"agent_id": "A78WKV4515", "fingerprint": f"{number:032x}"})
+        connection.request("POST", PATH, body, {"api-secret": secret})
+        with connection.getresponse() as response:
+            response.read()
+    connection.close()
 
 
 @cache
@@ -291,13 +339,14 @@ def measure(
         case,
         str(number),
         token_of(server, secret),
+        str(CROWD),
     ]
     before = server.cpu()
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     after = server.cpu()
     requests = int(found_in(done.stdout, r"(\d+) requests in"))
     refused = re.search(r"Non-2xx or 3xx responses: (\d+)", done.stdout)
-    if (case == "429") != (refused is not None) or "Socket errors" in done.stdout:
+    if (case in ("429", "invalid")) != (refused is not None) or "Socket errors" in done.stdout:
         sys.exit(f"{server.name}, {case}: not what was to be measured:\n{done.stdout}")
     return Sample(
         user=(after[0] - before[0]) / requests,

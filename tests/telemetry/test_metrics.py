@@ -57,6 +57,7 @@ DOCUMENTED: dict[str, tuple[str, Labels]] = {
     "broker_build_info": ("gauge", {"version": set(), "python": set()}),
     "broker_workers": ("gauge", {}),
     "broker_connections": ("gauge", {}),
+    "broker_fast_lane_off": ("gauge", {}),
     "broker_log_lines_dropped": ("counter", {}),
     "broker_config_reload_failed": ("gauge", {}),
     "broker_worker_restarts": ("counter", {}),

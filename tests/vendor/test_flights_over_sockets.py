@@ -58,7 +58,7 @@ class TestFlights:
     ) -> None:
         """The mint belongs to nobody in particular; its token is cached.
 
-        It takes longer than a client that has sent its last byte is kept (`server.HALF_CLOSED`).
+        It takes longer than a client that has sent its last byte is kept (`HALF_CLOSED`).
         """
         fingerprint = visitor()
         loop = asyncio.get_running_loop()

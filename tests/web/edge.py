@@ -8,6 +8,7 @@ import asyncio
 import io
 import json
 import logging
+import os
 import resource
 import secrets
 import time
@@ -21,6 +22,7 @@ import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
 from broker.app.app import App
+from broker.app.wiring import NO_LANE
 from broker.config import load as config
 from broker.config.settings import Settings
 from broker.model import Clock
@@ -329,7 +331,7 @@ async def serving(
     with logging_to(log, settings), pytest.MonkeyPatch.context() as patch:
         patch.setattr("broker.app.app.SystemClock", lambda: clock)
         patch.setattr("broker.app.app.GcTuner", _NoPauses)
-        app = App(settings, lambda: settings, {}, dev=dev)
+        app = App(settings, lambda: settings, _switches(), dev=dev)
         before = asyncio.all_tasks()
         await app.start()
         edge = Edge(app, clock, log, secret, key)
@@ -342,6 +344,11 @@ async def serving(
             assert edge.defects_expected or bug not in log.getvalue(), log.getvalue()
         assert len(app.parts.token_service.flights) == 0
         await _settle(before)
+
+
+def _switches() -> dict[str, str]:
+    """Return what this process' environment says about the fast lane, and nothing else of it."""
+    return {NO_LANE: os.environ[NO_LANE]} if NO_LANE in os.environ else {}
 
 
 class _NoPauses:

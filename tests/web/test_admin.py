@@ -137,7 +137,7 @@ class TestEverythingElse:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """An admin port that was opened to a network is no parking place."""
-        monkeypatch.setattr("broker.web.server.HEAD_TIMEOUT", 0.05)
+        monkeypatch.setattr("broker.web.connection.HEAD_TIMEOUT", 0.05)
         async with serving() as edge, asyncio.timeout(30):
             line = await edge.connect(port=edge.admin_port)
             line.send(b"GET /met")

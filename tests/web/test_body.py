@@ -111,7 +111,7 @@ class TestArrival:
     ) -> None:
         """Held open without an end: answered, closed, counted as the caller's fault."""
         monkeypatch.setattr("broker.web.body.BODY_TIMEOUT", 0.03)
-        monkeypatch.setattr("broker.web.server.LINGER", 0.03)
+        monkeypatch.setattr("broker.web.connection.LINGER", 0.03)
         line = await edge.connect()
         line.send(edge.asking()[:-10])
         reply = await line.answer()
@@ -188,7 +188,7 @@ class TestBrokenTransfers:
         The parser does not tell a handler that is reading already, but it stays a clean 4xx.
         """
         monkeypatch.setattr("broker.web.body.BODY_TIMEOUT", 0.03)
-        monkeypatch.setattr("broker.web.server.LINGER", 0.03)
+        monkeypatch.setattr("broker.web.connection.LINGER", 0.03)
         line = await edge.connect()
         line.send(chunked(edge, b"{", end=False))
         await line.writer.drain()

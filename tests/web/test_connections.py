@@ -35,6 +35,7 @@ from processes import (
 from broker.config.settings import Settings
 from broker.telemetry.cells import Gauge
 from broker.web import server
+from broker.web.connection import DataConnection
 from broker.web.head_bounds import MAX_FIELD, MAX_FIELDS, MAX_HEAD
 
 KEEP_ALIVE = 2.0
@@ -403,7 +404,7 @@ class TestOddTargets:
 
         async with serving({}) as edge:
             edge.defects_expected = True
-            monkeypatch.setattr(server.DataConnection, "start", start)
+            monkeypatch.setattr(DataConnection, "start", start)
             line = await connected(int(edge.app.url.rpartition(":")[2]))
             line.send(request("GET", "/livez", []))
             assert await ended(line) == b""
@@ -444,7 +445,7 @@ class TestHeads:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Neither their bytes nor their time goes on once one is whole: a connection stays good."""
-        monkeypatch.setattr(server, "HEAD_TIMEOUT", 3.0)
+        monkeypatch.setattr("broker.web.connection.HEAD_TIMEOUT", 3.0)
         ask = request("GET", "/livez", [("Cookie", "c" * (MAX_HEAD // 5))])
         async with serving() as edge:
             line = await connected(int(edge.app.url.rpartition(":")[2]))
@@ -608,7 +609,7 @@ class TestTime:
         self, monkeypatch: pytest.MonkeyPatch, listener: str, unread: int
     ) -> None:
         """As the last answer before the idle time, or while the connection is being closed."""
-        monkeypatch.setattr("broker.web.server.UNSENT_TIMEOUT", 0.5)
+        monkeypatch.setattr("broker.web.connection.UNSENT_TIMEOUT", 0.5)
         async with serving() as edge:
             port = edge.port if listener == "data" else edge.admin_port
             for ending in (b"", b"Connection: close\r\n"):
@@ -630,7 +631,7 @@ class TestTime:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Late, but in time: 2,000 answers, in their order, on a connection that stays."""
-        monkeypatch.setattr("broker.web.server.UNSENT_TIMEOUT", PATIENCE)
+        monkeypatch.setattr("broker.web.connection.UNSENT_TIMEOUT", PATIENCE)
         async with serving() as edge:
             client = await _deaf(edge.port)
             connection, transport = await _end_of(edge, "data", client)
@@ -708,7 +709,7 @@ async def _is_back_to(running: Running, before: float) -> bool:
     return await _open_connections(running) <= before
 
 
-def _is_gone(connection: server.DataConnection) -> bool:
+def _is_gone(connection: DataConnection) -> bool:
     return connection.transport is None and connection._manager is None
 
 
@@ -724,9 +725,9 @@ async def _deaf(port: int) -> socket.socket:
 
 async def _end_of(
     edge: Edge, listener: str, client: socket.socket
-) -> tuple[server.DataConnection, asyncio.Transport]:
+) -> tuple[DataConnection, asyncio.Transport]:
     """Find the broker's end of a connection."""
-    opened: list[server.DataConnection] = []
+    opened: list[DataConnection] = []
 
     def look() -> bool:
         known = _connections(edge, listener)
@@ -892,7 +893,7 @@ class TestKeepAlive:
 
         Another connection has begun a head and is ended after the time of heads; this one stays.
         """
-        monkeypatch.setattr("broker.web.server.HEAD_TIMEOUT", 0.3)
+        monkeypatch.setattr("broker.web.connection.HEAD_TIMEOUT", 0.3)
         async with serving() as edge:
             line = await edge.connect()
             await _answered_in_pieces(line, edge.asking(), is_chunked=is_chunked)

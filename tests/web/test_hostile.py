@@ -100,7 +100,7 @@ class TestMalformed:
         self, monkeypatch: pytest.MonkeyPatch, data: bytes
     ) -> None:
         """The same for what is too long: the answer says so, and what the bounds are."""
-        monkeypatch.setattr("broker.web.server.LINGER", 0.05)
+        monkeypatch.setattr("broker.web.connection.LINGER", 0.05)
         async with serving() as edge:
             await self._refused(edge, data, 431, "HEAD_TOO_LARGE", HEAD_TOO_LARGE)
 
@@ -198,7 +198,7 @@ class TestBodies:
         self, edge: Edge, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A sender that never stops is told 413, and is cut off long before its end."""
-        monkeypatch.setattr("broker.web.server.LINGER", 0.03)
+        monkeypatch.setattr("broker.web.connection.LINGER", 0.03)
         line = await edge.connect()
         head = request(
             "POST", TOKEN_PATH, [("api-secret", edge.secret), ("Transfer-Encoding", "chunked")]
@@ -221,7 +221,7 @@ class TestBodies:
         self, edge: Edge, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """401 at once; the rest of the body is read for `LINGER`, then the connection ends."""
-        monkeypatch.setattr("broker.web.server.LINGER", 0.05)
+        monkeypatch.setattr("broker.web.connection.LINGER", 0.05)
         line = await edge.connect()
         headers = [("api-secret", "x" * 20), ("Content-Length", str(2**30))]
         line.send(request("POST", TOKEN_PATH, headers) + b"x" * 1000)
@@ -247,8 +247,8 @@ class TestSlowSockets:
         monkeypatch.setattr(
             "broker.config.validate.KEEP_ALIVE_BOUNDS", (Duration(0), Duration(10**6))
         )
-        monkeypatch.setattr("broker.web.server.HEAD_TIMEOUT", 0.05)
-        monkeypatch.setattr("broker.web.server.LINGER", 0.05)
+        monkeypatch.setattr("broker.web.connection.HEAD_TIMEOUT", 0.05)
+        monkeypatch.setattr("broker.web.connection.LINGER", 0.05)
         monkeypatch.setattr("broker.web.body.BODY_TIMEOUT", 0.05)
         async with serving({"server": {"keep_alive": "50ms"}}) as edge:
             yield edge

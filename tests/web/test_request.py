@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from broker.errors import BrokerError, Invalid, MissingParam
 from broker.model import TokenRequest
+from broker.wire import known_bodies
 from broker.wire import request as wire
+from broker.wire.known_bodies import KnownBodies
 
 HEX = st.text("0123456789abcdefABCDEF", min_size=4, max_size=128)
 TRACE = f"00-{'a' * 32}-{'b' * 16}-01"
@@ -287,3 +289,53 @@ async def test_the_last_of_two_equal_keys_wins_on_the_wire(edge: Edge) -> None:
     body = f'{{"agent_id":"first","agent_id":"{AGENT}","fingerprint":"{fingerprint}","x":[{{}}]}}'
     reply = await edge.post(body.encode())
     assert reply.body == (await edge.ask(fingerprint)).body
+
+
+class TestKnownBodies:
+    def read(
+        self,
+        bodies: KnownBodies,
+        body: bytes,
+        *,
+        client: str = "web",
+        any_fingerprint: bool = False,
+    ) -> TokenRequest:
+        return bodies.read(body, client, "id-1", "", any_fingerprint=any_fingerprint)
+
+    def test_the_same_bytes_mean_the_same_for_another_request(self) -> None:
+        """Its client, its request id and its trace are its own."""
+        bodies, body = KnownBodies(), b'{"agent_id":"A1","fingerprint":"abcd","fresh":true}'
+        trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+        for client, request_id, sent in (("web", "a", ""), ("app", "b", trace), ("web", "c", "")):
+            ask = bodies.read(body, client, request_id, sent, any_fingerprint=False)
+            assert ask == TokenRequest(client, "A1", "abcd", None, True, request_id, sent)
+
+    @given(st.lists(st.sampled_from([b"{}", b"[", b'{"agent_id":"A1","fingerprint":"no hex"}'])))
+    def test_bad_ones_are_refused_each_time(self, given: list[bytes]) -> None:
+        """What is kept was good."""
+        bodies = KnownBodies()
+        for body in given:
+            with pytest.raises((Invalid, MissingParam)):
+                self.read(bodies, body)
+        assert len(bodies) == 0
+
+    def test_a_looser_rule_leaves_nothing_behind_for_a_stricter_one(self) -> None:
+        """A reload may turn `fingerprint_format` from "any" to "hex"."""
+        bodies, body = KnownBodies(), b'{"agent_id":"A1","fingerprint":"no hex"}'
+        assert self.read(bodies, body, any_fingerprint=True).fingerprint == "no hex"
+        with pytest.raises(Invalid):
+            self.read(bodies, body)
+
+    def test_G6_they_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Two generations; what is asked for stays; long ones are read each time."""
+        monkeypatch.setattr(known_bodies, "MAX_KNOWN", 10)
+        bodies = KnownBodies()
+        template = '{"agent_id":"A1","fingerprint":"%08x"}'
+        for number in range(100):
+            assert self.read(bodies, (template % number).encode()).fingerprint == f"{number:08x}"
+            assert self.read(bodies, (template % 0).encode()).fingerprint == "0" * 8
+        assert len(bodies) <= 20
+        assert (template % 0).encode() in bodies._young
+        padded = (template % 1).encode() + b" " * known_bodies.LONGEST
+        assert self.read(bodies, padded).fingerprint == "00000001"
+        assert padded not in bodies._young

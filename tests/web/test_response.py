@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from broker.model import LimitName
 from broker.rules.bucket import Limit, peek, spend
-from broker.web.response import ReadyAnswer, limit_headers, retry_after_seconds
+from broker.web.response import (
+    JSON_TYPE,
+    GrantHeads,
+    ReadyAnswer,
+    head,
+    limit_headers,
+    retry_after_seconds,
+)
 from broker.web.server import DataServer
 
 LIMITS = st.builds(Limit, st.integers(1, 2**31 - 1), st.integers(1, 3_600_000_000))
@@ -73,6 +80,35 @@ class TestLimitHeaders:
         assert parsed(headers)["RateLimit"] == '"client";r=5'
 
 
+class TestGrantHeads:
+    @given(
+        st.lists(
+            st.tuples(
+                st.sampled_from([Limit(20, 1_000_000), Limit(1, 59), Limit(2**31 - 1, 3)]),
+                st.integers(-5, 10**8),
+                st.sampled_from(["Cache-Status: x; hit\r\n", "Cache-Status: x; fwd=miss\r\n"]),
+                st.integers(0, 10**7),
+                st.integers(0, 3),
+                st.booleans(),
+            ),
+            max_size=8,
+        )
+    )
+    def test_templates_write_what_the_parts_do(
+        self, draws: list[tuple[Limit, int, str, int, int, bool]]
+    ) -> None:
+        """Byte for byte, whatever limit, line and second came before; full buckets, too."""
+        heads = GrantHeads()
+        for limit, wait, line, length, second, is_peeked in draws:
+            verdict = (
+                peek(NOW + wait, limit, NOW) if is_peeked else spend(NOW + wait, limit, NOW)[1]
+            )
+            wall, date = NOW + second * 1_000_000 + wait % 999_999, f"second {second}"
+            start = head(200, length, JSON_TYPE, f"id-{length}", date)
+            expected = start + line + limit_headers(LimitName.FINGERPRINT, verdict, wall)
+            assert heads.write(line, length, f"id-{length}", date, verdict, wall) == expected
+
+
 class TestReadyAnswer:
     async def test_head_has_no_body_and_the_length_of_the_get(self, edge: Edge) -> None:
         """Also for errors; the next request on the connection is read rightly."""
@@ -98,7 +134,7 @@ class TestReadyAnswer:
         self, edge: Edge, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Its answers do not pile up here, and after a while it is cut off (O4)."""
-        monkeypatch.setattr("broker.web.server.UNSENT_TIMEOUT", 0.3)
+        monkeypatch.setattr("broker.web.connection.UNSENT_TIMEOUT", 0.3)
         client = socket.socket()
         closing_later(client.close)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -18,14 +18,14 @@ from string import Template
 
 import aiohttp
 import msgspec
-from aiohttp import hdrs, web
+from aiohttp import hdrs
 from aiohttp.web_request import BaseRequest
 from yarl import URL
 
 from broker.errors import Invalid, NotFound, Unauthorized
 from broker.web import body
 from broker.web.pages.embed_script import FOLDER, Script
-from broker.web.response import JSON_TYPE
+from broker.web.response import JSON_TYPE, ReadyAnswer
 from broker.web.router import TOKEN_PATH, Handler, Routes
 from broker.web.token_status import VERIFY_PATH
 from broker.wire import request as wire
@@ -98,7 +98,7 @@ def is_local(request: BaseRequest) -> bool:
 def local(handler: Handler) -> Handler:
     """Answer only under a name of this machine."""
 
-    async def answer(request: BaseRequest, request_id: str) -> web.StreamResponse:
+    async def answer(request: BaseRequest, request_id: str) -> ReadyAnswer:
         if not is_local(request):
             raise NotFound("development mode answers to localhost and 127.0.0.1 only")
         return await handler(request, request_id)
@@ -109,7 +109,7 @@ def local(handler: Handler) -> Handler:
 def _site(routes: Routes, script: Script) -> Handler:
     template = Template((FOLDER / "demo.html").read_text(encoding="utf-8"))
 
-    async def answer(request: BaseRequest, request_id: str) -> web.StreamResponse:
+    async def answer(request: BaseRequest, request_id: str) -> ReadyAnswer:
         mode = request.query.get("mode", MODES[0])
         if mode not in MODES:
             raise Invalid(f"mode: must be one of {', '.join(MODES)}")
@@ -131,7 +131,7 @@ def _site(routes: Routes, script: Script) -> Handler:
 def _backend(routes: Routes, url: str, secret: str) -> Handler:
     """Make the site's route: what BACKENDS.md shows for a dozen frameworks."""
 
-    async def answer(request: BaseRequest, request_id: str) -> web.StreamResponse:
+    async def answer(request: BaseRequest, request_id: str) -> ReadyAnswer:
         if request.headers.get(hdrs.CONTENT_TYPE, "").partition(";")[0] != JSON_TYPE:
             raise Invalid(f"content-type: must be {JSON_TYPE}")
         content = await body.read(request, wire.MAX_BODY)
@@ -148,7 +148,7 @@ def _backend(routes: Routes, url: str, secret: str) -> Handler:
 
 
 def _embed_host(routes: Routes) -> Handler:
-    async def answer(request: BaseRequest, request_id: str) -> web.StreamResponse:
+    async def answer(request: BaseRequest, request_id: str) -> ReadyAnswer:
         _, viewer = _origins(request)
         target = URL(f"{viewer}/demo/viewer").with_query(token=request.query.get("token", ""))
         headers = f"Location: {target}\r\nReferrer-Policy: no-referrer\r\n"
@@ -163,7 +163,7 @@ def _viewer(routes: Routes) -> Handler:
 
 
 def _viewer_backend(routes: Routes, url: str) -> Handler:
-    async def answer(request: BaseRequest, request_id: str) -> web.StreamResponse:
+    async def answer(request: BaseRequest, request_id: str) -> ReadyAnswer:
         bearer = {hdrs.AUTHORIZATION: request.headers.get(hdrs.AUTHORIZATION, "")}
         async with (
             aiohttp.ClientSession(timeout=TIMEOUT) as http,

@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
-from aiohttp import web
 from aiohttp.web_request import BaseRequest
 from prometheus_client import CollectorRegistry
 
@@ -16,6 +15,7 @@ from broker.errors import NotFound
 from broker.web import admin
 from broker.web.pages.demo import local
 from broker.web.pages.openapi import document
+from broker.web.response import ReadyAnswer
 from broker.web.router import Routes
 
 _ASSETS = {
@@ -114,7 +114,7 @@ def add(routes: Routes, url: str) -> None:
 def add_development(routes: Routes, registry: CollectorRegistry, url: str) -> None:
     """Serve the index, and the metrics on the data listener as well."""
 
-    async def metrics(request: BaseRequest, request_id: str) -> web.StreamResponse:
+    async def metrics(request: BaseRequest, request_id: str) -> ReadyAnswer:
         content_type, text = admin.render(registry, request.headers.getall("Accept", ()))
         return await routes.page(content_type, text)(request, request_id)
 
@@ -131,7 +131,7 @@ def own_origins(url: str) -> frozenset[str]:
 def _add_asset(routes: Routes, name: str, content_type: str) -> None:
     """Serve one file of Swagger UI, read when it is first asked for."""
 
-    async def asset(request: BaseRequest, request_id: str) -> web.StreamResponse:
+    async def asset(request: BaseRequest, request_id: str) -> ReadyAnswer:
         folder = _swagger_folder()
         if folder is None:
             raise NotFound(_NO_FILES)

@@ -1,0 +1,27 @@
+"""What the head of a token request says, beside its secret."""
+
+from msgspec import Struct
+from multidict import istr
+
+from broker.web import body
+from broker.web.auth import Client
+from broker.web.whole_request import Request, WholeRequest
+from broker.wire.request import well_formed
+
+_TRACEPARENT = istr("traceparent")
+
+
+class Caller(Struct, frozen=True):
+    """Who asks, and in which trace: a well-formed `traceparent`, or an empty string."""
+
+    client: Client
+    traceparent: str
+
+
+def caller_of(request: Request, client: Client) -> Caller:
+    """Read the rest of a known client's head; raises UnsupportedType for an encoded body."""
+    body.require_plain(request.headers)
+    caller = Caller(client, well_formed(request.headers.get(_TRACEPARENT, "")))
+    if isinstance(request, WholeRequest):
+        request.facts = caller
+    return caller

@@ -1,0 +1,101 @@
+"""Request heads that were read before: the same bytes mean the same again.
+
+A backend sends the same head over and over, to the byte: its own name, its secret, the length of
+bodies that are all alike.  aiohttp's parser reads each of them once, and a handler makes of it what
+it can (`WholeRequest.facts`): whose secret it is, which trace it belongs to.  What comes with the
+same bytes afterwards is looked up, and not read.
+
+Only where that is so for certain: the parser stands between two messages (`lane_connection`), and
+the head has nothing that tells how to go on reading.  Whatever differs by a byte is read.
+
+Bounded: two generations of a dict, of heads that came twice and are no longer than most.
+"""
+
+from aiohttp.http import RawRequestMessage
+from msgspec import Struct
+
+from broker.web.whole_request import LaneHandler
+
+MAX_KNOWN = 1024
+"""Heads of a generation.  Backends have a few each; with the parser's own objects a head takes some
+4 KiB, so both generations take 8 MiB at most."""
+
+LONGEST = 2048
+"""Bytes of a head that is kept: longer ones have cookies or tokens, and seldom come again."""
+
+MAX_ONCE = 4096
+"""Heads that came once, as a number each: more than this many new ones in between, and a head that
+comes again is taken for new."""
+
+_TELLING = frozenset(
+    {
+        "connection",
+        "content-encoding",
+        "expect",
+        "origin",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+"""Headers that say how to go on, or who may ask: a head with one of them is read each time."""
+
+
+class KnownHead(Struct, frozen=True):
+    """One head: what aiohttp and a handler have read of it, and how long its body is."""
+
+    message: RawRequestMessage
+    handler: LaneHandler
+    length: int
+    given_id: str
+    facts: object
+
+
+class KnownHeads:
+    """Heads by their bytes."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._young: dict[bytes, KnownHead] = {}
+        self._old: dict[bytes, KnownHead] = {}
+        self._once: set[int] = set()
+
+    def find(self, head: bytes) -> KnownHead | None:
+        """Return what is known of these bytes."""
+        known = self._young.get(head)
+        if known is None and self._old and (known := self._old.get(head)) is not None:
+            self._keep(head, known)
+        return known
+
+    def came_before(self, head: bytes) -> bool:
+        """Whether a head that is not known has come before; that it came is noted."""
+        number = hash(head)
+        if number in self._once:
+            return True
+        if len(self._once) >= MAX_ONCE:
+            self._once.clear()
+        self._once.add(number)
+        return False
+
+    def keep(self, head: bytes, known: KnownHead) -> None:
+        """Keep what was read of a head, unless it has to be read each time."""
+        if len(head) <= LONGEST and not any(map(_is_telling, known.message.headers.items())):
+            self._once.discard(hash(head))
+            self._keep(head, known)
+
+    def _keep(self, head: bytes, known: KnownHead) -> None:
+        if len(self._young) >= MAX_KNOWN:
+            self._young, self._old = {}, self._young
+        self._young[head] = known
+
+    def __len__(self) -> int:
+        return len(self._young.keys() | self._old.keys())
+
+
+def _is_telling(field: tuple[str, str]) -> bool:
+    name, value = field[0].lower(), field[1].lower()
+    return name in _TELLING and (name, value) != ("connection", "keep-alive")

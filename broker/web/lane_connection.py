@@ -1,0 +1,204 @@
+"""A connection whose plain requests take the fast lane (`lane`); all others are aiohttp's.
+
+A connection is idle when aiohttp's loop waits for its next request: then nothing is queued, under
+way, refused or closing, and what was answered is sent.  Only then is a request answered here, so
+answers keep their order, and a client that does not read is answered no further.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from aiohttp import web
+from aiohttp.http import HttpProcessingError, RawRequestMessage
+from aiohttp.streams import EMPTY_PAYLOAD
+from aiohttp.web_request import BaseRequest
+from typing_extensions import override
+
+from broker.tasks import TaskSet
+from broker.web.connection import READ_BUFFER, DataConnection
+from broker.web.head_bounds import MAX_HEAD, is_followed
+from broker.web.known_heads import KnownHead
+from broker.web.lane import Begun, Lane, answered, failed
+from broker.web.whole_request import LaneHandler, WholeRequest, Work
+
+if TYPE_CHECKING:
+    from aiohttp.http_parser import HttpParser
+
+
+class LaneConnection(DataConnection):
+    """One connection of the data listener; `leaving` owns what is cancelled with it."""
+
+    __slots__ = ("_begun", "_is_between", "_lane", "_leaving", "_serve")
+
+    def __init__(
+        self,
+        manager: web.Server,
+        error_head: Callable[[], tuple[str, str]],
+        keep_alive: float,
+        lane: Lane,
+        leaving: TaskSet,
+    ) -> None:
+        super().__init__(manager, error_head, keep_alive)
+        self._lane = lane
+        self._leaving = leaving
+        self._begun: Work | None = None  # of the message that is first in the queue
+        self._is_between = True  # the parser has read whole requests, and nothing of the next one
+        self._serve = manager.request_handler
+        self._request_handler = self._go_on
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether aiohttp's loop waits for the next request."""
+        return self._waiter is not None and not self._waiter.done()
+
+    @property
+    def loop_task(self) -> "asyncio.Task[None] | None":
+        """The task of that loop."""
+        return self._task_handler
+
+    @property
+    def parser(self) -> object:
+        """What reads heads; None once the connection is lost."""
+        return self._parser
+
+    @override
+    def connection_lost(self, exc: BaseException | None) -> None:
+        begun, self._begun = self._begun, None
+        super().connection_lost(exc)
+        if begun is not None:
+            self._leaving.cancel(begun)
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        waiter = self._waiter
+        # None: a request is under way, or its answer is not sent; done: one is about to be, or the
+        # connection is being closed
+        if waiter is None or waiter.done() or not self._is_between or not data:
+            self._read_on(data)
+            return
+        end = data.find(b"\r\n\r\n") + 4
+        known = self._lane.find(data[:end])
+        if known is None or known.length != len(data) - end:
+            self._read_first(data, end, waiter)
+            return
+        request = WholeRequest(known.message, data[end:], self, known.facts)
+        if self._run(known.handler(request, known.given_id or self._lane.new_id())):
+            return
+        self._messages.append((known.message, EMPTY_PAYLOAD))
+        waiter.set_result(None)
+
+    def _read_first(self, data: bytes, end: int, waiter: "asyncio.Future[None]") -> None:
+        """Parse, and answer what came if it is one whole request for the lane, and nothing else.
+
+        `end` is where its head ends.
+        """
+        parser = self._parser
+        assert parser is not None  # the connection is not lost
+        try:
+            messages, is_upgraded, rest = parser.feed_data(data)
+        except HttpProcessingError as error:
+            outcome: _Outcome = error
+        else:
+            outcome = messages, is_upgraded, rest
+            if len(messages) == 1 and not is_upgraded and len(data) <= MAX_HEAD:
+                message, content = messages[0]
+                handler = self._lane.handler_of(message)
+                if handler and content.is_eof() and content.total_bytes == len(data) - end:
+                    if self._answer(message, data, end, handler):
+                        parser.message_consumed()
+                    else:
+                        self._messages.append((message, content))
+                        waiter.set_result(None)
+                    return
+        # gives the same again: aiohttp's own code takes it from here
+        self._parser = cast("HttpParser[Any]", _Parsed(outcome))
+        try:
+            self._read_on(data)
+        finally:
+            self._parser = parser
+
+    def _answer(self, message: RawRequestMessage, data: bytes, end: int, run: LaneHandler) -> bool:
+        """Take the first step of a handler, and remember the head if it may come again."""
+        lane = self._lane
+        request = WholeRequest(message, data[end:], self)
+        given_id = lane.given_id(message.headers)
+        is_over = self._run(run(request, given_id or lane.new_id()))
+        if request.facts is not None and lane.came_before(head := data[:end]):
+            lane.keep(head, KnownHead(message, run, len(data) - end, given_id, request.facts))
+        return is_over
+
+    def _run(self, work: Work) -> bool:
+        """Answer, if the first step is the last; else have it gone on with, and return False."""
+        self._request_count += 1
+        self._maybe_head = 0
+        try:
+            pending = work.send(None)
+        except StopIteration as end:
+            answer = end.value
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                raise
+            self._begun = failed(error)
+            return False
+        else:
+            self._begun = Begun(work, pending)
+            return False
+        if not answer.keep_alive or self.transport is None or self._manager is None:
+            self._begun = answered(answer)
+            return False
+        self.transport.write(answer.whole())
+        if self._paused:  # whoever waits until it is sent takes no other request meanwhile
+            answer.is_written = True
+            self._begun = answered(answer)
+            return False
+        # what aiohttp's loop does after an answer: it is counted, and the idle time begins
+        self._manager.requests_count += 1
+        closes = self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        if self._keepalive_handle is None:
+            self._keepalive_handle = self._loop.call_at(closes, self._process_keepalive)
+        return True
+
+    def _read_on(self, data: bytes) -> None:
+        """Have it read by aiohttp, and see whether the parser stands between two requests then."""
+        was_between, self._is_between = self._is_between, self._is_between and not data
+        body, known = self._body, self._request_count
+        came, was_in_body = body.total_bytes, not body.is_eof()
+        super().data_received(data)
+        new = self._request_count - known
+        if new == 1 and was_between and self._messages:
+            message, body = self._messages[-1]
+            is_request = isinstance(message, RawRequestMessage) and not message.upgrade
+            self._is_between = is_request and not is_followed(data, body)
+        elif not new and was_in_body and data:
+            self._is_between = (
+                body.is_eof()
+                and body.total_bytes - came == len(data)
+                and body.total_bytes <= READ_BUFFER  # beyond it, the parser may hold bytes back
+                and not self._buffer_paused
+            )
+
+    def _go_on(self, request: BaseRequest) -> Awaitable[web.StreamResponse]:
+        """Answer in aiohttp's loop: go on with what was begun, or begin."""
+        begun = self._begun
+        if begun is None:
+            return self._serve(request)
+        self._begun = None
+        return begun
+
+
+_Outcome = tuple[Sequence[Any], bool, bytes] | HttpProcessingError
+"""What a parser returns, or raises."""
+
+
+class _Parsed:
+    """What a parser has made of some bytes, to be asked for again."""
+
+    def __init__(self, outcome: _Outcome) -> None:
+        self._outcome = outcome
+
+    def feed_data(self, _data: bytes) -> tuple[Sequence[Any], bool, bytes]:
+        """Return, or raise, what the parser did."""
+        if isinstance(self._outcome, HttpProcessingError):
+            raise self._outcome
+        return self._outcome

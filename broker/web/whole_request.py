@@ -1,0 +1,56 @@
+"""A request that has come whole, in as few objects as can be.
+
+Handlers of the fast lane (`lane`) take it or aiohttp's own request: what they ask of either has the
+same name.
+"""
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from aiohttp import web
+from aiohttp.http import RawRequestMessage
+from aiohttp.web_request import BaseRequest
+from msgspec import Struct
+from multidict import CIMultiDictProxy
+
+from broker.web.response import ReadyAnswer
+
+
+class WholeRequest(Struct, gc=False):
+    """Head and body, of which nothing is still on its way.
+
+    `facts` is what a handler found out from the head alone, if the same bytes will always mean the
+    same: it is given back with the next head of the same bytes.
+    """
+
+    message: RawRequestMessage
+    body: bytes
+    connection: web.RequestHandler
+    facts: object = None
+
+    @property
+    def headers(self) -> "CIMultiDictProxy[str]":
+        """The head's fields."""
+        return self.message.headers
+
+    @property
+    def raw_path(self) -> str:
+        """The target as it came."""
+        return self.message.path
+
+    @property
+    def remote(self) -> str | None:
+        """The peer's address; of one on a Unix socket, which has none, an empty string."""
+        peer = self.connection.peername
+        if peer is None:
+            return None
+        return str(peer[0]) if isinstance(peer, list | tuple) else str(peer)
+
+
+Request = BaseRequest | WholeRequest
+"""What handlers of the fast lane take."""
+
+Work = Coroutine[Any, Any, ReadyAnswer]
+
+LaneHandler = Callable[[Request, str], Work]
+"""Answers a request; the second argument is its request id."""

@@ -1,0 +1,45 @@
+"""Bodies of token requests that were read before: the same bytes ask for the same again.
+
+A visitor's page asks again with the same body, to the byte, for as long as its token is reused.
+What was read of a body is kept, not what came of it; nothing about its client is.
+
+Bounded: two generations of a dict, of short bodies that were good.
+"""
+
+from broker.model import TokenRequest
+from broker.wire.request import parse
+
+MAX_KNOWN = 8192
+"""Bodies of a generation; at some 500 bytes each both take 8 MB."""
+
+LONGEST = 512
+"""Bytes of a body that is kept: one with three fields has 200."""
+
+
+class KnownBodies:
+    """Reads bodies."""
+
+    def __init__(self) -> None:
+        self._young: dict[bytes, TokenRequest] = {}
+        self._old: dict[bytes, TokenRequest] = {}
+
+    def read(
+        self, body: bytes, client: str, request_id: str, traceparent: str, *, any_fingerprint: bool
+    ) -> TokenRequest:
+        """Return what `parse` does, and raise what it raises; `traceparent` is well-formed."""
+        known = self._young.get(body)
+        if known is None:
+            known = self._old.get(body) or parse(body, client, any_fingerprint=any_fingerprint)
+            # what is good by the strict rule is good by any, whatever is configured later
+            if not any_fingerprint and len(body) <= LONGEST:
+                self._keep(body, known)
+        agent, fingerprint, model = known.agent, known.fingerprint, known.model
+        return TokenRequest(client, agent, fingerprint, model, known.fresh, request_id, traceparent)
+
+    def _keep(self, body: bytes, known: TokenRequest) -> None:
+        if len(self._young) >= MAX_KNOWN:
+            self._young, self._old = {}, self._young
+        self._young[body] = known
+
+    def __len__(self) -> int:
+        return len(self._young.keys() | self._old.keys())

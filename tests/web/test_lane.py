@@ -1,0 +1,349 @@
+"""The fast lane: answers as the ordinary path does, or is not taken."""
+
+import ast
+import asyncio
+import inspect
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import aiohttp.web_protocol
+import pytest
+import structlog
+from edge import TOKEN_PATH, Edge, Line, request, serving, visitor
+from lane_streams import Worlds
+
+from broker.app.wiring import NO_LANE
+from broker.web import aiohttp_internals, connection, known_heads, lane_connection
+from broker.web.aiohttp_internals import ATTRIBUTES, IMPORTS, METHODS, fault_of_lane
+from broker.web.known_heads import MAX_KNOWN, KnownHeads
+from broker.web.lane_connection import LaneConnection
+
+PATIENCE = 60.0
+
+
+@pytest.fixture(autouse=True)
+def _with_the_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have it on in this file, also where the suite runs without it."""
+    monkeypatch.delenv(NO_LANE, raising=False)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Note each request that takes the lane: whether its first step was the last."""
+    taken: list[bool] = []
+    run = LaneConnection._run
+
+    def noted(self: LaneConnection, work: Any) -> bool:
+        is_over = run(self, work)
+        taken.append(is_over)
+        return is_over
+
+    monkeypatch.setattr(LaneConnection, "_run", noted)
+    return taken
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Note what the parser is asked to read on connections that are idle."""
+    asked: list[bytes] = []
+    read = LaneConnection._read_first
+
+    def noted(self: LaneConnection, data: bytes, end: int, waiter: Any) -> None:
+        asked.append(data)
+        read(self, data, end, waiter)
+
+    monkeypatch.setattr(LaneConnection, "_read_first", noted)
+    return asked
+
+
+async def idle(edge: Edge) -> Line:
+    """Connect, and let aiohttp's loop wait for the first request."""
+    line = await edge.connect()
+    line.send(request("GET", "/livez"))
+    assert (await line.answer()).status == 200
+    await asyncio.sleep(0)
+    return line
+
+
+class TestDifference:
+    async def test_random_streams_are_answered_as_without_it(self) -> None:
+        """Bytes, ends of connections, counts: `tests/load/lane_fuzz.py` does a million of them."""
+        with structlog.testing.capture_logs():
+            worlds = Worlds()
+            for seed in range(1200):
+                assert not await worlds.compare(seed)
+
+
+class TestTaken:
+    async def test_hits_and_refusals_end_with_their_first_step(
+        self, steps: list[bool], edge: Edge
+    ) -> None:
+        """So does what is asked about tokens; a mint goes on in a task."""
+        line, fingerprint = await idle(edge), visitor()
+        steps.clear()  # the check at the start took some
+        line.send(edge.asking(fingerprint))
+        minted = await line.answer()
+        assert (minted.cache_status, steps) == ("embed-token-broker; fwd=miss", [False])
+        wrong = edge.asking(secret=secrets.token_urlsafe(24))
+        verify = request("GET", "/v1/embed-tokens/verify", [("X-Embed-Token", minted.token)])
+        own = [("api-secret", edge.secret)]
+        introspect = request("POST", "/v1/introspect", own, f"token={minted.token}".encode())
+        for ask, status in (
+            (edge.asking(fingerprint), 200),
+            (edge.asking("no hex"), 400),
+            (wrong, 401),
+            (verify, 200),
+            (introspect, 200),
+            (edge.asking(fingerprint), 200),
+        ):
+            line.send(ask)
+            assert (await line.answer()).status == status
+        assert steps == [False] + [True] * 6
+        await line.close()
+
+    async def test_a_head_that_came_twice_is_not_read_again(
+        self, parsed: list[bytes], edge: Edge
+    ) -> None:
+        """Whatever differs by a byte is; bodies are always."""
+        line, fingerprint = await idle(edge), visitor()
+        asks = [edge.asking(fingerprint)] * 2 + [edge.asking(visitor()) for _ in range(3)]
+        for ask in asks:
+            line.send(ask)
+            assert (await line.answer()).status == 200
+        assert parsed[-2:] == asks[:2]
+        other = edge.asking(visitor(), headers=[("X-A", "b")])
+        line.send(other)
+        assert (await line.answer()).status == 200
+        assert parsed[-1] == other
+        await line.close()
+
+    @pytest.mark.parametrize(
+        "header",
+        [
+            ("Connection", "close"),
+            ("Content-Encoding", "identity"),
+            ("Expect", "100-continue"),
+            ("Origin", "https://shop.example"),
+            ("TE", "trailers"),
+            ("Upgrade", "h2c"),
+        ],
+    )
+    async def test_a_head_that_tells_more_is_read_each_time(
+        self, edge: Edge, header: tuple[str, str]
+    ) -> None:
+        """How to go on, or who may ask, is no fact to be kept."""
+        for _ in range(3):
+            line = await idle(edge)
+            line.send(edge.asking(visitor(), headers=[header]))
+            assert (await line.answer()).status in (200, 403)
+            await line.close()
+        assert edge.app.parts.server._lane is not None
+        assert not edge.app.parts.server._lane._heads._young
+
+    async def test_a_client_that_is_taken_away_is_not_known_any_more(self, edge: Edge) -> None:
+        """G7: its heads are forgotten with it, at once."""
+        line, fingerprint = await idle(edge), visitor()
+        for _ in range(3):
+            line.send(edge.asking(fingerprint))
+            assert (await line.answer()).status == 200
+        edge.app.parts.authenticator.use_clients([])
+        line.send(edge.asking(fingerprint))
+        assert (await line.answer()).code == "UNAUTHORIZED"
+        await line.close()
+
+    async def test_known_heads_do_not_cross_routes_peers_or_bodies(self, edge: Edge) -> None:
+        """A head is known with its route; the body's length is part of it."""
+        line = await idle(edge)
+        for body in (b"token=a", b"token=b", b"token=c"):
+            for path in (TOKEN_PATH, "/v1/introspect"):
+                line.send(edge.posting(body, path=path))
+                reply = await line.answer()
+                assert reply.status == (400 if path == TOKEN_PATH else 200)
+        await line.close()
+
+    async def test_the_table_of_heads_is_bounded(self) -> None:
+        """G6: two generations; what is asked for stays."""
+        heads = KnownHeads()
+        known: Any = type("Known", (), {"message": type("Message", (), {"headers": {}})})
+        for n in range(5 * MAX_KNOWN):
+            assert not heads.came_before(b"%d" % n)
+            assert heads.came_before(b"%d" % n)
+            heads.keep(b"%d" % n, known)
+            heads.find(b"0")
+        assert len(heads) <= 2 * MAX_KNOWN
+        assert heads.find(b"0") is known
+        heads.keep(b"x" * (known_heads.LONGEST + 1), known)
+        assert heads.find(b"x" * (known_heads.LONGEST + 1)) is None
+        for n in range(3 * known_heads.MAX_ONCE):
+            heads.came_before(b"once %d" % n)
+        assert len(heads._once) <= known_heads.MAX_ONCE
+
+
+class TestGivenUp:
+    async def test_who_leaves_before_it_goes_on_ends_what_was_begun(
+        self, steps: list[bool], edge: Edge
+    ) -> None:
+        """A mint that was begun in the lane is given up with its only caller, as any other."""
+        began, ended = asyncio.Event(), asyncio.Event()
+
+        async def wait_for_a_turn(*_args: object) -> object:
+            began.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.set()
+
+        edge.app.parts.issuer.mint = wait_for_a_turn  # type: ignore[assignment,method-assign]
+        lines = [await idle(edge) for _ in range(3)]
+        steps.clear()
+        for line in lines:
+            line.send(edge.asking())
+        async with asyncio.timeout(PATIENCE):
+            await began.wait()
+            for line in lines:
+                line.writer.transport.abort()
+            await ended.wait()
+            await edge.app.parts.token_service.flights.drained()
+        assert steps == [False] * 3
+        assert edge.events("broker.embed_token") == []
+
+    async def test_what_was_begun_and_not_gone_on_with_is_cancelled(self, edge: Edge) -> None:
+        """The connection is lost in the same turn of the loop."""
+        line = await idle(edge)
+        ours = next(iter(edge.app.parts.server.connections))
+        assert isinstance(ours, LaneConnection)
+        ours.data_received(edge.asking())
+        assert ours._begun is not None
+        assert ours.transport is not None
+        ours.transport.abort()
+        ours.connection_lost(None)
+        async with asyncio.timeout(PATIENCE):
+            await edge.app.parts.server._leaving.finish()
+            await edge.app.parts.token_service.flights.drained()
+        await line.close()
+
+    async def test_a_defect_is_answered_by_the_ordinary_path(
+        self, edge: Edge, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where even the refusal fails: 500 in the envelope, and the connection ends."""
+        edge.defects_expected = True
+
+        def fail(*_args: object) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(edge.app.parts.routes, "_refuse", fail)
+        line = await idle(edge)
+        line.send(edge.asking("no hex"))
+        reply = await line.answer()
+        assert (reply.status, reply.code) == (500, "INTERNAL_ERROR")
+        assert await line.rest() == b""
+        await line.close()
+
+
+def _silent(_self: LaneConnection, work: Any) -> bool:
+    work.close()
+    return True
+
+
+def _raises(_self: LaneConnection, work: Any) -> bool:
+    work.close()
+    raise AttributeError
+
+
+def _twice(self: LaneConnection, work: Any) -> bool:
+    try:
+        work.send(None)
+    except StopIteration as end:
+        assert self.transport is not None
+        for _ in range(2):
+            self.transport.write(end.value.whole())
+    else:
+        work.close()
+    return True
+
+
+class TestAiohttp:
+    def test_every_private_name_is_listed(self) -> None:
+        """What the connections use of aiohttp is in the list, and nothing else is."""
+        used = {name for module in (connection, lane_connection) for name in _foreign(module)}
+        assert used == {*ATTRIBUTES, *METHODS}
+        imported = {name for module in (connection, lane_connection) for name in _imported(module)}
+        assert imported == set(IMPORTS)
+        for name in METHODS:
+            assert callable(getattr(aiohttp.web.RequestHandler, name))
+        for name in IMPORTS:
+            assert hasattr(aiohttp.web_protocol, name)
+
+    async def test_the_installed_release_bears_the_lane(self) -> None:
+        """A release that does not makes the broker slower; whoever upgrades is told here."""
+        assert await fault_of_lane() is None
+
+    @pytest.mark.parametrize("name", [*METHODS, *aiohttp_internals.PARSER_METHODS, "_waiter"])
+    async def test_a_name_that_is_gone_is_told(
+        self, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        """By its name, before anything is asked."""
+        names = tuple(f"{known}_renamed" if known == name else known for known in ATTRIBUTES)
+        monkeypatch.setattr(aiohttp_internals, "ATTRIBUTES", names)
+        for kind in ("METHODS", "PARSER_METHODS"):
+            listed = getattr(aiohttp_internals, kind)
+            renamed = tuple(f"{one}_renamed" if one == name else one for one in listed)
+            monkeypatch.setattr(aiohttp_internals, kind, renamed)
+        fault = await fault_of_lane()
+        assert fault is not None
+        assert f"has no {name}_renamed" in fault
+
+    @pytest.mark.parametrize("broken", [_silent, _twice, _raises])
+    async def test_a_lane_that_does_otherwise_is_left_alone(
+        self, monkeypatch: pytest.MonkeyPatch, broken: Callable[..., bool]
+    ) -> None:
+        """The ordinary path serves; the log and a gauge say so."""
+        monkeypatch.setattr(LaneConnection, "_run", broken)
+        async with serving() as edge:
+            assert [(await edge.ask()).status for _ in range(3)] == [200] * 3
+            (event,) = edge.events("broker.fast_lane_off")
+            assert event["aiohttp"] == aiohttp.__version__
+            assert event["reason"]
+            assert (await edge.scrape())["broker_fast_lane_off"] == 1
+
+    async def test_the_gauge_is_0_while_it_serves(self, edge: Edge) -> None:
+        """Without a word in the log."""
+        assert (await edge.scrape())["broker_fast_lane_off"] == 0
+        assert edge.events("broker.fast_lane_off") == []
+
+    async def test_tests_can_switch_it_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By an environment variable; no setting."""
+        monkeypatch.setenv(NO_LANE, "1")
+        async with serving() as edge:
+            assert (await edge.ask()).status == 200
+            assert (await edge.scrape())["broker_fast_lane_off"] == 1
+            assert edge.app.parts.server._lane is None
+
+
+def _foreign(module: Any) -> set[str]:
+    """Private attributes of `self` that the classes of a module do not define themselves."""
+    ours: set[str] = {"_begun"}
+    for kind in (connection.DataConnection, LaneConnection):
+        ours |= {name for name in vars(kind) if name not in vars(aiohttp.web.RequestHandler)}
+        ours |= set(kind.__slots__)
+    tree = ast.parse(inspect.getsource(module))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    return {
+        node.attr
+        for kind in classes
+        if kind.name.endswith("Connection")
+        for node in ast.walk(kind)
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and node.attr not in ours
+        if not node.attr.startswith("__")
+    }
+
+
+def _imported(module: Any) -> set[str]:
+    return {
+        name.name
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("aiohttp")
+        for name in node.names
+        if name.name.startswith("_")
+    }
