@@ -127,6 +127,11 @@ class DataConnection(web.RequestHandler):
         """Whether a request has begun and is not answered yet."""
         return bool(self._request_in_progress)
 
+    @property
+    def may_ask(self) -> bool:
+        """Whether a request may be on its way: half a head is here, or the client is new."""
+        return self._head_timer is not None or not self._request_count
+
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)

@@ -24,6 +24,10 @@ log = structlog.get_logger()
 DRAIN_POLL = 0.02
 """Seconds between looks at what is still busy, while draining."""
 
+ON_ITS_WAY = 1.0
+"""Seconds of a drain in which a request is awaited from who has sent half a head, or has connected
+and not asked yet: nobody connects for nothing, and a client that is closed then has an error."""
+
 BACKLOG = 1024
 """Connections the kernel may hold for us: a page going viral arrives as a burst of connects, and
 the usual 128 would reset some of them."""
@@ -74,21 +78,26 @@ class DataServer(web.Server):
     async def drain(self, seconds: float) -> None:
         """Close what is idle, let each request that has begun be answered, then close the rest.
 
+        What may be on its way is awaited for a moment (`ON_ITS_WAY`).
         aiohttp's `shutdown` reads nothing more from any connection, so a request whose body is
         still on its way would be cut off.  Answers close their connections while draining.
         """
-        ends = self._loop.time() + seconds
-        while self._close_idle() and self._loop.time() < ends:  # noqa: ASYNC110 - aiohttp tells nobody
+        now = self._loop.time()
+        ends, awaits_until = now + seconds, now + ON_ITS_WAY
+        while now < ends and self._close_idle(awaits=now < awaits_until):
             await asyncio.sleep(DRAIN_POLL)
+            now = self._loop.time()
         self.pre_shutdown()
         await self.shutdown(DRAIN_POLL)
         await self._leaving.finish()
 
-    def _close_idle(self) -> int:
-        """Close connections without a request; returns how many have one."""
+    def _close_idle(self, *, awaits: bool) -> int:
+        """Close connections without a request; returns how many have one, or `awaits` one."""
         busy = 0
         for connection in self.connections:
-            if isinstance(connection, DataConnection) and connection.is_busy:
+            if isinstance(connection, DataConnection) and (
+                connection.is_busy or (awaits and connection.may_ask)
+            ):
                 busy += 1
             else:
                 connection.close()

@@ -848,6 +848,53 @@ class TestHalfClosed:
             await serve.shutdown(0)
 
 
+class TestDrain:
+    """O6: whose request may be on its way when the broker is told to stop is answered."""
+
+    @pytest.mark.parametrize("came", [0, 20])
+    @pytest.mark.parametrize("has_asked", [False, True])
+    async def test_O6_a_request_that_may_be_on_its_way_is_awaited(
+        self, monkeypatch: pytest.MonkeyPatch, came: int, *, has_asked: bool
+    ) -> None:
+        """With `came` bytes of its head at the broker; who has asked and is idle is not."""
+        monkeypatch.setattr(server, "ON_ITS_WAY", PATIENCE)
+        asked, is_idle = request("GET", "/livez"), has_asked and not came
+        async with serving() as edge:
+            listening = edge.app.parts.server
+            line = await edge.connect()
+            if has_asked:
+                line.send(asked)
+                assert (await line.answer()).status == 200
+            line.send(asked[:came])
+            await until(lambda: [each.may_ask for each in connections(listening)] == [not is_idle])
+            edge.app.parts.readiness.draining = True
+            draining = asyncio.ensure_future(listening.drain(PATIENCE))
+            await asyncio.sleep(0)
+            if not is_idle:
+                line.send(asked[came:])
+                answer = await line.answer()
+                assert (answer.status, answer.header("Connection")) == (200, "close")
+            assert await ended(line) == b""
+            await draining
+
+    async def test_O6_nobody_is_awaited_for_longer_than_that(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who never asks holds no drain."""
+        monkeypatch.setattr(server, "ON_ITS_WAY", 0.0)
+        async with serving() as edge:
+            line = await edge.connect()
+            await until(lambda: len(connections(edge.app.parts.server)) == 1)
+            async with asyncio.timeout(PATIENCE):
+                await edge.app.parts.server.drain(2 * PATIENCE)
+            assert await ended(line) == b""
+
+
+def connections(listening: server.DataServer) -> list[DataConnection]:
+    """Return those that are open."""
+    return [each for each in listening.connections if isinstance(each, DataConnection)]
+
+
 class TestKeepAlive:
     """N8: how long a connection may be idle is a setting."""
 
