@@ -15,6 +15,8 @@ through: a part is a queue, and who comes to its front after having been used go
 more (second chance, also called clock).  It keeps what an exact order of use would keep, within a
 hundredth of the hits, and a look-up costs one byte instead of six places of memory.  That byte is
 found by the key's hash; two keys that share one keep each other.
+
+A look-up asks `keep_until` only of tokens as near to their death as that has ever been (`_near`).
 """
 
 import heapq
@@ -61,6 +63,7 @@ class TokenCache:
         self._leftovers = Leftovers()
         self._used = bytearray(USED_CELLS)
         self._turn = 0
+        self._near = 0
         self._begin()
 
     def _begin(self) -> None:
@@ -77,16 +80,14 @@ class TokenCache:
         self._begin()
 
     def find(self, key: str) -> EmbedToken | None:
-        """Return what is held under this key; None once it is dead.
-
-        For a moment after `keep_until` it may be found still, until housekeeping has come.
-        """
+        """Return what is held under this key; None for what is dead."""
         mark = hash(key)
         tokens = self._tokens
         token = tokens.parts[mark & tokens.mask].get(key)
         if token is None:
             return None
-        if self._mono() >= token.dies_mono:
+        now = self._mono()
+        if now >= token.dies_mono - self._near and now >= self._keep_until(token):
             self._drop(key)
             self.counts.expired.inc()
             return None
@@ -102,6 +103,7 @@ class TokenCache:
         if now >= ends:
             self.discard(key)
             return
+        self._near = max(self._near, token.dies_mono - ends)
         part = self._tokens.part(key)
         if key in part:
             self._used[hash(key) % USED_CELLS] = 1
