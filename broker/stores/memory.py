@@ -26,6 +26,8 @@ class MemoryStore(Store):
     Fences are larger than those of before, and no less than `fence_floor` says at that moment.
     """
 
+    waits = False
+
     def __init__(
         self,
         limits: Limits,
