@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 from broker.model import SEPARATOR, Secret, TokenRequest
+from broker.valkey.client.packing import Keys
 
 PREFIX = "etb:"
 """What every key and channel begins with; the ACL of the broker's user allows nothing else."""
@@ -27,16 +28,26 @@ _EPOCH = b"}:epoch"
 class VisitorKeys:
     """Names of one visitor's keys, all in one slot."""
 
-    __slots__ = ("_agent", "_slot", "epoch")
+    __slots__ = ("_agent", "_last", "_slot", "epoch")
 
     def __init__(self, slot: bytes, agent: Callable[[str], str]) -> None:
         self._slot = slot
         self._agent = agent
+        self._last: tuple[str, bytes, Keys] | None = None
         self.epoch = slot.removesuffix(b"}:") + _EPOCH
 
     def bucket(self, limit: str, agent: str = "") -> bytes:
         """The bucket of a limit; `agent` where it has one of its own there."""
         return self._slot + (f"{limit}:{self._agent(agent)}" if agent else limit).encode()
+
+    def visit(self, agent: str, name: bytes) -> Keys:
+        """Bucket, token and epoch, as a visit needs them; those of the last visit are kept."""
+        last = self._last
+        if last is not None and last[0] == agent and last[1] == name:
+            return last[2]
+        keys = Keys(self.bucket("requests", agent), self.token(name), self.epoch)
+        self._last = agent, name, keys
+        return keys
 
     def token(self, name: bytes) -> bytes:
         """A token."""

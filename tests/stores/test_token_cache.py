@@ -176,7 +176,8 @@ def test_a_newcomer_passes_over_a_bounded_number_that_are_in_use(clock: FakeCloc
         cache[str(number)] = held(clock)
         cache.find(str(number))
     cache["new"] = held(clock)
-    assert sum(cache._used) <= 1000 - SECOND_CHANCES
+    still_marked = sum(cache._used)  # but for the few that share a byte
+    assert 900 < 1000 - SECOND_CHANCES - 20 < still_marked <= 1000 - SECOND_CHANCES
     assert (len(cache), cache.counts.evicted.value) == (1000, 1)
     assert cache.find("new") is not None
 
