@@ -9,7 +9,7 @@ Values must be nothing that the collector tracks (strings, bytes, numbers, struc
 then it does not look into the parts either, however many there are.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 from typing_extensions import override
@@ -94,3 +94,46 @@ class Leftovers:
     @override
     def __repr__(self) -> str:
         return f"Leftovers(entries={len(self)})"
+
+
+class Recent(Generic[K, V]):
+    """What `make` made of keys lately: at most `most` values, which are never None.
+
+    `functools.lru_cache` has a link for each, which the collector visits: 10 ms at 50,000.
+    """
+
+    def __init__(self, make: Callable[[K], V], most: int) -> None:
+        self._make: Callable[[K], V] = make
+        self._half = max(most // 2, 1)
+        self._young: PartedDict[K, V] = PartedDict(self._half)
+        self._old: PartedDict[K, V] = PartedDict(1)
+        self._count = 0
+        self._leftovers = Leftovers()
+
+    def __call__(self, key: K) -> V:
+        """Return what is made of this key."""
+        young = self._young
+        part = young.parts[hash(key) & young.mask]
+        value = part.get(key)
+        if value is None:
+            value = self._old.pop(key)
+            if value is None:
+                value = self._make(key)
+            self._add(key, value)
+        return value
+
+    def _add(self, key: K, value: V) -> None:
+        self._leftovers.free(2)
+        if self._count >= self._half:
+            self._leftovers.add(self._old.parts)
+            self._old, self._young = self._young, PartedDict(self._half)
+            self._count = 0
+        self._young[key] = value
+        self._count += 1
+
+    def __len__(self) -> int:
+        return len(self._young) + len(self._old)
+
+    @override
+    def __repr__(self) -> str:
+        return f"Recent(entries={len(self)})"

@@ -1,11 +1,14 @@
 """Tables in parts: a dict in everything but its pauses; and what is given up, freed by and by."""
 
+import gc
+import secrets
 from collections.abc import Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.tables import PART, Leftovers, PartedDict
+from broker.tables import PART, Leftovers, PartedDict, Recent
+from broker.valkey.key_names import Names
 
 
 @given(
@@ -53,3 +56,34 @@ def test_what_is_given_up_is_freed_in_the_steps_that_are_asked_for() -> None:
     assert sizes == [12, 8, 4]
     left.free(4)
     assert (len(left), repr(left)) == (0, "Leftovers(entries=0)")
+
+
+@given(st.lists(st.integers(0, 30), max_size=200), st.integers(1, 20))
+def test_what_was_made_lately_is_not_made_again(asked: Sequence[int], most: int) -> None:
+    """Half as many as are held at most are sure to be there; never more, and never another's."""
+    made: list[int] = []
+
+    def make(key: int) -> str:
+        made.append(key)
+        return f"of {key}"
+
+    recent = Recent(make, most)
+    for place, key in enumerate(asked):
+        before = len(made)
+        assert recent(key) == f"of {key}"
+        lately = list(dict.fromkeys(reversed(asked[:place])))[: most // 2]
+        assert key not in lately or len(made) == before
+        assert len(recent) <= max(most, 2)
+        assert len(recent._leftovers) <= most
+
+
+def test_names_of_many_visitors_are_nothing_that_the_collector_visits() -> None:
+    """Of tens of thousands, keys in the protocol's form among them."""
+    names = Names(secrets.token_bytes(32), "fleet")
+    gc.collect()
+    before = len(gc.get_objects())
+    for number in range(3000):
+        visitor = names.visitor(f"web\x1f{number:08x}")
+        assert visitor.visit("", names.token_name(f"key{number}"))[2] == visitor.epoch
+    gc.collect()
+    assert len(gc.get_objects()) < before + 100

@@ -33,7 +33,7 @@ from broker.telemetry.counts import BucketCounts
 from broker.valkey import mint_errors
 from broker.valkey.client.errors import Reason, StoreFailed, number
 from broker.valkey.client.guarded import Operation, StoreClient
-from broker.valkey.client.packing import Packed
+from broker.valkey.client.packing import Packed, pack
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script, command
 from broker.valkey.client.shapes import COUNTED, GET
@@ -382,7 +382,7 @@ def _visit_numbers(limit: Limit | None, carried: int, dry_run: bool) -> Packed: 
     """Return burst, interval, what is carried, whether to charge, and whether to deny."""
     burst, interval = (b"1", b"1") if limit is None else _numbers(limit)
     charge = b"0" if limit is None else b"1"
-    return Packed.of(burst, interval, b"%d" % carried, charge, b"1" if dry_run else b"0")
+    return pack(burst, interval, b"%d" % carried, charge, b"1" if dry_run else b"0")
 
 
 @lru_cache(maxsize=1024)

@@ -8,7 +8,7 @@ that would cost more than the call.
 import contextlib
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from enum import Enum
 from typing import Protocol
 
@@ -21,8 +21,9 @@ from broker.tasks import TaskSet
 from broker.telemetry.cells import Counter
 from broker.units import SECOND
 from broker.valkey.client.errors import NoScript, Reason, Redirect, StoreFailed
+from broker.valkey.client.packing import Packed
 from broker.valkey.client.resp import Reply
-from broker.valkey.client.scripts import Script
+from broker.valkey.client.scripts import Script, ScriptKeys
 from broker.valkey.client.shapes import ANYTHING, Shape
 from broker.valkey.client.topology import Topology, call_in_full
 
@@ -96,7 +97,11 @@ class StoreClient:
         return self._health.is_open
 
     async def run(
-        self, operation: Operation, script: Script, keys: Sequence[bytes], *arguments: bytes
+        self,
+        operation: Operation,
+        script: Script,
+        keys: ScriptKeys,
+        *arguments: bytes | Packed,
     ) -> Reply:
         """Run a script where its keys are; raises StoreFailed.
 

@@ -1,43 +1,41 @@
-"""Parts of commands that come often, in the protocol's form (RESP) once."""
+"""Parts of commands that come often, in the protocol's form (RESP) once.
 
-from collections.abc import Sequence
-from typing import Self, overload
+Those of tens of thousands of visitors are held, so the collector must have nothing to visit.
+"""
 
-from typing_extensions import override
+from collections.abc import Iterator
+
+from msgspec import Struct
 
 
-class Packed(bytes):
+class Packed(Struct, frozen=True, gc=False):
     """Some parts of a command in the protocol's form; `parts` is how many."""
 
+    data: bytes
     parts: int
 
-    @classmethod
-    def of(cls, *parts: bytes) -> Self:
-        """Pack these parts."""
-        packed = cls(b"".join([b"$%d\r\n%b\r\n" % (len(p), p) for p in parts]))
-        packed.parts = len(parts)
-        return packed
 
-
-class Keys(Sequence[bytes]):
+class Keys(Struct, frozen=True, gc=False):
     """The keys of a script that is called often with them; `packed` are their number and they."""
 
-    __slots__ = ("_keys", "packed")
+    names: tuple[bytes, ...]
+    packed: Packed
 
-    def __init__(self, *keys: bytes) -> None:
-        self._keys = keys
-        self.packed = Packed.of(b"%d" % len(keys), *keys)
+    def __getitem__(self, place: int) -> bytes:
+        return self.names[place]
 
-    @overload
-    def __getitem__(self, index: int) -> bytes: ...
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.names)
 
-    @overload
-    def __getitem__(self, index: slice) -> tuple[bytes, ...]: ...
-
-    @override
-    def __getitem__(self, index: int | slice) -> bytes | tuple[bytes, ...]:
-        return self._keys[index]
-
-    @override
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self.names)
+
+
+def pack(*parts: bytes) -> Packed:
+    """Pack these parts."""
+    return Packed(b"".join([b"$%d\r\n%b\r\n" % (len(p), p) for p in parts]), len(parts))
+
+
+def pack_keys(*names: bytes) -> Keys:
+    """Pack the names of keys."""
+    return Keys(names, pack(b"%d" % len(names), *names))

@@ -29,8 +29,9 @@ from broker.valkey.client.errors import (
     StoreFailed,
     is_node,
 )
+from broker.valkey.client.packing import Packed
 from broker.valkey.client.resp import Reply
-from broker.valkey.client.scripts import Script, command
+from broker.valkey.client.scripts import Script, ScriptKeys, command
 from broker.valkey.client.shapes import ACCEPTED, ANYTHING, Shape
 
 REDIRECTS = 3
@@ -86,7 +87,7 @@ class Topology(Protocol):
 
 
 async def call_in_full(
-    nodes: Topology, script: Script, keys: Sequence[bytes], arguments: Sequence[bytes]
+    nodes: Topology, script: Script, keys: ScriptKeys, arguments: Sequence[bytes | Packed]
 ) -> Reply:
     """Run a script that the server does not have, where its keys are; raises StoreFailed."""
     try:
