@@ -10,12 +10,12 @@ Refusals by a limit are values, because a flood of them must stay cheap; what ca
 mint is an exception of `broker.errors`.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from msgspec import Struct
 
 from broker import errors
-from broker.flight import Flight, SingleFlight
+from broker.flight import Flight, SingleFlight, Work
 from broker.minting import Mint, Minter
 from broker.model import Clock, EmbedToken, Outcome, TokenRequest
 from broker.pacing.pacer import Priority
@@ -24,7 +24,7 @@ from broker.rules.bucket import Verdict
 from broker.rules.reuse import Life, ReusePolicy
 from broker.stores.base import Rejection, Store
 
-Lead = Callable[[Flight[EmbedToken]], Awaitable[EmbedToken]]
+Lead = Callable[[Flight[EmbedToken]], Work[EmbedToken]]
 """What the leader of a flight does."""
 
 
@@ -45,7 +45,7 @@ class TokenService:
         self._minter = minter
         self._policy = policy
         self._clock = clock
-        self.flights: SingleFlight[EmbedToken] = SingleFlight()
+        self.flights: SingleFlight[EmbedToken] = SingleFlight(at_once=not minter.waits)
 
     async def issue(self, request: TokenRequest, timeout: float) -> IssuedToken | Rejection:
         """Answer one request within `timeout` seconds; raises what a mint raises."""

@@ -82,6 +82,11 @@ class Minter:
         self.renewal_log = RefusalLog()
         self.backoff = KeyBackoff(clock, draw)
 
+    @property
+    def waits(self) -> bool:
+        """Whether a mint may wait before it is made: for a budget, a vendor, a store elsewhere."""
+        return self._issuer.waits or self._pacer.waits or self._store.waits
+
     def may_renew_ahead(self, key: str) -> bool:
         """Whether a renewal ahead of time is cheap at this moment: no back-off, and headroom."""
         return not self.backoff.left(key) and self._pacer.has_headroom
@@ -89,8 +94,7 @@ class Minter:
     async def mint(self, flight: Flight[EmbedToken], mint: Mint) -> EmbedToken:
         """Return the token of this flight; raises errors.BrokerError."""
         try:
-            async with asyncio.timeout(self._timeout):
-                token = await self._lead(flight, mint)
+            token = await self._lead_in_time(flight, mint)
         except (TimeoutError, errors.BrokerError) as error:
             self._count_refresh(mint, "failed")
             if flight.background or _says_wait(error):
@@ -108,6 +112,15 @@ class Minter:
         same = mint.cached is not None and token.body == mint.cached.body
         self._count_refresh(mint, "same" if same else "renewed")
         return token
+
+    async def _lead_in_time(self, flight: Flight[EmbedToken], mint: Mint) -> EmbedToken:
+        flight.end_within(self._timeout)
+        try:
+            return await self._lead(flight, mint)
+        except asyncio.CancelledError:
+            if not flight.has_expired():
+                raise
+        raise TimeoutError
 
     async def _lead(self, flight: Flight[EmbedToken], mint: Mint) -> EmbedToken:
         """Become the one who mints this key, or return what another process has minted."""

@@ -11,8 +11,9 @@ Knows nothing of what the tasks do.
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from functools import partial
+from types import coroutine
 from typing import Any, TypeVar
 
 import structlog
@@ -133,6 +134,30 @@ def _report(
 def _defect(failure: BaseException) -> None:
     with contextlib.suppress(Exception):  # as in _report
         log.error("broker.defect", exc_info=failure)
+
+
+@coroutine
+def go_on(work: Coroutine[Any, Any, T], waits_for: object) -> Generator[object, object, T]:
+    """Go on with work whose first step was taken by hand, `work.send(None)`, and gave `waits_for`.
+
+    Await it in the task that the work is to be in from now on.  What is asked for first must not
+    have asked for its task, as `asyncio.timeout` does.
+    """
+    while True:
+        try:
+            sent = yield waits_for
+        except GeneratorExit:
+            work.close()
+            raise
+        except BaseException as error:  # noqa: BLE001 - the work's own, and its cancellation
+            step = partial(work.throw, error)
+        else:
+            step = partial(work.send, sent)
+        try:
+            waits_for = step()
+        except StopIteration as over:
+            result: T = over.value
+            return result
 
 
 async def aside(work: Callable[[], T]) -> T:

@@ -15,7 +15,7 @@ from web.edge import logging_to
 from broker.config import load as config
 from broker.config.settings import Settings
 from broker.rules import restarts
-from broker.tasks import Background, TaskSet, aside
+from broker.tasks import Background, TaskSet, aside, go_on
 from broker.telemetry.cells import Counter
 from broker.telemetry.labels import BackgroundTask
 from broker.testing.clock import FakeClock, run_virtual
@@ -229,6 +229,63 @@ def test_N2_what_ends_the_process_is_let_through(end: type[BaseException]) -> No
 
 async def _fail() -> None:
     raise ValueError("a token")
+
+
+class TestGoingOn:
+    async def test_what_was_begun_by_hand_goes_on_as_in_a_task(self) -> None:
+        """Results, errors, bare turns and cancellation reach it; its result comes back."""
+        seen: list[object] = []
+        timed_out = asyncio.Event()
+
+        async def work(gate: "asyncio.Future[str]") -> str:
+            seen.append(await gate)
+            await asyncio.sleep(0)
+            try:
+                await asyncio.wait_for(asyncio.Event().wait(), 0.01)
+            except TimeoutError:
+                seen.append("time")
+                timed_out.set()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                seen.append("cancelled")
+            return "result"
+
+        async def rest(begun: Coroutine[Any, Any, str], waits_for: object) -> str:
+            return await go_on(begun, waits_for)
+
+        gate: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        begun = work(gate)
+        task = asyncio.create_task(rest(begun, begun.send(None)))
+        gate.set_result("through")
+        await timed_out.wait()
+        task.cancel()
+        assert await task == "result"
+        assert seen == ["through", "time", "cancelled"]
+
+    async def test_an_error_comes_out_as_it_went_in(self) -> None:
+        """And what is closed before its end is closed within."""
+        gate: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        closed: list[bool] = []
+
+        async def work() -> str:
+            try:
+                return await gate
+            finally:
+                closed.append(True)
+
+        begun = work()
+        rest = go_on(begun, begun.send(None))
+        gate.set_exception(ValueError("odd"))
+        with pytest.raises(ValueError, match="odd"):
+            await rest
+        assert closed == [True]
+        gate = asyncio.get_running_loop().create_future()
+        begun = work()
+        rest = go_on(begun, begun.send(None))
+        rest.send(None)
+        rest.close()
+        assert closed == [True, True]
 
 
 class TestTaskSet:

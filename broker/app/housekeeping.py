@@ -5,6 +5,8 @@ Done here in rounds, so that no request has to do it.
 
 import asyncio
 import time
+from collections.abc import Callable
+from functools import partial
 
 import structlog
 
@@ -39,17 +41,26 @@ class Housekeeping:
             due = loop.time() + HOUSEKEEPING
             await asyncio.sleep(HOUSEKEEPING)
             self._parts.metrics.loop_lag.observe(max(loop.time() - due, 0.0))
+            await self.purge()
             self.do_round()
 
+    async def purge(self) -> None:
+        """Drop what has expired, a millisecond's worth at a time: others get their turn between."""
+        parts = self._parts
+        authenticators = (parts.authenticator, parts.admin_authenticator)
+        failures = [each.failures for each in authenticators if each is not None]
+        steps: list[Callable[[], bool]] = [
+            parts.store.purge_expired,
+            parts.session_store.purge_expired,
+            *(partial(each.purge_expired, parts.clock.mono()) for each in failures),
+        ]
+        while steps:
+            steps = [step for step in steps if await _and_yield(step)]
+
     def do_round(self) -> None:
-        """Expire, flush logs, bring readiness and gauges up to date."""
+        """Flush logs, collect garbage, bring readiness and gauges up to date."""
         parts = self._parts
         now = parts.clock.mono()
-        parts.store.purge_expired()
-        parts.session_store.purge_expired()
-        parts.authenticator.failures.purge_expired(now)
-        if parts.admin_authenticator is not None:
-            parts.admin_authenticator.failures.purge_expired(now)
         for refusals in parts.refusal_logs:
             refusals.flush(now)
         self._tuner.tidy()
@@ -85,6 +96,13 @@ class Housekeeping:
         while True:
             beat.set(0 if self._parts.readiness.draining else time.monotonic())
             await asyncio.sleep(BEAT)
+
+
+async def _and_yield(step: Callable[[], bool]) -> bool:
+    """Do a step, then let others have their turn."""
+    more = step()
+    await asyncio.sleep(0)
+    return more
 
 
 class FileWatch:

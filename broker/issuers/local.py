@@ -6,7 +6,7 @@ Knows keys and claims.  Does not know who asks for a token, how often, or what w
 import secrets
 from collections.abc import Mapping
 
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 from typing_extensions import override
 
 from broker.issuers.base import Issuer, Turn
@@ -27,6 +27,7 @@ class LocalIssuer(Issuer):
 
     name = "local"
     proves = True
+    waits = False
 
     def __init__(self, keyring: Keyring, issuer: str, audience: str, clock: Clock) -> None:
         self._issuer = issuer
@@ -38,6 +39,7 @@ class LocalIssuer(Issuer):
         """Sign and verify with other keys from now on."""
         self.keyring = keyring
         self._signer_ids = {key.kid: self._signer_id_of(key.kid) for key in keyring.keys}
+        self._template = keyring.template({"iss": self._issuer, "aud": self._audience})
         self._proven = _Proven()
 
     @property
@@ -67,23 +69,20 @@ class LocalIssuer(Issuer):
         issued = now // SECOND - BACKDATED_SECONDS
         expires = issued + LIFETIME_SECONDS
         session = secrets.token_hex(16)
-        claims: dict[str, object] = {
-            "iss": self._issuer,
-            "aud": self._audience,
-            "sub": ask.agent,
-            "agent_id": ask.agent,
-            "fingerprint": ask.fingerprint,
-            "sid": session,
-            "jti": session,
-            "client_id": ask.client,  # RFC 8693 section 4.3: who may introspect and revoke it
-            "iat": issued,
-            "nbf": issued,
-            "exp": expires,
-        }
-        if ask.model is not None:
-            claims["model"] = ask.model
+        claims = _Claims(
+            sub=ask.agent,
+            agent_id=ask.agent,
+            fingerprint=ask.fingerprint,
+            sid=session,
+            jti=session,
+            client_id=ask.client,
+            iat=issued,
+            nbf=issued,
+            exp=expires,
+            model=UNSET if ask.model is None else ask.model,
+        )
         return Minted(
-            token=self.keyring.sign(claims, now),
+            token=self._template.sign(claims, now),
             session_id=session,
             expires_at=expires,
             lifetime=(LIFETIME_SECONDS - BACKDATED_SECONDS) * SECOND,
@@ -118,6 +117,22 @@ class LocalIssuer(Issuer):
         )
         self._proven.add(token, _Known(session, proof.begins, proof.ends))
         return session
+
+
+class _Claims(Struct, frozen=True, gc=False):
+    """What differs from token to token."""
+
+    sub: str
+    agent_id: str
+    fingerprint: str
+    sid: str
+    jti: str
+    client_id: str
+    """Who may introspect and revoke it (RFC 8693 section 4.3)."""
+    iat: int
+    nbf: int
+    exp: int
+    model: str | UnsetType
 
 
 class _Known(Struct, frozen=True, gc=False):

@@ -1,8 +1,8 @@
 """All buckets of one limit, in bounded memory.
 
-Two generations of a plain dict.  New and touched buckets live in the young one; every
-`horizon` (the longest time any of them takes to fill) the young one becomes the old one and
-the old one is given up.  By then each bucket in it is full again, and a full bucket equals an
+Two generations of a dict, in parts (`broker.tables`).  New and touched buckets live in the young
+one; every `horizon` (the longest time any of them takes to fill) the young one becomes the old one
+and the old one is given up.  By then each bucket in it is full again, and a full bucket equals an
 absent one: so forgetting never resets a limit that is exhausted.
 
 At `max_tracked` *new* keys share a fixed number of overflow buckets, by hash: strangers may
@@ -15,17 +15,23 @@ AsyncLimiter among them) cost five to ten times the memory and time, and wait wh
 limit must answer.
 """
 
+from itertools import chain
+
 from typing_extensions import override
 
 from broker.rules.bucket import Limit, Verdict, peek, spend
+from broker.tables import Leftovers, PartedDict
 from broker.telemetry.counts import BucketCounts
 
 OVERFLOW_BUCKETS = 4096
 """Enough to keep strangers apart under a flood, few enough (128 KiB) to exist for every limit."""
 
 SWEEP_BATCH = 2
-"""Entries of a given-up generation that one new key frees: a million at once would stop the loop
-for 100 ms, and freeing as fast as filling keeps what waits bounded."""
+"""Entries of a given-up generation that one new key frees: freeing as fast as filling keeps what
+waits bounded."""
+
+SLICE = 2_000
+"""What housekeeping frees before others get their turn: half a millisecond."""
 
 
 class BucketTable:
@@ -38,9 +44,10 @@ class BucketTable:
     def __init__(
         self, max_tracked: int, horizon: int, now: int, counts: BucketCounts | None = None
     ) -> None:
-        self._young: dict[str, int] = {}
-        self._old: dict[str, int] = {}
-        self._swept: dict[str, int] = {}
+        self._young: PartedDict[str, int] = PartedDict(max_tracked)
+        self._old: PartedDict[str, int] = PartedDict(1)
+        self._tracked = 0
+        self._swept = Leftovers()
         self._overflow = [0] * OVERFLOW_BUCKETS
         self._max_tracked = max_tracked
         self._horizon = horizon
@@ -56,12 +63,14 @@ class BucketTable:
         """
         if now >= self._rotate_at:
             self._rotate(now)
-        full_at = self._young.get(key)
+        young = self._young
+        part = young.parts[hash(key) & young.mask]
+        full_at = part.get(key)
         if full_at is None:
             full_at, verdict = self._take_unknown(key, limit, now)
         else:
             full_at, verdict = spend(full_at, limit, now)
-            self._young[key] = full_at
+            part[key] = full_at
         self.counts.note(verdict, dry_run=dry_run)
         return verdict
 
@@ -79,13 +88,13 @@ class BucketTable:
 
     def _take_unknown(self, key: str, limit: Limit, now: int) -> tuple[int, Verdict]:
         """Spend for a key that is not in the young generation."""
-        full_at = self._old.pop(key, None)
+        full_at = self._old.pop(key)
         if full_at is None:
-            for _ in range(min(SWEEP_BATCH, len(self._swept))):
-                self._swept.popitem()
+            self._swept.free(SWEEP_BATCH)
             if self._is_full():
                 return self._take_overflow(key, limit, now)
             full_at = self._overflow[hash(key) % OVERFLOW_BUCKETS]
+            self._tracked += 1
         full_at, verdict = spend(full_at, limit, now)
         self._young[key] = full_at
         return full_at, verdict
@@ -100,22 +109,25 @@ class BucketTable:
         return full_at, verdict
 
     def _is_full(self) -> bool:
-        return len(self._young) + len(self._old) >= self._max_tracked
+        return self._tracked >= self._max_tracked
 
     def _rotate(self, now: int) -> None:
         """Give up what has not been touched for a whole horizon."""
         idle = now - self._rotate_at >= self._horizon
-        self._swept = max(self._old, self._young if idle else {}, key=len)
-        self._old = {} if idle else self._young
-        self._young = {}
+        self._swept.add(self._old.parts)
+        if idle:
+            self._swept.add(self._young.parts)
+        self._old = PartedDict(1) if idle else self._young
+        self._young = PartedDict(self._max_tracked)
+        self._tracked = len(self._old)
         self._rotate_at = now + self._horizon
 
-    def purge_expired(self, now: int, batch: int = 20_000) -> None:
-        """Give memory back while nobody asks: call it about once a second."""
+    def purge_expired(self, now: int) -> bool:
+        """Give some memory back while nobody asks; False if there is no more to give."""
         if now >= self._rotate_at:
             self._rotate(now)
-        for _ in range(min(batch, len(self._swept))):
-            self._swept.popitem()
+        self._swept.free(SLICE)
+        return bool(self._swept)
 
     def adjust(self, horizon: int, max_tracked: int) -> None:
         """Follow changed limits.
@@ -130,8 +142,8 @@ class BucketTable:
 
     def entries(self, now: int) -> dict[str, int]:
         """Microseconds until full, of every bucket that is not: for a snapshot."""
-        both = self._old | self._young
-        return {key: full_at - now for key, full_at in both.items() if full_at > now}
+        both = chain(self._old.items(), self._young.items())
+        return {key: full_at - now for key, full_at in both if full_at > now}
 
     def restore(self, entries: dict[str, int], now: int) -> None:
         """Take over what `entries` gave to a snapshot; without room, into the overflow buckets."""
@@ -141,10 +153,12 @@ class BucketTable:
                 place = hash(key) % OVERFLOW_BUCKETS
                 self._overflow[place] = max(self._overflow[place], full_at)
             elif wait > 0:
+                self._swept.free(SWEEP_BATCH)
+                self._tracked += self._old.pop(key) is None and key not in self._young
                 self._young[key] = full_at
 
     def __len__(self) -> int:
-        return len(self._young) + len(self._old)
+        return self._tracked
 
     @override
     def __repr__(self) -> str:

@@ -65,6 +65,9 @@ _RANKS = {Priority.FIRST: 0, Priority.MANDATORY: 1}
 class Pacer(Protocol):
     """Hands out slots."""
 
+    waits: bool = True
+    """Whether `acquire` may wait."""
+
     @property
     def has_headroom(self) -> bool:
         """Whether a renewal ahead of time may take a slot now."""
@@ -80,6 +83,8 @@ class Pacer(Protocol):
 
 class NoPacing(Pacer):
     """No budget: for an issuer that costs nothing."""
+
+    waits = False
 
     @property
     @override

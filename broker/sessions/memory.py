@@ -1,36 +1,80 @@
-"""The book of one process: records in the order of minting, and marks in two generations.
+"""The book of one process: records by the second of their expiry, and marks in two generations.
 
-Bounded: beyond `most` sessions the oldest record of the client that has most of them goes, so that
-none pushes out another's; the oldest is the one nearest to its expiry.  A signed token of it is
+Bounded: beyond `most` sessions the record of the client that has most of them goes which is nearest
+to its expiry, so that none pushes out another's.  A signed token of it is
 still good, and can still be ended by the token itself.  Marks are never dropped early; beyond
 `MOST_ENDED` nothing more can be ended.  A client may end as long as it has fewer marks than are
 free: one gets half of them, k at once a k+1st each, and as much is always left to the operator and
 to whoever comes next.
+
+Nothing stops the loop, and the collector looks into nothing of it: see `broker.tables`.
 """
 
 import asyncio
 import heapq
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from itertools import islice
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 
 from typing_extensions import override
 
 from broker.errors import SessionTaken
 from broker.model import Clock, Session
 from broker.sessions.base import MARK_LIFE, BookFull, Place, Query, SessionStore, place_of
+from broker.tables import PART, Leftovers, PartedDict
 from broker.units import SECOND
 
 MOST_ENDED = 1_000_000
 """Ended sessions that are remembered, about 150 bytes each: far more than anybody ends in an
 hour by hand, and a bound for those who have a machine do it."""
 
-_Order = OrderedDict[str, None]
-"""Ids of a client's sessions in the order of minting; a dict would be slow at its front."""
+SLICE = 500
+"""Records and marks that housekeeping drops before others get their turn: a millisecond."""
 
-_SLICE = 2_000
-"""Records looked at before others get their turn: under a millisecond."""
+FREED_AT_ONCE = 2
+"""Marks that were given up which a new one frees: as fast as they can come."""
+
+
+class _Order:
+    """The ids of a client's sessions by expiry; within a second in the order of minting."""
+
+    def __init__(self) -> None:
+        self._slots: dict[int, list[dict[str, None]]] = {}
+        self._seconds: list[int] = []
+        self._held = 0
+
+    def add(self, session: Session) -> None:
+        """Note a session that is not noted."""
+        slot = self._slots.get(session.expires)
+        if slot is None:
+            slot = self._slots[session.expires] = [{}]
+            heapq.heappush(self._seconds, session.expires)
+        elif len(slot[-1]) >= PART:
+            slot.append({})
+        slot[-1][session.session_id] = None
+        self._held += 1
+
+    def remove(self, session: Session) -> None:
+        """Forget one that is noted."""
+        for ids in self._slots[session.expires]:
+            if session.session_id in ids:
+                del ids[session.session_id]
+                self._held -= 1
+                return
+
+    def first(self) -> str | None:
+        """Return the id of the one that is nearest to its expiry."""
+        while self._seconds:
+            slot = self._slots[self._seconds[0]]
+            while slot:
+                if slot[0]:
+                    return next(iter(slot[0]))
+                del slot[0]
+            del self._slots[heapq.heappop(self._seconds)]
+        return None
+
+    def __len__(self) -> int:
+        return self._held
 
 
 class MemorySessions(SessionStore):
@@ -40,24 +84,27 @@ class MemorySessions(SessionStore):
         self._most = most
         self._most_ended = most_ended
         self._clock = clock
-        self._sessions: dict[str, Session] = {}
+        self._sessions: PartedDict[str, Session] = PartedDict(most)
+        self._held = 0
         self._orders: dict[str, _Order] = {}
-        self._by_digest: dict[bytes, str] = {}
-        self._young: dict[str, str] = {}
-        self._old: dict[str, str] = {}
-        self._marks_of: Counter[str] = Counter()
+        self._by_digest: PartedDict[bytes, str] = PartedDict(most)
+        self._young: PartedDict[str, str] = PartedDict(most_ended)
+        self._old: PartedDict[str, str] = PartedDict(1)
+        self._young_of: Counter[str] = Counter()
+        self._old_of: Counter[str] = Counter()
+        self._leftovers = Leftovers()
         self._turns = clock.mono() + MARK_LIFE
 
     @override
     async def record(self, session: Session) -> None:
-        for other_id in (session.session_id, self._by_digest.get(session.digest, "")):
+        for other_id in (session.session_id, self._by_digest.get(session.digest) or ""):
             other = await self.find(other_id)
             if other is not None and other.key != session.key:
                 raise SessionTaken
         self._forget(session.session_id)  # or it would keep its place in the order
-        if len(self._sessions) >= self._most:
+        if self._held >= self._most:
             most = max(self._orders, key=lambda client: len(self._orders[client]))
-            self._forget(next(iter(self._orders[most])))
+            self._forget(self._orders[most].first() or "")
         self._write(session)
 
     @override
@@ -77,22 +124,29 @@ class MemorySessions(SessionStore):
     @override
     async def page(self, query: Query, after: Place, limit: int) -> Sequence[Session]:
         found: list[Session] = []
-        everything = iter(list(self._sessions.values()))
-        while some := list(islice(everything, _SLICE)):
-            beyond = (s for s in some if query.wants(s) and place_of(s) > after and self._lives(s))
-            found = heapq.nsmallest(limit, (*found, *beyond), key=place_of)
-            await asyncio.sleep(0)
+        for part in self._sessions.parts:
+            everything = iter(list(part.values()))
+            while some := list(islice(everything, SLICE)):
+                found = heapq.nsmallest(
+                    limit, chain(found, self._wanted(some, query, after)), key=place_of
+                )
+                await asyncio.sleep(0)
         return found
+
+    def _wanted(self, sessions: Iterable[Session], query: Query, after: Place) -> Iterator[Session]:
+        for session in sessions:
+            if query.wants(session) and place_of(session) > after and self._lives(session):
+                yield session
 
     @override
     async def mark(self, session: Session, *, by_client: bool) -> None:
         if await self.ended(session.session_id):
             return
-        free = self._most_ended - len(self._young) - len(self._old)
-        if free <= (self._marks_of[session.client] if by_client else 0):
+        self._leftovers.free(FREED_AT_ONCE)
+        theirs = self._young_of[session.client] + self._old_of[session.client]
+        if self._most_ended - self.ended_count <= (theirs if by_client else 0):
             raise BookFull
-        self._young[session.session_id] = session.client
-        self._marks_of[session.client] += 1
+        self._mark(session.session_id, session.client)
 
     @override
     async def forget(self, session: Session) -> None:
@@ -103,62 +157,86 @@ class MemorySessions(SessionStore):
         return session_id in self._young or session_id in self._old
 
     @property
-    def marks(self) -> Mapping[str, str]:
-        """The client of every session that was ended and not forgotten since."""
-        return self._old | self._young
+    def ended_count(self) -> int:
+        """How many ended sessions are remembered."""
+        return self._young_of.total() + self._old_of.total()
 
     @property
-    def ids(self) -> AbstractSet[str]:
-        """The id of every record that is held."""
-        return self._sessions.keys()
+    def marks(self) -> Mapping[str, str]:
+        """The client of every session that was ended and not forgotten since."""
+        return dict(chain(self._old.items(), self._young.items()))
 
     @property
     def sessions(self) -> Iterable[Session]:
         """Every record that is held."""
-        return self._sessions.values()
+        return (session for _, session in self._sessions.items())
 
     def restore(self, sessions: Iterable[Session], marks: Mapping[str, str]) -> None:
         """Take over what another process had."""
         for session in islice(sessions, self._most):
             if self._lives(session):
+                self._forget(session.session_id)
                 self._write(session)
-        self._young.update(marks)
-        self._marks_of.update(marks.values())
+        for session_id, client in marks.items():
+            if session_id not in self._young:
+                self._mark(session_id, client)
 
-    def purge_expired(self) -> None:
-        """Give back what has expired: call it now and then."""
-        for order in list(self._orders.values()):
-            while order and not self._lives(self._sessions[next(iter(order))]):
-                self._forget(next(iter(order)))
+    def purge_expired(self) -> bool:
+        """Give back some of what has expired: call it now and then; False if that was all."""
+        self._leftovers.free(SLICE)
         now = self._clock.mono()
         if now >= self._turns:
-            self._young, self._old = {}, self._young
-            self._marks_of = Counter(self._old.values())
+            self._leftovers.add(self._old.parts)
+            self._old, self._young = self._young, PartedDict(self._most_ended)
+            self._old_of, self._young_of = self._young_of, Counter()
             self._turns = now + MARK_LIFE
+        return self._drop_expired(SLICE) or bool(self._leftovers)
+
+    def _drop_expired(self, most: int) -> bool:
+        """Drop up to so many; False if there are no more."""
+        for order in list(self._orders.values()):
+            while (first := order.first()) and not self._lives(self._record_of(first)):
+                if not most:
+                    return True
+                most -= 1
+                self._forget(first)
+        return False
+
+    def _record_of(self, session_id: str) -> Session:
+        return self._sessions.part(session_id)[session_id]
 
     def _lives(self, session: Session) -> bool:
         return self._clock.wall() < session.expires * SECOND
 
+    def _mark(self, session_id: str, client: str) -> None:
+        self._young[session_id] = client
+        self._young_of[client] += 1
+
     def _write(self, session: Session) -> None:
         self._sessions[session.session_id] = session
-        self._orders.setdefault(session.client, OrderedDict())[session.session_id] = None
+        self._held += 1
+        self._orders.setdefault(session.client, _Order()).add(session)
         if session.digest:
             self._by_digest[session.digest] = session.session_id
 
     def _forget(self, session_id: str) -> None:
-        session = self._sessions.pop(session_id, None)
+        session = self._sessions.pop(session_id)
         if session is None:
             return
+        self._held -= 1
         order = self._orders[session.client]
-        del order[session_id]
+        order.remove(session)
         if not order:
             del self._orders[session.client]
         if self._by_digest.get(session.digest) == session_id:
-            del self._by_digest[session.digest]
+            self._by_digest.pop(session.digest)
+
+    def __contains__(self, session_id: str) -> bool:
+        return session_id in self._sessions
 
     def __len__(self) -> int:
-        return len(self._sessions)
+        return self._held
 
     @override
     def __repr__(self) -> str:
-        return f"MemorySessions(sessions={len(self)}, ended={len(self._young) + len(self._old)})"
+        return f"MemorySessions(sessions={len(self)}, ended={self.ended_count})"

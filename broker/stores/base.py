@@ -69,6 +69,10 @@ class Kept(Enum):
 class Store(Protocol):
     """What requests share."""
 
+    waits: bool = True
+    """Whether methods wait for what is elsewhere.  Where they do not, they may be called without a
+    task, so they must not ask for one."""
+
     async def admit(self, ask: TokenRequest, key: str) -> Visit:
         """Charge the limits that every request meets, and look for a token under `key`."""
         ...

@@ -26,6 +26,8 @@ class MemoryStore(Store):
     Fences are larger than those of before, and no less than `fence_floor` says at that moment.
     """
 
+    waits = False
+
     def __init__(
         self,
         limits: Limits,
@@ -151,12 +153,15 @@ class MemoryStore(Store):
     async def revoke_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
         self._epochs.end(visitor_of(client, fingerprint))
 
-    def purge_expired(self) -> None:
-        """Give back what has expired: call it about once a second, so that no request has to."""
+    def purge_expired(self) -> bool:
+        """Give back some of what has expired, so that no request has to; False if that was all.
+
+        Call it about once a second, and until that was all, with others' turns between.
+        """
         now = self._clock.mono()
-        self.tokens.expire(now)
-        for bucket in self.buckets.values():
-            bucket.purge_expired(now)
+        return any(
+            [self.tokens.expire(now), *(b.purge_expired(now) for b in self.buckets.values())]
+        )
 
     def _charge(self, limit_set: LimitPolicy, key: str, agent: str, now: int) -> Rejection | None:
         rule: LimitRule = limit_set.for_agent(agent)

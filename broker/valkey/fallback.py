@@ -143,10 +143,10 @@ class SharedStore(Store):
         except StoreFailed:
             raise StoreAway from None
 
-    def purge_expired(self) -> None:
-        """Give back what has expired, tally calls: about twice a second."""
-        self._alone.purge_expired()
+    def purge_expired(self) -> bool:
+        """Give back some of what has expired, tally calls; False if that was all."""
         self._server.tidy()
+        return self._alone.purge_expired()
 
     async def keep_leases(self) -> None:
         """Renew leases, for ever; owned by the application."""

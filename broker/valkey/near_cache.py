@@ -69,7 +69,7 @@ class NearCache:
         self,
         ask: TokenRequest,
         key: str,
-        reply: "list[int] | list[Reply]",
+        reply: Reply,
         front: EmbedToken | None,
     ) -> EmbedToken | None:
         """Read what a visit said about the token."""

@@ -27,7 +27,7 @@ from broker.errors import ServiceUnavailable, SessionTaken, StoreAway
 from broker.model import Session
 from broker.sessions.admin import RevokesVisitors
 from broker.sessions.base import BookFull, Place, Query, SessionStore
-from broker.sessions.memory import MemorySessions
+from broker.sessions.memory import SLICE, MemorySessions
 from broker.valkey.client.errors import StoreFailed
 from broker.valkey.sessions import ValkeySessions
 
@@ -55,7 +55,7 @@ class SharedSessions(SessionStore):
         self._alone = alone
         self._store = store
         self._closed = closed
-        self._unwritten: set[str] = set()
+        self._unwritten: dict[str, None] = {}
 
     @override
     async def record(self, session: Session) -> None:
@@ -67,7 +67,7 @@ class SharedSessions(SessionStore):
             raise
         except StoreFailed as failed:
             self._require_open(failed)
-            self._unwritten.add(session.session_id)
+            self._unwritten[session.session_id] = None
 
     @override
     async def find(self, session_id: str) -> Session | None:
@@ -120,7 +120,7 @@ class SharedSessions(SessionStore):
         except StoreFailed as failed:
             raise StoreAway from failed
         await self._alone.forget(session)
-        self._unwritten.discard(session.session_id)
+        self._unwritten.pop(session.session_id, None)
 
     @override
     async def ended(self, session_id: str) -> bool:
@@ -130,11 +130,13 @@ class SharedSessions(SessionStore):
             self._require_open(failed)
         return await self._alone.ended(session_id)
 
-    def purge_expired(self) -> None:
-        """Give back what has expired: call it now and then."""
-        self._alone.purge_expired()
-        if self._unwritten:
-            self._unwritten &= self._alone.ids
+    def purge_expired(self) -> bool:
+        """Give back some of what has expired: call it now and then; False if that was all."""
+        for session_id in list(islice(self._unwritten, SLICE)):
+            del self._unwritten[session_id]
+            if session_id in self._alone:
+                self._unwritten[session_id] = None  # behind those that were not looked at
+        return self._alone.purge_expired()
 
     async def keep_written(self) -> None:
         """Write what could not be written, for ever; owned by whoever opens the store."""
@@ -187,7 +189,7 @@ class SharedSessions(SessionStore):
                 await self._alone.forget(session)
             except (StoreFailed, ServiceUnavailable):
                 return False  # counted
-        self._unwritten.discard(session_id)
+        self._unwritten.pop(session_id, None)
         return True
 
     def _require_open(self, failed: StoreFailed) -> None:

@@ -14,8 +14,9 @@ Who leads is `leases`' affair.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import lru_cache
+from typing import Any
 
 from msgspec import Struct
 from typing_extensions import override
@@ -32,6 +33,7 @@ from broker.telemetry.counts import BucketCounts
 from broker.valkey import mint_errors
 from broker.valkey.client.errors import Reason, StoreFailed, number
 from broker.valkey.client.guarded import Operation, StoreClient
+from broker.valkey.client.packing import Packed, pack
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script, command
 from broker.valkey.client.shapes import COUNTED, GET
@@ -118,7 +120,11 @@ class ValkeyStore:
         rule = kind.for_agent(ask.agent)
         front = self._front.find(key)
         reply = await self._ask_visitor(ask, key, front, rule.limit, rule.dry_run)
-        verdict = _verdict(reply[1], rule.limit, allowed=reply[0])
+        if not isinstance(reply, list):
+            raise StoreFailed(Reason.OTHER)
+        allowed: Any = reply[0]  # numbers, by the script's shape
+        wait: Any = reply[1]
+        verdict = _verdict(wait, rule.limit, allowed=allowed)
         self._counts[kind.name].note(verdict, dry_run=rule.dry_run)
         if not verdict.allowed and not rule.dry_run:
             return Visit(verdict, Rejection(kind.name, verdict), None)
@@ -250,36 +256,23 @@ class ValkeyStore:
         self.leases.wake(waiting, names.lease(name))
         return kept
 
-    async def _ask_visitor(
+    def _ask_visitor(
         self,
         ask: TokenRequest,
         key: str,
         front: EmbedToken | None,
         limit: Limit | None = None,
         dry_run: bool = False,  # noqa: FBT001, FBT002 - hot path: positional is half the cost
-    ) -> list[int]:
+    ) -> Awaitable[Reply]:
         kind = self._limits.fingerprint
-        names = self._names.visitor(ask.visitor)
-        burst, interval = (b"1", b"1") if limit is None else _numbers(limit)
-        carried = 0 if limit is None else self._carried(kind.name, kind.visitor_key(ask))
-        reply = await self._server.run(
-            Operation.VISIT,
-            Script.VISIT,
-            (
-                names.bucket("requests", kind.own_bucket(ask.agent)),
-                names.token(self._names.token_name(key)),
-                names.epoch,
-            ),
-            burst,
-            interval,
-            b"%d" % carried if carried else b"0",
-            b"0" if limit is None else b"1",
-            b"1" if dry_run else b"0",
-            b"%d" % front.version if front is not None else b"",
+        keys = self._names.visitor(ask.visitor).visit(
+            kind.own_bucket(ask.agent), self._names.token_name(key)
         )
-        if not isinstance(reply, list):
-            raise StoreFailed(Reason.OTHER)
-        return reply  # type: ignore[return-value]  # its first two are numbers, by the script
+        carried = 0 if limit is None else self._carried(kind.name, kind.visitor_key(ask))
+        version = b"%d" % front.version if front is not None else b""
+        return self._server.run(
+            Operation.VISIT, Script.VISIT, keys, _visit_numbers(limit, carried, dry_run), version
+        )
 
     def _put_back(self, ask: TokenRequest, key: str, token: EmbedToken) -> None:
         self._tasks.start(self._write_again(ask, key, token))
@@ -379,10 +372,20 @@ def _verdict(wait: int, limit: Limit, *, allowed: int) -> Verdict:
 
     Scripts count in doubles: a bucket that takes ages may be off by as little as they are.
     """
-    most = max(limit.depth, int(float(limit.depth)))
-    if not 0 <= wait <= most or (not allowed and wait + limit.interval <= limit.depth):
+    depth = limit.depth
+    if not 0 <= wait <= depth and not 0 <= wait <= int(float(depth)):
         raise StoreFailed(Reason.OTHER, "a bucket out of bounds")
-    return verdict_from_wait(min(wait, limit.depth), limit, allowed=bool(allowed))
+    if not allowed and wait + limit.interval <= depth:
+        raise StoreFailed(Reason.OTHER, "a bucket out of bounds")
+    return verdict_from_wait(min(wait, depth), limit, allowed=bool(allowed))
+
+
+@lru_cache(maxsize=1024)
+def _visit_numbers(limit: Limit | None, carried: int, dry_run: bool) -> Packed:  # noqa: FBT001 - as above
+    """Return burst, interval, what is carried, whether to charge, and whether to deny."""
+    burst, interval = (b"1", b"1") if limit is None else _numbers(limit)
+    charge = b"0" if limit is None else b"1"
+    return pack(burst, interval, b"%d" % carried, charge, b"1" if dry_run else b"0")
 
 
 @lru_cache(maxsize=1024)

@@ -19,7 +19,7 @@ from book_contract import (  # noqa: E402 - rewritten first
 
 from broker.model import Session  # noqa: E402
 from broker.sessions.base import MARK_LIFE, BookFull, Place  # noqa: E402
-from broker.sessions.memory import MemorySessions  # noqa: E402
+from broker.sessions.memory import FREED_AT_ONCE, SLICE, MemorySessions  # noqa: E402
 from broker.testing import FakeClock, run_virtual  # noqa: E402
 from broker.units import SECOND  # noqa: E402
 
@@ -175,3 +175,39 @@ async def test_an_expired_session_is_not_found() -> None:
     assert await opened.book.find(session.session_id) is None
     assert await opened.book.find_token(session.digest) is None
     assert await opened.book.page(EVERYTHING, Place(), 10) == []
+
+
+async def test_M1_many_records_that_expire_together_go_a_slice_at_a_time() -> None:
+    """And marks that were given up: no step of housekeeping stops the loop for long."""
+    opened = OpenedMemoryBook(most=10 * SLICE, most_ended=10 * SLICE)
+    for _ in range(3 * SLICE):
+        await opened.end(await recorded(opened))
+        await recorded(opened)
+    opened.clock.advance(3601)
+    for left in (2 * SLICE, SLICE, 0):
+        assert opened.memory.purge_expired() or not left
+        assert len(opened.memory) == left
+    opened.clock.advance(MARK_LIFE / SECOND)
+    assert not opened.memory.purge_expired()
+    assert opened.memory.ended_count == 3 * SLICE
+    opened.clock.advance(MARK_LIFE / SECOND)
+    assert opened.memory.purge_expired()
+    assert (opened.memory.ended_count, len(opened.memory._leftovers)) == (0, 3 * SLICE)
+    await opened.end(await recorded(opened))
+    assert len(opened.memory._leftovers) == 3 * SLICE - FREED_AT_ONCE
+    while opened.memory.purge_expired():
+        pass
+    assert not opened.memory._leftovers
+
+
+async def test_G6_what_expires_first_goes_first_in_whatever_order_it_came() -> None:
+    """A vendor gives an old token: its record is the first that makes room, and that expires."""
+    opened = OpenedMemoryBook(most=3)
+    late, soon, middle = [await recorded(opened, life=life) for life in (300, 100, 200)]
+    await recorded(opened, life=300)
+    assert await opened.book.find(soon.session_id) is None
+    opened.clock.advance(200)
+    opened.memory.purge_expired()
+    assert await opened.book.find(middle.session_id) is None
+    assert await opened.book.find(late.session_id) == late
+    assert len(opened.memory) == 2

@@ -47,12 +47,32 @@ def test_G9_a_known_end_is_over_for_what_is_older() -> None:
 
 
 def test_G6_known_ends_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In number, and in time: longer than a token lives, not for ever."""
+    """In number, the latest ones kept, and in time: longer than a token lives, not for ever."""
     now = 0
     monkeypatch.setattr(module, "ENDS_KNOWN", 10)
     ends = KnownEnds(str.encode, lambda: now)
     for number in range(100):
         ends.note(b"%d" % number, 1)
-    assert sum(ends.of(f"{number}") for number in range(100)) == 10
+        known = [n for n in range(100) if ends.of(f"{n}")]
+        assert known == list(range(max(number + 1 - len(known), 0), number + 1))
+        assert min(number + 1, 5) <= len(known) <= 10
+    now = module.ENDS_LAST - 1
+    ends.note(b"late", 1)
+    now = 2 * module.ENDS_LAST - 2
+    assert ends.of("late") == 1, "as long as a token of before could be shown"
+    now = 3 * module.ENDS_LAST
+    assert ends.of("late") == 0
+    assert not ends._young
+    assert not ends._old
+
+
+def test_T5_an_end_that_is_noted_again_lasts_from_then_on() -> None:
+    """Its epoch is the later one, in whichever generation the earlier one stands."""
+    now = 0
+    ends = KnownEnds(str.encode, lambda: now)
+    ends.note(b"one", 9)
     now = module.ENDS_LAST
-    assert sum(ends.of(f"{number}") for number in range(100)) == 0
+    ends.note(b"one", 5)
+    assert ends.of("one") == 9
+    now = 2 * module.ENDS_LAST - 1
+    assert ends.of("one") == 9

@@ -425,6 +425,32 @@ class TestEscaping:
             structlog.get_logger().info("broker.example", field=text)
         assert records(stream)[0]["field"] == text
 
+    @given(
+        values=st.dictionaries(
+            st.sampled_from("abc"),
+            st.one_of(
+                st.text(st.characters(max_codepoint=300), max_size=9),
+                st.integers(-(2**70), 2**70),
+                st.decimals(0, 10**6, places=3).map(float),
+                st.booleans(),
+                st.none(),
+                st.lists(st.integers()),
+                st.just(LimitName.AGENT),
+            ),
+        )
+    )
+    def test_the_quick_way_and_the_library_write_the_same(self, values: dict[str, Any]) -> None:
+        """Whatever is in a line, it looks as `json` writes it; who reads lines sees no change."""
+        stream = io.StringIO()
+        with logging_to(stream, Settings(log=LogSettings())):
+            structlog.get_logger().info("broker.example", **values)
+        line = stream.getvalue()
+        (record,) = records(stream)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", record["timestamp"])
+        expected = {"event": "broker.example", **values, "level": "info"}
+        expected["timestamp"] = record["timestamp"]
+        assert line == json.dumps(expected, default=repr) + "\n"
+
     @pytest.mark.parametrize("form", FORMS)
     def test_libraries_speak_our_format_and_their_arguments_stay_out(self, form: Any) -> None:
         """Both aiohttp and asyncio use `logging`; what they interpolate may be input."""

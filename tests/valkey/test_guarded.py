@@ -19,7 +19,7 @@ from broker.valkey.client.guarded import Operation, StoreClient
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script
 from broker.valkey.client.shapes import ANYTHING, Shape
-from broker.valkey.client.topology import Topology, call
+from broker.valkey.client.topology import Topology
 
 SECOND = 1_000_000
 Answer = Callable[[bytes], Reply]
@@ -63,7 +63,8 @@ class Answering(Topology):
 class Shop:
     """A server with its parts in reach."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, scripts: bool = False) -> None:
+        self.scripts = scripts
         self.clock, self.nodes = FakeClock(), Answering()
         self.metrics = Metrics("local", shared_store=True)
         self.server = StoreClient(self.nodes, self.clock, self.metrics.store, draw=lambda: 0.0)
@@ -71,6 +72,8 @@ class Shop:
     async def ask(self) -> Reply | Reason:
         """Call; returns the reply or why there is none."""
         try:
+            if self.scripts:
+                return await self.server.run(Operation.VISIT, Script.SPEND, [b"key"])
             return await self.server.command(Operation.VISIT, b"key", b"packed")
         except StoreFailed as failed:
             return failed.reason
@@ -82,10 +85,10 @@ class Shop:
         return {reason: count for reason, count in all_.items() if count}
 
 
-@pytest.fixture
-def shop() -> Shop:
-    """A server that answers."""
-    return Shop()
+@pytest.fixture(params=[False, True], ids=["commands", "scripts"])
+def shop(request: pytest.FixtureRequest) -> Shop:
+    """A server that answers, asked by commands or by scripts."""
+    return Shop(scripts=request.param)
 
 
 async def test_a_call_is_answered_and_timed(shop: Shop) -> None:
@@ -198,7 +201,9 @@ async def test_S2_a_script_that_is_forgotten_is_sent_in_full_once(shop: Shop) ->
         return b"done"
 
     shop.nodes.answer = forgets
-    assert await call(shop.nodes, Script.SPEND, [b"key"], b"1", b"1", b"0") == b"done"
+    assert (
+        await shop.server.run(Operation.AGENT, Script.SPEND, [b"key"], b"1", b"1", b"0") == b"done"
+    )
     assert [packed[:20].split()[2] for packed in shop.nodes.asked] == [b"EVALSHA", b"EVAL"]
 
     def never(_packed: bytes) -> Reply:
@@ -206,7 +211,7 @@ async def test_S2_a_script_that_is_forgotten_is_sent_in_full_once(shop: Shop) ->
 
     shop.nodes.answer = never
     with pytest.raises(StoreFailed, match="script"):
-        await call(shop.nodes, Script.SPEND, [b"key"])
+        await shop.server.run(Operation.AGENT, Script.SPEND, [b"key"])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """How a shared store can fail, in words that are counted."""
 
-import contextlib
 import os
 import ssl
 from enum import Enum
@@ -64,13 +63,20 @@ _LARGEST = 2**53
 """Up to there scripts count exactly; as microseconds that is the year 2255."""
 
 
+_NUMERIC = (int, bytes)
+
+
 def number(reply: object, most: int = _LARGEST) -> int:
     """Read a number that the store told, 0 to `most`; raises StoreFailed for what is none.
 
     Others may write there: what cannot be read is a call that failed, and not a defect.
     """
-    with contextlib.suppress(ValueError):
-        if isinstance(reply, int | bytes) and 0 <= (found := int(reply)) <= most:
+    if isinstance(reply, _NUMERIC):
+        try:
+            found = int(reply)
+        except ValueError:
+            found = -1
+        if 0 <= found <= most:
             return found
     raise StoreFailed(Reason.OTHER, "a number out of bounds")
 

@@ -8,7 +8,7 @@ that would cost more than the call.
 import contextlib
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from enum import Enum
 from typing import Protocol
 
@@ -20,11 +20,12 @@ from broker.rules.breaker import Outcome, Permit, Phase, StoreBreaker
 from broker.tasks import TaskSet
 from broker.telemetry.cells import Counter
 from broker.units import SECOND
-from broker.valkey.client.errors import Reason, StoreFailed
+from broker.valkey.client.errors import NoScript, Reason, Redirect, StoreFailed
+from broker.valkey.client.packing import Packed
 from broker.valkey.client.resp import Reply
-from broker.valkey.client.scripts import Script
+from broker.valkey.client.scripts import Script, ScriptKeys
 from broker.valkey.client.shapes import ANYTHING, Shape
-from broker.valkey.client.topology import Topology, call
+from broker.valkey.client.topology import Topology, call_in_full
 
 log = structlog.get_logger()
 
@@ -93,11 +94,33 @@ class StoreClient:
         return self._health.is_open
 
     async def run(
-        self, operation: Operation, script: Script, keys: Sequence[bytes], *arguments: bytes
+        self,
+        operation: Operation,
+        script: Script,
+        keys: ScriptKeys,
+        *arguments: bytes | Packed,
     ) -> Reply:
-        """Run a script where its keys are; raises StoreFailed."""
+        """Run a script where its keys are; raises StoreFailed.
+
+        A server that does not have it (a restart, SCRIPT FLUSH, a new replica) gets it in full.
+        """
         ticket = self._enter()
-        return await self._watch(ticket, operation, call(self.nodes, script, keys, *arguments))
+        began = time.perf_counter()
+        try:  # as `_watch`, without a coroutine between
+            packed = script.by_name(keys, arguments)
+            answer = await self.nodes.send(keys[0], packed, script.shape)
+        except NoScript:
+            in_full = call_in_full(self.nodes, script, keys, arguments)
+            return await self._watch(ticket, operation, in_full)
+        except Redirect:  # a node of a cluster that was configured as if it were alone
+            failed = StoreFailed(Reason.CLUSTER_DOWN)
+            self._note_failure(ticket, operation, began, failed)
+            raise failed from None
+        except BaseException as error:
+            self._note_failure(ticket, operation, began, error)
+            raise
+        self._note_success(ticket, operation, began)
+        return answer
 
     async def command(
         self, operation: Operation, key: bytes, packed: bytes, shape: Shape = ANYTHING
@@ -145,21 +168,29 @@ class StoreClient:
         began = time.perf_counter()
         try:
             answer = await reply
-        except StoreFailed as failed:
-            self._duration[operation].observe(time.perf_counter() - began)
-            self._stats.errors[failed.reason.value].inc()
-            # an answer about one poisoned key is an answer: it must not part us from all others
-            self._note(ticket, Outcome.SUCCEEDED if failed.of_key else Outcome.FAILED, failed)
+        except BaseException as error:
+            self._note_failure(ticket, operation, began, error)
             raise
-        except BaseException:
-            self._note(ticket, Outcome.ABANDONED)
-            raise
+        self._note_success(ticket, operation, began)
+        return answer
+
+    def _note_success(self, ticket: Permit, operation: Operation, began: float) -> None:
         self._duration[operation].observe(time.perf_counter() - began)
         if self._health.phase is Phase.CLOSED:
             self._well += 1
         else:
             self._note(ticket, Outcome.SUCCEEDED)
-        return answer
+
+    def _note_failure(
+        self, ticket: Permit, operation: Operation, began: float, error: BaseException
+    ) -> None:
+        if not isinstance(error, StoreFailed):
+            self._note(ticket, Outcome.ABANDONED)
+            return
+        self._duration[operation].observe(time.perf_counter() - began)
+        self._stats.errors[error.reason.value].inc()
+        # an answer about one poisoned key is an answer: it must not part us from all others
+        self._note(ticket, Outcome.SUCCEEDED if error.of_key else Outcome.FAILED, error)
 
     def _note(self, ticket: Permit, outcome: Outcome, failed: StoreFailed | None = None) -> None:
         was_away = self.is_away

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import random
 import ssl
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Protocol
 
 from redis.crc import key_slot
@@ -29,8 +29,9 @@ from broker.valkey.client.errors import (
     StoreFailed,
     is_node,
 )
+from broker.valkey.client.packing import Packed
 from broker.valkey.client.resp import Reply
-from broker.valkey.client.scripts import Script, command
+from broker.valkey.client.scripts import Script, ScriptKeys, command
 from broker.valkey.client.shapes import ACCEPTED, ANYTHING, Shape
 
 REDIRECTS = 3
@@ -72,6 +73,10 @@ class Topology(Protocol):
         """
         ...
 
+    def send(self, key: bytes, packed: bytes, shape: Shape) -> Awaitable[Reply]:
+        """Send as `command`, for those who send much; may raise Redirect for CLUSTER_DOWN."""
+        return self.command(key, packed, shape)
+
     def anywhere(self) -> Target:
         """Return how any node is reached: subscriptions have connections of their own."""
         ...
@@ -81,15 +86,10 @@ class Topology(Protocol):
         ...
 
 
-async def call(nodes: Topology, script: Script, keys: Sequence[bytes], *arguments: bytes) -> Reply:
-    """Run a script where its keys are; raises StoreFailed.
-
-    A server that does not have it (a restart, SCRIPT FLUSH, a new replica) gets it in full.
-    """
-    try:
-        return await nodes.command(keys[0], script.by_name(keys, arguments), script.shape)
-    except NoScript:
-        pass
+async def call_in_full(
+    nodes: Topology, script: Script, keys: ScriptKeys, arguments: Sequence[bytes | Packed]
+) -> Reply:
+    """Run a script that the server does not have, where its keys are; raises StoreFailed."""
     try:
         return await nodes.command(keys[0], script.in_full(keys, arguments), script.shape)
     except NoScript:
@@ -115,10 +115,14 @@ class SingleServer(Topology):
             await self._link.close()
 
     @override
-    async def command(self, key: bytes, packed: bytes, shape: Shape = ANYTHING) -> Reply:
+    def send(self, key: bytes, packed: bytes, shape: Shape) -> Awaitable[Reply]:
         assert self._link is not None  # open() comes first
+        return self._link.send(packed, shape)
+
+    @override
+    async def command(self, key: bytes, packed: bytes, shape: Shape = ANYTHING) -> Reply:
         try:
-            return await self._link.send(packed, shape)
+            return await self.send(key, packed, shape)
         except Redirect:  # a node of a cluster that was configured as if it were alone
             raise StoreFailed(Reason.CLUSTER_DOWN) from None
 

@@ -1,0 +1,89 @@
+"""Tables in parts: a dict in everything but its pauses; and what is given up, freed by and by."""
+
+import gc
+import secrets
+from collections.abc import Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker.tables import PART, Leftovers, PartedDict, Recent
+from broker.valkey.key_names import Names
+
+
+@given(
+    st.sampled_from([1, PART, 5 * PART, 70 * PART]),
+    st.lists(st.tuples(st.booleans(), st.text(max_size=2), st.integers()), max_size=60),
+)
+def test_a_dict_in_parts_is_a_dict(most: int, steps: Sequence[tuple[bool, str, int]]) -> None:
+    """Whatever is put in and taken out, with one part and with many."""
+    parted: PartedDict[str, int] = PartedDict(most)
+    whole: dict[str, int] = {}
+    for puts, key, value in steps:
+        if puts:
+            parted[key] = whole[key] = value
+        else:
+            assert parted.pop(key) == whole.pop(key, None)
+        assert parted.get(key) == whole.get(key)
+        assert (key in parted) == (key in whole) == (key in parted.part(key))
+        assert len(parted) == len(whole)
+    assert dict(parted.items()) == whole
+
+
+def test_parts_are_as_many_as_keep_each_small() -> None:
+    """A table for a million has parts of some thousand entries; one for few is one dict."""
+    assert [len(PartedDict[str, int](most).parts) for most in (0, 1, PART, 200_000, 1_000_000)] == [
+        1,
+        1,
+        1,
+        32,
+        128,
+    ]
+    table: PartedDict[str, int] = PartedDict(40 * PART)
+    for number in range(40 * PART):
+        table[f"key{number}"] = number
+    assert max(map(len, table.parts)) < 2 * PART
+
+
+def test_what_is_given_up_is_freed_in_the_steps_that_are_asked_for() -> None:
+    """So many entries a step, over the borders of dicts, until nothing is left."""
+    left = Leftovers()
+    left.add([dict.fromkeys(range(7)), {}, dict.fromkeys(range(5))])
+    sizes = []
+    while left:
+        sizes.append(len(left))
+        left.free(4)
+    assert sizes == [12, 8, 4]
+    left.free(4)
+    assert (len(left), repr(left)) == (0, "Leftovers(entries=0)")
+
+
+@given(st.lists(st.integers(0, 30), max_size=200), st.integers(1, 20))
+def test_what_was_made_lately_is_not_made_again(asked: Sequence[int], most: int) -> None:
+    """Half as many as are held at most are sure to be there; never more, and never another's."""
+    made: list[int] = []
+
+    def make(key: int) -> str:
+        made.append(key)
+        return f"of {key}"
+
+    recent = Recent(make, most)
+    for place, key in enumerate(asked):
+        before = len(made)
+        assert recent(key) == f"of {key}"
+        lately = list(dict.fromkeys(reversed(asked[:place])))[: most // 2]
+        assert key not in lately or len(made) == before
+        assert len(recent) <= max(most, 2)
+        assert len(recent._leftovers) <= most
+
+
+def test_names_of_many_visitors_are_nothing_that_the_collector_visits() -> None:
+    """Of tens of thousands, keys in the protocol's form among them."""
+    names = Names(secrets.token_bytes(32), "fleet")
+    gc.collect()
+    before = len(gc.get_objects())
+    for number in range(3000):
+        visitor = names.visitor(f"web\x1f{number:08x}")
+        assert visitor.visit("", names.token_name(f"key{number}"))[2] == visitor.epoch
+    gc.collect()
+    assert len(gc.get_objects()) < before + 100
