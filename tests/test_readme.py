@@ -396,7 +396,7 @@ def test_exit_codes_are_those_of_the_command_line() -> None:
 
 def all_metrics() -> list[Metric]:
     """Metrics of a relay with all parts that can report: what Prometheus sees."""
-    sheet = Metrics("upstream", budget=True, shared_store=True, workers=2).sheet
+    sheet = Metrics("upstream", budget=True, shared_store=True, state_file=True, workers=2).sheet
     return list(
         exposition.registry(sheet.families, SharedCells([sheet.cells]), lambda: None).collect()
     )
@@ -797,7 +797,7 @@ def test_the_relay_s_commands_relay(tmp_path: Path) -> None:
     key = secrets.token_urlsafe(24)
     fake = next(words for words in commands() if "fake-vendor" in words)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("BROKER_")}
-    environment["BITHUMAN_API_SECRET"] = key
+    environment |= {"BITHUMAN_API_SECRET": key, "STATE_DIRECTORY": str(tmp_path)}
 
     async def scenario() -> None:
         arguments = [re.sub(r":\d+$", ":0", word) for word in fake[1:]]
@@ -817,6 +817,10 @@ def test_the_relay_s_commands_relay(tmp_path: Path) -> None:
             )
             try:
                 line = await asyncio.wait_for(broker.stderr.readline(), PATIENCE)
+                opened = json.loads(line)
+                assert opened["event"] == "broker.state_file_opened"
+                assert opened["path"] == str(tmp_path / "state.db")
+                line = await asyncio.wait_for(broker.stderr.readline(), PATIENCE)
                 assert json.loads(line)["event"] == "broker.started"
                 status, answer = await over_socket(socket, key)
                 assert status == b"200"
@@ -835,7 +839,7 @@ def test_the_production_steps_make_a_configuration_that_passes(tmp_path: Path) -
     """Typed below a folder; only what installs packages and starts services is left out."""
     (tmp_path / "vendor.key").write_text(secrets.token_urlsafe(24), encoding="utf-8")
     (tmp_path / "config").symlink_to(ROOT / "config")
-    for folder in ("etc/systemd/system", "var/lib/embed-token-broker"):
+    for folder in ("etc/systemd/system", "var/lib"):
         (tmp_path / folder).mkdir(parents=True)
 
     def below(text: str) -> str:
@@ -852,7 +856,7 @@ def test_the_production_steps_make_a_configuration_that_passes(tmp_path: Path) -
     unit = tmp_path / "etc" / "systemd" / "system" / "embed-token-broker.service"
     lines = unit.read_text(encoding="utf-8").splitlines()
     given = [line.partition("=")[2] for line in lines if line.startswith("LoadCredential=")]
-    assert [word.partition(":")[0] for word in given] == ["web", "vendor", "snapshot"]
+    assert [word.partition(":")[0] for word in given] == ["web", "vendor"]
     variables = [line.partition("=")[2] for line in lines if line.startswith("Environment=")]
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("BROKER_", "BITHUMAN_"))}
     for extra in ({}, dict(word.split("=", 1) for word in variables)):

@@ -161,7 +161,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(down=st.integers(0, 60 * SECOND))
     def restart(self, down: int) -> None:
-        """Restart from a snapshot: another clock, the same buckets, cut to the limits in force."""
+        """Restart: another clock, the same buckets, cut to the limits in force."""
         aged = {key: wait - down for key, wait in self.buckets.entries(self.now).items()}
         was, self.now = self.now, T0 + down
         self.buckets = BucketTable(self.max_tracked, self.horizon, self.now)
@@ -169,7 +169,7 @@ class Histories(RuleBasedStateMachine):
         self.full_at = {
             key: self.now + min(full_at - was - down, self.horizon)
             for key, full_at in self.full_at.items()
-            if key in aged or key in self.exact  # what strangers share is not in a snapshot
+            if key in aged or key in self.exact  # what strangers share is not kept
         }
         entries = self.buckets.entries(self.now)
         self.exact = {
@@ -444,7 +444,7 @@ def test_a_lowered_bound_drops_nobody_who_is_tracked() -> None:
     assert len(buckets) == 1
 
 
-# --- snapshots, dry run, counters
+# --- restarts, dry run, counters
 
 
 def test_entries_are_what_is_not_full_and_how_long_it_takes() -> None:
@@ -473,7 +473,7 @@ def test_restored_buckets_go_on_where_they_were() -> None:
     assert buckets.take("spent", SLOW, T0 + 20 * SECOND).allowed
 
 
-def test_G6_what_a_snapshot_brings_beyond_the_bound_stays_exhausted() -> None:
+def test_G6_what_a_restart_brings_beyond_the_bound_stays_exhausted() -> None:
     """A smaller bound after the restart: who finds no room is found in the overflow buckets."""
     buckets = BucketTable(2, SLOW.depth, T0)
     names = [Placed(f"visitor{number}", number) for number in range(5)]
