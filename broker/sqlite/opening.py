@@ -21,7 +21,7 @@ from broker.sessions.memory import MOST_ENDED
 from broker.sqlite import data_key, location, state_file
 from broker.sqlite.ledger import Ledger, Row
 from broker.sqlite.records import Batch, unseal
-from broker.sqlite.restored import Fold, State, Terms, lifetime_of
+from broker.sqlite.restored import Fold, State, Terms, Worth
 from broker.sqlite.state_file import FileError, NewerSchema, StateFile, StateFileFailed
 
 PURPOSE = "rows of a state file"
@@ -101,15 +101,14 @@ def _read(
         key = _key_of(file, keys)
         box = Box(key, PURPOSE)
         fold, ledger = Fold(), Ledger(most, MOST_ENDS)
-        rows: list[tuple[int, int, Batch]] = []
+        rows: list[tuple[int, int, int, Worth]] = []
         for place, kind, sealed in file.rows():
             batch = _opened(box, place, kind, sealed)
-            fold.apply(batch)
-            rows.append((place, kind, batch))
+            rows.append((place, kind, len(batch.records), fold.apply(batch)))
         now = moment()
-        for place, kind, batch in rows:
-            life = lifetime_of(batch, now, fold.last)
-            ledger.note(kind, Row(place, now.mono + life, len(batch.records)))
+        for place, kind, count, worth in rows:
+            until = now.mono + worth.still(now, fold.last)
+            ledger.note(kind, Row(place, until, count))
         file.use_keys(data_key.wrapped(key, keys.now))  # shows that the file can be written
         return Opened(file, box, key, ledger, fold.state(terms, now))
     except BaseException:

@@ -30,9 +30,6 @@ PAGE = 4096
 BUSY = 2.0
 """Seconds that another program may look at the file."""
 
-WAL_LIMIT = 16 * 2**20
-"""Bytes that the log keeps when what was in it is in the file."""
-
 _CREATE = (
     "CREATE TABLE embed_token_broker_log (id INTEGER PRIMARY KEY, kind INTEGER, sealed BLOB)",
     "CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID",
@@ -118,7 +115,6 @@ class StateFile:
         ask("PRAGMA locking_mode = EXCLUSIVE")
         ask("PRAGMA journal_mode = WAL")
         ask("PRAGMA wal_autocheckpoint = 0")  # at a moment of our choice: it waits for the disk
-        ask(f"PRAGMA journal_size_limit = {WAL_LIMIT}")
         ask("PRAGMA synchronous = NORMAL")
         said = ask("PRAGMA quick_check(1)").fetchone()
         if said != ("ok",):
@@ -171,19 +167,22 @@ class StateFile:
         """Take rows away; raises StateFileFailed."""
         self.append((), full=False, instead=places)
 
-    def shrink(self, pages: int) -> bool:
-        """Give up to `pages` unused pages back; whether there are more; raises StateFileFailed."""
-        with _told():
-            self._connection.execute(f"PRAGMA incremental_vacuum({pages})").fetchall()
-            unused: int = self._connection.execute("PRAGMA freelist_count").fetchone()[0]
-        return unused > 0
+    def shrink(self, pages: int) -> int:
+        """Give up to `pages` unused pages back; returns how many there were.
 
-    def checkpoint(self, *, last: bool = False) -> None:
-        """Put what the log has into the file, and both onto the disk; raises StateFileFailed."""
+        Raises StateFileFailed.
+        """
         with _told():
-            self._connection.execute(
-                f"PRAGMA wal_checkpoint({'TRUNCATE' if last else 'PASSIVE'})"
-            ).fetchall()
+            unused: int = self._connection.execute("PRAGMA freelist_count").fetchone()[0]
+            if unused:
+                # as a script: `execute` stops at its first step, which is one page
+                self._connection.executescript(f"PRAGMA incremental_vacuum({pages})")
+        return unused
+
+    def checkpoint(self) -> None:
+        """Put what the log has into the file, and it onto the disk; raises StateFileFailed."""
+        with _told():
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def size(self) -> int:
         """Bytes of the file and of its log."""

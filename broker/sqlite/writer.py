@@ -166,7 +166,7 @@ class Writer:
                 self._stop.wait(RETRY)
         _ = self._do_round()
         with contextlib.suppress(StateFileFailed):
-            self._file.checkpoint(last=True)
+            self._file.checkpoint()
         self._file.close()
 
     def _do_round(self) -> bool:
@@ -253,7 +253,9 @@ class Writer:
             self._file.drop([place for _, place in due])
             self._ledger.dropped(due)
             self._is_dirty = True
-        more = self._file.shrink(FREED_AT_ONCE) or len(due) == DROPPED_AT_ONCE
+        unused = self._file.shrink(FREED_AT_ONCE)
+        more = unused > FREED_AT_ONCE or len(due) == DROPPED_AT_ONCE
+        self._is_dirty = self._is_dirty or unused > 0
         if self._is_dirty and now >= self._checkpoint_at:
             self._file.checkpoint()
             self._is_dirty, self._checkpoint_at = False, now + CHECKPOINT

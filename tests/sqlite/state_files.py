@@ -21,7 +21,7 @@ from broker.units import SECOND
 HOUR = 3600 * SECOND
 AGENT = "A78WKV4515"
 SIGNER = "a key"
-WIDE = Limit(burst=100_000, interval=1)
+WIDE = Limit(burst=1_000_000, interval=1)
 
 
 def wide_limits(fingerprint: Limit = WIDE) -> Limits:
@@ -57,6 +57,7 @@ class Broker:
         self.waits = True
         self.most = 1000
         self.patience = 0.0
+        self.body = 300
         self.metrics = Metrics("upstream", state_file=True)
 
     def made(self) -> DurableBackend:
@@ -93,7 +94,7 @@ class Broker:
 
     def token(self, *, life: int = HOUR, origin: str = SIGNER) -> EmbedToken:
         return EmbedToken(
-            body=secrets.token_hex(150).encode(),
+            body=secrets.token_hex(self.body // 2).encode(),
             dies_mono=self.clock.mono() + life,
             dies_wall=self.clock.wall() + life,
             lifetime=life,
