@@ -131,11 +131,6 @@ class BucketTable:
         self._deepest = horizon
         self._max_tracked = max_tracked
 
-    def entries(self, now: int) -> dict[str, int]:
-        """Microseconds until full, of every bucket that is not."""
-        both = self._old | self._young
-        return {key: full_at - now for key, full_at in both.items() if full_at > now}
-
     def take_spent(self, now: int) -> dict[str, int]:
         """Microseconds until full, of those that decided since the last call, and were left more
         than half spent then; the first call begins to note them, for what outlives the process.
@@ -144,7 +139,10 @@ class BucketTable:
         return {key: wait for key in noted if (wait := self.owed(key, now)) > 0}
 
     def restore(self, entries: dict[str, int], now: int) -> None:
-        """Take over what an earlier process had; without room, into the overflow buckets."""
+        """Take over microseconds until full, as an earlier process told them.
+
+        What finds no room goes into the overflow buckets.
+        """
         for key, wait in entries.items():
             full_at = now + min(wait, self._horizon)
             if self._is_full():

@@ -58,6 +58,7 @@ class Broker:
         self.most = 1000
         self.patience = 0.0
         self.body = 300
+        self.floor = 0
         self.metrics = Metrics("upstream", state_file=True)
 
     def made(self) -> DurableBackend:
@@ -71,7 +72,7 @@ class Broker:
             keys=Keys(self.keys, self.also),
             most_tokens=self.most,
             most_sessions=self.most,
-            floor=lambda _lifetime: 0,
+            floor=lambda _lifetime: self.floor,
             waits=self.waits,
             patience=self.patience,
         )

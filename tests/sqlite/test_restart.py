@@ -94,6 +94,43 @@ async def test_N20_what_a_dropped_key_signed_stays_out(broker: Broker) -> None:
         assert await held(backend, by_new) == kept.body
 
 
+async def test_G3_a_floor_that_was_raised_meanwhile_holds(broker: Broker) -> None:
+    """A mark that was drawn before lies below the new floor: it is raised with it."""
+    ask = broker.ask()
+    async with broker.opened() as backend:
+        token, _ = await mint(broker, backend, ask)
+    broker.floor = token.mark + 7
+    async with broker.opened() as backend:
+        found = await backend.store.peek(ask, ask.key)
+        assert found is not None
+        assert found.mark == token.mark + 7
+
+
+async def test_G6_of_more_than_fit_the_latest_come_back(broker: Broker) -> None:
+    """A smaller bound after the restart: nobody is evicted for somebody older."""
+    asks = [broker.ask() for _ in range(20)]
+    async with broker.opened() as backend:
+        for ask in asks:
+            await mint(broker, backend, ask)
+    broker.most = 5
+    async with broker.opened() as backend:
+        found = [await held(backend, ask) is not None for ask in asks]
+        assert found == [False] * 15 + [True] * 5
+        assert backend.store.tokens.counts.evicted.value == 0
+
+
+async def test_G9_a_session_that_is_recorded_for_nobody_is_forgotten(broker: Broker) -> None:
+    """Its visitor was ended while it was minted: no record of it comes back."""
+    ask = broker.ask()
+    async with broker.opened() as backend:
+        session = broker.session(ask)
+        await backend.sessions.record(session)
+        await backend.sessions.forget(session)
+    async with broker.opened() as backend:
+        assert await backend.sessions.find(session.session_id) is None
+        assert not await backend.sessions.ended(session.session_id)
+
+
 @pytest.mark.parametrize("stop", ["drain", "crash"])
 async def test_V12_a_spent_bucket_stays_spent(broker: Broker, stop: str) -> None:
     """If it is more than half spent: told once a second and at the end; time goes on refilling."""
