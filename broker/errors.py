@@ -243,6 +243,17 @@ class StoreAway(ServiceUnavailable):
         super().__init__("the shared store is away", RETRY_STORE)
 
 
+class NotDurable(ServiceUnavailable):
+    """A session was ended, but the end is not on the disk: a restart would forget it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the session was ended, but the end could not be written to disk: it holds until the"
+            " broker restarts only; ask again",
+            RETRY_STORE,
+        )
+
+
 class Internal(OurError):
     """A defect.  The caller learns nothing but the request id under which it was logged."""
 

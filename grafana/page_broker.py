@@ -3,6 +3,7 @@
 from shapes import OUTCOMES, TOKENS, Dashboard, Panel, Row, Stat, States, quantiles
 
 UNSEEN = "Exists only with a shared store."
+NO_FILE = "Exists only with a state file."
 
 BROKER = Dashboard(
     name="broker",
@@ -411,6 +412,39 @@ BROKER = Dashboard(
                     description="By instance. Bounded by [sessions] max_recorded: at the bound the "
                     "oldest record goes, and a token of the vendor's is no longer known here.",
                     queries={"{{instance}}": "broker_sessions_recorded{@}"},
+                ),
+            ],
+        ),
+        Row(
+            title="State file",
+            panels=[
+                States(
+                    title="State file",
+                    unit="none",
+                    description="Whether what is handed out and ended survives the process. "
+                    f"Alerts: BrokerStateFileDegraded, BrokerStateFileMovedAside. {NO_FILE}",
+                    queries={
+                        "{{instance}}": "broker_state_file_degraded{@}",
+                        "{{instance}} at its start": "broker_state_file_moved_aside{@}",
+                    },
+                    words={"0": ("written", "green"), "1": ("not kept", "red")},
+                ),
+                Panel(
+                    title="State file errors",
+                    unit="ops",
+                    description="Writes that failed, by reason, and tokens that were handed out "
+                    f"before they were written. {NO_FILE}",
+                    queries={
+                        "{{reason}}": "sum by (reason) "
+                        "(rate(broker_state_file_errors_total{@}[~]))",
+                        "late": "sum(rate(broker_state_file_late_total{@}[~]))",
+                    },
+                ),
+                Panel(
+                    title="State file size",
+                    unit="bytes",
+                    description=f"The file and its log, by instance. {NO_FILE}",
+                    queries={"{{instance}}": "broker_state_file_bytes{@}"},
                 ),
             ],
         ),

@@ -19,7 +19,7 @@ from msgspec import Struct
 from processes import AGENT, PATIENCE, Tree, environment, good, merged, put, run, toml, write
 from servers import write_certificates
 
-from broker.app import factory, snapshot
+from broker.app import factory
 from broker.cli.healthcheck import where
 from broker.config import files, schema
 from broker.config import load as config
@@ -27,6 +27,7 @@ from broker.config.files import CannotRead
 from broker.config.schema import ConfigError
 from broker.config.settings import Settings
 from broker.issuers import keyfile
+from broker.sqlite import location
 
 Made = Callable[[Path], object]
 
@@ -136,8 +137,8 @@ def _settings_of_files(kind: Any, path: str = "") -> Iterator[str]:
 
 
 def test_every_setting_that_names_a_file_is_tried_here() -> None:
-    """A new one joins the list; the snapshot, which the broker writes, has its own test below."""
-    assert set(_settings_of_files(Settings)) == {*SERVED, "store.snapshot_file"}
+    """A new one joins the list; the state file, which a URL names, has its own test below."""
+    assert set(_settings_of_files(Settings)) == {*SERVED}
 
 
 @pytest.mark.usefixtures("in_time")
@@ -175,16 +176,14 @@ def test_what_is_no_regular_file_is_refused_as_a_configuration(tmp_path: Path, k
 
 @pytest.mark.usefixtures("in_time")
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in {"large", "absent"}])
-def test_what_is_no_regular_file_is_no_snapshot(tmp_path: Path, kind: str) -> None:
-    """A link is none either: whoever may write the folder would choose what is read."""
-    make, told = KINDS[kind]
+def test_D5_what_is_no_regular_file_is_no_state_file(tmp_path: Path, kind: str) -> None:
+    """A link is none either: whoever may write the folder would choose what is opened."""
+    make, _ = KINDS[kind]
     path = tmp_path / "named"
     make(path)
-    reason = "a link; name the file itself" if path.is_symlink() else told
-    nothing: Any = None  # not looked at before the file was read
-    with unprivileged(path), pytest.raises(snapshot.SnapshotIgnored) as caught:
-        snapshot.load(path, nothing, nothing, nothing, nothing, nothing)
-    assert str(caught.value) == f"cannot be read: {reason}"
+    with unprivileged(path), pytest.raises(ConfigError) as caught:
+        location.require_usable(path)
+    assert str(caught.value).startswith("store.url: ")
     assert os.path.lexists(path)
 
 

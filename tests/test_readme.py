@@ -58,6 +58,7 @@ from broker.rules.outstanding import PROBES
 from broker.telemetry import exposition
 from broker.telemetry.cells import SharedCells
 from broker.telemetry.metrics import Metrics
+from broker.testing import FakeVendor
 from broker.valkey.client.scripts import acl_line
 from broker.valkey.membership import ALONE_AFTER, UNSEEN_PARTS
 from broker.web.token_status import session_headers
@@ -396,7 +397,7 @@ def test_exit_codes_are_those_of_the_command_line() -> None:
 
 def all_metrics() -> list[Metric]:
     """Metrics of a relay with all parts that can report: what Prometheus sees."""
-    sheet = Metrics("upstream", budget=True, shared_store=True, workers=2).sheet
+    sheet = Metrics("upstream", budget=True, shared_store=True, state_file=True, workers=2).sheet
     return list(
         exposition.registry(sheet.families, SharedCells([sheet.cells]), lambda: None).collect()
     )
@@ -797,7 +798,7 @@ def test_the_relay_s_commands_relay(tmp_path: Path) -> None:
     key = secrets.token_urlsafe(24)
     fake = next(words for words in commands() if "fake-vendor" in words)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("BROKER_")}
-    environment["BITHUMAN_API_SECRET"] = key
+    environment |= {"BITHUMAN_API_SECRET": key, "STATE_DIRECTORY": str(tmp_path)}
 
     async def scenario() -> None:
         arguments = [re.sub(r":\d+$", ":0", word) for word in fake[1:]]
@@ -817,6 +818,10 @@ def test_the_relay_s_commands_relay(tmp_path: Path) -> None:
             )
             try:
                 line = await asyncio.wait_for(broker.stderr.readline(), PATIENCE)
+                opened = json.loads(line)
+                assert opened["event"] == "broker.state_file_opened"
+                assert opened["path"] == str(tmp_path / "state.db")
+                line = await asyncio.wait_for(broker.stderr.readline(), PATIENCE)
                 assert json.loads(line)["event"] == "broker.started"
                 status, answer = await over_socket(socket, key)
                 assert status == b"200"
@@ -831,33 +836,84 @@ def test_the_relay_s_commands_relay(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_the_production_steps_make_a_configuration_that_passes(tmp_path: Path) -> None:
-    """Typed below a folder; only what installs packages and starts services is left out."""
-    (tmp_path / "vendor.key").write_text(secrets.token_urlsafe(24), encoding="utf-8")
-    (tmp_path / "config").symlink_to(ROOT / "config")
-    for folder in ("etc/systemd/system", "var/lib/embed-token-broker"):
-        (tmp_path / folder).mkdir(parents=True)
+def below(folder: Path, text: str) -> str:
+    """Return a line of the page as it is typed below a folder, and not on this machine."""
+    text = text.replace("/opt/embed-token-broker/bin/broker", f"{sys.executable} -m broker")
+    return re.sub(r"(?<![\w.])/(etc|var)/", rf"{folder}/\1/", text.replace("sudo ", ""))
 
-    def below(text: str) -> str:
-        text = text.replace("/opt/embed-token-broker/bin/broker", f"{sys.executable} -m broker")
-        return re.sub(r"(?<![\w.])/(etc|var)/", rf"{tmp_path}/\1/", text.replace("sudo ", ""))
 
+def typed(folder: Path) -> Path:
+    """Type the production steps; returns the configuration.
+
+    Only what installs packages and starts services is left out.
+    """
+    (folder / "vendor.key").write_text(secrets.token_urlsafe(24), encoding="utf-8")
+    (folder / "config").symlink_to(ROOT / "config")
+    for name in ("etc/systemd/system", "var/lib"):
+        (folder / name).mkdir(parents=True)
     for block in of("sh"):
         if block.heading == "Production in ten steps":
             for line in block.text.splitlines():
                 if Path(next(words_of(line))[0]).name in {"sed", "install"} or "generate" in line:
-                    subprocess.run(["bash", "-ec", below(line)], cwd=tmp_path, check=True)
-    file = tmp_path / "etc" / "embed-token-broker" / "broker.toml"
-    file.write_text(below(under("Production in ten steps", "toml").text), encoding="utf-8")
+                    subprocess.run(["bash", "-ec", below(folder, line)], cwd=folder, check=True)
+    file = folder / "etc" / "embed-token-broker" / "broker.toml"
+    lines = under("Production in ten steps", "toml").text
+    file.write_text(below(folder, lines), encoding="utf-8")
+    return file
+
+
+def test_G11_the_production_steps_survive_a_kill(tmp_path: Path) -> None:
+    """What they made serves; after `kill -9` the next start is a hit, as step 10 says."""
+    file = typed(tmp_path)
+    key = (tmp_path / "vendor.key").read_text(encoding="utf-8")
+    web = (tmp_path / "etc/embed-token-broker/secrets/web").read_text(encoding="utf-8").strip()
+
+    async def scenario() -> None:
+        async with FakeVendor(secrets=[key]) as vendor:
+            environment = {
+                **{k: v for k, v in os.environ.items() if not k.startswith("BROKER_")},
+                "BROKER_ISSUER__UPSTREAM__BASE_URL": vendor.url,
+                "BROKER_SERVER__LISTEN": f"unix:{tmp_path}/s",
+                "BROKER_ADMIN__LISTEN": "127.0.0.1:0",
+            }
+            tokens = []
+            for _ in range(2):
+                broker = await start("serve", "--config", str(file), environment=environment)
+                try:
+                    for event in ("broker.state_file_opened", "broker.started"):
+                        line = await asyncio.wait_for(broker.stderr.readline(), PATIENCE)
+                        assert json.loads(line)["event"] == event
+                    status, answer = await over_socket(tmp_path / "s", web)
+                    assert status == b"200"
+                    tokens.append(answer["data"]["token"])
+                finally:
+                    broker.kill()
+                    await broker.communicate()
+            assert tokens[0] == tokens[1]
+            assert sum(call.is_mint for call in vendor.journal.calls) == 1
+
+    asyncio.run(scenario())
+    state = tmp_path / "var/lib/embed-token-broker"
+    assert state.stat().st_mode & 0o777 == 0o700
+    assert (state / "state.db").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_production_steps_make_a_configuration_that_passes(tmp_path: Path) -> None:
+    """By the operator, from the file alone; then as the unit starts it."""
+    file = typed(tmp_path)
     unit = tmp_path / "etc" / "systemd" / "system" / "embed-token-broker.service"
     lines = unit.read_text(encoding="utf-8").splitlines()
     given = [line.partition("=")[2] for line in lines if line.startswith("LoadCredential=")]
-    assert [word.partition(":")[0] for word in given] == ["web", "vendor", "snapshot"]
+    assert [word.partition(":")[0] for word in given] == ["web", "vendor"]
+    assert "StateDirectory=embed-token-broker" in lines
     variables = [line.partition("=")[2] for line in lines if line.startswith("Environment=")]
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("BROKER_", "BITHUMAN_"))}
     for extra in ({}, dict(word.split("=", 1) for word in variables)):
         # by the operator, from the file alone; then as the unit starts it
-        here = {k: below(v).replace("%d", str(file.parent / "secrets")) for k, v in extra.items()}
+        here = {
+            k: below(tmp_path, v).replace("%d", str(file.parent / "secrets"))
+            for k, v in extra.items()
+        }
         done = subprocess.run(
             [sys.executable, "-m", "broker", "check", "--config", str(file)],
             env={**kept, **here},

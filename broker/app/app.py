@@ -1,9 +1,9 @@
 """The life of one broker process: it starts, serves, reloads, drains and closes.
 
-Start: settings -> parts -> snapshot -> listeners.  Stop: readiness turns, requests are still taken
-for `drain_lead` (a balancer needs that long to look away), the listener closes, what is under way
-ends, the snapshot is sealed.  Reload: everything is built from the new settings first and swapped
-in only if all of it could be built.
+Start: settings -> parts -> state file -> listeners.  Stop: readiness turns, requests are still
+taken for `drain_lead` (a balancer needs that long to look away), the listener closes, what is under
+way ends, the state file is closed.  Reload: everything is built from the new settings first and
+swapped in only if all of it could be built.
 """
 
 import asyncio
@@ -75,11 +75,15 @@ class App:
         self.admin_url = ""
 
     async def start(self) -> None:
-        """Open everything; raises CannotListen with nothing left open."""
+        """Open everything; raises CannotListen, ConfigError, StateFileInUse, nothing left open."""
         parts = self.parts
         self._tuner.start()
-        if parts.snapshot is not None:
-            parts.snapshot.restore()
+        if parts.durable is not None:
+            try:
+                await parts.durable.open(self._stopping)
+            except BaseException:
+                await self._close_outside()
+                raise
         if parts.shared_backend is not None:
             await parts.shared_backend.open()
         if parts.pacer is not None:
@@ -89,8 +93,7 @@ class App:
             await self._open_data()
         except CannotListen:
             await self._close_admin()
-            if parts.snapshot is not None and parts.snapshot.restored:
-                parts.snapshot.save()  # loading took the file away: the next start needs it, too
+            await self._close_file()
             await self._close_outside()
             raise
         self.housekeeping.do_round()
@@ -172,12 +175,11 @@ class App:
         if self._listener is not None:
             self._listener.close()
         await parts.server.drain(max(ends - time.monotonic(), 0.1))
-        with contextlib.suppress(TimeoutError):  # mints under way are paid for: into the snapshot
+        with contextlib.suppress(TimeoutError):  # mints under way are paid for: into the file
             async with asyncio.timeout(max(ends - time.monotonic(), 0.1)):
                 await parts.token_service.flights.drained()
-        await self._close_admin()  # before the snapshot: it has every end that was answered
-        if parts.snapshot is not None:
-            parts.snapshot.save()  # before whatever else there is, which may hang
+        await self._close_admin()  # before the file: it has every end that was answered
+        await self._close_file()  # before whatever else there is, which may hang
         await self._close_outside()
         for refusals in parts.refusal_logs:
             refusals.sum_up()
@@ -187,6 +189,10 @@ class App:
     async def _close_admin(self) -> None:
         if self._admin is not None:
             await self._admin.close()
+
+    async def _close_file(self) -> None:
+        if self.parts.durable is not None:
+            await self.parts.durable.close()
 
     async def _close_outside(self) -> None:
         parts = self.parts

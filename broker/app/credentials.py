@@ -92,6 +92,22 @@ def _keyring_in(file: str, local: LocalIssuerSettings) -> Keyring:
         raise ConfigError(f"issuer.local.keys_file: {file}: {error}") from None
 
 
+def state_file_keys(
+    settings: Settings, environ: Mapping[str, str]
+) -> tuple[tuple[Secret, ...], tuple[Secret, ...]]:
+    """Return the keys for which a state file is sealed, and others that may open it.
+
+    The issuer's, so there is no further secret to make; the sealing key alone, where one is set:
+    then the issuer's still open what was sealed before.  Raises ConfigError.
+    """
+    if settings.issuer.kind == "upstream":
+        own = tuple(vendor_keys(settings, environ))
+    else:
+        own = tuple(Secret(key.secret.hex()) for key in keyring(settings).keys)
+    sealing = sealing_key(settings)
+    return (own, ()) if sealing is None else ((sealing,), own)
+
+
 def sealing_key(settings: Settings) -> Secret | None:
     """Return the key that seals what is stored; raises ConfigError for a weak one."""
     store = settings.store

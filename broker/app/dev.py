@@ -7,6 +7,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from broker.app import missing_secrets
+from broker.config.addresses import MEMORY, StateFileAddress, parse_store_url
 from broker.config.load import read_secret
 from broker.config.settings import Settings
 from broker.model import Secret
@@ -38,7 +39,13 @@ class DevSecrets:
         }
 
     def complete(self, settings: Settings) -> Settings:
-        """Make a secret for every secret file that is not here, so that any configuration runs."""
+        """Make a secret for every secret file that is not here, so that any configuration runs.
+
+        State stays in memory: a file would be sealed with a key that is gone at the end, and one
+        that is there is somebody else's.
+        """
+        if isinstance(parse_store_url(settings.store.url), StateFileAddress):
+            settings = replace(settings, store=replace(settings.store, url=MEMORY))
         local = settings.issuer.local
         if not local.signing_key and local.keys_file is None:  # it may know of one key only
             local = replace(local, signing_key=CLIENT)

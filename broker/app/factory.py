@@ -8,12 +8,13 @@ checked the start.
 import ipaddress
 import ssl
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from msgspec.structs import replace
 
 from broker.app import credentials
 from broker.config import files
-from broker.config.addresses import Access, StoreAddress, parse_store_url
+from broker.config.addresses import Access, StateFileAddress, StoreAddress, parse_store_url
 from broker.config.load import MIN_CLIENT_SECRET, read_secret
 from broker.config.schema import ConfigError
 from broker.config.settings import (
@@ -150,19 +151,27 @@ def budget(settings: Settings) -> Budget | None:
 
 def metrics(settings: Settings, cells: Row | None = None) -> Metrics:
     """Return the metrics of a process with these settings, in its row of a shared board."""
-    workers = settings.server.workers
+    workers, address = settings.server.workers, parse_store_url(settings.store.url)
     return Metrics(
         settings.issuer.kind,
         budget=settings.issuer.budget is not None,
-        shared_store=parse_store_url(settings.store.url) is not None,
+        shared_store=isinstance(address, StoreAddress),
+        state_file=isinstance(address, StateFileAddress),
         workers=workers if workers > 1 else 0,
         cells=cells,
     )
 
 
 def store_address(settings: Settings) -> StoreAddress | None:
-    """Return where the shared store is, None for memory."""
-    return parse_store_url(settings.store.url)
+    """Return where the shared store is, None without one."""
+    address = parse_store_url(settings.store.url)
+    return address if isinstance(address, StoreAddress) else None
+
+
+def state_file(settings: Settings) -> Path | None:
+    """Return where the state file is, None without one."""
+    address = parse_store_url(settings.store.url)
+    return address.path if isinstance(address, StateFileAddress) else None
 
 
 def store_access(settings: Settings) -> Access:

@@ -67,6 +67,9 @@ class Housekeeping:
         if parts.shared_backend is not None:
             parts.readiness.degraded = parts.shared_backend.is_degraded
             parts.readiness.refuses = parts.shared_backend.refuses
+        if parts.durable is not None:
+            parts.durable.look()
+            parts.readiness.degraded = parts.durable.is_degraded
         self.publish()
 
     def publish(self) -> None:
@@ -86,6 +89,8 @@ class Housekeeping:
             metrics.budget.outstanding.set(parts.pacer.outstanding)
         if parts.shared_backend is not None:
             metrics.store.degraded.set(parts.shared_backend.is_degraded)
+        if parts.durable is not None:
+            metrics.state_file.degraded.set(parts.durable.is_degraded)
         if isinstance(parts.issuer, UpstreamIssuer):
             metrics.upstream.breakers["credentials"].set(parts.issuer.credentials.is_open)
             metrics.upstream.breakers["health"].set(parts.issuer.health.is_open)

@@ -149,6 +149,10 @@ class Reloader:
         admins = factory.admin_clients(settings)
         use_keys = self._new_keys(settings)
         access = factory.store_access(settings)
+        durable = self._parts.durable
+        file_keys, _ = (
+            ((), ()) if durable is None else credentials.state_file_keys(settings, self._environ)
+        )
 
         def put_in_force() -> None:
             parts = self._parts
@@ -159,6 +163,8 @@ class Reloader:
                 parts.admin_authenticator.use_clients(admins)
             parts.store.use_limits(limits)
             use_keys()
+            if durable is not None:
+                durable.use_keys(file_keys)
             logs.configure(settings.log)
             parts.routes.use_log(debug=settings.log.level == "debug")
             parts.routes.any_fingerprint = settings.limits.fingerprint_format == "any"
@@ -173,7 +179,10 @@ class Reloader:
         """
         loaded = self._load()
         settings = in_force(self._settings, loaded)
-        other_key = credentials.sealing_key(settings) != self._parts.sealing_key
+        other_key = (
+            self._parts.shared_backend is not None
+            and credentials.sealing_key(settings) != self._parts.sealing_key
+        )
         return loaded, other_key, self.prepared(settings)
 
     def _new_keys(self, settings: Settings) -> Callable[[], None]:

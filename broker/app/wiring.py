@@ -13,7 +13,6 @@ from msgspec import Struct
 from prometheus_client import CollectorRegistry
 
 from broker.app import credentials, factory
-from broker.app.snapshot import SnapshotFile
 from broker.app.worker_context import WorkerContext
 from broker.config.settings import Settings
 from broker.issue import TokenService
@@ -40,6 +39,7 @@ from broker.web.server import DataServer
 
 if TYPE_CHECKING:
     from broker.app.shared_backend import SharedBackend, StoreConnection
+    from broker.sqlite.backend import DurableBackend
     from broker.valkey.fallback import SharedStore
     from broker.valkey.session_fallback import SharedSessions
 
@@ -51,6 +51,9 @@ call has a timeout of its own, and must be the one to tell that it ran out."""
 
 NO_LANE = "BROKER_NO_FAST_LANE"
 """Environment variable, for tests: where it is set, every request goes aiohttp's way."""
+
+CLOSING_GRACE = 10.0
+"""Seconds beyond its drain in which a process that was asked to stop has left its state file."""
 
 
 class Parts(Struct, frozen=True):
@@ -64,7 +67,7 @@ class Parts(Struct, frozen=True):
     shared_backend: "SharedBackend | None"
     store: "MemoryStore | SharedStore"
     session_store: "MemorySessions | SharedSessions"
-    snapshot: SnapshotFile | None
+    durable: "DurableBackend | None"
     pacer: BudgetPacer | None
     issuer: LocalIssuer | UpstreamIssuer
     minter: Minter
@@ -101,7 +104,7 @@ class _Stores(Struct, frozen=True):
     store: "MemoryStore | SharedStore"
     sessions: "MemorySessions | SharedSessions"
     shared: "SharedBackend | None" = None
-    snapshot: SnapshotFile | None = None
+    durable: "DurableBackend | None" = None
 
 
 def build(
@@ -138,7 +141,7 @@ def build(
         shared_backend=stores.shared,
         store=stores.store,
         session_store=stores.sessions,
-        snapshot=stores.snapshot,
+        durable=stores.durable,
         pacer=pacer,
         issuer=issuer,
         minter=minter,
@@ -283,22 +286,42 @@ def _stores(
     if connection is not None:
         shared = connection.backend(limits, cache, lambda: issuer.signer_ids)
         return _Stores(shared.store, shared.book, shared)
+    file = factory.state_file(settings)
+    if file is not None:
+        durable = _durable(given, file, cache, issuer)
+        return _Stores(durable.store, durable.sessions, durable=durable)
     store = MemoryStore(limits, cache, clock, given.metrics.limits.counts)
-    sessions = MemorySessions(settings.sessions.max_recorded, clock)
-    path, snapshot = settings.store.snapshot_file, None
-    if path is not None and given.sealing_key is not None:
-        marks = given.policy.marks
-        snapshot = SnapshotFile(
-            Path(path),
-            given.sealing_key,
-            store,
-            sessions,
-            issuer,
-            clock,
-            max_age=settings.store.snapshot_max_age.us,
+    return _Stores(store, MemorySessions(settings.sessions.max_recorded, clock))
+
+
+def _durable(
+    given: _Given, file: Path, cache: TokenCache, issuer: LocalIssuer | UpstreamIssuer
+) -> "DurableBackend":
+    """Put the store with a file behind it together; a vendor's tokens are in it before answers."""
+    from broker.sqlite.backend import (  # noqa: PLC0415 - only where there is a file
+        DurableBackend,
+        FileSettings,
+    )
+    from broker.sqlite.opening import Keys  # noqa: PLC0415 - as above
+
+    settings, marks = given.settings, given.policy.marks
+    now, also = credentials.state_file_keys(settings, given.environ)
+    return DurableBackend(
+        FileSettings(
+            path=file,
+            keys=Keys(now, also),
+            most_tokens=settings.reuse.max_tokens,
+            most_sessions=settings.sessions.max_recorded,
             floor=lambda lifetime: marks(lifetime).floor,
-        )
-    return _Stores(store, sessions, snapshot=snapshot)
+            waits=isinstance(issuer, UpstreamIssuer),
+            patience=settings.server.drain.seconds + CLOSING_GRACE,
+        ),
+        factory.limits(settings),
+        cache,
+        given.clock,
+        given.metrics,
+        lambda: issuer.signer_ids,
+    )
 
 
 def _minter(

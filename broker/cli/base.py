@@ -61,12 +61,14 @@ class Commands:
 def settings_of(arguments: argparse.Namespace, flags: Mapping[str, Any] | None = None) -> Settings:
     """Load the settings of a command that needs a configuration; raises ConfigError."""
     from broker.config import load as config
+    from broker.config.state_folder import default_path
 
     path = config.find_file(arguments.config, os.environ)
     if path is not None:
         return config.load(path, os.environ, flags or {})
     if any(os.environ.get(name) for name in config.VENDOR_VARIABLES):
-        relay = {"issuer": {"kind": "upstream"}}
+        file = default_path(os.environ)
+        relay = {"issuer": {"kind": "upstream"}, "store": {"url": f"sqlite://{file}"}}
         return config.load(None, os.environ, flags or {}, relay)
     if not any(name.startswith("BROKER_") and "__" in name for name in os.environ):
         raise ConfigError(NOTHING_CONFIGURED)

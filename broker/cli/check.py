@@ -1,9 +1,10 @@
-"""`broker check`: says what is wrong with a configuration, and opens nothing."""
+"""`broker check`: says what is wrong with a configuration; tries a write where state is kept."""
 
 import argparse
 import os
 
 from broker.cli.base import Commands, settings_of
+from broker.config.schema import ConfigError
 from broker.config.settings import Settings
 from broker.exit_codes import EX_OK
 from broker.model import Secret
@@ -30,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name, file in missing:
         complain(f"note: {name}: {file} is not here; it must be where the broker runs")
     note_unused_key(settings)
+    _try_state_file(settings, is_elsewhere=bool(missing))
     if factory.shows_password(settings):
         complain(
             "note: store.password crosses the network in clear text: write valkeys:// where others"
@@ -37,6 +39,31 @@ def run(arguments: argparse.Namespace) -> int:
         )
     tell("configuration ok")
     return EX_OK
+
+
+def _try_state_file(settings: Settings, *, is_elsewhere: bool) -> None:
+    """Write where the state file is to be, or say that there is none.
+
+    Raises ConfigError; only notes it where secrets are not here either: it runs elsewhere.
+    """
+    from broker.app import factory
+
+    file = factory.state_file(settings)
+    if file is None:
+        if settings.issuer.kind == "upstream" and factory.store_address(settings) is None:
+            complain(
+                "note: store.url: state is in memory, and a crash mints anew for every visitor;"
+                ' to keep it set store.url = "sqlite:///var/lib/embed-token-broker/state.db"'
+            )
+        return
+    from broker.sqlite import location
+
+    try:
+        location.examine(file, os.environ)
+    except ConfigError as error:
+        if not is_elsewhere:
+            raise
+        complain(f"note: {error}")
 
 
 def note_unused_key(settings: Settings) -> None:

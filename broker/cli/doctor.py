@@ -1,4 +1,4 @@
-"""`broker doctor`: examines the way to the vendor and to the shared store.
+"""`broker doctor`: examines the way to the vendor, the shared store and the state file.
 
 So that an operator need not guess.  Costs the vendor one cheap call per key and no token, the store
 some hundred calls under names of their own.  Each finding is one line: ok, or a problem with its
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from broker.cli.base import Commands, settings_of
 from broker.cli.finding import Finding
+from broker.config.schema import ConfigError
 from broker.config.settings import Settings
 from broker.exit_codes import EX_NO, EX_OK
 from broker.telemetry.streams import tell
@@ -20,7 +21,7 @@ from broker.telemetry.streams import tell
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    text = "examine the relay: keys, clock, TLS, egress proxy, shared store, files"
+    text = "examine the relay: keys, clock, TLS, egress proxy, shared store, state file, modes"
     commands.add("doctor", text, run)
 
 
@@ -56,9 +57,23 @@ def examine(settings: Settings, environ: Mapping[str, str]) -> list[Finding]:
         from broker.cli import doctor_store
 
         findings += asyncio.run(doctor_store.examine(settings))
+    if (file := factory.state_file(settings)) is not None:
+        findings.append(_state_file(file, environ))
     return findings or [
         Finding(ok=True, name="configuration", text="complete; nothing else to examine")
     ]
+
+
+def _state_file(path: Path, environ: Mapping[str, str]) -> Finding:
+    from broker.sqlite import location
+
+    try:
+        location.examine(path, environ)
+    except ConfigError as error:
+        return Finding(ok=False, name="store.url", text=str(error).removeprefix("store.url: "))
+    owner = location.owner_of(path)
+    user = "no broker uses it" if owner is None else f"process {owner} uses it"
+    return Finding(ok=True, name="store.url", text=f"{path} can be written; {user}")
 
 
 def _file(name: str, path: Path) -> Finding:

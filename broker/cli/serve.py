@@ -48,10 +48,14 @@ def _names_file(arguments: argparse.Namespace) -> bool:
 
 def _serve(load: Callable[[], Settings], *, dev: bool) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # a reload waits for the start
+    from broker.app import factory
+    from broker.config.state_folder import make_folder
     from broker.process.serve import serve
     from broker.telemetry import logs
 
     settings = load()
+    if (file := factory.state_file(settings)) is not None:
+        make_folder(file, os.environ)
     logs.configure(settings.log)
     note_unused_key(settings)
     return serve(settings, load, dev=dev)

@@ -22,7 +22,7 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the rule; without a configuration, the one of an ordinary store."""
     from broker.config import load as config
-    from broker.config.addresses import parse_store_url
+    from broker.config.addresses import StoreAddress, parse_store_url
     from broker.valkey.client.scripts import acl_line
 
     path = config.find_file(arguments.config, os.environ)
@@ -31,6 +31,6 @@ def run(arguments: argparse.Namespace) -> int:
     if not user.isprintable() or " " in user:
         raise ConfigError("--user: a name without blanks, as the server's ACL file has it")
     address = parse_store_url(settings.store.url)
-    cluster, database = (False, False) if address is None else (address.cluster, address.db > 0)
-    tell(acl_line(user, ">PASSWORD", cluster=cluster, database=database))
+    server = address if isinstance(address, StoreAddress) else StoreAddress()
+    tell(acl_line(user, ">PASSWORD", cluster=server.cluster, database=server.db > 0))
     return EX_OK

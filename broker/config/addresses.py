@@ -3,6 +3,7 @@
 Knows how an address is written; opens nothing.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     import ssl
 
 MEMORY = "memory://"
+
+FILE_SCHEME = "sqlite"
 
 DEFAULT_PORT = 6379
 """Registered for this protocol; Valkey kept it."""
@@ -28,9 +31,15 @@ _SCHEMES = {
 }
 
 _EXPECTED = (
-    "expected memory://, valkey://HOST[:PORT][/DB], valkeys:// for TLS, unix:///PATH[?db=N],"
+    "expected memory://, sqlite:///PATH for a file, valkey://HOST[:PORT][/DB], valkeys:// for TLS, unix:///PATH[?db=N],"
     " or valkey+cluster://HOST[:PORT][,HOST[:PORT]...]"
 )
+
+
+class StateFileAddress(Struct, frozen=True):
+    """A file on this machine."""
+
+    path: Path
 
 
 class StoreAddress(Struct, frozen=True):
@@ -58,10 +67,12 @@ class Access(Struct, frozen=True):
     tls: "ssl.SSLContext | None" = None
 
 
-def parse_store_url(text: str) -> StoreAddress | None:
+def parse_store_url(text: str) -> StoreAddress | StateFileAddress | None:
     """Return the address, None for memory; raises ValueError."""
     if text == MEMORY:
         return None
+    if text.lower().startswith(f"{FILE_SCHEME}:"):
+        return _file(text)
     # Not by urllib: versions of Python differ in what they think of brackets in a list of hosts.
     scheme, separator, rest = text.partition("://")
     netloc, _, path = rest.partition("/")
@@ -86,6 +97,17 @@ def parse_store_url(text: str) -> StoreAddress | None:
     if cluster and db:
         raise ValueError("a cluster has no databases: leave the number out")
     return StoreAddress(hosts=hosts, db=db, tls=tls, cluster=cluster)
+
+
+def _file(text: str) -> StateFileAddress:
+    """Read a path as it is written: nothing in it is escaped."""
+    path = text[len(FILE_SCHEME) :].removeprefix("://")
+    usable = path.startswith("/") and path.isprintable() and not path.startswith("//")
+    if not usable or path.endswith("/") or "?" in path or "#" in path or ".." in Path(path).parts:
+        raise ValueError(
+            "a state file needs an absolute path: sqlite:///var/lib/embed-token-broker/state.db"
+        )
+    return StateFileAddress(Path(path))
 
 
 def _socket(url: SplitResult) -> StoreAddress:

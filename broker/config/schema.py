@@ -30,6 +30,18 @@ _WORDS = {
 """What the decoder says, in the words of a TOML file."""
 
 
+_FILE_REMEDY = (
+    "is gone: state is kept in a file as it changes, not at the end; take it out, and set"
+    ' store.url = "sqlite:///var/lib/embed-token-broker/state.db"'
+)
+
+_RETIRED = {
+    "store.snapshot_file": _FILE_REMEDY,
+    "store.snapshot_max_age": _FILE_REMEDY,
+}
+"""Settings that were, and what is in their place."""
+
+
 class ConfigError(Exception):
     """A configuration that cannot be used; the message is one line for the operator."""
 
@@ -100,6 +112,8 @@ def refuse_unknown(kind: Any, tree: object, path: tuple[str, ...]) -> None:
         return  # a table where a value belongs: told with its type
     for name, entry in tree.items():
         if name not in fields:
+            if remedy := _RETIRED.get(".".join((*path, name))):
+                raise ConfigError(f"{'.'.join((*path, name))}: {remedy}")
             near = get_close_matches(name, fields, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
             raise ConfigError(f"unknown key {'.'.join((*path, name))}: {hint}")

@@ -314,9 +314,11 @@ class StoreSettings(_Section, frozen=True):
     """What requests share, and what survives a restart."""
 
     url: str = "memory://"
-    """`memory://`, or a server that speaks the Redis protocol, version 7 or later:
-    `valkey://HOST:PORT/DB`, `valkeys://` (TLS), `unix:///PATH?db=N`, `valkey+cluster://H:P,H:P`;
-    `redis` and `rediss` are the same.  Memory: one process needs nothing else."""
+    """`memory://`; `sqlite:///PATH`, a file in which one process keeps its state as it changes; or
+    a server that speaks the Redis protocol, version 7 or later: `valkey://HOST:PORT/DB`,
+    `valkeys://` (TLS), `unix:///PATH?db=N`, `valkey+cluster://H:P,H:P`; `redis` and `rediss` are
+    the same.  Memory: no file appears that nobody asked for; a crash mints anew for every visitor,
+    so a relay without a configuration keeps a file."""
     username: str = ""
     """The server's ACL user; empty for its default user."""
     password: Secret | None = None
@@ -341,15 +343,11 @@ class StoreSettings(_Section, frozen=True):
     """By how many the share is divided; `auto`: how many were seen at the server last.  An instance
     that has not seen it yet takes a part in 32 of the budget, because it cannot know of others; one
     process more than a number that is set here has no share."""
-    snapshot_file: str | None = None
-    """Where tokens and buckets are sealed on drain and found again at the start.  Off: no file
-    appears that nobody asked for; without it a restart mints anew for every visitor."""
-    snapshot_max_age: Duration = _seconds(600)
-    """An older snapshot is ignored: limits have refilled, and a deploy takes minutes, not hours."""
     encryption_key: Secret | None = None
     """Seals what is stored, at least 32 random bytes as text; prefer `encryption_key_file`."""
     encryption_key_file: str | None = None
-    """File with that key; required with `snapshot_file` and with a shared store."""
+    """File with that key; required with a shared store.  A state file needs none: each of the
+    issuer's keys opens it; where this is set, this alone does."""
 
 
 class LogSettings(_Section, frozen=True):

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from broker.config.addresses import StoreAddress, parse_store_url
+from broker.config.addresses import StateFileAddress, StoreAddress, parse_store_url
 from broker.config.schema import ConfigError
 from broker.config.settings import Duration, Settings, StoreSettings, UpstreamSettings
 from broker.model import AGENT_ID, AGENT_RULE
@@ -206,16 +206,12 @@ def _check_store(settings: Settings) -> None:
             " it nearer if it needs more"
         )
     has_key = bool(store.encryption_key or store.encryption_key_file)
-    if store.snapshot_file and not has_key:
-        raise ConfigError(
-            "store.encryption_key_file: required with store.snapshot_file, because it holds"
-            " tokens; make one with `broker keys generate`"
-        )
-    if address is None:
+    if not isinstance(address, StoreAddress):
         if settings.server.workers > 1:
             raise ConfigError(
                 "server.workers: more than 1 needs a shared store, because each worker would have"
-                " limits, tokens and a budget of its own; set store.url, or workers = 1"
+                " limits, tokens and a budget of its own, and a state file is one process'; set"
+                " store.url to a Valkey, or workers = 1"
             )
         return
     if not has_key:
@@ -223,14 +219,14 @@ def _check_store(settings: Settings) -> None:
             "store.encryption_key_file: required with a shared store, because it holds tokens;"
             " make one with `broker keys generate` and give every replica the same"
         )
-    if store.snapshot_file:
-        raise ConfigError("store.snapshot_file: for memory:// only; a shared store keeps by itself")
 
 
-def _check_certificates(store: StoreSettings, address: StoreAddress | None) -> None:
+def _check_certificates(
+    store: StoreSettings, address: StoreAddress | StateFileAddress | None
+) -> None:
     if store.tls_key_file and not store.tls_cert_file:
         raise ConfigError("store.tls_key_file: needs store.tls_cert_file, whose key it is")
-    if address is None or address.tls:
+    if not isinstance(address, StoreAddress) or address.tls:
         return
     for name in ("tls_ca_file", "tls_cert_file"):
         if getattr(store, name):

@@ -31,7 +31,7 @@ class Issuer(Protocol):
 
     @property
     def signer_id(self) -> str:
-        """Name what signs new tokens, for a snapshot; tells nothing of a key."""
+        """Name what signs new tokens, for what outlives a process; tells nothing of a key."""
         ...
 
     @property

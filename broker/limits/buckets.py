@@ -15,8 +15,6 @@ AsyncLimiter among them) cost five to ten times the memory and time, and wait wh
 limit must answer.
 """
 
-from itertools import chain
-
 from typing_extensions import override
 
 from broker.rules.bucket import Limit, Verdict, peek, spend
@@ -54,6 +52,7 @@ class BucketTable:
         self._deepest = horizon
         self._rotate_at = now + horizon
         self.counts = counts or BucketCounts()
+        self._spent: set[str] | None = None
 
     def take(self, key: str, limit: Limit, now: int, *, dry_run: bool = False) -> Verdict:
         """Spend one token of `key`; a refusal charges nothing.
@@ -72,6 +71,8 @@ class BucketTable:
             full_at, verdict = spend(full_at, limit, now)
             part[key] = full_at
         self.counts.note(verdict, dry_run=dry_run)
+        if self._spent is not None and verdict.remaining * 2 < limit.burst:
+            self._spent.add(key)
         return verdict
 
     def peek(self, key: str, limit: Limit, now: int) -> Verdict:
@@ -140,13 +141,18 @@ class BucketTable:
         self._deepest = horizon
         self._max_tracked = max_tracked
 
-    def entries(self, now: int) -> dict[str, int]:
-        """Microseconds until full, of every bucket that is not: for a snapshot."""
-        both = chain(self._old.items(), self._young.items())
-        return {key: full_at - now for key, full_at in both if full_at > now}
+    def take_spent(self, now: int) -> dict[str, int]:
+        """Microseconds until full, of those that decided since the last call, and were left more
+        than half spent then; the first call begins to note them, for what outlives the process.
+        """  # noqa: D205 - one sentence
+        noted, self._spent = self._spent or set(), set()
+        return {key: wait for key in noted if (wait := self.owed(key, now)) > 0}
 
     def restore(self, entries: dict[str, int], now: int) -> None:
-        """Take over what `entries` gave to a snapshot; without room, into the overflow buckets."""
+        """Take over microseconds until full, as an earlier process told them.
+
+        What finds no room goes into the overflow buckets.
+        """
         for key, wait in entries.items():
             full_at = now + min(wait, self._horizon)
             if self._is_full():

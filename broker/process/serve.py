@@ -16,6 +16,7 @@ from broker.app.app import App
 from broker.config.settings import Settings
 from broker.exit_codes import EX_OK, EX_UNAVAILABLE
 from broker.process.supervisor import CannotStart, Supervisor
+from broker.sqlite.location import StateFileInUse
 from broker.telemetry import logs
 from broker.telemetry.streams import complain, stderr, stdout
 from broker.web.listener import CannotListen
@@ -34,7 +35,7 @@ process and to its group, a terminal to everybody in the foreground."""
 
 CLOSING = 10.0
 """Seconds beyond `drain` in which a process that was asked to stop has ended: it
-closes connections, says farewell to the store, writes a snapshot.  Then it is ended, whatever
+closes connections, says farewell to the store, closes its state file.  Then it is ended, whatever
 hangs."""
 
 AT_ONCE = 1.0
@@ -79,6 +80,11 @@ async def _serve(settings: Settings, load: Callable[[], Settings], *, dev: bool)
     try:
         await app.start()
     except CannotListen as error:
+        complain(f"broker: {error}")
+        return EX_UNAVAILABLE
+    except StateFileInUse as error:
+        if error.stopped:
+            return EX_OK
         complain(f"broker: {error}")
         return EX_UNAVAILABLE
     except CannotStart as error:
@@ -129,7 +135,7 @@ class Ending:
 
     def _abort(self) -> None:
         with contextlib.suppress(Exception):  # a log that fails must not delay the end
-            log.warning("broker.aborted")  # what is under way is cut off, no snapshot is written
+            log.warning("broker.aborted")  # what is under way is cut off
         self._kill_workers()
         stderr.flush(LAST_WORDS)
         self._give_up()

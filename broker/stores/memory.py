@@ -1,6 +1,6 @@
 """The embedded store: everything in this process.
 
-One process, one broker: nothing here survives a restart by itself (see `snapshot`) and nothing
+One process, one broker: nothing here survives a restart by itself (see `broker.sqlite`) and nothing
 is shared with a second instance.
 """
 
@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from broker.limits.buckets import BucketTable
 from broker.limits.policy import LimitPolicy, LimitRule, Limits
-from broker.model import SEPARATOR, Clock, EmbedToken, LimitName, TokenRequest, visitor_of
+from broker.model import Clock, EmbedToken, LimitName, TokenRequest, visitor_of
 from broker.rules.bucket import Verdict
 from broker.stores.base import Kept, Lease, Rejection, Store, Visit
 from broker.stores.epochs import Epochs
@@ -101,11 +101,6 @@ class MemoryStore(Store):
             return token
         self.tokens.discard(key)
         return None
-
-    def was_ended(self, key: str, token: EmbedToken) -> bool:
-        """Whether the visitor of this key was ended since the token was minted."""
-        client, _agent, fingerprint, _model = key.split(SEPARATOR)
-        return not self._epochs.holds(visitor_of(client, fingerprint), token.epoch)
 
     @override
     async def peek(self, ask: TokenRequest, key: str) -> EmbedToken | None:

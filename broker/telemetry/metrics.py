@@ -18,6 +18,7 @@ from broker.model import LimitName, Outcome
 from broker.telemetry.cells import Histogram, MetricLayout, Row
 from broker.telemetry.counts import BucketCounts, TokenCounts
 from broker.telemetry.labels import BackgroundTask, Reason
+from broker.telemetry.state_file_metrics import StateFileMetrics
 from broker.version import VERSION
 
 BUDGET = "budget"
@@ -76,8 +77,8 @@ _T = TypeVar("_T")
 class Metrics:
     """All metrics of one process.
 
-    `budget` and `shared_store` tell whether there is one; `workers` how many a supervisor keeps, 0
-    without one.  `cells` is this process' row of a shared board.
+    `budget`, `shared_store` and `state_file` tell whether there is one; `workers` how many a
+    supervisor keeps, 0 without one.  `cells` is this process' row of a shared board.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Metrics:
         *,
         budget: bool = False,
         shared_store: bool = False,
+        state_file: bool = False,
         workers: int = 0,
         cells: Row | None = None,
     ) -> None:
@@ -115,6 +117,7 @@ class Metrics:
         self.budget = BudgetMetrics(sheet, shown=budget)
         self.upstream = UpstreamMetrics(sheet, shown=issuer == "upstream")
         self.store = StoreMetrics(sheet, shown=shared_store)
+        self.state_file = StateFileMetrics(sheet, shown=state_file)
         self.process = ProcessMetrics(sheet, workers)
 
     @property

@@ -164,5 +164,5 @@ _decode_data = msgspec.json.Decoder(_DataOnly).decode
 
 
 def token_in(body: bytes) -> str:
-    """Read the token back out of a ready success body: for logs and snapshots, not per request."""
+    """Read the token back out of a ready success body: for logs and renewals, not per request."""
     return _decode_data(body).data.token

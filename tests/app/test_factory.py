@@ -419,7 +419,7 @@ def test_the_stores_secrets_travel_in_place_of_their_files(tmp_path: Path) -> No
     "dotted", [dotted for dotted, _ in keys() if dotted.endswith(("_file", "_files"))]
 )
 def test_N12_every_file_of_the_settings_is_watched(dotted: str) -> None:
-    """One that is not is read again by chance only; the snapshot is the broker's own."""
+    """One that is not is read again by chance only."""
     value = ["/there/it/is"] if dotted.endswith("_files") else "/there/it/is"
     watched = [file for _, file in factory.watched_files(alone(dotted, value))]
-    assert ("/there/it/is" in watched) is (dotted != "store.snapshot_file")
+    assert "/there/it/is" in watched

@@ -110,7 +110,13 @@ def bad_files(folder: Path, tree: Tree) -> dict[str, str]:
         "two keys": put(tree, "issuer.local.keys.two.secret_file", web),
         "shared secrets": put(tree, "clients.shop", {"secret_file": web, "agents": []}),
         "client without secret": put(tree, "clients.shop", {"agents": ["*"]}),
-        "snapshot without key": put(tree, "store.snapshot_file", "/x"),
+        "snapshot": put(tree, "store.snapshot_file", "/x"),
+        "snapshot's age": put(tree, "store.snapshot_max_age", "1m"),
+        "state file without a path": put(tree, "store.url", "sqlite://state.db"),
+        "state file in no folder": put(tree, "store.url", f"sqlite://{folder}/nowhere/state.db"),
+        "state file for workers": merged(
+            tree, {"store.url": f"sqlite://{folder}/state.db", "server.workers": 2}
+        ),
         "listen": put(tree, "server.listen", "8080"),
         "admin listen": put(tree, "admin.listen", "unix:relative"),
         "proxies": put(tree, "server.trusted_proxies", ["10.0.0.1/8"]),

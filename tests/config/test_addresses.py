@@ -56,7 +56,7 @@ def test_memory_is_no_address() -> None:
         ("unix:///s?db=x", "number"),
         ("valkey://[::1", "brackets"),
         *[
-            (text, "expected memory://, valkey://HOST[:PORT][/DB]")
+            (text, "expected memory://, sqlite:///PATH for a file, valkey://HOST[:PORT][/DB]")
             for text in (
                 *("", "memory", "memory:///x", "localhost:6379", "http://host", "valkey://"),
                 *("valkey://host:0", "valkey://host:65536", "valkey://host:x", "valkey://:1"),

@@ -392,13 +392,36 @@ WRONG: list[tuple[str, object, str]] = [
     ],
     ("limits.agent.overrides.A1.rate", 0, f"limits.agent.overrides.A1: {NO_RATE}{NO_OFF}"),
     ("limits.agent.overrides.A1.burst", 0, f"limits.agent.overrides.A1: {NO_BURST}{NO_OFF}"),
-    (
-        "store.snapshot_file",
-        "/x",
+    *(
         (
-            "store.encryption_key_file: required with store.snapshot_file, because it holds"
-            " tokens; make one with `broker keys generate`"
-        ),
+            f"store.{name}",
+            value,
+            (
+                f"store.{name}: is gone: state is kept in a file as it changes, not at the end;"
+                ' take it out, and set store.url = "sqlite:///var/lib/embed-token-broker/state.db"'
+            ),
+        )
+        for name, value in (("snapshot_file", "/x"), ("snapshot_max_age", "1m"))
+    ),
+    *(
+        (
+            "store.url",
+            url,
+            (
+                "store.url: a state file needs an absolute path:"
+                " sqlite:///var/lib/embed-token-broker/state.db"
+            ),
+        )
+        for url in (
+            "sqlite:",
+            "sqlite://",
+            "sqlite://state.db",
+            "sqlite:////etc/x",
+            "sqlite:///folder/",
+            "sqlite:///a?mode=ro",
+            "sqlite:///a/../b",
+            "sqlite:///a\nb",
+        )
     ),
 ]
 
@@ -578,7 +601,7 @@ class TestShow:
                 "limits.client": {"rate": 1, "burst": 2},
                 "issuer.budget.burst": 3,
                 "server.trusted_proxies": ["10.0.0.0/8"],
-                "store.snapshot_max_age": "1001us",
+                "issuer.upstream.timeout": "1001us",
             },
         )
         tree["clients"]["wei.rd"] = {"secret_file": '/a"b', "agents": []}

@@ -122,9 +122,9 @@ class TestDuration:
     )
     def test_is_written_with_a_unit(self, text: str, us: int) -> None:
         """A number and one of us, ms, s, m, h; fractions are fine."""
-        tree = config.from_tree({"store": {"snapshot_max_age": text}})
-        assert tree.store.snapshot_max_age.us == us
-        assert tree.store.snapshot_max_age.seconds == us / 1_000_000
+        tree = config.from_tree({"server": {"drain": text, "drain_lead": "0s"}})
+        assert tree.server.drain.us == us
+        assert tree.server.drain.seconds == us / 1_000_000
 
     @pytest.mark.parametrize(
         ("us", "text"),
@@ -145,8 +145,8 @@ class TestDuration:
 
     def test_equals_another_way_to_say_the_same(self) -> None:
         """60 s are a minute; a number is not a span."""
-        same: Any = config.from_tree({"store": {"snapshot_max_age": "60s"}}).store.snapshot_max_age
-        other: Any = config.from_tree({"store": {"snapshot_max_age": "1m"}}).store.snapshot_max_age
+        same: Any = config.from_tree({"server": {"drain": "60s"}}).server.drain
+        other: Any = config.from_tree({"server": {"drain": "1m"}}).server.drain
         assert same == other
         assert hash(same) == hash(other)
         assert same != 60_000_000

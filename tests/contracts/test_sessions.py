@@ -1,9 +1,13 @@
 """Every book keeps the contract; beside it, what only the book in memory can show."""
 
 import asyncio
-from contextlib import suppress
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
 
 import pytest
+from state_files import Broker
 
 pytest.register_assert_rewrite("book_contract")
 
@@ -50,6 +54,29 @@ class TestMemoryBook(BookContract):
             return OpenedMemoryBook()
 
         return opened
+
+
+class OpenedDurableBook(OpenedMemoryBook):
+    """The book with a file behind it."""
+
+    def __init__(self, broker: Broker, sessions: MemorySessions) -> None:
+        self.clock = broker.clock
+        self.memory = self.book = sessions
+
+
+class TestDurableBook(BookContract):
+    """The contract, with a file."""
+
+    @pytest.fixture
+    async def open_book(self, tmp_path: Path) -> AsyncIterator[OpenBook]:
+        async with AsyncExitStack() as stack:
+
+            async def opened() -> OpenedBook:
+                broker = Broker(tmp_path / f"{secrets.token_hex(4)}.db")
+                backend = await stack.enter_async_context(broker.opened())
+                return OpenedDurableBook(broker, backend.sessions)
+
+            yield opened
 
 
 async def test_G6_records_are_bounded_and_the_oldest_makes_room() -> None:

@@ -1,11 +1,14 @@
 """Every store keeps the contract; beside it, what only the store in memory can show."""
 
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import pytest
 from replica import Replica, opened
 from servers import AnyServer, StoreCluster, StoreServer
+from state_files import Broker
 
 pytest.register_assert_rewrite("store_contract")
 
@@ -58,6 +61,39 @@ class TestMemoryStore(StoreContract):
             return OpenedMemory(limits)
 
         return opened
+
+
+class OpenedDurable(Opened):
+    """The store with a file behind it, on a clock that stands still."""
+
+    def __init__(self, broker: Broker, store: MemoryStore) -> None:
+        self.clock = broker.clock
+        self.store: MemoryStore = store
+
+    def moments(self) -> tuple[int, int]:
+        return self.clock.mono(), self.clock.wall()
+
+    async def pass_time(self, us: int) -> None:
+        self.clock.advance(us / SECOND)
+
+    def use_limits(self, limits: Limits) -> None:
+        self.store.use_limits(limits)
+
+
+class TestDurableStore(StoreContract):
+    """The contract, with a file: each mint waits for it, as a relay's do."""
+
+    @pytest.fixture
+    async def open_store(self, tmp_path: Path) -> AsyncIterator[OpenStore]:
+        async with AsyncExitStack() as stack:
+
+            async def open_one(limits: Limits) -> Opened:
+                broker = Broker(tmp_path / f"{secrets.token_hex(4)}.db")
+                broker.limits = limits
+                backend = await stack.enter_async_context(broker.opened())
+                return OpenedDurable(broker, backend.store)
+
+            yield open_one
 
 
 class OpenedShared(Opened):

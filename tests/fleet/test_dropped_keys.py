@@ -15,11 +15,11 @@ from servers import StoreServer
 pytestmark = pytest.mark.parts
 
 
-@pytest.fixture(params=["snapshot", "valkey"])
+@pytest.fixture(params=["file", "valkey"])
 def tree(request: pytest.FixtureRequest, tmp_path: Path) -> Tree:
     """Settings of a broker whose tokens survive it: in a file, or on a server."""
     keys = {kid: {"secret_file": secret_file(tmp_path / kid)} for kid in ("old", "new")}
-    store: Mapping[str, Any] = {"snapshot_file": str(tmp_path / "snapshot")}
+    store: Mapping[str, Any] = {"url": f"sqlite://{tmp_path / 'state.db'}"}
     if request.param == "valkey":
         server: StoreServer = request.getfixturevalue("store")
         store = {"url": server.url}

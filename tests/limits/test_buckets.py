@@ -20,6 +20,12 @@ FAST = Limit(burst=2, interval=SECOND)
 SLOW = Limit(burst=3, interval=20 * SECOND)
 
 
+def entries(buckets: BucketTable, now: int) -> dict[str, int]:
+    """Microseconds until full, of every bucket that is not."""
+    both = buckets._old | buckets._young
+    return {key: full_at - now for key, full_at in both.items() if full_at > now}
+
+
 class Placed(str):
     """A key whose overflow bucket is known: str's own hash differs from process to process."""
 
@@ -130,7 +136,7 @@ class Histories(RuleBasedStateMachine):
             self.dry_run_denied += dry_run
             known = self.full_at.get(key, 0)
             self.full_at[key] = min(known, self.now + verdict.limit.depth)
-        tracked = self.buckets.entries(self.now).get(key, 0)
+        tracked = entries(self.buckets, self.now).get(key, 0)
         if tracked == self.full_at[key] - self.now > 0:
             self.exact.add(key)
         else:
@@ -161,19 +167,19 @@ class Histories(RuleBasedStateMachine):
 
     @rule(down=st.integers(0, 60 * SECOND))
     def restart(self, down: int) -> None:
-        """Restart from a snapshot: another clock, the same buckets, cut to the limits in force."""
-        aged = {key: wait - down for key, wait in self.buckets.entries(self.now).items()}
+        """Restart: another clock, the same buckets, cut to the limits in force."""
+        aged = {key: wait - down for key, wait in entries(self.buckets, self.now).items()}
         was, self.now = self.now, T0 + down
         self.buckets = BucketTable(self.max_tracked, self.horizon, self.now)
         self.buckets.restore(aged, self.now)
         self.full_at = {
             key: self.now + min(full_at - was - down, self.horizon)
             for key, full_at in self.full_at.items()
-            if key in aged or key in self.exact  # what strangers share is not in a snapshot
+            if key in aged or key in self.exact  # what strangers share is not kept
         }
-        entries = self.buckets.entries(self.now)
+        kept = entries(self.buckets, self.now)
         self.exact = {
-            key for key in self.exact if self.now + entries.get(key, 0) == self.full_at.get(key)
+            key for key in self.exact if self.now + kept.get(key, 0) == self.full_at.get(key)
         }
         self.strangers_met |= len(aged) > self.max_tracked
         self.most_tracked = self.max_tracked
@@ -447,7 +453,7 @@ def test_a_lowered_bound_drops_nobody_who_is_tracked() -> None:
     assert len(buckets) == 1
 
 
-# --- snapshots, dry run, counters
+# --- restarts, dry run, counters
 
 
 def test_entries_are_what_is_not_full_and_how_long_it_takes() -> None:
@@ -460,7 +466,7 @@ def test_entries_are_what_is_not_full_and_how_long_it_takes() -> None:
     now = T0 + SLOW.depth + SECOND
     exhaust(buckets, "young", SLOW, now)
     buckets.take("moved", SLOW, now)
-    assert buckets.entries(now) == {
+    assert entries(buckets, now) == {
         "young": 60 * SECOND,
         "old": 29 * SECOND,
         "moved": 49 * SECOND,
@@ -471,12 +477,12 @@ def test_restored_buckets_go_on_where_they_were() -> None:
     """Another clock, the same wait; what claims to take longer than any limit is cut."""
     buckets = BucketTable(10, SLOW.depth, T0)
     buckets.restore({"spent": 60 * SECOND, "absurd": 10**15, "full": 0, "past": -5}, T0)
-    assert buckets.entries(T0) == {"spent": 60 * SECOND, "absurd": 60 * SECOND}
+    assert entries(buckets, T0) == {"spent": 60 * SECOND, "absurd": 60 * SECOND}
     assert buckets.take("spent", SLOW, T0 + 20 * SECOND - 1).retry_after == 1
     assert buckets.take("spent", SLOW, T0 + 20 * SECOND).allowed
 
 
-def test_G6_what_a_snapshot_brings_beyond_the_bound_stays_exhausted() -> None:
+def test_G6_what_a_restart_brings_beyond_the_bound_stays_exhausted() -> None:
     """A smaller bound after the restart: who finds no room is found in the overflow buckets."""
     buckets = BucketTable(2, SLOW.depth, T0)
     names = [Placed(f"visitor{number}", number) for number in range(5)]
@@ -496,7 +502,7 @@ def test_L12_a_dry_run_decides_and_counts_and_charges_like_the_real_one() -> Non
         assert dry.take("visitor", FAST, now, dry_run=True) == real.take("visitor", FAST, now)
     assert (real.counts.dry_run_denied.value, dry.counts.dry_run_denied.value) == (0, 4)
     assert real.counts.near.value == dry.counts.near.value == 3
-    assert real.entries(now) == dry.entries(now)
+    assert entries(real, now) == entries(dry, now)
 
 
 def test_near_counts_admissions_with_less_than_a_fifth_left() -> None:
@@ -519,3 +525,23 @@ def test_M1_nobody_asks_and_tidying_gives_everything_back(idle: int) -> None:
     fill(buckets, 10, T0 + FAST.depth)
     buckets.purge_expired(T0 + 3 * FAST.depth + idle)
     assert (len(buckets), len(buckets._swept)) == (0, 0)
+
+
+@given(
+    takes=st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 30)), max_size=60),
+    burst=st.integers(1, 9),
+)
+def test_what_is_more_than_half_spent_is_told_once(
+    takes: list[tuple[str, int]], burst: int
+) -> None:
+    """Those that decided since the last time and were left with less than half; none twice."""
+    limit = Limit(burst, 10 * SECOND)
+    buckets, now, spent = BucketTable(10, limit.depth, T0), T0, set[str]()
+    assert buckets.take_spent(now) == {}, "from now on they are noted"
+    for key, pause in takes:
+        now += pause * SECOND
+        if buckets.take(key, limit, now).remaining * 2 < burst:
+            spent.add(key)
+    told = buckets.take_spent(now)
+    assert told == {key: wait for key in spent if (wait := buckets.owed(key, now))}
+    assert buckets.take_spent(now) == {}

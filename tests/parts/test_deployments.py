@@ -46,6 +46,14 @@ def require_relay(path: Path, environment: dict[str, str]) -> None:
     assert 'kind = "upstream"' in done.stdout
 
 
+def state_in(folder: Path) -> dict[str, str]:
+    """Let the state file be in a folder that is there: systemd makes the unit's, StateDirectory."""
+    text = (CONFIG / "systemd" / "broker.toml").read_text(encoding="utf-8")
+    assert tomllib.loads(text)["store"]["url"] == "sqlite:///var/lib/embed-token-broker/state.db"
+    assert "StateDirectory=embed-token-broker\n" in UNIT.read_text(encoding="utf-8")
+    return {"BROKER_STORE__URL": f"sqlite://{folder / 'state.db'}"}
+
+
 KUBERNETES = ("1.29", "1.34", "1.37")
 """The first that knows native sidecars, and later ones."""
 
@@ -267,7 +275,8 @@ class TestKubernetes:
             assert security["runAsUser"] > 0
             assert security["seccompProfile"] == {"type": "RuntimeDefault"}
             assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
-            assert all({"configMap", "secret"} & volume.keys() for volume in pod["volumes"])
+            kinds = {"configMap", "secret", "emptyDir"}
+            assert all(kinds & volume.keys() for volume in pod["volumes"])
             assert pod["automountServiceAccountToken"] is False
             for container in containers(pod):
                 own = container["securityContext"]
@@ -406,7 +415,7 @@ class TestSystemd:
         config = str(CONFIG / "systemd" / "broker.toml")
         done = subprocess.run(
             [sys.executable, "-m", "broker", "check", "--config", config],
-            env={**os.environ, **given},
+            env={**os.environ, **given, **state_in(tmp_path)},
             capture_output=True,
             text=True,
             check=False,
@@ -425,4 +434,4 @@ class TestSystemd:
         path.write_text(relaying((CONFIG / "systemd" / "broker.toml").read_text()))
         given = {k: v.replace("%d", str(tmp_path)) for k, v in variables.items()}
         del given["BROKER_ISSUER__LOCAL__KEYS__MAIN__SECRET_FILE"]
-        require_relay(path, given)
+        require_relay(path, given | state_in(tmp_path))

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -488,14 +489,39 @@ class TestReload:
             assert [event["level"] for event in told] == ["info", "debug"]
 
     def test_names_a_sealing_key_that_has_changed(self, tmp_path: Path, tree: Tree) -> None:
-        """It seals what is stored from the next start on; nothing else in that file is noticed."""
+        """It seals what is shared from the next start on; nothing else in that file is noticed."""
         sealing = tmp_path / "sealing"
-        tree = put(tree, "store.encryption_key_file", secret_file(sealing))
+        nobody = {"url": f"unix://{tmp_path}/nobody", "encryption_key_file": secret_file(sealing)}
+        tree = put(tree, "store", nobody)
         with Broker.configured(tmp_path, tree) as broker:
             assert broker.reload()["needs_restart"] == []
             secret_file(sealing)
             reloaded = broker.wait_for(lambda: broker.events("broker.reloaded")[1:])
             assert reloaded[0]["needs_restart"] == ["store.encryption_key"]
+
+    async def test_D7_a_sealing_key_opens_the_state_file_from_then_on(
+        self, tmp_path: Path, tree: Tree
+    ) -> None:
+        """At once, and no start is needed: a crash right after it loses nothing."""
+        sealing = tmp_path / "sealing"
+        store = {"url": f"sqlite://{tmp_path}/state.db"}
+        tree = put(tree, "store", {**store, "encryption_key_file": secret_file(sealing)})
+        with Broker.configured(tmp_path, tree) as broker:
+            async with Caller(broker, client_secret(tree)) as caller:
+                token = await caller.token(visitor(1))
+                secret_file(sealing)
+                look = partial(broker.logged, "broker.reloaded", 1)
+                assert (await asyncio.to_thread(look))[0]["needs_restart"] == []
+                async with caller.http.post(
+                    f"{caller.url}/v1/revoke",
+                    data={"token": await caller.token(visitor(2))},
+                    headers={"api-secret": caller.secret},
+                ) as answer:
+                    assert answer.status == 200  # the keys were written before it
+                assert await asyncio.to_thread(broker.end, signal.SIGKILL) == -signal.SIGKILL
+        with Broker.configured(tmp_path, tree) as broker:
+            async with Caller(broker, client_secret(tree)) as caller:
+                assert await caller.token(visitor(1)) == token
 
     async def test_O7_happens_by_itself_when_a_secret_changes(
         self, tmp_path: Path, tree: Tree
@@ -534,18 +560,17 @@ def truncate(file: Path) -> None:
 
 @pytest.fixture
 def lasting(tmp_path: Path, tree: Tree) -> Tree:
-    """A configuration with a snapshot, and an agent whose visitors get two requests an hour."""
+    """A configuration with a state file, and an agent whose visitors get two requests an hour."""
     return merged(
         tree,
         {
-            "store.snapshot_file": str(tmp_path / "snapshot"),
-            "store.encryption_key_file": secret_file(tmp_path / "sealing"),
+            "store.url": f"sqlite://{tmp_path / 'state.db'}",
             "limits.fingerprint.overrides.SCARCE": {"rate": 1, "per": "1h", "burst": 2},
         },
     )
 
 
-class TestSnapshot:
+class TestStateFile:
     async def test_V12_restart_under_load_mints_nothing_anew(
         self, tmp_path: Path, lasting: Tree
     ) -> None:
@@ -571,9 +596,8 @@ class TestSnapshot:
                 async with load.running():
                     await load.more()
                     assert await asyncio.to_thread(before.end) == 0
-            assert before.events("broker.snapshot_saved")[0]["tokens"] == visitors + 1
-        assert (tmp_path / "snapshot").stat().st_mode & 0o777 == 0o600
-        sealed = (tmp_path / "snapshot").read_bytes()
+        assert (tmp_path / "state.db").stat().st_mode & 0o777 == 0o600
+        sealed = (tmp_path / "state.db").read_bytes()
         assert [t for t in held.values() if t.encode() in sealed] == []
         with Broker.configured(tmp_path, lasting) as after:
             async with Caller(after, secret) as caller:
@@ -582,9 +606,8 @@ class TestSnapshot:
                 assert (await caller.ask(visitor(1), agent="SCARCE"))[0] == 429
                 assert (await caller.ask(visitor(2), agent="SCARCE"))[0] == 200
                 assert await caller.metric(MINTED) == 1
-            assert after.events("broker.snapshot_loaded")[0]["tokens"] == visitors + 1
+            assert after.events("broker.state_file_opened")[0]["tokens"] == visitors + 1
         assert changed == []
-        assert not (tmp_path / "snapshot").exists()
 
     async def test_V12_a_mint_that_its_caller_has_left_is_kept(
         self, tmp_path: Path, lasting: Tree
@@ -607,45 +630,13 @@ class TestSnapshot:
                     asking.cancel()
                     await asyncio.wait([asking])
                     assert await asyncio.to_thread(before.end) == 0
-                assert before.events("broker.snapshot_saved")[0]["tokens"] == 1
             with Broker.configured(tmp_path, tree) as after:
                 async with Caller(after, client_secret(tree)) as caller:
                     assert await caller.token(visitor(1))
             assert len(vendor.journal.calls) == 1
 
-    async def test_is_ignored_with_one_line_when_it_is_not_good(
-        self, tmp_path: Path, lasting: Tree
-    ) -> None:
-        """Tampered, foreign, too old, no snapshot at all: the broker starts without it."""
-        secret = client_secret(lasting)
-        with Broker.configured(tmp_path, lasting) as broker:
-            async with Caller(broker, secret) as caller:
-                old = await caller.token(visitor(1))
-            assert broker.end() == 0
-        snapshot = tmp_path / "snapshot"
-        good_bytes = snapshot.read_bytes()
-        tampered = good_bytes[:-1] + bytes([good_bytes[-1] ^ 1])
-        foreign = put(lasting, "store.encryption_key_file", secret_file(tmp_path / "other"))
-        aged = put(lasting, "store.snapshot_max_age", "1us")
-        cases = [
-            (tampered, lasting, "damaged, or sealed with another key"),
-            (good_bytes, foreign, "damaged, or sealed with another key"),
-            (good_bytes, aged, "written "),
-            (b"hello", lasting, "not a snapshot of this version"),
-        ]
-        for content, tree, reason in cases:
-            snapshot.write_bytes(content)
-            with Broker.configured(tmp_path, tree) as broker:
-                assert [e["event"] for e in broker.events()] == [
-                    "broker.snapshot_ignored",
-                    "broker.started",
-                ]
-                assert broker.events()[0]["reason"].startswith(reason)
-                async with Caller(broker, secret) as caller:
-                    assert await caller.token(visitor(1)) != old
-
     async def test_outlives_a_start_that_failed(self, tmp_path: Path, lasting: Tree) -> None:
-        """A start whose port is taken gives the snapshot back: the next one finds it."""
+        """A start whose port is taken leaves the file as it was: the next one finds everything."""
         secret = client_secret(lasting)
         with Broker.configured(tmp_path, lasting) as broker:
             async with Caller(broker, secret) as caller:
@@ -665,7 +656,7 @@ class TestClientThatDoesNotRead:
     """It holds its connection, and nothing else."""
 
     @pytest.mark.parametrize("listener", ["data", "admin"])
-    async def test_N1_it_delays_no_end_and_the_snapshot_is_written(
+    async def test_N1_it_delays_no_end_and_the_file_is_closed(
         self, tmp_path: Path, lasting: Tree, listener: str
     ) -> None:
         """Neither its own time-out nor that of the end decides: exit code 0, as without it."""
@@ -674,8 +665,8 @@ class TestClientThatDoesNotRead:
                 await caller.token(visitor(1))
             with stuck(broker.url if listener == "data" else broker.admin_url):
                 assert broker.end() == 0
-            assert broker.events("broker.snapshot_saved")[0]["tokens"] == 1
             assert broker.events("broker.defect") == []
+        assert not (tmp_path / "state.db-wal").exists(), "a close puts the log into the file"
 
 
 @contextmanager

@@ -554,7 +554,7 @@ class _Canaries:
             },
             "issuer": {"local": {"keys": {"c": {"secret": self.key}}, "signing_key": "c"}},
             "store": {
-                "snapshot_file": str(folder / "snapshot"),
+                "url": f"sqlite://{folder / 'state.db'}",
                 "encryption_key": self.sealing_key,
             },
             "limits": {"fingerprint": {"rate": 1, "per": "1h", "burst": 12}},
@@ -629,7 +629,7 @@ async def test_O1_G7_no_canary_is_seen_anywhere(
     """Not one canary shows, whatever was done with it.
 
     Secrets, keys, tokens and fingerprints go through a whole broker at debug level, a defect, a
-    reload, a drain with its snapshot and the start after it: nothing of them in logs, metrics,
+    reload, a drain and the start after it: nothing of them in logs, metrics, the state file,
     error answers, the repr of any object of ours, or the process list.
     """
     canaries = _Canaries()
@@ -649,14 +649,14 @@ async def test_O1_G7_no_canary_is_seen_anywhere(
     assert len(CANONICAL.findall(written)) > 50
     assert "broker.defect" in written
     assert "RuntimeError" in written
-    assert "broker.snapshot_saved" in written
+    assert "broker.state_file_opened" in written
     assert len(reprs) > 50
     assert canaries.found_in(written) == []
     assert canaries.found_in("\n".join(scrapes)) == []
     assert canaries.found_in(errors_seen) == []
     assert canaries.found_in("\n".join(reprs)) == []
     assert canaries.found_in(_read("/proc/self/cmdline")) == []
-    assert canaries.found_in(_read(tmp_path / "snapshot")) == []
+    assert canaries.found_in(_read(tmp_path / "state.db")) == []
 
 
 def _read(path: Path | str) -> str:

@@ -1,0 +1,215 @@
+"""Puts the store with a file behind it together: opens it, watches it, closes it."""
+
+import asyncio
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import structlog
+from msgspec import Struct
+
+from broker.clock import sleep_unless
+from broker.limits.policy import Limits
+from broker.model import Clock, Secret
+from broker.rules.durable import Moment
+from broker.sqlite.location import Lock, StateFileInUse, require_usable
+from broker.sqlite.opening import Keys, Opened, open_state
+from broker.sqlite.restored import Terms
+from broker.sqlite.spent_buckets import SpentBuckets
+from broker.sqlite.state_file import StateFileFailed
+from broker.sqlite.store import DurableSessions, DurableStore, WriterSlot
+from broker.sqlite.writer import Writer
+from broker.stores.token_cache import TokenCache
+from broker.tasks import aside
+from broker.telemetry.metrics import Metrics
+
+log = structlog.get_logger()
+
+LOOK = 0.1
+"""Seconds between looks at a file that another process uses."""
+
+TELLING = 1_000_000
+"""Microseconds between rounds in which spent buckets are told."""
+
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+class FileSettings(Struct, frozen=True):
+    """Where the file is, who may open it, how much it holds, how long to wait for another process.
+
+    `floor` gives the floor of life for a token's lifetime; `waits`: whether tokens are in the file
+    before they are handed out; `patience` is seconds.
+    """
+
+    path: Path
+    keys: Keys
+    most_tokens: int
+    most_sessions: int
+    floor: Callable[[int], int]
+    waits: bool
+    patience: float
+
+    @property
+    def most_mints(self) -> int:
+        """Records in the file: twice what is held, because what was pushed out is in it, too."""
+        return 2 * (self.most_tokens + self.most_sessions)
+
+
+class DurableBackend:
+    """A store and sessions with a file behind them.  `open` before the first request."""
+
+    def __init__(
+        self,
+        settings: FileSettings,
+        limits: Limits,
+        tokens: TokenCache,
+        clock: Clock,
+        metrics: Metrics,
+        signer_ids: Callable[[], frozenset[str]],
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._metrics = metrics
+        self._signer_ids = signer_ids
+        self._slot = WriterSlot()
+        self._lock = Lock(settings.path)
+        self._boot = _boot_id()
+        self._told_at = 0
+        self._failing = False
+        self._seen: dict[object, int] = {}
+        self.store = DurableStore(limits, tokens, clock, metrics, self._slot, waits=settings.waits)
+        self.sessions = DurableSessions(settings.most_sessions, clock, self._slot)
+        self._spent = SpentBuckets(self.store.buckets)
+
+    async def open(self, stopping: asyncio.Event) -> None:
+        """Open the file and take over what is in it.
+
+        Waits for another process that is about to end, at most until `stopping`.  Raises
+        ConfigError where nothing can be kept, StateFileInUse.
+        """
+        settings = self._settings
+        _ = await aside(lambda: require_usable(settings.path))
+        await self._take_lock(stopping)
+        try:
+            terms = Terms(self._signer_ids(), settings.floor, settings.most_tokens)
+            with _collector_at_rest():
+                opened = await aside(
+                    lambda: open_state(
+                        settings.path, settings.keys, terms, self._moment, settings.most_mints
+                    )
+                )
+                self._take_over(opened)
+        except BaseException:
+            self._lock.release()
+            raise
+        writer = Writer(opened, self._moment, settings.most_mints)
+        self._slot.fill(writer)
+        writer.start()
+        self._report(opened)
+
+    async def _take_lock(self, stopping: asyncio.Event) -> None:
+        loop = asyncio.get_running_loop()
+        ends, told = loop.time() + self._settings.patience, False
+        while not self._lock.take():
+            if not told:
+                told = True
+                log.info("broker.state_file_in_use", pid=self._lock.owner)
+            if stopping.is_set() or loop.time() >= ends:
+                raise StateFileInUse(
+                    self._settings.path, self._lock.owner, stopped=stopping.is_set()
+                )
+            await sleep_unless(stopping, LOOK)
+
+    def _take_over(self, opened: Opened) -> None:
+        state, now = opened.state, self._clock.mono()
+        for key, token in state.tokens.items():
+            self.store.tokens[key] = token
+        self.sessions.restore(state.sessions.values(), state.marks)
+        for name, table in self.store.buckets.items():
+            table.take_spent(now)  # from now on they are noted
+            waits = state.buckets.get(name.value, {})
+            table.restore(waits, now)
+            self._spent.adopt(name, waits, now)
+
+    def _report(self, opened: Opened) -> None:
+        if opened.moved is not None:
+            why, target = opened.moved
+            log.error("broker.state_file_moved_aside", reason=why, to=str(target))
+            self._metrics.state_file.moved_aside.set(1)
+        state = opened.state
+        log.info(
+            "broker.state_file_opened",
+            path=str(self._settings.path),
+            tokens=len(state.tokens),
+            sessions=len(state.sessions),
+        )
+        state.tokens.clear()
+
+    @property
+    def is_degraded(self) -> bool:
+        """Whether what is handed out or ended now is not sure to survive the process."""
+        return self._slot.is_filled and self._slot.writer.is_degraded
+
+    def look(self) -> None:
+        """Tell the file of spent buckets, and metrics and log of the file: about twice a second."""
+        writer, now = self._slot.writer, self._clock.mono()
+        if now - self._told_at >= TELLING and not self.is_degraded:
+            self._told_at = now
+            self._tell_buckets(writer)
+        metrics = self._metrics.state_file
+        for kind, count in list(writer.failures.items()):
+            metrics.errors[kind.value] += count - self._seen.get(kind, 0)
+            self._seen[kind] = count
+        metrics.bytes.set(writer.size)
+        failing = self.is_degraded
+        if failing and not self._failing:
+            log.error("broker.state_file_failed", reason=_reason(writer.failure))
+        elif self._failing and not failing:
+            log.info("broker.state_file_recovered", lost=writer.lost)
+        self._failing = failing
+
+    def _tell_buckets(self, writer: Writer) -> None:
+        for record in self._spent.round(self._clock.mono()):
+            writer.add(record)
+
+    def use_keys(self, keys: Sequence[Secret]) -> None:
+        """Let these keys open the file from now on."""
+        self._slot.writer.use_keys(keys)
+
+    async def close(self) -> None:
+        """Write what is left, and give the file to the next process."""
+        if not self._slot.is_filled:
+            self._lock.release()
+            return
+        self._tell_buckets(self._slot.writer)
+        if not await aside(self._slot.writer.close):
+            log.error("broker.state_file_failed", reason="it was not closed in time")
+        self._lock.release()
+
+    def _moment(self) -> Moment:
+        return Moment(self._boot, self._clock.mono(), self._clock.wall())
+
+
+@contextlib.contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """Let the collector wait: nothing that is read is garbage, and to look takes a third longer."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _reason(failure: StateFileFailed | None) -> str:
+    return "slow" if failure is None else f"{failure.kind.value}: {failure}"
+
+
+def _boot_id() -> str:
+    """Name the start of the machine, "" where it has no name."""
+    try:
+        return _BOOT.read_text("ascii").strip()
+    except (OSError, ValueError):
+        return ""

@@ -1,0 +1,122 @@
+"""The store and the sessions of one process, with a file behind them.
+
+Everything is decided in memory, by what these are made from; here it is told to the writer, in the
+order in which it happened.  A hit tells nothing and waits for nothing.  A token of the vendor's is
+in the file before it is handed out, with its session, which is told before it; one that was signed
+here is not waited for.  An end is on the disk before it is answered: it holds in memory first, so
+an end that cannot be written holds as long as the process.
+"""
+
+from typing_extensions import override
+
+from broker.errors import NotDurable
+from broker.limits.policy import Limits
+from broker.model import Clock, EmbedToken, Session, TokenRequest, visitor_of
+from broker.sessions.memory import MemorySessions
+from broker.sqlite.records import (
+    SessionEnded,
+    SessionForgotten,
+    SessionMade,
+    TokenKept,
+    VisitorEnded,
+)
+from broker.sqlite.writer import Writer
+from broker.stores.base import Kept, Lease
+from broker.stores.memory import MemoryStore
+from broker.stores.token_cache import TokenCache
+from broker.telemetry.cells import Counter
+from broker.telemetry.metrics import Metrics
+
+
+class WriterSlot:
+    """The writer, once the file is open: nothing is asked of a store before."""
+
+    def __init__(self) -> None:
+        self._writer: Writer | None = None
+
+    def fill(self, writer: Writer) -> None:
+        """Write to the file from now on."""
+        self._writer = writer
+
+    @property
+    def writer(self) -> Writer:
+        """The writer."""
+        assert self._writer is not None  # `open` comes before the first request
+        return self._writer
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether the file is open."""
+        return self._writer is not None
+
+
+class DurableStore(MemoryStore):
+    """`waits`: whether a token is handed out only when it is in the file; `late` counts those that
+    were not."""  # noqa: D205, D209 - one sentence
+
+    def __init__(
+        self,
+        limits: Limits,
+        tokens: TokenCache,
+        clock: Clock,
+        metrics: Metrics,
+        slot: WriterSlot,
+        *,
+        waits: bool,
+    ) -> None:
+        super().__init__(limits, tokens, clock, metrics.limits.counts)
+        self._slot = slot
+        self._waits = waits
+        self._late: Counter = metrics.state_file.late
+
+    @override
+    async def keep(self, ask: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
+        if not self._epochs.holds(ask.visitor, lease.epoch):
+            return Kept.ENDED
+        self._slot.writer.add(TokenKept(key, token))
+        await self._settle()
+        return await super().keep(ask, key, token, lease)  # looks again: it may be over by now
+
+    @override
+    async def release(self, ask: TokenRequest, key: str, lease: Lease) -> bool:
+        await self._settle()  # its session is told already
+        return await super().release(ask, key, lease)
+
+    @override
+    async def revoke_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
+        """As the store in memory does; raises NotDurable if a restart would forget it."""
+        await super().revoke_visitor(client, fingerprint, *keys)
+        self._slot.writer.add(VisitorEnded(visitor_of(client, fingerprint)))
+        if not await self._slot.writer.end_written():
+            raise NotDurable
+
+    async def _settle(self) -> None:
+        if self._waits and not await self._slot.writer.mint_written():
+            self._late.inc()
+
+
+class DurableSessions(MemorySessions):
+    """Sessions that survive the process."""
+
+    def __init__(self, most: int, clock: Clock, slot: WriterSlot) -> None:
+        super().__init__(most, clock)
+        self._slot = slot
+
+    @override
+    async def record(self, session: Session) -> None:
+        await super().record(session)
+        self._slot.writer.add(SessionMade(session))
+
+    @override
+    async def mark(self, session: Session, *, by_client: bool) -> None:
+        """As the sessions in memory do.  What is told again may not be on the disk yet.
+
+        `DurableStore.revoke_visitor` follows, and waits for both.
+        """
+        await super().mark(session, by_client=by_client)
+        self._slot.writer.add(SessionEnded(session.session_id, session.client))
+
+    @override
+    async def forget(self, session: Session) -> None:
+        await super().forget(session)
+        self._slot.writer.add(SessionForgotten(session.session_id))

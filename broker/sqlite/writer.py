@@ -1,0 +1,287 @@
+"""Writes to the state file, from a thread of its own: no request waits for a disk unless it asks.
+
+Theory of operation.  The event loop adds records to a list; the thread takes all of them at once,
+seals them and commits.  Whoever must know waits for the commit after their record: then the thread
+does not wait for others to gather.  The order in the file is the order of adding, which is what
+makes an end stronger than the tokens before it.
+
+What could not be written is kept and tried again, with all that came since; those who waited are
+told at once.  While that is so, or while one commit takes long, the writer is degraded.  The thread
+sets plain attributes and calls nothing of the loop's but `call_soon_threadsafe`.
+"""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import structlog
+from typing_extensions import override
+
+from broker.model import Secret
+from broker.rules.durable import Moment
+from broker.sqlite import data_key
+from broker.sqlite.ledger import Row
+from broker.sqlite.opening import Opened
+from broker.sqlite.records import (
+    BUCKETS,
+    ENDS,
+    BucketsSpent,
+    Kind,
+    Record,
+    SessionMade,
+    TokenKept,
+    kind_of,
+    life_of,
+    seal,
+)
+from broker.sqlite.state_file import FileError, StateFileFailed
+
+log = structlog.get_logger()
+
+GATHER = 0.02
+"""Seconds in which records gather when nobody waits: with the commit itself they stay below the 50
+ms that a crash may cost a local issuer."""
+
+ROUND = 1.0
+"""Seconds between rounds of housekeeping in the file."""
+
+RETRY = 0.5
+"""Seconds until what failed is tried again."""
+
+CHECKPOINT = 5.0
+"""Seconds between the moments at which all mints are put onto the disk: what a power failure may
+cost, which a crash of the process does not."""
+
+LATE = 1.0
+"""Seconds that a mint waits for its commit; longer ones make the writer degraded."""
+
+END_WAIT = 5.0
+"""Seconds that an end waits: whoever asked for it wants to know, and has a deadline."""
+
+CLOSING = 5.0
+"""Seconds that the end of the process waits for the last commit."""
+
+IN_ROW = 500
+"""Records of a row: about a megabyte."""
+
+DROPPED_AT_ONCE, FREED_AT_ONCE = 50, 256
+"""Rows, and pages, that a round gives back before it looks whether somebody waits."""
+
+
+class Writer:
+    """The thread, and what the event loop says to it; `moment` is asked in the thread."""
+
+    def __init__(self, opened: Opened, moment: Callable[[], Moment], most: int) -> None:
+        self._file, self._box = opened.file, opened.box
+        self._data_key, self._ledger = opened.data_key, opened.ledger
+        self._moment = moment
+        self._most = most
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        self._awake, self._urgent = threading.Event(), threading.Event()
+        self._pending: list[Record] = []
+        self._waiting: list[asyncio.Future[bool]] = []
+        self._keys: list[bytes] | None = None
+        self._began: float | None = None
+        self._stop = threading.Event()
+        self._is_dirty, self._round_at, self._checkpoint_at = False, 0.0, 0.0
+        self.failure: StateFileFailed | None = None
+        self.failures: Counter[FileError] = Counter()
+        self.lost = 0
+        self.size = opened.file.size()
+        self._thread = threading.Thread(target=self._run, name="state file", daemon=True)
+
+    def start(self) -> None:
+        """Begin to write."""
+        self._thread.start()
+
+    def add(self, record: Record) -> None:
+        """Write this soon."""
+        with self._lock:
+            self._pending.append(record)
+        if not self._awake.is_set():
+            self._awake.set()
+
+    def use_keys(self, keys: Sequence[Secret]) -> None:
+        """Let these keys open the file, and no others."""
+        wrapped = data_key.wrapped(self._data_key, keys)
+        with self._lock:
+            self._keys = wrapped
+        self._awake.set()
+
+    @property
+    def is_degraded(self) -> bool:
+        """Whether what is added is not sure to be written, or not soon."""
+        return self.failure is not None or self._takes() > LATE
+
+    def _takes(self) -> float:
+        """Seconds since the commit under way began."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
+
+    async def mint_written(self) -> bool:
+        """Wait for what was added, but not long; whether it is in the file."""
+        return not self.is_degraded and await self._written(LATE)
+
+    async def end_written(self) -> bool:
+        """Wait longer, because that is what was asked for; whether it is on the disk."""
+        return self._takes() <= END_WAIT and await self._written(END_WAIT)
+
+    async def _written(self, timeout: float) -> bool:
+        done: asyncio.Future[bool] = self._loop.create_future()
+        with self._lock:
+            self._waiting.append(done)
+        self._urgent.set()
+        self._awake.set()
+        try:
+            async with asyncio.timeout(timeout):
+                return await done
+        except TimeoutError:
+            return False
+
+    def close(self) -> bool:
+        """Write what is left and close the file; False if it takes longer than CLOSING.
+
+        Blocks: for another thread.
+        """
+        self._stop.set()
+        self._urgent.set()
+        self._awake.set()
+        self._thread.join(CLOSING)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        more = False
+        while not self._stop.is_set():
+            self._awake.wait(0 if more else ROUND)
+            self._awake.clear()
+            if self._pending and not self._waiting:
+                self._urgent.wait(GATHER)
+            self._urgent.clear()
+            more = self._do_round()
+            if self.failure is not None:
+                self._stop.wait(RETRY)
+        _ = self._do_round()
+        with contextlib.suppress(StateFileFailed):
+            self._file.checkpoint()
+        self._file.close()
+
+    def _do_round(self) -> bool:
+        """Write what there is, and keep house now and then; whether there is more to do."""
+        try:
+            self._commit()
+            return self._keep_house()
+        except StateFileFailed as failed:
+            self.failures[failed.kind] += 1
+            self.failure = failed
+        except Exception:  # a defect: without the thread nothing would be written any more
+            self.failures[FileError.OTHER] += 1
+            log.exception("broker.defect")
+        finally:
+            self._began = None
+        return bool(self._pending or self._keys)
+
+    def _commit(self) -> None:
+        with self._lock:
+            records, self._pending = self._pending, []
+            waiting, self._waiting = self._waiting, []
+            keys, self._keys = self._keys, None
+        self._began = time.monotonic()
+        written = False
+        try:
+            if keys is not None:
+                self._file.use_keys(keys)
+                keys = None
+            if records:
+                self._write(records)
+                self.failure = None
+            written = True
+        except StateFileFailed:
+            with self._lock:
+                self._pending = self._bounded([*records, *self._pending])
+                self._keys = self._keys or keys
+            raise
+        finally:
+            self._tell(waiting, written=written)
+
+    def _write(self, records: Sequence[Record]) -> None:
+        """Commit records, in rows of a size; buckets apart, for they are replaced."""
+        buckets = [record for record in records if isinstance(record, BucketsSpent)]
+        others = [record for record in records if not isinstance(record, BucketsSpent)]
+        moment, place = self._moment(), self._ledger.next_place
+        rows: list[tuple[int, int, bytes]] = []
+        notes: list[tuple[Kind, Row]] = []
+        whole = any(record.whole for record in buckets)
+        for part in _parts(others, buckets):
+            kind = kind_of(part)
+            rows.append((place, kind.number, seal(self._box, place, kind, moment, part)))
+            notes.append((kind, Row(place, moment.mono + life_of(part, moment), len(part))))
+            place += 1
+        instead = self._ledger.places_of(BUCKETS) if whole else []
+        full = any(kind is ENDS for kind, _ in notes)
+        self._file.append(rows, full=full, instead=instead)
+        if whole:
+            self._ledger.forget(BUCKETS)
+        for kind, row in notes:
+            self._ledger.note(kind.number, row)
+        self._is_dirty = True
+
+    def _bounded(self, records: list[Record]) -> list[Record]:
+        """Keep what may wait for a disk: every end, and the latest mints."""
+        beyond = len(records) - self._most
+        if beyond <= 0:
+            return records
+        kept: list[Record] = []
+        for record in records:
+            if beyond > 0 and isinstance(record, TokenKept | SessionMade | BucketsSpent):
+                beyond -= 1
+                self.lost += 1
+            else:
+                kept.append(record)
+        return kept
+
+    def _keep_house(self) -> bool:
+        """Give back what is over; once in a while put everything onto the disk."""
+        now = time.monotonic()
+        if now < self._round_at:
+            return False
+        due = self._ledger.due(self._moment().mono, DROPPED_AT_ONCE)
+        if due:
+            self._file.drop([place for _, place in due])
+            self._ledger.dropped(due)
+            self._is_dirty = True
+        unused = self._file.shrink(FREED_AT_ONCE)
+        more = unused > FREED_AT_ONCE or len(due) == DROPPED_AT_ONCE
+        self._is_dirty = self._is_dirty or unused > 0
+        if self._is_dirty and now >= self._checkpoint_at:
+            self._file.checkpoint()
+            self._is_dirty, self._checkpoint_at = False, now + CHECKPOINT
+        self.size, self.failure = self._file.size(), None
+        if not more:
+            self._round_at = now + ROUND
+        return more
+
+    def _tell(self, waiting: Sequence["asyncio.Future[bool]"], *, written: bool) -> None:
+        if not waiting:
+            return
+        with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
+            self._loop.call_soon_threadsafe(_settle, waiting, written)
+
+    @override
+    def __repr__(self) -> str:
+        return f"Writer(pending={len(self._pending)}, degraded={self.is_degraded})"
+
+
+def _parts(*groups: Sequence[Record]) -> list[Sequence[Record]]:
+    return [
+        group[start : start + IN_ROW] for group in groups for start in range(0, len(group), IN_ROW)
+    ]
+
+
+def _settle(waiting: Sequence["asyncio.Future[bool]"], written: bool) -> None:  # noqa: FBT001
+    for done in waiting:
+        if not done.done():
+            done.set_result(written)

@@ -1,0 +1,37 @@
+"""The metrics of a state file, with their help texts; `metrics` has all others."""
+
+from broker.telemetry.cells import MetricLayout
+
+FILE_ERRORS = ("full", "readonly", "io", "corrupt", "other")
+"""How a state file fails."""
+
+
+class StateFileMetrics:
+    """What a state file reports."""
+
+    def __init__(self, sheet: MetricLayout, *, shown: bool) -> None:
+        self.degraded = sheet.maxima(
+            "broker_state_file_degraded",
+            "1 while what is handed out or ended is not sure to survive the process",
+            shown=shown,
+        )[()]
+        errors = sheet.counters(
+            "broker_state_file_errors",
+            "Attempts to write to the state file that failed, by what went wrong",
+            shown=shown,
+            reason=FILE_ERRORS,
+        )
+        self.errors = {reason: errors[reason,] for reason in FILE_ERRORS}
+        self.late = sheet.counters(
+            "broker_state_file_late",
+            "Tokens that were handed out before they were in the state file",
+            shown=shown,
+        )[()]
+        self.moved_aside = sheet.maxima(
+            "broker_state_file_moved_aside",
+            "1 if this process found its state file unusable at the start, and began without it",
+            shown=shown,
+        )[()]
+        self.bytes = sheet.totals(
+            "broker_state_file_bytes", "Bytes of the state file and its log", shown=shown
+        )[()]

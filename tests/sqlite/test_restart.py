@@ -1,0 +1,354 @@
+"""What a file gives back: what was handed out, what was ended, what was spent; real files."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from processes import until
+from state_files import AGENT, HOUR, Broker, a_key, end, held, mint, wide_limits
+
+from broker.config.schema import ConfigError
+from broker.model import LimitName
+from broker.rules.bucket import Limit
+from broker.stores.base import Lease
+from broker.units import SECOND
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Broker:
+    """A broker with a file."""
+    return Broker(tmp_path / "state.db")
+
+
+async def test_G11_tokens_and_sessions_are_there_again(broker: Broker) -> None:
+    """The same bytes, the life that is left, and the record."""
+    ask = broker.ask()
+    async with broker.opened() as backend:
+        token, session = await mint(broker, backend, ask)
+    broker.clock.advance(600)
+    async with broker.opened() as backend:
+        found = await backend.store.peek(ask, ask.key)
+        assert found is not None
+        assert found.body == token.body
+        assert found.left(broker.clock.mono(), broker.clock.wall()) == HOUR - 600 * SECOND
+        assert found.lifetime == HOUR
+        assert await backend.sessions.find(session.session_id) == session
+        assert await backend.sessions.find_token(session.digest) == session
+
+
+async def test_G11_of_a_key_the_latest_token_counts(broker: Broker) -> None:
+    """A renewal stays a renewal; both sessions are on record."""
+    ask = broker.ask()
+    async with broker.opened() as backend:
+        _, first = await mint(broker, backend, ask)
+        latest, second = await mint(broker, backend, ask)
+    async with broker.opened() as backend:
+        assert await held(backend, ask) == latest.body
+        assert await backend.sessions.find(first.session_id) == first
+        assert await backend.sessions.find(second.session_id) == second
+
+
+async def test_G9_an_end_stays_an_end(broker: Broker) -> None:
+    """Of the token, of the record, of what was minted before it; what came after it lives."""
+    ask, other = broker.ask(), broker.ask()
+    async with broker.opened() as backend:
+        _, session = await mint(broker, backend, ask)
+        kept, _ = await mint(broker, backend, other)
+        await end(backend, session)
+    async with broker.opened() as backend:
+        assert await held(backend, ask) is None
+        assert await backend.sessions.ended(session.session_id)
+        assert await backend.sessions.find(session.session_id) is None
+        assert await held(backend, other) == kept.body
+        again, _ = await mint(broker, backend, ask)
+    async with broker.opened() as backend:
+        assert await held(backend, ask) == again.body
+        assert await backend.sessions.ended(session.session_id)
+
+
+async def test_G9_an_end_ends_a_token_that_is_on_its_way_into_the_file(broker: Broker) -> None:
+    """Its record is there before the end's: neither this process nor the next hands it out."""
+    ask = broker.ask()
+    async with broker.opened() as backend:
+        lease = await backend.store.lead(ask, ask.key, lambda _: False)
+        assert isinstance(lease, Lease)
+        keeping = asyncio.ensure_future(backend.store.keep(ask, ask.key, broker.token(), lease))
+        await asyncio.sleep(0)
+        await backend.store.revoke_visitor(ask.client, ask.fingerprint)
+        assert (await keeping).value in ("ended", "kept")
+        assert await held(backend, ask) is None
+    async with broker.opened() as backend:
+        assert await held(backend, ask) is None
+
+
+async def test_N20_what_a_dropped_key_signed_stays_out(broker: Broker) -> None:
+    """Also when the key was dropped while the broker was down; the others come back."""
+    broker.signers = frozenset({"old", "new"})
+    by_old, by_new = broker.ask(), broker.ask()
+    async with broker.opened() as backend:
+        await mint(broker, backend, by_old, origin="old")
+        kept, _ = await mint(broker, backend, by_new, origin="new")
+    broker.signers = frozenset({"new"})
+    async with broker.opened() as backend:
+        assert await held(backend, by_old) is None
+        assert await held(backend, by_new) == kept.body
+
+
+async def test_G3_a_floor_that_was_raised_meanwhile_holds(broker: Broker) -> None:
+    """A mark that was drawn before lies below the new floor: it is raised with it."""
+    ask = broker.ask()
+    async with broker.opened() as backend:
+        token, _ = await mint(broker, backend, ask)
+    broker.floor = token.mark + 7
+    async with broker.opened() as backend:
+        found = await backend.store.peek(ask, ask.key)
+        assert found is not None
+        assert found.mark == token.mark + 7
+
+
+async def test_G6_of_more_than_fit_the_latest_come_back(broker: Broker) -> None:
+    """A smaller bound after the restart: nobody is evicted for somebody older."""
+    asks = [broker.ask() for _ in range(20)]
+    async with broker.opened() as backend:
+        for ask in asks:
+            await mint(broker, backend, ask)
+    broker.most = 5
+    async with broker.opened() as backend:
+        found = [await held(backend, ask) is not None for ask in asks]
+        assert found == [False] * 15 + [True] * 5
+        assert backend.store.tokens.counts.evicted.value == 0
+
+
+async def test_G9_a_session_that_is_recorded_for_nobody_is_forgotten(broker: Broker) -> None:
+    """Its visitor was ended while it was minted: no record of it comes back."""
+    ask = broker.ask()
+    async with broker.opened() as backend:
+        session = broker.session(ask)
+        await backend.sessions.record(session)
+        await backend.sessions.forget(session)
+    async with broker.opened() as backend:
+        assert await backend.sessions.find(session.session_id) is None
+        assert not await backend.sessions.ended(session.session_id)
+
+
+@pytest.mark.parametrize("stop", ["drain", "crash"])
+async def test_V12_a_spent_bucket_stays_spent(broker: Broker, stop: str) -> None:
+    """If it is more than half spent: told once a second and at the end; time goes on refilling."""
+    broker.limits = wide_limits(Limit(burst=4, interval=60 * SECOND))
+    spent, fresh = broker.ask(), broker.ask()
+    async with broker.opened() as backend:
+        for _ in range(4):
+            await backend.store.admit(spent, spent.key)
+        await backend.store.admit(fresh, fresh.key)
+        if stop == "crash":
+            backend.look()
+            await backend.store.revoke_visitor("nobody", "at all")  # waits for the commit
+            crashed = copied(broker)
+    if stop == "crash":
+        broker.path = crashed
+    broker.clock.advance(60)
+    async with broker.opened() as backend:
+        verdicts = [(await backend.store.admit(spent, spent.key)).denial for _ in range(2)]
+        assert verdicts[0] is None
+        assert verdicts[1] is not None
+        assert verdicts[1].limit is LimitName.FINGERPRINT
+        again = [(await backend.store.admit(fresh, fresh.key)).denial for _ in range(4)]
+        assert again == [None] * 4, "less than half spent: full after a restart"
+
+
+def copied(broker: Broker) -> Path:
+    """Copy file and log as they are: what a kill would leave."""
+    target = broker.path.with_name("crashed.db")
+    for name in ("", "-wal"):
+        source = broker.path.with_name(broker.path.name + name)
+        target.with_name(target.name + name).write_bytes(source.read_bytes())
+    return target
+
+
+async def test_a_spent_bucket_is_told_a_few_times_only(broker: Broker) -> None:
+    """However long somebody leans on it; and what is full again leaves the file."""
+    broker.limits = wide_limits(Limit(burst=2, interval=10 * SECOND))
+    asks = [broker.ask() for _ in range(100)]
+    sizes = []
+    async with broker.opened() as backend:
+        for _ in range(60):
+            for ask in asks:
+                await backend.store.admit(ask, ask.key)
+            broker.clock.advance(1)
+            backend.look()
+            await backend.store.revoke_visitor("nobody", "at all")
+            sizes.append(sum(len(waits) for waits in backend._spent._full_at.values()))
+            assert backend._spent._told <= 3 * 100 + 1000 + 100
+    assert max(sizes) == 100
+
+
+async def test_D8_a_clock_a_day_ahead_or_behind(broker: Broker) -> None:
+    """Nothing lives longer than it would have; an end holds; no bucket locks anybody out."""
+    broker.limits = wide_limits(Limit(burst=4, interval=60 * SECOND))
+    ask, ended, spent = broker.ask(), broker.ask(), broker.ask()
+    async with broker.opened() as backend:
+        await mint(broker, backend, ask)
+        _, session = await mint(broker, backend, ended)
+        await end(backend, session)
+        for _ in range(4):
+            await backend.store.admit(spent, spent.key)
+    for days in (1, -1):
+        broker.clock.step_wall(days * 86_400)
+        async with broker.opened() as backend:
+            found = await backend.store.peek(ask, ask.key)
+            if days == 1:
+                assert found is None, "as in a process whose clock is set forward"
+            elif found is not None:
+                left = found.left(broker.clock.mono(), broker.clock.wall())
+                assert left <= HOUR
+            assert await backend.sessions.ended(session.session_id)
+            assert await held(backend, ended) is None
+        broker.clock.step_wall(-days * 86_400)
+        async with broker.opened() as backend:
+            assert await backend.sessions.ended(session.session_id)
+
+
+async def test_D8_a_machine_that_restarts_with_its_clock_behind(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No monotonic clock tells then: what is on record does, and a token never gains life."""
+    ask = broker.ask()
+    monkeypatch.setattr("broker.sqlite.backend._boot_id", lambda: "before")
+    async with broker.opened() as backend:
+        await mint(broker, backend, ask)
+        broker.clock.advance(1800)
+        await mint(broker, backend, broker.ask())
+    monkeypatch.setattr("broker.sqlite.backend._boot_id", lambda: "after")
+    broker.clock.step_mono(-broker.clock.mono() / SECOND + 5)
+    broker.clock.step_wall(-86_400)
+    async with broker.opened() as backend:
+        found = await backend.store.peek(ask, ask.key)
+        assert found is not None
+        assert found.left(broker.clock.mono(), broker.clock.wall()) == HOUR - 1800 * SECOND
+
+
+async def test_D7_keys_rotate_and_nothing_is_lost(broker: Broker) -> None:
+    """[a] -> [b, a] -> [b] with a start after each step; then keys that nobody has seen."""
+    ask, (first,) = broker.ask(), broker.keys
+    second = a_key()
+    async with broker.opened() as backend:
+        token, _ = await mint(broker, backend, ask)
+    for keys in ((second, first), (second,)):
+        broker.keys = keys
+        async with broker.opened() as backend:
+            assert await held(backend, ask) == token.body
+    broker.keys = (first,)
+    async with broker.opened() as backend:
+        assert await held(backend, ask) is None, "the old key opens it no more"
+        assert broker.metrics.state_file.moved_aside.value == 1
+    names = [path.name for path in broker.path.parent.iterdir()]
+    assert sum(name.startswith("state.db.unreadable-") for name in names) == 1
+
+
+async def test_D7_keys_that_change_while_it_runs(broker: Broker) -> None:
+    """A reload wraps the data key anew: at once, not at the next start."""
+    ask, second = broker.ask(), a_key()
+    async with broker.opened() as backend:
+        token, _ = await mint(broker, backend, ask)
+        backend.use_keys([second])
+        await backend.store.revoke_visitor("nobody", "at all")
+        crashed = copied(broker)
+    broker.path, broker.keys = crashed, (second,)
+    async with broker.opened() as backend:
+        assert await held(backend, ask) == token.body
+
+
+async def test_D7_a_sealing_key_that_is_set_later_takes_over(broker: Broker) -> None:
+    """The issuer's key opens what was sealed for it; from then on the sealing key alone does."""
+    ask, issuer_keys = broker.ask(), broker.keys
+    async with broker.opened() as backend:
+        token, _ = await mint(broker, backend, ask)
+    broker.keys, broker.also = (a_key(),), issuer_keys
+    async with broker.opened() as backend:
+        assert await held(backend, ask) == token.body
+    broker.keys, broker.also = issuer_keys, ()
+    async with broker.opened() as backend:
+        assert await held(backend, ask) is None
+
+
+async def test_D2_one_process_uses_a_file(broker: Broker) -> None:
+    """The second one is told who has it, and disturbs nothing; afterwards it may."""
+    from broker.sqlite.location import StateFileInUse, owner_of
+
+    ask = broker.ask()
+    async with broker.opened() as backend:
+        token, _ = await mint(broker, backend, ask)
+        with pytest.raises(StateFileInUse, match=r"in use by process \d+; stop it"):
+            async with broker.opened():
+                pass
+        assert owner_of(broker.path) is not None
+        assert await held(backend, ask) == token.body
+    assert owner_of(broker.path) is None
+    async with broker.opened() as backend:
+        assert await held(backend, ask) == token.body
+
+
+async def test_D9_a_new_process_waits_for_the_old_one(broker: Broker) -> None:
+    """And has everything that the old one wrote until its end."""
+    ask = broker.ask()
+    broker.patience = 30.0
+    async with broker.opened() as old:
+        new = broker.made()
+        opening = asyncio.ensure_future(new.open(asyncio.Event()))
+        token, _ = await mint(broker, old, ask)
+        assert not opening.done()
+    await opening
+    assert await held(new, ask) == token.body
+    await new.close()
+
+
+async def test_G6_the_file_is_bounded_and_shrinks_again(broker: Broker) -> None:
+    """More mints than it may hold: the oldest go; when all is over, so does the room."""
+    broker.most = 50
+    broker.waits = False
+    async with broker.opened() as backend:
+        empty = backend._slot.writer.size
+        for _ in range(40):
+            for _ in range(20):
+                await mint(broker, backend, broker.ask())
+            assert await backend._slot.writer.end_written()
+        ledger = backend._slot.writer._ledger
+        await until(lambda: ledger._counts[0] <= 200)
+        full = backend._slot.writer.size
+        broker.clock.advance(3700)
+        await until(lambda: len(ledger) == 0)
+    async with broker.opened() as backend:
+        await until(lambda: backend._slot.writer.size <= empty + 65_536)
+    assert full > 4 * (empty + 65_536)
+
+
+async def test_a_newer_schema_is_left_alone(broker: Broker) -> None:
+    """78, and the file as it was: another version may read it."""
+    import sqlite3
+    from contextlib import closing
+
+    async with broker.opened():
+        pass
+    with closing(sqlite3.connect(broker.path)) as connection, connection:
+        connection.execute("UPDATE meta SET value = 9 WHERE name = 'schema'")
+        connection.execute("PRAGMA user_version = 9")
+    before = broker.path.read_bytes()
+    with pytest.raises(ConfigError, match="has the schema 9, and this version knows 1"):
+        async with broker.opened():
+            pass
+    assert broker.path.read_bytes() == before
+
+
+async def test_O1_nothing_of_it_can_be_read(broker: Broker) -> None:
+    """Neither token, fingerprint, client nor agent, in any file of the folder."""
+    ask = broker.ask("feedfacecafebeef" * 2)
+    async with broker.opened() as backend:
+        token, session = await mint(broker, backend, ask)
+        await end(backend, session)
+        await mint(broker, backend, ask)
+        written = b"".join(path.read_bytes() for path in broker.path.parent.iterdir())
+    written += b"".join(path.read_bytes() for path in broker.path.parent.iterdir())
+    assert token.body not in written
+    for canary in (ask.fingerprint, session.session_id, AGENT):
+        assert canary.encode() not in written
+    assert broker.path.stat().st_mode & 0o777 == 0o600
