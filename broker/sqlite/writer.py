@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import structlog
 from typing_extensions import override
@@ -136,11 +137,11 @@ class Writer:
             self._waiting.append(done)
         self._urgent.set()
         self._awake.set()
+        late = self._loop.call_later(timeout, partial(_settle, [done], written=False))
         try:
-            async with asyncio.timeout(timeout):
-                return await done
-        except TimeoutError:
-            return False
+            return await done
+        finally:
+            late.cancel()
 
     def close(self) -> bool:
         """Write what is left and close the file; False if it takes longer than CLOSING.
@@ -268,7 +269,7 @@ class Writer:
         if not waiting:
             return
         with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
-            self._loop.call_soon_threadsafe(_settle, waiting, written)
+            self._loop.call_soon_threadsafe(partial(_settle, waiting, written=written))
 
     @override
     def __repr__(self) -> str:
@@ -281,7 +282,7 @@ def _parts(*groups: Sequence[Record]) -> list[Sequence[Record]]:
     ]
 
 
-def _settle(waiting: Sequence["asyncio.Future[bool]"], written: bool) -> None:  # noqa: FBT001
+def _settle(waiting: Sequence["asyncio.Future[bool]"], *, written: bool) -> None:
     for done in waiting:
         if not done.done():
             done.set_result(written)

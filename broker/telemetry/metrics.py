@@ -60,14 +60,8 @@ OPERATIONS = (
 """What is asked of a shared store."""
 
 STORE_ERRORS = (
-    "timeout",
-    "connection",
-    "readonly",
-    "loading",
-    "out_of_memory",
-    "cluster_down",
-    "script",
-    "other",
+    *("timeout", "connection", "readonly", "loading"),
+    *("out_of_memory", "cluster_down", "script", "other"),
 )
 """How a shared store fails."""
 

@@ -22,7 +22,7 @@ SLOW = Limit(burst=3, interval=20 * SECOND)
 
 def entries(buckets: BucketTable, now: int) -> dict[str, int]:
     """Microseconds until full, of every bucket that is not."""
-    both = buckets._old | buckets._young
+    both = dict(buckets._old.items()) | dict(buckets._young.items())
     return {key: full_at - now for key, full_at in both.items() if full_at > now}
 
 

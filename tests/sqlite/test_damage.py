@@ -113,7 +113,7 @@ async def test_D4_any_single_byte_flipped(written: Written, tmp_path: Path, what
     if what == "log":
         assert aside == 0, "its own checksums cut it"
     else:
-        assert aside > whole > 0, "most bytes mean something, some mean nothing"
+        assert aside > 0 < whole, "some bytes mean something, some mean nothing"
 
 
 async def test_D4_a_row_of_another_place_does_not_open(written: Written) -> None:
