@@ -39,16 +39,20 @@ class KeyBackoff:
         self._clock = clock
         self._draw = draw
         self._failing: TTLCache[str, _Failing] = TTLCache(KEYS, MEMORY * SECOND, timer=clock.mono)
+        self._forgotten_at = 0
 
     def note_failure(self, key: str) -> None:
         """Double this key's wait."""
         failures = self.failures(key) + 1
         wait = full_jitter(failures, BASE, CAP, self._draw)
-        self._failing[key] = _Failing(failures, self._clock.mono() + wait)
+        now = self._clock.mono()
+        self._failing[key] = _Failing(failures, now + wait)
+        self._forgotten_at = now + MEMORY * SECOND
 
     def forget(self, key: str) -> None:
         """Take note that the key's mint succeeded."""
-        self._failing.pop(key, None)
+        if self._clock.mono() < self._forgotten_at:  # mostly nothing has failed
+            self._failing.pop(key, None)
 
     def failures(self, key: str) -> int:
         """How often in a row this key has failed."""
@@ -57,10 +61,9 @@ class KeyBackoff:
 
     def left(self, key: str) -> int:
         """Microseconds until this key may be tried again; 0 for now."""
-        known = self._failing.get(key)
-        if known is None:
-            return 0
-        return min(max(known.not_before - self._clock.mono(), 0), CAP)
+        now = self._clock.mono()
+        known = self._failing.get(key) if now < self._forgotten_at else None
+        return 0 if known is None else min(max(known.not_before - now, 0), CAP)
 
     async def wait(self, key: str) -> None:
         """Return when the key may be tried again."""

@@ -15,6 +15,7 @@ drawing again at each access would make busy keys renew at the far edge together
 
 from collections.abc import Callable
 from enum import Enum
+from functools import lru_cache
 from typing import TypeGuard
 
 from msgspec import Struct
@@ -55,6 +56,7 @@ class Floors(Struct, frozen=True, gc=False):
     """Below this the token is not handed out at all."""
 
 
+@lru_cache(maxsize=1024)  # a mint asks four times, and lives are few
 def floors(lifetime: int, ahead: int, floor: int, outage: int) -> Floors:
     """Fit the configured marks to a token of `lifetime`.
 
