@@ -141,6 +141,14 @@ class TestTaken:
         assert edge.app.parts.server._lane is not None
         assert not edge.app.parts.server._lane._heads._young
 
+    async def test_a_connection_takes_any_number_of_heads(self, edge: Edge) -> None:
+        """The parser is told of each that was answered: it stops at a number that wait."""
+        line = await idle(edge)
+        for number in range(100):
+            line.send(edge.posting(b"{}", headers=[("X-Number", str(number))]))
+            assert (await line.answer()).code == "MISSING_PARAM"
+        await line.close()
+
     async def test_a_client_that_is_taken_away_is_not_known_any_more(self, edge: Edge) -> None:
         """G7: its heads are forgotten with it, at once."""
         line, fingerprint = await idle(edge), visitor()
