@@ -233,6 +233,8 @@ def draw(rng: random.Random, tokens: list[str]) -> Stream:
         pieces += _cut(rng, data)
     if rng.random() < 0.15:
         pieces = _joined(rng, pieces)
+    if rng.random() < 0.2:
+        pieces = _led_on(rng, pieces)
     numbers = range(len(pieces))
     often = rng.choice((0.0, 0.5, 1.0, 1.0, 1.0))
     changes = {n: rng.random() < 0.5 for n in numbers if rng.random() < 0.05}
@@ -267,6 +269,15 @@ def _joined(rng: random.Random, pieces: list[bytes]) -> list[bytes]:
         else:
             joined.append(piece)
     return joined
+
+
+def _led_on(rng: random.Random, pieces: list[bytes]) -> list[bytes]:
+    """Have a piece be no request: what begins before it, or behind the piece before, goes on."""
+    place = rng.randrange(len(pieces))
+    begun = rng.choice((b"GET /livez HTTP/1.1\r\nHost: b\r\nX-Part: ", b"G", b"\r"))
+    if place and rng.random() < 0.5:
+        return [*pieces[: place - 1], pieces[place - 1] + begun, *pieces[place:]]
+    return [*pieces[:place], begun, *pieces[place:]]
 
 
 def _mutated(rng: random.Random, data: bytes) -> bytes:

@@ -41,9 +41,12 @@ def size_of(message: object) -> int:
 def host_error(message: object) -> ValueError | None:
     """Return what is wrong with the host that a target names, such as broken Punycode.
 
-    Nearly all requests name a path, and no host (RFC 9112 section 3.2).
+    Nearly all requests name a path, and no host (RFC 9112 section 3.2).  After `CONNECT` and a bare
+    line end aiohttp's parser gives a request without any target.
     """
-    if isinstance(message, RawRequestMessage) and not message.path.startswith("/"):
+    if isinstance(message, RawRequestMessage) and not (message.path or "").startswith("/"):
+        if not message.path:
+            return ValueError("no target")
         try:
             _ = message.url.host
         except ValueError as error:

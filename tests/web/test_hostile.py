@@ -59,6 +59,7 @@ MALFORMED: dict[str, bytes] = {
     "escape in the path": b"GET /\x1b[31mCANARY HTTP/1.1\r\nHost: broker\r\n\r\n",
     "bidi in the path": b"GET /\xe2\x80\xaeCANARY HTTP/1.1\r\nHost: broker\r\n\r\n",
     "NUL in the path": b"GET /\0CANARY HTTP/1.1\r\nHost: broker\r\n\r\n",
+    "no target": b"CONNECT \nX-A: CANARY\r\n\r\n",
     "no path": b"GET  HTTP/1.1\r\nHost: CANARY\r\n\r\n",
     "no version": b"GET /CANARY HTTP\r\nHost: broker\r\n\r\n",
 }

@@ -141,6 +141,52 @@ class TestTaken:
         assert edge.app.parts.server._lane is not None
         assert not edge.app.parts.server._lane._heads._young
 
+    async def test_a_head_that_names_a_forwarded_uri_is_read_each_time(
+        self, parsed: list[bytes], edge: Edge
+    ) -> None:
+        """What it means depends on who sends it."""
+        line, uri = await idle(edge), ("X-Original-URI", "/x?token=a")
+        ask = request("GET", "/v1/embed-tokens/verify", [uri, ("X-Embed-Token", "a")])
+        for _ in range(4):
+            line.send(ask)
+            assert (await line.answer()).status == 401
+        assert parsed[-4:] == [ask] * 4
+        await line.close()
+
+    @pytest.mark.parametrize("is_alone", [True, False])
+    async def test_bytes_of_a_head_are_no_request(self, edge: Edge, *, is_alone: bool) -> None:
+        """A known request comes where another head has begun: by itself, or behind a body."""
+        line, fingerprint = await idle(edge), visitor()
+        for _ in range(3):
+            line.send(edge.asking(fingerprint))
+            assert (await line.answer()).status == 200
+        begun = b"GET /livez HTTP/1.1\r\nX-Part: "
+        if not is_alone:
+            head, end, body = edge.asking(fingerprint).partition(b"\r\n\r\n")
+            line.send(head + end)
+            await line.writer.drain()
+            await asyncio.sleep(0.01)  # or it would come in one piece
+            begun = body + begun
+        line.send(begun)
+        if not is_alone:
+            assert (await line.answer()).status == 200
+        await line.writer.drain()
+        await asyncio.sleep(0.01)
+        line.send(edge.asking(fingerprint))
+        assert (await line.answer()).json == {"status": "ok"}
+        await line.close()
+
+    async def test_a_connection_takes_any_number_of_heads(self, edge: Edge) -> None:
+        """The parser is told of each that was answered: it stops at a number that wait."""
+        line = await idle(edge)
+        for number in range(100):
+            line.send(edge.posting(b"{}", headers=[("X-Number", str(number))]))
+            assert (await line.answer()).code == "MISSING_PARAM"
+        line.send(request("GET", "/livez") * 2)
+        async with asyncio.timeout(PATIENCE):
+            assert [(await line.answer()).status for _ in range(2)] == [200] * 2
+        await line.close()
+
     async def test_a_client_that_is_taken_away_is_not_known_any_more(self, edge: Edge) -> None:
         """G7: its heads are forgotten with it, at once."""
         line, fingerprint = await idle(edge), visitor()
