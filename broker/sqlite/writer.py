@@ -72,6 +72,10 @@ DROPPED_AT_ONCE, FREED_AT_ONCE = 50, 256
 """Rows, and pages, that a round gives back before it looks whether somebody waits."""
 
 
+_MAY_BE_LOST = (TokenKept, SessionMade, BucketsSpent)
+"""What costs a mint if it is not written; an end that is lost costs more."""
+
+
 class Writer:
     """The thread, and what the event loop says to it; `moment` is asked in the thread."""
 
@@ -100,7 +104,10 @@ class Writer:
         self._thread.start()
 
     def add(self, record: Record) -> None:
-        """Write this soon."""
+        """Write this soon; a token or session is lost, counted, if a disk hangs for too long."""
+        if len(self._pending) >= self._most and isinstance(record, _MAY_BE_LOST):
+            self.lost += 1
+            return
         with self._lock:
             self._pending.append(record)
         if not self._awake.is_set():
@@ -237,7 +244,7 @@ class Writer:
             return records
         kept: list[Record] = []
         for record in records:
-            if beyond > 0 and isinstance(record, TokenKept | SessionMade | BucketsSpent):
+            if beyond > 0 and isinstance(record, _MAY_BE_LOST):
                 beyond -= 1
                 self.lost += 1
             else:

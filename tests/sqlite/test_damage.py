@@ -10,6 +10,7 @@ from state_files import Broker, end, held, mint
 from broker.model import TokenRequest
 
 CUTS = FLIPS = 200
+"""Of random places; a minute, so they are run with what takes longer."""
 HEADER = 100
 """Bytes of SQLite's header: each of them is flipped."""
 
@@ -68,6 +69,7 @@ async def written(tmp_path: Path) -> Written:
     return await Written(Broker(tmp_path / "state.db")).write(100)
 
 
+@pytest.mark.parts
 async def test_D4_the_log_cut_at_any_length(written: Written, tmp_path: Path) -> None:
     """All but the tail: what is missing was written after what is there."""
     killed = tmp_path / "killed.db"
@@ -91,6 +93,7 @@ async def test_D4_the_log_cut_at_any_length(written: Written, tmp_path: Path) ->
         shutil.rmtree(folder)
 
 
+@pytest.mark.parts
 @pytest.mark.parametrize("what", ["file", "log", "header"])
 async def test_D4_any_single_byte_flipped(written: Written, tmp_path: Path, what: str) -> None:
     """In the file, in its header, in its log: opened or moved aside; the broker works."""
@@ -113,7 +116,9 @@ async def test_D4_any_single_byte_flipped(written: Written, tmp_path: Path, what
     if what == "log":
         assert aside == 0, "its own checksums cut it"
     else:
-        assert aside > 0 < whole, "some bytes mean something, some mean nothing"
+        assert aside > 0
+    if what == "file":
+        assert aside > whole, "most bytes are of sealed rows"
 
 
 async def test_D4_a_row_of_another_place_does_not_open(written: Written) -> None:

@@ -1,7 +1,11 @@
 """What a file gives back: what was handed out, what was ended, what was spent; real files."""
 
 import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import until
@@ -10,6 +14,7 @@ from state_files import AGENT, HOUR, Broker, a_key, end, held, mint, wide_limits
 from broker.config.schema import ConfigError
 from broker.model import LimitName
 from broker.rules.bucket import Limit
+from broker.sqlite.writer import Writer
 from broker.stores.base import Lease
 from broker.units import SECOND
 
@@ -34,6 +39,38 @@ async def test_G11_tokens_and_sessions_are_there_again(broker: Broker) -> None:
         assert found.lifetime == HOUR
         assert await backend.sessions.find(session.session_id) == session
         assert await backend.sessions.find_token(session.digest) == session
+
+
+async def test_G11_a_token_is_in_the_file_before_it_is_handed_out(broker: Broker) -> None:
+    """With its session, and an end before it is answered: a copy of that moment has them."""
+    ask, other = broker.ask(), broker.ask()
+    async with broker.opened() as backend:
+        token, session = await mint(broker, backend, ask)
+        minted = copied(broker, "minted")
+        _, ended = await mint(broker, backend, other)
+        await end(backend, ended)
+        after = copied(broker, "ended")
+    broker.path = minted
+    async with broker.opened() as backend:
+        assert await held(backend, ask) == token.body
+        assert await backend.sessions.find(session.session_id) == session
+    broker.path = after
+    async with broker.opened() as backend:
+        assert await held(backend, other) is None
+        assert await backend.sessions.ended(ended.session_id)
+
+
+async def test_G11_an_end_is_on_the_disk_a_mint_need_not_be(broker: Broker) -> None:
+    """What SQLite is told for each commit: an end outlives the machine, a mint the process."""
+    async with broker.opened() as backend:
+        said: list[str] = []
+        backend._slot.writer._file._connection.set_trace_callback(said.append)
+        _, session = await mint(broker, backend, broker.ask())
+        assert "PRAGMA synchronous = FULL" not in said
+        said.clear()
+        await backend.sessions.mark(session, by_client=True)
+        await backend.store.revoke_visitor(session.client, session.fingerprint)
+        assert "PRAGMA synchronous = FULL" in said
 
 
 async def test_G11_of_a_key_the_latest_token_counts(broker: Broker) -> None:
@@ -156,12 +193,12 @@ async def test_V12_a_spent_bucket_stays_spent(broker: Broker, stop: str) -> None
         assert again == [None] * 4, "less than half spent: full after a restart"
 
 
-def copied(broker: Broker) -> Path:
+def copied(broker: Broker, name: str = "crashed") -> Path:
     """Copy file and log as they are: what a kill would leave."""
-    target = broker.path.with_name("crashed.db")
-    for name in ("", "-wal"):
-        source = broker.path.with_name(broker.path.name + name)
-        target.with_name(target.name + name).write_bytes(source.read_bytes())
+    target = broker.path.with_name(f"{name}.db")
+    for suffix in ("", "-wal"):
+        source = broker.path.with_name(broker.path.name + suffix)
+        target.with_name(target.name + suffix).write_bytes(source.read_bytes())
     return target
 
 
@@ -352,3 +389,34 @@ async def test_O1_nothing_of_it_can_be_read(broker: Broker) -> None:
     for canary in (ask.fingerprint, session.session_id, AGENT):
         assert canary.encode() not in written
     assert broker.path.stat().st_mode & 0o777 == 0o600
+
+
+async def test_G6_what_waits_for_a_disk_that_hangs_is_bounded(broker: Broker) -> None:
+    """Tokens and sessions beyond the bound are lost to the file, counted; no end is."""
+    broker.waits = False
+    async with broker.opened() as backend:
+        writer = backend._slot.writer
+        writer._most = 10
+        with hanging(writer):
+            for _ in range(30):
+                await mint(broker, backend, broker.ask())
+            ended = broker.session(broker.ask())
+            await backend.sessions.mark(ended, by_client=True)
+            assert len(writer._pending) <= 10 + 1
+            assert writer.lost >= 60 - 10 - 2
+    async with broker.opened() as backend:
+        assert await backend.sessions.ended(ended.session_id)
+
+
+@contextmanager
+def hanging(writer: Writer) -> Iterator[None]:
+    """Keep the thread from writing: it waits for a lock, as for a disk."""
+    really, held = writer._file.append, threading.Lock()
+
+    def append(*arguments: Any, **how: Any) -> None:
+        with held:
+            really(*arguments, **how)
+
+    with pytest.MonkeyPatch.context() as patch, held:
+        patch.setattr(writer._file, "append", append)
+        yield
