@@ -80,6 +80,11 @@ def read_secret(name: str, inline: Secret | None, file: str | None) -> Secret | 
     return inline if file is None else secret_in(f"{name}_file", file)
 
 
+def found_in(name: str, file: str | None) -> str:
+    """Name a secret in an error: by the setting that was used and, if it is in one, its file."""
+    return name if file is None else f"{name}_file: {file}"
+
+
 def secret_in(setting: str, file: str) -> Secret:
     """Return the secret in the file that a setting names; raises ConfigError."""
     try:

@@ -484,12 +484,14 @@ class TestFile:
         path.chmod(0)
         with as_nobody(), pytest.raises(ConfigError) as caught:
             config.load(path, {}, {})
-        assert str(caught.value) == f"cannot read {path}: Permission denied"
+        told = (
+            f"cannot read {path}: Permission denied; let the broker's user read it, or let the"
+            " unit hand it over (LoadCredential)"
+        )
+        assert str(caught.value) == told
         with as_nobody(), pytest.raises(ConfigError) as caught:
             config.read_secret("clients.web.secret", None, str(path))
-        assert (
-            str(caught.value) == f"clients.web.secret_file: cannot read {path}: Permission denied"
-        )
+        assert str(caught.value) == f"clients.web.secret_file: {told}"
 
     def test_is_chosen_by_flag_then_variable_then_place(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
