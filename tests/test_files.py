@@ -56,8 +56,10 @@ KINDS: dict[str, tuple[Made, str]] = {
     "circular": (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
     "unreadable": (
         _unreadable,
-        "Permission denied; let the broker's user read it, or let the unit hand it over"
-        " (LoadCredential)",
+        (
+            "Permission denied; let the broker's user read it, or let the unit hand it over"
+            " (LoadCredential)"
+        ),
     ),
 }
 """What may lie under a path, and what is said of it."""

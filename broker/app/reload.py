@@ -172,6 +172,7 @@ class Reloader:
         Returns what they say, whether there is another sealing key, and what puts them in force.
         """
         loaded = self._load()
+        factory.check(loaded, self._environ)  # also what waits for a restart, which would fail
         settings = in_force(self._settings, loaded)
         other_key = credentials.sealing_key(settings) != self._parts.sealing_key
         return loaded, other_key, self.prepared(settings)

@@ -301,6 +301,7 @@ class Supervisor:
     def _read(self) -> _Read:
         """Read all files anew; raises ConfigError."""
         loaded = self._load()
+        factory.check(loaded, self._environ)  # also what waits for a restart, which would fail
         settings = in_force(self._settings, loaded)
         files = SecretFiles(file for _, file in factory.watched_files(settings))
         factory.check(settings, self._environ)

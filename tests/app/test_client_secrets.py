@@ -72,7 +72,10 @@ def test_N26_the_next_secret_is_held_to_the_same_rules(tmp_path: Path) -> None:
     )
     shop = put(both, "clients.shop", {"secret_file": other, "agents": ["A1"]})
     for wrong, told in (
-        (put(tree, "clients.web.next_secret_file", first), "next_secret_file: .*: the same as its secret"),
+        (
+            put(tree, "clients.web.next_secret_file", first),
+            "next_secret_file: .*: the same as its secret",
+        ),
         (
             shop,
             (

@@ -51,7 +51,12 @@ def path(tmp_path: Path, tree: Tree) -> str:
     return write(tmp_path / "broker.toml", toml(tree))
 
 
-IN_USE = "in use; stop the other process or choose another"
+IN_USE = {
+    "server": "in use; stop the other process, or choose another with --listen or [server] listen",
+    "admin": "in use; stop the other process, or choose another with --admin-listen or [admin]"
+    " listen",
+}
+"""What is said of an address, by section."""
 
 ALL_IN_ONE = """
 import contextlib, io, json, sys
@@ -195,7 +200,7 @@ class TestBadConfiguration:
             [
                 69,
                 "",
-                f"broker: {section}.listen: cannot listen on {address}: {IN_USE}\n",
+                f"broker: {section}.listen: cannot listen on {address}: {IN_USE[section]}\n",
             ]
             for section, address in used
         ]

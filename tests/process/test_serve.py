@@ -487,6 +487,27 @@ class TestReload:
             told = broker.logged("broker.embed_token", 2)
             assert [event["level"] for event in told] == ["info", "debug"]
 
+    @pytest.mark.parametrize(
+        "setting", ["admin.secret_file", "store.encryption_key_file", "store.password_file"]
+    )
+    def test_fails_where_the_next_restart_would(
+        self, tmp_path: Path, tree: Tree, setting: str
+    ) -> None:
+        """A file that cannot be read is told now, also of a section that waits for a restart.
+
+        A reload that says nothing but `needs_restart` sends the operator into a restart that ends
+        with 78, and stays there.
+        """
+        with Broker.configured(tmp_path, tree) as broker:
+            path = write(tmp_path / "broker.toml", toml(put(tree, setting, "/nowhere/secret")))
+            failed = broker.reload()
+            assert (failed["event"], failed["error"]) == (
+                "broker.reload_failed",
+                f"{setting}: cannot read /nowhere/secret: No such file or directory",
+            )
+            write(Path(path), toml(tree))
+            assert broker.reload()["needs_restart"] == []
+
     def test_names_a_sealing_key_that_has_changed(self, tmp_path: Path, tree: Tree) -> None:
         """It seals what is stored from the next start on; nothing else in that file is noticed."""
         sealing = tmp_path / "sealing"
