@@ -22,7 +22,7 @@ from broker.web import body
 from broker.web.auth import Client, ClientAuthenticator
 from broker.web.response import JSON_TYPE, ReadyAnswer, head, limit_headers, retry_after_seconds
 from broker.wire import request as wire
-from broker.wire.responses import HealthAnswer, ValidAnswer, error_body_of, plain_body, token_in
+from broker.wire.responses import HealthAnswer, ValidAnswer, data_in, error_body_of, plain_body
 
 log = structlog.get_logger()
 
@@ -321,6 +321,7 @@ class Routes:
         self, handout: IssuedToken, request_id: str, seconds: float, ask: TokenRequest
     ) -> None:
         write = self._log.info if handout.outcome is Outcome.MINTED else log.debug
+        data = data_in(handout.token.body)
         write(
             "broker.embed_token",
             outcome=handout.outcome.value,
@@ -328,7 +329,8 @@ class Routes:
             client=ask.client,
             agent=ask.agent,
             visitor=visitor_hash(ask.fingerprint),
-            token=name_of(token_in(handout.token.body)),
+            session=data.session_id,
+            token=name_of(data.token),
             left_s=handout.left // 1_000_000,
             duration_ms=round(seconds * 1000, 3),
         )
