@@ -47,7 +47,7 @@ def load(
     _merge(tree, defaults or {})
     _merge(tree, _read_file(path) if path is not None else {})
     for name, parts in _from_environment(environ):
-        _put(tree, name, parts, environ[name])
+        _merge(tree, _override(tree, name, parts, environ[name]))
     _merge(tree, flags)
     return from_tree(tree)
 
@@ -62,6 +62,33 @@ def from_tree(tree: Mapping[str, Any]) -> Settings:
     upstream = settings.issuer.upstream
     upstream = replace(upstream, base_url=normal_base_url(upstream.base_url))
     return replace(settings, issuer=replace(settings.issuer, upstream=upstream))
+
+
+def overridden(path: Path | None, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the keys of a file that do not count, each with the variable that does.
+
+    A variable that says the same as the file overrides nothing.  Raises ConfigError.
+    """
+    tree = _read_file(path) if path is not None else {}
+    found: dict[str, str] = {}
+    for name, parts in _from_environment(environ):
+        for key in _replaced(tree, _override(tree, name, parts, environ[name]), ()):
+            found[key] = name
+    return found
+
+
+def _replaced(
+    tree: Mapping[str, Any], over: Mapping[str, Any], path: tuple[str, ...]
+) -> Iterator[str]:
+    """Yield the keys of a tree that another one replaces by something else, in whatever form."""
+    for key, value in over.items():
+        below = tree.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            yield from _replaced(below, value, (*path, key))
+            continue
+        for form in dict.fromkeys((key, *_twins(key))):
+            if form in tree and (form != key or str(below) != str(value)):
+                yield ".".join((*path, form))
 
 
 def find_file(flag: str | None, environ: Mapping[str, str]) -> Path | None:
@@ -119,8 +146,13 @@ def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, list[st
                 raise ConfigError(f"{name} and {form} are both set: keep one")
 
 
-def _put(tree: dict[str, Any], variable: str, parts: list[str], text: str) -> None:
-    """Set one key from the environment; sections and keys are found without regard to case."""
+def _override(
+    tree: Mapping[str, Any], variable: str, parts: list[str], text: str
+) -> dict[str, Any]:
+    """Return one key from the environment as a tree to be laid over this one.
+
+    Sections and keys are found without regard to case.
+    """
     kind: Any = Settings
     node: Any = tree
     path: list[str] = []
@@ -137,7 +169,8 @@ def _put(tree: dict[str, Any], variable: str, parts: list[str], text: str) -> No
         refuse_unknown(Settings, over, ())
     except ConfigError as error:
         raise ConfigError(f"{variable}: {error}") from None
-    _merge(tree, over)
+    tree_over: dict[str, Any] = over
+    return tree_over
 
 
 def _step(kind: Any, node: Mapping[str, Any], part: str) -> tuple[str, Any]:

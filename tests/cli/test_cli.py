@@ -282,6 +282,17 @@ class TestCheck:
             b" runs\n"
         )
 
+    def test_notes_what_the_environment_overrides(self, path: str, tmp_path: Path) -> None:
+        """Whoever edits the file sees no other sign that this key of it does not count."""
+        other = secret_file(tmp_path / "other")
+        name = "BROKER_CLIENTS__WEB__SECRET_FILE"
+        done = run("check", "--config", path, **{name: other})
+        assert (done.returncode, done.stdout) == (0, b"configuration ok\n")
+        told = f"{name} of the environment counts, not the file"
+        assert done.stderr.decode() == f"note: clients.web.secret_file: {told}\n"
+        shown = run("config", "show", "--config", path, **{name: other}).stdout.decode()
+        assert f'secret_file = "{other}"  # {name} counts, not the file\n' in shown
+
     def test_notes_a_vendor_key_that_is_not_used(self, tmp_path: Path, tree: Tree) -> None:
         """Tokens that are signed here show no avatar: whoever gave a key meant to relay."""
         tree = put(tree, "issuer.upstream.api_secret", secrets.token_urlsafe(20))
