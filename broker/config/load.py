@@ -69,9 +69,10 @@ def overridden(path: Path | None, environ: Mapping[str, str]) -> dict[str, str]:
 
     A variable that says the same as the file overrides nothing.  Raises ConfigError.
     """
-    tree = _read_file(path) if path is not None else {}
+    variables = list(_from_environment(environ))
+    tree = _read_file(path) if path is not None and variables else {}
     found: dict[str, str] = {}
-    for name, parts in _from_environment(environ):
+    for name, parts in variables:
         for key in _replaced(tree, _override(tree, name, parts, environ[name]), ()):
             found[key] = name
     return found
@@ -169,8 +170,7 @@ def _override(
         refuse_unknown(Settings, over, ())
     except ConfigError as error:
         raise ConfigError(f"{variable}: {error}") from None
-    tree_over: dict[str, Any] = over
-    return tree_over
+    return dict(over)
 
 
 def _step(kind: Any, node: Mapping[str, Any], part: str) -> tuple[str, Any]:
