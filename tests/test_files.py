@@ -55,7 +55,13 @@ KINDS: dict[str, tuple[Made, str]] = {
     "absent": (lambda _path: None, "No such file or directory"),
     "dangling": (lambda path: path.symlink_to("nowhere"), "No such file or directory"),
     "circular": (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
-    "unreadable": (_unreadable, "Permission denied"),
+    "unreadable": (
+        _unreadable,
+        (
+            "Permission denied; let the broker's user read it, or let the unit hand it over"
+            " (LoadCredential)"
+        ),
+    ),
 }
 """What may lie under a path, and what is said of it."""
 

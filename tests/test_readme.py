@@ -113,10 +113,17 @@ def test_every_other_command_is_a_known_one() -> None:
         ".venv/bin/flask",
         ".venv/bin/pip",
         "/opt/embed-token-broker/bin/pip",
+        "amtool",
         "curl",
         "echo",
         "install",
+        "journalctl",
+        "jq",
+        "mv",
+        "printf",
+        "promtool",
         "python3",
+        "rm",
         "sed",
         "systemctl",
         "tee",
@@ -769,6 +776,26 @@ def test_the_printed_curl_line_works_in_a_shell(running: Dev) -> None:
 
 
 @pytest.mark.parts
+def test_the_log_s_commands_read_what_a_broker_writes(tmp_path: Path) -> None:
+    """JSON is read, the plain line of a start that failed is passed over; sessions are found."""
+    lines = [{"event": "broker.started"}, {"event": "broker.embed_token", "session": "s"}]
+    journal = tmp_path / "journal"
+    journal.write_text("broker: no\n" + "".join(f"{json.dumps(line)}\n" for line in lines))
+    (block,) = [block for block in of("sh") if "journalctl" in block.text]
+    said = [
+        subprocess.run(
+            ["bash", "-c", f"journalctl() {{ cat {journal}; }}; {line} -c"],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=True,
+        ).stdout
+        for line in block.text.splitlines()
+    ]
+    assert [[json.loads(line) for line in text.splitlines()] for text in said] == [lines, lines[1:]]
+
+
+@pytest.mark.parts
 def test_the_curl_lines_of_a_session_s_life_work_in_a_shell(running: Dev) -> None:
     """A token is good and the caller's, and after the third line it is not good any more."""
     _, answer = post(running, b'{"agent_id": "A1", "fingerprint": "00ff00ff"}')
@@ -904,7 +931,7 @@ def test_the_production_steps_make_a_configuration_that_passes(tmp_path: Path) -
     unit = tmp_path / "etc" / "systemd" / "system" / "embed-token-broker.service"
     lines = unit.read_text(encoding="utf-8").splitlines()
     given = [line.partition("=")[2] for line in lines if line.startswith("LoadCredential=")]
-    assert [word.partition(":")[0] for word in given] == ["web", "vendor"]
+    assert [word.partition(":")[0] for word in given] == ["web", "admin", "vendor"]
     assert "StateDirectory=embed-token-broker" in lines
     variables = [line.partition("=")[2] for line in lines if line.startswith("Environment=")]
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("BROKER_", "BITHUMAN_"))}

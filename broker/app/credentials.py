@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from broker.config import files
-from broker.config.load import VENDOR_VARIABLES, read_secret, secret_in
+from broker.config.load import VENDOR_VARIABLES, found_in, read_secret, secret_in
 from broker.config.schema import ConfigError
 from broker.config.settings import LocalIssuerSettings, Settings
 from broker.issuers import keyfile
@@ -26,18 +26,29 @@ def vendor_keys(settings: Settings, environ: Mapping[str, str]) -> list[Secret]:
     name = "issuer.upstream.api_secret"
     if upstream.api_secret is not None and upstream.api_secret_files:
         raise ConfigError(f"{name} and {name}_files are both set: keep one")
-    found = [secret_in(f"{name}_files", file) for file in upstream.api_secret_files]
-    keys: list[Secret | None] = [upstream.api_secret, *found]
-    if not any(keys):
-        given = next((environ[name] for name in VENDOR_VARIABLES if environ.get(name)), None)
-        keys = [Secret(given) if given else None]
-    usable = [key for key in keys if key is not None]
-    if not usable:
+    keys = [
+        (f"{name}_files: {file}", secret_in(f"{name}_files", file))
+        for file in upstream.api_secret_files
+    ]
+    if upstream.api_secret:
+        keys = [(name, upstream.api_secret)]
+    if not keys:
+        given = (name for name in VENDOR_VARIABLES if environ.get(name))
+        keys = [(variable, Secret(environ[variable])) for variable in given][:1]
+    if not keys:
         raise ConfigError(f"{name}_files: no vendor key; set it, or BITHUMAN_API_SECRET")
-    for key in usable:
-        if not key.reveal().isascii() or not key.reveal().isprintable() or " " in key.reveal():
-            raise ConfigError(f"{name}: not a key: it holds blanks or unprintable characters")
-    return list(dict.fromkeys(usable))
+    for where, key in keys:
+        _check_vendor_key(where, key.reveal())
+    return list(dict.fromkeys(key for _, key in keys))
+
+
+def _check_vendor_key(where: str, key: str) -> None:
+    """Raise ConfigError for what no vendor made: above all a blank or a second line beside it."""
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigError(
+            f"{where}: not a key: it holds blanks, line breaks or other unprintable characters;"
+            " keep the key alone, on one line"
+        )
 
 
 def vendor_proxy(settings: Settings, environ: Mapping[str, str]) -> "Proxy | None":
@@ -45,10 +56,11 @@ def vendor_proxy(settings: Settings, environ: Mapping[str, str]) -> "Proxy | Non
     from broker.issuers.vendor.egress import check_proxy, proxy_for  # noqa: PLC0415 - as in validate
 
     upstream = settings.issuer.upstream
-    given = read_secret("issuer.upstream.proxy", upstream.proxy, upstream.proxy_file)
+    name = "issuer.upstream.proxy"
+    given = read_secret(name, upstream.proxy, upstream.proxy_file)
     try:
         if given is not None:
-            check_proxy(given)
+            check_proxy(given, found_in(name, upstream.proxy_file))
         return proxy_for(upstream.base_url, given, environ)
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -64,6 +76,7 @@ def keyring(settings: Settings) -> Keyring:
         secret = read_secret(f"issuer.local.keys.{kid}.secret", key.secret, key.secret_file)
         if secret is None:
             raise ConfigError(f"issuer.local.keys.{kid}: needs secret_file")
+        _check_key(found_in(f"issuer.local.keys.{kid}.secret", key.secret_file), kid, secret)
         keys[kid] = secret.reveal().encode()
     if not keys:
         raise ConfigError(
@@ -113,8 +126,14 @@ def sealing_key(settings: Settings) -> Secret | None:
     store = settings.store
     secret = read_secret("store.encryption_key", store.encryption_key, store.encryption_key_file)
     if secret is not None:
-        try:
-            check_key("store.encryption_key", secret.reveal().encode())
-        except BadKey as error:
-            raise ConfigError(f"store.encryption_key_file: {error}") from None
+        name = "store.encryption_key"
+        _check_key(found_in(name, store.encryption_key_file), name, secret)
     return secret
+
+
+def _check_key(where: str, name: str, secret: Secret) -> None:
+    """Raise ConfigError for a weak key."""
+    try:
+        check_key(name, secret.reveal().encode())
+    except BadKey as error:
+        raise ConfigError(f"{where}: {error}") from None

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from broker.app import credentials
 from broker.config import files
 from broker.config.addresses import Access, StateFileAddress, StoreAddress, parse_store_url
-from broker.config.load import MIN_CLIENT_SECRET, read_secret
+from broker.config.load import MIN_CLIENT_SECRET, found_in, read_secret
 from broker.config.schema import ConfigError
 from broker.config.settings import (
     AgentLimitSettings,
@@ -49,14 +49,14 @@ def clients(settings: Settings, environ: Mapping[str, str]) -> list[Client]:
     known: dict[bytes, Client] = {}
     for name, client in settings.clients.items():
         agents = None if "*" in client.agents else frozenset(client.agents)
-        for path, secret in _secrets_of(name, client):
-            _check_header_secret(path, secret)
+        for where, secret in _secrets_of(name, client):
+            _check_header_secret(where, secret)
             digest = secret.digest()
             if digest in known and known[digest].name == name:
-                raise ConfigError(f"{path}: the same as its secret; take one of the two out")
+                raise ConfigError(f"{where}: the same as its secret; take one of the two out")
             if digest in known:
                 raise ConfigError(
-                    f"{path}: the same as that of {known[digest].name!r}; a client is known by its"
+                    f"{where}: the same as that of {known[digest].name!r}; a client is known by its"
                     " secret: make another one with `broker keys generate`"
                 )
             known[digest] = Client(name, digest, agents, client.allow_origin_header)
@@ -64,16 +64,19 @@ def clients(settings: Settings, environ: Mapping[str, str]) -> list[Client]:
 
 
 def _secrets_of(name: str, client: ClientSettings) -> Iterator[tuple[str, Secret]]:
-    """Yield a client's secret, and its next one while it is being changed; raises ConfigError."""
+    """Yield a client's secret, and its next one while it is being changed; raises ConfigError.
+
+    With each where it was found, for an error.
+    """
     path = f"clients.{name}.secret"
     secret = read_secret(path, client.secret, client.secret_file)
     if secret is None:
         raise ConfigError(f"{path}_file: required; a client is known by its secret")
-    yield path, secret
+    yield found_in(path, client.secret_file), secret
     path = f"clients.{name}.next_secret"
     following = read_secret(path, client.next_secret, client.next_secret_file)
     if following is not None:
-        yield path, following
+        yield found_in(path, client.next_secret_file), following
 
 
 def admin_clients(settings: Settings) -> list[Client]:
@@ -82,21 +85,21 @@ def admin_clients(settings: Settings) -> list[Client]:
     secret = read_secret("admin.secret", section.secret, section.secret_file)
     if secret is None:
         return []
-    _check_header_secret("admin.secret", secret)
+    _check_header_secret(found_in("admin.secret", section.secret_file), secret)
     return [Client("admin", secret.digest(), None, allow_origin=False)]
 
 
-def _check_header_secret(path: str, secret: Secret) -> None:
+def _check_header_secret(where: str, secret: Secret) -> None:
     """Raise ConfigError for a secret that no header can carry, or that is short."""
     text = secret.reveal()
     if not text.isprintable() or text.strip() != text:
         raise ConfigError(
-            f"{path}: has a line break, a control character or blanks around it, which no"
+            f"{where}: has a line break, a control character or blanks around it, which no"
             " header can carry; keep it on one line"
         )
     if len(text) < MIN_CLIENT_SECRET:
         raise ConfigError(
-            f"{path}: shorter than {MIN_CLIENT_SECRET} characters;"
+            f"{where}: shorter than {MIN_CLIENT_SECRET} characters;"
             " make one with `broker keys generate`"
         )
 

@@ -62,6 +62,15 @@ def needs_restart(old: Settings, new: Settings, *, other_key: bool = False) -> l
     return names + [f"issuer.{name}" for name, differs in fixed_parts.items() if differs]
 
 
+def check_restart(old: Settings, new: Settings, environ: Mapping[str, str]) -> None:
+    """Read the files of what waits for a restart, too; raises ConfigError where it would fail.
+
+    Only if something does: a reload reads all others by itself, and each of them once.
+    """
+    if needs_restart(old, new):
+        factory.check(new, environ)
+
+
 def in_force(old: Settings, new: Settings) -> Settings:
     """Return what holds after a reload: `new`, but for what needs a restart.
 
@@ -178,6 +187,7 @@ class Reloader:
         Returns what they say, whether there is another sealing key, and what puts them in force.
         """
         loaded = self._load()
+        check_restart(self._settings, loaded, self._environ)
         settings = in_force(self._settings, loaded)
         other_key = (
             self._parts.shared_backend is not None

@@ -75,6 +75,13 @@ def settings_of(arguments: argparse.Namespace, flags: Mapping[str, Any] | None =
     return config.load(None, os.environ, flags or {})
 
 
+def overridden(arguments: argparse.Namespace) -> dict[str, str]:
+    """Return the keys of the file in whose place a variable counts, each with that variable."""
+    from broker.config import load as config
+
+    return config.overridden(config.find_file(arguments.config, os.environ), os.environ)
+
+
 def one_line(error: object) -> str:
     """Escape what would end the line or move the cursor: names in a file may hold anything."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))

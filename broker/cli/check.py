@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from broker.cli.base import Commands, settings_of
+from broker.cli.base import Commands, one_line, overridden, settings_of
 from broker.config.schema import ConfigError
 from broker.config.settings import Settings
 from broker.exit_codes import EX_OK
@@ -30,6 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     factory.check(made_up, os.environ)
     for name, file in missing:
         complain(f"note: {name}: {file} is not here; it must be where the broker runs")
+    for key, variable in overridden(arguments).items():
+        complain(one_line(f"note: {key}: {variable} of the environment counts, not the file"))
     note_unused_key(settings)
     _try_state_file(settings, is_elsewhere=bool(missing))
     if factory.shows_password(settings):

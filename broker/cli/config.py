@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from broker.cli.base import Commands, settings_of
+from broker.cli.base import Commands, one_line, overridden, settings_of
 from broker.config import schema
 from broker.config.settings import Settings
 from broker.exit_codes import EX_OK
@@ -19,7 +19,9 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the settings, and what is used for those that are left out."""
     settings = settings_of(arguments)
-    tell(schema.show(settings, _resolved(settings)).removesuffix("\n"))
+    found = overridden(arguments)
+    notes = {key: one_line(f"{name} counts, not the file") for key, name in found.items()}
+    tell(schema.show(settings, notes | _resolved(settings)).removesuffix("\n"))
     return EX_OK
 
 

@@ -46,7 +46,9 @@ def examine(settings: Settings, environ: Mapping[str, str]) -> list[Finding]:
     from broker.app import credentials, factory
 
     factory.check(settings, environ)
-    findings = [_file(name, Path(file)) for name, file in factory.secret_files(settings)]
+    files = [(name, Path(file)) for name, file in factory.secret_files(settings)]
+    findings = [_file(name, path) for name, path in files]
+    findings += _handed_over([path for _, path in files])
     if settings.issuer.kind == "upstream":
         from broker.cli import doctor_vendor
 
@@ -82,3 +84,30 @@ def _file(name: str, path: Path) -> Finding:
         text = f"{path} has mode {mode:04o}, others can read it: chmod 600 {path}"
         return Finding(ok=False, name=name, text=text)
     return Finding(ok=True, name=name, text=f"{path} is readable by its owner only")
+
+
+def _handed_over(paths: list[Path]) -> list[Finding]:
+    """Tell root, who can read everything, which files a service's own user cannot.
+
+    Whether the service is handed them, nobody can know from here: units have any name.
+    """
+    roots = [str(path) for path in dict.fromkeys(paths) if _is_for_root_alone(path)]
+    if os.geteuid() != 0 or not roots:
+        return []
+    text = (
+        f"looked at as root, and only root can read {', '.join(roots)}: a service with a user of"
+        " its own ends with 78, unless its unit hands over each (LoadCredential); a running one has"
+        " copies of its last start"
+    )
+    return [Finding(ok=True, name="files", text=text)]
+
+
+def _is_for_root_alone(path: Path) -> bool:
+    """Whether the mode of the file, or of a folder above it, keeps all others out."""
+    real = path.resolve()
+
+    def closed(part: Path, bits: int) -> bool:
+        status = part.stat()
+        return status.st_uid == 0 and not status.st_mode & bits
+
+    return closed(real, 0o044) or any(closed(folder, 0o011) for folder in real.parents)

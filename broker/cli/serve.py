@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from broker.cli.base import Commands, settings_of
+from broker.cli.base import Commands, overridden, settings_of
 from broker.cli.check import note_unused_key
 from broker.config.settings import Settings
 
@@ -29,15 +29,24 @@ def run(arguments: argparse.Namespace) -> int:
     flags["server"] = {name: value for name, value in server.items() if value}
     if arguments.admin_listen:
         flags["admin"] = {"listen": arguments.admin_listen}
+    by_flags = {f"{section}.{key}" for section, table in flags.items() for key in table}
+
+    def replaced() -> dict[str, str]:
+        """Return keys of the file in whose place a variable counts, and no flag."""
+        found = overridden(arguments)
+        return {key: variable for key, variable in found.items() if key not in by_flags}
+
     if not arguments.dev:
-        return _serve(lambda: settings_of(arguments, flags), dev=False)
+        return _serve(lambda: settings_of(arguments, flags), replaced, dev=False)
     from broker.app import dev
     from broker.config import load as config
 
     made = dev.DevSecrets()
     path = config.find_file(arguments.config, os.environ) if _names_file(arguments) else None
     return _serve(
-        lambda: made.complete(config.load(path, os.environ, flags, made.defaults())), dev=True
+        lambda: made.complete(config.load(path, os.environ, flags, made.defaults())),
+        dict[str, str],
+        dev=True,
     )
 
 
@@ -46,16 +55,32 @@ def _names_file(arguments: argparse.Namespace) -> bool:
     return bool(arguments.config or os.environ.get("BROKER_CONFIG"))
 
 
-def _serve(load: Callable[[], Settings], *, dev: bool) -> int:
+def _serve(
+    load: Callable[[], Settings], replaced: Callable[[], dict[str, str]], *, dev: bool
+) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # a reload waits for the start
     from broker.app import factory
     from broker.config.state_folder import make_folder
     from broker.process.serve import serve
     from broker.telemetry import logs
 
+    def loaded_again() -> Settings:
+        settings = load()
+        _note_replaced(replaced())
+        return settings
+
     settings = load()
     if (file := factory.state_file(settings)) is not None:
         make_folder(file, os.environ)
     logs.configure(settings.log)
     note_unused_key(settings)
-    return serve(settings, load, dev=dev)
+    _note_replaced(replaced())
+    return serve(settings, loaded_again, dev=dev)
+
+
+def _note_replaced(variables: dict[str, str]) -> None:
+    """Tell which keys of the file do not count: whoever edits the file sees no other sign of it."""
+    import structlog
+
+    if variables:
+        structlog.get_logger().info("broker.file_overridden", variables=variables)

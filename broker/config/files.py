@@ -27,6 +27,9 @@ _KINDS = {
 }
 """What is not read, and what to do, by the type of the inode."""
 
+_HAND_OVER = "let the broker's user read it, or let the unit hand it over (LoadCredential)"
+"""What to do about a file of somebody else."""
+
 
 class CannotRead(Exception):
     """A file that cannot be used; the message names it, the rule and, unless plain, the remedy.
@@ -77,6 +80,8 @@ def open_regular(path: str | Path, *, follow: bool = True) -> int:
         handle = os.open(path, flags)
     except FileNotFoundError as error:
         raise CannotRead(path, error.strerror or "absent", is_absent=True) from None
+    except PermissionError:
+        raise CannotRead(path, f"Permission denied; {_HAND_OVER}") from None
     except OSError as error:
         raise CannotRead(path, error.strerror or "error") from None
     except ValueError:

@@ -47,7 +47,7 @@ def load(
     _merge(tree, defaults or {})
     _merge(tree, _read_file(path) if path is not None else {})
     for name, parts in _from_environment(environ):
-        _put(tree, name, parts, environ[name])
+        _merge(tree, _override(tree, name, parts, environ[name]))
     _merge(tree, flags)
     return from_tree(tree)
 
@@ -64,6 +64,34 @@ def from_tree(tree: Mapping[str, Any]) -> Settings:
     return replace(settings, issuer=replace(settings.issuer, upstream=upstream))
 
 
+def overridden(path: Path | None, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the keys of a file that do not count, each with the variable that does.
+
+    A variable that says the same as the file overrides nothing.  Raises ConfigError.
+    """
+    variables = list(_from_environment(environ))
+    tree = _read_file(path) if path is not None and variables else {}
+    found: dict[str, str] = {}
+    for name, parts in variables:
+        for key in _replaced(tree, _override(tree, name, parts, environ[name]), ()):
+            found[key] = name
+    return found
+
+
+def _replaced(
+    tree: Mapping[str, Any], over: Mapping[str, Any], path: tuple[str, ...]
+) -> Iterator[str]:
+    """Yield the keys of a tree that another one replaces by something else, in whatever form."""
+    for key, value in over.items():
+        below = tree.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            yield from _replaced(below, value, (*path, key))
+            continue
+        for form in dict.fromkeys((key, *_twins(key))):
+            if form in tree and (form != key or str(below) != str(value)):
+                yield ".".join((*path, form))
+
+
 def find_file(flag: str | None, environ: Mapping[str, str]) -> Path | None:
     """Choose the configuration file: flag, `BROKER_CONFIG`, the default path if it is there."""
     if flag:
@@ -78,6 +106,11 @@ def read_secret(name: str, inline: Secret | None, file: str | None) -> Secret | 
     if inline is not None and file is not None:
         raise ConfigError(f"{name} and {name}_file are both set: keep one")
     return inline if file is None else secret_in(f"{name}_file", file)
+
+
+def found_in(name: str, file: str | None) -> str:
+    """Name a secret in an error: by the setting that was used and, if it is in one, its file."""
+    return name if file is None else f"{name}_file: {file}"
 
 
 def secret_in(setting: str, file: str) -> Secret:
@@ -114,8 +147,13 @@ def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, list[st
                 raise ConfigError(f"{name} and {form} are both set: keep one")
 
 
-def _put(tree: dict[str, Any], variable: str, parts: list[str], text: str) -> None:
-    """Set one key from the environment; sections and keys are found without regard to case."""
+def _override(
+    tree: Mapping[str, Any], variable: str, parts: list[str], text: str
+) -> dict[str, Any]:
+    """Return one key from the environment as a tree to be laid over this one.
+
+    Sections and keys are found without regard to case.
+    """
     kind: Any = Settings
     node: Any = tree
     path: list[str] = []
@@ -132,7 +170,7 @@ def _put(tree: dict[str, Any], variable: str, parts: list[str], text: str) -> No
         refuse_unknown(Settings, over, ())
     except ConfigError as error:
         raise ConfigError(f"{variable}: {error}") from None
-    _merge(tree, over)
+    return dict(over)
 
 
 def _step(kind: Any, node: Mapping[str, Any], part: str) -> tuple[str, Any]:

@@ -27,7 +27,7 @@ from aiohttp.web import Application
 from prometheus_client import CollectorRegistry
 
 from broker.app import credentials, factory
-from broker.app.reload import in_force, needs_restart, read_aside
+from broker.app.reload import check_restart, in_force, needs_restart, read_aside
 from broker.clock import sleep_unless
 from broker.config.schema import ConfigError
 from broker.config.secret_files import SecretFiles
@@ -301,6 +301,7 @@ class Supervisor:
     def _read(self) -> _Read:
         """Read all files anew; raises ConfigError."""
         loaded = self._load()
+        check_restart(self._settings, loaded, self._environ)
         settings = in_force(self._settings, loaded)
         files = SecretFiles(file for _, file in factory.watched_files(settings))
         factory.check(settings, self._environ)

@@ -43,9 +43,13 @@ def processors(out: TextIO | None) -> list[Processor]:
 
 
 def _headline(_logger: object, _name: str, event: EventDict) -> EventDict:
-    """Let the canonical event go by its outcome; leave out what is empty."""
+    """Let the canonical event go by its outcome; leave out what is empty.
+
+    And the session, which would have to be there in full: a third of the line.
+    """
     if event["event"] == CANONICAL and "outcome" in event:
         event["event"] = event.pop("outcome")
+        event.pop("session", None)
     if "limit" in event:
         event.pop("code", None)  # RATE_LIMITED, as the status says
     return {key: value for key, value in event.items() if value not in ([], None)}

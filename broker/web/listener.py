@@ -176,16 +176,23 @@ def _require_free(path: Path) -> None:
 
 
 _REMEDIES = {
-    errno.EADDRINUSE: "in use; stop the other process or choose another",
+    errno.EADDRINUSE: "in use; stop the other process, or choose another with {setting}",
     errno.EADDRNOTAVAIL: "this machine has no such address",
     errno.EACCES: "permission denied; choose a port above 1023 or a folder of the broker's own",
     errno.ENOENT: "no such folder",
 }
+
+_SETTINGS = {
+    "server.listen": "--listen or [server] listen",
+    "admin.listen": "--admin-listen or [admin] listen",
+}
+"""How an address is chosen, by the key that holds it."""
 
 
 def _reason(setting: str, address: str, error: OSError) -> str:
     number = error.errno
     if number is None and "could not bind" in str(error):
         number = errno.EADDRNOTAVAIL  # how Python 3.13 reports it
-    text = _REMEDIES.get(number or 0) or error.strerror or str(error)
+    remedy = _REMEDIES.get(number or 0, "").format(setting=_SETTINGS[setting])
+    text = remedy or error.strerror or str(error)
     return f"{setting}: cannot listen on {address}: {text}"

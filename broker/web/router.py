@@ -34,7 +34,7 @@ from broker.web.response import (
 from broker.web.whole_request import LaneHandler, Request, WholeRequest
 from broker.wire import request as wire
 from broker.wire.known_bodies import KnownBodies
-from broker.wire.responses import HealthAnswer, ValidAnswer, error_body_of, plain_body, token_in
+from broker.wire.responses import HealthAnswer, ValidAnswer, data_in, error_body_of, plain_body
 
 log = structlog.get_logger()
 
@@ -353,6 +353,7 @@ class Routes:
         self, handout: IssuedToken, request_id: str, seconds: float, ask: TokenRequest
     ) -> None:
         write = self._log.info if handout.outcome is Outcome.MINTED else log.debug
+        data = data_in(handout.token.body)
         write(
             "broker.embed_token",
             outcome=handout.outcome.value,
@@ -360,7 +361,8 @@ class Routes:
             client=ask.client,
             agent=ask.agent,
             visitor=visitor_hash(ask.fingerprint),
-            token=name_of(token_in(handout.token.body)),
+            session=data.session_id,
+            token=name_of(data.token),
             left_s=handout.left // 1_000_000,
             duration_ms=round(seconds * 1000, 3),
         )

@@ -152,17 +152,23 @@ def plain_body(answer: Struct | Mapping[str, object]) -> bytes:
     return _encode(answer)
 
 
-class _TokenOnly(Struct):
+class _NamesOnly(Struct):
     token: str
+    session_id: str = ""
 
 
 class _DataOnly(Struct):
-    data: _TokenOnly
+    data: _NamesOnly
 
 
 _decode_data = msgspec.json.Decoder(_DataOnly).decode
 
 
+def data_in(body: bytes) -> _NamesOnly:
+    """Read token and session back out of a ready success body: for logs, not per request."""
+    return _decode_data(body).data
+
+
 def token_in(body: bytes) -> str:
-    """Read the token back out of a ready success body: for logs and renewals, not per request."""
-    return _decode_data(body).data.token
+    """Read the token alone."""
+    return data_in(body).token

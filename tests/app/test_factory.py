@@ -78,7 +78,8 @@ class TestClients:
         tree = good(tmp_path)
         write(tmp_path / "web", secrets.token_hex(8)[:15] + "\n")
         assert refusal(tree) == (
-            "clients.web.secret: shorter than 16 characters; make one with `broker keys generate`"
+            f"clients.web.secret_file: {tmp_path / 'web'}: shorter than 16 characters; make one"
+            " with `broker keys generate`"
         )
         write(tmp_path / "web", secrets.token_hex(8) + "\n")
         factory.check(settings(tree), NOTHING)
@@ -91,8 +92,8 @@ class TestClients:
         tree = good(tmp_path)
         write(tmp_path / "web", spoil.format(secrets.token_urlsafe(24)))
         assert refusal(tree) == (
-            "clients.web.secret: has a line break, a control character or blanks around it, which"
-            " no header can carry; keep it on one line"
+            f"clients.web.secret_file: {tmp_path / 'web'}: has a line break, a control character or"
+            " blanks around it, which no header can carry; keep it on one line"
         )
 
     def test_that_share_a_secret_are_refused(self, tmp_path: Path) -> None:
@@ -101,8 +102,8 @@ class TestClients:
         path = tree["clients"]["web"]["secret_file"]
         tree = put(tree, "clients.shop", {"secret_file": path, "agents": ["A1"]})
         told = (
-            "clients.shop.secret: the same as that of 'web'; a client is known by its secret: make"
-            " another one with `broker keys generate`"
+            f"clients.shop.secret_file: {path}: the same as that of 'web'; a client is known by its"
+            " secret: make another one with `broker keys generate`"
         )
         assert refusal(tree) == told
 
@@ -141,10 +142,11 @@ class TestKeys:
         told += ": make one with `broker keys generate`"
         if place == "store":
             tree = put(good(tmp_path), "store.encryption_key_file", path)
-            told = "store.encryption_key_file: " + told.replace("'one'", "'store.encryption_key'")
+            told = told.replace("'one'", "'store.encryption_key'")
+            told = f"store.encryption_key_file: {path}: {told}"
         else:
             tree = put(good(tmp_path), "issuer.local.keys", key_tree(path))
-            told = f"issuer.local.keys: {told}"
+            told = f"issuer.local.keys.one.secret_file: {path}: {told}"
         assert refusal(tree) == told
 
     def test_that_are_two_need_to_be_told_apart(self, tmp_path: Path) -> None:
@@ -163,6 +165,51 @@ class TestKeys:
     def test_that_are_one_need_no_name(self, tmp_path: Path) -> None:
         """The only key signs."""
         assert credentials.keyring(settings(good(tmp_path))).signing(0) == "one"
+
+
+class TestSecretsInFiles:
+    """An error names the setting that was used and its file: there may be a dozen."""
+
+    @pytest.mark.parametrize("spoil", [" {}", "{}\n\n"], ids=["a blank before", "two newlines"])
+    @pytest.mark.parametrize(
+        "setting",
+        [
+            "admin.secret_file",
+            "clients.web.secret_file",
+            "clients.web.next_secret_file",
+            "issuer.upstream.api_secret_files",
+        ],
+    )
+    def test_that_no_header_carries_are_named(
+        self, tmp_path: Path, setting: str, spoil: str
+    ) -> None:
+        """An editor left something beside it."""
+        file = write(tmp_path / "spoiled", spoil.format(secrets.token_urlsafe(36)))
+        tree = put(good(tmp_path), setting, [file] if setting.endswith("s") else file)
+        if setting.startswith("issuer.upstream"):
+            tree = put(tree, "issuer.kind", "upstream")
+        told = refusal(tree)
+        assert told.startswith(f"{setting}: {file}: ")
+        assert "line" in told.partition("; ")[2], "the remedy"
+
+    def test_that_are_no_proxy_are_named(self, tmp_path: Path) -> None:
+        """The same; what is in it is not shown."""
+        file = write(tmp_path / "proxy", "socks5://u:password@h:1\n")
+        upstream = {"proxy_file": file, "api_secret": secrets.token_urlsafe(24)}
+        tree = merged(good(tmp_path), {"issuer.kind": "upstream", "issuer.upstream": upstream})
+        assert refusal(tree) == (
+            f'issuer.upstream.proxy_file: {file}: expected "http://HOST:PORT", "https://HOST:PORT"'
+            ' or "direct"'
+        )
+
+    @pytest.mark.parametrize("variable", config.VENDOR_VARIABLES)
+    def test_a_key_from_the_environment_goes_by_its_variable(
+        self, tmp_path: Path, variable: str
+    ) -> None:
+        """No setting was used, so none is named."""
+        tree = put(good(tmp_path), "issuer.kind", "upstream")
+        with pytest.raises(ConfigError, match=f"^{variable}: not a key: "):
+            factory.check(settings(tree), {variable: f" {secrets.token_urlsafe(24)}"})
 
 
 class TestLimits:

@@ -51,7 +51,12 @@ def path(tmp_path: Path, tree: Tree) -> str:
     return write(tmp_path / "broker.toml", toml(tree))
 
 
-IN_USE = "in use; stop the other process or choose another"
+IN_USE = {
+    "server": "in use; stop the other process, or choose another with --listen or [server] listen",
+    "admin": "in use; stop the other process, or choose another with --admin-listen or [admin]"
+    " listen",
+}
+"""What is said of an address, by section."""
 
 ALL_IN_ONE = """
 import contextlib, io, json, sys
@@ -201,7 +206,7 @@ class TestBadConfiguration:
             [
                 69,
                 "",
-                f"broker: {section}.listen: cannot listen on {address}: {IN_USE}\n",
+                f"broker: {section}.listen: cannot listen on {address}: {IN_USE[section]}\n",
             ]
             for section, address in used
         ]
@@ -282,6 +287,17 @@ class TestCheck:
             b"note: clients.web.secret_file: /nowhere/web is not here; it must be where the broker"
             b" runs\n"
         )
+
+    def test_notes_what_the_environment_overrides(self, path: str, tmp_path: Path) -> None:
+        """Whoever edits the file sees no other sign that this key of it does not count."""
+        other = secret_file(tmp_path / "other")
+        name = "BROKER_CLIENTS__WEB__SECRET_FILE"
+        done = run("check", "--config", path, **{name: other})
+        assert (done.returncode, done.stdout) == (0, b"configuration ok\n")
+        told = f"{name} of the environment counts, not the file"
+        assert done.stderr.decode() == f"note: clients.web.secret_file: {told}\n"
+        shown = run("config", "show", "--config", path, **{name: other}).stdout.decode()
+        assert f'secret_file = "{other}"  # {name} counts, not the file\n' in shown
 
     def test_notes_a_vendor_key_that_is_not_used(self, tmp_path: Path, tree: Tree) -> None:
         """Tokens that are signed here show no avatar: whoever gave a key meant to relay."""

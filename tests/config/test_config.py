@@ -260,6 +260,43 @@ class TestEnvironment:
         assert str(caught.value) == "BROKER_SERVER__LISTEN: server is not a section"
 
 
+class TestOverridden:
+    """Keys of the file that a variable replaces, whether by another value or another form."""
+
+    @pytest.mark.parametrize(
+        ("variables", "expected"),
+        [
+            ({"BROKER_SERVER__DEADLINE": "7s"}, {"server.deadline"}),
+            ({"broker_server__deadline": "7s"}, set()),
+            ({"BROKER_server__deadline": "7s"}, {"server.deadline"}),
+            ({"BROKER_SERVER__DEADLINE": "5s"}, set()),
+            ({"BROKER_SERVER__DRAIN": "7s"}, set()),
+            ({"BROKER_CLIENTS__SHOP__SECRET": "x" * 20}, {"clients.Shop.secret_file"}),
+            ({"BROKER_CLIENTS__WEB__SECRET_FILE": "/b"}, set()),
+            ({"BROKER_SERVER__TRUSTED_PROXIES": "10.0.0.1"}, set()),
+            ({"BROKER_SERVER__TRUSTED_PROXIES": "10.0.0.2"}, {"server.trusted_proxies"}),
+            ({"BROKER_ISSUER__UPSTREAM__API_SECRET": "k"}, {"issuer.upstream.api_secret_files"}),
+            ({"BITHUMAN_API_SECRET": "k", "BROKER_CONFIG": "/c"}, set()),
+        ],
+    )
+    def test_are_named_with_their_variable(
+        self, variables: dict[str, str], expected: set[str]
+    ) -> None:
+        """Not what the file does not say, nor what both say."""
+        tree: Tree = {
+            "server": {"deadline": "5s", "trusted_proxies": ["10.0.0.1"]},
+            "clients": {"Shop": {"secret_file": "/a"}},
+            "issuer": {"upstream": {"api_secret_files": ["/k"]}},
+        }
+        with file_with(tree) as path:
+            found = config.overridden(path, variables)
+        assert found == dict.fromkeys(expected, next(iter(variables)))
+
+    def test_without_a_file_there_is_none(self) -> None:
+        """The environment alone overrides nothing."""
+        assert config.overridden(None, {"BROKER_SERVER__DEADLINE": "7s"}) == {}
+
+
 class TestUnknownKeys:
     @pytest.mark.parametrize("dotted", [name for name, _ in keys()])
     def test_are_refused_with_the_nearest_right_one_at_every_depth(self, dotted: str) -> None:
@@ -507,12 +544,14 @@ class TestFile:
         path.chmod(0)
         with as_nobody(), pytest.raises(ConfigError) as caught:
             config.load(path, {}, {})
-        assert str(caught.value) == f"cannot read {path}: Permission denied"
+        told = (
+            f"cannot read {path}: Permission denied; let the broker's user read it, or let the"
+            " unit hand it over (LoadCredential)"
+        )
+        assert str(caught.value) == told
         with as_nobody(), pytest.raises(ConfigError) as caught:
             config.read_secret("clients.web.secret", None, str(path))
-        assert (
-            str(caught.value) == f"clients.web.secret_file: cannot read {path}: Permission denied"
-        )
+        assert str(caught.value) == f"clients.web.secret_file: {told}"
 
     def test_is_chosen_by_flag_then_variable_then_place(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from documents import BLOCKS, words_of
 from gateways import Broker
 from running import free_port, output_of, tool, until
 
@@ -435,3 +436,67 @@ class TestSystemd:
         given = {k: v.replace("%d", str(tmp_path)) for k, v in variables.items()}
         del given["BROKER_ISSUER__LOCAL__KEYS__MAIN__SECRET_FILE"]
         require_relay(path, given | state_in(tmp_path))
+
+    def test_a_rotation_s_commands_do_what_their_page_says(self, tmp_path: Path) -> None:
+        """Typed below a folder: the drop-ins hand both secrets over, then the new one stays alone.
+
+        What starts services is left out; a later `Environment=` of a name is the one that counts.
+        """
+        for folder in ("etc/embed-token-broker/secrets", "etc/systemd/system"):
+            (tmp_path / folder).mkdir(parents=True)
+        stored = tmp_path / "etc" / "embed-token-broker" / "secrets"
+        old = {}
+        for name in ("web", "admin", "vendor"):
+            old[name] = secrets.token_urlsafe(36)
+            (stored / name).write_text(old[name] + "\n", encoding="utf-8")
+        (tmp_path / "vendor.key").write_text(secrets.token_urlsafe(36) + "\n", encoding="utf-8")
+        _, *steps = [
+            block.text for block in BLOCKS if block.heading == "Rotation with the systemd unit"
+        ]
+        assert len(steps) == 4
+        for step, both in zip(steps, (True, False, True, False), strict=True):
+            self.typed(step, tmp_path)
+            settings = self.handed_over(tmp_path)
+            web, upstream = settings["clients"]["web"], settings["issuer"]["upstream"]
+            if step in steps[:2]:
+                assert ("next_secret_file" in web) is both
+            else:
+                assert len(upstream["api_secret_files"]) == 1 + both
+        for name in ("web", "vendor"):
+            assert (stored / name).read_text(encoding="utf-8").strip() != old[name]
+        assert sorted(path.name for path in stored.iterdir()) == sorted(old)
+
+    @staticmethod
+    def typed(step: str, root: Path) -> None:
+        """Run the commands of a block, but for those of systemd, with /etc below a folder."""
+        broker = "/opt/embed-token-broker/bin/broker"
+        here = step.replace("sudo ", "").replace("/etc/", f"{root}/etc/")
+        for line in here.replace(broker, f"{sys.executable} -m broker").splitlines():
+            if next(words_of(line))[0] != "systemctl":
+                output_of(["bash", "-ec", f"cd {root} && {line}"])
+
+    @staticmethod
+    def handed_over(root: Path) -> dict[str, Any]:
+        """Return what is in force with the unit for a relay and its drop-ins, by `config show`."""
+        text = relaying(UNIT.read_text(encoding="utf-8"))
+        text = re.sub(r"(?m)^.*signing_key.*\n", "", text).replace("=/etc/", f"={root}/etc/")
+        text = text.replace(":/etc/", f":{root}/etc/")
+        folder = root / "etc" / "systemd" / "system" / f"{UNIT.name}.d"
+        text += "".join(path.read_text() for path in sorted(folder.glob("*.conf")))
+        given = root / "given"
+        shutil.rmtree(given, ignore_errors=True)
+        given.mkdir()
+        for name, path in re.findall(r"(?m)^LoadCredential=(\w+):(\S+)$", text):
+            shutil.copy(path, given / name)
+        variables = dict(re.findall(r"(?m)^Environment=(BROKER_\w+__\w+)=(.*)$", text))
+        env = {k: v.replace("%d", str(given)) for k, v in variables.items()}
+        config = root / "broker.toml"
+        config.write_text(relaying((CONFIG / "systemd" / "broker.toml").read_text()))
+        require_relay(config, env)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in env.items():
+                patch.setenv(name, value)
+            shown = output_of(
+                [sys.executable, "-m", "broker", "config", "show", "--config", str(config)]
+            )
+        return tomllib.loads(shown)

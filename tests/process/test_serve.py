@@ -488,6 +488,42 @@ class TestReload:
             told = broker.logged("broker.embed_token", 2)
             assert [event["level"] for event in told] == ["info", "debug"]
 
+    def test_tells_what_the_environment_overrides(self, tmp_path: Path, tree: Tree) -> None:
+        """At the start and at each reload; a flag comes before both, so nothing is said of it."""
+        path = write(tmp_path / "broker.toml", toml(put(tree, "server.drain", "9s")))
+        variables = {"BROKER_SERVER__DRAIN": "5s", "BROKER_SERVER__LISTEN": "127.0.0.1:1"}
+        flags = ("--listen", "127.0.0.1:0")
+        with Broker("--config", path, *flags, logs=tmp_path, **variables) as broker:
+            broker.reload()
+            told = broker.events("broker.file_overridden")
+            names = [event["event"] for event in broker.events()]
+        assert [event["variables"] for event in told] == [
+            {"server.drain": "BROKER_SERVER__DRAIN"}
+        ] * 2
+        noted = "broker.file_overridden"
+        assert names == [noted, "broker.started", noted, "broker.reloaded"]
+
+    @pytest.mark.parametrize(
+        "setting", ["admin.secret_file", "store.encryption_key_file", "store.password_file"]
+    )
+    def test_fails_where_the_next_restart_would(
+        self, tmp_path: Path, tree: Tree, setting: str
+    ) -> None:
+        """A file that cannot be read is told now, also of a section that waits for a restart.
+
+        A reload that says nothing but `needs_restart` sends the operator into a restart that ends
+        with 78, and stays there.
+        """
+        with Broker.configured(tmp_path, tree) as broker:
+            path = write(tmp_path / "broker.toml", toml(put(tree, setting, "/nowhere/secret")))
+            failed = broker.reload()
+            assert (failed["event"], failed["error"]) == (
+                "broker.reload_failed",
+                f"{setting}: cannot read /nowhere/secret: No such file or directory",
+            )
+            write(Path(path), toml(tree))
+            assert broker.reload()["needs_restart"] == []
+
     def test_names_a_sealing_key_that_has_changed(self, tmp_path: Path, tree: Tree) -> None:
         """It seals what is shared from the next start on; nothing else in that file is noticed."""
         sealing = tmp_path / "sealing"

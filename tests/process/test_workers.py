@@ -269,6 +269,16 @@ class TestReload:
                 await ask_all(crew, caller)
             assert len(crew.events("broker.reload_failed")) == 1
 
+    async def test_fails_where_the_next_restart_would(self, tmp_path: Path, tree: Tree) -> None:
+        """The supervisor reads files of sections that wait for a restart, too."""
+        with Crew.on(tmp_path, tree) as crew:
+            wrong = put(tree, "admin.secret_file", "/nowhere/secret")
+            write(tmp_path / "broker.toml", toml(wrong))
+            told = await asyncio.to_thread(crew.reload)
+            assert told["error"] == (
+                "admin.secret_file: cannot read /nowhere/secret: No such file or directory"
+            )
+
     async def test_a_replacement_follows_what_the_others_follow(
         self, tmp_path: Path, tree: Tree
     ) -> None:

@@ -80,6 +80,7 @@ class TestCanonicalEvents:
                 "client": "web",
                 "agent": AGENT,
                 "visitor": visitor_hash(fingerprint),
+                "session": reply.json["data"]["session_id"],
                 "token": hashlib.sha256(reply.token.encode()).hexdigest()[:12],
                 "left_s": 3595,
             }
@@ -316,6 +317,7 @@ class TestConsole:
             "broker.embed_token",
             outcome="minted",
             **self.ASKED,
+            session="ca9c593a82ec36c4eff4cb8b0605c3bb",
             token="19124548d38c",
             left_s=3594,
             duration_ms=0.413,

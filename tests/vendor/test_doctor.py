@@ -1,16 +1,19 @@
 """`broker doctor` before a vendor: each line is ok, or a problem with its remedy."""
 
 import asyncio
+import os
 import secrets
 import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
 import pytest
+from processes import secret_file
 from redis.exceptions import RedisError
 from relaying import UNLIMITED
 from servers import (
@@ -98,6 +101,37 @@ async def test_a_key_file_that_others_can_read(
     )
     file.chmod(0o600)
     assert (await examined(vendor, api_secret_files=[str(file)]))[0].ok
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root reads what others cannot")
+def test_root_is_told_what_a_service_cannot_read(tmp_path: Path) -> None:
+    """By the mode of the file or of a folder above it; what the service's user owns is left out."""
+    with TemporaryDirectory(dir="/tmp") as name:  # the folders of a test are root's alone
+        folder = Path(name)
+        folder.chmod(0o755)
+        closed = folder / "secrets"
+        closed.mkdir(mode=0o700)
+        files = {"own": folder / "own", "web": folder / "web", "key": closed / "key"}
+        for path in files.values():
+            secret_file(path)
+            path.chmod(0o600)
+        os.chown(files["own"], 65534, 65534)
+        os.chown(files["key"], 65534, 65534)
+        tree = {
+            "admin": {"secret_file": str(files["own"])},
+            "clients": {"web": {"secret_file": str(files["web"]), "agents": ["*"]}},
+            "issuer": {"local": {"keys": {"one": {"secret_file": str(files["key"])}}}},
+        }
+        found = examine(config.load(None, {}, tree), {})
+        assert [finding.ok for finding in found] == [True] * 4
+        assert str(found[-1]) == (
+            f"ok       files: looked at as root, and only root can read {files['web']},"
+            f" {files['key']}: a service with a user of its own ends with 78, unless its unit hands"
+            " over each (LoadCredential); a running one has copies of its last start"
+        )
+        os.chown(closed, 65534, 65534)
+        os.chown(files["web"], 65534, 65534)
+        assert "files" not in [finding.name for finding in examine(config.load(None, {}, tree), {})]
 
 
 @pytest.mark.parametrize("skew", [300.0, -300.0])

@@ -71,8 +71,8 @@ class TestTcp:
         with socket.create_server(("127.0.0.1", 0)) as other:
             address = f"127.0.0.1:{other.getsockname()[1]}"
             assert await refusal(address) == (
-                f"server.listen: cannot listen on {address}: in use; stop the other process or"
-                " choose another"
+                f"server.listen: cannot listen on {address}: in use; stop the other process,"
+                " or choose another with --listen or [server] listen"
             )
 
     async def test_foreign_address_is_said(self) -> None:
@@ -125,8 +125,8 @@ class TestUnixSocket:
         path = tmp_path / "broker.sock"
         with listening(path) as owner:
             assert await refusal(f"unix:{path}") == (
-                f"server.listen: cannot listen on unix:{path}: in use; stop the other process or"
-                " choose another"
+                f"server.listen: cannot listen on unix:{path}: in use; stop the other process,"
+                " or choose another with --listen or [server] listen"
             )
             owner.settimeout(1)
             owner.accept()[0].close()

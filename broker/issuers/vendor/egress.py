@@ -62,10 +62,10 @@ def proxy_for(base_url: str, given: Secret | None, environ: Mapping[str, str]) -
     return _parse(text if "://" in text else f"http://{text}", name)
 
 
-def check_proxy(given: Secret) -> None:
-    """Raise ValueError for a setting that cannot be used."""
+def check_proxy(given: Secret, where: str) -> None:
+    """Raise ValueError, which says where it was found, for a setting that cannot be used."""
     if given.reveal() != DIRECT:
-        _parse(given.reveal(), "issuer.upstream.proxy")
+        _parse(given.reveal(), where)
 
 
 def _parse(text: str, source: str) -> Proxy:
