@@ -51,8 +51,10 @@ class WriterSlot:
 
 
 class DurableStore(MemoryStore):
-    """`waits`: whether a token is handed out only when it is in the file; `late` counts those that
-    were not."""  # noqa: D205, D209 - one sentence
+    """The store of one process.
+
+    `waits`: whether a token is handed out only when it is in the file.
+    """
 
     def __init__(
         self,
