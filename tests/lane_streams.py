@@ -51,9 +51,10 @@ class Stream(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a client sees, and what was counted."""
+    """What a client sees, what was counted, and what the issuer was asked: id and trace."""
 
     written: bytes
+    asked: list[tuple[str, str]]
     is_closed: bool
     counted: list[float]
 
@@ -147,7 +148,7 @@ class World:
 
     async def run(self, stream: Stream) -> Seen:
         """Send a stream on a connection of its own."""
-        wire = Wire(stream.pauses)
+        wire, before = Wire(stream.pauses), len(self.desk.issuer.asks)
         connection = self.server()
         assert isinstance(connection, DataConnection)
         wire.connection = connection
@@ -170,7 +171,8 @@ class World:
             if not connection.eof_received():
                 wire.close()
             await settle()
-        seen = Seen(b"".join(wire.written), wire.closed, self._counted())
+        asked = [(ask.request_id, ask.traceparent) for ask in self.desk.issuer.asks[before:]]
+        seen = Seen(b"".join(wire.written), asked, wire.closed, self._counted())
         task = connection._task_handler
         connection.connection_lost(None)
         if task is not None:
@@ -228,6 +230,7 @@ def draw(rng: random.Random, tokens: list[str]) -> Stream:
     requests = [rng.choice(known) for _ in range(rng.randint(1, 8))]
     if rng.random() < 0.4:
         requests = [_mutated(rng, data) if rng.random() < 0.3 else data for data in requests]
+    requests = [_traced(rng, data) for data in requests]
     pieces: list[bytes] = []
     for data in requests:
         pieces += _cut(rng, data)
@@ -246,6 +249,17 @@ def draw(rng: random.Random, tokens: list[str]) -> Stream:
         rng.choice(numbers) if rng.random() < 0.05 else -1,
         rng.random() < 0.2,
     )
+
+
+_TRACE = "00-" + "7" * 32 + "-" + "7" * 16 + "-01"
+
+
+def _traced(rng: random.Random, data: bytes) -> bytes:
+    """Give a request a trace of its own, if it has one; some are no good."""
+    trace = f"00-{rng.randrange(1, 2**128):032x}-{rng.randrange(2**64):016x}-01"
+    odd = ("ff" + trace[2:], trace.upper(), trace[:-1], trace + "-9", "00-" + "0" * 32 + trace[35:])
+    chosen = trace if rng.random() < 0.8 else rng.choice(odd)
+    return data.replace(_TRACE.encode(), chosen.encode())
 
 
 def _cut(rng: random.Random, data: bytes) -> list[bytes]:
@@ -307,7 +321,9 @@ def _token(rng: random.Random, _tokens: list[str]) -> tuple[str, str, list[str],
         f'"fingerprint":"{rng.randrange(0xABC0, 0xABC6):x}"',
     ]
     if rng.random() < 0.1:
-        fields.append(rng.choice(('"fresh":true', '"model":"m"', '"model":1', '"x":[[1]]')))
+        fields.append(
+            rng.choice(('"fresh":true', '"fresh":true', '"model":"m"', '"model":1', '"x":[[1]]'))
+        )
     body = "{" + ",".join(fields) + "}"
     if rng.random() < 0.15:
         odd = ("", "{}", "[", "null", body[:-1], "\ufeff" + body, '{"agent_id":"A1"}', " " * 9000)
@@ -389,6 +405,8 @@ def _request(rng: random.Random, tokens: list[str]) -> bytes:
         lines.append(f"Content-Length: {len(body) + rng.choice((0,) * 30 + (1, -1, 9000)):d}")
     for _ in range(rng.choice((0, 0, 0, 1, 2))):
         lines.insert(rng.randrange(len(lines) + 1), rng.choice(_LINES))
+    if rng.random() < 0.2:
+        lines.insert(rng.randrange(len(lines) + 1), "traceparent: " + _TRACE)
     if rng.random() < 0.05:
         lines = [line.upper() if rng.random() < 0.5 else line.lower() for line in lines]
     end = "\n" if rng.random() < 0.01 else "\r\n"

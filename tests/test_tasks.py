@@ -319,6 +319,23 @@ class TestTaskSet:
         await tasks.finish()
         assert done == [3, 2, 1, 0]
 
+    async def test_ends_what_somebody_else_has_begun(self) -> None:
+        """CancelledError is raised where it waits, also if it had not begun."""
+        tasks, ended = TaskSet(), list[bool]()
+
+        async def work() -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.append(True)
+
+        begun = work()
+        begun.send(None)
+        tasks.cancel(begun)
+        tasks.cancel(work())
+        await tasks.finish()
+        assert ended == [True]
+
     async def test_cancels_at_close(self) -> None:
         """For work that nobody needs any more."""
         tasks = TaskSet()

@@ -5,11 +5,17 @@ bodies that are all alike.  aiohttp's parser reads each of them once, and a hand
 it can (`WholeRequest.facts`): whose secret it is, which trace it belongs to.  What comes with the
 same bytes afterwards is looked up, and not read.
 
+A trace is another one with each request, and tells nothing about the rest: the value of a
+`traceparent` that is written as W3C Trace Context has it is left out of what is compared, and given
+to the handler apart (`WholeRequest.trace`).
+
 Only where that is so for certain: the parser stands between two messages (`lane_connection`), and
 the head has nothing that tells how to go on reading.  Whatever differs by a byte is read.
 
 Bounded: two generations of a dict, of heads that came twice and are no longer than most.
 """
+
+import re
 
 from aiohttp.http import RawRequestMessage
 from msgspec import Struct
@@ -40,6 +46,23 @@ _TELLING = frozenset(
     }
 )
 """Headers that say how to go on, or who may ask: a head with one of them is read each time."""
+
+
+_TRACE = re.compile(
+    rb"\r\n(?i:traceparent): ([0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})(?=\r\n)"
+)
+
+_PLACE = b"\0"
+"""Stands for a trace in what is compared; in a head that is one it cannot be."""
+
+
+def split(head: bytes) -> tuple[bytes, str]:
+    """Return what of a head is compared, and its trace, empty if it has none that is left out."""
+    found = _TRACE.search(head)
+    if found is None:
+        return head, ""
+    start, end = found.span(1)
+    return head[:start] + _PLACE + head[end:], found[1].decode()
 
 
 class KnownHead(Struct, frozen=True):

@@ -18,7 +18,7 @@ from typing_extensions import override
 from broker.tasks import TaskSet
 from broker.web.connection import READ_BUFFER, DataConnection
 from broker.web.head_bounds import MAX_HEAD, is_followed
-from broker.web.known_heads import KnownHead
+from broker.web.known_heads import KnownHead, split
 from broker.web.lane import Begun, Lane, answered, failed
 from broker.web.whole_request import LaneHandler, WholeRequest, Work
 
@@ -78,11 +78,15 @@ class LaneConnection(DataConnection):
             self._read_on(data)
             return
         end = data.find(b"\r\n\r\n") + 4
-        known = self._lane.find(data[:end])
+        head, trace = data[:end], ""
+        known = self._lane.find(head)
+        if known is None:
+            head, trace = split(head)
+            known = self._lane.find(head) if trace else None
         if known is None or known.length != len(data) - end:
             self._read_first(data, end, waiter)
             return
-        request = WholeRequest(known.message, data[end:], self, known.facts)
+        request = WholeRequest(known.message, data[end:], self, known.facts, trace)
         if self._run(known.handler(request, known.given_id or self._lane.new_id())):
             return
         self._messages.append((known.message, EMPTY_PAYLOAD))
@@ -124,7 +128,10 @@ class LaneConnection(DataConnection):
         request = WholeRequest(message, data[end:], self)
         given_id = lane.given_id(message.headers)
         is_over = self._run(run(request, given_id or lane.new_id()))
-        if request.facts is not None and lane.came_before(head := data[:end]):
+        head, trace = split(data[:end])
+        if trace and message.headers.getall("traceparent") != [trace]:
+            return is_over  # more than one: it is not this one that counts
+        if request.facts is not None and lane.came_before(head):
             lane.keep(head, KnownHead(message, run, len(data) - end, given_id, request.facts))
         return is_over
 

@@ -185,7 +185,9 @@ class Routes:
             if type(caller) is not Caller:
                 client = self._door.identify(request, self._clock.mono())
                 caller = caller_of(request, client)
-            client = caller.client
+            client, trace = caller.client, caller.traceparent
+            if type(request) is WholeRequest and request.trace:
+                trace = wire.well_formed(request.trace)
             content = body.arrived(request, wire.MAX_BODY)
             if content is None:
                 content = await body.read(request, wire.MAX_BODY)
@@ -194,7 +196,7 @@ class Routes:
                 content,
                 client.name,
                 request_id,
-                caller.traceparent,
+                trace,
                 any_fingerprint=self.any_fingerprint,
             )
             if client.agents is not None:

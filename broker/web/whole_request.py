@@ -20,13 +20,15 @@ class WholeRequest(Struct, gc=False):
     """Head and body, of which nothing is still on its way.
 
     `facts` is what a handler found out from the head alone, if the same bytes will always mean the
-    same: it is given back with the next head of the same bytes.
+    same: it is given back with the next head of the same bytes.  `trace` is the one of this request
+    where that is told apart from the head.
     """
 
     message: RawRequestMessage
     body: bytes
     connection: web.RequestHandler
     facts: object = None
+    trace: str = ""
 
     @property
     def headers(self) -> "CIMultiDictProxy[str]":

@@ -153,6 +153,34 @@ class TestTaken:
         assert parsed[-4:] == [ask] * 4
         await line.close()
 
+    @pytest.mark.parametrize("name", ["traceparent", "Traceparent"])
+    async def test_a_trace_of_its_own_makes_no_other_head(
+        self, parsed: list[bytes], edge: Edge, name: str
+    ) -> None:
+        """It is passed on with its own request; one that is no good, or double, is read."""
+        asked: list[str] = []
+        mint = edge.app.parts.issuer.mint
+
+        async def noted(ask: Any, turn: Any) -> Any:
+            asked.append(ask.traceparent)
+            return await mint(ask, turn)
+
+        edge.app.parts.issuer.mint = noted  # type: ignore[method-assign]
+        line = await idle(edge)
+        parsed.clear()
+        traces = [f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01" for _ in range(6)]
+        for trace in traces:
+            line.send(edge.asking(visitor(), headers=[(name, trace)]))
+            assert (await line.answer()).status == 200
+        assert asked == traces
+        assert len(parsed) == 2  # what came twice is known
+        odd = [[traces[0].upper()], ["ff" + traces[0][2:]], traces[:2], traces[1:3], traces[:2]]
+        for values in odd:
+            line.send(edge.asking(visitor(), headers=[(name, value) for value in values]))
+            assert (await line.answer()).status == 200
+        assert asked[6:] == ["", "", traces[0], traces[1], traces[0]]
+        await line.close()
+
     @pytest.mark.parametrize("is_alone", [True, False])
     async def test_bytes_of_a_head_are_no_request(self, edge: Edge, *, is_alone: bool) -> None:
         """A known request comes where another head has begun: by itself, or behind a body."""
