@@ -90,6 +90,7 @@ class StateFile:
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self._connection = connection
+        self._is_full = False
         self.path = path
 
     @classmethod
@@ -200,7 +201,9 @@ class StateFile:
     @contextlib.contextmanager
     def _transaction(self, *, full: bool) -> Iterator["_Ask"]:
         with _told():
-            self._connection.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
+            if full is not self._is_full:
+                self._connection.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
+                self._is_full = full
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield _Ask(self._connection)
