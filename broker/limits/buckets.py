@@ -132,9 +132,11 @@ class BucketTable:
         self._max_tracked = max_tracked
 
     def take_spent(self, now: int) -> dict[str, int]:
-        """Microseconds until full, of those that decided since the last call, and were left more
-        than half spent then; the first call begins to note them, for what outlives the process.
-        """  # noqa: D205 - one sentence
+        """Return microseconds until full, by the keys that were left more than half spent.
+
+        Of those that decided since the last call; the first one begins to note them, for what
+        outlives the process.
+        """
         noted, self._spent = self._spent or set(), set()
         return {key: wait for key in noted if (wait := self.owed(key, now)) > 0}
 

@@ -25,8 +25,10 @@ from broker.units import SECOND
 
 
 class Terms(Struct, frozen=True):
-    """What decides on tokens: whose are good, the floor for a lifetime (it may have been raised),
-    and how many are held."""  # noqa: D205, D209 - one sentence
+    """What decides on tokens: whose are good, and how many are held.
+
+    `floor` gives the floor for a lifetime: it may have been raised meanwhile.
+    """
 
     signer_ids: frozenset[str]
     floor: Callable[[int], int]

@@ -9,6 +9,7 @@ could have been an end, and without it the session would be good again.
 """
 
 import contextlib
+import errno
 import os
 import sqlite3
 import time
@@ -271,11 +272,11 @@ def _create(path: Path) -> None:
 
 
 _OF_THE_SYSTEM: Mapping[int, FileError] = {
-    28: FileError.FULL,
-    122: FileError.FULL,
-    30: FileError.READONLY,
-    13: FileError.READONLY,
-    1: FileError.READONLY,
+    errno.ENOSPC: FileError.FULL,
+    errno.EDQUOT: FileError.FULL,
+    errno.EROFS: FileError.READONLY,
+    errno.EACCES: FileError.READONLY,
+    errno.EPERM: FileError.READONLY,
 }
 
 

@@ -51,8 +51,11 @@ class WriterSlot:
 
 
 class DurableStore(MemoryStore):
-    """`waits`: whether a token is handed out only when it is in the file; `late` counts those that
-    were not."""  # noqa: D205, D209 - one sentence
+    """The store.
+
+    `waits`: whether a token is handed out only when it is in the file; those that were not are
+    counted.
+    """
 
     def __init__(
         self,

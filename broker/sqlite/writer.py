@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import structlog
@@ -276,7 +277,7 @@ class Writer:
         if not waiting:
             return
         with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
-            self._loop.call_soon_threadsafe(_settle, waiting, written)
+            self._loop.call_soon_threadsafe(partial(_settle, waiting, written=written))
 
     @override
     def __repr__(self) -> str:
@@ -294,7 +295,7 @@ def _parts(*groups: Sequence[Record]) -> list[Sequence[Record]]:
     ]
 
 
-def _settle(waiting: Sequence["asyncio.Future[bool]"], written: bool) -> None:  # noqa: FBT001
+def _settle(waiting: Sequence["asyncio.Future[bool]"], *, written: bool) -> None:
     for done in waiting:
         if not done.done():
             done.set_result(written)
