@@ -142,9 +142,10 @@ class BucketTable:
         self._max_tracked = max_tracked
 
     def take_spent(self, now: int) -> dict[str, int]:
-        """Return microseconds until full, of those left more than half spent since the last call.
+        """Return microseconds until full, by the keys that were left more than half spent.
 
-        The first call begins to note them, for what outlives the process.
+        Of those that decided since the last call; the first one begins to note them, for what
+        outlives the process.
         """
         noted, self._spent = self._spent or set(), set()
         return {key: wait for key in noted if (wait := self.owed(key, now)) > 0}

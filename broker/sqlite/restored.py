@@ -27,7 +27,7 @@ from broker.units import SECOND
 class Terms(Struct, frozen=True):
     """What decides on tokens: whose are good, and how many are held.
 
-    `floor` gives the floor for a lifetime, which may have been raised.
+    `floor` gives the floor for a lifetime: it may have been raised meanwhile.
     """
 
     signer_ids: frozenset[str]

@@ -9,6 +9,7 @@ could have been an end, and without it the session would be good again.
 """
 
 import contextlib
+import errno
 import os
 import sqlite3
 import time
@@ -90,6 +91,7 @@ class StateFile:
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self._connection = connection
+        self._is_full = False
         self.path = path
 
     @classmethod
@@ -200,7 +202,9 @@ class StateFile:
     @contextlib.contextmanager
     def _transaction(self, *, full: bool) -> Iterator["_Ask"]:
         with _told():
-            self._connection.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
+            if full is not self._is_full:
+                self._connection.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
+                self._is_full = full
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield _Ask(self._connection)
@@ -268,11 +272,11 @@ def _create(path: Path) -> None:
 
 
 _OF_THE_SYSTEM: Mapping[int, FileError] = {
-    28: FileError.FULL,
-    122: FileError.FULL,
-    30: FileError.READONLY,
-    13: FileError.READONLY,
-    1: FileError.READONLY,
+    errno.ENOSPC: FileError.FULL,
+    errno.EDQUOT: FileError.FULL,
+    errno.EROFS: FileError.READONLY,
+    errno.EACCES: FileError.READONLY,
+    errno.EPERM: FileError.READONLY,
 }
 
 

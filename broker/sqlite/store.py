@@ -51,9 +51,10 @@ class WriterSlot:
 
 
 class DurableStore(MemoryStore):
-    """The store of one process.
+    """The store.
 
-    `waits`: whether a token is handed out only when it is in the file.
+    `waits`: whether a token is handed out only when it is in the file; those that were not are
+    counted.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Writes to the state file, from a thread of its own: no request waits for a disk unless it asks.
 
-Theory of operation.  The event loop adds records to a list; the thread takes all of them at once,
+Theory of operation.  The event loop adds records to a queue; the thread takes all of them at once,
 seals them and commits.  Whoever must know waits for the commit after their record: then the thread
 does not wait for others to gather.  The order in the file is the order of adding, which is what
 makes an end stronger than the tokens before it.
@@ -14,9 +14,10 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeVar
 
 import structlog
 from typing_extensions import override
@@ -42,7 +43,9 @@ from broker.sqlite.state_file import FileError, StateFileFailed
 
 log = structlog.get_logger()
 
-GATHER = 0.02
+_T = TypeVar("_T")
+
+GATHER = 0.03
 """Seconds in which records gather when nobody waits: with the commit itself they stay below the 50
 ms that a crash may cost a local issuer."""
 
@@ -87,8 +90,8 @@ class Writer:
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
         self._awake, self._urgent = threading.Event(), threading.Event()
-        self._pending: list[Record] = []
-        self._waiting: list[asyncio.Future[bool]] = []
+        self._pending: deque[Record] = deque()
+        self._waiting: deque[asyncio.Future[bool]] = deque()
         self._keys: list[bytes] | None = None
         self._began: float | None = None
         self._stop = threading.Event()
@@ -108,8 +111,7 @@ class Writer:
         if len(self._pending) >= self._most and isinstance(record, _MAY_BE_LOST):
             self.lost += 1
             return
-        with self._lock:
-            self._pending.append(record)
+        self._pending.append(record)
         if not self._awake.is_set():
             self._awake.set()
 
@@ -140,8 +142,7 @@ class Writer:
 
     async def _written(self, timeout: float) -> bool:
         done: asyncio.Future[bool] = self._loop.create_future()
-        with self._lock:
-            self._waiting.append(done)
+        self._waiting.append(done)
         self._urgent.set()
         self._awake.set()
         late = self._loop.call_later(timeout, partial(_settle, [done], written=False))
@@ -193,9 +194,9 @@ class Writer:
         return bool(self._pending or self._keys)
 
     def _commit(self) -> None:
+        waiting = _taken(self._waiting)  # first: what was added before them is there by now
+        records = _taken(self._pending)
         with self._lock:
-            records, self._pending = self._pending, []
-            waiting, self._waiting = self._waiting, []
             keys, self._keys = self._keys, None
         self._began = time.monotonic()
         written = False
@@ -208,8 +209,8 @@ class Writer:
                 self.failure = None
             written = True
         except StateFileFailed:
+            self._pending.extendleft(reversed(self._bounded(records)))
             with self._lock:
-                self._pending = self._bounded([*records, *self._pending])
                 self._keys = self._keys or keys
             raise
         finally:
@@ -239,7 +240,7 @@ class Writer:
 
     def _bounded(self, records: list[Record]) -> list[Record]:
         """Keep what may wait for a disk: every end, and the latest mints."""
-        beyond = len(records) - self._most
+        beyond = len(records) + len(self._pending) - self._most
         if beyond <= 0:
             return records
         kept: list[Record] = []
@@ -281,6 +282,11 @@ class Writer:
     @override
     def __repr__(self) -> str:
         return f"Writer(pending={len(self._pending)}, degraded={self.is_degraded})"
+
+
+def _taken(queue: "deque[_T]") -> list[_T]:
+    """Take what is in a queue at this moment; the other thread may append meanwhile."""
+    return [queue.popleft() for _ in range(len(queue))]
 
 
 def _parts(*groups: Sequence[Record]) -> list[Sequence[Record]]:

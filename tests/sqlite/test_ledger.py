@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.sqlite.ledger import Ledger, Row
-from broker.sqlite.records import BUCKETS, ENDS, MINTS
+from broker.sqlite.records import BUCKETS, ENDS, MINTS, Kind
 
 KINDS = (MINTS, ENDS, BUCKETS)
 COMMITS = st.lists(
@@ -22,11 +22,11 @@ def drained(ledger: Ledger, now: int) -> list[tuple[int, int]]:
 
 
 @given(commits=COMMITS)
-def test_what_is_over_goes_and_what_is_too_much(commits: list[tuple[object, int, int]]) -> None:
+def test_what_is_over_goes_and_what_is_too_much(commits: list[tuple[Kind, int, int]]) -> None:
     """The oldest of its kind first; of mints as many as fit stay, of ends as many as they may."""
     ledger = Ledger(50, 80)
     for place, (kind, until, count) in enumerate(commits, 1):
-        ledger.note(kind.number, Row(place, until, count))  # type: ignore[attr-defined]
+        ledger.note(kind.number, Row(place, until, count))
         gone = drained(ledger, 0)
         for number, most in ((MINTS.number, 50), (ENDS.number, 80)):
             assert ledger._counts[number] <= most
@@ -41,10 +41,10 @@ def test_what_is_over_goes_and_what_is_too_much(commits: list[tuple[object, int,
 
 
 @given(commits=COMMITS, now=st.integers(0, 101))
-def test_what_is_of_use_stays(commits: list[tuple[object, int, int]], now: int) -> None:
+def test_what_is_of_use_stays(commits: list[tuple[Kind, int, int]], now: int) -> None:
     """Within the bounds nothing goes before its time, nor before what is older."""
     ledger = Ledger(10_000, 10_000)
     for place, (kind, until, count) in enumerate(commits, 1):
-        ledger.note(kind.number, Row(place, until, count))  # type: ignore[attr-defined]
+        ledger.note(kind.number, Row(place, until, count))
     gone = {place for _, place in drained(ledger, now)}
     assert all(commits[place - 1][1] <= now for place in gone)
