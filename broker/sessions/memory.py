@@ -28,7 +28,7 @@ MOST_ENDED = 1_000_000
 """Ended sessions that are remembered, about 150 bytes each: far more than anybody ends in an
 hour by hand, and a bound for those who have a machine do it."""
 
-SLICE = 500
+SLICE = 250
 """Records and marks that housekeeping drops before others get their turn: a millisecond."""
 
 FREED_AT_ONCE = 2
