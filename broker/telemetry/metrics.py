@@ -344,9 +344,7 @@ class ProcessMetrics:
             "broker_connections", "Connections that are open on the data listener"
         )[()]
         self.fast_lane_off = sheet.maxima(
-            "broker_fast_lane_off",
-            "1 while a process answers every request by the ordinary path: the fast lane failed"
-            " its check at the start, or is switched off",
+            "broker_fast_lane_off", "1 while a process answers every request by the ordinary path"
         )[()]
         self.restarts = sheet.counters(
             "broker_worker_restarts", "Workers that died and were replaced"
