@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
-from running import Broker, daemon, free_port
+from running import daemon, free_port
 
 SHIPPED = Path(__file__).parents[2] / "config" / "prometheus"
 
@@ -49,7 +49,7 @@ class Prometheus:
 
 
 @contextmanager
-def monitoring(folder: Path, started: Broker, pager_url: str) -> Iterator[Prometheus]:
+def monitoring(folder: Path, admin_url: str, pager_url: str) -> Iterator[Prometheus]:
     """Run Prometheus and Alertmanager with the shipped files, but for addresses and patience."""
     alerts, address = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
     alertmanager = _adapted(
@@ -65,7 +65,7 @@ def monitoring(folder: Path, started: Broker, pager_url: str) -> Iterator[Promet
         SHIPPED / "prometheus.yml",
         folder,
         {
-            "127.0.0.1:9464": started.admin_url.removeprefix("http://"),
+            "127.0.0.1:9464": admin_url.removeprefix("http://"),
             "127.0.0.1:9093": alerts,
             "scrape_interval: 15s": "scrape_interval: 1s",
             "evaluation_interval: 15s": "evaluation_interval: 1s",

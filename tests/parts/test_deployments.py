@@ -47,12 +47,16 @@ def require_relay(path: Path, environment: dict[str, str]) -> None:
     assert 'kind = "upstream"' in done.stdout
 
 
-def state_in(folder: Path) -> dict[str, str]:
-    """Let the state file be in a folder that is there: systemd makes the unit's, StateDirectory."""
+def with_state_in(folder: Path) -> str:
+    """Return the unit's configuration with its state file in a folder that is there.
+
+    systemd makes the unit's own: StateDirectory.
+    """
     text = (CONFIG / "systemd" / "broker.toml").read_text(encoding="utf-8")
-    assert tomllib.loads(text)["store"]["url"] == "sqlite:///var/lib/embed-token-broker/state.db"
+    shipped = "sqlite:///var/lib/embed-token-broker/state.db"
+    assert tomllib.loads(text)["store"]["url"] == shipped
     assert "StateDirectory=embed-token-broker\n" in UNIT.read_text(encoding="utf-8")
-    return {"BROKER_STORE__URL": f"sqlite://{folder / 'state.db'}"}
+    return text.replace(shipped, f"sqlite://{folder / 'state.db'}")
 
 
 KUBERNETES = ("1.29", "1.34", "1.37")
@@ -413,10 +417,11 @@ class TestSystemd:
         for name in credentials:
             (tmp_path / name).write_text(secrets.token_urlsafe(36) + "\n", encoding="utf-8")
         given = {k: v.replace("%d", str(tmp_path)) for k, v in variables.items()}
-        config = str(CONFIG / "systemd" / "broker.toml")
+        config = tmp_path / "broker.toml"
+        config.write_text(with_state_in(tmp_path), encoding="utf-8")
         done = subprocess.run(
-            [sys.executable, "-m", "broker", "check", "--config", config],
-            env={**os.environ, **given, **state_in(tmp_path)},
+            [sys.executable, "-m", "broker", "check", "--config", str(config)],
+            env={**os.environ, **given},
             capture_output=True,
             text=True,
             check=False,
@@ -432,10 +437,10 @@ class TestSystemd:
         for name in credentials:
             (tmp_path / name).write_text(secrets.token_urlsafe(36) + "\n", encoding="utf-8")
         path = tmp_path / "broker.toml"
-        path.write_text(relaying((CONFIG / "systemd" / "broker.toml").read_text()))
+        path.write_text(relaying(with_state_in(tmp_path)))
         given = {k: v.replace("%d", str(tmp_path)) for k, v in variables.items()}
         del given["BROKER_ISSUER__LOCAL__KEYS__MAIN__SECRET_FILE"]
-        require_relay(path, given | state_in(tmp_path))
+        require_relay(path, given)
 
     def test_a_rotation_s_commands_do_what_their_page_says(self, tmp_path: Path) -> None:
         """Typed below a folder: the drop-ins hand both secrets over, then the new one stays alone.
@@ -491,7 +496,7 @@ class TestSystemd:
         variables = dict(re.findall(r"(?m)^Environment=(BROKER_\w+__\w+)=(.*)$", text))
         env = {k: v.replace("%d", str(given)) for k, v in variables.items()}
         config = root / "broker.toml"
-        config.write_text(relaying((CONFIG / "systemd" / "broker.toml").read_text()))
+        config.write_text(relaying(with_state_in(root)))
         require_relay(config, env)
         with pytest.MonkeyPatch.context() as patch:
             for name, value in env.items():

@@ -127,7 +127,7 @@ def watched(folder: Path, forecast: Forecast) -> Iterator[Watched]:
         }
         started = stack.enter_context(broker(folder, settings))
         pager = stack.enter_context(Pager().listening())
-        prometheus = stack.enter_context(monitoring(folder, started, pager.url))
+        prometheus = stack.enter_context(monitoring(folder, started.admin_url, pager.url))
         run = Watched(started, vendor, store, prometheus, pager, forecast)
         until(lambda: prometheus.values("up == 1"), "the first scrape")
         _load(run, folder, key_file)
