@@ -122,7 +122,7 @@ class LineWriter:
     def _work(self) -> None:
         while True:
             self._write_from(self._queue.get())
-            time.sleep(LINGER)
+            _linger()
 
     def _write_from(self, item: str | threading.Event | None) -> None:
         """Write this item and all that waits behind it."""
@@ -189,12 +189,18 @@ class LineWriter:
         poll = select.poll()
         poll.register(self._descriptor, select.POLLOUT)
         poll.poll(RECHECK)
-        time.sleep(LINGER)
+        _linger()
 
     @override
     def __repr__(self) -> str:
         waiting = self._queue.qsize()
         return f"LineWriter(descriptor={self._descriptor}, waiting={waiting}, lost={self._lost})"
+
+
+def _linger() -> None:
+    """Let lines gather; where the clock refuses a pause, which must not end the thread, go on."""
+    with contextlib.suppress(OSError):  # libfaketime, by which dates are tried, knows such moments
+        time.sleep(LINGER)
 
 
 stdout, stderr = LineWriter(1), LineWriter(2)

@@ -1,5 +1,6 @@
 """The line writer against real descriptors: nothing is lost in silence, torn or out of order."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -268,3 +269,21 @@ def test_N1_a_process_that_gets_no_thread_goes_on(monkeypatch: pytest.MonkeyPatc
         writer.write("first\n")
     writer.write("second\n")
     assert add_up(drain(reader, writer, end)) == (["first", "second"], 0)
+
+
+def test_G12_a_clock_that_refuses_a_pause_ends_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As libfaketime's does when another thread waits: the next line is written all the same."""
+
+    def refuse(_seconds: float) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(time, "sleep", refuse)
+    path = tmp_path / "log"
+    with path.open("wb") as file:
+        writer = LineWriter(file.fileno())
+        for line in ("first", "second", "third"):
+            writer.write(f"{line}\n")
+            assert writer.flush(PATIENCE)
+    assert path.read_text() == "first\nsecond\nthird\n"
