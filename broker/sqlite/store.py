@@ -7,6 +7,8 @@ here is not waited for.  An end is on the disk before it is answered: it holds i
 an end that cannot be written holds as long as the process.
 """
 
+from collections.abc import Sequence
+
 from typing_extensions import override
 
 from broker.errors import NotDurable
@@ -14,6 +16,7 @@ from broker.limits.policy import Limits
 from broker.model import Clock, EmbedToken, Session, TokenRequest, visitor_of
 from broker.sessions.memory import MemorySessions
 from broker.sqlite.records import (
+    Record,
     SessionEnded,
     SessionForgotten,
     SessionMade,
@@ -43,6 +46,10 @@ class WriterSlot:
         """The writer."""
         assert self._writer is not None  # `open` comes before the first request
         return self._writer
+
+    def add_all(self, records: Sequence[Record]) -> None:
+        """Write these soon, in one commit."""
+        self.writer.add_all(records)
 
     @property
     def is_filled(self) -> bool:

@@ -68,7 +68,7 @@ END_WAIT = 5.0
 CLOSING = 5.0
 """Seconds that the end of the process waits for the last commit."""
 
-IN_ROW = 500
+IN_ROW, BUCKETS_IN_ROW = 500, 20
 """Records of a row: about a megabyte."""
 
 DROPPED_AT_ONCE, FREED_AT_ONCE = 50, 256
@@ -114,6 +114,11 @@ class Writer:
         self._pending.append(record)
         if not self._awake.is_set():
             self._awake.set()
+
+    def add_all(self, records: Sequence[Record]) -> None:
+        """Write these soon, and in one commit: the thread takes all of them or none."""
+        self._pending.extend(records)
+        self._awake.set()
 
     def use_keys(self, keys: Sequence[Secret]) -> None:
         """Let these keys open the file, and no others."""
@@ -224,7 +229,7 @@ class Writer:
         rows: list[tuple[int, int, bytes]] = []
         notes: list[tuple[Kind, Row]] = []
         whole = any(record.whole for record in buckets)
-        for part in _parts(others, buckets):
+        for part in _parts(others, IN_ROW) + _parts(buckets, BUCKETS_IN_ROW):
             kind = kind_of(part)
             rows.append((place, kind.number, seal(self._box, place, kind, moment, part)))
             notes.append((kind, Row(place, moment.mono + life_of(part, moment), len(part))))
@@ -289,10 +294,8 @@ def _taken(queue: "deque[_T]") -> list[_T]:
     return [queue.popleft() for _ in range(len(queue))]
 
 
-def _parts(*groups: Sequence[Record]) -> list[Sequence[Record]]:
-    return [
-        group[start : start + IN_ROW] for group in groups for start in range(0, len(group), IN_ROW)
-    ]
+def _parts(records: Sequence[Record], size: int) -> list[Sequence[Record]]:
+    return [records[start : start + size] for start in range(0, len(records), size)]
 
 
 def _settle(waiting: Sequence["asyncio.Future[bool]"], *, written: bool) -> None:
