@@ -98,6 +98,7 @@ class Fold:
                     self._tokens[record.key] = record, self._number, worth
                     worth.left = max(worth.left, record.left)
                 case SessionRow():
+                    self._sessions.pop(record.session_id, None)  # to the end, as above
                     self._sessions[record.session_id] = record.session()
                     worth.expires = max(worth.expires, record.expires)
                 case BucketsRow():

@@ -160,6 +160,24 @@ async def test_G6_of_more_than_fit_the_latest_come_back(broker: Broker) -> None:
         assert backend.store.tokens.counts.evicted.value == 0
 
 
+async def test_G6_of_more_sessions_than_fit_the_latest_come_back(broker: Broker) -> None:
+    """Those that memory held before; what has expired takes nobody's place."""
+    broker.most = 10
+    async with broker.opened() as backend:
+        lasting = [(await mint(broker, backend, broker.ask()))[1] for _ in range(16)]
+        brief = [broker.session(broker.ask(), life=60 * SECOND) for _ in range(3)]
+        for session in brief:
+            await backend.sessions.record(session)
+        broker.clock.advance(61)
+        minted = await mint(broker, backend, broker.ask())
+        lasting.append(minted[1])
+    async with broker.opened() as backend:
+        found = [await backend.sessions.find(each.session_id) is not None for each in lasting]
+        assert found == [False] * 7 + [True] * 10
+        assert await backend.sessions.find_token(minted[1].digest) == minted[1]
+        assert len(backend.sessions) == 10
+
+
 async def test_G9_a_session_that_is_recorded_for_nobody_is_forgotten(broker: Broker) -> None:
     """Its visitor was ended while it was minted: no record of it comes back."""
     ask = broker.ask()
