@@ -1,9 +1,9 @@
 """What is written: records of what happened, in the order in which it did.
 
-A row of the file is what one commit wrote: a list of records and the moment, sealed as a whole
-(`broker.sealing`), with its place in the file as associated data.  So a row that was copied to
-another place does not open, and nothing of tokens, fingerprints and client names can be read.
-Times are spans at that moment; `rules.durable` tells what is left of them later.
+A row of the file is a part of what one commit wrote: a list of records of one kind and the moment,
+sealed as a whole (`broker.sealing`), with its place in the file as associated data.  So a row that
+was copied to another place does not open, and nothing of tokens, fingerprints and client names can
+be read.  Times are spans at that moment; `rules.durable` tells what is left of them later.
 """
 
 from collections.abc import Mapping, Sequence
@@ -166,11 +166,11 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Batch).decode
 
 
-def kind_of(records: Sequence[Record]) -> Kind:
-    """Return the kind of the row that these are written to."""
-    if any(isinstance(record, SessionEnded | VisitorEnded) for record in records):
+def kind_of(record: Record) -> Kind:
+    """Return the kind of the row that this is written to."""
+    if isinstance(record, SessionEnded | VisitorEnded):
         return ENDS
-    return BUCKETS if isinstance(records[0], BucketsSpent) else MINTS
+    return BUCKETS if isinstance(record, BucketsSpent) else MINTS
 
 
 def life_of(records: Sequence[Record], moment: Moment) -> int:

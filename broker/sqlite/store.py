@@ -76,7 +76,7 @@ class DurableStore(MemoryStore):
     ) -> None:
         super().__init__(limits, tokens, clock, metrics.limits.counts)
         self._slot = slot
-        self._waits = waits
+        self.waits = waits
         self._late: Counter = metrics.state_file.late
 
     @override
@@ -101,7 +101,7 @@ class DurableStore(MemoryStore):
             raise NotDurable
 
     async def _settle(self) -> None:
-        if self._waits and not await self._slot.writer.mint_written():
+        if self.waits and not await self._slot.writer.mint_written():
             self._late.inc()
 
 
