@@ -105,18 +105,24 @@ def _keyring_in(file: str, local: LocalIssuerSettings) -> Keyring:
         raise ConfigError(f"issuer.local.keys_file: {file}: {error}") from None
 
 
+def issuer_keys(settings: Settings, environ: Mapping[str, str]) -> Keyring | list[Secret]:
+    """Return the keys of the issuer, of whichever kind; raises ConfigError."""
+    if settings.issuer.kind == "upstream":
+        return vendor_keys(settings, environ)
+    return keyring(settings)
+
+
 def state_file_keys(
-    settings: Settings, environ: Mapping[str, str]
+    settings: Settings, issuer: Keyring | list[Secret]
 ) -> tuple[tuple[Secret, ...], tuple[Secret, ...]]:
     """Return the keys for which a state file is sealed, and others that may open it.
 
-    The issuer's, so there is no further secret to make; the sealing key alone, where one is set:
-    then the issuer's still open what was sealed before.  Raises ConfigError.
+    The issuer's, as they were read for it, so there is no further secret to make; the sealing key
+    alone, where one is set: then the issuer's still open what was sealed before.  Raises
+    ConfigError.
     """
-    if settings.issuer.kind == "upstream":
-        own = tuple(vendor_keys(settings, environ))
-    else:
-        own = tuple(Secret(key.secret.hex()) for key in keyring(settings).keys)
+    keys = issuer if isinstance(issuer, list) else [Secret(k.secret.hex()) for k in issuer.keys]
+    own = tuple(keys)
     sealing = sealing_key(settings)
     return (own, ()) if sealing is None else ((sealing,), own)
 

@@ -54,6 +54,8 @@ class Housekeeping:
             parts.session_store.purge_expired,
             *(partial(each.purge_expired, parts.clock.mono()) for each in failures),
         ]
+        if parts.durable is not None:
+            steps.append(parts.durable.tell_buckets)
         while steps:
             steps = [step for step in steps if await _and_yield(step)]
 
@@ -68,7 +70,7 @@ class Housekeeping:
             parts.readiness.degraded = parts.shared_backend.is_degraded
             parts.readiness.refuses = parts.shared_backend.refuses
         if parts.durable is not None:
-            parts.durable.look()
+            parts.durable.publish()
             parts.readiness.degraded = parts.durable.is_degraded
         self.publish()
 

@@ -17,7 +17,9 @@ from broker.app.wiring import Parts
 from broker.config.schema import ConfigError
 from broker.config.secret_files import SecretFiles
 from broker.config.settings import IssuerSettings, Settings
+from broker.issuers.keyring import Keyring
 from broker.issuers.upstream import UpstreamIssuer
+from broker.model import Secret
 from broker.tasks import aside
 from broker.telemetry import logs
 
@@ -156,11 +158,12 @@ class Reloader:
         )  # before they are read: a change in between is noticed
         clients, limits = factory.clients(settings, self._environ), factory.limits(settings)
         admins = factory.admin_clients(settings)
-        use_keys = self._new_keys(settings)
+        issuer_keys = credentials.issuer_keys(settings, self._environ)
+        use_keys = self._new_keys(settings, issuer_keys)
         access = factory.store_access(settings)
         durable = self._parts.durable
         file_keys, _ = (
-            ((), ()) if durable is None else credentials.state_file_keys(settings, self._environ)
+            ((), ()) if durable is None else credentials.state_file_keys(settings, issuer_keys)
         )
 
         def put_in_force() -> None:
@@ -195,13 +198,13 @@ class Reloader:
         )
         return loaded, other_key, self.prepared(settings)
 
-    def _new_keys(self, settings: Settings) -> Callable[[], None]:
-        """Read the issuer's keys; returns what puts them in force."""
+    def _new_keys(self, settings: Settings, keys: Keyring | list[Secret]) -> Callable[[], None]:
+        """Return what puts the issuer's keys in force."""
         issuer = self._parts.issuer
         if settings.issuer.kind != issuer.name:
             return lambda: None  # told as needing a restart
         if isinstance(issuer, UpstreamIssuer):
-            keys = credentials.vendor_keys(settings, self._environ)
+            assert isinstance(keys, list)
             proxy = credentials.vendor_proxy(settings, self._environ)
 
             def replace_keys() -> None:
@@ -209,11 +212,11 @@ class Reloader:
                 issuer.use_proxy(proxy)
 
             return replace_keys
-        keyring = credentials.keyring(settings)
+        assert isinstance(keys, Keyring)
 
         def turn() -> None:
             before = issuer.signer_ids
-            issuer.use_keyring(keyring)
+            issuer.use_keyring(keys)
             if not before <= issuer.signer_ids:  # what a key that is gone signed opens nothing
                 self._parts.token_cache.clear()
 

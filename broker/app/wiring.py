@@ -305,7 +305,8 @@ def _durable(
     from broker.sqlite.opening import Keys  # noqa: PLC0415 - as above
 
     settings, marks = given.settings, given.policy.marks
-    now, also = credentials.state_file_keys(settings, given.environ)
+    keys = credentials.issuer_keys(settings, given.environ)
+    now, also = credentials.state_file_keys(settings, keys)
     return DurableBackend(
         FileSettings(
             path=file,

@@ -25,9 +25,10 @@ KEEP_ALIVE_BOUNDS = Duration(1_000_000), Duration(3_600_000_000)
 """The least and the most of `server.keep_alive`: below it clients connect for every request, and
 above it lies no balancer's own time."""
 
-STORE_TIMEOUT_BOUNDS = Duration(10_000), Duration(5_000_000)
-"""The least and the most of `store.timeout`: less is the noise of a busy machine, and with more a
-request whose server hangs has no time left for a mint."""
+STORE_TIMEOUT_BOUNDS = Duration(10_000), Duration(2_000_000)
+"""The least and the most of `store.timeout`: less is the noise of a busy machine, and with more one
+call that hangs would cost a lease: it lasts 3 s, and is renewed each second, when the renewals
+before are over."""
 
 _PORT = re.compile(r"[0-9]{1,5}")
 

@@ -28,6 +28,9 @@ SWEEP_BATCH = 2
 """Entries of a given-up generation that one new key frees: freeing as fast as filling keeps what
 waits bounded."""
 
+MOST_NOTED = 100_000
+"""Spent buckets that are noted between two rounds that write them down."""
+
 SLICE = 2_000
 """What housekeeping frees before others get their turn: half a millisecond."""
 
@@ -72,8 +75,14 @@ class BucketTable:
             part[key] = full_at
         self.counts.note(verdict, dry_run=dry_run)
         if self._spent is not None and verdict.remaining * 2 < limit.burst:
-            self._spent.add(key)
+            self._note_spent(key)
         return verdict
+
+    def _note_spent(self, key: str) -> None:
+        """Note a bucket of its own: an overflow bucket is nobody's, and is not written."""
+        assert self._spent is not None
+        if key in self._young and len(self._spent) < MOST_NOTED:
+            self._spent.add(key)
 
     def peek(self, key: str, limit: Limit, now: int) -> Verdict:
         """Say what `take` would say, and take nothing."""
@@ -141,14 +150,14 @@ class BucketTable:
         self._deepest = horizon
         self._max_tracked = max_tracked
 
-    def take_spent(self, now: int) -> dict[str, int]:
-        """Return microseconds until full, by the keys that were left more than half spent.
+    def take_spent(self) -> set[str]:
+        """Return the keys that were left more than half spent, which is the caller's from now on.
 
-        Of those that decided since the last call; the first one begins to note them, for what
-        outlives the process.
+        Of those that decided since the last call and have a bucket of their own, `MOST_NOTED` at
+        most; the first call begins to note them, for what outlives the process.
         """
         noted, self._spent = self._spent or set(), set()
-        return {key: wait for key in noted if (wait := self.owed(key, now)) > 0}
+        return noted
 
     def restore(self, entries: dict[str, int], now: int) -> None:
         """Take over microseconds until full, as an earlier process told them.

@@ -12,7 +12,7 @@ Nothing stops the loop, and the collector looks into nothing of it: see `broker.
 
 import asyncio
 import heapq
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 
@@ -172,11 +172,10 @@ class MemorySessions(SessionStore):
         return (session for _, session in self._sessions.items())
 
     def restore(self, sessions: Iterable[Session], marks: Mapping[str, str]) -> None:
-        """Take over what another process had."""
-        for session in islice(sessions, self._most):
-            if self._lives(session):
-                self._forget(session.session_id)
-                self._write(session)
+        """Take over what another process had; of sessions that live the latest that fit."""
+        for session in deque(filter(self._lives, sessions), self._most):
+            self._forget(session.session_id)
+            self._write(session)
         for session_id, client in marks.items():
             if session_id not in self._young:
                 self._mark(session_id, client)

@@ -29,9 +29,6 @@ log = structlog.get_logger()
 LOOK = 0.1
 """Seconds between looks at a file that another process uses."""
 
-TELLING = 1_000_000
-"""Microseconds between rounds in which spent buckets are told."""
-
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -75,12 +72,11 @@ class DurableBackend:
         self._slot = WriterSlot()
         self._lock = Lock(settings.path)
         self._boot = _boot_id()
-        self._told_at = 0
         self._failing = False
         self._seen: dict[object, int] = {}
         self.store = DurableStore(limits, tokens, clock, metrics, self._slot, waits=settings.waits)
         self.sessions = DurableSessions(settings.most_sessions, clock, self._slot)
-        self._spent = SpentBuckets(self.store.buckets)
+        self._spent = SpentBuckets(self.store.buckets, clock.mono, self._slot.add_all)
 
     async def open(self, stopping: asyncio.Event) -> None:
         """Open the file and take over what is in it.
@@ -127,7 +123,7 @@ class DurableBackend:
             self.store.tokens[key] = token
         self.sessions.restore(state.sessions.values(), state.marks)
         for name, table in self.store.buckets.items():
-            table.take_spent(now)  # from now on they are noted
+            table.take_spent()  # from now on they are noted
             waits = state.buckets.get(name.value, {})
             table.restore(waits, now)
             self._spent.adopt(name, waits, now)
@@ -151,12 +147,13 @@ class DurableBackend:
         """Whether what is handed out or ended now is not sure to survive the process."""
         return self._slot.is_filled and self._slot.writer.is_degraded
 
-    def look(self) -> None:
-        """Tell the file of spent buckets, and metrics and log of the file: about twice a second."""
-        writer, now = self._slot.writer, self._clock.mono()
-        if now - self._told_at >= TELLING and not self.is_degraded:
-            self._told_at = now
-            self._tell_buckets(writer)
+    def tell_buckets(self) -> bool:
+        """Tell the file of spent buckets, some at a time; False if that was all for now."""
+        return self._spent.step(can_tell=not self.is_degraded)
+
+    def publish(self) -> None:
+        """Bring metrics and log of the file up to date: about twice a second."""
+        writer = self._slot.writer
         metrics = self._metrics.state_file
         for kind, count in list(writer.failures.items()):
             metrics.errors[kind.value] += count - self._seen.get(kind, 0)
@@ -169,10 +166,6 @@ class DurableBackend:
             log.info("broker.state_file_recovered", lost=writer.lost)
         self._failing = failing
 
-    def _tell_buckets(self, writer: Writer) -> None:
-        for record in self._spent.round(self._clock.mono()):
-            writer.add(record)
-
     def use_keys(self, keys: Sequence[Secret]) -> None:
         """Let these keys open the file from now on."""
         self._slot.writer.use_keys(keys)
@@ -182,7 +175,7 @@ class DurableBackend:
         if not self._slot.is_filled:
             self._lock.release()
             return
-        self._tell_buckets(self._slot.writer)
+        self._spent.finish()
         if not await aside(self._slot.writer.close):
             log.error("broker.state_file_failed", reason="it was not closed in time")
         self._lock.release()

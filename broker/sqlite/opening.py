@@ -139,7 +139,7 @@ def _refusal(path: Path, failed: StateFileFailed) -> str:
         FileError.READONLY: "let the broker's user write there",
         FileError.IO: "look at its disk",
         FileError.CORRUPT: "take it away",
-        FileError.OTHER: "end the other program that has it open",
+        FileError.OTHER: "end the other program that has it open, or make memory free",
     }
     remedy = remedies[failed.kind]
     return (

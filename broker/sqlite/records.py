@@ -1,9 +1,9 @@
 """What is written: records of what happened, in the order in which it did.
 
-A row of the file is what one commit wrote: a list of records and the moment, sealed as a whole
-(`broker.sealing`), with its place in the file as associated data.  So a row that was copied to
-another place does not open, and nothing of tokens, fingerprints and client names can be read.
-Times are spans at that moment; `rules.durable` tells what is left of them later.
+A row of the file is a part of what one commit wrote: a list of records of one kind and the moment,
+sealed as a whole (`broker.sealing`), with its place in the file as associated data.  So a row that
+was copied to another place does not open, and nothing of tokens, fingerprints and client names can
+be read.  Times are spans at that moment; `rules.durable` tells what is left of them later.
 """
 
 from collections.abc import Mapping, Sequence
@@ -59,19 +59,19 @@ class VisitorEnded(Struct, frozen=True, array_like=True, tag=5, gc=False):
         return "VisitorEnded()"
 
 
-class BucketsSpent(Struct, frozen=True, array_like=True, tag=6):
-    """Microseconds until full, by the key of the bucket; later ones replace earlier ones.
+class BucketsSpent(Struct, frozen=True):
+    """Monotonic microseconds at which buckets are full, by key; later ones replace earlier ones.
 
     `whole`: this, and what is written with it, stands for all that was written before.
     """
 
     limit: str
-    waits: Mapping[str, int]
+    full_at: Mapping[str, int]
     whole: bool = False
 
     @override
     def __repr__(self) -> str:
-        return f"BucketsSpent({self.limit!r}, buckets={len(self.waits)})"
+        return f"BucketsSpent({self.limit!r}, buckets={len(self.full_at)})"
 
 
 Record = TokenKept | SessionMade | SessionForgotten | SessionEnded | VisitorEnded | BucketsSpent
@@ -123,9 +123,19 @@ class SessionRow(Struct, frozen=True, array_like=True, tag=2, gc=False):
         return f"SessionRow({self.session_id!r})"
 
 
-WrittenRecord = (
-    TokenRow | SessionRow | SessionForgotten | SessionEnded | VisitorEnded | BucketsSpent
-)
+class BucketsRow(Struct, frozen=True, array_like=True, tag=6):
+    """`BucketsSpent` as it is written: microseconds until full, by key."""
+
+    limit: str
+    waits: Mapping[str, int]
+    whole: bool = False
+
+    @override
+    def __repr__(self) -> str:
+        return f"BucketsRow({self.limit!r}, buckets={len(self.waits)})"
+
+
+WrittenRecord = TokenRow | SessionRow | SessionForgotten | SessionEnded | VisitorEnded | BucketsRow
 
 
 class Batch(Struct, frozen=True, array_like=True):
@@ -149,11 +159,6 @@ class Kind(Struct, frozen=True, gc=False):
 
     number: int
 
-    @property
-    def is_end(self) -> bool:
-        """Whether something in it must not be pushed out by mints."""
-        return self.number == ENDS.number
-
 
 MINTS, ENDS, BUCKETS = Kind(0), Kind(1), Kind(2)
 
@@ -161,11 +166,11 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Batch).decode
 
 
-def kind_of(records: Sequence[Record]) -> Kind:
-    """Return the kind of the row that these are written to."""
-    if any(isinstance(record, SessionEnded | VisitorEnded) for record in records):
+def kind_of(record: Record) -> Kind:
+    """Return the kind of the row that this is written to."""
+    if isinstance(record, SessionEnded | VisitorEnded):
         return ENDS
-    return BUCKETS if isinstance(records[0], BucketsSpent) else MINTS
+    return BUCKETS if isinstance(record, BucketsSpent) else MINTS
 
 
 def life_of(records: Sequence[Record], moment: Moment) -> int:
@@ -180,7 +185,7 @@ def _life_of(record: Record, moment: Moment) -> int:
         case SessionMade():
             return record.session.expires * SECOND - moment.wall
         case BucketsSpent():
-            return max(record.waits.values(), default=0)
+            return max(record.full_at.values(), default=moment.mono) - moment.mono
         case SessionForgotten() | SessionEnded() | VisitorEnded():
             return MARK_LIFE  # longer than what it is about, which stands before it
 
@@ -229,5 +234,9 @@ def _row_of(record: Record, moment: Moment) -> WrittenRecord:
                 session.expires,
                 session.digest,
             )
+        case BucketsSpent():
+            now = moment.mono
+            waits = {key: max(full_at - now, 0) for key, full_at in record.full_at.items()}
+            return BucketsRow(record.limit, waits, record.whole)
         case _:
             return record

@@ -14,7 +14,7 @@ from broker.rules.durable import Moment, age, left_of
 from broker.sessions.base import MARK_LIFE
 from broker.sqlite.records import (
     Batch,
-    BucketsSpent,
+    BucketsRow,
     SessionEnded,
     SessionForgotten,
     SessionRow,
@@ -98,9 +98,10 @@ class Fold:
                     self._tokens[record.key] = record, self._number, worth
                     worth.left = max(worth.left, record.left)
                 case SessionRow():
+                    self._sessions.pop(record.session_id, None)  # to the end, as above
                     self._sessions[record.session_id] = record.session()
                     worth.expires = max(worth.expires, record.expires)
-                case BucketsSpent():
+                case BucketsRow():
                     table = self._buckets.setdefault(record.limit, {})
                     table.update((key, (wait, written)) for key, wait in record.waits.items())
                     worth.left = max(worth.left, *record.waits.values(), 0)

@@ -52,7 +52,7 @@ class FileError(Enum):
     CORRUPT = "corrupt"
     """What is in the file is not what was written."""
     OTHER = "other"
-    """Anything else, such as another program that locks it."""
+    """Anything else, such as another program that locks it, or no memory to read it."""
 
 
 _KINDS = {
@@ -66,7 +66,6 @@ _KINDS = {
             sqlite3.SQLITE_CANTOPEN,
             sqlite3.SQLITE_PERM,
             sqlite3.SQLITE_AUTH,
-            sqlite3.SQLITE_NOMEM,
         ),
         FileError.OTHER,
     ),
@@ -301,5 +300,7 @@ def _told() -> Iterator[None]:
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
         raise StateFileFailed(_KINDS.get(code, FileError.CORRUPT), str(error)) from error
-    except (UnicodeDecodeError, OverflowError, MemoryError) as error:  # of a value that is damaged
+    except MemoryError as error:  # of the process: the file is as good as it was
+        raise StateFileFailed(FileError.OTHER, "out of memory") from error
+    except (UnicodeDecodeError, OverflowError) as error:  # of a value that is damaged
         raise StateFileFailed(FileError.CORRUPT, "a value cannot be read") from error

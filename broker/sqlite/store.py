@@ -7,6 +7,8 @@ here is not waited for.  An end is on the disk before it is answered: it holds i
 an end that cannot be written holds as long as the process.
 """
 
+from collections.abc import Sequence
+
 from typing_extensions import override
 
 from broker.errors import NotDurable
@@ -14,6 +16,7 @@ from broker.limits.policy import Limits
 from broker.model import Clock, EmbedToken, Session, TokenRequest, visitor_of
 from broker.sessions.memory import MemorySessions
 from broker.sqlite.records import (
+    Record,
     SessionEnded,
     SessionForgotten,
     SessionMade,
@@ -44,6 +47,10 @@ class WriterSlot:
         assert self._writer is not None  # `open` comes before the first request
         return self._writer
 
+    def add_all(self, records: Sequence[Record]) -> None:
+        """Write these soon, in one commit."""
+        self.writer.add_all(records)
+
     @property
     def is_filled(self) -> bool:
         """Whether the file is open."""
@@ -69,7 +76,7 @@ class DurableStore(MemoryStore):
     ) -> None:
         super().__init__(limits, tokens, clock, metrics.limits.counts)
         self._slot = slot
-        self._waits = waits
+        self.waits = waits
         self._late: Counter = metrics.state_file.late
 
     @override
@@ -94,7 +101,7 @@ class DurableStore(MemoryStore):
             raise NotDurable
 
     async def _settle(self) -> None:
-        if self._waits and not await self._slot.writer.mint_written():
+        if self.waits and not await self._slot.writer.mint_written():
             self._late.inc()
 
 

@@ -15,8 +15,9 @@ import contextlib
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import groupby, islice
 from typing import TypeVar
 
 import structlog
@@ -30,6 +31,7 @@ from broker.sqlite.opening import Opened
 from broker.sqlite.records import (
     BUCKETS,
     ENDS,
+    MINTS,
     BucketsSpent,
     Kind,
     Record,
@@ -68,8 +70,15 @@ END_WAIT = 5.0
 CLOSING = 5.0
 """Seconds that the end of the process waits for the last commit."""
 
-IN_ROW = 500
-"""Records of a row: about a megabyte."""
+IN_ROW = {MINTS: 500, ENDS: 500, BUCKETS: 20}
+"""Records of a row: about a megabyte of tokens, 10,000 buckets."""
+
+PROBE = 500
+"""Records of the first commit after one that failed: to seal all of them for each try would take
+the interpreter's time from requests."""
+
+MOST_DEFECTS = 2
+"""Defects in a row after which what could not be written is given up."""
 
 DROPPED_AT_ONCE, FREED_AT_ONCE = 50, 256
 """Rows, and pages, that a round gives back before it looks whether somebody waits."""
@@ -97,6 +106,7 @@ class Writer:
         self._stop = threading.Event()
         self._is_dirty, self._round_at, self._checkpoint_at = False, 0.0, 0.0
         self.failure: StateFileFailed | None = None
+        self._defects = 0
         self.failures: Counter[FileError] = Counter()
         self.lost = 0
         self.size = opened.file.size()
@@ -114,6 +124,11 @@ class Writer:
         self._pending.append(record)
         if not self._awake.is_set():
             self._awake.set()
+
+    def add_all(self, records: Sequence[Record]) -> None:
+        """Write these soon, and in one commit: the thread takes all of them or none."""
+        self._pending.extend(records)
+        self._awake.set()
 
     def use_keys(self, keys: Sequence[Secret]) -> None:
         """Let these keys open the file, and no others."""
@@ -185,9 +200,11 @@ class Writer:
             return self._keep_house()
         except StateFileFailed as failed:
             self.failures[failed.kind] += 1
-            self.failure = failed
+            self.failure, self._defects = failed, 0
         except Exception:  # a defect: without the thread nothing would be written any more
             self.failures[FileError.OTHER] += 1
+            self.failure = StateFileFailed(FileError.OTHER, "a defect, see the log")
+            self._defects += 1
             log.exception("broker.defect")
         finally:
             self._began = None
@@ -195,7 +212,6 @@ class Writer:
 
     def _commit(self) -> None:
         waiting = _taken(self._waiting)  # first: what was added before them is there by now
-        records = _taken(self._pending)
         with self._lock:
             keys, self._keys = self._keys, None
         self._began = time.monotonic()
@@ -204,28 +220,40 @@ class Writer:
             if keys is not None:
                 self._file.use_keys(keys)
                 keys = None
-            if records:
-                self._write(records)
-                self.failure = None
+            if self.failure is not None:
+                self._write_pending(PROBE)
+            self._write_pending(None)
             written = True
-        except StateFileFailed:
-            self._pending.extendleft(reversed(self._bounded(records)))
+        finally:
             with self._lock:
                 self._keys = self._keys or keys
-            raise
-        finally:
             self._tell(waiting, written=written)
 
+    def _write_pending(self, most: int | None) -> None:
+        """Commit what is pending, the first `most` of it; it is pending again if that fails.
+
+        After two defects in a row it is given up: one record must not keep all others out for ever.
+        """
+        records = _taken(self._pending, most)
+        if not records:
+            return
+        try:
+            self._write(records)
+        except BaseException:
+            if self._defects < MOST_DEFECTS:
+                self._pending.extendleft(reversed(self._bounded(records)))
+            else:
+                self.lost += len(records)
+            raise
+        self.failure, self._defects = None, 0
+
     def _write(self, records: Sequence[Record]) -> None:
-        """Commit records, in rows of a size; buckets apart, for they are replaced."""
-        buckets = [record for record in records if isinstance(record, BucketsSpent)]
-        others = [record for record in records if not isinstance(record, BucketsSpent)]
+        """Commit records, in rows of one kind."""
         moment, place = self._moment(), self._ledger.next_place
         rows: list[tuple[int, int, bytes]] = []
         notes: list[tuple[Kind, Row]] = []
-        whole = any(record.whole for record in buckets)
-        for part in _parts(others, buckets):
-            kind = kind_of(part)
+        whole = any(isinstance(record, BucketsSpent) and record.whole for record in records)
+        for kind, part in _parts(records):
             rows.append((place, kind.number, seal(self._box, place, kind, moment, part)))
             notes.append((kind, Row(place, moment.mono + life_of(part, moment), len(part))))
             place += 1
@@ -284,15 +312,17 @@ class Writer:
         return f"Writer(pending={len(self._pending)}, degraded={self.is_degraded})"
 
 
-def _taken(queue: "deque[_T]") -> list[_T]:
+def _taken(queue: "deque[_T]", most: int | None = None) -> list[_T]:
     """Take what is in a queue at this moment; the other thread may append meanwhile."""
-    return [queue.popleft() for _ in range(len(queue))]
+    count = len(queue)
+    return [queue.popleft() for _ in range(count if most is None else min(count, most))]
 
 
-def _parts(*groups: Sequence[Record]) -> list[Sequence[Record]]:
-    return [
-        group[start : start + IN_ROW] for group in groups for start in range(0, len(group), IN_ROW)
-    ]
+def _parts(records: Sequence[Record]) -> Iterator[tuple[Kind, Sequence[Record]]]:
+    """Cut into rows, also where the kind changes: each kind has a bound of its own."""
+    for kind, run in groupby(records, kind_of):
+        while part := list(islice(run, IN_ROW[kind])):
+            yield kind, part
 
 
 def _settle(waiting: Sequence["asyncio.Future[bool]"], *, written: bool) -> None:

@@ -109,7 +109,7 @@ async def test_N2_a_task_that_is_killed_comes_back(
         "store": {
             "url": valkey.url,
             "encryption_key": secrets.token_urlsafe(48),
-            "timeout": "5s",  # or the cause itself fails on a busy machine
+            "timeout": "2s",  # or the cause itself fails on a busy machine
         },
         "issuer": {"budget": {"rate": 6000, "per": "60s", "burst": 10}},
     }

@@ -470,3 +470,26 @@ def test_N12_every_file_of_the_settings_is_watched(dotted: str) -> None:
     value = ["/there/it/is"] if dotted.endswith("_files") else "/there/it/is"
     watched = [file for _, file in factory.watched_files(alone(dotted, value))]
     assert "/there/it/is" in watched
+
+
+@pytest.mark.parametrize("kind", ["local", "upstream"])
+def test_D7_a_state_file_is_sealed_for_the_keys_that_the_issuer_has(
+    tmp_path: Path, kind: str
+) -> None:
+    """Those that were read for it: the files may have others by now, or be gone."""
+    key = tmp_path / "the key"
+    tree = merged(
+        good(tmp_path),
+        {
+            "issuer.kind": kind,
+            "issuer.local.keys": key_tree(secret_file(key)),
+            "issuer.upstream.api_secret_files": [str(key)],
+        },
+    )
+    known = settings(tree)
+    keys = credentials.issuer_keys(known, NOTHING)
+    revealed = secret_in(str(key))
+    key.unlink()
+    (own,), also = credentials.state_file_keys(known, keys)
+    assert own.reveal() == (revealed if kind == "upstream" else revealed.encode().hex())
+    assert also == ()

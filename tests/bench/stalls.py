@@ -1,6 +1,6 @@
 """How long a table of a million entries can stop the loop, and what a look-up costs in it.
 
-    python tests/bench/stalls.py [--entries 1000000] [--tables tokens,buckets,sessions,ended]
+    python tests/bench/stalls.py [--entries 1000000] [--tables tokens,buckets,sessions,ended,spent]
 
 Each table is filled, filled over its bound, left until all of it expires in the same second, and
 emptied by housekeeping; after each phase the collector runs.  What is printed is the longest single
@@ -23,10 +23,11 @@ from typing_extensions import override
 
 from broker.app.gc_tuning import GcTuner
 from broker.limits.buckets import BucketTable
-from broker.model import EmbedToken, Minted, Session, TokenRequest
+from broker.model import EmbedToken, LimitName, Minted, Session, TokenRequest
 from broker.rules.bucket import limit
 from broker.sessions.base import MARK_LIFE
 from broker.sessions.memory import MemorySessions
+from broker.sqlite.spent_buckets import SpentBuckets
 from broker.stores.token_cache import TokenCache
 from broker.testing import FakeClock
 from broker.units import SECOND
@@ -230,11 +231,55 @@ class Ended(Table):
         return self._book.ended_count
 
 
+class Spent(Table):
+    """Spent buckets that are told to a state file; as many as are told of a limit."""
+
+    lifetime = 2 * 60 * SECOND
+
+    def __init__(self, most: int) -> None:
+        self.clock = FakeClock()
+        self._limit = limit(20, 60 * SECOND, 20)
+        self._table = BucketTable(most, self._limit.depth, self.clock.mono())
+        self._table.take_spent()
+        self._spent = SpentBuckets(
+            {LimitName.FINGERPRINT: self._table}, self.clock.mono, lambda _records: None
+        )
+
+    @override
+    def key(self, number: int) -> str:
+        return f"web\x1f{name_of(number)}"
+
+    @override
+    def make(self, number: int) -> None:
+        """It is but a number: told once a second, while visitors lean on it."""
+        if not number % 6000:
+            self.clock.advance(1)
+
+    @override
+    def insert(self, key: str, value: None) -> None:
+        for _ in range(12):
+            self._table.take(key, self._limit, self.clock.mono())
+
+    @override
+    def find(self, key: str) -> object:
+        return self._table.take(key, self._limit, self.clock.mono())
+
+    @override
+    def purge(self) -> None:
+        self._table.purge_expired(self.clock.mono())
+        self._spent.step(can_tell=True)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._table)
+
+
 TABLES: dict[str, Callable[[int], Any]] = {
     "tokens": Tokens,
     "buckets": Buckets,
     "sessions": Sessions,
     "ended": Ended,
+    "spent": Spent,
 }
 
 

@@ -21,6 +21,8 @@ from broker.config import schema, validate
 from broker.config.schema import ConfigError
 from broker.config.settings import Duration, Settings
 from broker.model import Secret
+from broker.units import SECOND
+from broker.valkey.leases import LEASE, RENEWAL
 
 Value = str | int | float | bool | list[str]
 
@@ -53,7 +55,7 @@ POOLS: Mapping[type, tuple[Value, ...]] = {
     int: (4, 12, 1001, 2002, 3003, 40_004),
     float: (0.5, 7.25, 8, 901),
     bool: (False, True),
-    Duration: ("2s", "4s", "45s", "301s", "14m", "20m", "1h"),
+    Duration: ("900ms", "2s", "4s", "45s", "301s", "14m", "20m", "1h"),
     Secret: ("first-" * 8, "second-" * 8, "third-" * 8),
     tuple: ([], ["10.0.0.1"], ["10.0.0.0/8", "fd00::/8"], ["*"], ["A1", "B2"]),
 }
@@ -324,6 +326,9 @@ KEEP_ALIVE = (
     "must be 1s to 1h; set it some seconds longer than the balancer in front keeps an idle"
     " connection"
 )
+STORE_TIMEOUT = (
+    "must be 10ms to 2s; a server nearby takes less than 1ms, so put it nearer if it needs more"
+)
 NO_ADDRESS = 'expected "HOST:PORT" (0 chooses a port) or "unix:/path"'
 RATES = ("limits.fingerprint", "limits.fingerprint_mints", "limits.agent", "issuer.budget")
 
@@ -374,6 +379,8 @@ WRONG: list[tuple[str, object, str]] = [
         "16s",
         "server.drain_lead: must not be longer than server.drain; raise drain or lower drain_lead",
     ),
+    ("store.timeout", "2001ms", f"store.timeout: {STORE_TIMEOUT}"),
+    ("store.timeout", "9ms", f"store.timeout: {STORE_TIMEOUT}"),
     ("store.replicas", "many", 'store.replicas: must be "auto", or a whole number from 1'),
     ("store.replicas", 0, 'store.replicas: must be "auto", or a whole number from 1'),
     ("reuse.floor_in_outage", "6m", "reuse.floor_in_outage: must not be longer than reuse.floor"),
@@ -691,3 +698,8 @@ class TestAddress:
     def test_is_host_and_port_or_a_path(self, text: str, where: object) -> None:
         """The three forms of a place to listen."""
         assert validate.parse_address(text) == where
+
+
+def test_a_call_of_the_store_that_hangs_costs_no_lease() -> None:
+    """The longest `store.timeout` ends before a lease does that was to be renewed with it."""
+    assert validate.STORE_TIMEOUT_BOUNDS[1].us <= LEASE - RENEWAL * SECOND

@@ -40,7 +40,7 @@ UNLIMITED = VendorSettings(ip=None)
 WIDE = {"rate": 600_000, "per": "60s", "burst": 100_000}
 """A limit that no test meets."""
 
-PATIENT = {"store.timeout": "5s"}
+PATIENT = {"store.timeout": "2s"}
 """For replicas that must share: other tests may take the machine for longer than 50 ms."""
 
 PATIENCE = 30.0

@@ -537,11 +537,23 @@ def test_what_is_more_than_half_spent_is_told_once(
     """Those that decided since the last time and were left with less than half; none twice."""
     limit = Limit(burst, 10 * SECOND)
     buckets, now, spent = BucketTable(10, limit.depth, T0), T0, set[str]()
-    assert buckets.take_spent(now) == {}, "from now on they are noted"
+    assert buckets.take_spent() == set(), "from now on they are noted"
     for key, pause in takes:
         now += pause * SECOND
         if buckets.take(key, limit, now).remaining * 2 < burst:
             spent.add(key)
-    told = buckets.take_spent(now)
-    assert told == {key: wait for key in spent if (wait := buckets.owed(key, now))}
-    assert buckets.take_spent(now) == {}
+    assert buckets.take_spent() == spent
+    assert buckets.take_spent() == set()
+
+
+def test_G6_what_is_noted_is_bounded_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a flood, too, that nobody drains; strangers without a bucket of their own are left out."""
+    monkeypatch.setattr("broker.limits.buckets.MOST_NOTED", 50)
+    limit = Limit(2, 10 * SECOND)
+    for tracked, noted in ((10, 10), (1000, 50)):
+        buckets = BucketTable(tracked, limit.depth, T0)
+        buckets.take_spent()
+        for number in range(500):
+            buckets.take(f"{number}", limit, T0)
+            buckets.take(f"{number}", limit, T0)
+        assert len(buckets.take_spent()) == noted

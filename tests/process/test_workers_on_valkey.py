@@ -68,7 +68,7 @@ def tree(tmp_path: Path, valkey: Valkey) -> Tree:
             **{f"limits.{kind}": roomy for kind in kinds},
             "limits.fingerprint.overrides.SCARCE": {"rate": 1, "per": "1h", "burst": 60},
             "store.url": f"unix://{valkey.socket}",
-            "store.timeout": "5s",  # what workers share shows while the store answers in time
+            "store.timeout": "2s",  # what workers share shows while the store answers in time
             "store.encryption_key_file": secret_file(tmp_path / "sealing"),
         },
     )

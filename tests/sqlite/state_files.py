@@ -140,3 +140,10 @@ async def held(backend: DurableBackend, ask: TokenRequest) -> bytes | None:
     """Return the answer that a visitor would get."""
     token = await backend.store.peek(ask, ask.key)
     return None if token is None else token.body
+
+
+def looked(backend: DurableBackend) -> None:
+    """Do what a round of housekeeping does."""
+    while backend.tell_buckets():
+        pass
+    backend.publish()

@@ -2,17 +2,50 @@
 
 import random
 import shutil
+import sqlite3
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from state_files import Broker, end, held, mint
 
+from broker.config.schema import ConfigError
 from broker.model import TokenRequest
 
 CUTS = FLIPS = 200
 """Of random places; a minute, so they are run with what takes longer."""
 HEADER = 100
 """Bytes of SQLite's header: each of them is flipped."""
+
+
+async def test_D4_a_process_without_memory_moves_no_good_file_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not start; with memory it does, and has everything."""
+    broker = Broker(tmp_path / "state.db")
+    ask = broker.ask()
+    async with broker.opened() as backend:
+        token, session = await mint(broker, backend, ask)
+        _, ended = await mint(broker, backend, broker.ask())
+        await end(backend, ended)
+
+    class Short(sqlite3.Connection):
+        def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+            if statement.startswith("SELECT id"):
+                raise MemoryError  # what the module says for SQLITE_NOMEM
+            return super().execute(statement, *values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Short))
+        with pytest.raises(ConfigError, match="out of memory"):
+            async with broker.opened():
+                pass
+    assert broker.metrics.state_file.moved_aside.value == 0
+    async with broker.opened() as backend:
+        assert await held(backend, ask) == token.body
+        assert await backend.sessions.find(session.session_id) == session
+        assert await backend.sessions.ended(ended.session_id)
 
 
 class Written:

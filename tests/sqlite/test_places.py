@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from processes import good, merged, run, toml, until, write
-from state_files import Broker, end, held, mint
+from state_files import Broker, end, held, looked, mint
 
 from broker.config.schema import ConfigError
 from broker.errors import NotDurable
@@ -178,13 +178,13 @@ async def test_D1_full_while_it_runs(small_disk: Path) -> None:
             await end(backend, session)
         assert await held(backend, ended) is None
         assert await backend.sessions.ended(session.session_id)
-        backend.look()
+        looked(backend)
         assert backend.is_degraded
         assert broker.metrics.state_file.errors["full"].value > 0
         assert broker.metrics.state_file.late.value > 0
         filler.unlink()
         await until(lambda: not backend.is_degraded)
-        backend.look()
+        looked(backend)
         await end(backend, session)
     async with broker.opened() as backend:
         assert await held(backend, during) == token.body

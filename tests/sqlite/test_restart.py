@@ -4,16 +4,20 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from processes import until
-from state_files import AGENT, HOUR, Broker, a_key, end, held, mint, wide_limits
+from state_files import AGENT, HOUR, Broker, a_key, end, held, looked, mint, wide_limits
 
 from broker.config.schema import ConfigError
+from broker.limits.buckets import BucketTable
 from broker.model import LimitName
 from broker.rules.bucket import Limit
+from broker.sqlite.records import BucketsSpent
+from broker.sqlite.spent_buckets import SLICE, SpentBuckets
 from broker.sqlite.writer import Writer
 from broker.stores.base import Lease
 from broker.units import SECOND
@@ -156,6 +160,24 @@ async def test_G6_of_more_than_fit_the_latest_come_back(broker: Broker) -> None:
         assert backend.store.tokens.counts.evicted.value == 0
 
 
+async def test_G6_of_more_sessions_than_fit_the_latest_come_back(broker: Broker) -> None:
+    """Those that memory held before; what has expired takes nobody's place."""
+    broker.most = 10
+    async with broker.opened() as backend:
+        lasting = [(await mint(broker, backend, broker.ask()))[1] for _ in range(16)]
+        brief = [broker.session(broker.ask(), life=60 * SECOND) for _ in range(3)]
+        for session in brief:
+            await backend.sessions.record(session)
+        broker.clock.advance(61)
+        minted = await mint(broker, backend, broker.ask())
+        lasting.append(minted[1])
+    async with broker.opened() as backend:
+        found = [await backend.sessions.find(each.session_id) is not None for each in lasting]
+        assert found == [False] * 7 + [True] * 10
+        assert await backend.sessions.find_token(minted[1].digest) == minted[1]
+        assert len(backend.sessions) == 10
+
+
 async def test_G9_a_session_that_is_recorded_for_nobody_is_forgotten(broker: Broker) -> None:
     """Its visitor was ended while it was minted: no record of it comes back."""
     ask = broker.ask()
@@ -178,7 +200,7 @@ async def test_V12_a_spent_bucket_stays_spent(broker: Broker, stop: str) -> None
             await backend.store.admit(spent, spent.key)
         await backend.store.admit(fresh, fresh.key)
         if stop == "crash":
-            backend.look()
+            looked(backend)
             await backend.store.revoke_visitor("nobody", "at all")  # waits for the commit
             crashed = copied(broker)
     if stop == "crash":
@@ -212,11 +234,80 @@ async def test_a_spent_bucket_is_told_a_few_times_only(broker: Broker) -> None:
             for ask in asks:
                 await backend.store.admit(ask, ask.key)
             broker.clock.advance(1)
-            backend.look()
+            looked(backend)
             await backend.store.revoke_visitor("nobody", "at all")
             sizes.append(sum(len(waits) for waits in backend._spent._full_at.values()))
-            assert backend._spent._told <= 3 * 100 + 1000 + 100
+            assert backend._spent._written <= 3 * 100 + 1000 + 100
     assert max(sizes) == 100
+
+
+async def test_V12_a_full_list_of_spent_buckets_takes_others_when_they_are_full_again(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the bound of those that are told: what is full again makes room, at once."""
+    monkeypatch.setattr("broker.sqlite.spent_buckets.MOST", 3)
+    broker.limits = wide_limits(Limit(burst=4, interval=60 * SECOND))
+    before, after = [broker.ask() for _ in range(5)], broker.ask()
+    async with broker.opened() as backend:
+        for ask in before:
+            for _ in range(4):
+                await backend.store.admit(ask, ask.key)
+        looked(backend)
+        assert sum(map(len, backend._spent._full_at.values())) == 3
+        broker.clock.advance(300)
+        for _ in range(4):
+            await backend.store.admit(after, after.key)
+        looked(backend)
+        await backend.store.revoke_visitor("nobody", "at all")  # waits for the commit
+        crashed = copied(broker)
+    broker.path = crashed
+    async with broker.opened() as backend:
+        assert (await backend.store.admit(after, after.key)).denial is not None
+
+
+async def test_V12_what_was_spent_while_the_disk_hung_is_told_afterwards(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noted ones are drained meanwhile, so that nothing grows, and told all at once then."""
+    broker.limits = wide_limits(Limit(burst=4, interval=60 * SECOND))
+    ask = broker.ask()
+    async with broker.opened() as backend:
+        with monkeypatch.context() as patch:
+            patch.setattr(type(backend), "is_degraded", True)
+            for _ in range(4):
+                await backend.store.admit(ask, ask.key)
+            looked(backend)
+            assert backend.store.buckets[LimitName.FINGERPRINT].take_spent() == set()
+        broker.clock.advance(1)
+        looked(backend)
+        await backend.store.revoke_visitor("nobody", "at all")  # waits for the commit
+        crashed = copied(broker)
+    broker.path = crashed
+    async with broker.opened() as backend:
+        assert (await backend.store.admit(ask, ask.key)).denial is not None
+
+
+async def test_a_round_of_spent_buckets_is_cut_into_steps(broker: Broker) -> None:
+    """No step has more than its slice, in a round that tells everything anew neither."""
+    table = BucketTable(10 * SLICE, 60 * SECOND, broker.clock.mono())
+    told: list[BucketsSpent] = []
+    spent = SpentBuckets({LimitName.FINGERPRINT: table}, broker.clock.mono, told.extend)
+    table.take_spent()
+    limit, rounds = Limit(burst=2, interval=30 * SECOND), 3
+    for _ in range(rounds):
+        for number in range(4 * SLICE):
+            table.take(f"{number}", limit, broker.clock.mono())
+            table.take(f"{number}", limit, broker.clock.mono())
+        steps = [len(told)]
+        while spent.step(can_tell=True):
+            steps.append(len(told))
+        grown = [after - before for before, after in pairwise(steps)]
+        assert len(steps) >= 4
+        assert all(each <= 1 for each in grown[:4])
+        assert max(len(record.full_at) for record in told) <= SLICE
+        broker.clock.advance(1)
+    whole = [record for record in told if record.whole]
+    assert sum(len(record.full_at) for record in whole) == 4 * SLICE
 
 
 async def test_D8_a_clock_a_day_ahead_or_behind(broker: Broker) -> None:

@@ -1,0 +1,156 @@
+"""What the thread writes, in which rows, and what it does when that fails; real files."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from processes import until
+from state_files import Broker, held, mint
+
+from broker.errors import NotDurable
+from broker.sqlite.records import ENDS, MINTS, Record, SessionEnded, SessionMade
+from broker.sqlite.state_file import FileError, StateFileFailed
+from broker.sqlite.writer import PROBE, Writer
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Broker:
+    """A broker with a file, which hands tokens out before they are in it."""
+    made = Broker(tmp_path / "state.db")
+    made.waits = False
+    return made
+
+
+def failing(writer: Writer, patch: pytest.MonkeyPatch, error: Callable[[], Exception]) -> list[int]:
+    """Let each commit fail; returns how many records each had."""
+    tried: list[int] = []
+
+    def write(records: Sequence[Record]) -> None:
+        tried.append(len(records))
+        raise error()
+
+    patch.setattr("broker.sqlite.writer.RETRY", 0.01)
+    patch.setattr(writer, "_write", write)
+    return tried
+
+
+def broken() -> Exception:
+    """What a disk that fails does."""
+    return StateFileFailed(FileError.IO, "broken")
+
+
+async def test_G6_an_end_counts_as_an_end_and_a_mint_as_a_mint(broker: Broker) -> None:
+    """However they come together: neither takes the room of the other, nor pushes it out."""
+    ask, ended = broker.ask(), broker.ask()
+    async with broker.opened() as backend:
+        writer = backend._slot.writer
+        sessions = [broker.session(ask) for _ in range(300)]
+        end = broker.session(ended)
+        middle = [SessionEnded(end.session_id, end.client)]
+        writer.add_all([*map(SessionMade, sessions[:150]), *middle])
+        writer.add_all([*map(SessionMade, sessions[150:]), *middle])
+        assert await writer.end_written()
+        counts = writer._ledger._counts
+        assert (counts[MINTS.number], counts[ENDS.number]) == (300, 2)
+    async with broker.opened() as backend:
+        counts = backend._slot.writer._ledger._counts
+        assert (counts[MINTS.number], counts[ENDS.number]) == (300, 2)
+        assert await backend.sessions.ended(end.session_id)
+        assert await backend.sessions.find(sessions[-1].session_id) is not None
+
+
+async def test_D1_a_retry_seals_a_part_only(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as the disk fails; then everything is written, in the order of its coming."""
+    broker.most = 10_000
+    ask = broker.ask()
+    sessions = [broker.session(ask) for _ in range(3 * PROBE)]
+    async with broker.opened() as backend:
+        writer = backend._slot.writer
+        with monkeypatch.context() as patch:
+            tried = failing(writer, patch, broken)
+            writer.add_all([SessionMade(session) for session in sessions])
+            await until(lambda: len(tried) >= 5)
+            assert max(tried[1:]) <= PROBE
+            assert backend.is_degraded
+            assert len(writer._pending) >= len(sessions) - PROBE, "nothing is given up"
+        assert await writer.end_written()
+        await until(lambda: not backend.is_degraded)
+        assert writer.lost == 0
+    async with broker.opened() as backend:
+        for session in sessions[-100:]:
+            assert await backend.sessions.find(session.session_id) == session
+
+
+async def test_D1_who_waits_for_what_is_behind_the_part_is_told_when_it_is_written(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The part alone makes no end durable."""
+    ask = broker.ask()
+    broker.most = 10_000
+    async with broker.opened() as backend:
+        writer = backend._slot.writer
+        really = writer._write
+        with monkeypatch.context() as patch:
+            tried = failing(writer, patch, broken)
+            writer.add_all([SessionMade(broker.session(ask)) for _ in range(2 * PROBE)])
+            await until(lambda: len(tried) >= 1)
+
+            def write(records: Sequence[Record]) -> None:
+                if len(records) > PROBE:
+                    raise broken()
+                really(records)
+
+            patch.setattr(writer, "_write", write)
+            writer.add_all([SessionMade(broker.session(ask)) for _ in range(3 * PROBE)])
+            with pytest.raises(NotDurable):
+                await backend.store.revoke_visitor(ask.client, ask.fingerprint)
+
+
+async def test_N2_a_defect_loses_nothing_and_is_told(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end is answered with 503 and pending, the broker degraded until it is written."""
+    ask = broker.ask()
+    async with broker.opened() as backend:
+        await mint(broker, backend, ask)
+        writer = backend._slot.writer
+        with monkeypatch.context() as patch:
+            patch.setattr("broker.sqlite.writer.MOST_DEFECTS", 10**9)
+            _ = failing(writer, patch, lambda: ValueError("a defect"))
+            with pytest.raises(NotDurable):
+                await backend.store.revoke_visitor(ask.client, ask.fingerprint)
+            assert backend.is_degraded
+            assert writer.failures[FileError.OTHER] >= 1
+        await until(lambda: not backend.is_degraded)
+    async with broker.opened() as backend:
+        assert await held(backend, ask) is None
+
+
+async def test_N2_what_a_defect_keeps_out_for_ever_is_given_up(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After some tries, counted as lost: what comes later is written."""
+    ask = broker.ask()
+    async with broker.opened() as backend:
+        writer = backend._slot.writer
+        with monkeypatch.context() as patch:
+            tried = failing(writer, patch, lambda: ValueError("a defect"))
+            writer.add(SessionMade(broker.session(ask)))
+            await until(lambda: writer.lost == 1)
+            assert len(tried) == 3
+        later = broker.session(ask)
+        await backend.sessions.record(later)
+        assert await writer.end_written()
+        await until(lambda: not backend.is_degraded)
+    async with broker.opened() as backend:
+        assert await backend.sessions.find(later.session_id) == later
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_a_store_says_whether_it_waits(broker: Broker, *, waits: bool) -> None:
+    """Who mints goes by that: what does not wait may be asked without a task."""
+    broker.waits = waits
+    async with broker.opened() as backend:
+        assert backend.store.waits is waits
