@@ -2,12 +2,13 @@
 
 import gc
 import secrets
+import sys
 from collections.abc import Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.tables import PART, Leftovers, PartedDict, Recent
+from broker.tables import PART, SPARSE, BySecond, Leftovers, PartedDict, Recent
 from broker.valkey.key_names import Names
 
 
@@ -43,6 +44,47 @@ def test_parts_are_as_many_as_keep_each_small() -> None:
     for number in range(40 * PART):
         table[f"key{number}"] = number
     assert max(map(len, table.parts)) < 2 * PART
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["add", "add", "remove", "pop"]), st.text(max_size=1)),
+        max_size=60,
+    )
+)
+def test_keys_by_second_are_an_ordered_list(steps: Sequence[tuple[str, str]]) -> None:
+    """The first is the one of the earliest second that came first; what was taken out is gone."""
+    noted, model = BySecond[str](), dict[str, int]()
+    for step, key in steps:
+        second = len(key.encode()) + len(model) % 3
+        if step == "pop":
+            popped = noted.pop_until(second)
+            first = min(model.values(), default=second + 1)
+            assert (popped is None) == (first > second)
+            if popped is not None:
+                assert model.pop(popped) == first
+        elif key in model:
+            noted.remove(key, model.pop(key))
+        elif step == "add":
+            noted.add(key, second)
+            model[key] = second
+        assert noted.first() == min(model, key=lambda key: model[key], default=None)
+        assert len(noted) == sum(map(len, noted.parts)) == len(model)
+        assert len(noted._seconds) == len(set(noted._seconds)) == len(noted._slots)
+
+
+def test_keys_by_second_take_no_memory_when_most_are_gone() -> None:
+    """A dict does not shrink when keys leave it: one that is nearly empty is built anew."""
+    noted = BySecond[int]()
+    for number in range(3 * PART):
+        noted.add(number, 7)
+    assert len(list(noted.parts)) == 3
+    for number in range(3 * PART):
+        if number % 1000:
+            noted.remove(number, 7)
+    assert len(noted) == 13
+    assert sum(map(sys.getsizeof, noted.parts)) <= SPARSE * (13 + 3)
+    assert [noted.pop_until(7) for _ in range(14)][-2:] == [0, None]
 
 
 def test_what_is_given_up_is_freed_in_the_steps_that_are_asked_for() -> None:

@@ -21,7 +21,7 @@ from typing_extensions import override
 from broker.errors import SessionTaken
 from broker.model import Clock, Session
 from broker.sessions.base import MARK_LIFE, BookFull, Place, Query, SessionStore, place_of
-from broker.tables import PART, Leftovers, PartedDict
+from broker.tables import BySecond, Leftovers, PartedDict
 from broker.units import SECOND
 
 MOST_ENDED = 1_000_000
@@ -35,48 +35,6 @@ FREED_AT_ONCE = 2
 """Marks that were given up which a new one frees: as fast as they can come."""
 
 
-class _Order:
-    """The ids of a client's sessions by expiry; within a second in the order of minting."""
-
-    def __init__(self) -> None:
-        self._slots: dict[int, list[dict[str, None]]] = {}
-        self._seconds: list[int] = []
-        self._held = 0
-
-    def add(self, session: Session) -> None:
-        """Note a session that is not noted."""
-        slot = self._slots.get(session.expires)
-        if slot is None:
-            slot = self._slots[session.expires] = [{}]
-            heapq.heappush(self._seconds, session.expires)
-        elif len(slot[-1]) >= PART:
-            slot.append({})
-        slot[-1][session.session_id] = None
-        self._held += 1
-
-    def remove(self, session: Session) -> None:
-        """Forget one that is noted."""
-        for ids in self._slots[session.expires]:
-            if session.session_id in ids:
-                del ids[session.session_id]
-                self._held -= 1
-                return
-
-    def first(self) -> str | None:
-        """Return the id of the one that is nearest to its expiry."""
-        while self._seconds:
-            slot = self._slots[self._seconds[0]]
-            while slot:
-                if slot[0]:
-                    return next(iter(slot[0]))
-                del slot[0]
-            del self._slots[heapq.heappop(self._seconds)]
-        return None
-
-    def __len__(self) -> int:
-        return self._held
-
-
 class MemorySessions(SessionStore):
     """Sessions of this process."""
 
@@ -86,7 +44,7 @@ class MemorySessions(SessionStore):
         self._clock = clock
         self._sessions: PartedDict[str, Session] = PartedDict(most)
         self._held = 0
-        self._orders: dict[str, _Order] = {}
+        self._orders: dict[str, BySecond[str]] = {}  # of a client, by their expiry
         self._by_digest: PartedDict[bytes, str] = PartedDict(most)
         self._young: PartedDict[str, str] = PartedDict(most_ended)
         self._old: PartedDict[str, str] = PartedDict(1)
@@ -214,7 +172,7 @@ class MemorySessions(SessionStore):
     def _write(self, session: Session) -> None:
         self._sessions[session.session_id] = session
         self._held += 1
-        self._orders.setdefault(session.client, _Order()).add(session)
+        self._orders.setdefault(session.client, BySecond()).add(session.session_id, session.expires)
         if session.digest:
             self._by_digest[session.digest] = session.session_id
 
@@ -224,7 +182,7 @@ class MemorySessions(SessionStore):
             return
         self._held -= 1
         order = self._orders[session.client]
-        order.remove(session)
+        order.remove(session_id, session.expires)
         if not order:
             del self._orders[session.client]
         if self._by_digest.get(session.digest) == session_id:

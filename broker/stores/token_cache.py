@@ -7,8 +7,8 @@ collection.
 
 Theory of operation.  When a token dies is known when it comes: the keys of those that die within
 one second stand in the slot of that second, and housekeeping takes the slots that are over, some
-keys at a time.  A key whose token went early, or was renewed, is passed over then; nothing is
-searched for when that happens.
+keys at a time.  A key whose token goes early, or is renewed, leaves its slot with it: what is noted
+never outnumbers what is held.
 
 At the bound the dead go first.  Then one goes that was not asked for since its part was last looked
 through: a part is a queue, and who comes to its front after having been used goes to its end once
@@ -19,13 +19,12 @@ found by the key's hash; two keys that share one keep each other.
 A look-up asks `keep_until` only of tokens as near to their death as that has ever been (`_near`).
 """
 
-import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from typing_extensions import override
 
 from broker.model import EmbedToken
-from broker.tables import PART, Leftovers, PartedDict
+from broker.tables import BySecond, Leftovers, PartedDict
 from broker.telemetry.counts import TokenCounts
 from broker.units import SECOND
 
@@ -69,14 +68,12 @@ class TokenCache:
     def _begin(self) -> None:
         self._tokens: PartedDict[str, EmbedToken] = PartedDict(self._maxsize)
         self._held = 0
-        self._due: dict[int, list[dict[str, None]]] = {}
-        self._seconds: list[int] = []
+        self._due: BySecond[str] = BySecond()
 
     def clear(self) -> None:
         """Drop everything; nothing is counted."""
         self._leftovers.add(self._tokens.parts)
-        for slot in self._due.values():
-            self._leftovers.add(slot)
+        self._leftovers.add(self._due.parts)
         self._begin()
 
     def find(self, key: str) -> EmbedToken | None:
@@ -105,15 +102,17 @@ class TokenCache:
             return
         self._near = max(self._near, token.dies_mono - ends)
         part = self._tokens.part(key)
-        if key in part:
+        old = part.get(key)
+        if old is not None:
             self._used[hash(key) % USED_CELLS] = 1
+            self._due.remove(key, self._second_of(old))
         else:
             if self._held >= self._maxsize:
                 self._make_room(now)
             self._held += 1
             self._used[hash(key) % USED_CELLS] = 0
         part[key] = token
-        self._note_end(key, ends)
+        self._due.add(key, -(-ends // SECOND))
 
     def discard(self, key: str) -> None:
         """Give a token up, if there is one; nothing is counted."""
@@ -125,31 +124,17 @@ class TokenCache:
         self._leftovers.free(SLICE)
         return self._expire(now, SLICE) or bool(self._leftovers)
 
-    def items(self) -> Iterator[tuple[str, EmbedToken]]:
-        """Yield key and token of all that live; nothing may be changed meanwhile."""
-        now = self._mono()
-        for key, token in self._tokens.items():
-            if now < self._keep_until(token):
-                yield key, token
-
     def _expire(self, now: int, most: int) -> bool:
-        """Look at up to so many keys whose second is over; False if there are no more."""
-        while self._seconds and self._seconds[0] * SECOND <= now:
-            slot = self._due[self._seconds[0]]
-            keys = slot[-1]
-            while keys:
-                if not most:
-                    return True
-                most -= 1
-                key, _ = keys.popitem()
-                token = self._tokens.get(key)
-                if token is not None and self._keep_until(token) <= now:
-                    self._drop(key)
-                    self.counts.expired.inc()
-            slot.pop()
-            if not slot:
-                del self._due[heapq.heappop(self._seconds)]
-        return False
+        """Drop up to so many whose second is over; False if there are no more."""
+        second = now // SECOND
+        for _ in range(most):
+            key = self._due.pop_until(second)
+            if key is None:
+                return False
+            self._tokens.pop(key)
+            self._held -= 1
+            self.counts.expired.inc()
+        return True
 
     def _make_room(self, now: int) -> None:
         """Drop one that is dead, or else one that was not used, of the next part that has any."""
@@ -171,18 +156,14 @@ class TokenCache:
         (self.counts.evicted if alive else self.counts.expired).inc()
 
     def _drop(self, key: str) -> None:
-        self._tokens.pop(key)
+        token = self._tokens.pop(key)
+        assert token is not None  # callers have seen it
         self._held -= 1
+        self._due.remove(key, self._second_of(token))
 
-    def _note_end(self, key: str, ends: int) -> None:
-        second = -(-ends // SECOND)
-        slot = self._due.get(second)
-        if slot is None:
-            slot = self._due[second] = [{}]
-            heapq.heappush(self._seconds, second)
-        if len(slot[-1]) >= PART:
-            slot.append({})
-        slot[-1][key] = None
+    def _second_of(self, token: EmbedToken) -> int:
+        """Return the whole second at which a token is dead: it is kept to a microsecond in it."""
+        return -(-self._keep_until(token) // SECOND)
 
     def __len__(self) -> int:
         return self._held

@@ -1,4 +1,4 @@
-"""What a million held tokens cost: bytes beyond their answers, and pauses of the collector.
+"""What a million held tokens cost: bytes beyond their answers, what stays when they go, and pauses.
 
     python tests/bench/memory.py [--tokens 1000000] [--batch 2000]
 
@@ -135,6 +135,22 @@ def resident_per_token(count: int) -> dict[str, float]:
     return {"rss_beyond_answer": round((grown - answers) / count, 1)}
 
 
+def resident_after_churn(held: int = 1000, count: int = 100_000) -> dict[str, float]:
+    """Measure what stays of tokens of an hour that few others pushed out, or that were renewed."""
+    grown = {}
+    for name, keys in (("pushed_out", count), ("renewed", held)):
+        clock = SystemClock()
+        cache = cache_of(clock, held)
+        for number in range(held):
+            cache[f"{name}{number}"] = some_token(clock, some_ask(0))
+        gc.collect()
+        before = resident()
+        for number in range(count):
+            cache[f"{name}{number % keys}"] = some_token(clock, some_ask(0))
+        grown[name] = round((resident() - before) / count, 1)
+    return {f"rss_{name}": each for name, each in grown.items()}
+
+
 def pauses(count: int, batch: int) -> dict[str, object]:
     """Fill a cache, hit it, renew in it, and fill it over its bound, all under a GcTuner."""
     clock = SystemClock()
@@ -251,6 +267,7 @@ def main() -> None:
     options = parser.parse_args()
     told: dict[str, object] = {"tokens": options.tokens}
     told["memory"] = {**resident_per_token(options.tokens), **bytes_per_token(options.tokens)}
+    told["churn"] = resident_after_churn()
     told["find"] = cost_of_a_hit(options.tokens)
     told["phases"] = uvloop.run(_on_loop(options.tokens, options.batch))
     told["targets"] = {"bytes": TARGET_BYTES, "pause_ms": TARGET_PAUSE_MS}

@@ -2,13 +2,17 @@
 
 import random
 import secrets
+import sys
 import tracemalloc
 
 import pytest
 from cachetools import LRUCache
+from hypothesis import given
+from hypothesis import strategies as st
 
 from broker.model import EmbedToken, Minted, TokenRequest
 from broker.stores.token_cache import FREED_AT_ONCE, SECOND_CHANCES, SLICE, TokenCache
+from broker.tables import SPARSE
 from broker.testing import FakeClock
 from broker.wire import responses as answers_module
 from broker.wire.responses import success_body
@@ -123,18 +127,54 @@ def test_M1_the_dead_go_by_themselves_whenever_in_a_second_they_die(clock: FakeC
     assert (len(cache), cache.counts.expired.value) == (0, 10)
 
 
-def test_M1_tokens_that_come_and_go_leave_nothing_behind(clock: FakeClock) -> None:
-    """A broker that runs for months: slots are freed, however their tokens left."""
-    cache = cache_of(clock, maxsize=3)
-    for number in range(1000):
-        cache[str(number)] = held(clock, OUTAGE + SECOND)
-        if number % 3 == 0:
-            cache.discard(str(number))
-        if number % 5 == 0:
-            clock.advance(1)
-        waiting = sum(len(keys) for slot in cache._due.values() for keys in slot)
-        assert len(cache._due) == len(cache._seconds) <= 2
-        assert waiting <= 10
+steps = st.tuples(
+    st.sampled_from(["put", "put", "put", "find", "discard", "pass", "expire", "clear"]),
+    st.integers(0, 8),
+    st.sampled_from([0, 1, SECOND, 2 * SECOND, 3 * SECOND + 1, HOUR]),
+)
+
+
+@given(st.lists(steps, max_size=80))
+def test_M1_a_key_is_noted_as_long_as_its_token_is_held(
+    taken: list[tuple[str, int, int]],
+) -> None:
+    """However tokens leave, early, late, renewed or pushed out: one note for each, and no other."""
+    clock = FakeClock()
+    cache = cache_of(clock, maxsize=5)
+    for step, number, life in taken:
+        key = str(number)
+        match step:
+            case "put":
+                cache[key] = held(clock, OUTAGE + life)
+            case "find":
+                cache.find(key)
+            case "discard":
+                cache.discard(key)
+            case "pass":
+                clock.advance(life / SECOND)
+            case "expire":
+                cache.expire(clock.mono())
+            case _:
+                cache.clear()
+        noted = [key for part in cache._due.parts for key in part]
+        assert len(cache._due) == len(noted) == len(cache) <= 5
+        assert set(noted) == {key for key, _ in cache._tokens.items()}
+
+
+@pytest.mark.parametrize("names", [1, 1_000_000])
+def test_M1_tokens_that_come_and_go_leave_nothing_behind(clock: FakeClock, names: int) -> None:
+    """A broker that runs for months: a token that was renewed or pushed out goes at once.
+
+    Nothing of it stays for the rest of its hour.
+    """
+    cache = cache_of(clock, maxsize=100)
+    for number in range(50_000):
+        cache[str(number % names)] = held(clock)
+        clock.advance(0.001)
+        if number % 7 == 0:
+            cache.discard(str(number % names))
+    assert len(cache._due) == len(cache) <= 100
+    assert sum(map(sys.getsizeof, cache._due.parts)) <= 2 * SPARSE * 100
 
 
 def test_a_cache_that_is_emptied_frees_what_it_held_by_and_by(clock: FakeClock) -> None:
@@ -143,7 +183,7 @@ def test_a_cache_that_is_emptied_frees_what_it_held_by_and_by(clock: FakeClock) 
     for number in range(5000):
         cache[str(number)] = held(clock)
     cache.clear()
-    assert (len(cache), cache.find("1"), dict(cache.items())) == (0, None, {})
+    assert (len(cache), cache.find("1"), len(cache._due)) == (0, None, 0)
     cache["new"] = held(clock)
     rounds = 1
     while cache.expire(clock.mono()):
@@ -245,8 +285,8 @@ def test_M1_the_gauges_equal_the_truth_after_random_operations(clock: FakeClock)
             came += key not in cache._tokens
             cache[key] = model[key] = held(clock, OUTAGE + chance.randrange(1, 900) * SECOND)
         if number % 1009 == 0:
-            assert len(cache) == len(dict(cache.items())) == len(cache._tokens) <= bound
-    assert dict(cache.items()).items() <= model.items()
+            assert len(cache) == len(cache._due) == len(cache._tokens) <= bound
+    assert dict(cache._tokens.items()).items() <= model.items()
     counts = cache.counts
     assert counts.expired.value == expired
     assert len(cache) == came - counts.evicted.value - expired
