@@ -139,6 +139,11 @@ def _require_own(path: Path, owner: int) -> None:
     if not stat.S_ISREG(status.st_mode):
         what = "a link" if stat.S_ISLNK(status.st_mode) else "not a regular file"
         raise ConfigError(f"store.url: {path} is {what}; name a file, or take that one away")
+    if status.st_nlink > 1:
+        raise ConfigError(
+            f"store.url: {path} has a second name, so it may be somebody else's file; name another"
+            " file, or take that one away"
+        )
     if status.st_uid != owner:
         raise ConfigError(
             f"store.url: {path} belongs to user {status.st_uid} and not to {owner}, who runs the"

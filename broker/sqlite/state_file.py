@@ -92,6 +92,7 @@ class StateFile:
         self._connection = connection
         self._is_full = False
         self.path = path
+        self._identity = _identity(path)
 
     @classmethod
     def open(cls, path: Path, kind: FileKind) -> "StateFile":
@@ -193,6 +194,10 @@ class StateFile:
                 total += self.path.with_name(self.path.name + name).stat().st_size
         return total
 
+    def is_in_place(self) -> bool:
+        """Whether the file that is open is the one that a restart would find."""
+        return self._identity is not None and _identity(self.path) == self._identity
+
     def close(self) -> None:
         """Close it; what was committed is in the file or in its log."""
         with contextlib.suppress(sqlite3.Error):
@@ -216,6 +221,14 @@ class StateFile:
     @override
     def __repr__(self) -> str:
         return f"StateFile({str(self.path)!r})"
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 class _Ask:

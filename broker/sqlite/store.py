@@ -30,6 +30,9 @@ from broker.stores.token_cache import TokenCache
 from broker.telemetry.cells import Counter
 from broker.telemetry.metrics import Metrics
 
+MOST_TOLD = 50_000
+"""Visitors of whom is known that their end is in the file, and no token after it."""
+
 
 class WriterSlot:
     """The writer, once the file is open: nothing is asked of a store before."""
@@ -78,11 +81,13 @@ class DurableStore(MemoryStore):
         self._slot = slot
         self.waits = waits
         self._late: Counter = metrics.state_file.late
+        self._ends_told: dict[str, None] = {}
 
     @override
     async def keep(self, ask: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
         if not self._epochs.holds(ask.visitor, lease.epoch):
             return Kept.ENDED
+        self._ends_told.pop(ask.visitor, None)
         self._slot.writer.add(TokenKept(key, token))
         await self._settle()
         return await super().keep(ask, key, token, lease)  # looks again: it may be over by now
@@ -94,9 +99,17 @@ class DurableStore(MemoryStore):
 
     @override
     async def revoke_visitor(self, client: str, fingerprint: str, *keys: str) -> None:
-        """As the store in memory does; raises NotDurable if a restart would forget it."""
+        """As the store in memory does; raises NotDurable if a restart would forget it.
+
+        What is ended again, with no token in between, takes no room in the file a second time.
+        """
         await super().revoke_visitor(client, fingerprint, *keys)
-        self._slot.writer.add(VisitorEnded(visitor_of(client, fingerprint)))
+        visitor = visitor_of(client, fingerprint)
+        if visitor not in self._ends_told or self._slot.writer.gave_up:
+            if len(self._ends_told) >= MOST_TOLD:
+                self._ends_told.clear()
+            self._ends_told[visitor] = None
+            self._slot.writer.add(VisitorEnded(visitor))
         if not await self._slot.writer.end_written():
             raise NotDurable
 
@@ -119,14 +132,18 @@ class DurableSessions(MemorySessions):
 
     @override
     async def mark(self, session: Session, *, by_client: bool) -> None:
-        """As the sessions in memory do.  What is told again may not be on the disk yet.
+        """As the sessions in memory do; what is ended again is told once.
 
         `DurableStore.revoke_visitor` follows, and waits for both.
         """
+        is_new = not await self.ended(session.session_id)
         await super().mark(session, by_client=by_client)
-        self._slot.writer.add(SessionEnded(session.session_id, session.client))
+        if is_new or self._slot.writer.gave_up:
+            self._slot.writer.add(SessionEnded(session.session_id, session.client))
 
     @override
     async def forget(self, session: Session) -> None:
+        is_known = session.session_id in self._sessions
         await super().forget(session)
-        self._slot.writer.add(SessionForgotten(session.session_id))
+        if is_known:
+            self._slot.writer.add(SessionForgotten(session.session_id))

@@ -106,7 +106,9 @@ class Writer:
         self._stop = threading.Event()
         self._is_dirty, self._round_at, self._checkpoint_at = False, 0.0, 0.0
         self.failure: StateFileFailed | None = None
+        self._is_gone = False
         self._defects = 0
+        self.gave_up = False
         self.failures: Counter[FileError] = Counter()
         self.lost = 0
         self.size = opened.file.size()
@@ -140,7 +142,7 @@ class Writer:
     @property
     def is_degraded(self) -> bool:
         """Whether what is added is not sure to be written, or not soon."""
-        return self.failure is not None or self._takes() > LATE
+        return self.failure is not None or self._is_gone or self._takes() > LATE
 
     def _takes(self) -> float:
         """Seconds since the commit under way began."""
@@ -223,7 +225,7 @@ class Writer:
             if self.failure is not None:
                 self._write_pending(PROBE)
             self._write_pending(None)
-            written = True
+            written = not self._is_gone
         finally:
             with self._lock:
                 self._keys = self._keys or keys
@@ -244,6 +246,7 @@ class Writer:
                 self._pending.extendleft(reversed(self._bounded(records)))
             else:
                 self.lost += len(records)
+                self.gave_up = True
             raise
         self.failure, self._defects = None, 0
 
@@ -265,6 +268,8 @@ class Writer:
         for kind, row in notes:
             self._ledger.note(kind.number, row)
         self._is_dirty = True
+        if full:  # into the file, where damage is found: a damaged log is cut off without a word
+            self._checkpoint_at = 0.0
 
     def _bounded(self, records: list[Record]) -> list[Record]:
         """Keep what may wait for a disk: every end, and the latest mints."""
@@ -285,6 +290,9 @@ class Writer:
         now = time.monotonic()
         if now < self._round_at:
             return False
+        if self._is_gone or not self._file.is_in_place():
+            self._is_gone, self._round_at = True, now + ROUND
+            raise StateFileFailed(FileError.OTHER, "it was taken away: restart the broker")
         due = self._ledger.due(self._moment().mono, DROPPED_AT_ONCE)
         if due:
             self._file.drop([place for _, place in due])

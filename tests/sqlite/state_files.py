@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from broker.limits.policy import LimitPolicy, LimitRule, Limits
 from broker.model import EmbedToken, LimitName, Secret, Session, TokenRequest
 from broker.rules.bucket import Limit
@@ -123,7 +125,8 @@ async def mint(
     """Do what a minter does: session, then token; both are in the file when it returns."""
     lease = await backend.store.lead(ask, ask.key, lambda _: False)
     assert isinstance(lease, Lease)
-    session, token = broker.session(ask), broker.token(**how)
+    session = broker.session(ask)
+    token = replace(broker.token(**how), epoch=lease.epoch)
     await backend.sessions.record(session)
     assert await backend.store.keep(ask, ask.key, token, lease) is Kept.KEPT
     return token, session

@@ -101,6 +101,36 @@ async def test_D5_a_link_in_its_place(broker: Broker, tmp_path: Path) -> None:
     assert (tmp_path / "theirs").read_bytes() == b"x"
 
 
+async def test_D5_a_second_name(broker: Broker, tmp_path: Path) -> None:
+    """Of somebody else's file, which would be written into."""
+    (tmp_path / "theirs").write_bytes(b"x")
+    for name in ("state.db", "state.db-wal", "state.db.lock", "state.db.new"):
+        link = broker.path.with_name(name)
+        link.hardlink_to(tmp_path / "theirs")
+        assert f"{name} has a second name" in await refused(broker)
+        link.unlink()
+    assert (tmp_path / "theirs").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("instead", [False, True])
+async def test_D5_a_file_that_is_taken_away_while_it_is_used(
+    broker: Broker, *, instead: bool
+) -> None:
+    """What is written into it is lost with the process: degraded, and no end is confirmed."""
+    async with broker.opened() as backend:
+        ask = broker.ask()
+        _, session = await mint(broker, backend, ask)
+        broker.path.rename(broker.path.with_name("elsewhere"))
+        if instead:
+            broker.path.touch()
+        await until(lambda: backend.is_degraded)
+        with pytest.raises(NotDurable):
+            await end(backend, session)
+        token, _ = await mint(broker, backend, ask)
+        assert await held(backend, ask) == token.body
+        assert backend.is_degraded
+
+
 @pytest.mark.parametrize("content", ["text", "database"])
 async def test_D5_somebody_else_s_file(broker: Broker, content: str) -> None:
     """Left as it is, whatever it is; a folder and a pipe are refused, too."""

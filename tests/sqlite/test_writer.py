@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from processes import until
-from state_files import Broker, held, mint
+from state_files import Broker, end, held, mint
 
 from broker.errors import NotDurable
 from broker.sqlite.records import ENDS, MINTS, Record, SessionEnded, SessionMade
@@ -154,3 +154,39 @@ async def test_a_store_says_whether_it_waits(broker: Broker, *, waits: bool) -> 
     broker.waits = waits
     async with broker.opened() as backend:
         assert backend.store.waits is waits
+
+
+async def test_G9_what_is_ended_again_takes_no_room(broker: Broker) -> None:
+    """A client that repeats itself must not push out what others have ended; a new token counts."""
+    ask = broker.ask()
+    async with broker.opened() as backend:
+        counts = backend._slot.writer._ledger._counts
+        _, session = await mint(broker, backend, ask)
+        for _ in range(100):
+            await end(backend, session)
+        assert await backend._slot.writer.end_written()
+        assert counts[ENDS.number] == 2
+        _, another = await mint(broker, backend, ask)
+        assert await held(backend, ask) is not None
+        await end(backend, session)
+        assert await held(backend, ask) is None
+        assert await backend._slot.writer.end_written()
+        assert counts[ENDS.number] == 3
+    async with broker.opened() as backend:
+        assert await held(backend, ask) is None
+        assert await backend.sessions.ended(session.session_id)
+        assert await backend.sessions.find(another.session_id) is not None
+
+
+async def test_G9_an_end_is_in_the_file_soon_and_not_in_its_log_alone(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged log is cut off without a word; damage in the file is found."""
+    monkeypatch.setattr("broker.sqlite.writer.CHECKPOINT", 3600.0)
+    async with broker.opened() as backend:
+        writer = backend._slot.writer
+        _, session = await mint(broker, backend, broker.ask())
+        await until(lambda: not writer._is_dirty and writer._checkpoint_at > 0)
+        await mint(broker, backend, broker.ask())
+        await end(backend, session)
+        await until(lambda: not writer._is_dirty)
