@@ -139,7 +139,7 @@ class TestTaken:
             assert (await line.answer()).status in (200, 403)
             await line.close()
         assert edge.app.parts.server._lane is not None
-        assert not edge.app.parts.server._lane._heads._young
+        assert not edge.app.parts.server._lane._heads
 
     async def test_a_head_that_names_a_forwarded_uri_is_read_each_time(
         self, parsed: list[bytes], edge: Edge
