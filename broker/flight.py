@@ -24,7 +24,7 @@ from typing import Any, Generic, TypeVar
 from typing_extensions import override
 
 from broker.errors import ServiceUnavailable
-from broker.tasks import go_on
+from broker.tasks import Begun
 
 T = TypeVar("T")
 
@@ -156,7 +156,7 @@ class SingleFlight(Generic[T]):
                 flight.led = True
                 self._by_key[key] = flight
                 try:
-                    work = _rest(work, context.run(work.send, None))
+                    work = Begun(work, context.run(work.send, None))
                 except StopIteration as over:
                     self._forget(key, flight)
                     result: T = over.value
@@ -221,10 +221,6 @@ class SingleFlight(Generic[T]):
     @override
     def __repr__(self) -> str:
         return f"SingleFlight(under_way={len(self._tasks)})"
-
-
-async def _rest(work: Work[T], waits_for: object) -> T:
-    return await go_on(work, waits_for)
 
 
 def _give_up(waiter: "asyncio.Future[T]") -> None:

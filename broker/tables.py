@@ -175,6 +175,41 @@ class Leftovers:
         return f"Leftovers(entries={len(self)})"
 
 
+class Generations(Generic[K, V]):
+    """What was kept lately, in two generations of a small dict: at most twice `most` values.
+
+    What is found in the old one is of the young one again.  Values are never None.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._young: dict[K, V] = {}
+        self._old: dict[K, V] = {}
+
+    def find(self, key: K) -> V | None:
+        """Return what is kept under this key."""
+        value = self._young.get(key)
+        if value is None and self._old and (value := self._old.get(key)) is not None:
+            self[key] = value
+        return value
+
+    def __setitem__(self, key: K, value: V) -> None:
+        if len(self._young) >= self._most:
+            self._young, self._old = {}, self._young
+        self._young[key] = value
+
+    def __len__(self) -> int:
+        return len(self._young.keys() | self._old.keys())
+
+    @override
+    def __repr__(self) -> str:
+        return f"Generations(entries={len(self)})"
+
+
 class Recent(Generic[K, V]):
     """What `make` made of keys lately: at most `most` values, which are never None.
 

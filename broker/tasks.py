@@ -11,10 +11,10 @@ Knows nothing of what the tasks do.
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Coroutine, Generator, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
-from types import coroutine
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 import structlog
 from typing_extensions import override
@@ -136,28 +136,55 @@ def _defect(failure: BaseException) -> None:
         log.error("broker.defect", exc_info=failure)
 
 
-@coroutine
-def go_on(work: Coroutine[Any, Any, T], waits_for: object) -> Generator[object, object, T]:
-    """Go on with work whose first step was taken by hand, `work.send(None)`, and gave `waits_for`.
+class Begun(Coroutine[Any, Any, T]):
+    """Work whose first step was taken by hand, `work.send(None)`, and gave `pending`: goes on.
 
-    Await it in the task that the work is to be in from now on.  What is asked for first must not
-    have asked for its task, as `asyncio.timeout` does.
+    The task that it is awaited in, or made of, sees that step's wait first, and may be cancelled
+    before it does.  What was done in that step must not have asked for its task, as
+    `asyncio.timeout` does.
     """
-    while True:
-        try:
-            sent = yield waits_for
-        except GeneratorExit:
-            work.close()
-            raise
-        except BaseException as error:  # noqa: BLE001 - the work's own, and its cancellation
-            step = partial(work.throw, error)
-        else:
-            step = partial(work.send, sent)
-        try:
-            waits_for = step()
-        except StopIteration as over:
-            result: T = over.value
-            return result
+
+    __slots__ = ("_is_told", "_pending", "_work")
+
+    def __init__(self, work: Coroutine[Any, Any, T], pending: object) -> None:
+        self._work = work
+        self._pending = pending
+        self._is_told = False
+
+    @override
+    def send(self, value: object) -> object:
+        if self._is_told:
+            return self._work.send(value)
+        self._is_told = True
+        pending, self._pending = self._pending, None
+        return pending
+
+    @override
+    def throw(self, typ: Any, val: Any = None, tb: TracebackType | None = None) -> object:
+        error: BaseException = typ if val is None else val
+        pending = self._pending
+        if (
+            isinstance(error, asyncio.CancelledError)
+            and isinstance(pending, asyncio.Future)
+            and pending.cancel()
+        ):
+            return self.send(None)  # as a task: what it waits for is cancelled, and tells it
+        self._is_told, self._pending = True, None
+        return self._work.throw(error)
+
+    @override
+    def close(self) -> None:
+        self._work.close()
+
+    @override
+    def __await__(self) -> Self:
+        return self
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> object:
+        return self.send(None)
 
 
 async def aside(work: Callable[[], T]) -> T:
@@ -194,16 +221,11 @@ class TaskSet:
 
     def start(self, work: Coroutine[Any, Any, object]) -> None:
         """Begin a piece of work."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._note_end)
+        _ = self._task_of(work)
 
     def cancel(self, work: Coroutine[Any, Any, object]) -> None:
         """End a piece of work that somebody else has begun: CancelledError is raised in it."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._note_end)
-        task.cancel()
+        self._task_of(work).cancel()
 
     async def finish(self) -> None:
         """Wait for all that are under way, and for those that they begin."""
@@ -215,6 +237,12 @@ class TaskSet:
         for task in list(self._tasks):
             task.cancel()
         await self.finish()
+
+    def _task_of(self, work: Coroutine[Any, Any, object]) -> asyncio.Task[object]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._note_end)
+        return task
 
     def _note_end(self, task: asyncio.Task[object]) -> None:
         self._tasks.discard(task)

@@ -102,6 +102,21 @@ async def test_F3_a_deserted_flight_that_only_queues_is_cancelled_and_nothing_st
     assert (mint.runs, mint.cancelled, len(flights), flights._by_key) == (1, 1, 0, {})
 
 
+async def test_F3_a_flight_that_is_deserted_as_it_begins_is_cancelled(*, at_once: bool) -> None:
+    """In the very turn: a mint that was begun is told by a CancelledError, so it can clean up.
+
+    One that waits for a turn of its own has not begun, and never does.
+    """
+    flights: SingleFlight[str] = SingleFlight(at_once=at_once)
+    mint = Mint()
+    asking = flights.join("key", mint)
+    asking.send(None)
+    asking.close()
+    await ticks()
+    begun = int(at_once)
+    assert (mint.runs, mint.cancelled, len(flights), flights._by_key) == (begun, begun, 0, {})
+
+
 async def test_F3_a_deserted_flight_whose_request_is_out_finishes(*, at_once: bool) -> None:
     """What is paid for is brought home, though nobody waits for it any more."""
     flights: SingleFlight[str] = SingleFlight(at_once=at_once)

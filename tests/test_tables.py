@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.tables import PART, SPARSE, BySecond, Leftovers, PartedDict, Recent
+from broker.tables import PART, SPARSE, BySecond, Generations, Leftovers, PartedDict, Recent
 from broker.valkey.key_names import Names
 
 
@@ -85,6 +85,24 @@ def test_keys_by_second_take_no_memory_when_most_are_gone() -> None:
     assert len(noted) == 13
     assert sum(map(sys.getsizeof, noted.parts)) <= SPARSE * (13 + 3)
     assert [noted.pop_until(7) for _ in range(14)][-2:] == [0, None]
+
+
+@given(st.lists(st.integers(0, 20), max_size=100))
+def test_generations_keep_what_was_asked_for_lately(asked: Sequence[int]) -> None:
+    """At least the last `most` keys, never more than twice as many, and nothing once cleared."""
+    kept, most = Generations[int, str](4), 4
+    lately: list[int] = []
+    for key in asked:
+        found = kept.find(key)
+        assert found in (None, str(key))
+        if key in lately[-most:]:
+            assert found is not None
+        if found is None:
+            kept[key] = str(key)
+        lately = [each for each in lately if each != key] + [key]
+        assert len(kept) <= 2 * most
+    kept.clear()
+    assert [kept.find(key) for key in asked] == [None] * len(asked)
 
 
 def test_what_is_given_up_is_freed_in_the_steps_that_are_asked_for() -> None:

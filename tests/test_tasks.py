@@ -3,7 +3,7 @@
 import asyncio
 import io
 import json
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from web.edge import logging_to
 from broker.config import load as config
 from broker.config.settings import Settings
 from broker.rules import restarts
-from broker.tasks import Background, TaskSet, aside, go_on
+from broker.tasks import Background, Begun, TaskSet, aside
 from broker.telemetry.cells import Counter
 from broker.telemetry.labels import BackgroundTask
 from broker.testing.clock import FakeClock, run_virtual
@@ -251,17 +251,37 @@ class TestGoingOn:
                 seen.append("cancelled")
             return "result"
 
-        async def rest(begun: Coroutine[Any, Any, str], waits_for: object) -> str:
-            return await go_on(begun, waits_for)
-
         gate: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         begun = work(gate)
-        task = asyncio.create_task(rest(begun, begun.send(None)))
+        task = asyncio.create_task(Begun(begun, begun.send(None)))
         gate.set_result("through")
         await timed_out.wait()
         task.cancel()
         assert await task == "result"
         assert seen == ["through", "time", "cancelled"]
+
+    async def test_what_was_begun_by_hand_is_cancelled_as_a_task_is(self) -> None:
+        """Before its task has had a turn, too: what it waits for is cancelled, and then it."""
+        seen: list[object] = []
+        inner = asyncio.create_task(asyncio.Event().wait())
+
+        async def work(wait: Callable[[], Awaitable[object]]) -> None:
+            try:
+                await wait()
+            except asyncio.CancelledError:
+                seen.append("cancelled")
+                await asyncio.sleep(0)
+                seen.append("cleaned up")
+                raise
+
+        for wait in (lambda: inner, lambda: asyncio.sleep(0), lambda: asyncio.sleep(3600)):
+            begun = work(wait)
+            task = asyncio.create_task(Begun(begun, begun.send(None)))
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert seen == ["cancelled", "cleaned up"] * 3
+        assert inner.cancelled()
 
     async def test_an_error_comes_out_as_it_went_in(self) -> None:
         """And what is closed before its end is closed within."""
@@ -275,14 +295,14 @@ class TestGoingOn:
                 closed.append(True)
 
         begun = work()
-        rest = go_on(begun, begun.send(None))
+        rest = Begun(begun, begun.send(None))
         gate.set_exception(ValueError("odd"))
         with pytest.raises(ValueError, match="odd"):
             await rest
         assert closed == [True]
         gate = asyncio.get_running_loop().create_future()
         begun = work()
-        rest = go_on(begun, begun.send(None))
+        rest = Begun(begun, begun.send(None))
         rest.send(None)
         rest.close()
         assert closed == [True, True]

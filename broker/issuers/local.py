@@ -12,6 +12,7 @@ from typing_extensions import override
 from broker.issuers.base import Issuer, Turn
 from broker.issuers.keyring import LIFETIME_SECONDS, BadToken, Keyring
 from broker.model import AGENT_ID, Clock, Minted, Session, TokenRequest
+from broker.tables import Generations
 from broker.units import SECOND
 
 MOST_PROVEN = 4096
@@ -40,7 +41,7 @@ class LocalIssuer(Issuer):
         self.keyring = keyring
         self._signer_ids = {key.kid: self._signer_id_of(key.kid) for key in keyring.keys}
         self._template = keyring.template({"iss": self._issuer, "aud": self._audience})
-        self._proven = _Proven()
+        self._proven: Generations[str, _Known] = Generations(MOST_PROVEN)
 
     @property
     @override
@@ -115,7 +116,7 @@ class LocalIssuer(Issuer):
             issued=_number(claims, "iat"),
             expires=_number(claims, "exp"),
         )
-        self._proven.add(token, _Known(session, proof.begins, proof.ends))
+        self._proven[token] = _Known(session, proof.begins, proof.ends)
         return session
 
 
@@ -136,36 +137,16 @@ class _Claims(Struct, frozen=True, gc=False):
 
 
 class _Known(Struct, frozen=True, gc=False):
-    """What a token stood for when it was verified, and from when until when it is good."""
-
-    session: Session
-    begins: int
-    ends: int
-
-
-class _Proven:
-    """Good tokens that were seen a moment ago, in two generations of a bounded dict.
+    """What a token stood for when it was verified, and from when until when it is good.
 
     A viewer shows its token with each of its requests, so a proxy asks about few tokens many times;
     a signature takes eight times as long as a look here.  Only good ones are kept, and with other
     keys none.
     """
 
-    def __init__(self) -> None:
-        self._young: dict[str, _Known] = {}
-        self._old: dict[str, _Known] = {}
-
-    def find(self, token: str) -> _Known | None:
-        known = self._young.get(token)
-        if known is None and token in self._old:
-            known = self._old[token]
-            self.add(token, known)
-        return known
-
-    def add(self, token: str, known: _Known) -> None:
-        if len(self._young) >= MOST_PROVEN:
-            self._young, self._old = {}, self._young
-        self._young[token] = known
+    session: Session
+    begins: int
+    ends: int
 
 
 def _text(claims: Mapping[str, object], name: str, default: object = None) -> str:

@@ -23,7 +23,7 @@ by default and a public listener must not:
 - malformed requests are answered in plain text that quotes them, and logged with them: the error
   handler here answers the one envelope and logs nothing of the input.
 
-Private names of aiohttp 3.14 are used in this file only.
+Private names of aiohttp 3.14 are used here and in `lane_connection`: see `aiohttp_internals`.
 """
 
 import asyncio

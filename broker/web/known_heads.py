@@ -19,7 +19,9 @@ import re
 
 from aiohttp.http import RawRequestMessage
 from msgspec import Struct
+from typing_extensions import override
 
+from broker.tables import Generations
 from broker.web.whole_request import LaneHandler
 
 MAX_KNOWN = 1024
@@ -75,24 +77,17 @@ class KnownHead(Struct, frozen=True):
     facts: object
 
 
-class KnownHeads:
+class KnownHeads(Generations[bytes, KnownHead]):
     """Heads by their bytes."""
 
     def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget all."""
-        self._young: dict[bytes, KnownHead] = {}
-        self._old: dict[bytes, KnownHead] = {}
         self._once: set[int] = set()
+        super().__init__(MAX_KNOWN)
 
-    def find(self, head: bytes) -> KnownHead | None:
-        """Return what is known of these bytes."""
-        known = self._young.get(head)
-        if known is None and self._old and (known := self._old.get(head)) is not None:
-            self._keep(head, known)
-        return known
+    @override
+    def clear(self) -> None:
+        super().clear()
+        self._once.clear()
 
     def came_before(self, head: bytes) -> bool:
         """Whether a head that is not known has come before; that it came is noted."""
@@ -108,15 +103,7 @@ class KnownHeads:
         """Keep what was read of a head, unless it has to be read each time."""
         if len(head) <= LONGEST and not any(map(_is_telling, known.message.headers.items())):
             self._once.discard(hash(head))
-            self._keep(head, known)
-
-    def _keep(self, head: bytes, known: KnownHead) -> None:
-        if len(self._young) >= MAX_KNOWN:
-            self._young, self._old = {}, self._young
-        self._young[head] = known
-
-    def __len__(self) -> int:
-        return len(self._young.keys() | self._old.keys())
+            self[head] = known
 
 
 def _is_telling(field: tuple[str, str]) -> bool:

@@ -5,7 +5,7 @@ writer and a response object.  What ends before it waits for anything needs none
 requests are for a token from memory, or refused.  So a connection that is idle takes the first step
 of the handler's coroutine by hand, as soon as one whole request has come.  If the coroutine has
 ended, its answer is written there and then.  If it waits, it is handed, begun, to aiohttp's own
-loop, and goes on inside a task as if it had begun there (`Begun`).
+loop, and goes on inside a task as if it had begun there (`tasks.Begun`).
 
 The story is written once, as coroutines, and the lane knows nothing of it.  What it asks of a
 handler is that nothing before its first wait needs to know the task that it runs in, as
@@ -13,66 +13,17 @@ handler is that nothing before its first wait needs to know the task that it run
 """
 
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol
 
 from aiohttp.hdrs import METH_HEAD
 from aiohttp.http import HttpVersion11, RawRequestMessage
-from typing_extensions import override
 
 from broker.web.known_heads import KnownHeads
 from broker.web.response import ReadyAnswer
-from broker.web.whole_request import LaneHandler, Work
+from broker.web.whole_request import LaneHandler
 
 ANY_METHOD = "*"
 """Stands for whatever method a request has."""
-
-
-class Begun(Work):
-    """A coroutine whose first step was taken by hand: whoever goes on sees that step's wait first.
-
-    `pending` is what it waits for, as it told whoever drove it.
-    """
-
-    __slots__ = ("_is_told", "_pending", "_work")
-
-    def __init__(self, work: Work, pending: object) -> None:
-        self._work = work
-        self._pending = pending
-        self._is_told = False
-
-    @override
-    def send(self, value: object) -> object:
-        if self._is_told:
-            return self._work.send(value)
-        self._is_told = True
-        pending, self._pending = self._pending, None
-        return pending
-
-    @override
-    def throw(
-        self,
-        typ: Any,
-        val: Any = None,
-        tb: TracebackType | None = None,
-    ) -> object:
-        self._is_told, self._pending = True, None
-        error: BaseException = typ if val is None else val
-        return self._work.throw(error)
-
-    @override
-    def close(self) -> None:
-        self._work.close()
-
-    @override
-    def __await__(self) -> Self:
-        return self
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> object:
-        return self.send(None)
 
 
 async def answered(answer: ReadyAnswer) -> ReadyAnswer:

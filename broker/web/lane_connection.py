@@ -15,11 +15,11 @@ from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_request import BaseRequest
 from typing_extensions import override
 
-from broker.tasks import TaskSet
+from broker.tasks import Begun, TaskSet
 from broker.web.connection import READ_BUFFER, DataConnection
 from broker.web.head_bounds import MAX_HEAD, is_followed
 from broker.web.known_heads import KnownHead, split
-from broker.web.lane import Begun, Lane, answered, failed
+from broker.web.lane import Lane, answered, failed
 from broker.web.whole_request import LaneHandler, WholeRequest, Work
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ Bounded: two generations of a dict, of short bodies that were good.
 """
 
 from broker.model import TokenRequest
+from broker.tables import Generations
 from broker.wire.request import parse
 
 MAX_KNOWN = 8192
@@ -16,12 +17,11 @@ LONGEST = 512
 """Bytes of a body that is kept: one with three fields has 200."""
 
 
-class KnownBodies:
+class KnownBodies(Generations[bytes, TokenRequest]):
     """Reads bodies."""
 
     def __init__(self) -> None:
-        self._young: dict[bytes, TokenRequest] = {}
-        self._old: dict[bytes, TokenRequest] = {}
+        super().__init__(MAX_KNOWN)
 
     def read(
         self, body: bytes, client: str, request_id: str, traceparent: str, *, any_fingerprint: bool
@@ -29,17 +29,9 @@ class KnownBodies:
         """Return what `parse` does, and raise what it raises; `traceparent` is well-formed."""
         known = self._young.get(body)
         if known is None:
-            known = self._old.get(body) or parse(body, client, any_fingerprint=any_fingerprint)
+            known = self.find(body) or parse(body, "", any_fingerprint=any_fingerprint)
             # what is good by the strict rule is good by any, whatever is configured later
             if not any_fingerprint and len(body) <= LONGEST:
-                self._keep(body, known)
+                self[body] = known
         agent, fingerprint, model = known.agent, known.fingerprint, known.model
         return TokenRequest(client, agent, fingerprint, model, known.fresh, request_id, traceparent)
-
-    def _keep(self, body: bytes, known: TokenRequest) -> None:
-        if len(self._young) >= MAX_KNOWN:
-            self._young, self._old = {}, self._young
-        self._young[body] = known
-
-    def __len__(self) -> int:
-        return len(self._young.keys() | self._old.keys())

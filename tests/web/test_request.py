@@ -309,6 +309,8 @@ class TestKnownBodies:
         for client, request_id, sent in (("web", "a", ""), ("app", "b", trace), ("web", "c", "")):
             ask = bodies.read(body, client, request_id, sent, any_fingerprint=False)
             assert ask == TokenRequest(client, "A1", "abcd", None, True, request_id, sent)
+        (kept,) = bodies._young.values()
+        assert kept.client == ""  # what is kept tells of nobody
 
     @given(st.lists(st.sampled_from([b"{}", b"[", b'{"agent_id":"A1","fingerprint":"no hex"}'])))
     def test_bad_ones_are_refused_each_time(self, given: list[bytes]) -> None:
