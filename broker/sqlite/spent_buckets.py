@@ -52,13 +52,13 @@ class SpentBuckets:
         self._steps: Iterator[None] = iter(())
         self._next_round = mono()
 
-    def adopt(self, name: LimitName, waits: Mapping[str, int], now: int) -> None:
+    def adopt(self, name: LimitName, entries: Mapping[str, int], now: int) -> None:
         """Take note of what an earlier process told: microseconds until full, by key."""
         known = self._full_at[name]
-        for key, wait in waits.items():
+        for key, wait in entries.items():
             if wait > 0:
                 known[key] = now + wait
-        self._written += len(waits)
+        self._written += len(entries)
 
     def step(self, *, can_tell: bool) -> bool:
         """Do some of a round, or begin one when it is time; False if that was all.
