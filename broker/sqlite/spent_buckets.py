@@ -97,12 +97,12 @@ class SpentBuckets:
         if self._can_tell and (self._all_due or self._written > 2 * told + SLACK):
             yield from self._tell_all()
 
-    def _tell_some(self, name: LimitName, noted: set[str]) -> None:
+    def _tell_some(self, name: LimitName, noted: dict[str, None]) -> None:
         table, known, now = self._tables[name], self._full_at[name], self._mono()
         room = MOST - len(known)
         changed: dict[str, int] = {}
         for _ in range(min(SLICE, len(noted))):
-            key = noted.pop()
+            key, _ = noted.popitem()
             wait = table.owed(key, now)
             if wait <= 0:
                 continue

@@ -286,7 +286,7 @@ async def test_V12_what_was_spent_while_the_disk_hung_is_told_afterwards(
             for _ in range(4):
                 await backend.store.admit(ask, ask.key)
             looked(backend)
-            assert backend.store.buckets[LimitName.FINGERPRINT].take_spent() == set()
+            assert not backend.store.buckets[LimitName.FINGERPRINT].take_spent()
         broker.clock.advance(1)
         looked(backend)
         await backend.store.revoke_visitor("nobody", "at all")  # waits for the commit
