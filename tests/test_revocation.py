@@ -49,7 +49,7 @@ class Ended:
 
     async def end(self, session_id: str, *, all_of_them: bool = False) -> None:
         """End a session, and note when that was answered."""
-        live = {s.session_id: s for s in self.desk.book.sessions}
+        live = {s.session_id: s for s in self.live()}
         session = live.get(session_id)
         if not await self.sessions.end(session_id, visitor=all_of_them):
             return
@@ -59,7 +59,7 @@ class Ended:
                 self.ended.setdefault(other.session_id, self.clock.mono())
 
     def live(self) -> list[Session]:
-        return list(self.desk.book.sessions)
+        return [session for _, session in self.desk.book._sessions.items()]
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

@@ -315,7 +315,7 @@ def _durable(
             most_sessions=settings.sessions.max_recorded,
             floor=lambda lifetime: marks(lifetime).floor,
             waits=isinstance(issuer, UpstreamIssuer),
-            patience=settings.server.drain.seconds + CLOSING_GRACE,
+            timeout=settings.server.drain.seconds + CLOSING_GRACE,
         ),
         factory.limits(settings),
         cache,

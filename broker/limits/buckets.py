@@ -55,7 +55,7 @@ class BucketTable:
         self._deepest = horizon
         self._rotate_at = now + horizon
         self.counts = counts or BucketCounts()
-        self._spent: set[str] | None = None
+        self._spent: dict[str, None] | None = None  # no set: the collector looks into those
 
     def take(self, key: str, limit: Limit, now: int, *, dry_run: bool = False) -> Verdict:
         """Spend one token of `key`; a refusal charges nothing.
@@ -82,7 +82,7 @@ class BucketTable:
         """Note a bucket of its own: an overflow bucket is nobody's, and is not written."""
         assert self._spent is not None
         if key in self._young and len(self._spent) < MOST_NOTED:
-            self._spent.add(key)
+            self._spent[key] = None
 
     def peek(self, key: str, limit: Limit, now: int) -> Verdict:
         """Say what `take` would say, and take nothing."""
@@ -150,13 +150,13 @@ class BucketTable:
         self._deepest = horizon
         self._max_tracked = max_tracked
 
-    def take_spent(self) -> set[str]:
+    def take_spent(self) -> dict[str, None]:
         """Return the keys that were left more than half spent, which is the caller's from now on.
 
         Of those that decided since the last call and have a bucket of their own, `MOST_NOTED` at
         most; the first call begins to note them, for what outlives the process.
         """
-        noted, self._spent = self._spent or set(), set()
+        noted, self._spent = self._spent or {}, {}
         return noted
 
     def restore(self, entries: dict[str, int], now: int) -> None:

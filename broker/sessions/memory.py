@@ -119,16 +119,6 @@ class MemorySessions(SessionStore):
         """How many ended sessions are remembered."""
         return self._young_of.total() + self._old_of.total()
 
-    @property
-    def marks(self) -> Mapping[str, str]:
-        """The client of every session that was ended and not forgotten since."""
-        return dict(chain(self._old.items(), self._young.items()))
-
-    @property
-    def sessions(self) -> Iterable[Session]:
-        """Every record that is held."""
-        return (session for _, session in self._sessions.items())
-
     def restore(self, sessions: Iterable[Session], marks: Mapping[str, str]) -> None:
         """Take over what another process had; of sessions that live the latest that fit."""
         for session in deque(filter(self._lives, sessions), self._most):

@@ -26,8 +26,8 @@ from broker.telemetry.metrics import Metrics
 
 log = structlog.get_logger()
 
-LOOK = 0.1
-"""Seconds between looks at a file that another process uses."""
+LOCK_INTERVAL = 0.1
+"""Seconds between attempts to lock a file that another process uses."""
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -36,7 +36,7 @@ class FileSettings(Struct, frozen=True):
     """Where the file is, who may open it, how much it holds, how long to wait for another process.
 
     `floor` gives the floor of life for a token's lifetime; `waits`: whether tokens are in the file
-    before they are handed out; `patience` is seconds.
+    before they are handed out; `timeout` is seconds.
     """
 
     path: Path
@@ -45,7 +45,7 @@ class FileSettings(Struct, frozen=True):
     most_sessions: int
     floor: Callable[[int], int]
     waits: bool
-    patience: float
+    timeout: float
 
     @property
     def most_mints(self) -> int:
@@ -106,16 +106,16 @@ class DurableBackend:
 
     async def _take_lock(self, stopping: asyncio.Event) -> None:
         loop = asyncio.get_running_loop()
-        ends, told = loop.time() + self._settings.patience, False
+        ends, is_logged = loop.time() + self._settings.timeout, False
         while not self._lock.take():
-            if not told:
-                told = True
+            if not is_logged:
+                is_logged = True
                 log.info("broker.state_file_in_use", pid=self._lock.owner)
             if stopping.is_set() or loop.time() >= ends:
                 raise StateFileInUse(
                     self._settings.path, self._lock.owner, stopped=stopping.is_set()
                 )
-            await sleep_unless(stopping, LOOK)
+            await sleep_unless(stopping, LOCK_INTERVAL)
 
     def _take_over(self, opened: Opened) -> None:
         state, now = opened.state, self._clock.mono()
@@ -124,9 +124,9 @@ class DurableBackend:
         self.sessions.restore(state.sessions.values(), state.marks)
         for name, table in self.store.buckets.items():
             table.take_spent()  # from now on they are noted
-            waits = state.buckets.get(name.value, {})
-            table.restore(waits, now)
-            self._spent.adopt(name, waits, now)
+            entries = state.buckets.get(name.value, {})
+            table.restore(entries, now)
+            self._spent.adopt(name, entries, now)
 
     def _report(self, opened: Opened) -> None:
         if opened.moved is not None:
@@ -140,7 +140,6 @@ class DurableBackend:
             tokens=len(state.tokens),
             sessions=len(state.sessions),
         )
-        state.tokens.clear()
 
     @property
     def is_degraded(self) -> bool:
@@ -156,7 +155,7 @@ class DurableBackend:
         writer = self._slot.writer
         metrics = self._metrics.state_file
         for kind, count in list(writer.failures.items()):
-            metrics.errors[kind.value] += count - self._seen.get(kind, 0)
+            metrics.errors[kind] += count - self._seen.get(kind, 0)
             self._seen[kind] = count
         metrics.bytes.set(writer.size)
         failing = self.is_degraded

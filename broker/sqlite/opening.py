@@ -22,7 +22,8 @@ from broker.sqlite import data_key, location, state_file
 from broker.sqlite.ledger import Ledger, Row
 from broker.sqlite.records import Batch, unseal
 from broker.sqlite.restored import Fold, State, Terms, Worth
-from broker.sqlite.state_file import FileError, NewerSchema, StateFile, StateFileFailed
+from broker.sqlite.state_file import NewerSchema, StateFile, StateFileFailed
+from broker.telemetry.labels import FileError
 
 PURPOSE = "rows of a state file"
 """What the data key is for."""

@@ -127,12 +127,12 @@ class BucketsRow(Struct, frozen=True, array_like=True, tag=6):
     """`BucketsSpent` as it is written: microseconds until full, by key."""
 
     limit: str
-    waits: Mapping[str, int]
+    left: Mapping[str, int]
     whole: bool = False
 
     @override
     def __repr__(self) -> str:
-        return f"BucketsRow({self.limit!r}, buckets={len(self.waits)})"
+        return f"BucketsRow({self.limit!r}, buckets={len(self.left)})"
 
 
 WrittenRecord = TokenRow | SessionRow | SessionForgotten | SessionEnded | VisitorEnded | BucketsRow
@@ -236,7 +236,7 @@ def _row_of(record: Record, moment: Moment) -> WrittenRecord:
             )
         case BucketsSpent():
             now = moment.mono
-            waits = {key: max(full_at - now, 0) for key, full_at in record.full_at.items()}
-            return BucketsRow(record.limit, waits, record.whole)
+            left = {key: max(full_at - now, 0) for key, full_at in record.full_at.items()}
+            return BucketsRow(record.limit, left, record.whole)
         case _:
             return record

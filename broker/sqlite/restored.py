@@ -103,8 +103,8 @@ class Fold:
                     worth.expires = max(worth.expires, record.expires)
                 case BucketsRow():
                     table = self._buckets.setdefault(record.limit, {})
-                    table.update((key, (wait, written)) for key, wait in record.waits.items())
-                    worth.left = max(worth.left, *record.waits.values(), 0)
+                    table.update((key, (wait, written)) for key, wait in record.left.items())
+                    worth.left = max(worth.left, *record.left.values(), 0)
                 case _:
                     worth.has_end = True
                     self._apply_end(record)

@@ -52,13 +52,13 @@ class SpentBuckets:
         self._steps: Iterator[None] = iter(())
         self._next_round = mono()
 
-    def adopt(self, name: LimitName, waits: Mapping[str, int], now: int) -> None:
+    def adopt(self, name: LimitName, entries: Mapping[str, int], now: int) -> None:
         """Take note of what an earlier process told: microseconds until full, by key."""
         known = self._full_at[name]
-        for key, wait in waits.items():
+        for key, wait in entries.items():
             if wait > 0:
                 known[key] = now + wait
-        self._written += len(waits)
+        self._written += len(entries)
 
     def step(self, *, can_tell: bool) -> bool:
         """Do some of a round, or begin one when it is time; False if that was all.
@@ -97,12 +97,12 @@ class SpentBuckets:
         if self._can_tell and (self._all_due or self._written > 2 * told + SLACK):
             yield from self._tell_all()
 
-    def _tell_some(self, name: LimitName, noted: set[str]) -> None:
+    def _tell_some(self, name: LimitName, noted: dict[str, None]) -> None:
         table, known, now = self._tables[name], self._full_at[name], self._mono()
         room = MOST - len(known)
         changed: dict[str, int] = {}
         for _ in range(min(SLICE, len(noted))):
-            key = noted.pop()
+            key, _ = noted.popitem()
             wait = table.owed(key, now)
             if wait <= 0:
                 continue

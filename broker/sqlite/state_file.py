@@ -14,13 +14,13 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from enum import Enum
 from pathlib import Path
 
 from typing_extensions import override
 
 from broker.rules.durable import APPLICATION, FileKind, says_who_may_write
 from broker.sqlite.location import JOURNAL, NEW, WAL, head_of
+from broker.telemetry.labels import FileError
 
 SCHEMA = 1
 """Version of what is written; a file of a later one is refused, not guessed at."""
@@ -38,21 +38,6 @@ _CREATE = (
     f"PRAGMA application_id = {APPLICATION}",
 )
 """What a new file has; `rules.durable` knows the names by which one is told from others."""
-
-
-class FileError(Enum):
-    """How the file fails; the label of `broker_state_file_errors_total`."""
-
-    FULL = "full"
-    """No room on the disk."""
-    READONLY = "readonly"
-    """Nothing can be written."""
-    IO = "io"
-    """The disk, or what is between, failed."""
-    CORRUPT = "corrupt"
-    """What is in the file is not what was written."""
-    OTHER = "other"
-    """Anything else, such as another program that locks it, or no memory to read it."""
 
 
 _KINDS = {
@@ -101,11 +86,11 @@ class StateFile:
             _create(path)
         if not says_who_may_write(head_of(path)):
             raise StateFileFailed(FileError.CORRUPT, "its header is none")
-        with _told():
+        with _translated():
             connection = _connect(path)
         file = cls(connection, path)
         try:
-            with _told():
+            with _translated():
                 file._prepare()
         except BaseException:
             connection.close()
@@ -134,7 +119,7 @@ class StateFile:
 
     def rows(self) -> Iterator[tuple[int, int, bytes]]:
         """Yield place, kind and content of every row, in order; raises StateFileFailed."""
-        with _told():
+        with _translated():
             for place, kind, sealed in self._connection.execute(
                 "SELECT id, kind, sealed FROM embed_token_broker_log ORDER BY id"
             ):
@@ -144,7 +129,7 @@ class StateFile:
 
     def keys(self) -> list[bytes]:
         """Return the data key, as each of its wrappings."""
-        with _told():
+        with _translated():
             found = self._connection.execute("SELECT value FROM meta WHERE name GLOB 'key.*'")
             return [value for (value,) in found if isinstance(value, bytes)]
 
@@ -174,7 +159,7 @@ class StateFile:
 
         Raises StateFileFailed.
         """
-        with _told():
+        with _translated():
             unused: int = self._connection.execute("PRAGMA freelist_count").fetchone()[0]
             if unused:
                 # as a script: `execute` stops at its first step, which is one page
@@ -183,7 +168,7 @@ class StateFile:
 
     def checkpoint(self) -> None:
         """Put what the log has into the file, and it onto the disk; raises StateFileFailed."""
-        with _told():
+        with _translated():
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def size(self) -> int:
@@ -205,7 +190,7 @@ class StateFile:
 
     @contextlib.contextmanager
     def _transaction(self, *, full: bool) -> Iterator["_Ask"]:
-        with _told():
+        with _translated():
             if full is not self._is_full:
                 self._connection.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
                 self._is_full = full
@@ -268,7 +253,7 @@ def _create(path: Path) -> None:
         for name in (JOURNAL, WAL):
             path.with_name(path.name + name).unlink(missing_ok=True)
         os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-        with _told(), contextlib.closing(_connect(new)) as connection:
+        with _translated(), contextlib.closing(_connect(new)) as connection:
             connection.execute(f"PRAGMA page_size = {PAGE}")
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
             connection.execute("BEGIN")
@@ -306,7 +291,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def _translated() -> Iterator[None]:
     """Translate what SQLite says."""
     try:
         yield

@@ -41,7 +41,8 @@ from broker.sqlite.records import (
     life_of,
     seal,
 )
-from broker.sqlite.state_file import FileError, StateFileFailed
+from broker.sqlite.state_file import StateFileFailed
+from broker.telemetry.labels import FileError
 
 log = structlog.get_logger()
 

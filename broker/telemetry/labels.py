@@ -85,3 +85,20 @@ class Reason(Enum):
     """The key is not a good one, or no longer."""
     REFUSED = "refused"
     """The vendor's verdict on account, agent, model or request."""
+
+
+class FileError(Enum):
+    """How a state file fails; the label of `broker_state_file_errors_total`."""
+
+    __hash__ = object.__hash__
+
+    FULL = "full"
+    """No room on the disk."""
+    READONLY = "readonly"
+    """Nothing can be written."""
+    IO = "io"
+    """The disk, or what is between, failed."""
+    CORRUPT = "corrupt"
+    """What is in the file is not what was written."""
+    OTHER = "other"
+    """Anything else, such as another program that locks it, or no memory to read it."""

@@ -1,9 +1,7 @@
 """The metrics of a state file, with their help texts; `metrics` has all others."""
 
 from broker.telemetry.cells import MetricLayout
-
-FILE_ERRORS = ("full", "readonly", "io", "corrupt", "other")
-"""How a state file fails."""
+from broker.telemetry.labels import FileError
 
 
 class StateFileMetrics:
@@ -19,9 +17,9 @@ class StateFileMetrics:
             "broker_state_file_errors",
             "Attempts to write to the state file that failed, by what went wrong",
             shown=shown,
-            reason=FILE_ERRORS,
+            reason=[kind.value for kind in FileError],
         )
-        self.errors = {reason: errors[reason,] for reason in FILE_ERRORS}
+        self.errors = {kind: errors[kind.value,] for kind in FileError}
         self.late = sheet.counters(
             "broker_state_file_late",
             "Tokens that were handed out before they were in the state file",

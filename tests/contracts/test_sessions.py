@@ -42,7 +42,7 @@ class OpenedMemoryBook(OpenedBook):
         self.clock.advance(seconds)
 
     async def size(self) -> int:
-        return len(self.memory) + len(self.memory.marks)
+        return len(self.memory) + self.memory.ended_count
 
 
 class TestMemoryBook(BookContract):

@@ -58,7 +58,7 @@ class Broker:
         self.limits = wide_limits()
         self.waits = True
         self.most = 1000
-        self.patience = 0.0
+        self.timeout = 0.0
         self.body = 300
         self.floor = 0
         self.metrics = Metrics("upstream", state_file=True)
@@ -76,7 +76,7 @@ class Broker:
             most_sessions=self.most,
             floor=lambda _lifetime: self.floor,
             waits=self.waits,
-            patience=self.patience,
+            timeout=self.timeout,
         )
         return DurableBackend(
             settings, self.limits, tokens, self.clock, self.metrics, lambda: self.signers

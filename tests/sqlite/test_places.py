@@ -12,6 +12,7 @@ from state_files import Broker, end, held, looked, mint
 
 from broker.config.schema import ConfigError
 from broker.errors import NotDurable
+from broker.telemetry.labels import FileError
 
 OTHER_USER = 65_534
 
@@ -210,7 +211,7 @@ async def test_D1_full_while_it_runs(small_disk: Path) -> None:
         assert await backend.sessions.ended(session.session_id)
         looked(backend)
         assert backend.is_degraded
-        assert broker.metrics.state_file.errors["full"].value > 0
+        assert broker.metrics.state_file.errors[FileError.FULL].value > 0
         assert broker.metrics.state_file.late.value > 0
         filler.unlink()
         await until(lambda: not backend.is_degraded)

@@ -109,7 +109,7 @@ async def says(caller: Caller, word: str) -> bool:
     return word in await state(caller)
 
 
-@pytest.mark.parametrize(("how", "reason"), [("eio", "io"), ("erofs", "")])
+@pytest.mark.parametrize(("how", "reason"), [("eio", "io"), ("erofs", "io")])
 async def test_D1_a_disk_that_fails_while_it_runs(house: House, how: str, reason: str) -> None:
     """Visitors notice nothing; an end is 503 and says so; then all of it is written."""
     async with house.running() as (broker, caller):
@@ -124,7 +124,7 @@ async def test_D1_a_disk_that_fails_while_it_runs(house: House, how: str, reason
         assert await verified(caller, ended) == 401
         await until_true(lambda: says(caller, "degraded"))
         failed = broker.logged("broker.state_file_failed", 1)
-        assert failed[0]["reason"].startswith(reason)
+        assert failed[0]["reason"].startswith(f"{reason}: ")
         house.disk("well")
         await until_true(lambda: says(caller, '"ok"'))
         assert (await revoked(caller, ended))[0] == 200

@@ -9,8 +9,9 @@ from state_files import Broker, end, held, mint
 
 from broker.errors import NotDurable
 from broker.sqlite.records import ENDS, MINTS, Record, SessionEnded, SessionMade
-from broker.sqlite.state_file import FileError, StateFileFailed
+from broker.sqlite.state_file import StateFileFailed
 from broker.sqlite.writer import PROBE, Writer
+from broker.telemetry.labels import FileError
 
 
 @pytest.fixture
