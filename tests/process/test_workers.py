@@ -492,7 +492,8 @@ class TestStart:
         path = write(tmp_path / "broker.toml", toml(put(tree, "server.workers", 4)))
         rule = (
             "broker: server.workers: more than 1 needs a shared store, because each worker would"
-            " have limits, tokens and a budget of its own; set store.url, or workers = 1\n"
+            " have limits, tokens and a budget of its own, and a state file is one process'; set"
+            " store.url to a Valkey, or workers = 1\n"
         )
         for arguments in (("serve", "--config", path), ("serve", "--dev", "--workers", "2")):
             done = run(*arguments)

@@ -115,6 +115,7 @@ class TestSharedRows:
             process = Metrics("upstream", shared_store=True, cells=row)
             process.store.degraded.set(True)
             process.process.reload_failed.set(True)
+            process.process.fast_lane_off.set(True)
             for breaker in process.upstream.breakers.values():
                 breaker.set(True)
         seen = shown(process, shared(handle, width)).collect()
@@ -122,6 +123,7 @@ class TestSharedRows:
         assert set(told) >= {
             "broker_breaker_open",
             "broker_config_reload_failed",
+            "broker_fast_lane_off",
             "broker_store_degraded",
         }
         assert set(map(frozenset, told.values())) == {frozenset({1.0})}
