@@ -233,7 +233,7 @@ class TestDrain:
         Callers do as balancers do: they look away when readiness turns or an answer says
         `Connection: close`.  None of their requests fails, a half-sent one is finished, exit 0.
         """
-        slow = merged(tree, {"server.drain_lead": "1500ms", "server.drain": "20s"})
+        slow = merged(tree, {"server.drain_lead": "4s", "server.drain": "20s"})
         secret = client_secret(tree)
         with Broker.configured(tmp_path, slow) as broker:
             async with Caller(broker, secret) as caller:
@@ -247,8 +247,8 @@ class TestDrain:
                     await until_true(lambda: turned(caller))
                     status, _, answer = await caller.ask(visitor(78))
                     assert (status, answer.headers.get("Connection")) == (200, "close")
+                    await until(lambda: polite.looked_away + len(load.failed) == 8)
                 assert load.failed == []
-                assert polite.looked_away == 8
                 await until(lambda: not accepts(broker))
                 writer.write(rest)
                 answer_bytes = await asyncio.wait_for(reader.read(), PATIENCE)

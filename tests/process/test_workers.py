@@ -324,7 +324,7 @@ class TestDrain:
         SIGTERM goes to every process, as service managers send it, and workers heed no other.  A
         half-sent request is finished when nobody is let in any more.
         """
-        slow = merged(tree, {"server.drain_lead": "1500ms", "server.drain": "20s"})
+        slow = merged(tree, {"server.drain_lead": "4s", "server.drain": "20s"})
         with Crew.on(tmp_path, slow) as crew:
             pids = list(crew.pids().values())
             async with Caller(crew, client_secret(tree)) as caller:
@@ -341,8 +341,8 @@ class TestDrain:
                     await until_true(lambda: turned(caller))
                     status, _, answer = await caller.ask(visitor(78))
                     assert (status, answer.headers.get("Connection")) == (200, "close")
+                    await until(lambda: polite.looked_away + len(load.failed) == 8)
                 assert load.failed == []
-                assert polite.looked_away == 8
                 await until(lambda: not accepts(crew))
                 assert any(map(is_alive, pids))
                 assert await finished(*half)
