@@ -164,9 +164,7 @@ class Histories(RuleBasedStateMachine):
         self.max_tracked = max_tracked
         self.most_tracked = max(self.most_tracked, max_tracked)
         self.buckets.adjust(self.horizon, max_tracked)
-        for key in (
-            self.full_at.keys() - self.exact
-        ):  # what strangers share is cut to what is in force
+        for key in self.full_at.keys() - self.exact:  # what strangers share is cut, as at a restart
             self.full_at[key] = min(self.full_at[key], self.now + self.horizon)
 
     @rule(down=st.integers(0, 60 * SECOND))
