@@ -105,7 +105,8 @@ class Writer:
         self._keys: list[bytes] | None = None
         self._began: float | None = None
         self._stop = threading.Event()
-        self._is_dirty, self._round_at, self._checkpoint_at = False, 0.0, 0.0
+        self._is_dirty, self._has_more = False, False
+        self._round_at, self._checkpoint_at = 0.0, 0.0
         self.failure: StateFileFailed | None = None
         self._is_gone = False
         self._defects = 0
@@ -197,10 +198,21 @@ class Writer:
         self._file.close()
 
     def _do_round(self) -> bool:
-        """Write what there is, and keep house now and then; whether there is more to do."""
+        """Write what there is, and keep house now and then; whether there is more to do.
+
+        Who waits is told after `failure` says how it went: they look at it next.
+        """
+        waiting = _taken(self._waiting)  # first: what was added before them is there by now
+        committed = self._succeeds(self._commit)
+        self._tell(waiting, written=committed and not self._is_gone)
+        if committed and self._succeeds(self._keep_house):
+            return self._has_more
+        return bool(self._pending or self._keys)
+
+    def _succeeds(self, step: Callable[[], None]) -> bool:
+        """Take a step; what keeps it from its end is counted, and makes the writer degraded."""
         try:
-            self._commit()
-            return self._keep_house()
+            step()
         except StateFileFailed as failed:
             self.failures[failed.kind] += 1
             self.failure, self._defects = failed, 0
@@ -209,16 +221,16 @@ class Writer:
             self.failure = StateFileFailed(FileError.OTHER, "a defect, see the log")
             self._defects += 1
             log.exception("broker.defect")
+        else:
+            return True
         finally:
             self._began = None
-        return bool(self._pending or self._keys)
+        return False
 
     def _commit(self) -> None:
-        waiting = _taken(self._waiting)  # first: what was added before them is there by now
         with self._lock:
             keys, self._keys = self._keys, None
         self._began = time.monotonic()
-        written = False
         try:
             if keys is not None:
                 self._file.use_keys(keys)
@@ -226,11 +238,9 @@ class Writer:
             if self.failure is not None:
                 self._write_pending(PROBE)
             self._write_pending(None)
-            written = not self._is_gone
         finally:
             with self._lock:
                 self._keys = self._keys or keys
-            self._tell(waiting, written=written)
 
     def _write_pending(self, most: int | None) -> None:
         """Commit what is pending, the first `most` of it; it is pending again if that fails.
@@ -286,11 +296,11 @@ class Writer:
                 kept.append(record)
         return kept
 
-    def _keep_house(self) -> bool:
+    def _keep_house(self) -> None:
         """Give back what is over; once in a while put everything onto the disk."""
-        now = time.monotonic()
+        self._has_more, now = False, time.monotonic()
         if now < self._round_at:
-            return False
+            return
         if self._is_gone or not self._file.is_in_place():
             self._is_gone, self._round_at = True, now + ROUND
             raise StateFileFailed(FileError.OTHER, "it was taken away: restart the broker")
@@ -306,9 +316,9 @@ class Writer:
             self._file.checkpoint()
             self._is_dirty, self._checkpoint_at = False, now + CHECKPOINT
         self.size, self.failure = self._file.size(), None
+        self._has_more = more
         if not more:
             self._round_at = now + ROUND
-        return more
 
     def _tell(self, waiting: Sequence["asyncio.Future[bool]"], *, written: bool) -> None:
         if not waiting:

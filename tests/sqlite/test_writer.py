@@ -1,5 +1,6 @@
 """What the thread writes, in which rows, and what it does when that fails; real files."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -127,6 +128,30 @@ async def test_N2_a_defect_loses_nothing_and_is_told(
         await until(lambda: not backend.is_degraded)
     async with broker.opened() as backend:
         assert await held(backend, ask) is None
+
+
+@pytest.mark.parametrize("error", [broken, lambda: ValueError("a defect")])
+async def test_D1_who_waits_is_told_when_the_state_says_so(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception]
+) -> None:
+    """The writer's thread is slow between the two: readiness and metrics must not contradict."""
+    async with broker.opened() as backend:
+        writer = backend._slot.writer
+        told: list[tuple[bool, bool]] = []
+        tell = writer._tell
+
+        def heard(waiting: Sequence[asyncio.Future[bool]], *, written: bool) -> None:
+            if waiting:
+                told.append((written, writer.is_degraded))
+            tell(waiting, written=written)
+
+        monkeypatch.setattr(writer, "_tell", heard)
+        assert await writer.end_written()
+        with monkeypatch.context() as patch:
+            _ = failing(writer, patch, error)
+            writer.add(SessionMade(broker.session(broker.ask())))
+            assert not await writer.end_written()
+        assert told == [(True, False), (False, True)]
 
 
 async def test_N2_what_a_defect_keeps_out_for_ever_is_given_up(
