@@ -254,6 +254,17 @@ class NotDurable(ServiceUnavailable):
         )
 
 
+class NotEnded(ServiceUnavailable):
+    """A session was not ended: as many ends as may wait for a disk that fails do so already."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the session was not ended: too many ends wait for a disk that cannot be written; ask"
+            " again",
+            RETRY_STORE,
+        )
+
+
 class Internal(OurError):
     """A defect.  The caller learns nothing but the request id under which it was logged."""
 

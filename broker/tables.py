@@ -197,6 +197,11 @@ class Generations(Generic[K, V]):
             self[key] = value
         return value
 
+    def discard(self, key: K) -> None:
+        """Forget what is kept under this key, if it is."""
+        self._young.pop(key, None)
+        self._old.pop(key, None)
+
     def __setitem__(self, key: K, value: V) -> None:
         if len(self._young) >= self._most:
             self._young, self._old = {}, self._young

@@ -16,6 +16,7 @@ from broker.app import credentials, factory
 from broker.app.worker_context import WorkerContext
 from broker.config.settings import Settings
 from broker.issue import TokenService
+from broker.issuers.keyring import Keyring
 from broker.issuers.local import LocalIssuer
 from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor.client import VendorClient
@@ -124,8 +125,9 @@ def build(
     connection = _connection(given)
     pacer = _pacer(given, connection)
     authenticator, admin_authenticator = _authenticator(given), _admin_authenticator(given)
-    issuer = _issuer(given, pacer, connection)
-    stores = _stores(given, cache, connection, issuer)
+    keys = credentials.issuer_keys(settings, environ)  # once: for the issuer, and for a state file
+    issuer = _issuer(given, keys, pacer, connection)
+    stores = _stores(given, keys, cache, connection, issuer)
     minter = _minter(given, stores, issuer, pacer)
     token_service = TokenService(stores.store, minter, given.policy, clock)
     introspector = TokenIntrospector(issuer, stores.sessions, stores.store, given.metrics.sessions)
@@ -254,17 +256,17 @@ def _admin_authenticator(given: _Given) -> ClientAuthenticator | None:
 
 
 def _issuer(
-    given: _Given, pacer: BudgetPacer | None, connection: "StoreConnection | None"
+    given: _Given,
+    keys: Keyring | list[Secret],
+    pacer: BudgetPacer | None,
+    connection: "StoreConnection | None",
 ) -> LocalIssuer | UpstreamIssuer:
     settings = given.settings
-    if settings.issuer.kind == "local":
+    if isinstance(keys, Keyring):
         local = settings.issuer.local
-        return LocalIssuer(credentials.keyring(settings), local.issuer, local.audience, given.clock)
+        return LocalIssuer(keys, local.issuer, local.audience, given.clock)
     assert pacer is not None  # the relay always has a budget
     upstream = settings.issuer.upstream
-    keys = credentials.vendor_keys(
-        settings, given.environ
-    )  # before the client, which must be closed
     proxy = credentials.vendor_proxy(settings, given.environ)
     return UpstreamIssuer(
         VendorClient(upstream.base_url, upstream.timeout.seconds, proxy),
@@ -278,6 +280,7 @@ def _issuer(
 
 def _stores(
     given: _Given,
+    keys: Keyring | list[Secret],
     cache: TokenCache,
     connection: "StoreConnection | None",
     issuer: LocalIssuer | UpstreamIssuer,
@@ -288,14 +291,18 @@ def _stores(
         return _Stores(shared.store, shared.book, shared)
     file = factory.state_file(settings)
     if file is not None:
-        durable = _durable(given, file, cache, issuer)
+        durable = _durable(given, credentials.state_file_keys(settings, keys), file, cache, issuer)
         return _Stores(durable.store, durable.sessions, durable=durable)
     store = MemoryStore(limits, cache, clock, given.metrics.limits.counts)
     return _Stores(store, MemorySessions(settings.sessions.max_recorded, clock))
 
 
 def _durable(
-    given: _Given, file: Path, cache: TokenCache, issuer: LocalIssuer | UpstreamIssuer
+    given: _Given,
+    keys: tuple[tuple[Secret, ...], tuple[Secret, ...]],
+    file: Path,
+    cache: TokenCache,
+    issuer: LocalIssuer | UpstreamIssuer,
 ) -> "DurableBackend":
     """Put the store with a file behind it together; a vendor's tokens are in it before answers."""
     from broker.sqlite.backend import (  # noqa: PLC0415 - only where there is a file
@@ -305,12 +312,10 @@ def _durable(
     from broker.sqlite.opening import Keys  # noqa: PLC0415 - as above
 
     settings, marks = given.settings, given.policy.marks
-    keys = credentials.issuer_keys(settings, given.environ)
-    now, also = credentials.state_file_keys(settings, keys)
     return DurableBackend(
         FileSettings(
             path=file,
-            keys=Keys(now, also),
+            keys=Keys(*keys),
             most_tokens=settings.reuse.max_tokens,
             most_sessions=settings.sessions.max_recorded,
             floor=lambda lifetime: marks(lifetime).floor,

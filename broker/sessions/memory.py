@@ -120,10 +120,19 @@ class MemorySessions(SessionStore):
         return self._young_of.total() + self._old_of.total()
 
     def restore(self, sessions: Iterable[Session], marks: Mapping[str, str]) -> None:
-        """Take over what another process had; of sessions that live the latest that fit."""
-        for session in deque(filter(self._lives, sessions), self._most):
-            self._forget(session.session_id)
-            self._write(session)
+        """Take over what another process had, before the first of one's own.
+
+        Of sessions that live the latest that fit; no two have one id.  As by `_write`, in half the
+        time: a start does it 200,000 times.
+        """
+        now, ids, digests = self._clock.wall(), self._sessions, self._by_digest
+        for session in deque((it for it in sessions if now < it.expires * SECOND), self._most):
+            session_id, digest = session.session_id, session.digest
+            ids.parts[hash(session_id) & ids.mask][session_id] = session
+            self._order_of(session.client).add(session_id, session.expires)
+            if digest:
+                digests.parts[hash(digest) & digests.mask][digest] = session_id
+        self._held = len(ids)
         for session_id, client in marks.items():
             if session_id not in self._young:
                 self._mark(session_id, client)
@@ -162,9 +171,15 @@ class MemorySessions(SessionStore):
     def _write(self, session: Session) -> None:
         self._sessions[session.session_id] = session
         self._held += 1
-        self._orders.setdefault(session.client, BySecond()).add(session.session_id, session.expires)
+        self._order_of(session.client).add(session.session_id, session.expires)
         if session.digest:
             self._by_digest[session.digest] = session.session_id
+
+    def _order_of(self, client: str) -> BySecond[str]:
+        order = self._orders.get(client)
+        if order is None:
+            order = self._orders[client] = BySecond()
+        return order
 
     def _forget(self, session_id: str) -> None:
         session = self._sessions.pop(session_id)

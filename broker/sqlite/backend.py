@@ -74,6 +74,8 @@ class DurableBackend:
         self._boot = _boot_id()
         self._failing = False
         self._seen: dict[object, int] = {}
+        self._keys_written = self._keys_wanted = frozenset(settings.keys.now)
+        self._keys_missed = False
         self.store = DurableStore(limits, tokens, clock, metrics, self._slot, waits=settings.waits)
         self.sessions = DurableSessions(settings.most_sessions, clock, self._slot)
         self._spent = SpentBuckets(self.store.buckets, clock.mono, self._slot.add_all)
@@ -119,9 +121,8 @@ class DurableBackend:
 
     def _take_over(self, opened: Opened) -> None:
         state, now = opened.state, self._clock.mono()
-        for key, token in state.tokens.items():
-            self.store.tokens[key] = token
-        self.sessions.restore(state.sessions.values(), state.marks)
+        self.store.tokens.restore(reversed(state.tokens.items()))
+        self.sessions.restore(reversed(state.sessions.values()), state.marks)
         for name, table in self.store.buckets.items():
             table.take_spent()  # from now on they are noted
             entries = state.buckets.get(name.value, {})
@@ -164,9 +165,20 @@ class DurableBackend:
         elif self._failing and not failing:
             log.info("broker.state_file_recovered", lost=writer.lost)
         self._failing = failing
+        self._watch_keys()
+
+    def _watch_keys(self) -> None:
+        """Tell when a restart would find the file, and no key that opens it."""
+        if not self._slot.writer.owes_keys:
+            self._keys_written, self._keys_missed = self._keys_wanted, False
+        elif self._failing and self._keys_written.isdisjoint(self._keys_wanted):
+            if not self._keys_missed:
+                log.error("broker.state_file_keys_unwritten")
+            self._keys_missed = True
 
     def use_keys(self, keys: Sequence[Secret]) -> None:
         """Let these keys open the file from now on."""
+        self._keys_wanted = frozenset(keys)
         self._slot.writer.use_keys(keys)
 
     async def close(self) -> None:

@@ -101,20 +101,39 @@ def _read(
     try:
         key = _key_of(file, keys)
         box = Box(key, PURPOSE)
-        fold, ledger = Fold(), Ledger(most, MOST_ENDS)
-        rows: list[tuple[int, int, int, Worth]] = []
-        for place, kind, sealed in file.rows():
-            batch = _opened(box, place, kind, sealed)
-            rows.append((place, kind, len(batch.records), fold.apply(batch)))
-        now = moment()
-        for place, kind, count, worth in rows:
-            until = now.mono + worth.still(now, fold.last)
-            ledger.note(kind, Row(place, until, count))
+        state, ledger = _restored(file, box, terms, moment(), Ledger(most, MOST_ENDS))
         file.use_keys(data_key.wrapped(key, keys.now))  # shows that the file can be written
-        return Opened(file, box, key, ledger, fold.state(terms, now))
+        return Opened(file, box, key, ledger, state)
     except BaseException:
         file.close()
         raise
+
+
+def _restored(
+    file: StateFile, box: Box, terms: Terms, now: Moment, ledger: Ledger
+) -> tuple[State, Ledger]:
+    """Return what is true, and the rows that say so.
+
+    The newest row tells the latest moment on record.  Where an older one is later, a wall clock was
+    set back in between: then all rows are read once more.
+    """
+    fold = Fold(terms, now)
+    rows = _folded(file, box, fold)
+    if fold.latest.wall > fold.last.wall:
+        fold = Fold(terms, now, fold.latest)
+        rows = _folded(file, box, fold)
+    for place, kind, count, worth in reversed(rows):
+        ledger.note(kind, Row(place, now.mono + worth.still(now, fold.last), count))
+    return fold.state(), ledger
+
+
+def _folded(file: StateFile, box: Box, fold: Fold) -> list[tuple[int, int, int, Worth]]:
+    """Apply all rows; returns place, kind, number of records and worth of each."""
+    rows: list[tuple[int, int, int, Worth]] = []
+    for place, kind, sealed in file.rows():
+        batch = _opened(box, place, kind, sealed)
+        rows.append((place, kind, len(batch.records), fold.apply(batch)))
+    return rows
 
 
 def _opened(box: Box, place: int, kind: int, sealed: bytes) -> Batch:

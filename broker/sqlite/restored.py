@@ -1,7 +1,8 @@
-"""From the rows of a file to what is true now: records are applied in the order of their writing.
+"""From the rows of a file to what is true now: the newest row first, so that what is found counts.
 
 A token counts if its signer does, if its visitor was not ended after it, and as long as
-`rules.durable` leaves it life; what was ended stays ended whatever the clock says.
+`rules.durable` leaves it life; what was ended stays ended whatever the clock says.  A start does
+this for 200,000 of them: each record is met once, and made into what is held at once.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from broker.sqlite.records import (
     SessionRow,
     TokenRow,
     VisitorEnded,
+    WrittenRecord,
 )
 from broker.units import SECOND
 
@@ -36,7 +38,7 @@ class Terms(Struct, frozen=True):
 
 
 class State(Struct):
-    """What a start takes over; times are those of this process."""
+    """What a start takes over, the newest first; times are those of this process."""
 
     tokens: dict[str, EmbedToken] = field(default_factory=dict)
     sessions: dict[str, Session] = field(default_factory=dict)
@@ -49,15 +51,16 @@ class State(Struct):
         return f"State(tokens={len(self.tokens)}, sessions={len(self.sessions)})"
 
 
-class Worth(Struct, gc=False):
-    """For how long a row is of use: spans at its moment, and the Unix second of a session's end."""
+class Worth(Struct, frozen=True, gc=False):
+    """How long a row was of use when it was written, and which wall clock says when it is over.
+
+    `left` is a span; `expires` the Unix second of a session's end, 0 for none.
+    """
 
     written: Moment
-    left: int = 0
-    expires: int = 0
-    has_end: bool = False
-    age: int = -1
-    """Microseconds since then, once it is known."""
+    left: int
+    expires: int
+    has_end: bool
 
     def still(self, now: Moment, last: Moment) -> int:
         """Microseconds for which the row is still to be kept.
@@ -74,89 +77,99 @@ class Worth(Struct, gc=False):
 
 
 class Fold:
-    """Applies batch after batch; `state` says what is true then."""
+    """Applies batch after batch, the newest first; `state` says what is true then.
 
-    def __init__(self) -> None:
-        self._tokens: dict[str, tuple[TokenRow, int, Worth]] = {}
-        self._ended: dict[str, int] = {}
+    `last` is the latest moment on record, of the first batch if it is not known before; `latest`
+    the latest that was met: if that is later, a clock was set back in between, and what was applied
+    is worth less than it seemed.
+    """
+
+    def __init__(self, terms: Terms, now: Moment, last: Moment | None = None) -> None:
+        self._terms = terms
+        self._now = now
+        self._is_known = last is not None
+        self.last = self.latest = last or Moment("", 0, 0)
+        self._floors = dict[int, int]()  # the same for many
+        self._tokens: dict[str, EmbedToken] = {}
+        self._over = set[str]()  # keys whose newest token is not good
+        self._ended = set[str]()
         self._sessions: dict[str, Session] = {}
+        self._forgotten = set[str]()
         self._marks: dict[str, str] = {}
-        self._buckets: dict[str, dict[str, tuple[int, Moment]]] = {}
-        self._number = 0
-        self.last = Moment("", 0, 0)
+        self._buckets: dict[str, dict[str, int]] = {}
 
     def apply(self, batch: Batch) -> Worth:
-        """Apply what one commit wrote; returns for how long its row is of use."""
+        """Apply what one commit wrote before all that was applied; returns its row's worth."""
         written = batch.written
-        worth = Worth(written)
-        self.last = Moment("", 0, max(self.last.wall, written.wall))
-        for record in batch.records:
-            self._number += 1
-            match record:
-                case TokenRow():
-                    self._tokens.pop(record.key, None)  # to the end: the order is that of minting
-                    self._tokens[record.key] = record, self._number, worth
-                    worth.left = max(worth.left, record.left)
-                case SessionRow():
-                    self._sessions.pop(record.session_id, None)  # to the end, as above
-                    self._sessions[record.session_id] = record.session()
-                    worth.expires = max(worth.expires, record.expires)
-                case BucketsRow():
-                    table = self._buckets.setdefault(record.limit, {})
-                    table.update((key, (wait, written)) for key, wait in record.left.items())
-                    worth.left = max(worth.left, *record.left.values(), 0)
-                case _:
-                    worth.has_end = True
-                    self._apply_end(record)
-        return worth
+        if not self._is_known:
+            self._is_known, self.last = True, written
+        if written.wall > self.latest.wall:
+            self.latest = written
+        passed = age(written, self._now, self.last)
+        sessions, left, expires, has_end = self._sessions, 0, 0, False
+        for record in reversed(batch.records):
+            if type(record) is TokenRow:  # half a microsecond less than `match` for all others
+                left = max(left, record.left)
+                self._apply_token(record, passed)
+            elif type(record) is SessionRow:
+                expires = max(expires, record.expires)
+                session_id = record.session_id
+                if session_id not in sessions and session_id not in self._forgotten:
+                    sessions[session_id] = record.session()
+            elif type(record) is BucketsRow:
+                left = max(left, *record.left.values(), 0)
+                self._apply_buckets(record, passed)
+            else:
+                has_end = True
+                self._apply_end(record)
+        return Worth(written, left, expires, has_end)
 
-    def _apply_end(self, record: SessionForgotten | SessionEnded | VisitorEnded) -> None:
+    def _apply_token(self, row: TokenRow, passed: int) -> None:
+        key, lifetime, tokens = row.key, row.lifetime, self._tokens
+        if key in tokens or key in self._over:
+            return
+        left = left_of(row.left, lifetime, passed)
+        terms = self._terms
+        if (
+            left <= 0
+            or row.origin not in terms.signer_ids
+            or (self._ended and self._was_ended(key))
+        ):
+            self._over.add(key)
+            return
+        if len(tokens) >= terms.most:
+            return
+        floor = self._floors.get(lifetime)
+        if floor is None:
+            floor = self._floors[lifetime] = terms.floor(lifetime)
+        now, mark = self._now, max(row.mark, floor)
+        tokens[key] = EmbedToken(
+            row.body, now.mono + left, now.wall + left, lifetime, mark, 0, 0, row.origin
+        )
+
+    def _was_ended(self, key: str) -> bool:
+        """Whether the visitor of this key was ended later: ends of later rows are known by now."""
+        client, _agent, fingerprint, _model = key.split(SEPARATOR)
+        return visitor_of(client, fingerprint) in self._ended
+
+    def _apply_buckets(self, row: BucketsRow, passed: int) -> None:
+        table = self._buckets.setdefault(row.limit, {})
+        for key, wait in row.left.items():
+            table.setdefault(key, wait - passed)
+
+    def _apply_end(self, record: WrittenRecord) -> None:
         match record:
             case SessionForgotten():
-                self._sessions.pop(record.session_id, None)
+                self._forgotten.add(record.session_id)
             case SessionEnded():
-                self._marks[record.session_id] = record.client
+                self._marks.setdefault(record.session_id, record.client)
             case VisitorEnded():
-                self._ended[record.visitor] = self._number
+                self._ended.add(record.visitor)
+            case _:
+                raise AssertionError  # all others have been met
 
-    def state(self, terms: Terms, now: Moment) -> State:
+    def state(self) -> State:
         """Return what is true now; of tokens the latest `terms.most`."""
-        state = State(sessions=self._sessions, marks=self._marks)
-        state.tokens = self._live_tokens(terms, now)
-        for key in list(state.tokens)[: -terms.most]:
-            del state.tokens[key]
         for session_id in self._marks:
             self._sessions.pop(session_id, None)
-        for limit, table in self._buckets.items():
-            state.buckets[limit] = {
-                key: wait - age(written, now, self.last) for key, (wait, written) in table.items()
-            }
-        return state
-
-    def _live_tokens(self, terms: Terms, now: Moment) -> dict[str, EmbedToken]:
-        floors = dict[int, int]()  # the same for many
-        tokens: dict[str, EmbedToken] = {}
-        for key, (row, number, worth) in self._tokens.items():
-            if row.origin not in terms.signer_ids or self._was_ended(key, number):
-                continue
-            if worth.age < 0:
-                worth.age = age(worth.written, now, self.last)
-            if row.lifetime not in floors:
-                floors[row.lifetime] = terms.floor(row.lifetime)
-            left = left_of(row.left, row.lifetime, worth.age)
-            if left > 0:
-                tokens[key] = EmbedToken(
-                    body=row.body,
-                    dies_mono=now.mono + left,
-                    dies_wall=now.wall + left,
-                    lifetime=row.lifetime,
-                    mark=max(row.mark, floors[row.lifetime]),
-                    origin=row.origin,
-                )
-        return tokens
-
-    def _was_ended(self, key: str, number: int) -> bool:
-        if not self._ended:
-            return False
-        client, _agent, fingerprint, _model = key.split(SEPARATOR)
-        return self._ended.get(visitor_of(client, fingerprint), 0) > number
+        return State(self._tokens, self._sessions, self._marks, self._buckets)

@@ -118,10 +118,10 @@ class StateFile:
         return found[0] if found else None, version
 
     def rows(self) -> Iterator[tuple[int, int, bytes]]:
-        """Yield place, kind and content of every row, in order; raises StateFileFailed."""
+        """Yield place, kind and content of every row, the newest first; raises StateFileFailed."""
         with _translated():
             for place, kind, sealed in self._connection.execute(
-                "SELECT id, kind, sealed FROM embed_token_broker_log ORDER BY id"
+                "SELECT id, kind, sealed FROM embed_token_broker_log ORDER BY id DESC"
             ):
                 if not isinstance(kind, int) or not isinstance(sealed, bytes):
                     raise StateFileFailed(FileError.CORRUPT, "a row has other types")

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 from typing_extensions import override
 
-from broker.errors import NotDurable
+from broker.errors import NotDurable, NotEnded
 from broker.limits.policy import Limits
 from broker.model import Clock, EmbedToken, Session, TokenRequest, visitor_of
 from broker.sessions.memory import MemorySessions
 from broker.sqlite.records import (
-    Record,
+    Other,
     SessionEnded,
     SessionForgotten,
     SessionMade,
@@ -27,11 +27,13 @@ from broker.sqlite.writer import Writer
 from broker.stores.base import Kept, Lease
 from broker.stores.memory import MemoryStore
 from broker.stores.token_cache import TokenCache
+from broker.tables import Generations
 from broker.telemetry.cells import Counter
 from broker.telemetry.metrics import Metrics
 
 MOST_TOLD = 50_000
-"""Visitors of whom is known that their end is in the file, and no token after it."""
+"""Visitors, the latest, and as many again, of whom is known that their end is in the file or waits
+for it, and no token after it: all whose end may wait (`writer.WAITING_ENDS`)."""
 
 
 class WriterSlot:
@@ -50,7 +52,7 @@ class WriterSlot:
         assert self._writer is not None  # `open` comes before the first request
         return self._writer
 
-    def add_all(self, records: Sequence[Record]) -> None:
+    def add_all(self, records: Sequence[Other]) -> None:
         """Write these soon, in one commit."""
         self.writer.add_all(records)
 
@@ -81,13 +83,13 @@ class DurableStore(MemoryStore):
         self._slot = slot
         self.waits = waits
         self._late: Counter = metrics.state_file.late
-        self._ends_told: dict[str, None] = {}
+        self._ends_told: Generations[str, bool] = Generations(MOST_TOLD)
 
     @override
     async def keep(self, ask: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
         if not self._epochs.holds(ask.visitor, lease.epoch):
             return Kept.ENDED
-        self._ends_told.pop(ask.visitor, None)
+        self._ends_told.discard(ask.visitor)
         self._slot.writer.add(TokenKept(key, token))
         await self._settle()
         return await super().keep(ask, key, token, lease)  # looks again: it may be over by now
@@ -105,11 +107,9 @@ class DurableStore(MemoryStore):
         """
         await super().revoke_visitor(client, fingerprint, *keys)
         visitor = visitor_of(client, fingerprint)
-        if visitor not in self._ends_told or self._slot.writer.gave_up:
-            if len(self._ends_told) >= MOST_TOLD:
-                self._ends_told.clear()
-            self._ends_told[visitor] = None
-            self._slot.writer.add(VisitorEnded(visitor))
+        if not self._ends_told.find(visitor) or self._slot.writer.gave_up:
+            self._ends_told[visitor] = True
+            self._slot.writer.add_end(VisitorEnded(visitor))
         if not await self._slot.writer.end_written():
             raise NotDurable
 
@@ -134,12 +134,15 @@ class DurableSessions(MemorySessions):
     async def mark(self, session: Session, *, by_client: bool) -> None:
         """As the sessions in memory do; what is ended again is told once.
 
-        `DurableStore.revoke_visitor` follows, and waits for both.
+        Raises NotEnded, NotDurable for one that was ended, while as many ends as may wait for the
+        disk.  `DurableStore.revoke_visitor` follows, and waits for both.
         """
-        is_new = not await self.ended(session.session_id)
+        writer, is_new = self._slot.writer, not await self.ended(session.session_id)
+        if not writer.takes_end(by_client=by_client):
+            raise NotEnded if is_new else NotDurable
         await super().mark(session, by_client=by_client)
-        if is_new or self._slot.writer.gave_up:
-            self._slot.writer.add(SessionEnded(session.session_id, session.client))
+        if is_new or writer.gave_up:
+            writer.add_end(SessionEnded(session.session_id, session.client))
 
     @override
     async def forget(self, session: Session) -> None:

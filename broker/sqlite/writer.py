@@ -6,8 +6,10 @@ does not wait for others to gather.  The order in the file is the order of addin
 makes an end stronger than the tokens before it.
 
 What could not be written is kept and tried again, with all that came since; those who waited are
-told at once.  While that is so, or while one commit takes long, the writer is degraded.  The thread
-sets plain attributes and calls nothing of the loop's but `call_soon_threadsafe`.
+told at once.  While that is so, or while one commit takes long, the writer is degraded.  What waits
+is bounded, and what the thread has in hand counts with it: mints beyond the bound are lost to the
+file, and ends beyond theirs are refused before they are made (`takes_end`).  The thread sets plain
+attributes and calls nothing of the loop's but `call_soon_threadsafe`.
 """
 
 import asyncio
@@ -18,6 +20,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby, islice
+from operator import attrgetter
 from typing import TypeVar
 
 import structlog
@@ -33,12 +36,10 @@ from broker.sqlite.records import (
     ENDS,
     MINTS,
     BucketsSpent,
+    End,
     Kind,
+    Other,
     Record,
-    SessionMade,
-    TokenKept,
-    kind_of,
-    life_of,
     seal,
 )
 from broker.sqlite.state_file import StateFileFailed
@@ -84,9 +85,9 @@ MOST_DEFECTS = 2
 DROPPED_AT_ONCE, FREED_AT_ONCE = 50, 256
 """Rows, and pages, that a round gives back before it looks whether somebody waits."""
 
-
-_MAY_BE_LOST = (TokenKept, SessionMade, BucketsSpent)
-"""What costs a mint if it is not written; an end that is lost costs more."""
+WAITING_ENDS = 100_000
+"""Ends that may wait for a disk that fails, of about 150 bytes, two for each session: whoever asked
+for one was answered with 503.  The operator may have twice as many, so that no client takes all."""
 
 
 class Writer:
@@ -101,6 +102,8 @@ class Writer:
         self._lock = threading.Lock()
         self._awake, self._urgent = threading.Event(), threading.Event()
         self._pending: deque[Record] = deque()
+        self._in_hand = 0
+        self._ends_added = self._ends_done = 0  # by the loop, and by the thread
         self._waiting: deque[asyncio.Future[bool]] = deque()
         self._keys: list[bytes] | None = None
         self._began: float | None = None
@@ -120,16 +123,32 @@ class Writer:
         """Begin to write."""
         self._thread.start()
 
-    def add(self, record: Record) -> None:
-        """Write this soon; a token or session is lost, counted, if a disk hangs for too long."""
-        if len(self._pending) >= self._most and isinstance(record, _MAY_BE_LOST):
+    def add(self, record: Other) -> None:
+        """Write this soon; it is lost, counted, if as many as may wait for a disk do so already."""
+        waiting = len(self._pending) + self._in_hand - self._waiting_ends()
+        if waiting >= self._most:
             self.lost += 1
             return
+        self._append(record)
+
+    def add_end(self, record: End) -> None:
+        """Write this soon; ask `takes_end` before there is anything to write."""
+        self._ends_added += 1
+        self._append(record)
+
+    def takes_end(self, *, by_client: bool) -> bool:
+        """Whether another end has room to wait in: for a client earlier not than for others."""
+        return self._waiting_ends() < (WAITING_ENDS if by_client else 2 * WAITING_ENDS)
+
+    def _waiting_ends(self) -> int:
+        return self._ends_added - self._ends_done
+
+    def _append(self, record: Record) -> None:
         self._pending.append(record)
         if not self._awake.is_set():
             self._awake.set()
 
-    def add_all(self, records: Sequence[Record]) -> None:
+    def add_all(self, records: Sequence[Other]) -> None:
         """Write these soon, and in one commit: the thread takes all of them or none."""
         self._pending.extend(records)
         self._awake.set()
@@ -140,6 +159,11 @@ class Writer:
         with self._lock:
             self._keys = wrapped
         self._awake.set()
+
+    @property
+    def owes_keys(self) -> bool:
+        """Whether the file opens with the keys of before, and not yet with those of now."""
+        return self._keys is not None
 
     @property
     def is_degraded(self) -> bool:
@@ -202,7 +226,8 @@ class Writer:
 
         Who waits is told after `failure` says how it went: they look at it next.
         """
-        waiting = _taken(self._waiting)  # first: what was added before them is there by now
+        # first: what was added before them is there by now
+        waiting = _taken(self._waiting, len(self._waiting))
         committed = self._succeeds(self._commit)
         self._tell(waiting, written=committed and not self._is_gone)
         if committed and self._succeeds(self._keep_house):
@@ -228,37 +253,42 @@ class Writer:
         return False
 
     def _commit(self) -> None:
-        with self._lock:
-            keys, self._keys = self._keys, None
         self._began = time.monotonic()
-        try:
-            if keys is not None:
-                self._file.use_keys(keys)
-                keys = None
-            if self.failure is not None:
-                self._write_pending(PROBE)
-            self._write_pending(None)
-        finally:
-            with self._lock:
-                self._keys = self._keys or keys
+        self._write_keys()
+        if self.failure is not None:
+            self._write_pending(PROBE)
+        self._write_pending(None)
+
+    def _write_keys(self) -> None:
+        keys = self._keys
+        if keys is None:
+            return
+        self._file.use_keys(keys)
+        with self._lock:
+            if self._keys is keys:  # or others came meanwhile
+                self._keys = None
 
     def _write_pending(self, most: int | None) -> None:
         """Commit what is pending, the first `most` of it; it is pending again if that fails.
 
         After two defects in a row it is given up: one record must not keep all others out for ever.
         """
-        records = _taken(self._pending, most)
+        self._in_hand = min(len(self._pending), most or len(self._pending))  # never counted short
+        records = _taken(self._pending, self._in_hand)
         if not records:
             return
         try:
             self._write(records)
         except BaseException:
             if self._defects < MOST_DEFECTS:
-                self._pending.extendleft(reversed(self._bounded(records)))
+                self._pending.extendleft(reversed(records))
             else:
                 self.lost += len(records)
+                self._ends_done += sum(record.kind is ENDS for record in records)
                 self.gave_up = True
             raise
+        finally:
+            self._in_hand = 0
         self.failure, self._defects = None, 0
 
     def _write(self, records: Sequence[Record]) -> None:
@@ -266,35 +296,25 @@ class Writer:
         moment, place = self._moment(), self._ledger.next_place
         rows: list[tuple[int, int, bytes]] = []
         notes: list[tuple[Kind, Row]] = []
-        whole = any(isinstance(record, BucketsSpent) and record.whole for record in records)
+        whole = False
         for kind, part in _parts(records):
-            rows.append((place, kind.number, seal(self._box, place, kind, moment, part)))
-            notes.append((kind, Row(place, moment.mono + life_of(part, moment), len(part))))
+            sealed, life = seal(self._box, place, kind, moment, part)
+            rows.append((place, kind.number, sealed))
+            notes.append((kind, Row(place, moment.mono + life, len(part))))
             place += 1
+            if kind is BUCKETS:
+                whole |= any(isinstance(record, BucketsSpent) and record.whole for record in part)
         instead = self._ledger.places_of(BUCKETS) if whole else []
-        full = any(kind is ENDS for kind, _ in notes)
-        self._file.append(rows, full=full, instead=instead)
+        ends = sum(row.count for kind, row in notes if kind is ENDS)
+        self._file.append(rows, full=bool(ends), instead=instead)
+        self._ends_done += ends
         if whole:
             self._ledger.forget(BUCKETS)
         for kind, row in notes:
             self._ledger.note(kind.number, row)
         self._is_dirty = True
-        if full:  # into the file, where damage is found: a damaged log is cut off without a word
+        if ends:  # into the file, where damage is found: a damaged log is cut off without a word
             self._checkpoint_at = 0.0
-
-    def _bounded(self, records: list[Record]) -> list[Record]:
-        """Keep what may wait for a disk: every end, and the latest mints."""
-        beyond = len(records) + len(self._pending) - self._most
-        if beyond <= 0:
-            return records
-        kept: list[Record] = []
-        for record in records:
-            if beyond > 0 and isinstance(record, _MAY_BE_LOST):
-                beyond -= 1
-                self.lost += 1
-            else:
-                kept.append(record)
-        return kept
 
     def _keep_house(self) -> None:
         """Give back what is over; once in a while put everything onto the disk."""
@@ -331,15 +351,14 @@ class Writer:
         return f"Writer(pending={len(self._pending)}, degraded={self.is_degraded})"
 
 
-def _taken(queue: "deque[_T]", most: int | None = None) -> list[_T]:
-    """Take what is in a queue at this moment; the other thread may append meanwhile."""
-    count = len(queue)
-    return [queue.popleft() for _ in range(count if most is None else min(count, most))]
+def _taken(queue: "deque[_T]", count: int) -> list[_T]:
+    """Take so many, which are there; the other thread may append meanwhile."""
+    return [queue.popleft() for _ in range(count)]
 
 
 def _parts(records: Sequence[Record]) -> Iterator[tuple[Kind, Sequence[Record]]]:
     """Cut into rows, also where the kind changes: each kind has a bound of its own."""
-    for kind, run in groupby(records, kind_of):
+    for kind, run in groupby(records, attrgetter("kind")):
         while part := list(islice(run, IN_ROW[kind])):
             yield kind, part
 

