@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from processes import until
 from state_files import AGENT, HOUR, Broker, a_key, end, held, looked, mint, wide_limits
+from structlog.testing import capture_logs
 
 from broker.config.schema import ConfigError
 from broker.limits.buckets import BucketTable
@@ -18,8 +19,10 @@ from broker.model import LimitName
 from broker.rules.bucket import Limit
 from broker.sqlite.records import BUCKETS, BucketsSpent
 from broker.sqlite.spent_buckets import SLICE, SpentBuckets
+from broker.sqlite.state_file import StateFileFailed
 from broker.sqlite.writer import Writer
 from broker.stores.base import Kept, Lease
+from broker.telemetry.labels import FileError
 from broker.units import SECOND
 
 
@@ -393,6 +396,64 @@ async def test_D7_keys_that_change_while_it_runs(broker: Broker) -> None:
     broker.path, broker.keys = crashed, (second,)
     async with broker.opened() as backend:
         assert await held(backend, ask) == token.body
+
+
+async def test_D7_keys_that_change_twice_while_nothing_can_be_written(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said as soon as no key of now opens the file, once; degraded until one does."""
+    ask, (first,), second, third = broker.ask(), broker.keys, a_key(), a_key()
+    said = "broker.state_file_keys_unwritten"
+    async with broker.opened() as backend:
+        token, _ = await mint(broker, backend, ask)
+        writer = backend._slot.writer
+        with monkeypatch.context() as patch, capture_logs() as logged:
+            patch.setattr("broker.sqlite.writer.RETRY", 0.01)
+            patch.setattr(writer._file, "use_keys", full)
+            backend.use_keys([second, first])
+            await until(lambda: backend.is_degraded)
+            looked(backend)
+            assert said not in [event["event"] for event in logged], "the first one opens it"
+            backend.use_keys([second])
+            backend.use_keys([third])
+            for _ in range(3):
+                looked(backend)
+            assert [event["event"] for event in logged].count(said) == 1
+            assert backend.is_degraded
+            crashed = copied(broker)
+        await until(lambda: not backend.is_degraded)
+        with capture_logs() as logged:
+            looked(backend)
+        assert said not in [event["event"] for event in logged]
+        written = copied(broker, "written")
+    for broker.path, key in ((crashed, first), (written, third)):
+        broker.keys = (key,)
+        async with broker.opened() as backend:
+            assert await held(backend, ask) == token.body
+
+
+def full(*_arguments: object) -> None:
+    """Fail as a disk without room does."""
+    raise StateFileFailed(FileError.FULL, "full")
+
+
+async def test_D8_a_clock_that_was_set_back_while_it_ran(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latest moment on record counts, wherever it stands in the file."""
+    ask, later = broker.ask(), broker.ask()
+    monkeypatch.setattr("broker.sqlite.backend._boot_id", lambda: "")
+    async with broker.opened() as backend:
+        await mint(broker, backend, ask)
+        broker.clock.advance(1800)
+        await mint(broker, backend, broker.ask())
+        broker.clock.step_wall(-1200)
+        await mint(broker, backend, later)
+    async with broker.opened() as backend:
+        for each, left in ((ask, 1800), (later, 2400)):
+            found = await backend.store.peek(each, each.key)
+            assert found is not None
+            assert found.left(broker.clock.mono(), broker.clock.wall()) == left * SECOND
 
 
 async def test_D7_a_sealing_key_that_is_set_later_takes_over(broker: Broker) -> None:
