@@ -91,12 +91,17 @@ class DurableStore(MemoryStore):
             return Kept.ENDED
         self._ends_told.discard(ask.visitor)
         self._slot.writer.add(TokenKept(key, token))
-        await self._settle()
-        return await super().keep(ask, key, token, lease)  # looks again: it may be over by now
+        if self.waits:
+            await self._settle()
+            if not self._epochs.holds(ask.visitor, lease.epoch):  # it may be over by now
+                return Kept.ENDED
+        self.tokens[key] = token
+        return Kept.KEPT
 
     @override
     async def release(self, ask: TokenRequest, key: str, lease: Lease) -> bool:
-        await self._settle()  # its session is told already
+        if self.waits:
+            await self._settle()  # its session is told already
         return await super().release(ask, key, lease)
 
     @override
@@ -114,7 +119,7 @@ class DurableStore(MemoryStore):
             raise NotDurable
 
     async def _settle(self) -> None:
-        if self.waits and not await self._slot.writer.mint_written():
+        if not await self._slot.writer.mint_written():
             self._late.inc()
 
 

@@ -125,16 +125,19 @@ class Writer:
 
     def add(self, record: Other) -> None:
         """Write this soon; it is lost, counted, if as many as may wait for a disk do so already."""
-        waiting = len(self._pending) + self._in_hand - self._waiting_ends()
-        if waiting >= self._most:
+        pending = self._pending
+        if len(pending) + self._in_hand - self._ends_added + self._ends_done >= self._most:
             self.lost += 1
             return
-        self._append(record)
+        pending.append(record)
+        if not self._awake.is_set():
+            self._awake.set()
 
     def add_end(self, record: End) -> None:
         """Write this soon; ask `takes_end` before there is anything to write."""
         self._ends_added += 1
-        self._append(record)
+        self._pending.append(record)
+        self._awake.set()
 
     def takes_end(self, *, by_client: bool) -> bool:
         """Whether another end has room to wait in: for a client earlier not than for others."""
@@ -142,11 +145,6 @@ class Writer:
 
     def _waiting_ends(self) -> int:
         return self._ends_added - self._ends_done
-
-    def _append(self, record: Record) -> None:
-        self._pending.append(record)
-        if not self._awake.is_set():
-            self._awake.set()
 
     def add_all(self, records: Sequence[Other]) -> None:
         """Write these soon, and in one commit: the thread takes all of them or none."""
