@@ -4,7 +4,8 @@ Builds the parser from the commands, each a file of this folder, and runs one of
 """
 
 import argparse
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 
 from broker.cli import (
     base,
@@ -19,10 +20,14 @@ from broker.cli import (
     store,
     verify,
 )
+from broker.config import files
 from broker.config.schema import ConfigError
 from broker.exit_codes import EX_CONFIG
 from broker.telemetry.streams import complain, open_missing
 from broker.version import VERSION
+
+CERTIFICATES = "SSL_CERT_FILE"
+"""Environment variable of OpenSSL: whose certificates count, in place of the system's."""
 
 COMMANDS = (
     serve,
@@ -45,10 +50,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     run: base.Run = arguments.run
     try:
+        _look_at_certificates(os.environ)
         return run(arguments)
     except ConfigError as error:
         complain(f"broker: {base.one_line(error)}")
         return EX_CONFIG
+
+
+def _look_at_certificates(environ: Mapping[str, str]) -> None:
+    """Raise ConfigError for certificates that cannot be read: to import aiohttp reads them.
+
+    OpenSSL would wait for ever for who writes into a pipe, and say nothing of what it may not read;
+    it does without a file that is not there.
+    """
+    path = environ.get(CERTIFICATES)
+    if path:
+        try:
+            os.close(files.open_regular(path))
+        except files.CannotRead as error:
+            if not error.is_absent:
+                raise ConfigError(f"{CERTIFICATES}: {error}") from None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import secrets
 import shutil
 import socket
@@ -140,6 +141,22 @@ def bad_files(folder: Path, tree: Tree) -> dict[str, str]:
         "not TOML": write(folder / "not toml", "[server\n"),
         "no number": write(folder / "digits", "a = " + "9" * 5000),
     }
+
+
+@pytest.mark.parametrize("command", ["serve", "check", "doctor"])
+def test_certificates_that_nobody_writes_stop_no_start_for_ever(
+    tmp_path: Path, path: str, command: str
+) -> None:
+    """A pipe in the place of a file: OpenSSL would wait for it, in the import of aiohttp."""
+    pipe = tmp_path / "certificates"
+    os.mkfifo(pipe)
+    done = run(command, "--config", path, SSL_CERT_FILE=str(pipe))
+    assert done.returncode == 78
+    assert done.stderr == (
+        f"broker: SSL_CERT_FILE: cannot read {pipe}: a pipe; name a regular file\n".encode()
+    )
+    absent = run("check", "--config", path, SSL_CERT_FILE=str(tmp_path / "absent"))
+    assert absent.returncode == 0
 
 
 class TestBadConfiguration:
