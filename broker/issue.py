@@ -29,11 +29,15 @@ Lead = Callable[[Flight[EmbedToken]], Work[EmbedToken]]
 
 
 class IssuedToken(Struct, frozen=True, gc=False):
-    """A token for the visitor, how it came about, and the visitor's limit for the headers."""
+    """A token for the visitor, how it came about, and the visitor's limit for the headers.
+
+    `left` are the microseconds of life that it had at the moment `wall` (Unix us).
+    """
 
     token: EmbedToken
     outcome: Outcome
     left: int
+    wall: int
     verdict: Verdict | None
 
 
@@ -47,22 +51,42 @@ class TokenService:
         self._clock = clock
         self.flights: SingleFlight[EmbedToken] = SingleFlight(at_once=not minter.waits)
 
-    async def issue(self, request: TokenRequest, timeout: float) -> IssuedToken | Rejection:
-        """Answer one request within `timeout` seconds; raises what a mint raises."""
-        key = request.key
-        visit = await self._store.admit(request, key)
+    async def issue(
+        self,
+        request: TokenRequest,
+        timeout: float,
+        *,
+        now: int | None = None,
+        request_id: str = "",
+        traceparent: str = "",
+    ) -> IssuedToken | Rejection:
+        """Answer one request within `timeout` seconds; raises what a mint raises.
+
+        `now` is the monotonic clock in microseconds, where the caller has just read it.  Id and
+        trace are those of this request, where `request` stands for all that ask for the same.
+        """
+        now = self._clock.mono() if now is None else now
+        visit = self._store.visit(request, now)
+        if visit is None:
+            visit = await self._store.admit(request, request.key)
+            now = self._clock.mono()
         if visit.denial is not None:
             return visit.denial
+        wall = self._clock.wall()
         cached = visit.token if self._policy.enabled else None
+        left = 0 if cached is None else cached.left(now, wall)
+        if cached is not None and left > cached.mark and not request.fresh:
+            # most requests end here; a mark never lies below the floor
+            return IssuedToken(cached, Outcome.REUSED, left, wall, visit.verdict)
+        if request_id or traceparent:
+            request = request.sent_with(request_id, traceparent)
+        key = request.key
         if cached is None or request.fresh:
             return await self._mint(request, key, cached, visit.verdict, timeout)
-        left = cached.left(self._clock.mono(), self._clock.wall())
-        if left > cached.mark:  # most requests end here; a mark never lies below the floor
-            return IssuedToken(cached, Outcome.REUSED, left, visit.verdict)
         match reuse.life(left, cached.mark, self._policy.marks(cached.lifetime)):
             case Life.FRESH | Life.RENEW:
                 self._renew_ahead(Mint(request, key, cached, Priority.AHEAD))
-                return IssuedToken(cached, Outcome.REUSED, left, visit.verdict)
+                return IssuedToken(cached, Outcome.REUSED, left, wall, visit.verdict)
             case Life.STALE:
                 return await self._renew_now(request, key, cached, visit.verdict, timeout)
             case Life.DEAD:
@@ -83,8 +107,11 @@ class TokenService:
             token, leader = await self.flights.join(key, self._leading(mint), timeout)
         except TimeoutError as error:
             raise errors.UpstreamTimeout("no token was minted before the deadline") from error
-        left = self._require_life(token, cached)
-        return IssuedToken(token, Outcome.MINTED if leader else Outcome.COALESCED, left, verdict)
+        wall = self._clock.wall()
+        left = token.left(self._clock.mono(), wall)
+        self._require_life(token, left, cached)
+        outcome = Outcome.MINTED if leader else Outcome.COALESCED
+        return IssuedToken(token, outcome, left, wall, verdict)
 
     async def _renew_now(
         self,
@@ -96,17 +123,19 @@ class TokenService:
     ) -> IssuedToken:
         """Below the floor: mint; fall back on the old token if that fails for a passing reason."""
         if self._minter.backoff.left(key):
-            return IssuedToken(cached, Outcome.REUSED, self._left(cached), verdict)
+            return self._reused(cached, verdict)
         try:
             return await self._mint(request, key, cached, verdict, timeout)
         except errors.BrokerError as error:
             if not error.transient:
                 raise
             found = await self._store.peek(request, key)  # the old one may have been revoked
-            left = 0 if found is None else self._left(found)
-            if found is None or left < self._policy.marks(found.lifetime).outage:
+            if found is None:
                 raise
-            return IssuedToken(found, Outcome.REUSED, left, verdict)
+            reused = self._reused(found, verdict)
+            if reused.left < self._policy.marks(found.lifetime).outage:
+                raise
+            return reused
 
     def _renew_ahead(self, mint: Mint) -> None:
         """Past its mark: mint the successor in the background, if that is cheap at this moment."""
@@ -119,14 +148,14 @@ class TokenService:
 
         return lead
 
-    def _require_life(self, token: EmbedToken, cached: EmbedToken | None) -> int:
-        """Return the life left at this moment; raises if the answer would come too late."""
-        left = self._left(token)
+    def _require_life(self, token: EmbedToken, left: int, cached: EmbedToken | None) -> None:
+        """Raise if the answer would come too late."""
         marks = self._policy.marks(token.lifetime)
         again = cached is not None and token.body == cached.body
         if left <= 0 or left < (marks.outage if again else marks.floor):
             raise errors.UpstreamUnavailable("the token expired before it could be handed out")
-        return left
 
-    def _left(self, token: EmbedToken) -> int:
-        return token.left(self._clock.mono(), self._clock.wall())
+    def _reused(self, token: EmbedToken, verdict: Verdict | None) -> IssuedToken:
+        wall = self._clock.wall()
+        left = token.left(self._clock.mono(), wall)
+        return IssuedToken(token, Outcome.REUSED, left, wall, verdict)

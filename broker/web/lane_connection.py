@@ -151,7 +151,7 @@ class LaneConnection(DataConnection):
         else:
             self._begun = Begun(work, pending)
             return False
-        if not answer.keep_alive or self.transport is None or self._manager is None:
+        if answer.closes or self.transport is None or self._manager is None:
             self._begun = answered(answer)
             return False
         self.transport.write(answer.whole())

@@ -35,17 +35,18 @@ class ReadyAnswer(web.StreamResponse):
         self._status = status
         self._head = head
         self._payload = body
-        self._close = close
-        self.is_written = False
+        self.closes = close
+
+    is_written = False
 
     @property
     @override
     def keep_alive(self) -> bool:
-        return not self._close
+        return not self.closes
 
     @override
     def force_close(self) -> None:
-        self._close = True
+        self.closes = True
 
     def whole(self) -> bytes:
         """Return all of it, for a plain request whose connection is kept."""
@@ -65,8 +66,8 @@ class ReadyAnswer(web.StreamResponse):
 
     def _for(self, request: BaseRequest) -> bytes:
         old = request.version < (1, 1)
-        if self._close or not request.keep_alive:
-            self._close = True
+        if self.closes or not request.keep_alive:
+            self.closes = True
             connection = "Connection: close\r\n\r\n"
         else:
             connection = "Connection: keep-alive\r\n\r\n" if old else "\r\n"

@@ -1,7 +1,6 @@
 """The routes of the data listener: a dictionary of exact paths, and what they answer."""
 
 import secrets
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from email.utils import formatdate
 from itertools import count
@@ -176,14 +175,14 @@ class Routes:
         return self.new_id(), self._http_date(self._clock.wall())
 
     async def _token(self, request: Request, request_id: str) -> ReadyAnswer:
-        started = time.perf_counter()
+        now = started = self._clock.mono()
         timeout = self._deadline
         client: Client | None = None
         ask: TokenRequest | None = None
         try:
             caller = request.facts if type(request) is WholeRequest else None
             if type(caller) is not Caller:
-                client = self._door.identify(request, self._clock.mono())
+                client = self._door.identify(request, now)
                 caller = caller_of(request, client)
             client, trace = caller.client, caller.traceparent
             if type(request) is WholeRequest and request.trace:
@@ -191,17 +190,14 @@ class Routes:
             content = body.arrived(request, wire.MAX_BODY)
             if content is None:
                 content = await body.read(request, wire.MAX_BODY)
-                timeout -= time.perf_counter() - started
-            ask = self._bodies.read(
-                content,
-                client.name,
-                request_id,
-                trace,
-                any_fingerprint=self.any_fingerprint,
-            )
+                now = self._clock.mono()
+                timeout -= (now - started) / SECOND
+            ask = self._bodies.read(content, client.name, any_fingerprint=self.any_fingerprint)
             if client.agents is not None:
                 client.require_agent(ask.agent)
-            result = await self._desk.issue(ask, timeout)
+            result = await self._desk.issue(
+                ask, timeout, now=now, request_id=request_id, traceparent=trace
+            )
         except errors.BrokerError as error:
             return self._refuse(error, request_id, started, client, ask)
         except Exception:
@@ -212,10 +208,9 @@ class Routes:
         return self._hand_out(result, request_id, started, ask)
 
     def _hand_out(
-        self, handout: IssuedToken, request_id: str, started: float, ask: TokenRequest
+        self, handout: IssuedToken, request_id: str, started: int, ask: TokenRequest
     ) -> ReadyAnswer:
-        outcome, verdict = handout.outcome, handout.verdict
-        wall = self._clock.wall()
+        outcome, verdict, wall = handout.outcome, handout.verdict, handout.wall
         date = self._http_date(wall)
         content, line = handout.token.body, _CACHE_STATUS[outcome]
         if verdict is None:
@@ -224,7 +219,7 @@ class Routes:
             text = self._heads.write(line, len(content), request_id, date, verdict, wall)
         answer = ReadyAnswer(200, text, content, close=self._health.draining)
         self._metrics.remaining.observe(handout.left / 1_000_000)
-        seconds = time.perf_counter() - started
+        seconds = (self._clock.mono() - started) / SECOND
         self._metrics.requests[outcome].observe(seconds)
         if outcome is Outcome.MINTED or self.debug:
             self._log_handout(handout, request_id, seconds, ask)
@@ -234,12 +229,12 @@ class Routes:
         self,
         error: errors.BrokerError,
         request_id: str,
-        started: float,
+        started: int,
         client: Client | None,
         ask: TokenRequest | None,
     ) -> ReadyAnswer:
         """Answer and count a token request that failed."""
-        seconds = time.perf_counter() - started
+        seconds = (self._clock.mono() - started) / SECOND
         self._metrics.requests[error.outcome].observe(seconds)
         kind = error.code
         if isinstance(error, errors.RateLimited):
