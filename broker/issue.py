@@ -2,6 +2,8 @@
 
     request -> store: limits of every request, and is there a token?
         -> a valid one: answer it (and renew it in the background when its mark has passed)
+           Where the store is in memory a request has ended here by two calls (`begin`);
+           all others go on as work that may wait (`finish`).
         -> otherwise join the flight of this key; its leader mints (`minting`)
         -> answer; if the mint failed for a passing reason, an ageing token is still an answer
 
@@ -22,7 +24,7 @@ from broker.pacing.pacer import Priority
 from broker.rules import reuse
 from broker.rules.bucket import Verdict
 from broker.rules.reuse import Life, ReusePolicy
-from broker.stores.base import Rejection, Store
+from broker.stores.base import Rejection, Store, Visit
 
 Lead = Callable[[Flight[EmbedToken]], Work[EmbedToken]]
 """What the leader of a flight does."""
@@ -41,6 +43,13 @@ class IssuedToken(Struct, frozen=True, gc=False):
     verdict: Verdict | None
 
 
+Answered = IssuedToken | Rejection
+"""How a request ends that does not fail."""
+
+_REUSED = Outcome.REUSED
+"""The name of an enum's member is looked up in half a microsecond (Python 3.11)."""
+
+
 class TokenService:
     """Answers requests; `flights` are the mints under way, by key."""
 
@@ -51,42 +60,54 @@ class TokenService:
         self._clock = clock
         self.flights: SingleFlight[EmbedToken] = SingleFlight(at_once=not minter.waits)
 
-    async def issue(
-        self,
-        request: TokenRequest,
-        timeout: float,
-        *,
-        now: int | None = None,
-        request_id: str = "",
-        traceparent: str = "",
-    ) -> IssuedToken | Rejection:
-        """Answer one request within `timeout` seconds; raises what a mint raises.
+    async def issue(self, request: TokenRequest, timeout: float) -> IssuedToken | Rejection:
+        """Answer one request within `timeout` seconds; raises what a mint raises."""
+        begun = self.begin(request, self._clock.mono())
+        return begun if isinstance(begun, Answered) else await self.finish(request, begun, timeout)
 
-        `now` is the monotonic clock in microseconds, where the caller has just read it.  Id and
-        trace are those of this request, where `request` stands for all that ask for the same.
+    def begin(self, request: TokenRequest, now: int) -> IssuedToken | Rejection | Visit | None:
+        """Answer at once, if that can be; what is returned else is for `finish`.
+
+        `now` is the monotonic clock in microseconds.
         """
-        now = self._clock.mono() if now is None else now
         visit = self._store.visit(request, now)
-        if visit is None:
-            visit = await self._store.admit(request, request.key)
-            now = self._clock.mono()
+        return None if visit is None else self._judge(request, visit, now)
+
+    def _judge(
+        self, request: TokenRequest, visit: Visit, now: int
+    ) -> IssuedToken | Rejection | Visit:
+        """Answer by what the store knows; the visit itself if that is no answer."""
         if visit.denial is not None:
             return visit.denial
+        cached = visit.token
+        if cached is None or request.fresh or not self._policy.enabled:
+            return visit
         wall = self._clock.wall()
-        cached = visit.token if self._policy.enabled else None
-        left = 0 if cached is None else cached.left(now, wall)
-        if cached is not None and left > cached.mark and not request.fresh:
-            # most requests end here; a mark never lies below the floor
-            return IssuedToken(cached, Outcome.REUSED, left, wall, visit.verdict)
-        if request_id or traceparent:
-            request = request.sent_with(request_id, traceparent)
+        left = cached.left(now, wall)
+        if left > cached.mark:  # most requests end here; a mark never lies below the floor
+            return IssuedToken(cached, _REUSED, left, wall, visit.verdict)
+        return visit
+
+    async def finish(
+        self, request: TokenRequest, visit: Visit | None, timeout: float
+    ) -> IssuedToken | Rejection:
+        """Answer what was begun and had to wait, as `issue` does."""
+        if visit is None:
+            begun = self._judge(
+                request, await self._store.admit(request, request.key), self._clock.mono()
+            )
+            if isinstance(begun, Answered):
+                return begun
+            visit = begun
         key = request.key
+        cached = visit.token if self._policy.enabled else None
         if cached is None or request.fresh:
             return await self._mint(request, key, cached, visit.verdict, timeout)
-        match reuse.life(left, cached.mark, self._policy.marks(cached.lifetime)):
+        reused = self._reused(cached, visit.verdict)
+        match reuse.life(reused.left, cached.mark, self._policy.marks(cached.lifetime)):
             case Life.FRESH | Life.RENEW:
                 self._renew_ahead(Mint(request, key, cached, Priority.AHEAD))
-                return IssuedToken(cached, Outcome.REUSED, left, wall, visit.verdict)
+                return reused
             case Life.STALE:
                 return await self._renew_now(request, key, cached, visit.verdict, timeout)
             case Life.DEAD:
@@ -158,4 +179,4 @@ class TokenService:
     def _reused(self, token: EmbedToken, verdict: Verdict | None) -> IssuedToken:
         wall = self._clock.wall()
         left = token.left(self._clock.mono(), wall)
-        return IssuedToken(token, Outcome.REUSED, left, wall, verdict)
+        return IssuedToken(token, _REUSED, left, wall, verdict)

@@ -145,7 +145,7 @@ class EmbedToken(Struct, frozen=True, gc=False):
         """Microseconds of life left; of the two clocks the one that leaves less decides."""
         by_mono = self.dies_mono - mono
         by_wall = self.dies_wall - wall
-        return by_wall if by_wall < by_mono else by_mono  # `min` takes twice as long
+        return min(by_mono, by_wall)  # `min` takes twice as long
 
     @override
     def __repr__(self) -> str:

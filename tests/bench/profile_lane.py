@@ -37,7 +37,7 @@ from broker.app.wiring import Parts
 from broker.clock import SystemClock
 from broker.config import load
 from broker.telemetry import logs
-from broker.web.response import JSON_TYPE, ReadyAnswer, head
+from broker.web.response import JSON_TYPE, Answer, head
 from broker.web.whole_request import Request
 
 CASES = ("fixed", "hit", "crowd", "traced", "429", "invalid", "verify", "introspect", "mint")
@@ -167,8 +167,8 @@ def written(
 ) -> bytes:
     """Write a POST."""
     lines = ("Host: broker", f"api-secret: {secret}", f"Content-Type: application/{kind}", *lines)
-    head_lines = "\r\n".join(lines)
-    return f"POST {path} HTTP/1.1\r\n{head_lines}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+    lines = (f"POST {path} HTTP/1.1", *lines, f"Content-Length: {len(body)}", "", body)
+    return "\r\n".join(lines).encode()
 
 
 def asking_about(token: str, case: str, secret: str) -> bytes:
@@ -179,11 +179,11 @@ def asking_about(token: str, case: str, secret: str) -> bytes:
 
 
 def _fixed() -> Callable[[Request, str], Any]:
-    text = head(200, 2, JSON_TYPE, "id", "date")
+    text = head(200, 2, JSON_TYPE, "id", "date").encode()
 
-    async def fixed(request: Request, _request_id: str) -> ReadyAnswer:
+    async def fixed(request: Request, _request_id: str) -> Answer:
         request.facts = True  # type: ignore[union-attr]  # the head may be known
-        return ReadyAnswer(200, text, b"{}", close=False)
+        return Answer(200, text, b"{}")
 
     return fixed
 
@@ -198,7 +198,7 @@ async def measure(options: argparse.Namespace) -> None:
     await asyncio.sleep(0.05)
     tuner.start()
     best: dict[str, float] = {}
-    for number in range(options.rounds):
+    for _ in range(options.rounds):
         for case in options.cases.split(","):
             requests = bench.requests(case, options.requests)
             for request in set(requests[:CROWD]) if case == "crowd" else requests[:3]:
