@@ -2,6 +2,8 @@
 
     request -> store: limits of every request, and is there a token?
         -> a valid one: answer it (and renew it in the background when its mark has passed)
+           Where the store is in memory a request has ended here by two calls (`begin`);
+           all others go on as work that may wait (`finish`).
         -> otherwise join the flight of this key; its leader mints (`minting`)
         -> answer; if the mint failed for a passing reason, an ageing token is still an answer
 
@@ -22,19 +24,30 @@ from broker.pacing.pacer import Priority
 from broker.rules import reuse
 from broker.rules.bucket import Verdict
 from broker.rules.reuse import Life, ReusePolicy
-from broker.stores.base import Rejection, Store
+from broker.stores.base import Rejection, Store, Visit
 
 Lead = Callable[[Flight[EmbedToken]], Work[EmbedToken]]
 """What the leader of a flight does."""
 
 
 class IssuedToken(Struct, frozen=True, gc=False):
-    """A token for the visitor, how it came about, and the visitor's limit for the headers."""
+    """A token for the visitor, how it came about, and the visitor's limit for the headers.
+
+    `left` are the microseconds of life that it had at the moment `wall` (Unix us).
+    """
 
     token: EmbedToken
     outcome: Outcome
     left: int
+    wall: int
     verdict: Verdict | None
+
+
+Answered = IssuedToken | Rejection
+"""How a request ends that does not fail."""
+
+_REUSED = Outcome.REUSED
+"""The name of an enum's member is looked up in half a microsecond (Python 3.11)."""
 
 
 class TokenService:
@@ -49,20 +62,52 @@ class TokenService:
 
     async def issue(self, request: TokenRequest, timeout: float) -> IssuedToken | Rejection:
         """Answer one request within `timeout` seconds; raises what a mint raises."""
-        key = request.key
-        visit = await self._store.admit(request, key)
+        begun = self.begin(request, self._clock.mono())
+        return begun if isinstance(begun, Answered) else await self.finish(request, begun, timeout)
+
+    def begin(self, request: TokenRequest, now: int) -> IssuedToken | Rejection | Visit | None:
+        """Answer at once, if that can be; what is returned else is for `finish`.
+
+        `now` is the monotonic clock in microseconds.
+        """
+        visit = self._store.visit(request, now)
+        return None if visit is None else self._judge(request, visit, now)
+
+    def _judge(
+        self, request: TokenRequest, visit: Visit, now: int
+    ) -> IssuedToken | Rejection | Visit:
+        """Answer by what the store knows; the visit itself if that is no answer."""
         if visit.denial is not None:
             return visit.denial
+        cached = visit.token
+        if cached is None or request.fresh or not self._policy.enabled:
+            return visit
+        wall = self._clock.wall()
+        left = cached.left(now, wall)
+        if left > cached.mark:  # most requests end here; a mark never lies below the floor
+            return IssuedToken(cached, _REUSED, left, wall, visit.verdict)
+        return visit
+
+    async def finish(
+        self, request: TokenRequest, visit: Visit | None, timeout: float
+    ) -> IssuedToken | Rejection:
+        """Answer what was begun and had to wait, as `issue` does."""
+        if visit is None:
+            begun = self._judge(
+                request, await self._store.admit(request, request.key), self._clock.mono()
+            )
+            if isinstance(begun, Answered):
+                return begun
+            visit = begun
+        key = request.key
         cached = visit.token if self._policy.enabled else None
         if cached is None or request.fresh:
             return await self._mint(request, key, cached, visit.verdict, timeout)
-        left = cached.left(self._clock.mono(), self._clock.wall())
-        if left > cached.mark:  # most requests end here; a mark never lies below the floor
-            return IssuedToken(cached, Outcome.REUSED, left, visit.verdict)
-        match reuse.life(left, cached.mark, self._policy.marks(cached.lifetime)):
+        reused = self._reused(cached, visit.verdict)
+        match reuse.life(reused.left, cached.mark, self._policy.marks(cached.lifetime)):
             case Life.FRESH | Life.RENEW:
                 self._renew_ahead(Mint(request, key, cached, Priority.AHEAD))
-                return IssuedToken(cached, Outcome.REUSED, left, visit.verdict)
+                return reused
             case Life.STALE:
                 return await self._renew_now(request, key, cached, visit.verdict, timeout)
             case Life.DEAD:
@@ -83,8 +128,11 @@ class TokenService:
             token, leader = await self.flights.join(key, self._leading(mint), timeout)
         except TimeoutError as error:
             raise errors.UpstreamTimeout("no token was minted before the deadline") from error
-        left = self._require_life(token, cached)
-        return IssuedToken(token, Outcome.MINTED if leader else Outcome.COALESCED, left, verdict)
+        wall = self._clock.wall()
+        left = token.left(self._clock.mono(), wall)
+        self._require_life(token, left, cached)
+        outcome = Outcome.MINTED if leader else Outcome.COALESCED
+        return IssuedToken(token, outcome, left, wall, verdict)
 
     async def _renew_now(
         self,
@@ -96,17 +144,19 @@ class TokenService:
     ) -> IssuedToken:
         """Below the floor: mint; fall back on the old token if that fails for a passing reason."""
         if self._minter.backoff.left(key):
-            return IssuedToken(cached, Outcome.REUSED, self._left(cached), verdict)
+            return self._reused(cached, verdict)
         try:
             return await self._mint(request, key, cached, verdict, timeout)
         except errors.BrokerError as error:
             if not error.transient:
                 raise
             found = await self._store.peek(request, key)  # the old one may have been revoked
-            left = 0 if found is None else self._left(found)
-            if found is None or left < self._policy.marks(found.lifetime).outage:
+            if found is None:
                 raise
-            return IssuedToken(found, Outcome.REUSED, left, verdict)
+            reused = self._reused(found, verdict)
+            if reused.left < self._policy.marks(found.lifetime).outage:
+                raise
+            return reused
 
     def _renew_ahead(self, mint: Mint) -> None:
         """Past its mark: mint the successor in the background, if that is cheap at this moment."""
@@ -119,14 +169,14 @@ class TokenService:
 
         return lead
 
-    def _require_life(self, token: EmbedToken, cached: EmbedToken | None) -> int:
-        """Return the life left at this moment; raises if the answer would come too late."""
-        left = self._left(token)
+    def _require_life(self, token: EmbedToken, left: int, cached: EmbedToken | None) -> None:
+        """Raise if the answer would come too late."""
         marks = self._policy.marks(token.lifetime)
         again = cached is not None and token.body == cached.body
         if left <= 0 or left < (marks.outage if again else marks.floor):
             raise errors.UpstreamUnavailable("the token expired before it could be handed out")
-        return left
 
-    def _left(self, token: EmbedToken) -> int:
-        return token.left(self._clock.mono(), self._clock.wall())
+    def _reused(self, token: EmbedToken, verdict: Verdict | None) -> IssuedToken:
+        wall = self._clock.wall()
+        left = token.left(self._clock.mono(), wall)
+        return IssuedToken(token, _REUSED, left, wall, verdict)

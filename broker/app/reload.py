@@ -178,8 +178,8 @@ class Reloader:
             if durable is not None:
                 durable.use_keys(file_keys)
             logs.configure(settings.log)
-            parts.routes.use_log(debug=settings.log.level == "debug")
-            parts.routes.any_fingerprint = settings.limits.fingerprint_format == "any"
+            parts.routes.tokens.use_log(debug=settings.log.level == "debug")
+            parts.routes.tokens.any_fingerprint = settings.limits.fingerprint_format == "any"
             self._watch.files = files
 
         return put_in_force

@@ -366,7 +366,7 @@ def _routes(
         deadline=settings.server.deadline.seconds,
         any_fingerprint=settings.limits.fingerprint_format == "any",
     )
-    routes.use_log(debug=settings.log.level == "debug")
+    routes.tokens.use_log(debug=settings.log.level == "debug")
     return routes
 
 

@@ -73,16 +73,16 @@ class BucketTable:
         else:
             full_at, verdict = spend(full_at, limit, now)
             part[key] = full_at
-        self.counts.note(verdict, dry_run=dry_run)
-        if self._spent is not None and verdict.remaining * 2 < limit.burst:
-            self._note_spent(key)
+        if verdict.remaining * 2 < limit.burst:  # most have more, and nobody has to know
+            self.counts.note(verdict, dry_run=dry_run)
+            if self._spent is not None:
+                self._note_spent(key, self._spent)
         return verdict
 
-    def _note_spent(self, key: str) -> None:
+    def _note_spent(self, key: str, spent: dict[str, None]) -> None:
         """Note a bucket of its own: an overflow bucket is nobody's, and is not written."""
-        assert self._spent is not None
-        if key in self._young and len(self._spent) < MOST_NOTED:
-            self._spent[key] = None
+        if key in self._young and len(spent) < MOST_NOTED:
+            spent[key] = None
 
     def peek(self, key: str, limit: Limit, now: int) -> Verdict:
         """Say what `take` would say, and take nothing."""

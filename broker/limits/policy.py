@@ -38,8 +38,14 @@ class LimitPolicy(Struct, frozen=True):
 
     def visitor_key(self, ask: TokenRequest) -> str:
         """Return whose bucket this ask meets: its visitor's, or theirs on this agent."""
-        own = self.own_bucket(ask.agent)
-        return f"{ask.visitor}{SEPARATOR}{own}" if own else ask.visitor
+        return self.met_by(ask)[1]
+
+    def met_by(self, ask: TokenRequest) -> tuple[LimitRule, str]:
+        """Return the rule that holds for this ask, and whose bucket it meets: see `own_bucket`."""
+        rule = self.overrides.get(ask.agent)
+        if rule is None:
+            return self.rule, ask.visitor
+        return rule, f"{ask.visitor}{SEPARATOR}{ask.agent}"
 
     @property
     def horizon(self) -> int:

@@ -3,7 +3,7 @@
 A store keeps what requests share: buckets, tokens, and who mints for a key.  It decides by the
 rules of `broker.rules` and counts what it decided; it does not know HTTP, issuers or flights.
 Methods are coroutines although memory needs none: a shared store answers `admit` with one round
-trip.
+trip.  Nearly all requests end with it, so where it waits for nothing it can be had by a call.
 
 Theory of operation.  A mint for a key has one leader among all processes that share the store.
 `lead` makes its caller the leader, unless somebody else is: then it waits for their outcome.  What
@@ -72,6 +72,13 @@ class Store(Protocol):
     waits: bool = True
     """Whether methods wait for what is elsewhere.  Where they do not, they may be called without a
     task, so they must not ask for one."""
+
+    def visit(self, _ask: TokenRequest, _now: int) -> Visit | None:
+        """Do what `admit` does, if nothing of it waits; None where it does.
+
+        `now` is the monotonic clock at this moment, in microseconds.
+        """
+        return None
 
     async def admit(self, ask: TokenRequest, key: str) -> Visit:
         """Charge the limits that every request meets, and look for a token under `key`."""

@@ -41,7 +41,7 @@ class Epochs:
 
     def holds(self, visitor: str, epoch: int) -> bool:
         """Whether what was minted in this epoch may still be handed out."""
-        return epoch == self.of(visitor)
+        return epoch == (0 if self._cells is None else self._cells[hash(visitor) % CELLS])
 
     def end(self, visitor: str) -> None:
         """Begin a new epoch."""

@@ -72,20 +72,21 @@ class MemoryStore(Store):
         self._limits = limits
 
     @override
-    async def admit(self, ask: TokenRequest, key: str) -> Visit:
-        now = self._clock.mono()
+    def visit(self, ask: TokenRequest, now: int) -> Visit:
         limits = self._limits
         if limits.client is not None:
             denial = self._charge(limits.client, ask.client, ask.agent, now)
             if denial is not None:
                 return Visit(None, denial, None)
-        rule = limits.fingerprint.for_agent(ask.agent)
-        verdict = self._fingerprint.take(
-            limits.fingerprint.visitor_key(ask), rule.limit, now, dry_run=rule.dry_run
-        )
+        rule, key = limits.fingerprint.met_by(ask)
+        verdict = self._fingerprint.take(key, rule.limit, now, dry_run=rule.dry_run)
         if not verdict.allowed and not rule.dry_run:
             return Visit(verdict, Rejection(LimitName.FINGERPRINT, verdict), None)
-        return Visit(verdict, None, self.find(ask.visitor, key))
+        return Visit(verdict, None, self._find_at(ask.visitor, ask.key, now))
+
+    @override
+    async def admit(self, ask: TokenRequest, key: str) -> Visit:
+        return self.visit(ask, self._clock.mono())
 
     @override
     async def charge_client(self, client: str) -> Rejection | None:
@@ -96,7 +97,10 @@ class MemoryStore(Store):
 
     def find(self, visitor: str, key: str) -> EmbedToken | None:
         """Return what is held under `key`, unless its visitor was ended since."""
-        token = self.tokens.find(key)
+        return self._find_at(visitor, key, self._clock.mono())
+
+    def _find_at(self, visitor: str, key: str, now: int) -> EmbedToken | None:
+        token = self.tokens.find_at(key, now)
         if token is None or self._epochs.holds(visitor, token.epoch):
             return token
         self.tokens.discard(key)

@@ -78,12 +78,15 @@ class TokenCache:
 
     def find(self, key: str) -> EmbedToken | None:
         """Return what is held under this key; None for what is dead."""
+        return self.find_at(key, self._mono())
+
+    def find_at(self, key: str, now: int) -> EmbedToken | None:
+        """Return the same for a caller that has just read the clock."""
         mark = hash(key)
         tokens = self._tokens
         token = tokens.parts[mark & tokens.mask].get(key)
         if token is None:
             return None
-        now = self._mono()
         if now >= token.dies_mono - self._near and now >= self._keep_until(token):
             self._drop(key)
             self.counts.expired.inc()

@@ -19,7 +19,7 @@ from broker.rules.accept import ranges as accept_ranges
 from broker.telemetry.readiness import Readiness
 from broker.web.connection import DataConnection, Handler
 from broker.web.listener import CannotListen, Listener, listen
-from broker.web.response import JSON_TYPE, ReadyAnswer, head, retry_after_seconds
+from broker.web.response import JSON_TYPE, Answer, ReadyAnswer, head, retry_after_seconds
 from broker.web.server import BACKLOG
 from broker.wire.responses import HealthAnswer, error_body, error_body_of, plain_body
 
@@ -86,9 +86,8 @@ def answer(
     status: int, body: bytes, headers: str = "", content_type: str = JSON_TYPE
 ) -> web.StreamResponse:
     """Return an answer as the data listener's are; `headers` are ready lines with their CRLF."""
-    return ReadyAnswer(
-        status, head(status, len(body), content_type, *_error_head()) + headers, body, close=False
-    )
+    text = head(status, len(body), content_type, *_error_head()) + headers
+    return ReadyAnswer(Answer(status, text.encode("latin-1"), body))
 
 
 _TEXT, _OPEN = "text/plain", "application/openmetrics-text"

@@ -17,7 +17,7 @@ from typing_extensions import override
 from broker.tasks import TaskSet
 from broker.web.lane import Lane
 from broker.web.lane_connection import LaneConnection
-from broker.web.response import ReadyAnswer
+from broker.web.response import Answer, ReadyAnswer
 from broker.web.whole_request import Request, WholeRequest
 
 ATTRIBUTES = (
@@ -137,7 +137,7 @@ class _Trial:
             await asyncio.sleep(0)
         raise LaneFault("what has to come did not come")
 
-    async def _answer(self, request: Request, _request_id: str) -> ReadyAnswer:
+    async def _answer(self, request: Request, _request_id: str) -> Answer:
         if isinstance(request, WholeRequest):
             body = request.body
             request.facts = True
@@ -147,7 +147,7 @@ class _Trial:
             await self._goes_on
             if asyncio.current_task() is None:
                 raise LaneFault("what waits does not go on in a task")
-        return ReadyAnswer(200, "HTTP/1.1 200 OK\r\n", body, close=False)
+        return Answer(200, b"HTTP/1.1 200 OK\r\n", body)
 
 
 def _asking(body: bytes) -> bytes:
@@ -163,10 +163,10 @@ def _answered(body: bytes) -> bytes:
 
 
 def _ordinary(
-    answer: Callable[[Request, str], Awaitable[ReadyAnswer]],
+    answer: Callable[[Request, str], Awaitable[Answer]],
 ) -> Callable[[BaseRequest], Awaitable[web.StreamResponse]]:
     def handle(request: BaseRequest) -> Awaitable[web.StreamResponse]:
-        return answer(request, "")
+        return ReadyAnswer.of(answer(request, ""))
 
     return handle
 

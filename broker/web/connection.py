@@ -50,7 +50,7 @@ from broker.web.head_bounds import (
     is_too_large,
     size_of,
 )
-from broker.web.response import JSON_TYPE, ReadyAnswer, head
+from broker.web.response import JSON_TYPE, Answer, ReadyAnswer, head
 from broker.wire.responses import error_body
 
 log = structlog.get_logger()
@@ -244,8 +244,8 @@ class DataConnection(web.RequestHandler):
         else:
             code, text = "VALIDATION_ERROR", NOT_HTTP
         body = error_body(status, code, text)
-        answer = head(status, len(body), JSON_TYPE, request_id, date)
-        return ReadyAnswer(status, answer, body, close=True)
+        text = head(status, len(body), JSON_TYPE, request_id, date)
+        return ReadyAnswer(Answer(status, text.encode("latin-1"), body, closes=True))
 
     @override
     def log_exception(self, *args: object, **kw: object) -> None:

@@ -3,13 +3,14 @@
 Theory of operation.  aiohttp answers each request in a task of its own, with a request object, a
 writer and a response object.  What ends before it waits for anything needs none of them: most
 requests are for a token from memory, or refused.  So a connection that is idle takes the first step
-of the handler's coroutine by hand, as soon as one whole request has come.  If the coroutine has
-ended, its answer is written there and then.  If it waits, it is handed, begun, to aiohttp's own
-loop, and goes on inside a task as if it had begun there (`tasks.Begun`).
+of the handler's work by hand, as soon as one whole request has come.  If that was the last one, its
+answer is written there and then.  If it waits, it is handed, begun, to aiohttp's own loop, and goes
+on inside a task as if it had begun there (`tasks.Begun`).  A handler may also answer with its call,
+which spares a coroutine and the exception that ends it: two microseconds of ten.
 
-The story is written once, as coroutines, and the lane knows nothing of it.  What it asks of a
-handler is that nothing before its first wait needs to know the task that it runs in, as
-`asyncio.timeout` does.  Whether a connection is idle, `connection` knows.
+The story is written once, and the lane knows nothing of it.  What it asks of a handler is that
+nothing before its first wait needs to know the task that it runs in, as `asyncio.timeout` does.
+Whether a connection is idle, `connection` knows.
 """
 
 from collections.abc import Mapping
@@ -19,19 +20,14 @@ from aiohttp.hdrs import METH_HEAD
 from aiohttp.http import HttpVersion11, RawRequestMessage
 
 from broker.web.known_heads import KnownHeads
-from broker.web.response import ReadyAnswer
+from broker.web.response import Answer
 from broker.web.whole_request import LaneHandler
 
 ANY_METHOD = "*"
 """Stands for whatever method a request has."""
 
 
-async def answered(answer: ReadyAnswer) -> ReadyAnswer:
-    """Return the answer of work that ended with its first step."""
-    return answer
-
-
-async def failed(error: Exception) -> ReadyAnswer:
+async def failed(error: Exception) -> Answer:
     """Raise what work raised in its first step."""
     raise error
 

@@ -19,7 +19,8 @@ from broker.tasks import Begun, TaskSet
 from broker.web.connection import READ_BUFFER, DataConnection
 from broker.web.head_bounds import MAX_HEAD, is_followed
 from broker.web.known_heads import KnownHead, split
-from broker.web.lane import Lane, answered, failed
+from broker.web.lane import Lane, failed
+from broker.web.response import Answer, ReadyAnswer, outcome_of
 from broker.web.whole_request import LaneHandler, WholeRequest, Work
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 class LaneConnection(DataConnection):
     """One connection of the data listener; `leaving` owns what is cancelled with it."""
 
-    __slots__ = ("_begun", "_is_between", "_lane", "_leaving", "_serve")
+    __slots__ = ("_begun", "_is_between", "_lane", "_leaving", "_serve", "_written")
 
     def __init__(
         self,
@@ -43,6 +44,7 @@ class LaneConnection(DataConnection):
         self._lane = lane
         self._leaving = leaving
         self._begun: Work | None = None  # of the message that is first in the queue
+        self._written: Answer | None = None  # what it was answered with
         self._is_between = True  # the parser has read whole requests, and nothing of the next one
         self._serve = manager.request_handler
         self._request_handler = self._go_on
@@ -87,7 +89,7 @@ class LaneConnection(DataConnection):
             self._read_first(data, end, waiter)
             return
         request = WholeRequest(known.message, data[end:], self, known.facts, trace)
-        if self._run(known.handler(request, known.given_id or self._lane.new_id())):
+        if self._run(known.handler, request, known.given_id or self._lane.new_id()):
             return
         self._messages.append((known.message, EMPTY_PAYLOAD))
         waiter.set_result(None)
@@ -127,7 +129,7 @@ class LaneConnection(DataConnection):
         lane = self._lane
         request = WholeRequest(message, data[end:], self)
         given_id = lane.given_id(message.headers)
-        is_over = self._run(run(request, given_id or lane.new_id()))
+        is_over = self._run(run, request, given_id or lane.new_id())
         head, trace = split(data[:end])
         if trace and message.headers.getall("traceparent") != [trace]:
             return is_over  # more than one: it is not this one that counts
@@ -135,29 +137,28 @@ class LaneConnection(DataConnection):
             lane.keep(head, KnownHead(message, run, len(data) - end, given_id, request.facts))
         return is_over
 
-    def _run(self, work: Work) -> bool:
+    def _run(self, run: LaneHandler, request: WholeRequest, request_id: str) -> bool:
         """Answer, if the first step is the last; else have it gone on with, and return False."""
         self._request_count += 1
         self._maybe_head = 0
         try:
-            pending = work.send(None)
+            answer = run(request, request_id)
+            if type(answer) is not Answer:
+                work = cast("Work", answer)
+                self._begun = Begun(work, work.send(None))
+                return False
         except StopIteration as end:
-            answer = end.value
-        except BaseException as error:
-            if not isinstance(error, Exception):
-                raise
+            answer = cast("Answer", end.value)
+        except Exception as error:  # noqa: BLE001 - raised where aiohttp looks for it
             self._begun = failed(error)
             return False
-        else:
-            self._begun = Begun(work, pending)
-            return False
-        if not answer.keep_alive or self.transport is None or self._manager is None:
-            self._begun = answered(answer)
+        if answer.closes or self.transport is None or self._manager is None:
+            self._begun = outcome_of(answer)
             return False
         self.transport.write(answer.whole())
         if self._paused:  # whoever waits until it is sent takes no other request meanwhile
-            answer.is_written = True
-            self._begun = answered(answer)
+            self._written = answer
+            self._begun = outcome_of(answer)
             return False
         # what aiohttp's loop does after an answer: it is counted, and the idle time begins
         self._manager.requests_count += 1
@@ -191,7 +192,13 @@ class LaneConnection(DataConnection):
         if begun is None:
             return self._serve(request)
         self._begun = None
-        return begun
+        return self._finish(begun)
+
+    async def _finish(self, begun: Work) -> ReadyAnswer:
+        """Give aiohttp's loop what it writes, or what it waits for to be sent."""
+        answer = await begun
+        is_written, self._written = answer is self._written, None
+        return ReadyAnswer(answer, is_written=is_written)
 
 
 _Outcome = tuple[Sequence[Any], bool, bytes] | HttpProcessingError

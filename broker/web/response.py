@@ -1,16 +1,21 @@
 """Answers as bytes: one write, no header objects.
 
-aiohttp serializes a response from a dictionary of headers; an answer here is formatted once from
+aiohttp serializes a response from a dictionary of headers; an answer here is put together from
 known parts, which is a third of the work.  Nothing that a caller sent gets into a head except a
 request id of a fixed alphabet, so there is nothing to escape.
+
+Handlers return an `Answer`.  The fast lane writes it as it is; for aiohttp's own loop it is made a
+response (`ReadyAnswer`), which costs more than all the rest of a refusal.
 """
 
+from collections.abc import Awaitable
 from functools import lru_cache
 from http import HTTPStatus
 
 from aiohttp import ClientConnectionResetError, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.web_request import BaseRequest
+from msgspec import Struct
 from typing_extensions import override
 
 from broker.model import LimitName
@@ -24,32 +29,51 @@ _STATUS_LINES = {
 JSON_TYPE = "application/json"
 
 
+class Answer(Struct, gc=False):
+    """An answer: its head without the closing empty line, its body, whether it is the last one."""
+
+    status: int
+    head: bytes
+    body: bytes
+    closes: bool = False
+
+    def whole(self) -> bytes:
+        """Return all of it, for a plain request whose connection is kept."""
+        return b"%b\r\n%b" % (self.head, self.body)
+
+
+async def outcome_of(answer: Answer | Awaitable[Answer]) -> Answer:
+    """Return an answer that a handler gives now, or later."""
+    return answer if isinstance(answer, Answer) else await answer
+
+
 class ReadyAnswer(web.StreamResponse):
-    """An answer whose bytes are ready; writes them in one piece.
+    """An answer for aiohttp's loop; writes its bytes in one piece, unless that was done already.
 
     `StreamResponse.__init__` is skipped on purpose: it makes the header dictionary that this
     class exists to avoid, and nothing else reads what it would set.
     """
 
-    def __init__(self, status: int, head: str, body: bytes, *, close: bool) -> None:
-        self._status = status
-        self._head = head
-        self._payload = body
-        self._close = close
-        self.is_written = False
+    def __init__(self, answer: Answer, *, is_written: bool = False) -> None:
+        self._status = answer.status
+        self._head = answer.head
+        self._payload = answer.body
+        self._closes = answer.closes
+        self._is_written = is_written
+
+    @classmethod
+    async def of(cls, answer: Answer | Awaitable[Answer]) -> "ReadyAnswer":
+        """Return what a handler gives now, or later."""
+        return cls(await outcome_of(answer))
 
     @property
     @override
     def keep_alive(self) -> bool:
-        return not self._close
+        return not self._closes
 
     @override
     def force_close(self) -> None:
-        self._close = True
-
-    def whole(self) -> bytes:
-        """Return all of it, for a plain request whose connection is kept."""
-        return f"{self._head}\r\n".encode("latin-1") + self._payload
+        self._closes = True
 
     @override
     async def prepare(self, request: BaseRequest) -> AbstractStreamWriter | None:
@@ -57,7 +81,7 @@ class ReadyAnswer(web.StreamResponse):
         transport = request.transport
         if transport is None or transport.is_closing():
             raise ClientConnectionResetError("the client is gone")
-        if not self.is_written:
+        if not self._is_written:
             transport.write(self._for(request))
         if request.protocol.writing_paused:  # one who does not read gets no other answer meanwhile
             await request.writer.drain()
@@ -65,13 +89,13 @@ class ReadyAnswer(web.StreamResponse):
 
     def _for(self, request: BaseRequest) -> bytes:
         old = request.version < (1, 1)
-        if self._close or not request.keep_alive:
-            self._close = True
-            connection = "Connection: close\r\n\r\n"
+        if self._closes or not request.keep_alive:
+            self._closes = True
+            connection = b"Connection: close\r\n\r\n"
         else:
-            connection = "Connection: keep-alive\r\n\r\n" if old else "\r\n"
+            connection = b"Connection: keep-alive\r\n\r\n" if old else b"\r\n"
         payload = b"" if request.method == "HEAD" else self._payload
-        return (self._head + connection).encode("latin-1") + payload
+        return self._head + connection + payload
 
     @override
     async def write_eof(self, data: bytes = b"") -> None:
@@ -97,55 +121,63 @@ def head(
 
 
 class GrantHeads:
-    """Heads of hand-outs, written into templates: nearly all differ in six numbers only.
+    """Heads of hand-outs, put together from two pieces and a request id.
 
-    A template holds for a date and a limit.
+    What is before the id differs with the length of the token's answer, what is behind it with what
+    a limit says, and many visitors of one second are told the same: both are kept until the next.
     """
 
     def __init__(self) -> None:
         self._date = ""
-        self._templates: dict[str, tuple[Limit, str]] = {}
+        self._openings: dict[int, bytes] = {}
+        self._tails: dict[tuple[str, int, int, int, int, int], bytes] = {}
 
     def write(
         self, line: str, length: int, request_id: str, date: str, verdict: Verdict, wall: int
-    ) -> str:
+    ) -> bytes:
         """Return `head` of a 200, `line` and `limit_headers`, as those would be one by one.
 
         The verdict is that of the fingerprint limit; `wall` is now, in Unix us.
         """
-        full_in = verdict.full_in
-        if not verdict.allowed or not full_in:
-            start = head(200, length, JSON_TYPE, request_id, date)
-            return start + line + limit_headers(LimitName.FINGERPRINT, verdict, wall)
-        limit = verdict.limit
-        known = self._templates.get(line)
-        if known is None or known[0] is not limit or date is not self._date:
-            known = self._renew(line, limit, date)
-        remaining = verdict.remaining
-        return known[1] % (
-            length,
-            request_id,
-            remaining,
-            (wall + full_in - 1) // SECOND + 1,
-            remaining,
-            (full_in - 1) % limit.interval // SECOND + 1,
-        )
-
-    def _renew(self, line: str, limit: Limit, date: str) -> tuple[Limit, str]:
         if date is not self._date:
             self._date = date
-            self._templates.clear()
-        lines, opening = _policy(LimitName.FINGERPRINT, limit)
-        template = (
-            f"{head(200, _LENGTH, JSON_TYPE, '%s', date).replace(str(_LENGTH), '%d')}{line}{lines}"
-            f"X-RateLimit-Remaining: %d\r\nX-RateLimit-Reset: %d\r\n{opening}%d;t=%d\r\n"
-        )
-        known = self._templates[line] = limit, template
+            self._openings.clear()
+            self._tails.clear()
+        opening = self._openings.get(length)
+        if opening is None:
+            opening = self._openings[length] = _before_id(length, date)
+        full_in, limit = verdict.full_in, verdict.limit
+        if not verdict.allowed or not full_in:
+            tail = line + limit_headers(LimitName.FINGERPRINT, verdict, wall)
+            return b"%b%b\r\n%b" % (opening, request_id.encode(), tail.encode())
+        interval = limit.interval
+        full_at, next_in = (wall + full_in - 1) // SECOND, (full_in - 1) % interval // SECOND
+        said = line, limit.burst, interval, verdict.remaining, full_at, next_in
+        known = self._tails.get(said)
+        if known is None:
+            known = self._keep(said, line, verdict, wall)
+        return b"%b%b%b" % (opening, request_id.encode(), known)
+
+    def _keep(
+        self, said: tuple[str, int, int, int, int, int], line: str, verdict: Verdict, wall: int
+    ) -> bytes:
+        if len(self._tails) >= MOST_TAILS:
+            self._tails.clear()
+        text = f"\r\n{line}{limit_headers(LimitName.FINGERPRINT, verdict, wall)}"
+        known = self._tails[said] = text.encode("latin-1")
         return known
 
 
-_LENGTH = 987_654_321
-"""Stands for a length in a template."""
+MOST_TAILS = 1024
+"""Pieces that are kept within a second, 400 bytes each.  Of one limit there are as many as its
+burst, times the seconds until it is full."""
+
+_ID = "\0"
+"""Stands for a request id; in a head that is one it cannot be."""
+
+
+def _before_id(length: int, date: str) -> bytes:
+    return head(200, length, JSON_TYPE, _ID, date).partition(_ID)[0].encode("latin-1")
 
 
 def limit_headers(name: LimitName, verdict: Verdict, wall: int) -> str:

@@ -40,7 +40,7 @@ from broker.stores.base import Rejection
 from broker.web import body
 from broker.web.auth import Client, ClientAuthenticator
 from broker.web.lane import ANY_METHOD
-from broker.web.response import ReadyAnswer
+from broker.web.response import Answer
 from broker.web.router import Routes
 from broker.web.whole_request import Request, WholeRequest
 from broker.wire import request as wire
@@ -72,7 +72,7 @@ def add(
 ) -> None:
     """Serve what this module is about; `charge` is met by what changes something."""
 
-    async def verify(request: Request, request_id: str) -> ReadyAnswer:
+    async def verify(request: Request, request_id: str) -> Answer:
         asked = request.facts if isinstance(request, WholeRequest) else None
         if not isinstance(asked, Asked):
             asked = _read_head(request, trusted=door.trusts(request.remote))
@@ -84,13 +84,13 @@ def add(
             raise AgentNotAllowed("token: good, but for another agent than the one required here")
         return routes.answer(200, b"", request_id, session_headers(session), "text/plain")
 
-    async def introspect(request: Request, request_id: str) -> ReadyAnswer:
+    async def introspect(request: Request, request_id: str) -> Answer:
         client = _identified(request, door, clock)
         session = await desk.introspect(await _token_field(request), client.name)
         content = _INACTIVE if session is None else plain_body(_active(session, client.name))
         return routes.answer(200, content, request_id)
 
-    async def revoke(request: Request, request_id: str) -> ReadyAnswer:
+    async def revoke(request: Request, request_id: str) -> Answer:
         client = _identified(request, door, clock)
         token = await _token_field(request)
         denial = await charge(client.name)

@@ -13,7 +13,7 @@ from aiohttp.web_request import BaseRequest
 from msgspec import Struct
 from multidict import CIMultiDictProxy
 
-from broker.web.response import ReadyAnswer
+from broker.web.response import Answer
 
 
 class WholeRequest(Struct, gc=False):
@@ -52,7 +52,7 @@ class WholeRequest(Struct, gc=False):
 Request = BaseRequest | WholeRequest
 """What handlers of the fast lane take."""
 
-Work = Coroutine[Any, Any, ReadyAnswer]
+Work = Coroutine[Any, Any, Answer]
 
-LaneHandler = Callable[[Request, str], Work]
-"""Answers a request; the second argument is its request id."""
+LaneHandler = Callable[[Request, str], Answer | Work]
+"""Answers a request, at once or by work that is to be done; the second argument is its id."""

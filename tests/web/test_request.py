@@ -300,17 +300,16 @@ class TestKnownBodies:
         client: str = "web",
         any_fingerprint: bool = False,
     ) -> TokenRequest:
-        return bodies.read(body, client, "id-1", "", any_fingerprint=any_fingerprint)
+        return bodies.read(body, client, any_fingerprint=any_fingerprint)
 
     def test_the_same_bytes_mean_the_same_for_another_request(self) -> None:
-        """Its client, its request id and its trace are its own."""
+        """Its client is its own, and no id or trace of a request is kept."""
         bodies, body = KnownBodies(), b'{"agent_id":"A1","fingerprint":"abcd","fresh":true}'
-        trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-        for client, request_id, sent in (("web", "a", ""), ("app", "b", trace), ("web", "c", "")):
-            ask = bodies.read(body, client, request_id, sent, any_fingerprint=False)
-            assert ask == TokenRequest(client, "A1", "abcd", None, True, request_id, sent)
-        (kept,) = bodies._young.values()
-        assert kept.client == ""  # what is kept tells of nobody
+        for client in ("web", "app", "app", "web"):
+            ask = self.read(bodies, body, client=client)
+            assert ask == TokenRequest(client, "A1", "abcd", None, True)
+        assert self.read(bodies, body, client="web") is ask
+        assert len(bodies) == 1
 
     @given(st.lists(st.sampled_from([b"{}", b"[", b'{"agent_id":"A1","fingerprint":"no hex"}'])))
     def test_bad_ones_are_refused_each_time(self, given: list[bytes]) -> None:

@@ -13,6 +13,7 @@ from broker.model import LimitName
 from broker.rules.bucket import Limit, peek, spend
 from broker.web.response import (
     JSON_TYPE,
+    Answer,
     GrantHeads,
     ReadyAnswer,
     head,
@@ -106,7 +107,8 @@ class TestGrantHeads:
             wall, date = NOW + second * 1_000_000 + wait % 999_999, f"second {second}"
             start = head(200, length, JSON_TYPE, f"id-{length}", date)
             expected = start + line + limit_headers(LimitName.FINGERPRINT, verdict, wall)
-            assert heads.write(line, length, f"id-{length}", date, verdict, wall) == expected
+            written = heads.write(line, length, f"id-{length}", date, verdict, wall)
+            assert written == expected.encode()
 
 
 class TestReadyAnswer:
@@ -166,7 +168,7 @@ class TestReadyAnswer:
     def test_its_repr_tells_size_and_status_and_not_what_is_inside(self) -> None:
         """G7: the payload is a token."""
         body = visitor().encode()
-        answer = ReadyAnswer(200, "HTTP/1.1 200 OK\r\n", body, close=False)
+        answer = ReadyAnswer(Answer(200, b"HTTP/1.1 200 OK\r\n", body))
         assert repr(answer) == f"ReadyAnswer(200, {len(body)} bytes)"
 
 

@@ -14,6 +14,7 @@ loopback only, answers to names of this machine only (a foreign name that resolv
 attack, "DNS rebinding"), and takes JSON only (a foreign page cannot send that unasked).
 """
 
+from collections.abc import Awaitable
 from string import Template
 
 import aiohttp
@@ -25,7 +26,7 @@ from yarl import URL
 from broker.errors import Invalid, NotFound, Unauthorized
 from broker.web import body
 from broker.web.pages.embed_script import FOLDER, Script
-from broker.web.response import JSON_TYPE, ReadyAnswer
+from broker.web.response import JSON_TYPE, Answer
 from broker.web.router import TOKEN_PATH, Handler, Routes
 from broker.web.token_status import VERIFY_PATH
 from broker.wire import request as wire
@@ -98,10 +99,10 @@ def is_local(request: BaseRequest) -> bool:
 def local(handler: Handler) -> Handler:
     """Answer only under a name of this machine."""
 
-    async def answer(request: BaseRequest, request_id: str) -> ReadyAnswer:
+    def answer(request: BaseRequest, request_id: str) -> Answer | Awaitable[Answer]:
         if not is_local(request):
             raise NotFound("development mode answers to localhost and 127.0.0.1 only")
-        return await handler(request, request_id)
+        return handler(request, request_id)
 
     return answer
 
@@ -109,7 +110,7 @@ def local(handler: Handler) -> Handler:
 def _site(routes: Routes, script: Script) -> Handler:
     template = Template((FOLDER / "demo.html").read_text(encoding="utf-8"))
 
-    async def answer(request: BaseRequest, request_id: str) -> ReadyAnswer:
+    async def answer(request: BaseRequest, request_id: str) -> Answer:
         mode = request.query.get("mode", MODES[0])
         if mode not in MODES:
             raise Invalid(f"mode: must be one of {', '.join(MODES)}")
@@ -131,7 +132,7 @@ def _site(routes: Routes, script: Script) -> Handler:
 def _backend(routes: Routes, url: str, secret: str) -> Handler:
     """Make the site's route: what BACKENDS.md shows for a dozen frameworks."""
 
-    async def answer(request: BaseRequest, request_id: str) -> ReadyAnswer:
+    async def answer(request: BaseRequest, request_id: str) -> Answer:
         if request.headers.get(hdrs.CONTENT_TYPE, "").partition(";")[0] != JSON_TYPE:
             raise Invalid(f"content-type: must be {JSON_TYPE}")
         content = await body.read(request, wire.MAX_BODY)
@@ -148,7 +149,7 @@ def _backend(routes: Routes, url: str, secret: str) -> Handler:
 
 
 def _embed_host(routes: Routes) -> Handler:
-    async def answer(request: BaseRequest, request_id: str) -> ReadyAnswer:
+    async def answer(request: BaseRequest, request_id: str) -> Answer:
         _, viewer = _origins(request)
         target = URL(f"{viewer}/demo/viewer").with_query(token=request.query.get("token", ""))
         headers = f"Location: {target}\r\nReferrer-Policy: no-referrer\r\n"
@@ -163,7 +164,7 @@ def _viewer(routes: Routes) -> Handler:
 
 
 def _viewer_backend(routes: Routes, url: str) -> Handler:
-    async def answer(request: BaseRequest, request_id: str) -> ReadyAnswer:
+    async def answer(request: BaseRequest, request_id: str) -> Answer:
         bearer = {hdrs.AUTHORIZATION: request.headers.get(hdrs.AUTHORIZATION, "")}
         async with (
             aiohttp.ClientSession(timeout=TIMEOUT) as http,

@@ -15,7 +15,7 @@ from broker.errors import NotFound
 from broker.web import admin
 from broker.web.pages.demo import local
 from broker.web.pages.openapi import document
-from broker.web.response import ReadyAnswer
+from broker.web.response import Answer
 from broker.web.router import Routes
 
 _ASSETS = {
@@ -98,7 +98,7 @@ code {{ overflow-wrap: anywhere; }}
 def add(routes: Routes, url: str) -> None:
     """Serve /openapi.json and /docs."""
     base = url if url.startswith("http") else "/"
-    api = msgspec.json.encode(document(base, any_fingerprint=routes.any_fingerprint))
+    api = msgspec.json.encode(document(base, any_fingerprint=routes.tokens.any_fingerprint))
     routes.add("/openapi.json", "GET", routes.page("application/json", api))
     page = _DOCS_PAGE if _swagger_folder() is not None else _NO_FILES_PAGE
     routes.add("/docs", "GET", routes.page(_HTML, page.encode(), _POLICY))
@@ -114,9 +114,9 @@ def add(routes: Routes, url: str) -> None:
 def add_development(routes: Routes, registry: CollectorRegistry, url: str) -> None:
     """Serve the index, and the metrics on the data listener as well."""
 
-    async def metrics(request: BaseRequest, request_id: str) -> ReadyAnswer:
+    def metrics(request: BaseRequest, request_id: str) -> Answer:
         content_type, text = admin.render(registry, request.headers.getall("Accept", ()))
-        return await routes.page(content_type, text)(request, request_id)
+        return routes.page(content_type, text)(request, request_id)
 
     routes.add("/", "GET", routes.page(_HTML, _INDEX_PAGE.format(url=url).encode(), _POLICY))
     routes.add("/metrics", "GET", local(metrics))
@@ -131,12 +131,12 @@ def own_origins(url: str) -> frozenset[str]:
 def _add_asset(routes: Routes, name: str, content_type: str) -> None:
     """Serve one file of Swagger UI, read when it is first asked for."""
 
-    async def asset(request: BaseRequest, request_id: str) -> ReadyAnswer:
+    def asset(request: BaseRequest, request_id: str) -> Answer:
         folder = _swagger_folder()
         if folder is None:
             raise NotFound(_NO_FILES)
         content = (folder / name).read_bytes()
-        return await routes.page(content_type, content)(request, request_id)
+        return routes.page(content_type, content)(request, request_id)
 
     routes.add(f"/docs/{name}", "GET", asset)
 

@@ -18,7 +18,7 @@ from aiohttp.hdrs import ACCEPT_ENCODING
 from aiohttp.web_request import BaseRequest
 
 from broker.version import VERSION
-from broker.web.response import JSON_TYPE, ReadyAnswer
+from broker.web.response import JSON_TYPE, Answer
 from broker.web.router import Handler, Routes
 
 FOLDER = Path(__file__).parents[1] / "embed"
@@ -73,8 +73,8 @@ def _shared(routes: Routes, content_type: str, content: bytes, cache: str) -> Ha
     plain = routes.page(content_type, content, _SHARED, cache)
     small = routes.page(content_type, packed, f"{_SHARED}Content-Encoding: gzip\r\n", cache)
 
-    async def answer(request: BaseRequest, request_id: str) -> ReadyAnswer:
+    def answer(request: BaseRequest, request_id: str) -> Answer:
         takes = _TAKES_GZIP.search(request.headers.get(ACCEPT_ENCODING, ""))
-        return await (small if takes else plain)(request, request_id)
+        return (small if takes else plain)(request, request_id)
 
     return answer

@@ -1,0 +1,285 @@
+"""The route of tokens: from a request for one to its answer, its metrics and its line in the log.
+
+Theory of operation.  What can be answered at once is answered by plain calls, from the head that
+was read before to the bytes that go out: nearly all requests are.  What has to wait, for its body
+or for its token, comes back as a coroutine that goes on where the calls ended.  Each step is
+written once: the same calls answer what was waited for.
+"""
+
+from typing import Protocol, cast
+
+import structlog
+
+from broker import errors
+from broker.issue import IssuedToken, TokenService
+from broker.model import Clock, Outcome, TokenRequest, name_of
+from broker.stores.base import Rejection, Visit
+from broker.telemetry.logs import RefusalLog, visitor_hash
+from broker.telemetry.metrics import BUDGET, Metrics
+from broker.telemetry.readiness import Readiness
+from broker.units import SECOND
+from broker.web import body
+from broker.web.auth import Client, ClientAuthenticator
+from broker.web.caller import Caller, caller_of
+from broker.web.response import JSON_TYPE, Answer, GrantHeads, head
+from broker.web.whole_request import Request, WholeRequest, Work
+from broker.wire import request as wire
+from broker.wire.known_bodies import KnownBodies
+from broker.wire.responses import data_in
+
+log = structlog.get_logger()
+
+_CACHE_STATUS = {
+    Outcome.REUSED: "Cache-Status: embed-token-broker; hit\r\n",
+    Outcome.MINTED: "Cache-Status: embed-token-broker; fwd=miss\r\n",
+    Outcome.COALESCED: "Cache-Status: embed-token-broker; fwd=miss; collapsed\r\n",
+}
+
+_MINTED = Outcome.MINTED
+
+_COUNTED = frozenset(
+    {Outcome.LIMITED, Outcome.SHED, Outcome.INVALID, Outcome.UNAUTHORIZED, Outcome.FORBIDDEN}
+)
+"""Outcomes that anybody can cause in any number: one a minute is written, the rest counted."""
+
+
+class Frame(Protocol):
+    """What this route has in common with all others."""
+
+    refusals: RefusalLog
+
+    def http_date(self, wall: int) -> str:
+        """Return the date as a header has it; `wall` is Unix us."""
+        ...
+
+    def error(self, error: errors.BrokerError, request_id: str) -> Answer:
+        """Return the answer of a failure."""
+        ...
+
+    def tell_of_leak(
+        self, error: errors.SecretInBrowser, request_id: str, *, anyway: bool = False
+    ) -> bool:
+        """Write it, once a minute for each client; returns whether it was written now."""
+        ...
+
+
+class TokenRoute:
+    """Answers requests for tokens, within `deadline` seconds."""
+
+    def __init__(
+        self,
+        frame: Frame,
+        door: ClientAuthenticator,
+        desk: TokenService,
+        metrics: Metrics,
+        clock: Clock,
+        health: Readiness,
+        deadline: float,
+        *,
+        any_fingerprint: bool,
+    ) -> None:
+        self._frame = frame
+        self._door = door
+        self._desk = desk
+        self._metrics = metrics
+        self._clock = clock
+        self._health = health
+        self._deadline = deadline
+        self.any_fingerprint = any_fingerprint
+        self._bodies = KnownBodies()
+        self._heads = GrantHeads()
+        self.use_log(debug=False)
+
+    def use_log(self, *, debug: bool) -> None:
+        """Follow a change of the log's level; `debug` writes every hand-out.
+
+        The bound logger is kept: to make one takes as long as to write a line.
+        """
+        self._log = structlog.get_logger().bind()
+        self.debug = debug
+
+    def __call__(self, request: Request, request_id: str) -> Answer | Work:
+        """Answer, or return what is to be waited for; what goes wrong is answered, never raised."""
+        started = self._clock.mono()
+        client: Client | None = None
+        try:
+            caller = request.facts if type(request) is WholeRequest else None
+            if type(caller) is not Caller:
+                client = self._door.identify(request, started)
+                caller = caller_of(request, client)
+            client, trace = caller.client, caller.traceparent
+            if type(request) is WholeRequest and request.trace:
+                trace = wire.well_formed(request.trace)
+            content = body.arrived(request, wire.MAX_BODY)
+        except Exception as error:  # noqa: BLE001 - answered and told
+            return self._failed(error, request_id, started, client, None)
+        if content is None:
+            return self._read(request, request_id, started, client, trace)
+        return self._issue(content, request_id, started, started, client, trace)
+
+    async def _read(
+        self, request: Request, request_id: str, started: int, client: Client, trace: str
+    ) -> Answer:
+        """Wait for the body."""
+        try:
+            content = await body.read(request, wire.MAX_BODY)
+        except Exception as error:  # noqa: BLE001 - as above
+            return self._failed(error, request_id, started, client, None)
+        now = self._clock.mono()
+        answer = self._issue(content, request_id, started, now, client, trace)
+        return answer if isinstance(answer, Answer) else await answer
+
+    def _issue(
+        self,
+        content: bytes,
+        request_id: str,
+        started: int,
+        now: int,
+        client: Client,
+        trace: str,
+    ) -> Answer | Work:
+        """Read the body, and answer with the token that is there."""
+        ask: TokenRequest | None = None
+        try:
+            ask = self._bodies.read(content, client.name, any_fingerprint=self.any_fingerprint)
+            if client.agents is not None:
+                client.require_agent(ask.agent)
+            result = self._desk.begin(ask, now)
+        except Exception as error:  # noqa: BLE001 - as above
+            return self._failed(error, request_id, started, client, ask)
+        if type(result) is IssuedToken:
+            return self._hand_out(result, request_id, started, ask)
+        if type(result) is Rejection:
+            return self._refuse(result.error(), request_id, started, client, ask)
+        begun = cast("Visit | None", result)
+        timeout = self._deadline - (now - started) / SECOND
+        return self._wait(ask.sent_with(request_id, trace), begun, started, timeout, client)
+
+    async def _wait(
+        self,
+        ask: TokenRequest,
+        begun: Visit | None,
+        started: int,
+        timeout: float,
+        client: Client,
+    ) -> Answer:
+        """Wait for the token, or for the store."""
+        try:
+            result = await self._desk.finish(ask, begun, timeout)
+        except Exception as error:  # noqa: BLE001 - as above
+            return self._failed(error, ask.request_id, started, client, ask)
+        if isinstance(result, Rejection):
+            return self._refuse(result.error(), ask.request_id, started, client, ask)
+        return self._hand_out(result, ask.request_id, started, ask)
+
+    def _hand_out(
+        self, handout: IssuedToken, request_id: str, started: int, ask: TokenRequest
+    ) -> Answer:
+        outcome, verdict, wall = handout.outcome, handout.verdict, handout.wall
+        date = self._frame.http_date(wall)
+        content, line = handout.token.body, _CACHE_STATUS[outcome]
+        if verdict is None:
+            text = head(200, len(content), JSON_TYPE, request_id, date) + line
+            start = text.encode("latin-1")
+        else:
+            start = self._heads.write(line, len(content), request_id, date, verdict, wall)
+        self._metrics.remaining.observe(handout.left / 1_000_000)
+        seconds = (self._clock.mono() - started) / 1_000_000
+        self._metrics.requests[outcome].observe(seconds)
+        if outcome is _MINTED or self.debug:
+            self._log_handout(handout, request_id, seconds, ask)
+        return Answer(200, start, content, self._health.draining)
+
+    def _failed(
+        self,
+        error: Exception,
+        request_id: str,
+        started: int,
+        client: Client | None,
+        ask: TokenRequest | None,
+    ) -> Answer:
+        """Answer whatever went wrong; what nobody has foreseen is written as a defect."""
+        if not isinstance(error, errors.BrokerError):
+            log.error("broker.defect", request_id=request_id, exc_info=error)
+            error = errors.Internal()
+        return self._refuse(error, request_id, started, client, ask)
+
+    def _refuse(
+        self,
+        error: errors.BrokerError,
+        request_id: str,
+        started: int,
+        client: Client | None,
+        ask: TokenRequest | None,
+    ) -> Answer:
+        """Answer and count a token request that failed."""
+        seconds = (self._clock.mono() - started) / SECOND
+        self._metrics.requests[error.outcome].observe(seconds)
+        kind = error.code
+        if isinstance(error, errors.RateLimited):
+            kind = error.limit.value
+            self._metrics.rejections[kind].inc()
+        elif isinstance(error, errors.BudgetExhausted):
+            kind = BUDGET
+            self._metrics.rejections[BUDGET].inc()
+        elif isinstance(error, errors.UpstreamRefused):
+            kind = "refused"  # the vendor's codes are an open set
+        counted = error.outcome in _COUNTED or error.remembered
+        if isinstance(error, errors.SecretInBrowser):  # an event of its own: somebody has to act
+            told = self._frame.tell_of_leak(error, request_id, anyway=self.debug)
+            worth_a_line = self.debug and not told
+        elif counted:
+            first = self._frame.refusals.first(kind, self._clock.mono(), anyway=self.debug)
+            worth_a_line = first or self.debug
+        else:
+            worth_a_line = True
+        if worth_a_line:
+            _log_failure(error, kind, request_id, seconds, client, ask)
+        return self._frame.error(error, request_id)
+
+    def _log_handout(
+        self, handout: IssuedToken, request_id: str, seconds: float, ask: TokenRequest
+    ) -> None:
+        write = self._log.info if handout.outcome is _MINTED else log.debug
+        data = data_in(handout.token.body)
+        write(
+            "broker.embed_token",
+            outcome=handout.outcome.value,
+            request_id=request_id,
+            client=ask.client,
+            agent=ask.agent,
+            visitor=visitor_hash(ask.fingerprint),
+            session=data.session_id,
+            token=name_of(data.token),
+            left_s=handout.left // 1_000_000,
+            duration_ms=round(seconds * 1000, 3),
+        )
+
+
+def _log_failure(
+    error: errors.BrokerError,
+    kind: str,
+    request_id: str,
+    seconds: float,
+    client: Client | None,
+    ask: TokenRequest | None,
+) -> None:
+    fields: dict[str, object] = {
+        "request_id": request_id,
+        "status": error.status,
+        "code": error.code,
+    }
+    if isinstance(error, errors.RateLimited | errors.BudgetExhausted):
+        fields["limit"] = kind
+    if error.reason:
+        fields["reason"] = error.reason
+    if client is not None:
+        fields["client"] = client.name
+    if ask is not None:
+        fields |= {"agent": ask.agent, "visitor": visitor_hash(ask.fingerprint)}
+    log.warning(
+        "broker.embed_token",
+        outcome=error.outcome.value,
+        **fields,
+        duration_ms=round(seconds * 1000, 3),
+    )
