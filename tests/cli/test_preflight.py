@@ -154,6 +154,14 @@ class TestKeys:
         variable = {"BITHUMAN_API_SECRET": secrets.token_urlsafe(24)}
         assert check(tree, **variable) == (0, [f"note: BITHUMAN_API_SECRET: {told}"])
 
+    def test_the_start_tells_of_unused_keys_too(self, tmp_path: Path, tree: Tree) -> None:
+        """Whoever meant to relay sees it where they started it."""
+        with Broker.configured(
+            tmp_path, tree, BITHUMAN_API_SECRET=secrets.token_urlsafe(24)
+        ) as broker:
+            logged = broker.wait_for(lambda: broker._logs.read_text(encoding="utf-8"))
+        assert logged.startswith("note: BITHUMAN_API_SECRET: a vendor key is given but not used, ")
+
     @pytest.mark.parametrize("name", ["keys", "keys_file"])
     def test_signing_keys_where_the_vendor_signs(
         self, check: Check, relay: Tree, tree: Tree, name: str

@@ -272,8 +272,8 @@ async def test_a_password_that_others_can_read() -> None:
     """In clear text to another machine: told before anything is sent."""
     first, *_ = await of_store({"url": "valkey://store.invalid", "password": "p" * 20})
     assert first == (
-        "problem  store.password: crosses the network in clear text: write valkeys://, unless"
-        " nobody else can listen there"
+        "problem  store.password: crosses the network in clear text: write valkeys://, or set"
+        " server.private_network = true where nobody else can listen"
     )
 
 
