@@ -7,7 +7,8 @@ checked the start.
 
 import ipaddress
 import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -228,7 +229,7 @@ def shows_password(settings: Settings) -> bool:
     """Whether the store's password crosses a network in clear text."""
     store, address = settings.store, store_address(settings)
     has_password = store.password is not None or store.password_file is not None
-    if address is None or address.tls or not has_password:
+    if address is None or address.tls or not has_password or settings.server.private_network:
         return False
     return not all(is_loopback(host) for host, _ in address.hosts)
 
@@ -240,16 +241,52 @@ def trusted_proxies(settings: Settings) -> list[Network]:
 
 def check(settings: Settings, environ: Mapping[str, str]) -> None:
     """Build every part once; raises ConfigError for the first that cannot be built."""
-    clients(settings, environ)
-    admin_clients(settings)
+    for problem in problems(settings, environ):
+        raise problem
+
+
+def problems(settings: Settings, environ: Mapping[str, str]) -> Iterator[ConfigError]:
+    """Build every part once, and yield what is wrong with each that cannot be built."""
+    told = set()
+    for build in _builds(settings, environ):
+        try:
+            build()
+        except ConfigError as error:
+            if str(error) not in told:
+                yield error
+            told.add(str(error))
+        except ValueError:  # of an address or a rate: `config.validate` has told it
+            continue
+
+
+def _builds(settings: Settings, environ: Mapping[str, str]) -> Iterator[Callable[[], object]]:
+    """Yield what builds each part: of several clients or keys each alone, then all of them."""
+    for name, client in settings.clients.items():
+        alone = replace(settings, clients={name: client})
+        yield partial(clients, alone, environ)
+    yield partial(clients, settings, environ)
+    yield partial(admin_clients, settings)
+    for alone in _each_key(settings):
+        yield partial(credentials.issuer_keys, alone, environ)
+    yield partial(credentials.issuer_keys, settings, environ)
     if settings.issuer.kind == "upstream":
-        credentials.vendor_keys(settings, environ)
-        credentials.vendor_proxy(settings, environ)
+        yield partial(credentials.vendor_proxy, settings, environ)
+    yield partial(credentials.sealing_key, settings)
+    yield partial(store_access, settings)
+    yield partial(limits, settings)
+
+
+def _each_key(settings: Settings) -> Iterator[Settings]:
+    """Yield the settings with each of the issuer's keys alone, if there are several."""
+    local, upstream = settings.issuer.local, settings.issuer.upstream
+    if settings.issuer.kind == "local":
+        for kid, key in local.keys.items() if len(local.keys) > 1 else ():
+            alone = replace(local, keys={kid: key}, keys_file=None, signing_key="")
+            yield replace(settings, issuer=replace(settings.issuer, local=alone))
     else:
-        credentials.keyring(settings)
-    credentials.sealing_key(settings)
-    store_access(settings)
-    limits(settings)
+        for file in upstream.api_secret_files:
+            one = replace(upstream, api_secret=None, api_secret_files=(file,))
+            yield replace(settings, issuer=replace(settings.issuer, upstream=one))
 
 
 def secret_files(settings: Settings) -> list[tuple[str, str]]:

@@ -8,13 +8,16 @@ not for a server.
 import argparse
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from typing_extensions import override
 
 from broker.config.schema import ConfigError
 from broker.config.settings import Settings
 from broker.exit_codes import EX_USAGE
+
+if TYPE_CHECKING:
+    from broker.config import load as config
 
 Run = Callable[[argparse.Namespace], int]
 """Does what a command is for; returns its exit code.  Raises ConfigError."""
@@ -61,18 +64,27 @@ class Commands:
 def settings_of(arguments: argparse.Namespace, flags: Mapping[str, Any] | None = None) -> Settings:
     """Load the settings of a command that needs a configuration; raises ConfigError."""
     from broker.config import load as config
+
+    return config.sound(examined(arguments, flags))
+
+
+def examined(
+    arguments: argparse.Namespace, flags: Mapping[str, Any] | None = None
+) -> "config.Examined":
+    """Load them with all that is wrong; raises ConfigError where there is nothing to be read."""
+    from broker.config import load as config
     from broker.config.state_folder import default_path
 
     path = config.find_file(arguments.config, os.environ)
     if path is not None:
-        return config.load(path, os.environ, flags or {})
+        return config.examine(path, os.environ, flags or {})
     if any(os.environ.get(name) for name in config.VENDOR_VARIABLES):
         file = default_path(os.environ)
         relay = {"issuer": {"kind": "upstream"}, "store": {"url": f"sqlite://{file}"}}
-        return config.load(None, os.environ, flags or {}, relay)
+        return config.examine(None, os.environ, flags or {}, relay)
     if not any(name.startswith("BROKER_") and "__" in name for name in os.environ):
         raise ConfigError(NOTHING_CONFIGURED)
-    return config.load(None, os.environ, flags or {})
+    return config.examine(None, os.environ, flags or {})
 
 
 def overridden(arguments: argparse.Namespace) -> dict[str, str]:

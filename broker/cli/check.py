@@ -1,86 +1,63 @@
-"""`broker check`: says what is wrong with a configuration; tries a write where state is kept."""
+"""`broker check`: says all that is wrong with a configuration; tries what a start needs here."""
 
 import argparse
 import os
 
-from broker.cli.base import Commands, one_line, overridden, settings_of
+from broker.cli.base import Commands, examined, overridden
+from broker.cli.finding import Finding, Level, as_json
 from broker.config.schema import ConfigError
-from broker.config.settings import Settings
-from broker.exit_codes import EX_OK
-from broker.model import Secret
+from broker.exit_codes import EX_CONFIG, EX_OK, EX_UNAVAILABLE
 from broker.telemetry.streams import complain, tell
 
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    commands.add("check", "check a configuration and say what is wrong", run)
+    parser = commands.add("check", "check a configuration and say what is wrong", run)
+    parser.add_argument("--json", action="store_true", help="print findings for machines")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Build every part once, with made-up secrets for files that are not on this machine."""
-    import secrets
-
-    from broker.app import factory, missing_secrets
-
-    settings = settings_of(arguments)
-    missing = missing_secrets.missing_files(settings)
-    made_up = missing_secrets.fill_missing_secrets(
-        settings, lambda _name: Secret(secrets.token_urlsafe(48))
-    )
-    factory.check(made_up, os.environ)
-    for name, file in missing:
-        complain(f"note: {name}: {file} is not here; it must be where the broker runs")
-    for key, variable in overridden(arguments).items():
-        complain(one_line(f"note: {key}: {variable} of the environment counts, not the file"))
-    note_unused_key(settings)
-    _try_state_file(settings, is_elsewhere=bool(missing))
-    if factory.shows_password(settings):
-        complain(
-            "note: store.password crosses the network in clear text: write valkeys:// where others"
-            " can listen"
-        )
-    tell("configuration ok")
-    return EX_OK
-
-
-def _try_state_file(settings: Settings, *, is_elsewhere: bool) -> None:
-    """Write where the state file is to be, or say that there is none.
-
-    Raises ConfigError; only notes it where secrets are not here either: it runs elsewhere.
-    """
-    from broker.app import factory
-
-    file = factory.state_file(settings)
-    if file is None:
-        if settings.issuer.kind == "upstream" and factory.store_address(settings) is None:
-            complain(
-                "note: store.url: state is in memory, and a crash mints anew for every visitor;"
-                ' to keep it set store.url = "sqlite:///var/lib/embed-token-broker/state.db"'
-            )
-        return
-    from broker.sqlite import location
-
+    """Print every finding; problems of the configuration are 78, an address that is taken is 69."""
     try:
-        location.examine(file, os.environ)
+        code, findings = examine(arguments)
     except ConfigError as error:
-        if not is_elsewhere:
+        if not arguments.json:
             raise
-        complain(f"note: {error}")
+        code, findings = EX_CONFIG, [Finding.of(error)]
+    if arguments.json:
+        tell(as_json(findings))
+        return code
+    for finding in findings:
+        complain(f"{'note' if finding.ok else 'broker'}: {finding.line}")
+    if code == EX_OK:
+        tell("configuration ok")
+    return code
 
 
-def note_unused_key(settings: Settings) -> None:
-    """Say so when there is a vendor key and tokens are signed here all the same.
+def examine(arguments: argparse.Namespace) -> tuple[int, list[Finding]]:
+    """Return the exit code and every finding, problems first; raises ConfigError for the file.
 
-    The vendor's viewer takes none of those.
+    Where secret files are absent the broker runs elsewhere: then they are made up, and nothing is
+    tried on this machine but a write where its state file is to be, of which a failure is a note.
     """
-    from broker.config.load import VENDOR_VARIABLES
+    from broker.cli import preflight
 
-    upstream = settings.issuer.upstream
-    given = upstream.api_secret or upstream.api_secret_files
-    if settings.issuer.kind == "local" and (
-        given or any(os.environ.get(name) for name in VENDOR_VARIABLES)
-    ):
-        complain(
-            'note: a vendor key is given but not used, because issuer.kind is "local" and tokens'
-            ' are signed here; set issuer.kind = "upstream" to relay the vendor\'s'
+    found = examined(arguments)
+    settings = found.settings
+    is_here = preflight.runs_here(settings, os.environ)
+    findings = list(preflight.configuration(found, os.environ, is_here=is_here))
+    for key, variable in overridden(arguments).items():
+        findings.append(
+            Finding(Level.NOTE, key, f"{variable} of the environment counts, not the file")
         )
+    findings += preflight.shown_password(settings)
+    folder = list(preflight.state_file(settings, os.environ))
+    if not is_here:
+        folder = [Finding(Level.NOTE, each.key, each.text) for each in folder]
+    findings += folder
+    code = EX_OK if all(finding.ok for finding in findings) else EX_CONFIG
+    if is_here:
+        taken = list(preflight.addresses(settings))
+        code = EX_UNAVAILABLE if taken and code == EX_OK else code
+        findings += [*taken, *preflight.open_files()]
+    return code, sorted(findings, key=lambda finding: finding.ok)

@@ -12,8 +12,21 @@ from broker.telemetry.streams import tell
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    below = commands.below("config", "the configuration in force", "show")
+    below = commands.below("config", "the configuration in force, and its schema", "COMMAND")
     below.add("show", "print it, secrets masked", run)
+    below.add(
+        "schema", "print a JSON Schema of the file, for editors", print_schema, needs_config=False
+    )
+
+
+def print_schema(_arguments: argparse.Namespace) -> int:
+    """Print the schema of a configuration file."""
+    import json
+
+    from broker.config.json_schema import json_schema
+
+    tell(json.dumps(json_schema(), indent=1))
+    return EX_OK
 
 
 def run(arguments: argparse.Namespace) -> int:

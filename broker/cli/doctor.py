@@ -9,81 +9,123 @@ import argparse
 import os
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from broker.cli.base import Commands, settings_of
-from broker.cli.finding import Finding
+from broker.cli.base import Commands, examined
+from broker.cli.finding import Finding, Level, as_json
 from broker.config.schema import ConfigError
 from broker.config.settings import Settings
-from broker.exit_codes import EX_NO, EX_OK
+from broker.exit_codes import EX_CONFIG, EX_NO, EX_OK
 from broker.telemetry.streams import tell
 
 
 def add(commands: Commands) -> None:
     """Add the command."""
     text = "examine the relay: keys, clock, TLS, egress proxy, shared store, state file, modes"
-    commands.add("doctor", text, run)
+    parser = commands.add("doctor", text, run)
+    parser.add_argument("--json", action="store_true", help="print findings for machines")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print every finding; the answer is no if one is a problem."""
+    """Print every finding: a problem of the configuration is 78, any other one 1."""
     import logging
 
     import structlog
 
-    # what is rehearsed would be logged as if it were a broker's: the findings say it better
+    # what is tried would be logged as if it were a broker's: the findings say it better
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    findings = examine(settings_of(arguments), os.environ)
-    for finding in findings:
-        tell(str(finding))
-    return EX_OK if all(finding.ok for finding in findings) else EX_NO
+    try:
+        code, findings = _examine(arguments)
+    except ConfigError as error:
+        if not arguments.json:
+            raise
+        code, findings = EX_CONFIG, [Finding.of(error)]
+    tell(as_json(findings) if arguments.json else "\n".join(str(finding) for finding in findings))
+    return code
+
+
+def _examine(arguments: argparse.Namespace) -> tuple[int, list[Finding]]:
+    """Return the exit code and every finding; raises ConfigError for a file that is none."""
+    from broker.cli import preflight
+
+    found = examined(arguments)
+    settings = found.settings
+    findings = list(preflight.configuration(found, os.environ, is_here=True))
+    usable = all(finding.ok for finding in findings)
+    findings += [*preflight.addresses(settings), *preflight.open_files()]
+    findings += examine(settings, os.environ)
+    if not findings:
+        complete = "complete; nothing else to examine"
+        findings.append(Finding(Level.OK, "configuration", complete))
+    if not usable:
+        return EX_CONFIG, findings
+    return EX_OK if all(finding.ok for finding in findings) else EX_NO, findings
 
 
 def examine(settings: Settings, environ: Mapping[str, str]) -> list[Finding]:
-    """Return every finding; raises ConfigError for a configuration that cannot be used."""
+    """Look at files, vendor and store; what a configuration lacks for one is told with it."""
+    findings = []
+    for look in (_files, _vendor, _shared_store, _state_file):
+        with suppress(ConfigError, ValueError):
+            findings += look(settings, environ)
+    return findings
+
+
+def _files(settings: Settings, _environ: Mapping[str, str]) -> list[Finding]:
+    from broker.app import factory
+    from broker.app.missing_secrets import is_missing
+
+    files = [(name, Path(file)) for name, file in factory.secret_files(settings)]
+    there = [(name, path) for name, path in files if not is_missing(str(path))]
+    return [_file(name, path) for name, path in there] + _handed_over([path for _, path in there])
+
+
+def _vendor(settings: Settings, environ: Mapping[str, str]) -> list[Finding]:
     import asyncio
 
-    from broker.app import credentials, factory
+    from broker.app import credentials
+    from broker.cli import doctor_vendor
 
-    factory.check(settings, environ)
-    files = [(name, Path(file)) for name, file in factory.secret_files(settings)]
-    findings = [_file(name, path) for name, path in files]
-    findings += _handed_over([path for _, path in files])
-    if settings.issuer.kind == "upstream":
-        from broker.cli import doctor_vendor
-
-        keys = credentials.vendor_keys(settings, environ)
-        proxy = credentials.vendor_proxy(settings, environ)
-        findings += asyncio.run(doctor_vendor.examine(settings, keys, proxy))
-    if factory.store_address(settings) is not None:
-        from broker.cli import doctor_store
-
-        findings += asyncio.run(doctor_store.examine(settings))
-    if (file := factory.state_file(settings)) is not None:
-        findings.append(_state_file(file, environ))
-    return findings or [
-        Finding(ok=True, name="configuration", text="complete; nothing else to examine")
-    ]
+    if settings.issuer.kind != "upstream":
+        return []
+    keys = credentials.vendor_keys(settings, environ)
+    proxy = credentials.vendor_proxy(settings, environ)
+    return asyncio.run(doctor_vendor.examine(settings, keys, proxy))
 
 
-def _state_file(path: Path, environ: Mapping[str, str]) -> Finding:
+def _shared_store(settings: Settings, _environ: Mapping[str, str]) -> list[Finding]:
+    import asyncio
+
+    from broker.app import factory
+    from broker.cli import doctor_store
+
+    if factory.store_address(settings) is None:
+        return []
+    return asyncio.run(doctor_store.examine(settings))
+
+
+def _state_file(settings: Settings, environ: Mapping[str, str]) -> list[Finding]:
+    from broker.app import factory
+    from broker.cli import preflight
     from broker.sqlite import location
 
-    try:
-        location.examine(path, environ)
-    except ConfigError as error:
-        return Finding(ok=False, name="store.url", text=str(error).removeprefix("store.url: "))
+    path = factory.state_file(settings)
+    if path is None:
+        return []
+    if problems := list(preflight.state_file(settings, environ)):
+        return problems
     owner = location.owner_of(path)
     user = "no broker uses it" if owner is None else f"process {owner} uses it"
-    return Finding(ok=True, name="store.url", text=f"{path} can be written; {user}")
+    return [Finding(Level.OK, "store.url", f"{path} can be written; {user}")]
 
 
 def _file(name: str, path: Path) -> Finding:
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
         text = f"{path} has mode {mode:04o}, others can read it: chmod 600 {path}"
-        return Finding(ok=False, name=name, text=text)
-    return Finding(ok=True, name=name, text=f"{path} is readable by its owner only")
+        return Finding(Level.PROBLEM, name, text)
+    return Finding(Level.OK, name, f"{path} is readable by its owner only")
 
 
 def _handed_over(paths: list[Path]) -> list[Finding]:
@@ -99,7 +141,7 @@ def _handed_over(paths: list[Path]) -> list[Finding]:
         " its own ends with 78, unless its unit hands over each (LoadCredential); a running one has"
         " copies of its last start"
     )
-    return [Finding(ok=True, name="files", text=text)]
+    return [Finding(Level.OK, "files", text)]
 
 
 def _is_for_root_alone(path: Path) -> bool:

@@ -1,10 +1,10 @@
-"""Examines the shared store by a rehearsal, and by what the server says of itself."""
+"""Examines the shared store by a trial, and by what the server says of itself."""
 
 from collections.abc import Mapping
 
 from broker.app import factory
-from broker.cli.finding import Finding
-from broker.cli.rehearsal import TIMEOUT, rehearsed
+from broker.cli.finding import Finding, Level
+from broker.cli.store_trial import TIMEOUT, trial
 from broker.config.settings import Settings
 from broker.valkey.client.errors import StoreFailed
 
@@ -18,7 +18,7 @@ async def examine(settings: Settings) -> list[Finding]:
     assert address is not None  # or there is nothing to look at
     findings = [_clear_text()] if factory.shows_password(settings) else []
     where = address.shown
-    async with rehearsed(address, factory.store_access(settings)) as witness:
+    async with trial(address, factory.store_access(settings)) as witness:
         told = await witness.ask(b"INFO")
         fields = _fields(told)
         role = await witness.ask(b"ROLE") if witness.failures and not fields else None
@@ -83,12 +83,12 @@ def _store_problem(failed: StoreFailed, where: str) -> Finding:
         )
     if failed.reason.value in ("timeout", "connection", "other"):
         text = f"{where} does not answer ({reason}): check store.url, user and password, TLS"
-        return Finding(ok=False, name="store", text=text)
+        return Finding(Level.PROBLEM, "store", text)
     return _problem(where, f"refuses what the broker does ({reason}): look into its log")
 
 
 def _problem(where: str, text: str) -> Finding:
-    return Finding(ok=False, name="store", text=f"{where} {text}")
+    return Finding(Level.PROBLEM, "store", f"{where} {text}")
 
 
 def _slow(fastest: float, waits: float, where: str) -> list[Finding]:
@@ -109,7 +109,7 @@ def _fields(told: object) -> dict[str, str]:
 
 
 def _by_its_own_words(fields: Mapping[str, str], where: str) -> list[Finding]:
-    """Judge what a rehearsal cannot see: a replica that takes writes loses them."""
+    """Judge what a trial cannot see: a replica that takes writes loses them."""
     found = []
     if fields.get("role") == "slave":
         found.append(_problem(where, _IS_REPLICA))
@@ -121,9 +121,10 @@ def _by_its_own_words(fields: Mapping[str, str], where: str) -> list[Finding]:
 
 def _clear_text() -> Finding:
     text = (
-        "crosses the network in clear text: write valkeys://, unless nobody else can listen there"
+        "crosses the network in clear text: write valkeys://, or set server.private_network = true"
+        " where nobody else can listen"
     )
-    return Finding(ok=False, name="store.password", text=text)
+    return Finding(Level.PROBLEM, "store.password", text)
 
 
 def _not_seen(where: str) -> Finding:
@@ -131,16 +132,16 @@ def _not_seen(where: str) -> Finding:
         f"{where} does all that the broker needs; whether it evicts was not seen: that needs +info,"
         " or look whether its maxmemory-policy is noeviction"
     )
-    return Finding(ok=True, name="store", text=text)
+    return Finding(Level.OK, "store", text)
 
 
 def _eviction(where: str, fields: Mapping[str, str]) -> Finding:
     """Judge by INFO memory: what is evicted is a limit that is full again, or an end forgotten."""
     policy, most = fields.get("maxmemory_policy", "?"), fields.get("maxmemory", "0")
     if policy == "noeviction":
-        return Finding(ok=True, name="store", text=f"{where} answers, and evicts nothing")
+        return Finding(Level.OK, "store", f"{where} answers, and evicts nothing")
     if most == "0":
         text = f"{where} answers; with a maxmemory it would evict ({policy}): set noeviction"
-        return Finding(ok=True, name="store", text=text)
+        return Finding(Level.OK, "store", text)
     text = f"{where} evicts ({policy}), limits and ends, too: set maxmemory-policy noeviction"
-    return Finding(ok=False, name="store", text=text)
+    return Finding(Level.PROBLEM, "store", text)

@@ -5,7 +5,7 @@ from http import HTTPStatus
 import msgspec
 from msgspec import Struct
 
-from broker.cli.finding import Finding
+from broker.cli.finding import Finding, Level
 from broker.clock import SystemClock
 from broker.config.settings import Settings
 from broker.issuers.vendor.client import Answer, CallFailed, VendorClient
@@ -48,7 +48,7 @@ async def examine(settings: Settings, keys: list[Secret], proxy: Proxy | None) -
                 answer = await client.validate(key)
             except CallFailed as failed:
                 remedy = _REMEDIES.get(failed.reason, f"the call failed: {failed.reason.value}")
-                return [*findings, Finding(ok=False, name=upstream.base_url, text=remedy)]
+                return [*findings, Finding(Level.PROBLEM, upstream.base_url, remedy)]
             if number == 1:
                 findings += [_reached(upstream.base_url, answer), _skew(answer)]
             findings.append(_key(number, answer))
@@ -60,7 +60,7 @@ async def examine(settings: Settings, keys: list[Secret], proxy: Proxy | None) -
 def _through(proxy: Proxy) -> Finding:
     known = "with a user and a password" if proxy.authorization else "without a password"
     text = f"calls to the vendor go through {proxy.url}, {known} ({proxy.source})"
-    return Finding(ok=True, name="egress proxy", text=text)
+    return Finding(Level.OK, "egress proxy", text)
 
 
 def _reached(base_url: str, answer: Answer) -> Finding:
@@ -69,22 +69,22 @@ def _reached(base_url: str, answer: Answer) -> Finding:
         text = (
             f"redirects to {target!r}, which is never followed: put the final address into base_url"
         )
-        return Finding(ok=False, name=base_url, text=text)
+        return Finding(Level.PROBLEM, base_url, text)
     secure = "TLS is trusted" if base_url.startswith("https:") else "plain HTTP on this machine"
-    return Finding(ok=True, name=base_url, text=f"answers without a redirect, {secure}")
+    return Finding(Level.OK, base_url, f"answers without a redirect, {secure}")
 
 
 def _skew(answer: Answer) -> Finding:
     now = SystemClock().wall()
     theirs = vendor_date(answer.headers, now)
     if theirs is None:
-        return Finding(ok=True, name="clock", text="the vendor sent no Date to compare with")
+        return Finding(Level.OK, "clock", "the vendor sent no Date to compare with")
     skew = abs(theirs - now)
     seconds = skew // SECOND
     if skew <= MAX_SKEW:
-        return Finding(ok=True, name="clock", text=f"within {seconds + 1} s of the vendor's")
+        return Finding(Level.OK, "clock", f"within {seconds + 1} s of the vendor's")
     return Finding(
-        ok=False, name="clock", text=f"{seconds} s off the vendor's: synchronize it (chrony, NTP)"
+        Level.PROBLEM, "clock", f"{seconds} s off the vendor's: synchronize it (chrony, NTP)"
     )
 
 
@@ -95,8 +95,8 @@ def _key(number: int, answer: Answer) -> Finding:
     except msgspec.DecodeError:
         valid = False
     if answer.status == HTTPStatus.OK and valid:
-        return Finding(ok=True, name=name, text="the vendor accepts it")
+        return Finding(Level.OK, name, "the vendor accepts it")
     if answer.status in (HTTPStatus.OK, HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
         text = "the vendor refuses it: make a new one in the vendor's dashboard"
-        return Finding(ok=False, name=name, text=text)
-    return Finding(ok=False, name=name, text=f"cannot tell: the vendor answered {answer.status}")
+        return Finding(Level.PROBLEM, name, text)
+    return Finding(Level.PROBLEM, name, f"cannot tell: the vendor answered {answer.status}")

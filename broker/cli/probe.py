@@ -1,4 +1,4 @@
-"""Asks an admin listener whether the broker behind it is ready, as a container's engine would."""
+"""Asks a listener whether there is a broker behind it, and whether it is ready."""
 
 import socket
 from http import HTTPStatus
@@ -10,6 +10,9 @@ from broker.config.validate import parse_address
 
 TIMEOUT = 2.0
 """Seconds; engines commonly wait for three."""
+
+ALIVE = b'{"status":"ok"}'
+"""What /livez of a broker answers."""
 
 _EVERYWHERE = {
     "0.0.0.0": ("127.0.0.1",),  # noqa: S104 - where one listens, not asks
@@ -48,6 +51,21 @@ def ask(listen: str) -> str:
             connection.close()
         return "" if status == HTTPStatus.OK else f"not ready: /readyz answers {status}"
     return f"no answer at {listen}: {failure}"
+
+
+def is_broker(listen: str) -> bool:
+    """Whether a broker answers at this listener, of either kind."""
+    for connection in _connections(listen):
+        try:
+            connection.request("GET", "/livez")
+            answer = connection.getresponse()
+            if answer.read(100) == ALIVE and answer.headers["X-Request-Id"]:
+                return True
+        except (OSError, HTTPException, UnicodeError):
+            continue
+        finally:
+            connection.close()
+    return False
 
 
 def _connections(listen: str) -> list[HTTPConnection]:

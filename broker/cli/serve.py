@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from broker.cli.base import Commands, overridden, settings_of
-from broker.cli.check import note_unused_key
 from broker.config.settings import Settings
 
 
@@ -60,9 +59,11 @@ def _serve(
 ) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # a reload waits for the start
     from broker.app import factory
+    from broker.cli import preflight
     from broker.config.state_folder import make_folder
     from broker.process.serve import serve
     from broker.telemetry import logs
+    from broker.telemetry.streams import complain
 
     def loaded_again() -> Settings:
         settings = load()
@@ -73,7 +74,8 @@ def _serve(
     if (file := factory.state_file(settings)) is not None:
         make_folder(file, os.environ)
     logs.configure(settings.log)
-    note_unused_key(settings)
+    for finding in preflight.unused_keys(settings, os.environ):
+        complain(f"note: {finding.line}")
     _note_replaced(replaced())
     return serve(settings, loaded_again, dev=dev)
 

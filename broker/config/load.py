@@ -8,29 +8,40 @@ sysexits.h).
 
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
-from broker.config import files
-from broker.config.schema import ConfigError, bare, build, fields_of, is_table, refuse_unknown
+from broker.config import environment, files
+from broker.config.environment import twins
+from broker.config.schema import ConfigError, build_what_fits
 from broker.config.settings import BudgetSettings, Settings
-from broker.config.validate import check, normal_base_url
+from broker.config.validate import normal_base_url
+from broker.config.validate import problems as rules
 from broker.model import Secret
 
 DEFAULT_PATH = Path("/etc/embed-token-broker/broker.toml")
 """Where a packaged broker is configured."""
-
-ENV_PREFIX = "BROKER_"
-"""Variables with this prefix and a double underscore override keys of the file."""
 
 VENDOR_VARIABLES = ("BITHUMAN_API_SECRET", "BITHUMAN_API_KEY")
 """Environment variables in which the vendor's own examples keep the key: the usual, the old."""
 
 MIN_CLIENT_SECRET = 16
 """Characters: a throttle cannot stop guessing from many addresses, the length of a secret can."""
+
+
+class Examined(NamedTuple):
+    """The settings of a configuration, and all that is wrong with it.
+
+    `settings` are without the values of the keys in `left_out`, which do not fit.
+    """
+
+    settings: Settings
+    problems: list[ConfigError]
+    left_out: list[str]
 
 
 def load(
@@ -43,25 +54,86 @@ def load(
 
     `flags` and `defaults` are trees like the file's; `defaults` yields to everything else.
     """
-    tree: dict[str, Any] = {}
-    _merge(tree, defaults or {})
-    _merge(tree, _read_file(path) if path is not None else {})
-    for name, parts in _from_environment(environ):
-        _merge(tree, _override(tree, name, parts, environ[name]))
-    _merge(tree, flags)
-    return from_tree(tree)
+    return sound(examine(path, environ, flags, defaults))
 
 
 def from_tree(tree: Mapping[str, Any]) -> Settings:
     """Check a raw tree and build the settings from it; raises ConfigError."""
-    settings = build(tree)
+    return sound(examine_tree(tree))
+
+
+def examine(
+    path: Path | None,
+    environ: Mapping[str, str],
+    flags: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+) -> Examined:
+    """Read and merge every source, and find all that is wrong; raises ConfigError for the file."""
+    tree: dict[str, Any] = {}
+    _merge(tree, defaults or {})
+    _merge(tree, _read_file(path) if path is not None else {})
+    given, problems = environment.read(tree, environ)
+    for variable in given:
+        _merge(tree, variable.tree)
+    _merge(tree, flags)
+    found = examine_tree(tree)
+    names = {given.key: given.name for given in given if not _has(flags, given.key)}
+    problems += [_by_variable(problem, names) for problem in found.problems]
+    return Examined(found.settings, problems, found.left_out)
+
+
+def examine_tree(tree: Mapping[str, Any]) -> Examined:
+    """Build settings from a raw tree, without what is wrong in it."""
+    settings, misfits = build_what_fits(tree)
     if settings.issuer.kind == "upstream" and settings.issuer.budget is None:
         issuer = replace(settings.issuer, budget=BudgetSettings())  # a relay always has one
         settings = replace(settings, issuer=issuer)
-    check(settings)
+    left_out = [".".join(path) for path, _ in misfits]
+    left_out += [key for _, problem in misfits for key in problem.beside]
+    problems = [problem for _, problem in misfits]
+    broken = [each for each in rules(settings) if not follows_from(each, left_out)]
     upstream = settings.issuer.upstream
-    upstream = replace(upstream, base_url=normal_base_url(upstream.base_url))
-    return replace(settings, issuer=replace(settings.issuer, upstream=upstream))
+    with suppress(ValueError):  # it is among the problems
+        upstream = replace(upstream, base_url=normal_base_url(upstream.base_url))
+    settings = replace(settings, issuer=replace(settings.issuer, upstream=upstream))
+    return Examined(settings, problems + broken, left_out)
+
+
+def follows_from(problem: ConfigError, keys: Iterable[str]) -> bool:
+    """Whether a problem may be there only because the values of these keys were left out.
+
+    The forms of a secret are one, and a table that lacks something may lack what was left out.
+    """
+    looked_at = {_stem(key) for key in (problem.key, *problem.beside)}
+    return any(
+        f"{one}.".startswith(f"{_stem(key)}.") or f"{_stem(key)}.".startswith(f"{one}.")
+        for key in keys
+        for one in looked_at
+    )
+
+
+def _stem(key: str) -> str:
+    return twins(key)[0]
+
+
+def sound(found: Examined) -> Settings:
+    """Return the settings; raises ConfigError for the first problem."""
+    for problem in found.problems:
+        raise problem
+    return found.settings
+
+
+def _by_variable(problem: ConfigError, names: Mapping[str, str]) -> ConfigError:
+    """Name the variable that is wrong: there is nothing about it in the file."""
+    name = names.get(problem.key)
+    return problem if name is None else ConfigError(f"{name}: {problem}", *problem.beside)
+
+
+def _has(tree: Mapping[str, Any], key: str) -> bool:
+    node: Any = tree
+    for name in key.split("."):
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node is not None
 
 
 def overridden(path: Path | None, environ: Mapping[str, str]) -> dict[str, str]:
@@ -69,13 +141,9 @@ def overridden(path: Path | None, environ: Mapping[str, str]) -> dict[str, str]:
 
     A variable that says the same as the file overrides nothing.  Raises ConfigError.
     """
-    variables = list(_from_environment(environ))
-    tree = _read_file(path) if path is not None and variables else {}
-    found: dict[str, str] = {}
-    for name, parts in variables:
-        for key in _replaced(tree, _override(tree, name, parts, environ[name]), ()):
-            found[key] = name
-    return found
+    tree = _read_file(path) if path is not None else {}
+    variables, _ = environment.read(tree, environ)
+    return {key: one.name for one in variables for key in _replaced(tree, one.tree, ())}
 
 
 def _replaced(
@@ -87,7 +155,7 @@ def _replaced(
         if isinstance(value, Mapping) and isinstance(below, Mapping):
             yield from _replaced(below, value, (*path, key))
             continue
-        for form in dict.fromkeys((key, *_twins(key))):
+        for form in dict.fromkeys((key, *twins(key))):
             if form in tree and (form != key or str(below) != str(value)):
                 yield ".".join((*path, form))
 
@@ -136,72 +204,13 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 
-def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the variables that override keys, and their path, in a stable order."""
-    names = [name for name in environ if name.startswith(ENV_PREFIX) and "__" in name]
-    for name in sorted(names):
-        yield name, name.removeprefix(ENV_PREFIX).split("__")
-    for name in names:
-        for form in (f"{name}_FILE", f"{name}_FILES"):
-            if form in names:
-                raise ConfigError(f"{name} and {form} are both set: keep one")
-
-
-def _override(
-    tree: Mapping[str, Any], variable: str, parts: list[str], text: str
-) -> dict[str, Any]:
-    """Return one key from the environment as a tree to be laid over this one.
-
-    Sections and keys are found without regard to case.
-    """
-    kind: Any = Settings
-    node: Any = tree
-    path: list[str] = []
-    for part in parts:
-        if not isinstance(node or {}, Mapping) or not (kind is None or is_table(kind)):
-            raise ConfigError(f"{variable}: {'.'.join(path)} is not a section")
-        name, kind = _step(kind, node or {}, part)
-        node = (node or {}).get(name)
-        path.append(name)
-    over: Any = _parse_value(kind, text)
-    for name in reversed(path):
-        over = {name: over}
-    try:
-        refuse_unknown(Settings, over, ())
-    except ConfigError as error:
-        raise ConfigError(f"{variable}: {error}") from None
-    return dict(over)
-
-
-def _step(kind: Any, node: Mapping[str, Any], part: str) -> tuple[str, Any]:
-    """Go one level down: a field of a section, or an entry of a table such as [clients]."""
-    kind = bare(kind)
-    if get_origin(kind) in (dict, Mapping):
-        name = next((known for known in node if known.lower() == part.lower()), part)
-        return name, get_args(kind)[1]
-    fields = fields_of(kind)
-    return part.lower(), fields.get(part.lower())
-
-
-def _parse_value(kind: Any, text: str) -> Any:
-    """Lists are written as in TOML or with commas; everything else is text until it is checked."""
-    if get_origin(bare(kind)) is tuple:
-        if text.lstrip().startswith("["):
-            try:
-                return tomllib.loads(f"value = {text}")["value"]
-            except tomllib.TOMLDecodeError:
-                return text
-        return [part.strip() for part in text.split(",") if part.strip()]
-    return text
-
-
 def _merge(tree: dict[str, Any], over: Mapping[str, Any]) -> None:
     """Lay one tree over another; neither keeps a part of the other.
 
     A secret and its `..._file` are one setting in two forms: the source that comes later decides.
     """
     for key, value in over.items():
-        for twin in _twins(key):
+        for twin in twins(key):
             if twin not in over:
                 tree.pop(twin, None)
         if not isinstance(value, Mapping):
@@ -210,9 +219,3 @@ def _merge(tree: dict[str, Any], over: Mapping[str, Any]) -> None:
         if not isinstance(tree.get(key), dict):
             tree[key] = {}
         _merge(tree[key], value)
-
-
-def _twins(key: str) -> tuple[str, ...]:
-    """Other forms of a secret: inline, one file, several files."""
-    stem = key.removesuffix("_files").removesuffix("_file")
-    return stem, f"{stem}_file", f"{stem}_files"

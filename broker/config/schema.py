@@ -16,8 +16,10 @@ from broker.config.settings import Duration, Settings
 from broker.model import Secret
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(us|ms|s|m|h)")
-_UNITS = {"us": 1, "ms": 1000, "s": 1_000_000, "m": 60_000_000, "h": 3_600_000_000}
-_MAX_DURATION = 366 * 24 * _UNITS["h"]
+UNITS = {"us": 1, "ms": 1000, "s": 1_000_000, "m": 60_000_000, "h": 3_600_000_000}
+"""Units of a span of time, each in microseconds."""
+MAX_DURATION = 366 * 24 * UNITS["h"]
+"""Microseconds of the longest span: nothing here takes a year."""
 
 _WORDS = {
     " | null": "",
@@ -29,6 +31,9 @@ _WORDS = {
 }
 """What the decoder says, in the words of a TOML file."""
 
+
+Path = tuple[str, ...]
+"""Where a value stands: the names of the tables above it, and its own."""
 
 _FILE_REMEDY = (
     "is gone: state is kept in a file as it changes, not at the end; take it out, and set"
@@ -43,16 +48,54 @@ _RETIRED = {
 
 
 class ConfigError(Exception):
-    """A configuration that cannot be used; the message is one line for the operator."""
+    """A configuration that cannot be used; the message is one line for the operator.
+
+    It begins with the key that is wrong; `beside` are other keys that the rule looked at.
+    """
+
+    def __init__(self, message: str, *beside: str) -> None:
+        super().__init__(message)
+        self.beside = beside
+
+    @property
+    def key(self) -> str:
+        """The path of the key that is wrong, "" where the message names none."""
+        path, colon, _ = str(self).removeprefix("unknown key ").partition(": ")
+        return path if colon and " " not in path else ""
 
 
 def build(tree: Mapping[str, Any]) -> Settings:
     """Turn a raw tree into settings, by type only; raises ConfigError."""
-    refuse_unknown(Settings, tree, ())
-    try:
-        return msgspec.convert(tree, Settings, strict=False, dec_hook=decode)
-    except msgspec.ValidationError as error:
-        raise ConfigError(explain(Settings, tree, (), error)) from None
+    settings, wrong = build_what_fits(tree)
+    for _, error in wrong:
+        raise error
+    return settings
+
+
+def build_what_fits(
+    tree: Mapping[str, Any],
+) -> tuple[Settings, list[tuple[Path, ConfigError]]]:
+    """Turn a raw tree into settings, by type only.
+
+    Returns them without what does not fit: each of that with its path, and what is wrong with it.
+    """
+    found: list[tuple[Path, ConfigError]] = []
+    while wrong := list(unknown_keys(Settings, tree)) or list(misfits(Settings, tree)):
+        told = [path for path, _ in found]  # what lacks something may lack what was left out
+        found += [one for one in wrong if not any(path[: len(one[0])] == one[0] for path in told)]
+        for path, _ in wrong:
+            tree = without(tree, path)
+    return msgspec.convert(tree, Settings, strict=False, dec_hook=decode), found
+
+
+def without(tree: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return a tree without what stands at a path; without anything for an empty one."""
+    if not path:
+        return {}
+    name, *rest = path
+    left = {key: value for key, value in tree.items() if key != name or rest}
+    inner = left.get(name)
+    return {**left, name: without(inner, tuple(rest))} if isinstance(inner, Mapping) else left
 
 
 def show(settings: Settings, notes: Mapping[str, str] = MappingProxyType({})) -> str:
@@ -98,26 +141,34 @@ def _toml_key(key: str) -> str:
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml(key)
 
 
-def refuse_unknown(kind: Any, tree: object, path: tuple[str, ...]) -> None:
-    """Raise for the first key that no setting has, and name the nearest one that exists."""
+def unknown_keys(kind: Any, tree: object, path: Path = ()) -> Iterator[tuple[Path, ConfigError]]:
+    """Yield each key that no setting has, with the nearest one that exists."""
     kind = bare(kind)
     if not isinstance(tree, Mapping):
         return
     if get_origin(kind) in (dict, Mapping):
         for name, entry in tree.items():
-            refuse_unknown(get_args(kind)[1], entry, (*path, name))
+            yield from unknown_keys(get_args(kind)[1], entry, (*path, name))
         return
     fields = fields_of(kind)
     if not fields:
         return  # a table where a value belongs: told with its type
     for name, entry in tree.items():
-        if name not in fields:
-            if remedy := _RETIRED.get(".".join((*path, name))):
-                raise ConfigError(f"{'.'.join((*path, name))}: {remedy}")
-            near = get_close_matches(name, fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
-            raise ConfigError(f"unknown key {'.'.join((*path, name))}: {hint}")
-        refuse_unknown(fields[name], entry, (*path, name))
+        here = (*path, name)
+        if name in fields:
+            yield from unknown_keys(fields[name], entry, here)
+        else:
+            yield here, _unknown(here, fields)
+
+
+def _unknown(path: Path, fields: Mapping[str, Any]) -> ConfigError:
+    shown = ".".join(path)
+    if remedy := _RETIRED.get(shown):
+        return ConfigError(f"{shown}: {remedy}")
+    if near := get_close_matches(path[-1], fields, n=1):
+        meant = ".".join((*path[:-1], near[0]))
+        return ConfigError(f"unknown key {shown}: did you mean {near[0]!r}?", meant)
+    return ConfigError(f"unknown key {shown}: known: {', '.join(fields)}")
 
 
 def fields_of(kind: Any) -> dict[str, Any]:
@@ -164,19 +215,26 @@ def duration(value: object) -> Duration:
     match = _DURATION.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ValueError('a duration needs a number and a unit (us, ms, s, m, h), such as "12s"')
-    us = float(match[1]) * _UNITS[match[2]]
-    if us > _MAX_DURATION:
+    us = float(match[1]) * UNITS[match[2]]
+    if us > MAX_DURATION:
         raise ValueError("a duration of more than a year")
     return Duration(round(us))
 
 
-def explain(kind: Any, value: object, path: tuple[str, ...], error: Exception) -> str:
-    """Say in one line which value does not fit: the innermost one, by its whole path."""
-    for name, inner, entry in _entries(kind, value):
-        try:
-            msgspec.convert(entry, inner, strict=False, dec_hook=decode)
-        except msgspec.ValidationError as reason:
-            return explain(inner, entry, (*path, name), reason)
+def misfits(kind: Any, value: object, path: Path = ()) -> Iterator[tuple[Path, ConfigError]]:
+    """Yield each value that does not fit its type: the innermost ones, by their whole paths."""
+    try:
+        msgspec.convert(value, kind, strict=False, dec_hook=decode)
+    except msgspec.ValidationError as error:
+        inner = [
+            misfit
+            for name, entry_kind, entry in _entries(kind, value)
+            for misfit in misfits(entry_kind, entry, (*path, name))
+        ]
+        yield from inner or [(path, ConfigError(_misfit(kind, path, error)))]
+
+
+def _misfit(kind: Any, path: Path, error: Exception) -> str:
     text = str(error).partition(" - at ")[0]
     for theirs, ours in _WORDS.items():
         text = text.replace(theirs, ours)
@@ -200,4 +258,5 @@ def _entries(kind: Any, value: object) -> Iterator[tuple[str, Any, object]]:
     kind = bare(kind)
     fields = fields_of(kind)
     for name, entry in value.items():
-        yield name, fields.get(name) or get_args(kind)[1], entry
+        if not fields or name in fields:
+            yield name, fields.get(name) or get_args(kind)[1], entry

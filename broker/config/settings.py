@@ -84,6 +84,9 @@ class ServerSettings(_Section, frozen=True):
     """Addresses or networks whose word on their client counts: `X-Forwarded-For`, `Forwarded`, the
     URI that it asked for.  None: a header that anybody can send must not choose whose failed logins
     are throttled."""
+    private_network: bool = False
+    """Nobody else is on the network of listeners and store, or it encrypts (a mesh).  Off: `check`
+    notes secrets that cross it in clear text, because the broker speaks no TLS to its callers."""
     docs: bool = False
     """Serve /openapi.json and /docs.  Off: a sidecar in production needs none; `--dev` has it."""
 
@@ -177,6 +180,10 @@ class BudgetSettings(_Section, frozen=True):
     """The window of `rate`."""
     burst: int = 8
     """Enough for a page with a few visitors in the same second; each one is taken off the rate."""
+    window: Annotated[int, Meta(ge=1)] = 120
+    """Calls that the vendor takes from one address in a minute: a burst and what refills in it must
+    fit, or a relay does not start.  120 is what the vendor documents; another plan or vendor may
+    take more.  Nobody counts the tokens of `local`."""
     max_wait: Duration = _seconds(8)
     """Who would wait longer is told so at once: a visitor rather retries than stares."""
 

@@ -5,7 +5,7 @@ Each failure is one line that names the key, the rule and the remedy.
 
 import ipaddress
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from broker.config.addresses import StateFileAddress, StoreAddress, parse_store_
 from broker.config.schema import ConfigError
 from broker.config.settings import Duration, Settings, StoreSettings, UpstreamSettings
 from broker.model import AGENT_ID, AGENT_RULE
-from broker.rules import bucket
+from broker.rules import bucket, outstanding
 
 MAX_VENDOR_KEYS = 4
 """Keys in the vendor's list: a rotation needs two."""
@@ -43,31 +43,51 @@ _API_PATHS = re.compile(r"(/+v1(/+(validate|embed-tokens(/+request)?))?)*/*$", r
 _EXPECTED_BASE_URL = 'expected "https://HOST", or "https://HOST/PREFIX"'
 
 
-def check(settings: Settings) -> None:
-    """Rules that span more than one value."""
+def problems(settings: Settings) -> Iterator[ConfigError]:
+    """Yield each rule that is broken, of those that no type can express."""
     for section in ("fingerprint", "fingerprint_mints", "agent", "client"):
-        _check_limit(f"limits.{section}", getattr(settings.limits, section))
-    budget = settings.issuer.budget
-    if budget is not None:
-        _check_rate("issuer.budget", budget.rate, budget.per, budget.burst)
-        if budget.max_wait.us <= 0:
-            raise ConfigError("issuer.budget.max_wait: must be longer than 0")
+        yield from _limit(f"limits.{section}", getattr(settings.limits, section))
+    yield from _budget(settings)
     for name, client in settings.clients.items():
-        _check_agents(f"clients.{name}.agents", client.agents)
-    _check_upstream(settings)
-    _check_reuse(settings)
-    _check_server(settings)
-    _check_store(settings)
+        yield from _agents(f"clients.{name}.agents", client.agents)
+    yield from _upstream(settings)
+    yield from _reuse(settings)
+    yield from _server(settings)
+    yield from _store(settings)
 
 
-def _check_limit(path: str, limit: Any) -> None:
+def _budget(settings: Settings) -> Iterator[ConfigError]:
+    budget = settings.issuer.budget
+    if budget is None:
+        return
+    broken = list(_rate("issuer.budget", budget.rate, budget.per, budget.burst))
+    yield from broken
+    if budget.max_wait.us <= 0:
+        yield ConfigError("issuer.budget.max_wait: must be longer than 0")
+    if broken or settings.issuer.kind != "upstream":
+        return
+    most = bucket.most_in_window(budget.rate, budget.per.us, budget.burst, outstanding.WINDOW)
+    if most <= budget.window:
+        return
+    room = max(budget.window - budget.burst, 0) * budget.per.us // outstanding.WINDOW
+    lower = f"set rate to {room} or less" if room else f"set burst below {budget.window}"
+    yield ConfigError(
+        f"issuer.budget.rate: a burst of {budget.burst} and what refills in a minute are {most}"
+        f" calls, and the vendor takes {budget.window}: {lower}, or window = {most} if your plan"
+        " has that many",
+        *(f"issuer.budget.{name}" for name in ("per", "burst", "window")),
+    )
+
+
+def _limit(path: str, limit: Any) -> Iterator[ConfigError]:
     if limit is None:
         return
-    _check_rate(path, limit.rate, limit.per, limit.burst)
+    yield from _rate(path, limit.rate, limit.per, limit.burst)
     for agent, override in getattr(limit, "overrides", {}).items():
         if not AGENT_ID.fullmatch(agent):
-            raise ConfigError(f"{path}.overrides: {agent!r} is not an agent id ({AGENT_RULE})")
-        _check_rate(
+            yield ConfigError(f"{path}.overrides: {agent!r} is not an agent id ({AGENT_RULE})")
+            continue
+        yield from _rate(
             f"{path}.overrides.{agent}",
             limit.rate if override.rate is None else override.rate,
             limit.per if override.per is None else override.per,
@@ -75,34 +95,34 @@ def _check_limit(path: str, limit: Any) -> None:
         )
 
 
-def _check_agents(path: str, agents: Iterable[str]) -> None:
+def _agents(path: str, agents: Iterable[str]) -> Iterator[ConfigError]:
     for agent in agents:
         if agent != "*" and not AGENT_ID.fullmatch(agent):
-            raise ConfigError(f'{path}: {agent!r} is neither "*" nor an agent id ({AGENT_RULE})')
+            yield ConfigError(f'{path}: {agent!r} is neither "*" nor an agent id ({AGENT_RULE})')
 
 
-def _check_rate(path: str, rate: float, per: Duration, burst: int) -> None:
+def _rate(path: str, rate: float, per: Duration, burst: int) -> Iterator[ConfigError]:
     try:
         bucket.limit(rate, per.us, burst)
     except ValueError as error:
-        raise ConfigError(
+        yield ConfigError(
             f"{path}: {error}; no number switches a limit off: raise it, or set dry_run = true"
-        ) from None
+        )
 
 
-def _check_upstream(settings: Settings) -> None:
+def _upstream(settings: Settings) -> Iterator[ConfigError]:
     upstream = settings.issuer.upstream
     try:
         normal_base_url(upstream.base_url)
     except ValueError as error:
-        raise ConfigError(f"issuer.upstream.base_url: {error}") from None
+        yield ConfigError(f"issuer.upstream.base_url: {error}")
     if len(upstream.api_secret_files) > MAX_VENDOR_KEYS:
-        raise ConfigError(
+        yield ConfigError(
             f"issuer.upstream.api_secret_files: more than {MAX_VENDOR_KEYS}; each refused key is"
             " tried twice a minute, and the vendor allows 30 failures"
         )
     if upstream.timeout.us <= 0:
-        raise ConfigError("issuer.upstream.timeout: must be longer than 0")
+        yield ConfigError("issuer.upstream.timeout: must be longer than 0")
 
 
 def normal_base_url(url: str) -> str:
@@ -155,84 +175,122 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _check_reuse(settings: Settings) -> None:
+def is_everywhere(host: str) -> bool:
+    """Whether this host stands for every address of this machine."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+def _reuse(settings: Settings) -> Iterator[ConfigError]:
     reuse = settings.reuse
     if reuse.floor_in_outage.us > reuse.floor.us:
-        raise ConfigError("reuse.floor_in_outage: must not be longer than reuse.floor")
+        yield ConfigError(
+            "reuse.floor_in_outage: must not be longer than reuse.floor", "reuse.floor"
+        )
     if reuse.refresh_ahead.us < reuse.floor.us:
-        raise ConfigError("reuse.refresh_ahead: must not be shorter than reuse.floor")
+        yield ConfigError(
+            "reuse.refresh_ahead: must not be shorter than reuse.floor", "reuse.floor"
+        )
 
 
-def _check_server(settings: Settings) -> None:
+def _server(settings: Settings) -> Iterator[ConfigError]:
     server = settings.server
     if server.deadline.us <= 0:
-        raise ConfigError("server.deadline: must be longer than 0")
+        yield ConfigError("server.deadline: must be longer than 0")
     least, most = KEEP_ALIVE_BOUNDS
     if not least.us <= server.keep_alive.us <= most.us:
-        raise ConfigError(
+        yield ConfigError(
             f"server.keep_alive: must be {least} to {most}; set it some seconds longer than the"
             " balancer in front keeps an idle connection"
         )
     if server.drain_lead.us > server.drain.us:
-        raise ConfigError(
+        yield ConfigError(
             "server.drain_lead: must not be longer than server.drain; raise drain or lower"
-            " drain_lead"
+            " drain_lead",
+            "server.drain",
         )
-    for path, listen in (("server", server.listen), ("admin", settings.admin.listen)):
-        try:
-            parse_address(listen)
-        except ValueError as error:
-            raise ConfigError(f"{path}.listen: {error}") from None
+    yield from _listen(server.listen, settings.admin.listen)
     for network in server.trusted_proxies:
         try:
             ipaddress.ip_network(network)
         except ValueError:
-            raise ConfigError(
+            yield ConfigError(
                 f"server.trusted_proxies: {network!r} is neither an address nor a network,"
                 " such as 10.0.0.1 or 10.0.0.0/8 (no bits set behind the prefix)"
-            ) from None
+            )
 
 
-def _check_store(settings: Settings) -> None:
+def _listen(data: str, admin: str) -> Iterator[ConfigError]:
+    places = []
+    for path, listen in (("server", data), ("admin", admin)):
+        try:
+            places.append(parse_address(listen))
+        except ValueError as error:
+            yield ConfigError(f"{path}.listen: {error}")
+    if len(places) > 1 and _overlap(*places):
+        yield ConfigError(
+            f"admin.listen: {admin} is taken by server.listen ({data}); choose another port",
+            "server.listen",
+        )
+
+
+def _overlap(first: tuple[str, int] | str, second: tuple[str, int] | str) -> bool:
+    """Whether two listeners cannot have these addresses at once; a port of 0 is never the same."""
+    if isinstance(first, str) or isinstance(second, str):
+        return first == second
+    (host, port), (other_host, other_port) = first, second
+    same_host = host == other_host or is_everywhere(host) or is_everywhere(other_host)
+    return port == other_port != 0 and same_host
+
+
+def _store(settings: Settings) -> Iterator[ConfigError]:
     store = settings.store
-    try:
-        address = parse_store_url(store.url)
-    except ValueError as error:
-        raise ConfigError(f"store.url: {error}") from None
-    _check_certificates(store, address)
     least, most = STORE_TIMEOUT_BOUNDS
     if not least.us <= store.timeout.us <= most.us:
-        raise ConfigError(
+        yield ConfigError(
             f"store.timeout: must be {least} to {most}; a server nearby takes less than 1ms, so put"
             " it nearer if it needs more"
         )
+    try:
+        address = parse_store_url(store.url)
+    except ValueError as error:
+        yield ConfigError(f"store.url: {error}")
+        return
+    yield from _certificates(store, address)
     has_key = bool(store.encryption_key or store.encryption_key_file)
     if not isinstance(address, StoreAddress):
         if settings.server.workers > 1:
-            raise ConfigError(
+            yield ConfigError(
                 "server.workers: more than 1 needs a shared store, because each worker would have"
                 " limits, tokens and a budget of its own, and a state file is one process'; set"
-                " store.url to a Valkey, or workers = 1"
+                " store.url to a Valkey, or workers = 1",
+                "store.url",
             )
         return
     if not has_key:
-        raise ConfigError(
+        yield ConfigError(
             "store.encryption_key_file: required with a shared store, because it holds tokens;"
-            " make one with `broker keys generate` and give every replica the same"
+            " make one with `broker keys generate` and give every replica the same",
+            "store.url",
         )
 
 
-def _check_certificates(
+def _certificates(
     store: StoreSettings, address: StoreAddress | StateFileAddress | None
-) -> None:
+) -> Iterator[ConfigError]:
     if store.tls_key_file and not store.tls_cert_file:
-        raise ConfigError("store.tls_key_file: needs store.tls_cert_file, whose key it is")
+        yield ConfigError(
+            "store.tls_key_file: needs store.tls_cert_file, whose key it is", "store.tls_cert_file"
+        )
     if not isinstance(address, StoreAddress) or address.tls:
         return
     for name in ("tls_ca_file", "tls_cert_file"):
         if getattr(store, name):
-            raise ConfigError(
-                f"store.{name}: store.url has no TLS; write valkeys:// or valkeys+cluster://"
+            yield ConfigError(
+                f"store.{name}: store.url has no TLS; write valkeys:// or valkeys+cluster://",
+                "store.url",
             )
 
 

@@ -9,7 +9,7 @@ from broker.rules.bucket import Limit
 
 
 class LimitRule(Struct, frozen=True, gc=False):
-    """One limit, and whether it only rehearses (`dry_run`: decide and count, never deny)."""
+    """One limit, and whether it is a dry run: decides and counts, never denies."""
 
     limit: Limit
     dry_run: bool = False

@@ -56,12 +56,13 @@ class Budget(Struct, frozen=True):
     def share(self, replicas: int) -> "Budget | None":
         """Return one part in `replicas`: in no window do all parts allow more than the whole.
 
-        A burst under one is one.  What that is too much in all, the rate gives back: the vendor's
-        window is one `per` long, and holds a burst and a `per` of refill.  None if that leaves no
-        rate: so many parts of one call each are more than the whole.
+        A burst under one is one.  What that is too much in all, the rate gives back, within one
+        `per` and within the vendor's window: each holds a burst and what refills in it.  None if
+        that leaves no rate: so many parts of one call each are more than the whole.
         """
         burst = max(self.burst // replicas, 1)
-        rate = (self.rate - max(burst * replicas - self.burst, 0)) / replicas
+        excess = max(burst * replicas - self.burst, 0)
+        rate = (self.rate - excess * max(self.per * SECOND / outstanding.WINDOW, 1)) / replicas
         if rate * replicas < self.rate * LEAST_RATE:
             return None
         return Budget(rate, self.per, burst, self.max_wait)

@@ -9,6 +9,8 @@ A bucket whose moment has passed is full, and so equals one that was never seen:
 buckets may be forgotten.
 """
 
+import math
+
 from msgspec import Struct
 
 MAX_RATE = 1_000_000
@@ -113,3 +115,12 @@ def peek(full_at: int, limit: Limit, now: int) -> Verdict:
     spare = limit.depth - wait
     remaining = spare // limit.interval
     return Verdict(remaining > 0, remaining, wait, max(limit.interval - spare, 0), limit)
+
+
+def most_in_window(rate: float, per: int, burst: int, window: int) -> int:
+    """Return the most tokens that are spent in any `window`: a burst, and what refills in it.
+
+    `per` and `window` are microseconds.  Never less than what `limit` admits, whose interval is
+    rounded up; a part of a token counts as one.
+    """
+    return burst + math.ceil(rate * window / per - 1e-9)

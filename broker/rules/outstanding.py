@@ -32,6 +32,9 @@ from msgspec.structs import replace
 
 from broker.rules.bucket import Limit
 
+WINDOW = 60_000_000
+"""Microseconds in which the vendor counts calls: its limits are per minute."""
+
 PROBES = 2
 """Calls that may be out while others are owed.  A process that starts cannot know of more than one
 before it, so each further restart within one stall of the vendor adds so many to the worst window:

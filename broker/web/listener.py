@@ -29,7 +29,14 @@ _EVERY_PORT_TRIES = 8
 
 
 class CannotListen(Exception):
-    """An address that cannot be listened on; exit code 69 (EX_UNAVAILABLE)."""
+    """An address that cannot be listened on; exit code 69 (EX_UNAVAILABLE).
+
+    `is_in_use`: because somebody else listens there.
+    """
+
+    def __init__(self, setting: str, address: str, error: OSError) -> None:
+        super().__init__(_reason(setting, address, error))
+        self.is_in_use = error.errno == errno.EADDRINUSE
 
 
 class Listener:
@@ -88,9 +95,27 @@ async def listen(
                 sock.close()
             raise
     except OSError as error:
-        raise CannotListen(_reason(setting, address, error)) from None
+        raise CannotListen(setting, address, error) from None
     port = sockets[0].getsockname()[1]
     return Listener(servers), f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+async def require_free(address: str, setting: str) -> None:
+    """Raise CannotListen where `listen` would; takes the address for no longer than a look."""
+    where = parse_address(address)
+    try:
+        if isinstance(where, str):
+            path = Path(where)
+            _require_free(path)
+            _ = path.parent.stat()
+            if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        _, sockets = await _bind(*where)
+    except OSError as error:
+        raise CannotListen(setting, address, error) from None
+    for sock in sockets:
+        sock.close()
 
 
 async def _bind(host: str, port: int) -> tuple[str, list[socket.socket]]:

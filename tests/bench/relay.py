@@ -59,6 +59,7 @@ api_secret = "{secret}"
 [issuer.budget]
 rate = 600000
 burst = 1000
+window = 601000
 [limits.fingerprint]
 rate = 60000000
 burst = 1000000

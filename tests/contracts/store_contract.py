@@ -557,8 +557,8 @@ class StoreContract:
     async def test_L12_a_dry_run_denies_nobody(self, open_store: OpenStore) -> None:
         """The verdict says what would have been; the limits beside it bite as ever."""
         limit = Limit(1, HOUR)
-        rehearsed = frozenset(LimitName)
-        opened = await open_store(limits_of(limit, limit, limit, limit, dry_run=rehearsed))
+        every = frozenset(LimitName)
+        opened = await open_store(limits_of(limit, limit, limit, limit, dry_run=every))
         ask = ask_of()
         told = [await visit(opened, ask) for _ in range(3)]
         assert [seen.denial for seen in told] == [None] * 3

@@ -67,7 +67,7 @@ def tree_for(folder: Path, store: AnyServer | str, vendor: FakeVendor | None = N
         {
             "issuer.kind": "upstream",
             "issuer.upstream": {"base_url": vendor.url, "api_secret": vendor.secret.reveal()},
-            "issuer.budget": {"rate": 600_000, "burst": 1000, "max_wait": "8s"},
+            "issuer.budget": {"rate": 600_000, "burst": 1000, "max_wait": "8s", "window": 601_000},
         },
     )
 

@@ -41,7 +41,15 @@ SLACK = 5
 
 ALLOWED = RATE + BURST + SLACK
 
-BUDGET = {"issuer.budget": {"rate": RATE, "per": f"{PER:g}s", "burst": BURST, "max_wait": "6s"}}
+BUDGET = {
+    "issuer.budget": {
+        "rate": RATE,
+        "per": f"{PER:g}s",
+        "burst": BURST,
+        "max_wait": "6s",
+        "window": 10_000,
+    }
+}
 
 LOST, ALONE = 3.0, 5.0
 """Seconds: after which the others withhold a share, and after which it is spent."""

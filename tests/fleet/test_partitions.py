@@ -51,7 +51,13 @@ async def test_N13_a_partition_that_heals_and_one_that_does_not(tmp_path: Path) 
                         "api_secret": vendor.key,
                         "timeout": "500ms",
                     },
-                    "issuer.budget": {"rate": 106, "per": "6s", "burst": 8, "max_wait": "800ms"},
+                    "issuer.budget": {
+                        "rate": 106,
+                        "per": "6s",
+                        "burst": 8,
+                        "max_wait": "800ms",
+                        "window": 1068,
+                    },
                 },
             )
             broker = await asyncio.to_thread(Broker.configured, tmp_path, tree, place.prefix)

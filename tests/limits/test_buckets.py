@@ -495,7 +495,7 @@ def test_G6_what_a_restart_brings_beyond_the_bound_stays_exhausted() -> None:
 
 
 def test_L12_a_dry_run_decides_and_counts_and_charges_like_the_real_one() -> None:
-    """The verdict says what would have been; only the counter tells that it was a rehearsal."""
+    """The verdict says what would have been; only the counter tells that it was a dry run."""
     real, dry = (BucketTable(10, FAST.depth, T0) for _ in range(2))
     schedule = [0, 0, 0, SECOND // 2, SECOND // 2, 0, 3 * SECOND, 0, 0]
     now = T0

@@ -80,6 +80,7 @@ api_secret = "{key}"
 [issuer.budget]
 rate = 600
 burst = 10
+window = 610
 max_wait = "2s"
 [reuse]
 max_tokens = 1000

@@ -29,6 +29,7 @@ Series = set[tuple[str, frozenset[tuple[str, str]]]]
 
 LIMITED = {
     "issuer.budget.rate": 6000,
+    "issuer.budget.window": 6020,
     "issuer.budget.burst": 20,
     "issuer.budget.max_wait": "100ms",
     "limits.fingerprint.burst": 8,

@@ -100,6 +100,7 @@ def test_G9_ended_at_one_replica_while_a_mint_is_in_flight_at_the_other(
                 "issuer.upstream.api_secret": vendor.secret.reveal(),
                 "issuer.budget.burst": 50,
                 "issuer.budget.rate": 6000,
+                "issuer.budget.window": 6050,
             }
             one = Broker(tmp_path, on(store, ADMIN) | relay)
             two = Broker(tmp_path, on(store, ADMIN) | relay).like(one)

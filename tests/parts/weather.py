@@ -27,6 +27,7 @@ CROWD = ROOT / "tests" / "load" / "crowd.js"
 SETTINGS = {
     "issuer.kind": "upstream",
     "issuer.budget.rate": 3000,
+    "issuer.budget.window": 3020,
     "issuer.budget.burst": 20,
     "issuer.budget.max_wait": "1s",
     "limits.fingerprint.rate": 120,

@@ -338,3 +338,28 @@ def test_T5_a_refusal_stores_the_shortened_wait() -> None:
     full_at, verdict = spend(full_at, limit, now)
     assert verdict == Verdict(False, 0, 20 * SECOND, SECOND, limit)
     assert full_at == now + 20 * SECOND
+
+
+@given(
+    rate=rates,
+    per=st.sampled_from([SECOND, 60 * SECOND, 3600 * SECOND]),
+    burst=st.integers(1, 1000),
+    window=st.integers(0, 120 * SECOND),
+    late=st.integers(0, 10**6),
+)
+def test_no_window_holds_more_than_was_reckoned(
+    rate: float, per: int, burst: int, window: int, late: int
+) -> None:
+    """However a full bucket is spent: the reckoning is what a budget is judged by at the start."""
+    limit = bucket.limit(rate * per / SECOND, per, burst)
+    most = bucket.most_in_window(rate * per / SECOND, per, burst, window)
+    assert burst + window // limit.interval <= most
+    assert most <= burst + rate * window / SECOND + 1
+    begin = T0 + late
+    ends = (begin + limit.interval * count for count in range(1, 40))
+    moments = [begin] * (burst + 1) + [end for end in ends if end <= begin + window]
+    full_at, spent = NEVER_SEEN, 0
+    for moment in moments:
+        full_at, verdict = spend(full_at, limit, moment)
+        spent += verdict.allowed
+    assert spent <= most

@@ -39,7 +39,7 @@ def relay(folder: Path, vendor: FakeVendor) -> Tree:
             "issuer": {
                 "kind": "upstream",
                 "upstream": {"base_url": vendor.url, "api_secret_files": [paid]},
-                "budget": {"rate": 60_000, "per": "60s", "burst": 1_000},
+                "budget": {"rate": 60_000, "per": "60s", "burst": 1_000, "window": 61_000},
             },
             "admin.secret_file": secret_file(folder / "admin"),
             "store.url": f"sqlite://{folder / 'state.db'}",

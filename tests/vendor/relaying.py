@@ -371,7 +371,7 @@ def relay_tree(vendor: FakeVendor) -> dict[str, Any]:
         "issuer": {
             "kind": "upstream",
             "upstream": {"base_url": vendor.url, "api_secret": vendor.secret.reveal()},
-            "budget": {"rate": 600_000, "burst": 1000, "max_wait": "5s"},
+            "budget": {"rate": 600_000, "burst": 1000, "max_wait": "5s", "window": 601_000},
         },
         "limits": {
             "fingerprint": {"rate": 600_000, "burst": 100_000},

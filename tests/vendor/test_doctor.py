@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from processes import secret_file
+from processes import run, secret_file
 from redis.exceptions import RedisError
 from relaying import UNLIMITED
 from servers import (
@@ -79,7 +79,7 @@ async def test_a_dead_key_among_good_ones(
     assert str(problem) == (
         "problem  vendor key 2: the vendor refuses it: make a new one in the vendor's dashboard"
     )
-    assert [finding.name for finding in found if finding.name.startswith("vendor key")] == [
+    assert [finding.key for finding in found if finding.key.startswith("vendor key")] == [
         "vendor key 1",
         "vendor key 2",
         "vendor key 3",
@@ -131,14 +131,14 @@ def test_root_is_told_what_a_service_cannot_read(tmp_path: Path) -> None:
         )
         os.chown(closed, 65534, 65534)
         os.chown(files["web"], 65534, 65534)
-        assert "files" not in [finding.name for finding in examine(config.load(None, {}, tree), {})]
+        assert "files" not in [finding.key for finding in examine(config.load(None, {}, tree), {})]
 
 
 @pytest.mark.parametrize("skew", [300.0, -300.0])
 async def test_a_clock_that_is_off(vendor: FakeVendor, skew: float) -> None:
     """By how much, and how to put it right."""
     vendor.settings = msgspec.structs.replace(UNLIMITED, skew=skew)
-    clock = next(finding for finding in await examined(vendor) if finding.name == "clock")
+    clock = next(finding for finding in await examined(vendor) if finding.key == "clock")
     assert not clock.ok
     assert clock.text.split(" ")[0] in ("298", "299", "300", "301")
     assert clock.text.endswith("s off the vendor's: synchronize it (chrony, NTP)")
@@ -191,11 +191,11 @@ async def test_a_vendor_that_is_unwell_says_nothing_about_the_key(
     assert key.text == f"cannot tell: the vendor answered {fault.answer.status}"  # type: ignore[union-attr]
 
 
-async def test_no_key_at_all_is_a_configuration_error() -> None:
-    """As it is for `serve`."""
-    settings = config.load(None, {}, {"issuer": {"kind": "upstream"}})
-    with pytest.raises(ConfigError, match="no vendor key"):
-        examine(settings, {})
+def test_no_key_at_all_is_a_configuration_error() -> None:
+    """As it is for `serve`: 78."""
+    done = run("doctor", BROKER_ISSUER__KIND="upstream")
+    assert (done.returncode, done.stderr) == (78, b"")
+    assert b"problem  issuer.upstream.api_secret_files: no vendor key; set it" in done.stdout
 
 
 async def test_G7_no_line_shows_a_key(vendor: FakeVendor) -> None:
@@ -272,8 +272,8 @@ async def test_a_password_that_others_can_read() -> None:
     """In clear text to another machine: told before anything is sent."""
     first, *_ = await of_store({"url": "valkey://store.invalid", "password": "p" * 20})
     assert first == (
-        "problem  store.password: crosses the network in clear text: write valkeys://, unless"
-        " nobody else can listen there"
+        "problem  store.password: crosses the network in clear text: write valkeys://, or set"
+        " server.private_network = true where nobody else can listen"
     )
 
 

@@ -261,7 +261,7 @@ class TestKeyFile:
         return {
             "issuer": {
                 "upstream": {"api_secret_files": [str(file) for file in files]},
-                "budget": {"rate": 1060, "burst": 8, "max_wait": "8s"},
+                "budget": {"rate": 1060, "burst": 8, "window": 1068, "max_wait": "8s"},
             }
         }
 

@@ -33,7 +33,7 @@ DATED = 1.0
 TREE = {
     "issuer": {
         "upstream": {"timeout": "500ms"},
-        "budget": {"rate": 95, "per": "1s", "burst": 8, "max_wait": "500ms"},
+        "budget": {"rate": 95, "per": "1s", "burst": 8, "max_wait": "500ms", "window": 5708},
     },
     "reuse": {"floor": "5s", "floor_in_outage": "1s", "refresh_ahead": "15s"},
     "log": {"level": "error"},

@@ -38,7 +38,13 @@ def scaled(vendor: StandingVendor, secret: str) -> Tree:
                 "api_secret": vendor.key,
                 "timeout": "500ms",
             },
-            "issuer.budget": {"rate": 106, "per": "6s", "burst": 8, "max_wait": "800ms"},
+            "issuer.budget": {
+                "rate": 106,
+                "per": "6s",
+                "burst": 8,
+                "max_wait": "800ms",
+                "window": 1068,
+            },
         },
     )
 

@@ -21,7 +21,7 @@ VERIFY = "/v1/embed-tokens/verify"
 async def relaying(vendor: FakeVendor) -> AsyncIterator[Edge]:
     """Run a broker in front of this vendor."""
     upstream = {"base_url": vendor.url, "api_secret": vendor.secret.reveal()}
-    budget = {"rate": 6000, "burst": 100}
+    budget = {"rate": 6000, "burst": 100, "window": 6100}
     tree = {"issuer": {"kind": "upstream", "upstream": upstream, "budget": budget}}
     async with serving(tree) as edge:
         yield edge

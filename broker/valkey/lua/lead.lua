@@ -1,7 +1,7 @@
 -- A replica wants to mint for a key: it becomes the leader, or is told why it need not or must not.
 --
 -- KEYS  1 bucket of the visitor's mints   2 token   3 the visitor's epoch   4 lease
--- ARGV  1 burst   2 interval (us)   3 carried wait (us)   4 "1" if a refusal is only rehearsed
+-- ARGV  1 burst   2 interval (us)   3 carried wait (us)   4 "1" if the limit is a dry run
 --       5 version of a token that is not good enough   6 this replica   7 length of a lease (us)
 --       8 fence of the leader that was waited for, "" if none   9 how long a lease is remembered (us)
 --       10 how long an epoch is (us)

@@ -2,7 +2,7 @@
 --
 -- KEYS  1 bucket of the visitor's requests   2 token   3 the visitor's epoch
 -- ARGV  1 burst   2 interval (us)   3 carried wait (us)   4 "1" to charge, "0" to look only
---       5 "1" if a refusal is only rehearsed   6 version that the caller has already
+--       5 "1" if the limit is a dry run   6 version that the caller has already
 -- Reply {allowed, wait until full (us), epoch [, version, life left (us) [, sealed token]]}
 --       allowed 0: nothing follows; no version: no token; no sealed token: the caller has it
 --

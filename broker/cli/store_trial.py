@@ -41,7 +41,7 @@ TIMEOUT = 3.0
 """Seconds for a call: the first one connects, too."""
 
 VISITORS = 12
-"""Visitors of a rehearsal: on a cluster their keys lie in some seventy slots, on every primary."""
+"""Visitors of a trial: on a cluster their keys lie in some seventy slots, on every primary."""
 
 LIFE = 60
 """Seconds that a made-up token lives: no floor is applied to it, and nobody is given it."""
@@ -99,7 +99,7 @@ class Witness(Topology):
 
 
 @asynccontextmanager
-async def rehearsed(address: StoreAddress, access: Access) -> AsyncIterator[Witness]:
+async def trial(address: StoreAddress, access: Access) -> AsyncIterator[Witness]:
     """Do everything once; the server can be asked more afterwards."""
     fleet, key = secrets.token_hex(8), Secret(secrets.token_urlsafe(48))
     first, second = (_broker(address, access, fleet, key) for _ in range(2))
