@@ -71,22 +71,40 @@ def _any(digits: int) -> str:
 def span(least: int = 0, most: int = MAX_DURATION) -> Schema:
     """Return the schema of a span of time of so many microseconds.
 
-    How it is written, and apart from that which ones are too short or too long, so that an editor
-    shows the long expressions to nobody who has left out the unit.  In units that are longer than
-    `least` only 0 counts as too short.
+    Three rules, because an editor shows the one that is broken: how a span is written, which are
+    too short, which too long.  In units that are longer than `least` only 0 counts as too short; a
+    year is told by the number of digits, so that nobody has to read the figures of all units.
     """
-    short, long = [], []
+    rules = [r for r in (_shorter(least), _longer(most)) if r]
+    return {
+        "type": "string",
+        "pattern": rf"^[0-9]+(\.[0-9]+)?({'|'.join(UNITS)})$",
+        "allOf": [{"not": {"type": "string", "pattern": f"^({rule})$"}} for rule in rules],
+    }
+
+
+def _shorter(least: int) -> str:
+    """Return a regular expression of spans below so many microseconds."""
+    return "|".join(
+        rf"{up_to(-(-least // size) - 1)}(\.[0-9]+)?{unit}"
+        if size <= least
+        else rf"0+(\.0+)?{unit}"
+        for unit, size in UNITS.items()
+        if least
+    )
+
+
+def _longer(most: int) -> str:
+    """Return a regular expression of spans above so many microseconds."""
+    forms = []
     for unit, size in UNITS.items():
-        if size <= least:
-            short.append(rf"{up_to(-(-least // size) - 1)}(?:\.[0-9]+)?{unit}")
-        elif least:
-            short.append(rf"0+(?:\.0+)?{unit}")
         whole = most // size
-        beyond = rf"0*{whole}\.[0-9]*[1-9][0-9]*" if whole else r"0*\.[0-9]*[1-9][0-9]*"
-        long.append(rf"(?:{from_(whole + 1)}(?:\.[0-9]+)?|{beyond}){unit}")
-    refused = [{"pattern": f"^(?:{'|'.join(forms)})$"} for forms in (short, long) if forms]
-    written = rf"^[0-9]+(\.[0-9]+)?({'|'.join(UNITS)})$"
-    return {"type": "string", "pattern": written, "not": {"anyOf": refused}}
+        if most == MAX_DURATION:
+            forms.append(rf"0*[1-9]{_any(len(str(whole)))}[0-9]*(\.[0-9]+)?{unit}")
+            continue
+        beyond = rf"0*{whole or ''}\.[0-9]*[1-9][0-9]*"
+        forms.append(rf"({from_(whole + 1)}(\.[0-9]+)?|{beyond}){unit}")
+    return "|".join(forms)
 
 
 _SPANS = {
