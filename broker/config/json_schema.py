@@ -17,6 +17,7 @@ from msgspec import NODEFAULT, Struct
 from msgspec.structs import FieldInfo, fields
 
 from broker.config import settings, validate
+from broker.config.load import MIN_CLIENT_SECRET
 from broker.config.schema import MAX_DURATION, UNITS, bare, encode, is_table
 from broker.config.settings import Duration, Settings
 from broker.model import AGENT_ID, Secret
@@ -27,8 +28,8 @@ DRAFT = "http://json-schema.org/draft-07/schema#"
 
 Schema = dict[str, Any]
 
-_LEAST_SECRET, _LEAST_KEY = 16, 32
-"""Characters of what a client shows, and of what signs or seals."""
+_LEAST_KEY = 32
+"""Characters of what signs or seals, at least: as many bytes, or more."""
 
 _FORMS = ("_file", "_files")
 """Endings of the other forms of a secret; a table has one of them."""
@@ -144,9 +145,9 @@ _BOUNDS: Mapping[tuple[type[Struct], str], Schema] = {
     (settings.ServerSettings, "keep_alive"): _span("keep_alive"),
     (settings.ServerSettings, "trusted_proxies"): {"items": {"pattern": _NETWORK}},
     (settings.AdminSettings, "listen"): _LISTEN,
-    (settings.AdminSettings, "secret"): {"minLength": _LEAST_SECRET},
-    (settings.ClientSettings, "secret"): {"minLength": _LEAST_SECRET},
-    (settings.ClientSettings, "next_secret"): {"minLength": _LEAST_SECRET},
+    (settings.AdminSettings, "secret"): {"minLength": MIN_CLIENT_SECRET},
+    (settings.ClientSettings, "secret"): {"minLength": MIN_CLIENT_SECRET},
+    (settings.ClientSettings, "next_secret"): {"minLength": MIN_CLIENT_SECRET},
     (settings.ClientSettings, "agents"): {"items": {"pattern": rf"^(?:\*|{AGENT_ID.pattern})$"}},
     (settings.KeySettings, "secret"): {"minLength": _LEAST_KEY},
     (settings.UpstreamSettings, "base_url"): {"pattern": "^[Hh][Tt][Tt][Pp][Ss]?://[^?#@]+$"},
