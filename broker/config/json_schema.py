@@ -17,6 +17,7 @@ from msgspec import NODEFAULT, Struct
 from msgspec.structs import FieldInfo, fields
 
 from broker.config import settings, validate
+from broker.config.load import MIN_CLIENT_SECRET
 from broker.config.schema import MAX_DURATION, UNITS, bare, encode, is_table
 from broker.config.settings import Duration, Settings
 from broker.model import AGENT_ID, Secret
@@ -27,8 +28,8 @@ DRAFT = "http://json-schema.org/draft-07/schema#"
 
 Schema = dict[str, Any]
 
-_LEAST_SECRET, _LEAST_KEY = 16, 32
-"""Characters of what a client shows, and of what signs or seals."""
+_LEAST_KEY = 32
+"""Characters of what signs or seals, at least: as many bytes, or more."""
 
 _FORMS = ("_file", "_files")
 """Endings of the other forms of a secret; a table has one of them."""
@@ -71,22 +72,40 @@ def _any(digits: int) -> str:
 def span(least: int = 0, most: int = MAX_DURATION) -> Schema:
     """Return the schema of a span of time of so many microseconds.
 
-    How it is written, and apart from that which ones are too short or too long, so that an editor
-    shows the long expressions to nobody who has left out the unit.  In units that are longer than
-    `least` only 0 counts as too short.
+    Three rules, because an editor shows the one that is broken: how a span is written, which are
+    too short, which too long.  In units that are longer than `least` only 0 counts as too short; a
+    year is told by the number of digits, so that nobody has to read the figures of all units.
     """
-    short, long = [], []
+    rules = [r for r in (_shorter(least), _longer(most)) if r]
+    return {
+        "type": "string",
+        "pattern": rf"^[0-9]+(\.[0-9]+)?({'|'.join(UNITS)})$",
+        "allOf": [{"not": {"type": "string", "pattern": f"^({rule})$"}} for rule in rules],
+    }
+
+
+def _shorter(least: int) -> str:
+    """Return a regular expression of spans below so many microseconds."""
+    return "|".join(
+        rf"{up_to(-(-least // size) - 1)}(\.[0-9]+)?{unit}"
+        if size <= least
+        else rf"0+(\.0+)?{unit}"
+        for unit, size in UNITS.items()
+        if least
+    )
+
+
+def _longer(most: int) -> str:
+    """Return a regular expression of spans above so many microseconds."""
+    forms = []
     for unit, size in UNITS.items():
-        if size <= least:
-            short.append(rf"{up_to(-(-least // size) - 1)}(?:\.[0-9]+)?{unit}")
-        elif least:
-            short.append(rf"0+(?:\.0+)?{unit}")
         whole = most // size
-        beyond = rf"0*{whole}\.[0-9]*[1-9][0-9]*" if whole else r"0*\.[0-9]*[1-9][0-9]*"
-        long.append(rf"(?:{from_(whole + 1)}(?:\.[0-9]+)?|{beyond}){unit}")
-    refused = [{"pattern": f"^(?:{'|'.join(forms)})$"} for forms in (short, long) if forms]
-    written = rf"^[0-9]+(\.[0-9]+)?({'|'.join(UNITS)})$"
-    return {"type": "string", "pattern": written, "not": {"anyOf": refused}}
+        if most == MAX_DURATION:
+            forms.append(rf"0*[1-9]{_any(len(str(whole)))}[0-9]*(\.[0-9]+)?{unit}")
+            continue
+        beyond = rf"0*{whole or ''}\.[0-9]*[1-9][0-9]*"
+        forms.append(rf"({from_(whole + 1)}(\.[0-9]+)?|{beyond}){unit}")
+    return "|".join(forms)
 
 
 _SPANS = {
@@ -126,9 +145,9 @@ _BOUNDS: Mapping[tuple[type[Struct], str], Schema] = {
     (settings.ServerSettings, "keep_alive"): _span("keep_alive"),
     (settings.ServerSettings, "trusted_proxies"): {"items": {"pattern": _NETWORK}},
     (settings.AdminSettings, "listen"): _LISTEN,
-    (settings.AdminSettings, "secret"): {"minLength": _LEAST_SECRET},
-    (settings.ClientSettings, "secret"): {"minLength": _LEAST_SECRET},
-    (settings.ClientSettings, "next_secret"): {"minLength": _LEAST_SECRET},
+    (settings.AdminSettings, "secret"): {"minLength": MIN_CLIENT_SECRET},
+    (settings.ClientSettings, "secret"): {"minLength": MIN_CLIENT_SECRET},
+    (settings.ClientSettings, "next_secret"): {"minLength": MIN_CLIENT_SECRET},
     (settings.ClientSettings, "agents"): {"items": {"pattern": rf"^(?:\*|{AGENT_ID.pattern})$"}},
     (settings.KeySettings, "secret"): {"minLength": _LEAST_KEY},
     (settings.UpstreamSettings, "base_url"): {"pattern": "^[Hh][Tt][Tt][Pp][Ss]?://[^?#@]+$"},

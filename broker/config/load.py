@@ -124,9 +124,15 @@ def sound(found: Examined) -> Settings:
 
 
 def _by_variable(problem: ConfigError, names: Mapping[str, str]) -> ConfigError:
-    """Name the variable that is wrong: there is nothing about it in the file."""
-    name = names.get(problem.key)
-    return problem if name is None else ConfigError(f"{name}: {problem}", *problem.beside)
+    """Name the variable that is wrong: there is nothing about it in the file.
+
+    A rule of a table, such as a limit, names in its text the value that breaks it.
+    """
+    first_word = str(problem).removeprefix(f"{problem.key}: ").partition(" ")[0]
+    for key in (problem.key, f"{problem.key}.{first_word}"):
+        if key in names:
+            return ConfigError(f"{names[key]}: {problem}", *problem.beside)
+    return problem
 
 
 def _has(tree: Mapping[str, Any], key: str) -> bool:

@@ -401,6 +401,14 @@ class TestVariables:
             ),
             ("BROKER_SERVER__DEADLINE", "0s", "server.deadline: must be longer than 0"),
             (
+                "BROKER_LIMITS__AGENT__BURST",
+                "0",
+                (
+                    "limits.agent: burst must be between 1 and 2147483647; no number switches a"
+                    " limit off: raise it, or set dry_run = true"
+                ),
+            ),
+            (
                 "BROKER_ISSUER__UPSTREAM_TIMEOUT",
                 "1s",
                 "no such key; write BROKER_ISSUER__UPSTREAM__TIMEOUT",

@@ -50,13 +50,17 @@ def require_relay(path: Path, environment: dict[str, str]) -> None:
 def with_state_in(folder: Path) -> str:
     """Return the unit's configuration with its state file in a folder that is there.
 
-    systemd makes the unit's own: StateDirectory.
+    systemd makes the unit's own: StateDirectory.  At ports that nobody else has, because `check`
+    looks whether they are free.
     """
     text = (CONFIG / "systemd" / "broker.toml").read_text(encoding="utf-8")
     shipped = "sqlite:///var/lib/embed-token-broker/state.db"
     assert tomllib.loads(text)["store"]["url"] == shipped
     assert "StateDirectory=embed-token-broker\n" in UNIT.read_text(encoding="utf-8")
-    return text.replace(shipped, f"sqlite://{folder / 'state.db'}")
+    text = text.replace(shipped, f"sqlite://{folder / 'state.db'}")
+    assert "[admin]" not in text
+    text = text.replace('"127.0.0.1:8080"', '"127.0.0.1:0"')
+    return f'{text}\n[admin]\nlisten = "127.0.0.1:0"\n'
 
 
 KUBERNETES = ("1.29", "1.34", "1.37")
