@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -435,6 +435,43 @@ async def test_D7_keys_that_change_twice_while_nothing_can_be_written(
 def full(*_arguments: object) -> None:
     """Fail as a disk without room does."""
     raise StateFileFailed(FileError.FULL, "full")
+
+
+async def test_D7_keys_that_change_while_others_are_written(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last ones count, and are written next."""
+    ask, last = broker.ask(), a_key()
+    async with broker.opened() as backend:
+        token, _ = await mint(broker, backend, ask)
+        writer = backend._slot.writer
+        really = writer._file.use_keys
+
+        def use_keys(wrapped: Sequence[bytes]) -> None:
+            monkeypatch.setattr(writer._file, "use_keys", really)
+            writer.use_keys([last])
+            really(wrapped)
+
+        monkeypatch.setattr(writer._file, "use_keys", use_keys)
+        backend.use_keys([a_key()])
+        await until(lambda: not writer.owes_keys)
+    broker.keys = (last,)
+    async with broker.opened() as backend:
+        assert await held(backend, ask) == token.body
+
+
+async def test_G11_the_oldest_that_come_back_are_the_first_to_go(broker: Broker) -> None:
+    """As they would have been without a restart."""
+    broker.most = 5
+    asks = [broker.ask() for _ in range(5)]
+    async with broker.opened() as backend:
+        for ask in asks:
+            await mint(broker, backend, ask)
+    async with broker.opened() as backend:
+        for _ in range(2):
+            await mint(broker, backend, broker.ask())
+        found = [await held(backend, ask) is not None for ask in asks]
+        assert found == [False] * 2 + [True] * 3
 
 
 async def test_D8_a_clock_that_was_set_back_while_it_ran(

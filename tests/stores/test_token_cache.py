@@ -66,6 +66,27 @@ def test_T8_a_token_is_found_to_the_last_microsecond_it_may_be_kept(clock: FakeC
     assert (cache.counts.evicted.value, cache.counts.expired.value) == (0, 1)
 
 
+def test_G11_what_is_restored_is_held_as_if_it_had_come_one_by_one(clock: FakeClock) -> None:
+    """The same part by part, the oldest in front; what is dead is not; all of it goes in time."""
+    lives = [HOUR, 2 * OUTAGE, OUTAGE, 3 * OUTAGE + 1, HOUR, 1]
+    tokens = {f"{number}": held(clock, lives[number % len(lives)]) for number in range(60)}
+    there, here = cache_of(clock), cache_of(clock)
+    for key, token in tokens.items():
+        there[key] = token
+    here.restore(tokens.items())
+    for moment in (0, 60, 120, 3540):
+        clock.advance(moment)
+        while there.expire(clock.mono()) | here.expire(clock.mono()):
+            pass
+        assert [list(part) for part in here._tokens.parts] == [
+            list(part) for part in there._tokens.parts
+        ]
+        assert len(here) == len(there)
+        assert len(here._due) == len(there._due)
+        assert here._near == there._near
+    assert len(here) == 0
+
+
 @pytest.mark.parametrize("lifetime", [0, 1, SECOND, OUTAGE])
 def test_T7_a_token_that_is_dead_on_arrival_is_not_held(clock: FakeClock, lifetime: int) -> None:
     """It is no error, takes no room and pushes nobody out."""
