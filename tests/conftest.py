@@ -32,6 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 settings.register_profile("broker", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("broker")  # what is slow on a busy machine is no defect
+settings.register_profile("again", parent=settings.get_profile("broker"), max_examples=20)
 
 
 @pytest.fixture(scope="session")
