@@ -13,6 +13,7 @@ from servers import (
     store_server,
     valkey_binary,
 )
+from structlog.dev import ConsoleRenderer, plain_traceback
 
 ROOMS_THAT_WAIT = ("fleet", "parts", "vendor", "process", "valkey", "web", "telemetry")
 """Rooms of tests that start processes and wait for them, the slowest first."""
@@ -32,6 +33,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 settings.register_profile("broker", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("broker")  # what is slow on a busy machine is no defect
+settings.register_profile("again", parent=settings.get_profile("broker"), max_examples=20)
+
+
+ConsoleRenderer.get_active().exception_formatter = plain_traceback
+"""What tests log before a broker configures it: to draw one in colour takes up to seconds."""
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,8 @@ AGENT = "A78WKV4515"
 PATIENCE = 30.0
 """Seconds after which something that should happen is taken not to: generous, machines are busy."""
 
+ABSENT = Path(__file__).with_name("absent")
+
 T = TypeVar("T")
 Tree = dict[str, Any]
 
@@ -27,11 +29,12 @@ Tree = dict[str, Any]
 def environment(**variables: str) -> dict[str, str]:
     """Return what a broker is given: nothing of this process but where Python finds things.
 
-    And what coverage.py measures, where this process is measured.
+    And what coverage.py measures, where this process is measured.  Packages that only tests need
+    are kept from it.
     """
-    names = ("PATH", "PYTHONPATH", "COVERAGE_PROCESS_CONFIG")
-    kept = {name: os.environ[name] for name in names if name in os.environ}
-    return {**kept, **variables}
+    kept = {k: os.environ[k] for k in ("PATH", "COVERAGE_PROCESS_CONFIG") if k in os.environ}
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ABSENT))))
+    return {**kept, "PYTHONPATH": path, **variables}
 
 
 def run(

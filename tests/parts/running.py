@@ -79,6 +79,8 @@ def broker(folder: Path, settings: Mapping[str, object] | None = None) -> Iterat
     command = [sys.executable, "-m", "broker", "serve", "--dev"]
     command += ["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("BROKER_")}
+    path = (environment.get("PYTHONPATH"), str(Path(__file__).parents[1] / "absent"))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))  # as in processes.py
     with (
         log.open("w", encoding="utf-8") as stderr,
         subprocess.Popen(

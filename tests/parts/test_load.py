@@ -28,12 +28,13 @@ def test_the_load_test_finds_every_answer_right(traffic: list[str]) -> None:
     assert ("wrk:" in done.stdout) == ("--duration" in traffic)
 
 
-def test_100_000_refusals_write_fewer_than_1_000_lines() -> None:
+def test_20_000_refusals_write_fewer_than_1_000_lines() -> None:
     """Of three kinds; lines and counts add up to every 429; prints the CPU of one."""
     command = [sys.executable, str(ROOT / "tests" / "load" / "refusals.py")]
+    command += ["--refusals", "20000"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     refusals = re.search(r"(\d+) refusals", done.stdout)
     assert refusals is not None
-    assert int(refusals[1]) >= 100_000
+    assert int(refusals[1]) >= 20_000

@@ -158,7 +158,11 @@ def test_m3_rejections_equal_the_refusals_that_clients_counted(
     assert sum(requests.values()) == sum(loaded.statuses.values())
 
 
-def test_m3_the_number_of_series_is_constant_under_100_000_visitors(tmp_path: Path) -> None:
+VISITORS = 20_000
+"""Many times the series that there are, on 1,000 agents; tests/telemetry has more in a process."""
+
+
+def test_m3_the_number_of_series_is_constant_under_20_000_visitors(tmp_path: Path) -> None:
     """Every series is there from the start; agents and visitors add none."""
     script = tmp_path / "strangers.lua"
     script.write_text(STRANGERS, encoding="utf-8")
@@ -169,23 +173,23 @@ def test_m3_the_number_of_series_is_constant_under_100_000_visitors(tmp_path: Pa
     }
     with broker(tmp_path, roomy) as started:
         before = series_of(parse_text(scrape(started)))
-        rounds = iter(range(100))
+        rounds = iter(range(1000))
 
         def enough() -> bool:
-            command = ["wrk", "-t1", "-c16", "-d5", "-s", str(script), started.token_url]
+            command = ["wrk", "-t1", "-c16", "-d1", "-s", str(script), started.token_url]
             subprocess.run(
                 [*command, "--", started.secret, str(next(rounds))],
                 check=True,
                 stdout=subprocess.DEVNULL,
             )
             tracked = samples(scrape(started), "broker_buckets_tracked")
-            return tracked["fingerprint"] >= 100_000
+            return tracked["fingerprint"] >= VISITORS
 
-        until(enough, "100,000 visitors", patience=400)
+        until(enough, f"{VISITORS} visitors", patience=400)
         after = scrape(started)
         statuses = samples(after, "broker_requests_total")
     assert series_of(parse_text(after)) == before
-    assert statuses["minted"] >= 100_000
+    assert statuses["minted"] >= VISITORS
     assert statuses["failed"] == statuses["shed"] == 0
 
 

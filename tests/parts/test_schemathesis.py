@@ -24,7 +24,7 @@ seed = {seed}
 
 [generation]
 codec = "{codec}"
-max-examples = 100
+max-examples = 50
 
 [checks]
 enabled = true

@@ -42,7 +42,7 @@ async def used(server: StoreServer) -> AsyncIterator[None]:
     """Fill the store with everything that a broker puts there, under random operations."""
     server.flush()
     chance = random.Random(8)
-    kinds = [limit(rate, 60_000_000, burst) for rate, burst in [(6, 6), (60, 20), (6000, 1000)]]
+    kinds = [limit(rate, 60_000_000, burst) for rate, burst in [(6, 6), (60, 20), (60, 1000)]]
     limits = limits_of(*kinds, client=Limit(100_000, 100))
     own = replace(limits.fingerprint, overrides={AGENT: limits.fingerprint.rule})
     limits = replace(limits, fingerprint=own)  # so that the agent has buckets of its own

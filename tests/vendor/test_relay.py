@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import secrets
 import signal
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 import aiohttp
 import msgspec
 import pytest
+from processes import environment
 from relaying import AGENT, TOKEN_PATH, UNLIMITED, House, broker_before, visitor
 
 from broker.testing import FakeVendor, Refusal, Shape
@@ -30,10 +30,9 @@ async def process(
     *arguments: str, folder: Path, environ: Mapping[str, str]
 ) -> AsyncIterator[Process]:
     """Run the broker's command line with nothing in its environment but this."""
-    inherited = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
     started = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "broker", *arguments,
-        stdout=PIPE, stderr=PIPE, cwd=folder, env={**inherited, **environ},
+        stdout=PIPE, stderr=PIPE, cwd=folder, env=environment(**environ),
     )  # fmt: skip
     try:
         yield started

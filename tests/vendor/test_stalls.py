@@ -196,7 +196,7 @@ async def test_N13_a_call_that_hangs_while_the_vendor_answers_others_is_not_wait
 ) -> None:
     """The vendor reads, so it has read that one: a few that hang do not use up the budget."""
     monkeypatch.setattr(calls, "SEEN", 0.3)
-    async with relaying(budget=FEW, timeout=0.1) as relay:
+    async with relaying(budget=FEW, timeout=0.5) as relay:
         await relay.ask()
         relay.vendor.fail(faults.hang(), times=3)
         await failures(relay, 3)
@@ -353,7 +353,7 @@ async def test_N13_who_is_refused_in_a_stall_is_told_why() -> None:
 
 async def test_N13_calls_that_are_out_when_a_process_ends_are_owed() -> None:
     """They may lie unread before a vendor that stands still."""
-    async with relaying(budget=FEW, timeout=0.1) as relay:
+    async with relaying(budget=FEW, timeout=0.5) as relay:
         await relay.ask()
         relay.vendor.fail(faults.hang(), times=3)
         await failures(relay, 3)
