@@ -6,7 +6,7 @@ or for its token, comes back as a coroutine that goes on where the calls ended. 
 written once: the same calls answer what was waited for.
 """
 
-from typing import Protocol, cast
+from typing import Protocol, TypedDict, cast
 
 import structlog
 
@@ -16,6 +16,7 @@ from broker.model import Clock, Outcome, TokenRequest, name_of
 from broker.stores.base import Rejection, Visit
 from broker.telemetry.logs import RefusalLog, visitor_hash
 from broker.telemetry.metrics import BUDGET, Metrics
+from broker.telemetry.mint_line import MintLine
 from broker.telemetry.readiness import Readiness
 from broker.units import SECOND
 from broker.web import body
@@ -41,6 +42,17 @@ _COUNTED = frozenset(
     {Outcome.LIMITED, Outcome.SHED, Outcome.INVALID, Outcome.UNAUTHORIZED, Outcome.FORBIDDEN}
 )
 """Outcomes that anybody can cause in any number: one a minute is written, the rest counted."""
+
+
+class _HandoutFields(TypedDict):
+    request_id: str
+    client: str
+    agent: str
+    visitor: str
+    session: str
+    token: str
+    left_s: int
+    duration_ms: float
 
 
 class Frame(Protocol):
@@ -91,11 +103,8 @@ class TokenRoute:
         self.use_log(debug=False)
 
     def use_log(self, *, debug: bool) -> None:
-        """Follow a change of the log's level; `debug` writes every hand-out.
-
-        The bound logger is kept: to make one takes as long as to write a line.
-        """
-        self._log = structlog.get_logger().bind()
+        """Follow a change of the log's level; `debug` writes every hand-out."""
+        self._mint_line = MintLine()
         self.debug = debug
 
     def __call__(self, request: Request, request_id: str) -> Answer | Work:
@@ -240,20 +249,21 @@ class TokenRoute:
     def _log_handout(
         self, handout: IssuedToken, request_id: str, seconds: float, ask: TokenRequest
     ) -> None:
-        write = self._log.info if handout.outcome is _MINTED else log.debug
         data = data_in(handout.token.body)
-        write(
-            "broker.embed_token",
-            outcome=handout.outcome.value,
-            request_id=request_id,
-            client=ask.client,
-            agent=ask.agent,
-            visitor=visitor_hash(ask.fingerprint),
-            session=data.session_id,
-            token=name_of(data.token),
-            left_s=handout.left // 1_000_000,
-            duration_ms=round(seconds * 1000, 3),
-        )
+        fields: _HandoutFields = {
+            "request_id": request_id,
+            "client": ask.client,
+            "agent": ask.agent,
+            "visitor": visitor_hash(ask.fingerprint),
+            "session": data.session_id,
+            "token": name_of(data.token),
+            "left_s": handout.left // 1_000_000,
+            "duration_ms": round(seconds * 1000, 3),
+        }
+        if handout.outcome is _MINTED:
+            self._mint_line.write("minted", **fields)
+        else:
+            log.debug("broker.embed_token", outcome=handout.outcome.value, **fields)
 
 
 def _log_failure(
