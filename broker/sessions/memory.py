@@ -111,8 +111,12 @@ class MemorySessions(SessionStore):
         self._forget(session.session_id)
 
     @override
-    async def ended(self, session_id: str) -> bool:
+    def knows_end(self, session_id: str) -> bool:
         return session_id in self._young or session_id in self._old
+
+    @override
+    async def ended(self, session_id: str) -> bool:
+        return self.knows_end(session_id)
 
     @property
     def ended_count(self) -> int:

@@ -29,7 +29,7 @@ from broker import errors
 from broker.issue import IssuedToken
 from broker.issuers.base import Turn
 from broker.model import AGENT_RULE, Minted, Outcome, TokenRequest
-from broker.stores.base import Rejection
+from broker.stores.base import Rejection, Visit
 
 MINT_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]+")
 
@@ -542,13 +542,15 @@ class TestWhatIsBehindFails:
         """
         given: list[float] = []
         async with serving({"server": {"deadline": "12s"}}) as edge:
-            issue = edge.app.parts.token_service.issue
+            finish = edge.app.parts.token_service.finish
 
-            async def recorded(ask: TokenRequest, patience: float) -> IssuedToken | Rejection:
+            async def recorded(
+                ask: TokenRequest, begun: Visit | None, patience: float
+            ) -> IssuedToken | Rejection:
                 given.append(patience)
-                return await issue(ask, patience)
+                return await finish(ask, begun, patience)
 
-            monkeypatch.setattr(edge.app.parts.token_service, "issue", recorded)
+            monkeypatch.setattr(edge.app.parts.token_service, "finish", recorded)
             line = await edge.connect()
             data = edge.asking()
             line.send(data[:-10])
