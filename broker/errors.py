@@ -145,6 +145,11 @@ class RequestTimeout(CallerError):
     status, code = 408, "REQUEST_TIMEOUT"
 
 
+_REACHED = {
+    name: f"limit {name.value} reached: retry after the time in Retry-After" for name in LimitName
+}
+
+
 class RateLimited(CallerError):
     """One of our limits refused; `verdict` is what its bucket said."""
 
@@ -152,7 +157,7 @@ class RateLimited(CallerError):
     transient = True
 
     def __init__(self, limit: LimitName, verdict: Verdict) -> None:
-        super().__init__(f"limit {limit.value} reached: retry after the time in Retry-After")
+        super().__init__(_REACHED[limit])
         self.limit = limit
         self.verdict = verdict
 

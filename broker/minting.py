@@ -144,7 +144,6 @@ class Minter:
                 token = self._same_again(mint.key, mint.cached, lease)
             else:
                 token = self._ready(minted, turn.mono, turn.wall, lease)
-                self._require_floor(token)
                 self.backoff.forget(mint.key)
                 session = await self._record(mint.request, minted, token, turn.wall)
                 is_their_own = session is not None
@@ -211,11 +210,6 @@ class Minter:
         mark = min(cached.mark, floor + max(left - floor, 0) // 2)
         return replace(cached, mark=mark, version=lease.fence, epoch=lease.epoch)
 
-    def _require_floor(self, token: EmbedToken) -> None:
-        floor = self._policy.marks(token.lifetime).floor
-        if self._left(token) < floor or token.lifetime <= 0:
-            raise errors.UpstreamUnavailable("the token had expired, or nearly, when it arrived")
-
     def _report_renewal(self, error: BaseException, request: TokenRequest) -> None:
         """Write the first failure of a kind in a minute: an outage fails them all, again."""
         if self.renewal_log.first(f"renewal {type(error).__name__}", self._clock.mono()):
@@ -241,19 +235,24 @@ class Minter:
         """Make the answer's bytes and draw the renewal mark, once for the life of the token.
 
         It dies a whole life after the mint was started (`mono`, `wall`), or when what it has left
-        now is over, whichever comes first.
+        now is over, whichever comes first.  Raises UpstreamUnavailable for one below its floor.
         """
         whole = minted.whole or minted.lifetime
-        return EmbedToken(
+        marks = self._policy.marks(whole)
+        mono_now, wall_now = self._clock.mono(), self._clock.wall()
+        token = EmbedToken(
             body=success_body(minted),
-            dies_mono=min(mono + whole, self._clock.mono() + minted.lifetime),
-            dies_wall=min(wall + whole, self._clock.wall() + minted.lifetime),
+            dies_mono=min(mono + whole, mono_now + minted.lifetime),
+            dies_wall=min(wall + whole, wall_now + minted.lifetime),
             lifetime=whole,
-            mark=reuse.renewal_mark(self._policy.marks(whole), self._draw),
+            mark=reuse.renewal_mark(marks, self._draw),
             version=lease.fence,
             epoch=lease.epoch,
             origin=sys.intern(minted.origin or self._issuer.signer_id),  # once, not once a token
         )
+        if token.left(mono_now, wall_now) < marks.floor or whole <= 0:
+            raise errors.UpstreamUnavailable("the token had expired, or nearly, when it arrived")
+        return token
 
     def _better_than(self, cached: EmbedToken | None) -> Callable[[EmbedToken], bool]:
         """Tell a good token that arrived since this flight's first asker looked."""

@@ -13,7 +13,8 @@ come in as microseconds since 1970; those inside a token are its own Unix second
 import hashlib
 import hmac
 import re
-from base64 import urlsafe_b64decode, urlsafe_b64encode
+from base64 import urlsafe_b64decode
+from binascii import b2a_base64
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
@@ -54,6 +55,8 @@ _SHAPE = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{43}")
 """Three parts in the alphabet of RFC 4648 section 5, without padding, and 32 bytes of signature."""
 
 _REQUIRED = ("exp", "nbf", "iss", "aud", "sub")
+
+_URLSAFE = bytes.maketrans(b"+/", b"-_")
 
 _decode = msgspec.json.Decoder().decode
 
@@ -214,8 +217,8 @@ class Keyring:
 class Template:
     """Signs tokens that differ in some claims only.
 
-    Header and constant claims are encoded, and fed to the HMAC, once for each key: signing takes
-    4 us instead of 6.
+    Header and constant claims are encoded once for each key.  They are hashed anew with each token:
+    an HMAC that was begun has to be copied, which takes longer.
     """
 
     def __init__(
@@ -228,18 +231,14 @@ class Template:
         opening = msgspec.json.encode(constant)[:-1] + b","
         opening += b" " * (-len(opening) % 3)  # of JSON; so that base64 goes on behind it
         self._signer = signer
-        self._begun: dict[str, tuple[str, hmac.HMAC]] = {}
-        for key in keys:
-            begin = headers[key.kid] + b"." + _base64url(opening)
-            self._begun[key.kid] = begin.decode(), hmac.new(key.secret, begin, "sha256")
+        opening = _base64url(opening)
+        self._begun = {key.kid: headers[key.kid] + b"." + opening for key in keys}
 
     def sign(self, claims: Struct, now: int) -> str:
         """Return the compact JWS of the constant claims and these."""
-        begin, mac = self._begun[self._signer(now).kid]
-        rest = _base64url(msgspec.json.encode(claims)[1:])
-        mac = mac.copy()
-        mac.update(rest)
-        return f"{begin}{rest.decode()}.{_base64url(mac.digest()).decode()}"
+        key = self._signer(now)
+        signed = self._begun[key.kid] + _base64url(msgspec.json.encode(claims)[1:])
+        return f"{signed.decode()}.{_signature(signed, key)}"
 
     @override
     def __repr__(self) -> str:
@@ -270,8 +269,8 @@ def _signature(signed: bytes, key: Key) -> str:
 
 
 def _base64url(data: bytes) -> bytes:
-    """Encode without padding (RFC 7515 section 2)."""
-    return urlsafe_b64encode(data).rstrip(b"=")
+    """Encode without padding (RFC 7515 section 2); two calls less than `base64`'s own function."""
+    return b2a_base64(data, newline=False).translate(_URLSAFE, b"=")
 
 
 def _json(part: str) -> object:

@@ -3,7 +3,7 @@
 Knows keys and claims.  Does not know who asks for a token, how often, or what was revoked.
 """
 
-import secrets
+import os
 from collections.abc import Mapping
 
 from msgspec import UNSET, Struct, UnsetType
@@ -69,7 +69,7 @@ class LocalIssuer(Issuer):
         now = self._clock.wall()
         issued = now // SECOND - BACKDATED_SECONDS
         expires = issued + LIFETIME_SECONDS
-        session = secrets.token_hex(16)
+        session = os.urandom(16).hex()  # as `secrets` does it, by two calls less
         claims = _Claims(
             sub=ask.agent,
             agent_id=ask.agent,

@@ -98,6 +98,10 @@ class SessionStore(Protocol):
         """Drop the record of a session; may be repeated."""
         ...
 
+    def knows_end(self, _session_id: str) -> bool | None:
+        """Return what `ended` does, where it need not wait; None where it does."""
+        return None
+
     async def ended(self, session_id: str) -> bool:
         """Whether this session was ended, for as long as a token of it could be shown."""
         ...

@@ -55,15 +55,19 @@ class MemorySessions(SessionStore):
 
     @override
     async def record(self, session: Session) -> None:
-        for other_id in (session.session_id, self._by_digest.get(session.digest) or ""):
-            other = await self.find(other_id)
-            if other is not None and other.key != session.key:
-                raise SessionTaken
+        if self._is_anothers(session.session_id, session) or (
+            session.digest and self._is_anothers(self._by_digest.get(session.digest) or "", session)
+        ):
+            raise SessionTaken
         self._forget(session.session_id)  # or it would keep its place in the order
         if self._held >= self._most:
             most = max(self._orders, key=lambda client: len(self._orders[client]))
             self._forget(self._orders[most].first() or "")
         self._write(session)
+
+    def _is_anothers(self, session_id: str, session: Session) -> bool:
+        other = self._sessions.get(session_id)
+        return other is not None and other.key != session.key and self._lives(other)
 
     @override
     async def find(self, session_id: str) -> Session | None:
@@ -111,8 +115,12 @@ class MemorySessions(SessionStore):
         self._forget(session.session_id)
 
     @override
-    async def ended(self, session_id: str) -> bool:
+    def knows_end(self, session_id: str) -> bool:
         return session_id in self._young or session_id in self._old
+
+    @override
+    async def ended(self, session_id: str) -> bool:
+        return self.knows_end(session_id)
 
     @property
     def ended_count(self) -> int:

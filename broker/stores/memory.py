@@ -17,6 +17,8 @@ from broker.stores.epochs import Epochs
 from broker.stores.token_cache import TokenCache
 from broker.telemetry.counts import BucketCounts
 
+_FINGERPRINT = LimitName.FINGERPRINT
+
 
 class MemoryStore(Store):
     """Buckets and tokens of one process.
@@ -81,7 +83,7 @@ class MemoryStore(Store):
         rule, key = limits.fingerprint.met_by(ask)
         verdict = self._fingerprint.take(key, rule.limit, now, dry_run=rule.dry_run)
         if not verdict.allowed and not rule.dry_run:
-            return Visit(verdict, Rejection(LimitName.FINGERPRINT, verdict), None)
+            return Visit(verdict, Rejection(_FINGERPRINT, verdict), None)
         return Visit(verdict, None, self._find_at(ask.visitor, ask.key, now))
 
     @override

@@ -56,6 +56,40 @@ def configure(settings: LogSettings, stream: TextIO | None = None) -> None:
     logging.basicConfig(handlers=[_Bridge()], level=logging.WARNING, force=True)
 
 
+class JsonLines:
+    """The way past structlog for lines that are JSON already, as the present configuration is.
+
+    `tells_info` says whether lines of that level are written at all.
+    """
+
+    def __init__(
+        self, write: Callable[[str], object], processors: Sequence[Processor], *, tells_info: bool
+    ) -> None:
+        self.write = write
+        self.tells_info = tells_info
+        self._processors = processors
+        self._last = processors[-1]
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether events still go through what was configured: who captures them changes that."""
+        return bool(self._processors) and self._processors[-1] is self._last
+
+
+def json_lines() -> JsonLines | None:
+    """Return where ready lines go, with their line end; None where lines are no JSON."""
+    config = structlog.get_config()
+    processors = config["processors"]
+    render = processors[-1] if processors else None
+    if not isinstance(render, _Render) or not render.is_json:
+        return None
+    return JsonLines(
+        config["logger_factory"]().write,
+        processors,
+        tells_info=structlog.get_logger().bind().is_enabled_for(logging.INFO),
+    )
+
+
 def take_over() -> None:
     """Make this process one that reports everything by its log, also what nobody has caught.
 
@@ -88,11 +122,11 @@ class _Lines:
     """What structlog calls a logger: writes lines that are ready."""
 
     def __init__(self, write: Callable[[str], object]) -> None:
-        self._write = write
+        self.write = write
 
     def msg(self, line: str) -> None:
         """Write one line."""
-        self._write(f"{line}\n")
+        self.write(f"{line}\n")
 
     debug = info = warning = error = critical = exception = msg
 
@@ -102,6 +136,7 @@ class _Render:
 
     def __init__(self, processors: Sequence[Processor]) -> None:
         self._processors = processors
+        self.is_json = processors is _JSON
 
     def __call__(self, logger: object, name: str, event: EventDict) -> str:
         of = str(event.get("event"))
@@ -153,20 +188,25 @@ _DELETE = b"\x7f"
 _encode = msgspec.json.Encoder().encode
 
 
-class _Stamp:
+class Stamp:
     """Tells when; the date is written once a second."""
 
     def __init__(self) -> None:
         self._second = 0
         self._date = ""
 
-    def __call__(self, _logger: object, _name: str, event: EventDict) -> EventDict:
+    def now(self) -> str:
+        """Return this moment, as RFC 3339 has it."""
         now = time.time()
         second = int(now)
         if second != self._second:
             self._second = second
             self._date = f"{datetime.fromtimestamp(second, tz=UTC):%Y-%m-%dT%H:%M:%S}"
-        event["timestamp"] = f"{self._date}.{int((now - second) * 1e6):06}Z"
+        return f"{self._date}.{int((now - second) * 1e6):06}Z"
+
+    def __call__(self, _logger: object, _name: str, event: EventDict) -> EventDict:
+        """Put it into an event."""
+        event["timestamp"] = self.now()
         return event
 
 
@@ -181,7 +221,7 @@ def _trace(_logger: object, _name: str, event: EventDict) -> EventDict:
 
 
 _JSON: list[Processor] = [
-    _Stamp(),
+    Stamp(),
     _trace,
     _as_json,
 ]

@@ -120,17 +120,49 @@ def head(
     )
 
 
-class GrantHeads:
-    """Heads of hand-outs, put together from two pieces and a request id.
+class Heads:
+    """Heads of answers, put together from two pieces and a request id.
 
-    What is before the id differs with the length of the token's answer, what is behind it with what
-    a limit says, and many visitors of one second are told the same: both are kept until the next.
+    What is before the id differs with status, type and length, what is behind it with what a limit
+    says, and many requests of one second are told the same: both are kept until the next.
     """
 
     def __init__(self) -> None:
         self._date = ""
-        self._openings: dict[int, bytes] = {}
+        self._openings: dict[tuple[int, int, str, str], bytes] = {}
         self._tails: dict[tuple[str, int, int, int, int, int], bytes] = {}
+
+    def plain(
+        self, status: int, length: int, content_type: str, request_id: str, date: str, cache: str
+    ) -> bytes:
+        """Return what `head` does, as bytes."""
+        return self._opening(status, length, content_type, date, cache) + request_id.encode() + CRLF
+
+    def _opening(self, status: int, length: int, content_type: str, date: str, cache: str) -> bytes:
+        """Return what is before the request id."""
+        if date is not self._date:
+            self._date = date
+            self._openings.clear()
+            self._tails.clear()
+        said = status, length, content_type, cache
+        known = self._openings.get(said)
+        if known is None:
+            if len(self._openings) >= MOST_KEPT:
+                self._openings.clear()
+            text = head(status, length, content_type, _ID, date, cache).partition(_ID)[0]
+            known = self._openings[said] = text.encode("latin-1")
+        return known
+
+    def refusal(self, name: LimitName, verdict: Verdict, wall: int) -> bytes:
+        """Return `limit_headers` and `Retry-After` of a limit that refused, as bytes."""
+        limit, retry = verdict.limit, retry_after_seconds(verdict.retry_after)
+        full_at = -(-(wall + verdict.full_in) // SECOND)
+        said = _LABELS[name], limit.burst, limit.interval, verdict.remaining, full_at, retry
+        known = self._tails.get(said)
+        if known is None:
+            text = f"{limit_headers(name, verdict, wall)}Retry-After: {retry}\r\n"
+            known = self._keep(said, text)
+        return known
 
     def write(
         self, line: str, length: int, request_id: str, date: str, verdict: Verdict, wall: int
@@ -139,13 +171,7 @@ class GrantHeads:
 
         The verdict is that of the fingerprint limit; `wall` is now, in Unix us.
         """
-        if date is not self._date:
-            self._date = date
-            self._openings.clear()
-            self._tails.clear()
-        opening = self._openings.get(length)
-        if opening is None:
-            opening = self._openings[length] = _before_id(length, date)
+        opening = self._opening(200, length, JSON_TYPE, date, "no-store")
         full_in, limit = verdict.full_in, verdict.limit
         if not verdict.allowed or not full_in:
             tail = line + limit_headers(LimitName.FINGERPRINT, verdict, wall)
@@ -155,29 +181,27 @@ class GrantHeads:
         said = line, limit.burst, interval, verdict.remaining, full_at, next_in
         known = self._tails.get(said)
         if known is None:
-            known = self._keep(said, line, verdict, wall)
+            text = f"\r\n{line}{limit_headers(LimitName.FINGERPRINT, verdict, wall)}"
+            known = self._keep(said, text)
         return b"%b%b%b" % (opening, request_id.encode(), known)
 
-    def _keep(
-        self, said: tuple[str, int, int, int, int, int], line: str, verdict: Verdict, wall: int
-    ) -> bytes:
-        if len(self._tails) >= MOST_TAILS:
+    def _keep(self, said: tuple[str, int, int, int, int, int], text: str) -> bytes:
+        if len(self._tails) >= MOST_KEPT:
             self._tails.clear()
-        text = f"\r\n{line}{limit_headers(LimitName.FINGERPRINT, verdict, wall)}"
         known = self._tails[said] = text.encode("latin-1")
         return known
 
 
-MOST_TAILS = 1024
-"""Pieces that are kept within a second, 400 bytes each.  Of one limit there are as many as its
-burst, times the seconds until it is full."""
+MOST_KEPT = 1024
+"""Pieces of a kind that are kept within a second, 400 bytes each.  Of one limit there are as many
+as its burst, times the seconds until it is full."""
+
+CRLF = b"\r\n"
+
+_LABELS = {name: name.value for name in LimitName}
 
 _ID = "\0"
 """Stands for a request id; in a head that is one it cannot be."""
-
-
-def _before_id(length: int, date: str) -> bytes:
-    return head(200, length, JSON_TYPE, _ID, date).partition(_ID)[0].encode("latin-1")
 
 
 def limit_headers(name: LimitName, verdict: Verdict, wall: int) -> str:

@@ -25,9 +25,8 @@ from broker.web.lane import ANY_METHOD
 from broker.web.response import (
     JSON_TYPE,
     Answer,
+    Heads,
     ReadyAnswer,
-    head,
-    limit_headers,
     outcome_of,
     retry_after_seconds,
 )
@@ -81,6 +80,7 @@ class Routes:
         self._health = health
         self.admin_url = ""
         self.refusals = RefusalLog()
+        self.heads = Heads()
         self._id_prefix = secrets.token_hex(4)
         self._id_count = count(1)
         self._date = ""
@@ -209,8 +209,10 @@ class Routes:
         """Return the answer of a failure, with what its status has to say in headers."""
         headers = ""
         if isinstance(error, errors.RateLimited):
-            headers = limit_headers(error.limit, error.verdict, self._clock.wall())
-        elif isinstance(error, errors.MethodNotAllowed):
+            wall = self._clock.wall()
+            told = self.heads.refusal(error.limit, error.verdict, wall)
+            return self._answer(429, error_body_of(error), request_id, told, wall)
+        if isinstance(error, errors.MethodNotAllowed):
             headers = f"Allow: {error.allow}\r\n"
         elif error.status == 401:  # noqa: PLR2004 - RFC 9110 section 15.5.2 requires the challenge
             headers = "WWW-Authenticate: Bearer\r\n"
@@ -228,10 +230,23 @@ class Routes:
         cache: str = "no-store",
     ) -> Answer:
         """Return an answer; `headers` are ready lines with their CRLF."""
-        date = self.http_date(self._clock.wall())
-        text = head(status, len(content), content_type, request_id, date, cache)
+        told, wall = headers.encode("latin-1"), self._clock.wall()
+        return self._answer(status, content, request_id, told, wall, content_type, cache)
+
+    def _answer(
+        self,
+        status: int,
+        content: bytes,
+        request_id: str,
+        headers: bytes,
+        wall: int,
+        content_type: str = JSON_TYPE,
+        cache: str = "no-store",
+    ) -> Answer:
+        date = self.http_date(wall)
+        start = self.heads.plain(status, len(content), content_type, request_id, date, cache)
         close = self._health.draining or status in _CLOSING
-        return Answer(status, (text + headers).encode("latin-1"), content, close)
+        return Answer(status, start + headers, content, close)
 
     def given_id(self, headers: Mapping[str, str]) -> str:
         """Return a well-formed id that the caller sent, which is kept; empty if there is none."""

@@ -37,12 +37,13 @@ from broker.model import Clock, Session
 from broker.rules import forwarded
 from broker.sessions.admin import TokenIntrospector
 from broker.stores.base import Rejection
+from broker.tables import Recent
 from broker.web import body
 from broker.web.auth import Client, ClientAuthenticator
 from broker.web.lane import ANY_METHOD
 from broker.web.response import Answer
 from broker.web.router import Routes
-from broker.web.whole_request import Request, WholeRequest
+from broker.web.whole_request import LaneHandler, Request, WholeRequest, Work
 from broker.wire import request as wire
 from broker.wire.responses import ActiveToken, InactiveToken, plain_body
 
@@ -56,6 +57,12 @@ _FORWARDED_URIS = (istr("X-Original-URI"), istr("X-Forwarded-Uri"), istr("X-Orig
 _SAFE = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) != "%")
 """What stands for itself in a header of ours: all of visible ASCII but the sign of escapes."""
 
+
+MOST_FORMS = 2048
+"""Forms that are not read again, 4 KB each at most: a backend asks about a token many times."""
+
+LONGEST_FORM = 2048
+"""Bytes of such a form; a token of ours has 500."""
 
 _FIELDS = 16
 """Fields of a form that are read at all; the RFCs name two."""
@@ -71,28 +78,22 @@ def add(
     routes: Routes, door: ClientAuthenticator, desk: TokenIntrospector, clock: Clock, charge: Charge
 ) -> None:
     """Serve what this module is about; `charge` is met by what changes something."""
-
-    async def verify(request: Request, request_id: str) -> Answer:
-        asked = request.facts if isinstance(request, WholeRequest) else None
-        if not isinstance(asked, Asked):
-            asked = _read_head(request, trusted=door.trusts(request.remote))
-        try:
-            session = await desk.check(asked.token)
-        except BadToken as error:
-            raise Unauthorized(f"token: {error}") from None
-        if any(agent != session.agent for agent in asked.agents):
-            raise AgentNotAllowed("token: good, but for another agent than the one required here")
-        return routes.answer(200, b"", request_id, session_headers(session), "text/plain")
+    known_forms = Recent(_token_field, MOST_FORMS)
+    verify = _verifier(routes, door, desk)
 
     async def introspect(request: Request, request_id: str) -> Answer:
         client = _identified(request, door, clock)
-        session = await desk.introspect(await _token_field(request), client.name)
-        content = _INACTIVE if session is None else plain_body(_active(session, client.name))
-        return routes.answer(200, content, request_id)
+        content = body.arrived(request, wire.MAX_BODY)
+        if content is None:
+            content = await body.read(request, wire.MAX_BODY)
+        read = known_forms if len(content) <= LONGEST_FORM else _token_field
+        session = await desk.introspect(read(content), client.name)
+        text = _INACTIVE if session is None else plain_body(_active(session, client.name))
+        return routes.answer(200, text, request_id)
 
     async def revoke(request: Request, request_id: str) -> Answer:
         client = _identified(request, door, clock)
-        token = await _token_field(request)
+        token = _token_field(await body.read(request, wire.MAX_BODY))
         denial = await charge(client.name)
         if denial is not None:
             raise denial.error()
@@ -103,6 +104,39 @@ def add(
     routes.add(f"{VERIFY_PATH}/*", ANY_METHOD, verify)
     routes.add_to_lane("/v1/introspect", "POST", introspect)
     routes.add_to_lane("/v1/revoke", "POST", revoke)
+
+
+def _verifier(routes: Routes, door: ClientAuthenticator, desk: TokenIntrospector) -> LaneHandler:
+    """Make what answers proxies: by a call, where nothing has to be waited for."""
+
+    def verify(request: Request, request_id: str) -> Answer | Work:
+        asked = request.facts if type(request) is WholeRequest else None
+        if type(asked) is not Asked:
+            asked = _read_head(request, trusted=door.trusts(request.remote))
+        try:
+            session = desk.check_at_once(asked.token)
+        except BadToken as error:
+            raise _refused(error) from None
+        return (
+            verify_later(asked, request_id) if session is None else good(asked, session, request_id)
+        )
+
+    async def verify_later(asked: Asked, request_id: str) -> Answer:
+        try:
+            session = await desk.check(asked.token)
+        except BadToken as error:
+            raise _refused(error) from None
+        return good(asked, session, request_id)
+
+    def good(asked: Asked, session: Session, request_id: str) -> Answer:
+        for agent in asked.agents:
+            if agent != session.agent:
+                raise AgentNotAllowed(
+                    "token: good, but for another agent than the one required here"
+                )
+        return routes.answer(200, b"", request_id, session_headers(session), "text/plain")
+
+    return verify
 
 
 def _identified(request: Request, door: ClientAuthenticator, clock: Clock) -> Client:
@@ -157,11 +191,20 @@ def presented(request: Request, *, trusted: bool) -> str:
 def session_headers(session: Session) -> str:
     """Return the lines that tell the proxy whose token it is; `Expires` is Unix seconds."""
     return (
-        f"X-Embed-Session: {quote(session.session_id, _SAFE)}\r\n"
+        f"X-Embed-Session: {_quoted(session.session_id)}\r\n"
         f"X-Embed-Agent: {session.agent}\r\n"
-        f"X-Embed-Fingerprint: {quote(session.fingerprint, _SAFE)}\r\n"
+        f"X-Embed-Fingerprint: {_quoted(session.fingerprint)}\r\n"
         f"X-Embed-Expires: {session.expires}\r\n"
     )
+
+
+def _quoted(text: str) -> str:
+    """Escape what cannot stand in a header; nearly all are hex digits, which need no look."""
+    return text if text.isascii() and text.isalnum() else quote(text, _SAFE)
+
+
+def _refused(error: BadToken) -> Unauthorized:
+    return Unauthorized(f"token: {error}")
 
 
 def _bearers(headers: "CIMultiDictProxy[str]") -> Iterator[str]:
@@ -195,9 +238,8 @@ def _tokens_in(uri: str) -> tuple[str, ...]:
         raise Unauthorized(f"token: {error}") from None
 
 
-async def _token_field(request: Request) -> str:
+def _token_field(content: bytes) -> str:
     """Return the form's `token`; other fields, such as RFC 7662's hint, change nothing."""
-    content = await body.read(request, wire.MAX_BODY)
     try:
         fields = parse_qsl(content.decode("ascii"), keep_blank_values=True, max_num_fields=_FIELDS)
     except ValueError:

@@ -34,8 +34,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     taken: list[bool] = []
     run = LaneConnection._run
 
-    def noted(self: LaneConnection, work: Any) -> bool:
-        is_over = run(self, work)
+    def noted(self: LaneConnection, *asked: Any) -> bool:
+        is_over = run(self, *asked)
         taken.append(is_over)
         return is_over
 
@@ -314,7 +314,7 @@ class TestGivenUp:
         def fail(*_args: object) -> None:
             raise ZeroDivisionError
 
-        monkeypatch.setattr(edge.app.parts.routes, "_refuse", fail)
+        monkeypatch.setattr(edge.app.parts.routes.tokens, "_refuse", fail)
         line = await idle(edge)
         line.send(edge.asking("no hex"))
         reply = await line.answer()
@@ -323,17 +323,18 @@ class TestGivenUp:
         await line.close()
 
 
-def _silent(_self: LaneConnection, work: Any) -> bool:
-    work.close()
+def _silent(_self: LaneConnection, run: Any, *asked: Any) -> bool:
+    run(*asked).close()
     return True
 
 
-def _raises(_self: LaneConnection, work: Any) -> bool:
-    work.close()
+def _raises(_self: LaneConnection, run: Any, *asked: Any) -> bool:
+    run(*asked).close()
     raise AttributeError
 
 
-def _twice(self: LaneConnection, work: Any) -> bool:
+def _twice(self: LaneConnection, run: Any, *asked: Any) -> bool:
+    work = run(*asked)
     try:
         work.send(None)
     except StopIteration as end:

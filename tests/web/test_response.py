@@ -14,7 +14,7 @@ from broker.rules.bucket import Limit, peek, spend
 from broker.web.response import (
     JSON_TYPE,
     Answer,
-    GrantHeads,
+    Heads,
     ReadyAnswer,
     head,
     limit_headers,
@@ -81,7 +81,7 @@ class TestLimitHeaders:
         assert parsed(headers)["RateLimit"] == '"client";r=5'
 
 
-class TestGrantHeads:
+class TestHeads:
     @given(
         st.lists(
             st.tuples(
@@ -99,7 +99,7 @@ class TestGrantHeads:
         self, draws: list[tuple[Limit, int, str, int, int, bool]]
     ) -> None:
         """Byte for byte, whatever limit, line and second came before; full buckets, too."""
-        heads = GrantHeads()
+        heads = Heads()
         for limit, wait, line, length, second, is_peeked in draws:
             verdict = (
                 peek(NOW + wait, limit, NOW) if is_peeked else spend(NOW + wait, limit, NOW)[1]
