@@ -13,7 +13,8 @@ from broker.telemetry.streams import complain, tell
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    commands.add("check", "check a configuration and say what is wrong", run)
+    text = "check a configuration and say what is wrong"
+    commands.add("check", text, run, example="--config /etc/embed-token-broker/broker.toml")
 
 
 def run(arguments: argparse.Namespace) -> int:

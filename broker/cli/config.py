@@ -3,6 +3,7 @@
 import argparse
 import os
 
+from broker.cli import example
 from broker.cli.base import Commands, one_line, overridden, settings_of
 from broker.config import schema
 from broker.config.settings import Settings
@@ -12,8 +13,10 @@ from broker.telemetry.streams import tell
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    below = commands.below("config", "the configuration in force", "show")
-    below.add("show", "print it, secrets masked", run)
+    below = commands.below("config", "show the configuration in force, or an example of one")
+    text = "print the configuration in force, secrets masked"
+    below.add("show", text, run, example="--config /etc/embed-token-broker/broker.toml")
+    example.add(below)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -22,7 +22,8 @@ from broker.telemetry.streams import tell
 def add(commands: Commands) -> None:
     """Add the command."""
     text = "examine the relay: keys, clock, TLS, egress proxy, shared store, state file, modes"
-    commands.add("doctor", text, run)
+    example = "--config /etc/embed-token-broker/broker.toml"
+    commands.add("doctor", text, run, example=example, codes={EX_NO: "it found a problem"})
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -20,7 +20,13 @@ VARIABLE = "BROKER_ADMIN__LISTEN"
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    parser = commands.add("healthcheck", "ask the broker of this host if it is ready", run)
+    parser = commands.add(
+        "healthcheck",
+        "ask the broker of this host if it is ready",
+        run,
+        example="--admin-listen 127.0.0.1:9464",
+        codes={EX_OK: "ready", EX_NO: "not ready, or no answer; standard error says why"},
+    )
     parser.add_argument("--admin-listen", metavar="H:P", help="instead of [admin] listen")
 
 

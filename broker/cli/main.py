@@ -3,29 +3,32 @@
 Builds the parser from the commands, each a file of this folder, and runs one of them.
 """
 
-import argparse
 from collections.abc import Sequence
 
 from broker.cli import (
     base,
     check,
+    completion,
     config,
     doctor,
     fake_vendor,
     healthcheck,
+    help,  # noqa: A004 - each command's file is called as it is typed
+    init,
     keys,
     mint,
     serve,
     store,
     verify,
+    version,
 )
 from broker.config.schema import ConfigError
 from broker.exit_codes import EX_CONFIG
 from broker.telemetry.streams import complain, open_missing
-from broker.version import VERSION
 
 COMMANDS = (
     serve,
+    init,
     check,
     config,
     mint,
@@ -35,6 +38,9 @@ COMMANDS = (
     fake_vendor,
     store,
     keys,
+    completion,
+    help,
+    version,
 )
 """In the order of --help."""
 
@@ -42,7 +48,8 @@ COMMANDS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     open_missing()
-    arguments = _parser().parse_args(argv)
+    arguments, rest = _parser().parse_known_args(argv)
+    arguments.parser.refuse_unknown(rest)
     run: base.Run = arguments.run
     try:
         return run(arguments)
@@ -51,10 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EX_CONFIG
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = base.Parser(prog="broker", description="Mints, reuses and rate-limits embed tokens.")
-    parser.add_argument("--version", action="version", version=f"embed-token-broker {VERSION}")
-    commands = base.Commands(parser)
+def _parser() -> base.Parser:
+    """Return the parser of the whole command line."""
+    top = base.top_parser(
+        "Mints, reuses and rate-limits embed tokens.",
+        f"example:\n  broker serve --dev\n\n{base.GROUP_CODES}\n\n"
+        "`broker help COMMAND` explains a command, `broker init` makes a configuration.",
+    )
+    top.add_argument("--version", action="version", version=version.NAMED, help="print the version")
+    commands = base.Commands(top)
     for command in COMMANDS:
         command.add(commands)
-    return parser
+    return top

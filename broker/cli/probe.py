@@ -42,12 +42,29 @@ def ask(listen: str) -> str:
             connection.request("GET", "/readyz")
             status = connection.getresponse().status
         except (OSError, HTTPException, UnicodeError) as error:
-            failure = type(error).__name__
+            failure = _explained(error)
             continue
         finally:
             connection.close()
         return "" if status == HTTPStatus.OK else f"not ready: /readyz answers {status}"
     return f"no answer at {listen}: {failure}"
+
+
+def _explained(error: Exception) -> str:
+    """Say why there is no answer, and what to look at."""
+    match error:
+        case TimeoutError():
+            return f"nothing within {TIMEOUT:g}s; the broker hangs, or this is something else"
+        case ConnectionRefusedError() | FileNotFoundError():
+            return "nobody listens; is the broker running, and is this its [admin] listen?"
+        case PermissionError():
+            return "no permission; the socket is for its owner and group (mode 0660)"
+        case socket.gaierror() | UnicodeError():
+            return "the name is not known (DNS)"
+        case HTTPException():
+            return "what answers does not speak HTTP; is this the broker's [admin] listen?"
+        case _:
+            return getattr(error, "strerror", None) or type(error).__name__
 
 
 def _connections(listen: str) -> list[HTTPConnection]:
