@@ -163,7 +163,7 @@ def _described(word: Word) -> str:
 def fish(found: list[Place]) -> str:
     """Write the script for fish."""
     lines = [
-        f"complete -c broker -n '__broker_at {shlex.quote(place.path)}' {_fish_word(word)}"
+        f"complete -c broker -n '__broker_at \"{place.path}\"' {_fish_word(word)}"
         for place in found
         for word in place.words
     ]

@@ -4,7 +4,7 @@ They are those of config/ in the repository, by links in `examples/`; a wheel ho
 """
 
 import argparse
-from importlib import resources
+from pathlib import Path
 
 from broker.cli.base import Commands
 from broker.exit_codes import EX_NO, EX_OK
@@ -54,4 +54,4 @@ def run(arguments: argparse.Namespace) -> int:
 
 def text_of(name: str) -> str:
     """Return an example; raises FileNotFoundError."""
-    return resources.files("broker.cli").joinpath("examples", name).read_text(encoding="utf-8")
+    return (Path(__file__).with_name("examples") / name).read_text(encoding="utf-8")

@@ -46,7 +46,7 @@ def add(commands: Commands) -> None:
             EX_UNAVAILABLE: "no answer that can be used, or a 5xx",
         },
     )
-    parser.add_argument("agent", metavar="AGENT")
+    parser.add_argument("agent", metavar="AGENT", help="the avatar, such as A78WKV4515")
     parser.add_argument(
         "--fingerprint", required=True, metavar="F", help="hex string of the visitor's device"
     )
