@@ -5,6 +5,9 @@ import ssl
 
 import aiohttp
 
+from broker.config.settings import Duration
+from broker.units import SECOND
+
 _REFUSED = {
     errno.ECONNREFUSED: "nobody listens at {url}: is the broker running?",
     errno.ENOENT: "nobody listens at {url}: there is no such socket; is the broker running?",
@@ -20,7 +23,8 @@ def explained(url: str, error: Exception, timeout: float) -> str:
     """Say why there is no answer from `url`; `timeout` (seconds) is how long it was waited for."""
     match error:
         case TimeoutError():
-            told = f"no answer from {url} within {timeout:g}s: is it the broker's address?"
+            span = Duration(round(timeout * SECOND))
+            told = f"no answer from {url} within {span}: is it the broker's address?"
         case aiohttp.ClientConnectorDNSError():
             told = f"the name in {url} is not known (DNS): check its spelling and the resolver"
         case aiohttp.ClientSSLError() | aiohttp.ClientConnectorCertificateError():
@@ -32,8 +36,8 @@ def explained(url: str, error: Exception, timeout: float) -> str:
             told = f"{url} is no address of a broker: write http://HOST:PORT or unix:/path"
         case aiohttp.ClientResponseError():
             told = f"{url} answers, but not in HTTP: is it the broker's address?"
-        case aiohttp.ServerDisconnectedError() | OSError():
-            told = f"{url} closed the connection without an answer: look at its log"
+        case aiohttp.ServerDisconnectedError() | aiohttp.ClientPayloadError() | OSError():
+            told = f"{url} closed the connection before its answer was whole: look at its log"
         case ValueError():
             told = f"{url} answers, but not in JSON: is it the broker's address?"
         case _:

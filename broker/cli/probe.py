@@ -6,7 +6,9 @@ from http.client import HTTPConnection, HTTPException
 
 from typing_extensions import override
 
+from broker.config.settings import Duration
 from broker.config.validate import parse_address
+from broker.units import SECOND
 
 TIMEOUT = 2.0
 """Seconds; engines commonly wait for three."""
@@ -54,7 +56,8 @@ def _explained(error: Exception) -> str:
     """Say why there is no answer, and what to look at."""
     match error:
         case TimeoutError():
-            return f"nothing within {TIMEOUT:g}s; the broker hangs, or this is something else"
+            span = Duration(round(TIMEOUT * SECOND))
+            return f"nothing within {span}; the broker hangs, or this is something else"
         case ConnectionRefusedError() | FileNotFoundError():
             return "nobody listens; is the broker running, and is this its [admin] listen?"
         case PermissionError():

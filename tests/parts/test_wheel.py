@@ -13,7 +13,6 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,7 +108,7 @@ def environment_in(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Artefacts:
-    """Wheel and sdist of a fresh clone; the wheel in an environment with its locked dependencies."""
+    """Wheel and sdist of a fresh clone; the wheel is installed, with its locked dependencies."""
     folder = tmp_path_factory.mktemp("built")
     clone(folder / "clone")
     home = environment_in(folder / "home")
@@ -124,16 +123,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Artefacts:
 
 
 @pytest.fixture
-def installed(
-    built: Artefacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Artefacts]:
+def installed(built: Artefacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artefacts:
     """The same, from a folder of its own: nothing of the clone is on the way."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.setattr(sys, "executable", str(built.python))  # `Broker` starts that one
     where = typed(built.python, "-c", "import broker; print(broker.__file__)", folder=tmp_path)
     assert where.startswith(str(built.home))
-    yield built
+    return built
 
 
 def test_wheel_and_sdist_have_every_file_of_the_package(built: Artefacts, tmp_path: Path) -> None:
