@@ -25,8 +25,9 @@ Run = Callable[[argparse.Namespace], int]
 """Does what a command is for; returns its exit code.  Raises ConfigError."""
 
 NOTHING_CONFIGURED = (
-    "no configuration: pass --config FILE, set BROKER_CONFIG, set BITHUMAN_API_SECRET for a relay,"
-    " or try `broker serve --dev`, which needs none; `broker mint` needs none with --url"
+    "no configuration: make one by `broker init`, pass --config FILE, set BROKER_CONFIG, set"
+    " BITHUMAN_API_SECRET for a relay, or try `broker serve --dev`, which needs none; `broker mint`"
+    " needs none with --url"
 )
 
 

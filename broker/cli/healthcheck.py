@@ -6,13 +6,14 @@ next one, and a broker that is configured by flags has none.
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from broker.cli.base import Commands, one_line
 from broker.config.settings import AdminSettings
 from broker.exit_codes import EX_NO, EX_OK
-from broker.telemetry.streams import complain
+from broker.telemetry.streams import complain, tell
 
 VARIABLE = "BROKER_ADMIN__LISTEN"
 """What overrides the file's `[admin] listen`."""
@@ -31,7 +32,7 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Say nothing if it is ready."""
+    """Say nothing if it is ready, but to somebody at a terminal."""
     from broker.cli import probe
     from broker.config import load as config
 
@@ -40,6 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     if problem:
         complain(f"broker: {one_line(problem)}")
         return EX_NO
+    if sys.stdout.isatty():  # an engine asks every few seconds, and keeps what it is told
+        tell("ready")
     return EX_OK
 
 

@@ -120,10 +120,10 @@ def ask(url: str, secret: str, agent: str, fingerprint: str) -> str:
     """Return a token from the broker at `url`; raises CannotMint, ConfigError without a secret."""
     import asyncio
 
-    if not secret:
-        raise ConfigError("BROKER_API_SECRET is not set: it must hold the client secret")
     if not url.startswith(("http://", "https://", "unix:/")):
         raise Misused("--url must start with http:// or https://, or be unix:/path/of/a/socket")
+    if not secret:
+        raise ConfigError("BROKER_API_SECRET is not set: it must hold the client secret")
     return asyncio.run(_ask(url, secret, {"agent_id": agent, "fingerprint": fingerprint}))
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 from documents import table
-from processes import PATIENCE, environment, good, merged, run, toml, write
+from processes import PATIENCE, Broker, environment, good, merged, run, toml, write
 from terminal import CONTROL_C, CONTROL_D, Terminal
 
 from broker.cli.base import Parser
@@ -249,6 +249,16 @@ class TestServeOnATerminal:
             assert terminal.wait() == 0
         assert terminal.shown.count("Ctrl-C again") == 1
         assert "broker.aborted" not in terminal.shown
+
+
+def test_healthcheck_answers_somebody_who_looks(tmp_path: Path) -> None:
+    """A terminal is told that it is ready; an engine, which looks at the exit code, is not."""
+    with Broker.configured(tmp_path, good(tmp_path)) as broker:
+        words = ("healthcheck", "--admin-listen", broker.admin_url.removeprefix("http://"))
+        with Terminal.broker(*words, folder=tmp_path) as terminal:
+            assert terminal.wait() == 0
+        assert terminal.shown == "ready\n"
+        assert run(*words).stdout == b""
 
 
 def test_verify_says_what_it_waits_for(tmp_path: Path) -> None:
