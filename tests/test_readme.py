@@ -111,6 +111,7 @@ def test_every_other_command_is_a_known_one() -> None:
         ".cache/dev/bin/pip",
         ".cache/dev/bin/pytest",
         ".venv/bin/flask",
+        ".venv/bin/pex",
         ".venv/bin/pip",
         "/opt/embed-token-broker/bin/pip",
         "amtool",
@@ -377,7 +378,7 @@ def test_commands_are_those_of_the_command_line() -> None:
         (usage,) = code_in(row[0])
         words = re.findall(r"[\w-]+", usage)
         name = " ".join(usage.split(" [")[0].split()[1:])
-        name = re.sub(r" (?:AGENT|--).*", "", name)
+        name = re.sub(r" (?:AGENT|NAME|SHELL|--).*", "", name)
         documented[name] = {f"--{word[2:]}" for word in words if word.startswith("--")}
     assert documented == dict(commands_of(_parser(), ()))
 

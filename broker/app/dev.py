@@ -35,7 +35,6 @@ class DevSecrets:
             "server": {"docs": True, "drain": "2s", "drain_lead": "0s"},
             "clients": {CLIENT: {"secret": secret, "agents": ["*"]}},
             "issuer": {"local": {"keys": {CLIENT: {"secret": key}}}},
-            "log": {"format": "console"},
         }
 
     def complete(self, settings: Settings) -> Settings:

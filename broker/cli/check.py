@@ -12,7 +12,10 @@ from broker.telemetry.streams import complain, tell
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    parser = commands.add("check", "check a configuration and say what is wrong", run)
+    text = "check a configuration and say what is wrong"
+    example = "--config /etc/embed-token-broker/broker.toml"
+    codes = {EX_UNAVAILABLE: "an address of it is in use, or not this machine's"}
+    parser = commands.add("check", text, run, example=example, codes=codes)
     parser.add_argument("--json", action="store_true", help="print findings for machines")
 
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 
+from broker.cli import example
 from broker.cli.base import Commands, one_line, overridden, settings_of
 from broker.config import schema
 from broker.config.settings import Settings
@@ -12,11 +13,12 @@ from broker.telemetry.streams import tell
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    below = commands.below("config", "the configuration in force, and its schema", "COMMAND")
-    below.add("show", "print it, secrets masked", run)
-    below.add(
-        "schema", "print a JSON Schema of the file, for editors", print_schema, needs_config=False
-    )
+    below = commands.below("config", "show the configuration in force, its schema, or an example")
+    text = "print the configuration in force, secrets masked"
+    below.add("show", text, run, example="--config /etc/embed-token-broker/broker.toml")
+    text = "print a JSON Schema of the file, for editors"
+    below.add("schema", text, print_schema, example="", needs_config=False)
+    example.add(below)
 
 
 def print_schema(_arguments: argparse.Namespace) -> int:

@@ -23,7 +23,8 @@ from broker.telemetry.streams import tell
 def add(commands: Commands) -> None:
     """Add the command."""
     text = "examine the relay: keys, clock, TLS, egress proxy, shared store, state file, modes"
-    parser = commands.add("doctor", text, run)
+    example = "--config /etc/embed-token-broker/broker.toml"
+    parser = commands.add("doctor", text, run, example=example, codes={EX_NO: "it found a problem"})
     parser.add_argument("--json", action="store_true", help="print findings for machines")
 
 

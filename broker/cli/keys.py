@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from broker.cli.base import Commands, one_line, settings_of
-from broker.config import schema
+from broker.cli.base import Commands, one_line, settings_of, span
 from broker.config.schema import ConfigError
 from broker.config.settings import Settings
 from broker.exit_codes import EX_NO, EX_OK
@@ -26,23 +25,34 @@ class CannotRotate(Exception):
 
 def add(commands: Commands) -> None:
     """Add the commands."""
-    keys = commands.below("keys", "signing keys")
+    keys = commands.below("keys", "make, list and rotate signing keys")
     generate = keys.add(
-        "generate", "make a key: 32 random bytes as text", run_generate, needs_config=False
+        "generate",
+        "make a key, 32 random bytes as text",
+        run_generate,
+        example="--out signing_key",
+        codes={EX_NO: "it cannot be written there, or something is there"},
+        needs_config=False,
     )
     generate.add_argument(
         "--out",
         metavar="FILE",
         help="write it there (mode 0600, never over a file) instead of printing it",
     )
-    keys.add("list", "show which key signs, and until when others verify", run_list)
-    text = "add a key to [issuer.local] keys_file, which will sign"
-    turn = keys.add("rotate", text, run_rotate)
+    text = "show which key signs, and until when others verify"
+    keys.add("list", text, run_list, example="--config /etc/embed-token-broker/broker.toml")
+    turn = keys.add(
+        "rotate",
+        "add a key to [issuer.local] keys_file, which will sign",
+        run_rotate,
+        example="--config /etc/embed-token-broker/broker.toml --after 1m",
+        codes={EX_NO: "the file is not one of its own, or cannot be written; nothing has changed"},
+    )
     turn.add_argument(
         "--after",
         metavar="SPAN",
         default="10s",
-        type=schema.duration,
+        type=span,
         help="when it signs: once every broker and viewer has the file (default %(default)s)",
     )
     turn.add_argument(

@@ -3,34 +3,37 @@
 Builds the parser from the commands, each a file of this folder, and runs one of them.
 """
 
-import argparse
 import os
 from collections.abc import Mapping, Sequence
 
 from broker.cli import (
     base,
     check,
+    completion,
     config,
     doctor,
     fake_vendor,
     healthcheck,
+    help,  # noqa: A004 - each command's file is called as it is typed
+    init,
     keys,
     mint,
     serve,
     store,
     verify,
+    version,
 )
 from broker.config import files
 from broker.config.schema import ConfigError
 from broker.exit_codes import EX_CONFIG
 from broker.telemetry.streams import complain, open_missing
-from broker.version import VERSION
 
 CERTIFICATES = "SSL_CERT_FILE"
 """Environment variable of OpenSSL: whose certificates count, in place of the system's."""
 
 COMMANDS = (
     serve,
+    init,
     check,
     config,
     mint,
@@ -40,6 +43,9 @@ COMMANDS = (
     fake_vendor,
     store,
     keys,
+    completion,
+    help,
+    version,
 )
 """In the order of --help."""
 
@@ -47,7 +53,8 @@ COMMANDS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     open_missing()
-    arguments = _parser().parse_args(argv)
+    arguments, rest = _parser().parse_known_args(argv)
+    arguments.parser.refuse_unknown(rest)
     run: base.Run = arguments.run
     try:
         _look_at_certificates(os.environ)
@@ -72,10 +79,15 @@ def _look_at_certificates(environ: Mapping[str, str]) -> None:
                 raise ConfigError(f"{CERTIFICATES}: {error}") from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = base.Parser(prog="broker", description="Mints, reuses and rate-limits embed tokens.")
-    parser.add_argument("--version", action="version", version=f"embed-token-broker {VERSION}")
-    commands = base.Commands(parser)
+def _parser() -> base.Parser:
+    """Return the parser of the whole command line."""
+    top = base.top_parser(
+        "Mints, reuses and rate-limits embed tokens.",
+        f"example:\n  broker serve --dev\n\n{base.GROUP_CODES}\n\n"
+        "`broker help COMMAND` explains a command, `broker init` makes a configuration.",
+    )
+    top.add_argument("--version", action="version", version=version.NAMED, help="print the version")
+    commands = base.Commands(top)
     for command in COMMANDS:
         command.add(commands)
-    return parser
+    return top

@@ -35,15 +35,26 @@ class Refused(CannotMint):
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    parser = commands.add("mint", "make one token, signed here or asked of a broker", run)
-    parser.add_argument("agent", metavar="AGENT")
+    parser = commands.add(
+        "mint",
+        "make one token, signed here or asked of a broker",
+        run,
+        example="A78WKV4515 --fingerprint 9f86d081884c7d65 --url http://127.0.0.1:8080",
+        codes={
+            EX_NO: "the broker refused",
+            EX_USAGE: "wrong usage; an agent, fingerprint or URL that cannot be",
+            EX_UNAVAILABLE: "no answer that can be used, or a 5xx",
+        },
+    )
+    parser.add_argument("agent", metavar="AGENT", help="the avatar, such as A78WKV4515")
     parser.add_argument(
         "--fingerprint", required=True, metavar="F", help="hex string of the visitor's device"
     )
     parser.add_argument(
         "--url",
         metavar="U",
-        help="ask this broker; the client secret is read from BROKER_API_SECRET",
+        help="ask this broker, http(s)://HOST:PORT or unix:/path; the client secret is read from"
+        " BROKER_API_SECRET",
     )
     parser.add_argument(
         "--iframe", action="store_true", help="print the iframe instead of the token"
@@ -109,10 +120,10 @@ def ask(url: str, secret: str, agent: str, fingerprint: str) -> str:
     """Return a token from the broker at `url`; raises CannotMint, ConfigError without a secret."""
     import asyncio
 
+    if not url.startswith(("http://", "https://", "unix:/")):
+        raise Misused("--url must start with http:// or https://, or be unix:/path/of/a/socket")
     if not secret:
         raise ConfigError("BROKER_API_SECRET is not set: it must hold the client secret")
-    if not url.startswith(("http://", "https://")):
-        raise Misused("--url must start with http:// or https://")
     return asyncio.run(_ask(url, secret, {"agent_id": agent, "fingerprint": fingerprint}))
 
 
@@ -121,24 +132,27 @@ async def _ask(url: str, secret: str, body: dict[str, str]) -> str:
 
     import aiohttp
 
+    from broker.cli.failures import explained
     from broker.issuers.vendor.token import is_token
 
     timeout = aiohttp.ClientTimeout(total=TIMEOUT)
+    path = url.removeprefix("unix:") if url.startswith("unix:") else None
+    base = "http://broker" if path else url.rstrip("/")
     try:
         async with (
-            aiohttp.ClientSession(timeout=timeout) as session,
+            aiohttp.ClientSession(
+                timeout=timeout, connector=aiohttp.UnixConnector(path) if path else None
+            ) as session,
             session.post(
-                f"{url.rstrip('/')}/v1/embed-tokens/request",
+                f"{base}/v1/embed-tokens/request",
                 json=body,
                 headers={"api-secret": secret},
                 allow_redirects=False,
             ) as response,
         ):
             answer = await response.json(content_type=None)
-    except aiohttp.ClientConnectorError as error:
-        raise CannotMint(f"nobody listens at {url}: is the broker running?") from error
-    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-        raise CannotMint(f"no answer from {url}: {type(error).__name__}") from error
+    except (aiohttp.ClientError, OSError, ValueError) as error:  # a time-out is an OSError, too
+        raise CannotMint(explained(url, error, TIMEOUT)) from error
     answer = answer if isinstance(answer, dict) else {}
     data = answer.get("data")
     if not isinstance(data, dict) or not isinstance(data.get("token"), str):

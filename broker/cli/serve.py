@@ -8,11 +8,21 @@ from typing import Any
 
 from broker.cli.base import Commands, overridden, settings_of
 from broker.config.settings import Settings
+from broker.exit_codes import EX_OK, EX_UNAVAILABLE
 
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    parser = commands.add("serve", "answer requests until stopped", run)
+    parser = commands.add(
+        "serve",
+        "answer requests until stopped",
+        run,
+        example="--config /etc/embed-token-broker/broker.toml",
+        codes={
+            EX_OK: "told to stop, and drained",
+            EX_UNAVAILABLE: "an address or the state file is in use, or an address is not here",
+        },
+    )
     parser.add_argument(
         "--dev", action="store_true", help="no configuration needed: keys and secret are made"
     )

@@ -12,10 +12,9 @@ from broker.telemetry.streams import tell
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    below = commands.below("store", "the shared store", "acl")
-    parser = below.add(
-        "acl", "print the rule for its ACL file: enough for a broker, and no more", run
-    )
+    below = commands.below("store", "prepare the shared store")
+    text = "print the rule for its ACL file: enough for a broker, and no more"
+    parser = below.add("acl", text, run, example="--user broker")
     parser.add_argument("--user", metavar="NAME", help="instead of [store] username")
 
 

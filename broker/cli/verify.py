@@ -10,7 +10,14 @@ from broker.telemetry.streams import complain, tell
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    commands.add("verify", "verify the token on standard input with the local keys", run)
+    text = "verify the token on standard input with the local keys, and print its claims"
+    commands.add(
+        "verify",
+        text,
+        run,
+        example="--config /etc/embed-token-broker/broker.toml < token.txt",
+        codes={EX_OK: "valid", EX_NO: "not valid; standard error says why"},
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -23,6 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     from broker.issuers.keyring import BadToken
 
     settings = settings_of(arguments)
+    if sys.stdin.isatty():
+        complain("paste the token, then Enter and Ctrl-D")
     local = settings.issuer.local
     try:
         proof = credentials.keyring(settings).verify(

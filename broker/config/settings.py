@@ -360,8 +360,9 @@ class StoreSettings(_Section, frozen=True):
 class LogSettings(_Section, frozen=True):
     """What is written to standard error."""
 
-    format: Literal["json", "console"] = "json"
-    """`json` for machines, `console` for people (`--dev`)."""
+    format: Literal["auto", "json", "console"] = "auto"
+    """`json` for machines, `console` for people; `auto` is `console` where standard error is a
+    terminal, because somebody reads it there, and `json` everywhere else."""
     level: Literal["debug", "info", "warning", "error"] = "info"
     """`info` writes mints and failures; reuse, which is most of the traffic, needs `debug`."""
 

@@ -13,7 +13,7 @@ from types import FrameType
 import structlog
 
 from broker.app.app import App
-from broker.config.settings import Settings
+from broker.config.settings import Duration, Settings
 from broker.exit_codes import EX_OK, EX_UNAVAILABLE
 from broker.process.supervisor import CannotStart, Supervisor
 from broker.sqlite.location import StateFileInUse
@@ -32,6 +32,10 @@ ENDING = (signal.SIGTERM, signal.SIGINT)
 ONE_WISH = 1.0
 """Seconds in which another signal is the same one: `timeout` and service managers send it to the
 process and to its group, a terminal to everybody in the foreground."""
+
+TYPED_TWICE = 0.25
+"""The same for Ctrl-C of somebody at a terminal, where only a process that passes signals on sends
+one twice, and within milliseconds: who types it again wants the end at once."""
 
 CLOSING = 10.0
 """Seconds beyond `drain` in which a process that was asked to stop has ended: it
@@ -76,7 +80,7 @@ async def _serve(settings: Settings, load: Callable[[], Settings], *, dev: bool)
     kind = Supervisor if settings.server.workers > 1 else App
     app = kind(settings, load, os.environ, dev=dev)
     # first: a signal that meets the start must not kill half a process
-    Ending(app, settings.server.drain.seconds).obey()
+    Ending(app, settings.server.drain).obey()
     try:
         await app.start()
     except CannotListen as error:
@@ -100,12 +104,14 @@ class Ending:
 
     These are Python's handlers and not the event loop's, so that a loop that stands can be told to
     end, too.  They run between any two lines of the main thread: nothing here may log or lock,
-    because that line may be in the log.  `drain` is in seconds.
+    because that line may be in the log.
     """
 
-    def __init__(self, app: App | Supervisor, drain: float) -> None:
+    def __init__(self, app: App | Supervisor, drain: Duration) -> None:
         self._app = app
-        self._limit = drain + CLOSING
+        self._limit = drain.seconds + CLOSING
+        self._hint = f"stopping, within {drain}; Ctrl-C again stops at once\n"
+        self._is_watched = os.isatty(2)
         self._loop = asyncio.get_running_loop()
         self._asked_at: float | None = None
         self._number = 0
@@ -120,11 +126,14 @@ class Ending:
 
     def _end(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
+        is_typed = number == signal.SIGINT and self._is_watched
         if self._asked_at is None:
             self._asked_at, self._number = now, number
             signal.setitimer(signal.ITIMER_REAL, self._limit)
             self._tell(self._app.stop)
-        elif now - self._asked_at >= ONE_WISH:
+            if is_typed:
+                stderr.write(self._hint)  # which takes no lock
+        elif now - self._asked_at >= (TYPED_TWICE if is_typed else ONE_WISH):
             self._number = number
             signal.setitimer(signal.ITIMER_REAL, AT_ONCE)
             self._tell(self._abort)

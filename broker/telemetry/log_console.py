@@ -71,6 +71,8 @@ def _columns(paint: Callable[[str, str], str]) -> list[Column]:
         return paint(str(value), _DIM)
 
     def pair(key: str, value: object) -> str:
+        if key.endswith("_s") and isinstance(value, int | float):
+            key, value = key.removesuffix("_s"), f"{value:g}s"  # as spans are written elsewhere
         return f"{paint(f'{key}=', _DIM)}{value}"
 
     def short(key: str, value: object) -> str:

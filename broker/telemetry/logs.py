@@ -45,7 +45,9 @@ def configure(settings: LogSettings, stream: TextIO | None = None) -> None:
     """
     out, looked_at = _destination(stream)
     level = logging.getLevelNamesMapping()[settings.level.upper()]
-    render = _Render(_JSON if settings.format == "json" else log_console.processors(looked_at))
+    is_read = looked_at is not None and looked_at.isatty()
+    is_json = settings.format == "json" or (settings.format == "auto" and not is_read)
+    render = _Render(_JSON if is_json else log_console.processors(looked_at))
     stderr.notice = render.loss
     structlog.configure(
         processors=[structlog.processors.add_log_level, render],

@@ -51,7 +51,8 @@ def test_something_else_at_that_address_is_not_healthy(tmp_path: Path) -> None:
         path = write(tmp_path / "broker.toml", toml(put(good(tmp_path), "admin.listen", address)))
         done = run("healthcheck", "--config", path)
     assert (done.returncode, done.stdout) == (1, b"")
-    assert done.stderr == f"broker: no answer at {address}: BadStatusLine\n".encode()
+    told = "what answers does not speak HTTP; is this the broker's [admin] listen?"
+    assert done.stderr == f"broker: no answer at {address}: {told}\n".encode()
 
 
 def test_where_one_family_is_off_the_other_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

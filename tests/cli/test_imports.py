@@ -52,7 +52,16 @@ def loaded(*arguments: str, **variables: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], ["serve", "--help"], ["keys", "generate"], ["mint", "--help"]],
+    [
+        ["--help"],
+        ["--version"],
+        ["help", "serve"],
+        ["completion", "bash"],
+        ["config", "example", "relay"],
+        ["serve", "--help"],
+        ["keys", "generate"],
+        ["mint", "--help"],
+    ],
 )
 def test_command_without_settings_loads_no_part_of_a_server(arguments: list[str]) -> None:
     """Nor what reads settings."""

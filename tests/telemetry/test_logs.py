@@ -403,7 +403,7 @@ class TestConsole:
         line = shown(
             io.StringIO(), "info", "broker.draining", lead_s=0.0, count=0, to=[], reason=None
         )
-        assert line == "info  broker.draining lead_s=0.0 count=0"
+        assert line == "info  broker.draining lead=0s count=0"
 
 
 class TestEscaping:

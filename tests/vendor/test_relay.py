@@ -119,7 +119,7 @@ class TestWithoutConfiguration:
 
     async def test_the_vendor_itself_as_a_process(self, tmp_path: Path) -> None:
         """`broker fake-vendor`: its first line says where and with which key; then it mints."""
-        fake = ("fake-vendor", "--listen", "127.0.0.1:0", "--latency", "0.001")
+        fake = ("fake-vendor", "--listen", "127.0.0.1:0", "--latency", "1ms")
         async with process(*fake, folder=tmp_path, environ={}) as vendor:
             assert vendor.stdout is not None
             line = await asyncio.wait_for(vendor.stdout.readline(), START)

@@ -54,7 +54,9 @@ _START_SCRIPT = """SwaggerUIBundle({
 });
 """
 
-_NO_FILES = "the files of /docs are not installed: pip install '.[docs]' in the clone, then restart"
+_NO_FILES = (
+    "the files of /docs are not installed: pip install drf-spectacular-sidecar, then restart"
+)
 
 _NO_FILES_PAGE = f"""<!doctype html>
 <html lang="en">
