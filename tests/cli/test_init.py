@@ -71,7 +71,7 @@ class TestFirstToken:
             assert checked.stderr == ""
             token = await asyncio.to_thread(self.first_token, serve, mint, tmp_path)
         assert token.count(".") == 2
-        assert [call.is_mint for call in vendor.journal.calls()] == [True]
+        assert [call.is_mint for call in vendor.journal.calls] == [True]
 
     def said(self, command: str) -> subprocess.CompletedProcess[str]:
         """Type a command into a shell."""
