@@ -347,8 +347,11 @@ def test_the_unit_of_an_example_is_the_shipped_one() -> None:
 
 @pytest.mark.parts
 @pytest.mark.parametrize("kind", ["relay", "signer"])
-def test_the_unit_is_one_that_systemd_reads(folder: Path, kind: str) -> None:
+def test_the_unit_is_one_that_systemd_reads(
+    folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a word: no unknown key, a program that is there."""
+    monkeypatch.setattr(sys, "argv", [str(Path(sys.executable).with_name("broker"))])
     answers = first_files.Answers(kind, folder, "*", "127.0.0.1:0", "127.0.0.1:0")
     list(first_files.write(answers))
     done = subprocess.run(
