@@ -122,14 +122,14 @@ class Commands:
         text: str,
         run: Run,
         *,
-        example: str,
+        example: str = "",
         codes: Mapping[int, str] = MappingProxyType({}),
         needs_config: bool = True,
     ) -> Parser:
         """Add a command; one that needs a configuration has --config.
 
         `text` is a sentence without its full stop; `example` is what one types behind the command's
-        name; `codes` are exit codes that mean more here than everywhere.
+        name, if anything; `codes` are exit codes that mean more here than everywhere.
         """
         parser = self._below(name, text)
         parser.set_defaults(run=run, parser=parser)

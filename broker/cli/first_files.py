@@ -25,8 +25,19 @@ from broker.model import Secret
 SYSTEM_STATE = Path("/var/lib/embed-token-broker")
 """Where the unit keeps state; a configuration in its usual place keeps it there, too."""
 
-OWN_SECRET = {"relay": "vendor", "signer": "signing_key"}
+OWN_SECRET = {"relay": "vendor", "signer": "signing"}
 """Name of the secret that only one kind has: what it gets tokens with."""
+
+_VARIABLES = {
+    "vendor": "BROKER_ISSUER__UPSTREAM__API_SECRET_FILES",
+    "signing": "BROKER_ISSUER__LOCAL__KEYS__MAIN__SECRET_FILE",
+    "web": "BROKER_CLIENTS__WEB__SECRET_FILE",
+    "admin": "BROKER_ADMIN__SECRET_FILE",
+}
+"""Which variable names each secret to a service, for which the unit has made a copy (%d)."""
+
+_HANDED_OVER = re.compile(r"(?m)(?:^# .*\n)*(?:^#?(?:LoadCredential|Environment)=.*\n)+")
+"""Lines of a unit by which it hands secrets and variables over, with their comments."""
 
 EXAMPLE_AGENT = "A78WKV4515"
 """Agent of the first token, where all are permitted."""
@@ -125,16 +136,22 @@ def _toml(text: str) -> str:
 
 
 def service(answers: Answers, shipped: str) -> str:
-    """Return the unit of this kind, made of the one that is shipped."""
-    (other,) = set(OWN_SECRET.values()) - {OWN_SECRET[answers.kind]}
-    body = shipped[shipped.index("[Unit]") :]
-    lines = [line for line in body.splitlines() if f"/{other}" not in line]
-    text = "\n".join(re.sub(r"^#(LoadCredential|Environment)=", r"\1=", line) for line in lines)
+    """Return the unit of this configuration, made of the one that is shipped.
+
+    The sandbox is that unit's; what it hands over is what was written here.
+    """
+    text = _HANDED_OVER.sub("", shipped[shipped.index("[Unit]") :]).rstrip("\n")
     text = text.replace("/opt/embed-token-broker/bin/broker", shlex.join(program()))
     text = text.replace(str(DEFAULT_PATH.parent), str(answers.folder))
+    lines = [f"Environment=BROKER_CONFIG={answers.file}"]
     if answers.state != SYSTEM_STATE:
-        url = f"Environment=BROKER_STORE__URL=sqlite://{SYSTEM_STATE}/state.db"
-        text = text.replace("StateDirectory=", f"{url}\nStateDirectory=", 1)
+        lines.append(f"Environment=BROKER_STORE__URL=sqlite://{SYSTEM_STATE}/state.db")
+    for path in answers.secret_files():
+        lines += [
+            f"LoadCredential={path.name}:{path}",
+            f"Environment={_VARIABLES[path.name]}=%d/{path.name}",
+        ]
+    text = text.replace("[Service]\n", "\n".join(["[Service]", *lines, ""]), 1)
     return f"# Made by `broker init` of the unit that `broker config example` prints.\n{text}\n"
 
 

@@ -12,7 +12,7 @@ NAMED = f"embed-token-broker {VERSION}"
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    commands.add("version", "print the version", run, example="", needs_config=False)
+    commands.add("version", "print the version", run, needs_config=False)
 
 
 def run(_arguments: argparse.Namespace) -> int:

@@ -174,8 +174,10 @@ class TestFiles:
             "Environment=BROKER_STORE__URL=sqlite:///var/lib/embed-token-broker/state.db" in lines
         )
         assert "/opt/embed-token-broker" not in "\n".join(lines)
-        own = {line for line in text_of(UNIT).splitlines() if line.startswith(("Protect", "Res"))}
+        sandbox = ("Protect", "Restrict", "State", "DynamicUser", "ExecReload", "WantedBy")
+        own = {line for line in text_of(UNIT).splitlines() if line.startswith(sandbox)}
         assert own <= set(lines)
+        assert f"ExecStart={' '.join(first_files.program())} serve" in lines
 
     def test_in_their_usual_place_need_no_flag(self) -> None:
         """Commands find /etc/embed-token-broker; state is where the unit keeps it."""
@@ -341,3 +343,18 @@ def test_the_unit_of_an_example_is_the_shipped_one() -> None:
     assert run("config", "example", "signer", "--unit").stdout == shipped
     done = run("config", "example", "gateway", "--unit")
     assert (done.returncode, done.stdout) == (64, b"")
+
+
+@pytest.mark.parts
+@pytest.mark.parametrize("kind", ["relay", "signer"])
+def test_the_unit_is_one_that_systemd_reads(
+    folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a word: no unknown key, a program that is there."""
+    monkeypatch.setattr(sys, "argv", [str(Path(sys.executable).with_name("broker"))])
+    answers = first_files.Answers(kind, folder, "*", "127.0.0.1:0", "127.0.0.1:0")
+    list(first_files.write(answers))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", str(folder / UNIT)], capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")

@@ -82,6 +82,8 @@ class TestContainer:
         ]
         assert set(copied) == {
             "config/lock/runtime.txt",
+            "config/gateway.toml",
+            "config/systemd",
             "pyproject.toml",
             "LICENSE",
             "broker",
