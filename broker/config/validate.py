@@ -96,7 +96,7 @@ def _limit(path: str, limit: Any) -> Iterator[ConfigError]:
 
 
 def _agents(path: str, agents: Iterable[str]) -> Iterator[ConfigError]:
-    for agent in agents:
+    for agent in dict.fromkeys(agents):
         if agent != "*" and not AGENT_ID.fullmatch(agent):
             yield ConfigError(f'{path}: {agent!r} is neither "*" nor an agent id ({AGENT_RULE})')
 
@@ -212,7 +212,7 @@ def _server(settings: Settings) -> Iterator[ConfigError]:
             "server.drain",
         )
     yield from _listen(server.listen, settings.admin.listen)
-    for network in server.trusted_proxies:
+    for network in dict.fromkeys(server.trusted_proxies):
         try:
             ipaddress.ip_network(network)
         except ValueError:

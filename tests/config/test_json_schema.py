@@ -106,13 +106,13 @@ class TestSchema:
 
 
 class TestAgreement:
-    @pytest.mark.parametrize(("dotted", "value", "told"), WRONG)
+    @pytest.mark.parametrize(
+        ("dotted", "value", "told"), [case for case in WRONG if not beyond_one_key(*case[:2])]
+    )
     def test_what_the_loader_refuses_of_one_key_the_schema_refuses(
         self, dotted: str, value: object, told: str
     ) -> None:
         """The same wrong values as the loader's own tests: types, names, choices, bounds."""
-        if beyond_one_key(dotted, value):
-            pytest.skip("not about one key alone")
         if dotted == "limits.agent.overrides.A B.rate":
             tree: Tree = {"limits": {"agent": {"overrides": {"A B": {"rate": value}}}}}
         else:
