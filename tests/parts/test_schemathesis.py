@@ -16,7 +16,7 @@ ROOMY = {
     for field, size in (("rate", 6_000_000), ("burst", 1_000_000))
 }
 
-TIGHT = {"limits.client.rate": 60, "limits.client.burst": 60}
+TIGHT = {"limits.client.rate": 1, "limits.client.burst": 20}
 
 CONFIGURATION = """
 continue-on-failure = true

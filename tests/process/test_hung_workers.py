@@ -10,6 +10,7 @@ import pytest
 from processes import (
     Caller,
     Tree,
+    far_away,
     good,
     is_alive,
     merged,
@@ -30,9 +31,7 @@ HANGS, RESTARTS = "broker_worker_hangs_total", "broker_worker_restarts_total"
 @pytest.fixture
 def tree(tmp_path: Path) -> Tree:
     """A configuration that serves, with limits that are far away."""
-    roomy = {"rate": 1_000_000, "burst": 1_000_000}
-    kinds = ("fingerprint", "fingerprint_mints", "agent")
-    return merged(good(tmp_path), {f"limits.{kind}": roomy for kind in kinds})
+    return merged(good(tmp_path), far_away())
 
 
 async def says(caller: Caller, status: int, state: str) -> bool:

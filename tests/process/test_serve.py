@@ -28,6 +28,7 @@ from processes import (
     Caller,
     Tree,
     environment,
+    far_away,
     good,
     merged,
     put,
@@ -45,15 +46,12 @@ from broker.testing import FakeVendor, VendorSettings
 
 CONFIG = Path(__file__).parents[2] / "config"
 MINTED = 'broker_mint_duration_seconds_count{issuer="local",outcome="minted"}'
-ROOMY: Tree = {"rate": 1_000_000, "burst": 1_000_000}
-"""A limit that no test meets by accident."""
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Tree:
     """A configuration that serves, with limits that are far away."""
-    kinds = ("fingerprint", "fingerprint_mints", "agent")
-    return merged(good(tmp_path), {f"limits.{kind}": ROOMY for kind in kinds})
+    return merged(good(tmp_path), far_away())
 
 
 def client_secret(tree: Tree, name: str = "web") -> str:

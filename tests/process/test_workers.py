@@ -23,6 +23,7 @@ from processes import (
     Broker,
     Caller,
     Tree,
+    far_away,
     good,
     is_alive,
     merged,
@@ -83,9 +84,7 @@ class Crew(Broker):
 @pytest.fixture
 def tree(tmp_path: Path) -> Tree:
     """A configuration that serves, with limits that are far away."""
-    roomy = {"rate": 1_000_000, "burst": 1_000_000}
-    kinds = ("fingerprint", "fingerprint_mints", "agent")
-    return merged(good(tmp_path), {f"limits.{kind}": roomy for kind in kinds})
+    return merged(good(tmp_path), far_away())
 
 
 async def requests_in(caller: Caller) -> float:

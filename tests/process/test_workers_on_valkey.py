@@ -12,6 +12,7 @@ from processes import (
     PATIENCE,
     Caller,
     Tree,
+    far_away,
     good,
     merged,
     secret_file,
@@ -60,12 +61,10 @@ def valkey(tmp_path: Path) -> Iterator[Valkey]:
 @pytest.fixture
 def tree(tmp_path: Path, valkey: Valkey) -> Tree:
     """A configuration with a shared store, and one visitor's limit that is near."""
-    roomy = {"rate": 1_000_000, "burst": 1_000_000}
-    kinds = ("fingerprint", "fingerprint_mints", "agent")
     return merged(
         good(tmp_path),
         {
-            **{f"limits.{kind}": roomy for kind in kinds},
+            **far_away(),
             "limits.fingerprint.overrides.SCARCE": {"rate": 1, "per": "1h", "burst": 60},
             "store.url": f"unix://{valkey.socket}",
             "store.timeout": "2s",  # what workers share shows while the store answers in time

@@ -28,6 +28,7 @@ from processes import (
     Tree,
     children_of,
     environment,
+    far_away,
     good,
     is_alive,
     merged,
@@ -163,9 +164,7 @@ class Deaf:
 @pytest.fixture
 def tree(tmp_path: Path) -> Tree:
     """A configuration that serves, with limits that are far away."""
-    kinds = ("fingerprint", "fingerprint_mints", "agent")
-    roomy = {"rate": 1_000_000, "burst": 1_000_000}
-    return merged(good(tmp_path), {f"limits.{kind}": roomy for kind in kinds})
+    return merged(good(tmp_path), far_away())
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as plain_text
 from web.edge import AGENT, OTHER_AGENT, Edge, raise_file_limit, samples, serving, visitor
 
-from broker.model import TokenRequest
+from broker.model import LimitName, TokenRequest
 from broker.telemetry import exposition
 from broker.telemetry.cells import MetricLayout, SharedCells
 from broker.telemetry.labels import BackgroundTask
@@ -21,7 +21,7 @@ from broker.telemetry.metrics import REQUEST_BUCKETS
 
 OPEN = "application/openmetrics-text; version=1.0.0"
 
-LIMITS = {"fingerprint", "fingerprint_mints", "agent", "client", "auth"}
+LIMITS = {limit.value for limit in LimitName}
 OUTCOMES = {
     *("minted", "reused", "coalesced", "limited", "invalid", "unauthorized", "forbidden"),
     *("shed", "failed"),
