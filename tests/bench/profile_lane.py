@@ -36,9 +36,12 @@ from broker.app.gc_tuning import GcTuner
 from broker.app.wiring import Parts
 from broker.clock import SystemClock
 from broker.config import load
+from broker.issue import IssuedToken
+from broker.model import Outcome
+from broker.stores.memory import MemoryStore
 from broker.telemetry import logs
 from broker.web.response import JSON_TYPE, Answer, head
-from broker.web.whole_request import Request
+from broker.web.whole_request import Request, WholeRequest
 
 CASES = ("fixed", "hit", "crowd", "traced", "429", "invalid", "verify", "introspect", "mint")
 
@@ -191,12 +194,73 @@ def _fixed() -> Callable[[Request, str], Any]:
 STATUS = {"429": b"429", "invalid": b"400"}
 
 
+def steps_of(bench: Bench) -> dict[str, Callable[[], object]]:
+    """Return the parts of a hit, each by itself; what is indented is within what stands above."""
+    (data,) = set(bench.requests("hit", 3))
+    for _ in range(3):
+        bench.send(data)  # by now head and body are known
+    routes, clock, store = bench.parts.routes, bench.parts.clock, bench.parts.store
+    desk, metrics, lane = bench.parts.token_service, bench.parts.metrics, bench.connection._lane
+    assert isinstance(store, MemoryStore)
+    end = data.find(b"\r\n\r\n") + 4
+    known = lane.find(data[:end])
+    request = WholeRequest(known.message, data[end:], bench.connection, known.facts, "")
+    ask = routes.tokens._bodies.read(data[end:], "bench", any_fingerprint=False)
+    now, wall = clock.mono(), clock.wall()
+    rule, key = store._limits.fingerprint.met_by(ask)
+    read, blank = routes.tokens._bodies.read, b"\r\n\r\n"
+    issued = desk.begin(ask, now)
+    assert isinstance(issued, IssuedToken)
+    verdict, body, date = issued.verdict, issued.token.body, routes.http_date(wall)
+    assert verdict is not None
+    line = "Cache-Status: embed-token-broker; hit\r\n"
+    seconds, reused = metrics.requests[Outcome.REUSED].observe, metrics.remaining.observe
+    start = routes.heads.write(line, len(body), "id", date, verdict, wall)
+    answer = Answer(200, start, body)
+    return {
+        "nothing": lambda: None,
+        "all of it": lambda: bench.connection.data_received(data),
+        "  head and body told apart, head known": lambda: lane.find(data[: data.find(blank) + 4]),
+        "  request object": lambda: WholeRequest(known.message, data[end:], None, known.facts, ""),  # type: ignore[arg-type]
+        "  request id": lane.new_id,
+        "  route": lambda: routes.tokens(request, "id"),
+        "    clock, one reading of three": clock.mono,
+        "    body known": lambda: read(data[end:], "bench", any_fingerprint=False),
+        "    story, with a reading of the clock": lambda: desk.begin(ask, clock.mono()),
+        "      bucket, likewise": lambda: store._fingerprint.take(key, rule.limit, clock.mono()),
+        "      token": lambda: store.tokens.find_at(ask.key, now),
+        "    answer of what the story says": lambda: routes.tokens._hand_out(
+            issued, "id", now, ask
+        ),
+        "      head": lambda: routes.heads.write(line, len(body), "id", date, verdict, wall),
+        "      two histograms": lambda: (reused(3594.0), seconds(0.00001)),
+        "      answer object": lambda: Answer(200, start, body, False),
+        "  bytes put together": answer.whole,
+    }
+
+
+def measure_steps(bench: Bench, options: argparse.Namespace) -> None:
+    """Print the smallest round of each part of a hit."""
+    steps, best = steps_of(bench), dict[str, float]()
+    for _ in range(options.rounds):
+        for name, step in steps.items():
+            began = time.thread_time_ns()
+            any(step() is NotImplemented for _ in range(options.requests))
+            took = (time.thread_time_ns() - began) / options.requests / 1000
+            best[name] = min(took, best.get(name, took))
+    for name, took in best.items():
+        print(f"{name:42}{took - best['nothing']:>6.2f} us")
+
+
 async def measure(options: argparse.Namespace) -> None:
     """Print the smallest round of each case."""
     tuner = GcTuner()
     bench = Bench()
     await asyncio.sleep(0.05)
     tuner.start()
+    if options.steps:
+        measure_steps(bench, options)
+        return
     best: dict[str, float] = {}
     for _ in range(options.rounds):
         for case in options.cases.split(","):

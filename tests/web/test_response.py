@@ -3,6 +3,7 @@
 import asyncio
 import re
 import socket
+from itertools import product
 
 import pytest
 from edge import Edge, closing_later, request, visitor
@@ -95,20 +96,37 @@ class TestHeads:
             max_size=8,
         )
     )
-    def test_templates_write_what_the_parts_do(
+    def test_what_is_kept_is_what_the_parts_write(
         self, draws: list[tuple[Limit, int, str, int, int, bool]]
     ) -> None:
         """Byte for byte, whatever limit, line and second came before; full buckets, too."""
-        heads = Heads()
+        heads, dates = Heads(), [f"second {number}" for number in range(4)]
         for limit, wait, line, length, second, is_peeked in draws:
             verdict = (
                 peek(NOW + wait, limit, NOW) if is_peeked else spend(NOW + wait, limit, NOW)[1]
             )
-            wall, date = NOW + second * 1_000_000 + wait % 999_999, f"second {second}"
+            wall, date = NOW + second * 1_000_000 + wait % 999_999, dates[second]
             start = head(200, length, JSON_TYPE, f"id-{length}", date)
             expected = start + line + limit_headers(LimitName.FINGERPRINT, verdict, wall)
             written = heads.write(line, length, f"id-{length}", date, verdict, wall)
             assert written == expected.encode()
+
+    def test_what_is_kept_holds_for_what_is_told_alike_only(self) -> None:
+        """Within one second: other moments, limits, depths, outcomes and names."""
+        heads, date = Heads(), "a second"
+        limits = [Limit(20, 1_000_000), Limit(20, 2_000_000), Limit(3, 5_000_000)]
+        waits = (0, 600_000, 1_500_000, 3_600_000, 11_900_000, 12_900_000, 10**9)
+        for limit, wait, part, line in product(
+            limits, waits, (0, 500_000, 999_999), ("A\r\n", "B\r\n")
+        ):
+            verdict, wall = spend(NOW + wait, limit, NOW)[1], NOW + part
+            start = head(200, wait, JSON_TYPE, "id", date) + line
+            told = limit_headers(LimitName.FINGERPRINT, verdict, wall)
+            assert heads.write(line, wait, "id", date, verdict, wall) == (start + told).encode()
+            for name in (LimitName.AGENT, LimitName.CLIENT):
+                told = limit_headers(name, verdict, wall)
+                told += f"Retry-After: {retry_after_seconds(verdict.retry_after)}\r\n"
+                assert verdict.allowed or heads.refusal(name, verdict, wall) == told.encode()
 
 
 class TestReadyAnswer:
