@@ -25,6 +25,11 @@ NOTHING_CONFIGURED = (
 )
 
 
+ALL_ROUTES = ("/v1/*", "/v2/*")
+"""What a relay without a configuration passes on: its callers have the vendor's key, and an SDK has
+one base URL for all that it calls."""
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
@@ -68,7 +73,14 @@ def settings_of(arguments: argparse.Namespace, flags: Mapping[str, Any] | None =
         return config.load(path, os.environ, flags or {})
     if any(os.environ.get(name) for name in config.VENDOR_VARIABLES):
         file = default_path(os.environ)
-        relay = {"issuer": {"kind": "upstream"}, "store": {"url": f"sqlite://{file}"}}
+        relay: dict[str, Any] = {
+            "issuer": {"kind": "upstream"},
+            "store": {"url": f"sqlite://{file}"},
+        }
+        settings = config.load(None, os.environ, flags or {}, relay)
+        if settings.issuer.kind != "upstream":
+            return settings
+        relay["issuer"]["upstream"] = {"pass_through": ALL_ROUTES}
         return config.load(None, os.environ, flags or {}, relay)
     if not any(name.startswith("BROKER_") and "__" in name for name in os.environ):
         raise ConfigError(NOTHING_CONFIGURED)

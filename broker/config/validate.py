@@ -13,7 +13,7 @@ from broker.config.addresses import StateFileAddress, StoreAddress, parse_store_
 from broker.config.schema import ConfigError
 from broker.config.settings import Duration, Settings, StoreSettings, UpstreamSettings
 from broker.model import AGENT_ID, AGENT_RULE
-from broker.rules import bucket
+from broker.rules import bucket, passing
 
 MAX_VENDOR_KEYS = 4
 """Keys in the vendor's list: a rotation needs two."""
@@ -103,6 +103,27 @@ def _check_upstream(settings: Settings) -> None:
         )
     if upstream.timeout.us <= 0:
         raise ConfigError("issuer.upstream.timeout: must be longer than 0")
+    _check_pass_through(settings)
+
+
+def _check_pass_through(settings: Settings) -> None:
+    name, routes = "issuer.upstream.pass_through", settings.issuer.upstream.pass_through
+    for route in routes:
+        try:
+            passing.check_route(route)
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}") from None
+    if routes and settings.issuer.kind != "upstream":
+        raise ConfigError(
+            f"{name}: a local issuer has no vendor to pass requests on to; take it out, or set"
+            ' issuer.kind = "upstream"'
+        )
+    for client, given in settings.clients.items():
+        if given.pass_through and not routes:
+            raise ConfigError(
+                f"clients.{client}.pass_through: no route is passed on; name some in {name},"
+                ' such as ["/v1/agent/*"]'
+            )
 
 
 def normal_base_url(url: str) -> str:

@@ -23,6 +23,7 @@ from broker.web import body
 from broker.web.auth import Client, ClientAuthenticator
 from broker.web.caller import Caller, caller_of
 from broker.web.lane import ANY_METHOD
+from broker.web.request_log import log_failure
 from broker.web.response import (
     JSON_TYPE,
     GrantHeads,
@@ -103,6 +104,7 @@ class Routes:
         self._date_until = 0
         self._heads = GrantHeads()
         self._bodies = KnownBodies()
+        self._elsewhere: Handler | None = None
         self.table: dict[str, dict[str, Handler]] = {TOKEN_PATH: {"POST": self._token}}
         self.lane: dict[str, dict[str, LaneHandler]] = {TOKEN_PATH: {"POST": self._token}}
         self.add("/v1/validate", "POST", self._validate)
@@ -116,6 +118,11 @@ class Routes:
         handler = None if methods is None else methods.get(request.method)
         request_id = self.given_id(request.headers) or self.new_id()
         return (handler or self._off_route)(request, request_id)
+
+    @property
+    def draining(self) -> bool:
+        """Whether answers end their connections."""
+        return self._health.draining
 
     def use_log(self, *, debug: bool) -> None:
         """Follow a change of the log's level; `debug` writes every hand-out.
@@ -137,6 +144,10 @@ class Routes:
             methods["HEAD"] = guarded
         elif method == ANY_METHOD:
             methods["GET"] = guarded  # which is found at once
+
+    def use_elsewhere(self, handler: Handler) -> None:
+        """Let this answer what no route here does."""
+        self._elsewhere = self._guarded(handler)
 
     def add_to_lane(self, path: str, method: str, handler: LaneHandler) -> None:
         """Add a route whose requests are answered where they arrive, if they can be."""
@@ -260,7 +271,7 @@ class Routes:
         else:
             worth_a_line = True
         if worth_a_line:
-            _log_failure(error, kind, request_id, seconds, client, ask)
+            log_failure(error, kind, request_id, seconds, client, ask)
         return self._error(error, request_id)
 
     def _tell_of_leak(
@@ -289,14 +300,20 @@ class Routes:
         absolute = request.raw_path.startswith(("http://", "https://"))
         path = request.path if absolute else request.raw_path.partition("?")[0]
         methods = self.table.get(path) or self._tree(path)
+        if methods is None and self._elsewhere is not None:
+            return await self._elsewhere(request, request_id)
         if methods is None:
-            where = f"metrics are on the admin listener: {self.admin_url}/metrics"
-            other = f"no such route: tokens are at POST {TOKEN_PATH}"
-            return self._error(errors.NotFound(where if path == "/metrics" else other), request_id)
+            return self._error(self.not_found(path), request_id)
         handler = methods.get(request.method) or methods.get(ANY_METHOD)
         if handler is None:
             return self._error(errors.MethodNotAllowed(", ".join(sorted(methods))), request_id)
         return await handler(request, request_id)
+
+    def not_found(self, path: str) -> errors.NotFound:
+        """Return what is told to those who ask for what is not here."""
+        where = f"metrics are on the admin listener: {self.admin_url}/metrics"
+        other = f"no such route: tokens are at POST {TOKEN_PATH}"
+        return errors.NotFound(where if path == "/metrics" else other)
 
     def _tree(self, path: str) -> dict[str, Handler] | None:
         """Return what answers everything below some path, if this is below it."""
@@ -368,32 +385,3 @@ class Routes:
             left_s=handout.left // 1_000_000,
             duration_ms=round(seconds * 1000, 3),
         )
-
-
-def _log_failure(
-    error: errors.BrokerError,
-    kind: str,
-    request_id: str,
-    seconds: float,
-    client: Client | None,
-    ask: TokenRequest | None,
-) -> None:
-    fields: dict[str, object] = {
-        "request_id": request_id,
-        "status": error.status,
-        "code": error.code,
-    }
-    if isinstance(error, errors.RateLimited | errors.BudgetExhausted):
-        fields["limit"] = kind
-    if error.reason:
-        fields["reason"] = error.reason
-    if client is not None:
-        fields["client"] = client.name
-    if ask is not None:
-        fields |= {"agent": ask.agent, "visitor": visitor_hash(ask.fingerprint)}
-    log.warning(
-        "broker.embed_token",
-        outcome=error.outcome.value,
-        **fields,
-        duration_ms=round(seconds * 1000, 3),
-    )

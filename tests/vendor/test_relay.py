@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import secrets
 import signal
 import sys
@@ -138,7 +139,8 @@ class TestWithoutConfiguration:
                 assert int(response.headers["X-RateLimit-Remaining"]) == 119
             vendor.send_signal(signal.SIGINT)
             _, log = await asyncio.wait_for(vendor.communicate(), START)
-            assert (vendor.returncode, log) == (0, b"")
+            assert vendor.returncode == 0
+            assert re.fullmatch(rf"POST   {TOKEN_PATH}  200  [0-9.]+ ms\n", log.decode())
 
     async def test_the_vendor_s_process_says_what_is_wrong_with_its_address(
         self, tmp_path: Path
