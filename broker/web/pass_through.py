@@ -103,14 +103,16 @@ class PassThrough:
     async def __call__(self, request: BaseRequest, request_id: str) -> ReadyAnswer:
         """Pass a request on, or say why not; raises BrokerError."""
         started = time.perf_counter()
-        route = self._route(request)
+        route = ""
         try:
+            route = self._route(request)
             client, key = self._identify(request)
             fields = self._fields(request)
             if self._under_way >= MAX_PASSED:
                 raise errors.ServiceUnavailable("too many requests are passed on already", RETRY)
         except errors.BrokerError as error:
-            self._refuse(error, route, request_id, started)
+            if not isinstance(error, errors.NotFound):  # which has nothing to do with the vendor
+                self._refuse(error, route, request_id, started)
             raise
         self._under_way += 1
         self._metrics.in_flight.set(self._under_way)

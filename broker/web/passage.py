@@ -2,6 +2,8 @@
 
 import asyncio
 import re
+import socket
+import struct
 from collections.abc import AsyncIterator, Sequence
 
 from aiohttp.web import RequestPayloadError
@@ -11,6 +13,7 @@ from msgspec import Struct
 from broker import errors
 from broker.issuers.vendor.client import CallFailed
 from broker.issuers.vendor.passing import PassedAnswer
+from broker.rules.passing import BadTarget
 from broker.telemetry.labels import PassedOutcome, Reason
 from broker.web import body
 from broker.web.auth import Client
@@ -20,8 +23,11 @@ STALLED = 120.0
 """Seconds in which a byte has to move, in either direction: as long as the vendor's own clients
 wait for an answer, which may be speech that is made meanwhile."""
 
-FAILURES = (TimeoutError, CallFailed, RequestPayloadError, ValueError, ConnectionError)
+FAILURES = (TimeoutError, CallFailed, RequestPayloadError, BadTarget, ConnectionError)
 """What ends one before its end."""
+
+_NO_LINGER = struct.pack("ii", 1, 0)
+"""SO_LINGER on, 0 seconds: closing sends RST instead of FIN."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
@@ -104,8 +110,10 @@ def verdict_on(passage: Passage, error: Exception) -> tuple[PassedOutcome, error
         return PassedOutcome.REFUSED, stalled
     if isinstance(error, ConnectionError) and passage.is_begun:
         return PassedOutcome.LEFT, errors.Internal()
-    if isinstance(error, ValueError):
-        return PassedOutcome.REFUSED, errors.Invalid("target: has more than one form")
+    if isinstance(error, BadTarget):
+        return PassedOutcome.REFUSED, errors.Invalid(
+            f"target: {error}; such a request is not passed on"
+        )
     reason = error.reason if isinstance(error, CallFailed) else Reason.TIMEOUT
     outcome = PassedOutcome.BROKEN if passage.is_begun else PassedOutcome.FAILED
     if reason is Reason.TIMEOUT:
@@ -117,9 +125,17 @@ def verdict_on(passage: Passage, error: Exception) -> tuple[PassedOutcome, error
 
 
 def cut(request: BaseRequest) -> ReadyAnswer:
-    """End a connection whose answer cannot be completed, so that nobody takes it for complete."""
-    if request.transport is not None:
-        request.transport.abort()
+    """End a connection whose answer cannot be completed, so that nobody takes it for complete.
+
+    With a reset where there can be one: an answer without length or chunks, as HTTP/1.0 has, would
+    be complete with any other end.
+    """
+    transport = request.transport
+    if transport is not None:
+        connection = transport.get_extra_info("socket")
+        if connection is not None and connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        transport.abort()
     answer = ReadyAnswer(502, "", b"", close=True)
     answer.is_written = True
     return answer

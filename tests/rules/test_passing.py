@@ -96,6 +96,7 @@ def test_routes_are_exact_or_trees(target: str, route: str | None) -> None:
 
 
 @given(fields=FIELDS)
+@example(fields=[("Connection", "close, X-A"), ("X-A", "1"), ("x-b", "2")])
 def test_between_neighbours_stays_what_is_between_neighbours(
     fields: list[tuple[str, str]],
 ) -> None:

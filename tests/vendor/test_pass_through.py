@@ -230,8 +230,9 @@ class TestPassedOn:
         told = house.log.getvalue() + await house.scrape_text()
         for secret in (marker, house.key, house.secret):
             assert secret not in told
-        (event,) = house.events("broker.pass_through")
+        event, refused = house.events("broker.pass_through")
         assert event.items() >= {"outcome": "2xx", "client": "web", "status": 200}.items()
+        assert refused.items() >= {"outcome": "refused", "code": "VALIDATION_ERROR"}.items()
 
     async def test_heads_in_both_directions(self, wire: Wire, vendor: FakeVendor) -> None:
         """Hop-by-hop headers stay, those that Connection names too; everything else goes on."""
@@ -369,6 +370,9 @@ class TestWhoMay:
         """403, whatever keys it has."""
         async with passing_before(vendor, passing(ALL)) as house:
             assert await house.code("GET", "/v1/agents") == "ROUTE_NOT_ALLOWED"
+            assert await house.code("GET", "/v1/a%2fb") == "VALIDATION_ERROR"
+            assert await house.code("GET", "/favicon.ico") == "NOT_FOUND"
+            assert await house.counted("refused") == 2
             assert house.passed == []
 
     async def test_only_routes_that_are_named(self, vendor: FakeVendor) -> None:
@@ -570,6 +574,7 @@ class TestSmuggling:
         assert not got.startswith(b"HTTP/1.1 2"), got
         assert list(house.vendor.journal.records) == []
         assert (await house.answered("GET", "/v1/agents"))[0] == 200  # it is well, and this is how
+        assert await house.counted("2xx") == 1
 
 
 class TestLimits:
@@ -641,6 +646,15 @@ class TestLimits:
             assert await house.counted("broken") == 1
             (event,) = house.events("broker.pass_through")
             assert (event["outcome"], event["reason"]) == ("broken", "reset")
+
+    async def test_nor_where_only_the_end_would_tell(self, wire: Wire, vendor: FakeVendor) -> None:
+        """A caller of HTTP/1.0 takes what came before the end for all, unless that is a reset."""
+        wire.says = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n"
+        async with passing_to(wire, vendor) as house:
+            credentials = "".join(f"{n}: {v}\r\n" for n, v in house.credentials.items())
+            got = await raw(house, f"GET /v1/agents HTTP/1.0\r\n{credentials}\r\n".encode())
+            assert got == b"reset"
+            assert await house.counted("broken") == 1
 
     @pytest.mark.parametrize(
         "garbage",

@@ -31,7 +31,7 @@ from broker.issuers.vendor.client import (
 )
 from broker.issuers.vendor.connection import VendorConnector
 from broker.issuers.vendor.egress import Proxy
-from broker.rules.passing import Field
+from broker.rules.passing import BadTarget, Field
 from broker.telemetry.labels import Reason
 
 READ_BUFFER = 32 * 1024
@@ -102,12 +102,12 @@ class PassThroughClient:
     ) -> AsyncIterator[PassedAnswer]:
         """Send a request whose `target` begins with a slash; raises CallFailed without an answer.
 
-        The connection ends with the block.  Raises ValueError for a target that would be sent in
+        The connection ends with the block.  Raises BadTarget for a target that would be sent in
         another form than it came in.
         """
         url, proxy = URL(self._base + target, encoded=True), self.proxy
         if url.raw_path_qs != self._prefix + target.removesuffix("?"):
-            raise ValueError("the target has more than one form")
+            raise BadTarget("it has more than one form")
         request = self._session.request(
             method,
             url,
