@@ -238,13 +238,14 @@ class PassThrough:
         is_last = (
             self._routes.draining
             or not request.keep_alive
+            or request.version < (1, 1)
             or not request.content.is_eof()
             or (has_body and not is_framed and not is_chunked)
         )
         head = head_of(answer, fields, passage.request_id, chunked=is_chunked, last=is_last)
+        passage.is_begun = True
         if request.transport is None:
             raise ConnectionResetError
-        passage.is_begun = True
         request.transport.write(head)
         if is_chunked:
             writer.enable_chunking()

@@ -693,8 +693,8 @@ class TestLimits:
         self, house: Passing, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """504 where the vendor is silent, 408 where the caller's body does not come."""
-        monkeypatch.setattr(passage, "STALLED", 0.3)
-        monkeypatch.setattr(pass_through, "STALLED", 0.3)
+        monkeypatch.setattr(passage, "STALLED", 2.0)
+        monkeypatch.setattr(pass_through, "STALLED", 2.0)
         with house.vendor.fail(faults.hang(), path="/v1/agents"):
             assert await house.code("GET", "/v1/agents") == "UPSTREAM_TIMEOUT"
         credentials = "".join(f"{n}: {v}\r\n" for n, v in house.credentials.items())
@@ -707,11 +707,11 @@ class TestLimits:
         self, house: Passing, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The time is that without a byte, not that of the whole."""
-        monkeypatch.setattr(passage, "STALLED", 1.0)
-        monkeypatch.setattr(pass_through, "STALLED", 1.0)
-        body = faults.combined(faults.body(b"0123456789"), faults.drip(0.2))
+        monkeypatch.setattr(passage, "STALLED", 3.0)
+        monkeypatch.setattr(pass_through, "STALLED", 3.0)
+        body = faults.combined(faults.body(b"01234567"), faults.drip(0.5))
         with house.vendor.fail(body, path="/v1/agents"):
-            assert await house.answered("GET", "/v1/agents") == (200, b"0123456789")
+            assert await house.answered("GET", "/v1/agents") == (200, b"01234567")
 
     async def test_no_more_at_a_time_than_there_are_places(
         self, house: Passing, monkeypatch: pytest.MonkeyPatch
