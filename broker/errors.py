@@ -7,6 +7,7 @@
     │   ├── MissingAuth             401 MISSING_AUTH
     │   ├── Unauthorized            401 UNAUTHORIZED
     │   ├── AgentNotAllowed         403 AGENT_NOT_ALLOWED
+    │   ├── RouteNotAllowed         403 ROUTE_NOT_ALLOWED
     │   ├── SecretInBrowser         403 SECRET_IN_BROWSER
     │   ├── NotFound                404 NOT_FOUND
     │   ├── MethodNotAllowed        405 METHOD_NOT_ALLOWED
@@ -99,6 +100,12 @@ class AgentNotAllowed(CallerError):
     """A known client asks for an agent it was not given."""
 
     status, code, outcome = 403, "AGENT_NOT_ALLOWED", Outcome.FORBIDDEN
+
+
+class RouteNotAllowed(CallerError):
+    """A known client asks for a route of the vendor, and may not."""
+
+    status, code, outcome = 403, "ROUTE_NOT_ALLOWED", Outcome.FORBIDDEN
 
 
 class SecretInBrowser(CallerError):

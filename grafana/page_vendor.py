@@ -247,5 +247,36 @@ VENDOR = Dashboard(
                 ),
             ],
         ),
+        Row(
+            title="Other routes, passed on",
+            panels=[
+                Panel(
+                    title="Passed on by outcome",
+                    unit="reqps",
+                    description="Requests for other routes of the vendor, by the class of its "
+                    "status; refused by the broker; failed: no answer; broken in the middle; "
+                    "left by the caller. Only with pass_through.",
+                    queries={
+                        "{{outcome}}": "sum by (outcome) "
+                        "(rate(broker_pass_through_requests_total{@}[~]))"
+                    },
+                    stacked=True,
+                    colours={"2xx": "green", "failed": "dark-red", "broken": "red"},
+                ),
+                Panel(
+                    title="Time to pass on",
+                    unit="s",
+                    description="From the head of the request to the end of the answer.",
+                    queries=quantiles("broker_pass_through_duration_seconds", 0.5, 0.99),
+                ),
+                Panel(
+                    title="Passed on at a time",
+                    unit="short",
+                    description="Requests under way, by instance; beyond 64 for each process "
+                    "others get 503.",
+                    queries={"{{instance}}": "broker_pass_through_in_flight{@}"},
+                ),
+            ],
+        ),
     ],
 )

@@ -200,6 +200,8 @@ class App:
         await parts.token_service.flights.close()
         if isinstance(parts.issuer, UpstreamIssuer):
             await parts.issuer.close()  # before the budget, which tells what that leaves out
+        if parts.pass_through is not None:
+            await parts.pass_through.close()
         if parts.pacer is not None:
             await parts.pacer.close()
         if parts.shared_backend is not None:

@@ -60,7 +60,9 @@ def clients(settings: Settings, environ: Mapping[str, str]) -> list[Client]:
                     f"{where}: the same as that of {known[digest].name!r}; a client is known by its"
                     " secret: make another one with `broker keys generate`"
                 )
-            known[digest] = Client(name, digest, agents, client.allow_origin_header)
+            known[digest] = Client(
+                name, digest, agents, client.allow_origin_header, client.pass_through
+            )
     return list(known.values())
 
 
@@ -117,7 +119,7 @@ def _holders_of_vendor_keys(settings: Settings, environ: Mapping[str, str]) -> l
             " the vendor's key may use the broker, which must not leave this machine"
         )
     return [
-        Client("vendor-key", key.digest(), None, allow_origin=False)
+        Client("vendor-key", key.digest(), None, allow_origin=False, pass_through=True)
         for key in credentials.vendor_keys(settings, environ)
     ]
 
@@ -161,6 +163,7 @@ def metrics(settings: Settings, cells: Row | None = None) -> Metrics:
         budget=settings.issuer.budget is not None,
         shared_store=isinstance(address, StoreAddress),
         state_file=isinstance(address, StateFileAddress),
+        pass_through=bool(settings.issuer.upstream.pass_through),
         workers=workers if workers > 1 else 0,
         cells=cells,
     )

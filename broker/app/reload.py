@@ -58,6 +58,7 @@ def needs_restart(old: Settings, new: Settings, *, other_key: bool = False) -> l
         "local.audience": before.local.audience != after.local.audience,
         "upstream.base_url": before.upstream.base_url != after.upstream.base_url,
         "upstream.timeout": before.upstream.timeout != after.upstream.timeout,
+        "upstream.pass_through": before.upstream.pass_through != after.upstream.pass_through,
     }
     if other_key:
         names.append("store.encryption_key")
@@ -97,7 +98,12 @@ def _issuer_in_force(old: IssuerSettings, new: IssuerSettings) -> IssuerSettings
         new,
         budget=old.budget,
         local=replace(new.local, issuer=local.issuer, audience=local.audience),
-        upstream=replace(new.upstream, base_url=upstream.base_url, timeout=upstream.timeout),
+        upstream=replace(
+            new.upstream,
+            base_url=upstream.base_url,
+            timeout=upstream.timeout,
+            pass_through=upstream.pass_through,
+        ),
     )
 
 
@@ -210,6 +216,8 @@ class Reloader:
             def replace_keys() -> None:
                 issuer.use_keys(keys)
                 issuer.use_proxy(proxy)
+                if self._parts.pass_through is not None:
+                    self._parts.pass_through.proxy = proxy
 
             return replace_keys
         assert isinstance(keys, Keyring)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 from prometheus_client import CollectorRegistry
 
-from broker.app import credentials, factory
+from broker.app import credentials, factory, other_routes
 from broker.app.worker_context import WorkerContext
 from broker.config.settings import Settings
 from broker.issue import TokenService
@@ -20,6 +20,7 @@ from broker.issuers.keyring import Keyring
 from broker.issuers.local import LocalIssuer
 from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor.client import VendorClient
+from broker.issuers.vendor.passing import PassThroughClient
 from broker.minting import Minter, MintRules
 from broker.model import Clock, LimitName, Secret
 from broker.pacing.pacer import BudgetPacer, NoPacing
@@ -79,6 +80,7 @@ class Parts(Struct, frozen=True):
     routes: Routes
     server: DataServer
     embed: embed_script.Script
+    pass_through: PassThroughClient | None
     admin_refusals: RefusalLog
 
     @property
@@ -154,6 +156,9 @@ def build(
         routes=routes,
         server=_server(given, routes, authenticator),
         embed=embed_script.add(routes),
+        pass_through=other_routes.add(
+            settings, environ, routes, authenticator, issuer, given.metrics.pass_through, clock
+        ),
         admin_refusals=RefusalLog(),
     )
 

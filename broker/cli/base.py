@@ -34,6 +34,11 @@ NOTHING_CONFIGURED = (
 )
 
 
+ALL_ROUTES = ("/v1/*", "/v2/*")
+"""What a relay without a configuration passes on: its callers have the vendor's key, and an SDK has
+one base URL for all that it calls."""
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, and what was probably meant."""
 
@@ -192,7 +197,14 @@ def examined(
         return config.examine(path, os.environ, flags or {})
     if any(os.environ.get(name) for name in config.VENDOR_VARIABLES):
         file = default_path(os.environ)
-        relay = {"issuer": {"kind": "upstream"}, "store": {"url": f"sqlite://{file}"}}
+        relay: dict[str, Any] = {
+            "issuer": {"kind": "upstream"},
+            "store": {"url": f"sqlite://{file}"},
+        }
+        found = config.examine(None, os.environ, flags or {}, relay)
+        if found.settings.issuer.kind != "upstream":
+            return found
+        relay["issuer"]["upstream"] = {"pass_through": ALL_ROUTES}
         return config.examine(None, os.environ, flags or {}, relay)
     if not any(name.startswith("BROKER_") and "__" in name for name in os.environ):
         raise ConfigError(NOTHING_CONFIGURED)

@@ -117,6 +117,9 @@ class ClientSettings(_Section, frozen=True):
     """File with that secret: set it, change the client, then let `secret_file` name it alone."""
     agents: tuple[str, ...] = ()
     """Agents this client may use; `["*"]` for all.  Empty allows none: access is granted."""
+    pass_through: bool = False
+    """Whether this client may use the routes of `[issuer.upstream] pass_through`, with a key of the
+    vendor of its own.  Off: its secret is for tokens."""
     allow_origin_header: bool = False
     """Accept this client's secret together with an `Origin` header, for a proxy that adds the
     secret to browsers' requests.  Off: that pair normally means the secret leaked into a page."""
@@ -168,6 +171,10 @@ class UpstreamSettings(_Section, frozen=True):
     timeout: Duration = _seconds(10)
     """One call, connecting included: within the 12 s of a request, with room for a retry of what
     fails fast."""
+    pass_through: tuple[str, ...] = ()
+    """Other routes of the vendor, passed on with the caller's key: paths, or `/v1/agent/*` for all
+    below one.  None: the broker is there for tokens.  A relay without a configuration has
+    `/v1/*` and `/v2/*`: its callers have the vendor's key, and one base URL for all they call."""
 
 
 class BudgetSettings(_Section, frozen=True):

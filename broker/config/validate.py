@@ -13,7 +13,7 @@ from broker.config.addresses import StateFileAddress, StoreAddress, parse_store_
 from broker.config.schema import ConfigError
 from broker.config.settings import Duration, Settings, StoreSettings, UpstreamSettings
 from broker.model import AGENT_ID, AGENT_RULE
-from broker.rules import bucket, outstanding
+from broker.rules import bucket, outstanding, passing
 
 MAX_VENDOR_KEYS = 4
 """Keys in the vendor's list: a rotation needs two."""
@@ -123,6 +123,27 @@ def _upstream(settings: Settings) -> Iterator[ConfigError]:
         )
     if upstream.timeout.us <= 0:
         yield ConfigError("issuer.upstream.timeout: must be longer than 0")
+    yield from _pass_through(settings)
+
+
+def _pass_through(settings: Settings) -> Iterator[ConfigError]:
+    name, routes = "issuer.upstream.pass_through", settings.issuer.upstream.pass_through
+    for route in routes:
+        try:
+            passing.check_route(route)
+        except ValueError as error:
+            yield ConfigError(f"{name}: {error}")
+    if routes and settings.issuer.kind != "upstream":
+        yield ConfigError(
+            f"{name}: a local issuer has no vendor to pass requests on to; take it out, or set"
+            ' issuer.kind = "upstream"'
+        )
+    for client, given in settings.clients.items():
+        if given.pass_through and not routes:
+            yield ConfigError(
+                f"clients.{client}.pass_through: no route is passed on; name some in {name},"
+                ' such as ["/v1/agent/*"]'
+            )
 
 
 def normal_base_url(url: str) -> str:

@@ -56,6 +56,10 @@ log = structlog.get_logger()
 DEFAULT_PAUSE = 5 * SECOND
 """Microseconds that the budget pauses after a 429 that does not say for how long."""
 
+LONGEST_ELSEWHERE = 60 * SECOND
+"""Microseconds that the budget pauses at most for a 429 on a route that does not mint: the vendor's
+buckets refill within a minute, and a longer wait is that route's own affair."""
+
 RETRY_BASE = 250_000
 """Microseconds: the one retry comes after up to this long, at random."""
 
@@ -119,6 +123,18 @@ class UpstreamIssuer(Issuer):
     def use_proxy(self, proxy: Proxy | None) -> None:
         """Send the next calls through this proxy; None: directly."""
         self._client.proxy = proxy
+
+    def heed_elsewhere(self, answer: Answer) -> bool:
+        """Pause the budget if a call that was no mint was one too many; returns whether it was.
+
+        It left by the same address, and the vendor counts by that.
+        """
+        reply = read_answer(answer.status, answer.headers, answer.body, self._clock.wall())
+        if not isinstance(reply, Throttled):
+            return False
+        wait = min(reply.retry_after or DEFAULT_PAUSE, LONGEST_ELSEWHERE)
+        self._pause(Throttled(wait))
+        return True
 
     @property
     @override

@@ -87,6 +87,26 @@ class Reason(Enum):
     """The vendor's verdict on account, agent, model or request."""
 
 
+class PassedOutcome(Enum):
+    """How a request for another route of the vendor ended: label of `broker_pass_through_...`."""
+
+    __hash__ = object.__hash__
+
+    OK = "2xx"
+    """The vendor's answer, by the class of its status, like the next three."""
+    REDIRECT = "3xx"
+    CALLER_ERROR = "4xx"
+    SERVER_ERROR = "5xx"
+    REFUSED = "refused"
+    """By the broker: nothing reached the vendor, or not all of it."""
+    FAILED = "failed"
+    """The vendor gave no answer."""
+    BROKEN = "broken"
+    """Its answer ended before its end; the caller's connection was cut."""
+    LEFT = "left"
+    """The caller went away."""
+
+
 class FileError(Enum):
     """How a state file fails; the label of `broker_state_file_errors_total`."""
 

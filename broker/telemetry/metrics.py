@@ -18,6 +18,7 @@ from broker.model import LimitName, Outcome
 from broker.telemetry.cells import Histogram, MetricLayout, Row
 from broker.telemetry.counts import BucketCounts, TokenCounts
 from broker.telemetry.labels import BackgroundTask, Reason
+from broker.telemetry.pass_through_metrics import PassThroughMetrics
 from broker.telemetry.state_file_metrics import StateFileMetrics
 from broker.version import VERSION
 
@@ -71,8 +72,8 @@ _T = TypeVar("_T")
 class Metrics:
     """All metrics of one process.
 
-    `budget`, `shared_store` and `state_file` tell whether there is one; `workers` how many a
-    supervisor keeps, 0 without one.  `cells` is this process' row of a shared board.
+    `budget`, `shared_store`, `state_file`, `pass_through` tell whether there is one; `workers` how
+    many a supervisor keeps, 0 without one.  `cells` is this process' row of a shared board.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Metrics:
         budget: bool = False,
         shared_store: bool = False,
         state_file: bool = False,
+        pass_through: bool = False,
         workers: int = 0,
         cells: Row | None = None,
     ) -> None:
@@ -112,6 +114,7 @@ class Metrics:
         self.upstream = UpstreamMetrics(sheet, shown=issuer == "upstream")
         self.store = StoreMetrics(sheet, shown=shared_store)
         self.state_file = StateFileMetrics(sheet, shown=state_file)
+        self.pass_through = PassThroughMetrics(sheet, shown=pass_through)
         self.process = ProcessMetrics(sheet, workers)
 
     @property

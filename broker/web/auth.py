@@ -50,6 +50,7 @@ class Client(Struct, frozen=True):
     digest: bytes
     agents: frozenset[str] | None
     allow_origin: bool
+    pass_through: bool = False
 
     def require_agent(self, agent: str) -> None:
         """Raise AgentNotAllowed unless this client may use the agent."""
@@ -92,15 +93,17 @@ class ClientAuthenticator:
         """Exempt these origins from the browser rule."""
         self._own_origins = origins
 
-    def identify(self, request: Request, now: int) -> Client:
+    def identify(self, request: Request, now: int, *, as_bearer: bool = False) -> Client:
         """Return the client whose secret the request bears; `now` is monotonic microseconds.
+
+        `as_bearer` leaves `api-secret` aside, which is for the vendor then.
 
         Raises MissingAuth, Unauthorized, RateLimited (an address that keeps failing),
         SecretInBrowser, or Invalid for two secrets in one request.
         """
         headers = request.headers
         try:
-            client = self.recognise(headers)
+            client = self.recognise(headers, as_bearer=as_bearer)
         except MissingAuth:
             self._throttle(request, now)
             raise
@@ -121,11 +124,16 @@ class ClientAuthenticator:
             return False
         return True
 
-    def recognise(self, headers: "CIMultiDictProxy[str]") -> Client | None:
+    def recognise(
+        self, headers: "CIMultiDictProxy[str]", *, as_bearer: bool = False
+    ) -> Client | None:
         """Return the client of this secret, None if nobody has it."""
-        digest = hashlib.sha256(
-            secret_of(headers, self._wanted).encode("utf-8", "surrogateescape")
-        ).digest()
+        secret = (_bearer if as_bearer else secret_of)(headers, self._wanted)
+        return self.holder_of(secret)
+
+    def holder_of(self, secret: str) -> Client | None:
+        """Return whose secret this is, None if it is nobody's."""
+        digest = hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()
         client = self._clients.get(digest)
         if client is None or not hmac.compare_digest(client.digest, digest):
             return None
@@ -185,7 +193,7 @@ def secret_of(headers: "CIMultiDictProxy[str]", wanted: str = "client secret") -
     """
     given = headers.getall(API_SECRET, None)
     if given is None:
-        return _bearer(headers, wanted)
+        return _bearer(headers, wanted, API_SECRET)
     if len(given) > 1:
         raise Invalid("api-secret: sent twice; send the header once")
     if not given[0]:
@@ -193,11 +201,11 @@ def secret_of(headers: "CIMultiDictProxy[str]", wanted: str = "client secret") -
     return given[0]
 
 
-def _bearer(headers: "CIMultiDictProxy[str]", wanted: str) -> str:
+def _bearer(headers: "CIMultiDictProxy[str]", wanted: str, name: str = "authorization") -> str:
     values = headers.getall(AUTHORIZATION, ())
     if len(values) > 1:
         raise Invalid("authorization: sent twice; send the header once")
     scheme, _, token = values[0].partition(" ") if values else ("", "", "")
     if scheme.lower() != "bearer" or not token.strip():
-        raise MissingAuth(f"api-secret: missing; send the {wanted} in this header")
+        raise MissingAuth(f"{name}: missing; send the {wanted} in this header")
     return token.strip()

@@ -4,6 +4,7 @@ import asyncio
 
 from aiohttp.hdrs import CONTENT_ENCODING, EXPECT
 from aiohttp.web import RequestPayloadError
+from aiohttp.web_request import BaseRequest
 from multidict import CIMultiDictProxy
 
 from broker.errors import Invalid, PayloadTooLarge, RequestTimeout, UnsupportedType
@@ -47,12 +48,7 @@ async def read(request: Request, limit: int) -> bytes:
     content = arrived(request, limit)
     if content is not None or isinstance(request, WholeRequest):
         return content or b""
-    if (
-        request.headers.get(EXPECT, "").lower() == "100-continue"
-        and request.version >= (1, 1)  # RFC 9110 section 10.1.1: older clients know no 100
-        and request.transport is not None
-    ):
-        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    invite(request)
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT):
@@ -65,6 +61,16 @@ async def read(request: Request, limit: int) -> bytes:
     except RequestPayloadError:
         raise _broken() from None
     return bytes(body)
+
+
+def invite(request: BaseRequest) -> None:
+    """Tell a client that waits for it that its body is read."""
+    if (
+        request.headers.get(EXPECT, "").lower() == "100-continue"
+        and request.version >= (1, 1)  # RFC 9110 section 10.1.1: older clients know no 100
+        and request.transport is not None
+    ):
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 def _too_large(limit: int) -> PayloadTooLarge:

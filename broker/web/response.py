@@ -30,12 +30,16 @@ JSON_TYPE = "application/json"
 
 
 class Answer(Struct, gc=False):
-    """An answer: its head without the closing empty line, its body, whether it is the last one."""
+    """An answer: its head without the closing empty line, its body, whether it is the last one.
+
+    `is_written`: its handler has written it, piece by piece; only `status` and `closes` count then.
+    """
 
     status: int
     head: bytes
     body: bytes
     closes: bool = False
+    is_written: bool = False
 
     def whole(self) -> bytes:
         """Return all of it, for a plain request whose connection is kept."""
@@ -59,7 +63,7 @@ class ReadyAnswer(web.StreamResponse):
         self._head = answer.head
         self._payload = answer.body
         self._closes = answer.closes
-        self._is_written = is_written
+        self._is_written = is_written or answer.is_written
 
     @classmethod
     async def of(cls, answer: Answer | Awaitable[Answer]) -> "ReadyAnswer":

@@ -85,6 +85,7 @@ class Routes:
         self._id_count = count(1)
         self._date = ""
         self._date_until = 0
+        self._elsewhere: Handler | None = None
         self.tokens = TokenRoute(
             self, door, desk, metrics, clock, health, deadline, any_fingerprint=any_fingerprint
         )
@@ -102,6 +103,11 @@ class Routes:
         request_id = self.given_id(request.headers) or self.new_id()
         return ReadyAnswer.of((handler or self._off_route)(request, request_id))
 
+    @property
+    def draining(self) -> bool:
+        """Whether answers end their connections."""
+        return self._health.draining
+
     def add(self, path: str, method: str, handler: Handler) -> None:
         """Add a route whose failures are answered like everything else's.
 
@@ -114,6 +120,10 @@ class Routes:
             methods["HEAD"] = guarded
         elif method == ANY_METHOD:
             methods["GET"] = guarded  # which is found at once
+
+    def use_elsewhere(self, handler: Handler) -> None:
+        """Let this answer what no route here does."""
+        self._elsewhere = self._guarded(handler)
 
     def add_to_lane(self, path: str, method: str, handler: LaneHandler) -> None:
         """Add a route whose requests are answered where they arrive, if they can be."""
@@ -189,14 +199,20 @@ class Routes:
         absolute = request.raw_path.startswith(("http://", "https://"))
         path = request.path if absolute else request.raw_path.partition("?")[0]
         methods = self.table.get(path) or self._tree(path)
+        if methods is None and self._elsewhere is not None:
+            return await outcome_of(self._elsewhere(request, request_id))
         if methods is None:
-            where = f"metrics are on the admin listener: {self.admin_url}/metrics"
-            other = f"no such route: tokens are at POST {TOKEN_PATH}"
-            return self.error(errors.NotFound(where if path == "/metrics" else other), request_id)
+            return self.error(self.not_found(path), request_id)
         handler = methods.get(request.method) or methods.get(ANY_METHOD)
         if handler is None:
             return self.error(errors.MethodNotAllowed(", ".join(sorted(methods))), request_id)
         return await outcome_of(handler(request, request_id))
+
+    def not_found(self, path: str) -> errors.NotFound:
+        """Return what is told to those who ask for what is not here."""
+        where = f"metrics are on the admin listener: {self.admin_url}/metrics"
+        other = f"no such route: tokens are at POST {TOKEN_PATH}"
+        return errors.NotFound(where if path == "/metrics" else other)
 
     def _tree(self, path: str) -> dict[str, Handler] | None:
         """Return what answers everything below some path, if this is below it."""

@@ -57,7 +57,7 @@ POOLS: Mapping[type, tuple[Value, ...]] = {
     bool: (False, True),
     Duration: ("900ms", "2s", "4s", "45s", "301s", "14m", "20m", "1h"),
     Secret: ("first-" * 8, "second-" * 8, "third-" * 8),
-    tuple: ([], ["10.0.0.1"], ["10.0.0.0/8", "fd00::/8"], ["*"], ["A1", "B2"]),
+    tuple: ([], ["10.0.0.1"], ["10.0.0.0/8", "fd00::/8"], ["*"], ["A1", "B2"], ["/v1/*", "/v2/a"]),
 }
 """Values to try for a setting of a type; those that its rules refuse are left out."""
 
@@ -74,7 +74,10 @@ def beside(dotted: str) -> Tree:
         key["url"] = "valkey://store.example"
     if dotted == "store.tls_key_file":
         key["tls_cert_file"] = "/cert"
-    return {"store": key, "limits": {"client": {"rate": 5, "burst": 5}}}
+    tree: Tree = {"store": key, "limits": {"client": {"rate": 5, "burst": 5}}}
+    if dotted.endswith("pass_through"):
+        tree["issuer"] = {"kind": "upstream", "upstream": {"pass_through": ["/v1/agents"]}}
+    return tree
 
 
 def candidates(dotted: str, kind: Any) -> list[Value]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 from actors import Pager, Store, Vendor
 from monitoring import Prometheus, monitoring
 from running import Broker, broker, tool, until
@@ -26,6 +27,8 @@ CROWD = ROOT / "tests" / "load" / "crowd.js"
 
 SETTINGS = {
     "issuer.kind": "upstream",
+    "issuer.upstream.pass_through": "/v1/agents",
+    "clients.dev.pass_through": "true",
     "issuer.budget.rate": 3000,
     "issuer.budget.window": 3020,
     "issuer.budget.burst": 20,
@@ -174,6 +177,7 @@ def _load(run: Watched, folder: Path, key_file: Path) -> None:
 
 def _let_pass(run: Watched, key_file: Path) -> None:
     for phase in run.forecast.phases:
+        _pass_on(run)
         _sleep_until(run.moment(phase.begins))
         if phase.begins:
             run.vendor.turn(phase.name)
@@ -185,6 +189,12 @@ def _let_pass(run: Watched, key_file: Path) -> None:
         if phase.name == "key refused":
             key_file.write_text(run.vendor.new_key(), encoding="utf-8")
     _sleep_until(run.moment(run.forecast.length))
+
+
+def _pass_on(run: Watched) -> None:
+    """Ask for another route of the vendor's, whatever comes of it."""
+    keys = {"api-secret": run.vendor.keys[-1], "Authorization": f"Bearer {run.broker.secret}"}
+    httpx.get(f"{run.broker.url}/v1/agents", headers=keys, timeout=60)
 
 
 def _sleep_until(moment: float) -> None:

@@ -131,6 +131,25 @@ async def test_N14_the_proxy_carries_every_call_and_reads_none(site: Site, way: 
         assert quoted not in text
 
 
+async def test_N14_other_routes_take_the_same_way(site: Site) -> None:
+    """What is passed on goes through the proxy, too, in a tunnel to the vendor's name."""
+    async with ConnectProxy(site.ports) as proxy:
+        path = site.configured(proxy=f"http://{proxy.address}", pass_through=["/v1/*"])
+        secret = secret_in(str(site.folder / "web"))
+        headers = {
+            "api-secret": site.vendor.secret.reveal(),
+            "Authorization": f"Bearer {secret}",
+        }
+        async with (
+            broker_at(site, path, BROKER_CLIENTS__WEB__PASS_THROUGH="true") as broker,
+            Caller(broker, secret) as caller,
+            caller.http.get(f"{broker.url}/v1/agents", headers=headers) as response,
+        ):
+            assert response.status == 200
+            assert proxy.asked == [f"CONNECT {VENDOR}:443 HTTP/1.1"]
+    assert [call.target for call in site.vendor.journal.records] == ["/v1/agents"]
+
+
 async def test_N14_tls_to_the_proxy_and_tls_inside_of_it(site: Site) -> None:
     """An https:// proxy: its certificate is checked, and so is the vendor's behind it."""
     async with ConnectProxy(site.ports, tls=site.tls) as proxy:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import secrets
 import signal
 import sys
@@ -91,6 +92,47 @@ class TestWithoutConfiguration:
         assert key.encode() not in out + log
         assert first["data"]["token"].encode() not in out + log
 
+    @pytest.mark.parametrize("switched_off", [False, True])
+    async def test_other_routes_are_passed_on_with_the_same_base_url(
+        self, vendor: FakeVendor, tmp_path: Path, switched_off: bool
+    ) -> None:
+        """All of /v1/ and /v2/, with the key that the caller sends; unless that is switched off."""
+        key = vendor.secret.reveal()
+        environ = {
+            "BITHUMAN_API_SECRET": key,
+            "BROKER_ISSUER__UPSTREAM__BASE_URL": vendor.url,
+            **({"BROKER_ISSUER__UPSTREAM__PASS_THROUGH": ""} if switched_off else {}),
+        }
+        serve = ("serve", "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0")
+        async with process(*serve, folder=tmp_path, environ=environ) as broker:
+            url = await url_of(broker)
+            async with aiohttp.ClientSession(headers={"api-secret": key}) as http:
+                statuses = []
+                for target in ("/v1/agents?limit=20", "/v2/credit-summaries", "/v3/x", "/other"):
+                    async with http.get(url + target) as response:
+                        statuses.append(response.status)
+                async with http.get(f"{url}/v1/agents", headers={"api-secret": "x"}) as response:
+                    statuses.append(response.status)
+        assert statuses == ([404] * 5 if switched_off else [200, 200, 404, 404, 401])
+        seen = [(call.target, call.secret) for call in vendor.journal.records]
+        mine = vendor.secret.digest().hex()
+        passed = [("/v1/agents?limit=20", mine), ("/v2/credit-summaries", mine)]
+        assert seen == ([] if switched_off else passed)
+
+    async def test_a_variable_makes_it_a_local_issuer_without_them(self, tmp_path: Path) -> None:
+        """The key in the environment does not keep anybody from signing here."""
+        environ = {
+            "BITHUMAN_API_SECRET": secrets.token_urlsafe(24),
+            "BROKER_ISSUER__KIND": "local",
+            "BROKER_ISSUER__LOCAL__KEYS__A__SECRET": secrets.token_urlsafe(48),
+            "BROKER_CLIENTS__WEB__SECRET": secrets.token_urlsafe(24),
+            "BROKER_CLIENTS__WEB__AGENTS": "*",
+            "BROKER_STORE__URL": "memory://",
+        }
+        async with process("check", folder=tmp_path, environ=environ) as broker:
+            out, log = await asyncio.wait_for(broker.communicate(), START)
+        assert (broker.returncode, out) == (0, b"configuration ok\n"), log
+
     @pytest.mark.parametrize(
         "listen", ["0.0.0.0:0", "[::]:0", "192.0.2.1:8080", "localhost.example:1"]
     )
@@ -137,7 +179,8 @@ class TestWithoutConfiguration:
                 assert int(response.headers["X-RateLimit-Remaining"]) == 119
             vendor.send_signal(signal.SIGINT)
             _, log = await asyncio.wait_for(vendor.communicate(), START)
-            assert (vendor.returncode, log) == (0, b"")
+            assert vendor.returncode == 0
+            assert re.fullmatch(rf"POST   {TOKEN_PATH}  200  [0-9.]+ ms\n", log.decode())
 
     async def test_the_vendor_s_process_says_what_is_wrong_with_its_address(
         self, tmp_path: Path

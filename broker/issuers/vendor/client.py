@@ -97,7 +97,7 @@ class VendorClient:
         self._mint_url = base.joinpath(MINT_PATH[1:])
         self._validate_url = base.joinpath(VALIDATE_PATH[1:])
         self._session = aiohttp.ClientSession(
-            connector=VendorConnector(DNS_TTL, _impatient_socket),
+            connector=VendorConnector(DNS_TTL, impatient_socket),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=timeout, connect=CONNECT_TIMEOUT),
             headers={
@@ -145,21 +145,23 @@ class VendorClient:
                 url,
                 data=body,
                 proxy=None if proxy is None else proxy.url,
-                proxy_headers=_credentials(proxy),
+                proxy_headers=credentials(proxy),
                 headers={"api-secret": key.reveal(), "Content-Type": "application/json", **headers},
                 allow_redirects=False,
                 timeout=limits,
             ) as response:
                 arrived()
                 return Answer(response.status, response.headers, await _read(response))
-        except TooMuch as error:
-            raise CallFailed(error.reason) from error
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            blamed = None if proxy is None else _proxy_reason(error)
-            raise CallFailed(blamed or _reason(error)) from error
+        except FAILURES as error:
+            raise CallFailed(reason_of(error, proxy)) from error
 
 
-def _credentials(proxy: Proxy | None) -> Mapping[str, str] | None:
+FAILURES = (aiohttp.ClientError, OSError, ValueError)
+"""What a call raises that fails."""
+
+
+def credentials(proxy: Proxy | None) -> Mapping[str, str] | None:
+    """Return the header that tells a proxy who we are."""
     if proxy is None or proxy.authorization is None:
         return None
     return {"Proxy-Authorization": proxy.authorization.reveal()}
@@ -175,6 +177,14 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
             break
         await asyncio.sleep(0)  # a reader of many small chunks would never give way otherwise
     return bytes(body[: MAX_BODY + 1])
+
+
+def reason_of(error: Exception, proxy: Proxy | None) -> Reason:
+    """Say what went wrong with a call that went through this proxy, or through none."""
+    if isinstance(error, TooMuch):
+        return error.reason
+    blamed = None if proxy is None else _proxy_reason(error)
+    return blamed or _reason(error)
 
 
 def _proxy_reason(error: Exception) -> Reason | None:
@@ -207,7 +217,7 @@ def _reason(error: Exception) -> Reason:
             return Reason.RESET
 
 
-def _impatient_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+def impatient_socket(address: aiohttp.AddrInfoType) -> socket.socket:
     """Make a socket whose connection the kernel ends when its peer has vanished."""
     family, kind, protocol, _, _ = address
     made = socket.socket(family, kind, protocol)

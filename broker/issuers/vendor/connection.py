@@ -6,7 +6,8 @@ aiohttp bounds each header, their number and what of a body waits to be read.  I
   giving way to another task, so that whoever stands at the other end could stop the event loop for
   as long as a call may last.  Here they are dropped as they come, for no call waits for one;
 - heads, trailers, chunk extensions and answers that nobody asked for, in all: here a connection
-  that brings too many heads or bytes is ended, with an error that says which;
+  that brings too many heads or bytes is ended, with an error that says which (of what is passed on
+  as it comes, the heads alone);
 - how long a body is waited for whose rest cannot be read (a chunk's length that is none): it closes
   the connection and tells nobody.  Here whoever reads the body is told.
 
@@ -59,10 +60,11 @@ class TooMuch(aiohttp.ClientError):
 
 
 class VendorConnection(ResponseHandler):
-    """Counts what comes; ends itself at a bound."""
+    """Counts what comes; ends itself at a bound: `most` bytes of an answer, None for any number."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, most: int | None = MAX_BYTES) -> None:
         super().__init__(loop)
+        self._most = most
         self._heads = 0
         self._bytes = 0
         self._is_answered = False
@@ -98,7 +100,8 @@ class VendorConnection(ResponseHandler):
         is_head_too_large = not self._is_answered and self._bytes > MAX_HEADS
         if self._heads > MAX_INTERIM + 1 or is_head_too_large:
             return Reason.HEADERS_TOO_LARGE
-        return Reason.TOO_LARGE if self._bytes > MAX_BYTES else None
+        is_too_large = self._most is not None and self._bytes > self._most
+        return Reason.TOO_LARGE if is_too_large else None
 
     def _end(self, error: TooMuch) -> None:
         """Drop the connection; not by `abort`, which would forget the error."""
@@ -118,15 +121,17 @@ class VendorConnection(ResponseHandler):
 class VendorConnector(aiohttp.TCPConnector):
     """Makes `VendorConnection`s, one a call: to the vendor, to a proxy, inside of its tunnel."""
 
-    def __init__(self, ttl_dns_cache: int, socket_factory: SocketFactory) -> None:
+    def __init__(
+        self, ttl_dns_cache: int, socket_factory: SocketFactory, most: int | None = MAX_BYTES
+    ) -> None:
         super().__init__(
             limit=0, force_close=True, ttl_dns_cache=ttl_dns_cache, socket_factory=socket_factory
         )
-        self._factory = partial(_connection, loop=self._loop)
+        self._factory = partial(_connection, loop=self._loop, most=most)
 
 
-def _connection(loop: asyncio.AbstractEventLoop) -> ResponseHandler:
-    return VendorConnection(loop)
+def _connection(loop: asyncio.AbstractEventLoop, most: int | None) -> ResponseHandler:
+    return VendorConnection(loop, most)
 
 
 def _is_interim(status: int) -> bool:

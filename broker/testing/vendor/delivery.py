@@ -18,6 +18,9 @@ _NO_LINGER = struct.pack("ii", 1, 0)
 """SO_LINGER on, 0 seconds: closing sends RST instead of FIN and forgets what was not sent."""
 
 
+_ZEROS = bytes(64 * 1024)
+
+
 class Whole(Struct, frozen=True):
     """The answer as it is."""
 
@@ -51,7 +54,17 @@ class Drip(Struct, frozen=True):
     chunk: int = 1
 
 
-Delivery = Whole | Hang | Reset | Cut | Drip
+class Flood(Struct, frozen=True):
+    """`size` zero bytes instead of the body, none of which is in memory for long.
+
+    With `framed` their number is told before, else they come in chunks.
+    """
+
+    size: int
+    framed: bool = True
+
+
+Delivery = Whole | Hang | Reset | Cut | Drip | Flood
 
 
 def answers(delivery: Delivery) -> bool:
@@ -68,18 +81,14 @@ async def deliver(
             return web.Response(status=answer.status, body=answer.body, headers=answer.headers)
         case Hang():
             return await _for_ever()
-        case Reset(after=None):
-            _abort(request)
-            return web.Response()
-        case Reset(after=after):
-            stream = await _begin(request, answer, len(answer.body))
-            await stream.write(answer.body[:after])
-            _abort(request)
-            return stream
+        case Reset():
+            return await _reset(request, answer, delivery.after)
         case Cut():
             return await _cut(request, answer, delivery)
         case Drip():
             return await _drip(request, answer, delivery)
+        case Flood():
+            return await _flood(request, answer, delivery)
         case _:
             assert_never(delivery)
 
@@ -89,6 +98,16 @@ async def _begin(request: web.BaseRequest, answer: Answer, length: int) -> web.S
     stream = web.StreamResponse(status=answer.status, headers=answer.headers)
     stream.content_length = length
     await stream.prepare(request)
+    return stream
+
+
+async def _reset(request: web.BaseRequest, answer: Answer, after: int | None) -> web.StreamResponse:
+    if after is None:
+        _abort(request)
+        return web.Response()
+    stream = await _begin(request, answer, len(answer.body))
+    await stream.write(answer.body[:after])
+    _abort(request)
     return stream
 
 
@@ -107,6 +126,16 @@ async def _drip(request: web.BaseRequest, answer: Answer, drip: Drip) -> web.Str
     for start in range(0, len(answer.body), drip.chunk):
         await stream.write(answer.body[start : start + drip.chunk])
         await asyncio.sleep(drip.interval)
+    return stream
+
+
+async def _flood(request: web.BaseRequest, answer: Answer, flood: Flood) -> web.StreamResponse:
+    stream = web.StreamResponse(status=answer.status, headers=answer.headers)
+    if flood.framed:
+        stream.content_length = flood.size
+    await stream.prepare(request)
+    for start in range(0, flood.size, len(_ZEROS)):
+        await stream.write(_ZEROS[: flood.size - start])
     return stream
 
 

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Struct
 from typing_extensions import override
 
-from broker.testing.vendor.delivery import Cut, Delivery, Drip, Hang, Reset, Whole
+from broker.testing.vendor.delivery import Cut, Delivery, Drip, Flood, Hang, Reset, Whole
 from broker.testing.vendor.replies import Answer, Headers, Refusal, json_answer, refusal
 
 MEBIBYTE = 1024 * 1024
@@ -197,6 +197,12 @@ def overlong(extra: int = 100, *, hold: bool = False) -> Fault:
 def drip(interval: float = 1.0, chunk: int = 1) -> Fault:
     """Send the body `chunk` bytes at a time, `interval` seconds apart."""
     return Fault(name="drip", delivery=Drip(interval, chunk))
+
+
+def large(size: int = 100 * MEBIBYTE, *, framed: bool = True) -> Fault:
+    """Answer with so many zero bytes, streamed; with their number told before, or in chunks."""
+    answer = Answer(200, b"", (("Content-Type", "application/octet-stream"),))
+    return Fault(name="large", answer=answer, delivery=Flood(size, framed))
 
 
 def same_token() -> Fault:

@@ -20,8 +20,9 @@ class Call(Struct):
     """One request.
 
     Appended on arrival; the body's fields and the answer are filled in when they are known, and
-    never changed after that.  `secret` is the SHA-256 of the api-secret (hex), `problem` what the
-    vendor finds wrong with the body, `fault` the name of the fault that met the call, `status`
+    never changed after that.  `target` is what stood in the request line, `received` counts the
+    bytes of the body.  `secret` is the SHA-256 of the api-secret (hex), `problem` what the vendor
+    finds wrong with the body, `fault` the name of the fault that met the call, `status`
     the answer (None: none, or none yet).
     """
 
@@ -30,6 +31,8 @@ class Call(Struct):
     method: str
     path: str
     remote: str
+    target: str = ""
+    received: int = 0
     secret: str | None = None
     user_agent: str | None = None
     traceparent: str | None = None

@@ -99,7 +99,7 @@ class Mint:
             return fault.answer
         if wait:
             return _rate_limited(wait).plus(headers)
-        refused = self._authenticate(call) or self._check(call)
+        refused = self.authenticate(call) or self._check(call)
         return (refused or self._token(call, fault)).plus(headers)
 
     def claims_of(self, token: str) -> dict[str, object]:
@@ -135,7 +135,7 @@ class Mint:
             ("X-RateLimit-Reset", str(math.ceil(self.now() + full_in))),
         )
 
-    def _authenticate(self, call: Call) -> Answer | None:
+    def authenticate(self, call: Call) -> Answer | None:
         """Return the refusal of the call's secret, or None for a good one."""
         allowance, now = self.settings.failures, self._clocks.monotonic()
         bucket = self._failures.setdefault(call.remote, Bucket())

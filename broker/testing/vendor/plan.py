@@ -109,6 +109,13 @@ class Plan:
                 return planned.fault
         return HEALTHY
 
+    def told(self) -> list[dict[str, object]]:
+        """Return what is set, as JSON has it."""
+        return [
+            {"fault": planned.fault.name, "left": planned.left, "met": planned.met}
+            for planned in self._planned
+        ]
+
     def clear(self) -> None:
         """Take all faults back."""
         for planned in self._planned:

@@ -11,6 +11,7 @@ nothing that outlives its connection, so to end a call it is enough to abort the
 import asyncio
 import gzip
 import logging
+from collections.abc import Callable
 from email.utils import formatdate
 from random import Random
 
@@ -18,10 +19,12 @@ from aiohttp import web
 from typing_extensions import override
 
 from broker.model import Secret
+from broker.testing.vendor.control import Control
 from broker.testing.vendor.delivery import Whole, answers, deliver
 from broker.testing.vendor.faults import Fault
 from broker.testing.vendor.journal import MINT_PATH, Call, Journal
 from broker.testing.vendor.mint import Mint, read_ask
+from broker.testing.vendor.other_routes import answer_to
 from broker.testing.vendor.plan import Plan
 from broker.testing.vendor.replies import Answer, Refusal, refusal
 from broker.testing.vendor.settings import Clocks
@@ -60,6 +63,8 @@ class Server:
         self._random = random
         self._clocks = clocks
         self._asked = 0
+        self._told: Callable[[Call, float], object] | None = None
+        self._control: Control | None = None
         self._http = web.Server(
             self._handle,
             handler_cancellation=True,
@@ -71,6 +76,14 @@ class Server:
     def protocol(self) -> asyncio.BaseProtocol:
         """Return what serves one new connection."""
         return self._http()
+
+    def tell(self, told: Callable[[Call, float], object] | None) -> None:
+        """Call this at the end of each request, with the seconds that it took."""
+        self._told = told
+
+    def open_control(self, control: Control) -> None:
+        """Let faults be set by requests, which no journal has."""
+        self._control = control
 
     async def hang_up(self) -> None:
         """Abort all connections and wait until their handlers have ended.
@@ -96,14 +109,19 @@ class Server:
             raise
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        if self._control is not None and self._control.is_asked(request):
+            return await self._control.answer(request)
         call = self._arrival(request)
         self._journal.arrive(call)
+        began = self._clocks.monotonic()
         try:
-            body = await request.read()
-        except web.HTTPRequestEntityTooLarge:
-            body = b""
-        if call.is_mint:
-            read_ask(body, call)
+            return await self._meet(request, call)
+        finally:
+            if self._told is not None:
+                self._told(call, self._clocks.monotonic() - began)
+
+    async def _meet(self, request: web.BaseRequest, call: Call) -> web.StreamResponse:
+        await self._read(request, call)
         fault = self._plan.meet(call)
         call.fault = fault.name or None
         self._journal.read(call)
@@ -118,6 +136,19 @@ class Server:
             stamped = _compressed(stamped)
         return await deliver(request, stamped, fault.delivery)
 
+    async def _read(self, request: web.BaseRequest, call: Call) -> None:
+        """Read a body: what is asked of a mint, how long any other is."""
+        if not call.is_mint:
+            async for chunk in request.content.iter_any():
+                call.received += len(chunk)
+            return
+        try:
+            body = await request.read()
+        except web.HTTPRequestEntityTooLarge:
+            body = b""
+        call.received = len(body)
+        read_ask(body, call)
+
     def _arrival(self, request: web.BaseRequest) -> Call:
         headers = request.headers
         secret = headers.get("api-secret")
@@ -127,6 +158,7 @@ class Server:
             method=request.method,
             path=request.path,
             remote=request.remote or "",
+            target=request.raw_path,
             secret=Secret(secret).digest().hex() if secret else None,
             user_agent=headers.get("User-Agent"),
             traceparent=headers.get("traceparent"),
@@ -140,7 +172,10 @@ class Server:
         if fault.answer is not None:
             return fault.answer
         if call.path not in (MINT_PATH, VALIDATE_PATH):
-            return refusal(Refusal.NOT_FOUND)
+            other = answer_to(call)
+            if other is None:
+                return refusal(Refusal.NOT_FOUND)
+            return self._mint.authenticate(call) or other
         if call.method != "POST":
             return refusal(Refusal.METHOD_NOT_ALLOWED).plus((("Allow", "POST"),))
         return self._mint.validate(call)

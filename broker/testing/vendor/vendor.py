@@ -23,8 +23,9 @@ from typing import Self
 from typing_extensions import override
 
 from broker.model import Secret
+from broker.testing.vendor.control import Control
 from broker.testing.vendor.faults import Fault
-from broker.testing.vendor.journal import MINT_PATH, Journal
+from broker.testing.vendor.journal import MINT_PATH, Call, Journal
 from broker.testing.vendor.listener import Listener
 from broker.testing.vendor.mint import Mint
 from broker.testing.vendor.plan import Aim, Plan, Planned, Predicate
@@ -62,6 +63,8 @@ class FakeVendor:
         self._scheme = "http" if tls is None else "https"
         self._listener = Listener(host, port, self._connection, tls)
         self._server: Server | None = None
+        self._told: Callable[[Call, float], object] | None = None
+        self._is_controlled = False
         self.journal = Journal()
         known = [self.add_secret(value) for value in secrets]
         self.secret = known[0] if known else self.add_secret()
@@ -70,6 +73,9 @@ class FakeVendor:
         """Listen and answer.  Raises OSError if the address cannot be had."""
         if self._server is None:
             self._server = Server(self._mint, self._plan, self.journal, self._random, self._clocks)
+            self._server.tell(self._told)
+            if self._is_controlled:
+                self._server.open_control(Control(self._plan))
         await self._listener.accept()
 
     async def close(self) -> None:
@@ -131,6 +137,14 @@ class FakeVendor:
         aim = Aim(agent=agent, fingerprint=fingerprint, model=model, path=path, where=where)
         return self._plan.add(fault, aim, times)
 
+    def tell(self, told: Callable[[Call, float], object]) -> None:
+        """Call this at the end of each request, with the seconds it took; before the start."""
+        self._told = told
+
+    def open_control(self) -> None:
+        """Let requests set faults (`control`), too; before the start."""
+        self._is_controlled = True
+
     def heal(self) -> None:
         """Take all faults back.  Calls that already hang go on hanging."""
         self._plan.clear()
@@ -190,12 +204,17 @@ async def serve_forever(
     settings: VendorSettings | None = None,
     secrets: Iterable[str] = (),
     seed: int | None = None,
+    told: Callable[[Call, float], object] = lambda _call, _seconds: None,
 ) -> None:
     """Run a fake vendor until cancelled; `started` is called with it once it answers.
 
-    Prints nothing: telling people the URL and the secret is up to `started`.  Raises OSError if
-    the address cannot be had.
+    `told` is called at the end of each request; requests to `/_control/fault` set faults.  Prints
+    nothing: telling people the URL and the secret is up to `started`.  Raises OSError if the
+    address cannot be had.
     """
-    async with FakeVendor(settings, secrets=secrets, host=host, port=port, seed=seed) as vendor:
+    vendor = FakeVendor(settings, secrets=secrets, host=host, port=port, seed=seed)
+    vendor.tell(told)
+    vendor.open_control()
+    async with vendor:
         started(vendor)
         await asyncio.get_running_loop().create_future()

@@ -1,0 +1,181 @@
+"""The fake vendor as a command: faults by name, set from outside, and a line for each request."""
+
+import asyncio
+import json
+import re
+import secrets
+import signal
+import sys
+from asyncio.subprocess import PIPE
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from broker.cli.fake_vendor import DEFAULT_LISTEN
+from broker.testing import FakeVendor
+from broker.testing.vendor.control import CONTROL_PATH
+from broker.testing.vendor.journal import Call
+from broker.testing.vendor.named import NAMED, BadFault, fault_named
+
+AGENT = "A78WKV4515"
+MINT = "/v1/embed-tokens/request"
+ROOT = Path(__file__).parents[2]
+START = 30.0
+
+GOOD = {"=BYTES": "=3", "=SECONDS": "=0.5", "=URL": "=http://a.example/", "=CODE": "=PLAN_REQUIRED"}
+"""An argument for each form."""
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_every_name_makes_a_fault(name: str) -> None:
+    """With its argument, and without where it may be left out."""
+    form = NAMED[name][0]
+    plain = form.strip("[]")
+    if not form.startswith("="):
+        assert fault_named(name).name
+    if plain:
+        assert fault_named(name + GOOD.get(plain, "=7")).name
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "nothing", "hang=3", "slow", "slow=x", "cut", "cut=x", "refuse=NO_SUCH_CODE", "reset=x"],
+)
+def test_what_is_no_fault(text: str) -> None:
+    """The message says what there is, or how it is written."""
+    with pytest.raises(BadFault, match=r"there are|write"):
+        fault_named(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "status"), [("refuse=429", 429), ("refuse=plan_required", 403), ("refuse=503", 503)]
+)
+def test_a_refusal_is_named_by_code_or_status(text: str, status: int) -> None:
+    answer = fault_named(text).answer
+    assert answer is not None
+    assert answer.status == status
+
+
+async def ask(vendor, method, content=None, headers=None):
+    async with (
+        aiohttp.ClientSession() as http,
+        http.request(method, vendor.url + CONTROL_PATH, data=content, headers=headers) as response,
+    ):
+        return response.status, await response.json()
+
+
+class TestControl:
+    @pytest.fixture
+    async def open_vendor(self) -> AsyncIterator[FakeVendor]:
+        vendor = FakeVendor(seed=1)
+        vendor.open_control()
+        async with vendor:
+            yield vendor
+
+    async def test_sets_tells_and_takes_back(self, open_vendor, new_caller):
+        """For so many calls, on the mint's path unless another one is named."""
+        async with new_caller(open_vendor) as caller:
+            order = json.dumps({"fault": "rate-limited=7", "times": 1})
+            status, told = await ask(open_vendor, "POST", order)
+            assert status == 200
+            assert told["set"] == [{"fault": "429 RATE_LIMITED", "left": 1, "met": 0}]
+            refused = await caller.mint()
+            assert (refused.status, refused.headers["Retry-After"]) == (429, "7")
+            assert (await caller.mint()).status == 200
+            order = json.dumps({"fault": "refuse=500", "path": "*"})
+            assert (await ask(open_vendor, "POST", order))[0] == 200
+            assert (await caller.mint(path="/v1/agent/generate")).status == 500
+            status, told = await ask(open_vendor, "GET")
+            assert told["set"] == [{"fault": "500 INTERNAL_ERROR", "left": None, "met": 1}]
+            assert set(told["known"]) == {name + form for name, (form, _, _) in NAMED.items()}
+            assert (await ask(open_vendor, "DELETE"))[1]["set"] == []
+            assert (await caller.mint(path="/v1/agent/generate")).status == 200
+        assert CONTROL_PATH not in {call.path for call in open_vendor.journal.records}
+
+    @pytest.mark.parametrize(
+        "content", ["", "no json", "[]", "{}", '{"fault": "none"}', '{"fault": "hang", "x": 1}']
+    )
+    async def test_bad_orders_change_nothing(self, open_vendor, content):
+        status, told = await ask(open_vendor, "POST", content)
+        assert (status, list(told)) == (400, ["error"])
+        assert (await ask(open_vendor, "GET"))[1]["set"] == []
+
+    async def test_no_page_may_and_no_other_method(self, open_vendor):
+        page = {"Origin": "http://shop.example"}
+        assert (await ask(open_vendor, "DELETE", headers=page))[0] == 403
+        assert (await ask(open_vendor, "PUT"))[0] == 405
+
+    async def test_is_not_there_unless_it_was_opened(self, vendor):
+        status, told = await ask(vendor, "GET")
+        assert (status, told["error"]["code"]) == (404, "NOT_FOUND")
+
+
+async def test_each_request_is_told_at_its_end(new_caller) -> None:
+    """Also one that never gets an answer."""
+    told: list[Call] = []
+    vendor = FakeVendor(seed=1)
+    vendor.tell(lambda call, seconds: told.append(call) if seconds >= 0 else None)
+    async with vendor, new_caller(vendor) as caller:
+        await caller.mint()
+        with vendor.fail(fault_named("reset")), pytest.raises(aiohttp.ClientError):
+            await caller.mint()
+    assert [(call.path, call.status, call.fault) for call in told] == [
+        (MINT, 200, None),
+        (MINT, None, "reset"),
+    ]
+
+
+def test_its_port_is_not_that_of_a_gateway() -> None:
+    """Whoever tries both on one machine can."""
+    files = [path for path in (ROOT / "config").rglob("*") if path.suffix in {".conf", ".yaml"}]
+    files += (ROOT / "config").rglob("*Caddyfile")
+    port = DEFAULT_LISTEN.rpartition(":")[2]
+    assert files
+    assert not [path for path in files if port in path.read_text(encoding="utf-8")]
+
+
+async def test_the_command_fails_on_command_and_tells_no_secret(tmp_path) -> None:
+    """Faults of the flag act together; lines name method, path, status, time and fault."""
+    secret = secrets.token_urlsafe(24)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "broker", "fake-vendor", "--listen", "127.0.0.1:0"),
+        *("--fault", "slow=10ms", "--fault", "refuse=PLAN_REQUIRED"),
+        stdout=PIPE, stderr=PIPE, cwd=tmp_path, env={"BITHUMAN_API_SECRET": secret},
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        url = json.loads(await asyncio.wait_for(process.stdout.readline(), START))["url"]
+        headers = {"api-secret": secret}
+        body = {"agent_id": AGENT, "fingerprint": "f1"}
+        async with aiohttp.ClientSession(headers=headers) as http:
+            async with http.post(f"{url}{MINT}?token={secret}", json=body) as response:
+                assert response.status == 403
+            async with http.get(f"{url}/v1/agents?limit=1") as response:
+                assert response.status == 200
+        process.send_signal(signal.SIGINT)
+        _, log = await asyncio.wait_for(process.communicate(), START)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        process._transport.close()
+    lines = log.decode().splitlines()
+    assert len(lines) == 2
+    assert re.fullmatch(rf"POST   {MINT}  403  [0-9.]+ ms  slow, 403 PLAN_REQUIRED", lines[0])
+    assert re.fullmatch(r"GET    /v1/agents  200  [0-9.]+ ms", lines[1])
+
+
+@pytest.mark.parametrize(("fault", "code"), [("nothing", 78), ("slow", 78), ("help", 0)])
+async def test_the_flag_is_checked_before_anything_listens(tmp_path, fault, code) -> None:
+    """One line that says what there is; `help` lists it."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "broker", "fake-vendor", "--fault", fault),
+        stdout=PIPE, stderr=PIPE, cwd=tmp_path,
+    )  # fmt: skip
+    out, log = await asyncio.wait_for(process.communicate(), START)
+    process._transport.close()
+    assert process.returncode == code
+    assert len(log.splitlines()) == (1 if code else 0)
+    assert len(out.splitlines()) == (0 if code else len(NAMED))
