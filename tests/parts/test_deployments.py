@@ -11,12 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
 from documents import BLOCKS, words_of
-from gateways import Broker
-from running import free_port, output_of, tool, until
+from running import output_of, tool
 
 pytestmark = pytest.mark.parts
 
@@ -24,43 +22,25 @@ ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "config"
 MANIFESTS = sorted((CONFIG / "kubernetes").glob("*.yaml"))
 UNIT = CONFIG / "systemd" / "embed-token-broker.service"
-COMPOSE = CONFIG / "container" / "compose.yaml"
+COMPOSE = {
+    name: CONFIG / "container" / f"compose.{name}.yaml"
+    for name in ("relay", "signer", "monitoring")
+}
 
-SWITCHED_OFF = re.compile(r"(?m)^( *)#(?=[\w\[]|- )")
-"""What is there for a relay is commented out without a blank; prose has one."""
-
-
-def relaying(text: str) -> str:
-    """Return a shipped file with its lines for a relay switched on."""
-    changed = SWITCHED_OFF.sub(r"\1", text)
-    assert changed != text
-    return changed
+ROLES = {"relay": "upstream", "signer": "local"}
+"""What ships for each place, and where its tokens come from."""
 
 
-def require_relay(path: Path, environment: dict[str, str]) -> None:
-    """Check that this configuration is good, and that its tokens come from the vendor."""
-    env = {**os.environ, **environment}
+def require(path: Path, kind: str, environment: dict[str, str] | None = None) -> None:
+    """Check that this configuration is good, and where its tokens come from."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("BROKER_", "BITHUMAN_"))}
     for command in ("check", "config show"):
         broker = [sys.executable, "-m", "broker", *command.split(), "--config", str(path)]
-        done = subprocess.run(broker, env=env, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            broker, env={**env, **(environment or {})}, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
-    assert 'kind = "upstream"' in done.stdout
-
-
-def with_state_in(folder: Path) -> str:
-    """Return the unit's configuration with its state file in a folder that is there.
-
-    systemd makes the unit's own: StateDirectory.  At ports that nobody else has, because `check`
-    looks whether they are free.
-    """
-    text = (CONFIG / "systemd" / "broker.toml").read_text(encoding="utf-8")
-    shipped = "sqlite:///var/lib/embed-token-broker/state.db"
-    assert tomllib.loads(text)["store"]["url"] == shipped
-    assert "StateDirectory=embed-token-broker\n" in UNIT.read_text(encoding="utf-8")
-    text = text.replace(shipped, f"sqlite://{folder / 'state.db'}")
-    assert "[admin]" not in text
-    text = text.replace('"127.0.0.1:8080"', '"127.0.0.1:0"')
-    return f'{text}\n[admin]\nlisten = "127.0.0.1:0"\n'
+    assert tomllib.loads(done.stdout)["issuer"]["kind"] == kind
 
 
 KUBERNETES = ("1.29", "1.34", "1.37")
@@ -87,24 +67,28 @@ class TestContainer:
             "pyproject.toml",
             "LICENSE",
             "broker",
+            "config",  # what `broker config example` prints
         }
         for name in copied:
             assert (ROOT / name).exists()
-            assert f"\n!{name}\n" in let_in
+            assert f"\n!{name}\n" in let_in or name == "config"
 
-    def test_the_compose_file_passes_its_schema(self) -> None:
+    def test_the_compose_files_pass_their_schema(self) -> None:
         """That of the compose specification."""
         command = [tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec"]
-        assert output_of([*command, str(COMPOSE)]) == "ok -- validation done\n"
+        assert output_of([*command, *map(str, COMPOSE.values())]) == "ok -- validation done\n"
 
-    def test_every_file_that_compose_mounts_is_there(self) -> None:
+    @pytest.mark.parametrize("name", COMPOSE)
+    def test_every_file_that_compose_mounts_is_there(self, name: str) -> None:
         """And its services are locked in: read-only, no capabilities, on loopback."""
-        compose = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))
-        for name, service in compose["services"].items():
+        compose = composed(name)
+        for service_name, service in compose["services"].items():
             for mount in service.get("volumes", ()):
                 source = mount.partition(":")[0]
                 if source.startswith("."):
-                    assert (COMPOSE.parent / source).resolve().exists(), (name, source)
+                    assert (CONFIG / "container" / source).resolve().exists(), service_name
+                else:
+                    assert source in compose["volumes"]
             assert service["read_only"] is True
             assert service["cap_drop"] == ["ALL"]
             assert service["security_opt"] == ["no-new-privileges:true"]
@@ -112,9 +96,19 @@ class TestContainer:
         named = {s for service in compose["services"].values() for s in service.get("secrets", ())}
         assert named == compose["secrets"].keys()
 
-    def test_who_watches_the_broker_finds_it_again_when_it_was_restarted(self) -> None:
+    @pytest.mark.parametrize("role", ROLES)
+    def test_its_head_makes_each_secret(self, role: str) -> None:
+        """Of the broker and of Grafana: by `keys generate`, or with the vendor's key."""
+        text = COMPOSE[role].read_text(encoding="utf-8")
+        (generated,) = re.findall(r"for name in ([\w ]+); do", text)
+        made = set(generated.split()) | set(re.findall(r"cp vendor\.key secrets/(\w+)", text))
+        assert composed(role)["include"] == ["compose.monitoring.yaml"]
+        assert made == composed(role)["secrets"].keys() | composed("monitoring")["secrets"].keys()
+
+    @pytest.mark.parametrize("role", ROLES)
+    def test_who_watches_the_broker_finds_it_again_when_it_was_restarted(self, role: str) -> None:
         """By the names of services: the network of a container ends with it."""
-        services = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))["services"]
+        services = composed("monitoring")["services"] | composed(role)["services"]
         assert not [name for name, service in services.items() if "network_mode" in service]
         scraping, shipped = (
             yaml.safe_load((CONFIG / folder / "prometheus.yml").read_text(encoding="utf-8"))
@@ -122,7 +116,7 @@ class TestContainer:
         )
         (job,) = scraping["scrape_configs"]
         (target,) = job["static_configs"][0]["targets"]
-        admin = tomllib.loads((CONFIG / "container" / "broker.toml").read_text(encoding="utf-8"))
+        admin = tomllib.loads((CONFIG / "container" / f"{role}.toml").read_text(encoding="utf-8"))
         assert target == f"broker:{admin['admin']['listen'].rpartition(':')[2]}"
         job["static_configs"] = shipped["scrape_configs"][0]["static_configs"]
         del shipped["alerting"]
@@ -145,124 +139,46 @@ class TestContainer:
         source["url"] = shipped["datasources"][0]["url"]
         assert asked == shipped
 
-    def test_the_configuration_in_it_is_a_good_one(self) -> None:
-        """`broker check` finds its secret files absent here, and nothing else."""
-        path = CONFIG / "container" / "broker.toml"
-        done = output_of([sys.executable, "-m", "broker", "check", "--config", str(path)])
-        assert done == "configuration ok\n"
-        given = {f"/run/secrets/{name}" for name in yaml.safe_load(COMPOSE.read_text())["secrets"]}
-        text = path.read_text(encoding="utf-8")
-        wanted = set(re.findall(r'"(/run/secrets/\w+)"', re.sub(r"(?m)^#.*", "", text)))
-        assert wanted <= given
-
-    def test_its_lines_for_a_relay_make_one(self, tmp_path: Path) -> None:
-        """With the # taken away in both files: each secret is declared, and given to the broker."""
-        path = tmp_path / "broker.toml"
-        path.write_text(relaying((CONFIG / "container" / "broker.toml").read_text()))
-        require_relay(path, {})
-        compose = yaml.safe_load(relaying(COMPOSE.read_text(encoding="utf-8")))
-        given = {f"/run/secrets/{name}" for name in compose["services"]["broker"]["secrets"]}
-        assert set(re.findall(r'"(/run/secrets/\w+)"', path.read_text())) <= given
-        assert set(compose["services"]["broker"]["secrets"]) <= compose["secrets"].keys()
-
-    @pytest.mark.skipif(
-        os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare"
-    )
-    def test_the_broker_runs_on_a_read_only_root_as_nobody(self, tmp_path: Path) -> None:
-        """No capability, no write anywhere, as the container file and the manifests have it.
-
-        In a mount namespace: it serves, is healthy, and ends within its drain.
-        """
-        broker = Broker(tmp_path)
-        locked = "mount -o remount,bind,ro / && exec setpriv --reuid=10001 --regid=10001"
-        locked += " --clear-groups --bounding-set=-all --inh-caps=-all --no-new-privs -- "
-        command = ["unshare", "--mount", "--propagation", "private", "sh", "-c"]
-        serving = [*command, f"{locked}{sys.executable} -B -m broker serve"]
-        environment = broker.environment()
-        health = [sys.executable, "-m", "broker", "healthcheck"]
-
-        def healthy() -> bool:
-            done = subprocess.run(health, check=False, capture_output=True, env=environment)
-            return done.returncode == 0
-
-        with subprocess.Popen(
-            serving, stderr=subprocess.PIPE, text=True, env=environment
-        ) as process:
-            try:
-                until(lambda: process.poll() is not None or healthy(), "a healthy broker")
-                assert process.poll() is None, process.stderr and process.stderr.read()
-                assert broker.token()["token"]
-                writing = f"{locked}sh -c '! touch /tmp/x /x 2>/dev/null'"
-                assert subprocess.run([*command, writing], check=False).returncode == 0
-                process.terminate()
-                assert process.wait(timeout=9) == 0
-            finally:
-                process.kill()
-
-    def test_it_builds_and_runs_where_an_engine_is_at_hand(self) -> None:
-        """Read-only, not root, healthy, ended within the drain."""
-        engine = next((e for e in ("docker", "podman") if _engine_answers(e)), None)
-        if engine is None:
-            pytest.skip("no container engine answers on this machine")
-        tag = f"embed-token-broker-test:{secrets.token_hex(4)}"
-        output_of(
-            [
-                engine,
-                "build",
-                "-q",
-                "-f",
-                str(CONFIG / "container" / "Dockerfile"),
-                "-t",
-                tag,
-                str(ROOT),
-            ]
-        )
-        port = free_port()
-        command = [engine, "run", "--detach", "--rm", "--read-only", "--cap-drop", "ALL"]
-        command += [
-            "-p",
-            f"127.0.0.1:{port}:8080",
-            tag,
-            "serve",
-            "--dev",
-            "--listen",
-            "0.0.0.0:8080",
-        ]
-        name = output_of(command).strip()
-        try:
-            until(lambda: _ready(f"http://127.0.0.1:{port}/readyz"), "the container")
-            assert output_of([engine, "exec", name, "id", "-u"]) == "10001\n"
-            assert output_of([engine, "exec", name, "broker", "healthcheck"]) == ""
-        finally:
-            output_of([engine, "stop", "--time", "20", name])
-            output_of([engine, "rmi", tag])
+    @pytest.mark.parametrize(("role", "kind"), ROLES.items())
+    def test_what_it_runs_is_a_good_configuration(self, role: str, kind: str) -> None:
+        """And compose gives it each secret that it names, and no other."""
+        path = CONFIG / "container" / f"{role}.toml"
+        require(path, kind)
+        (broker,) = composed(role)["services"].values()
+        assert f"./{role}.toml:/etc/embed-token-broker/broker.toml:ro" in broker["volumes"]
+        named = re.findall(r'"/run/secrets/(\w+)"', path.read_text(encoding="utf-8"))
+        assert sorted(named) == sorted(broker["secrets"])
 
 
-def _ready(url: str) -> bool:
-    try:
-        return httpx.get(url).status_code == httpx.codes.OK
-    except httpx.TransportError:
-        return False
+def composed(name: str) -> dict[str, Any]:
+    """Read one of the compose files."""
+    read: dict[str, Any] = yaml.safe_load(COMPOSE[name].read_text(encoding="utf-8"))
+    return read
 
 
-def _engine_answers(engine: str) -> bool:
-    if shutil.which(engine) is None:
-        return False
-    done = subprocess.run([engine, "info"], check=False, capture_output=True, timeout=30)
-    return done.returncode == 0
-
-
-def resources() -> Iterator[dict[str, Any]]:
-    """Yield every resource of every manifest."""
+def resources(name: str = "*") -> Iterator[dict[str, Any]]:
+    """Yield every resource of a manifest, or of all."""
     for path in MANIFESTS:
-        yield from yaml.safe_load_all(path.read_text(encoding="utf-8"))
+        if name in {"*", path.stem}:
+            yield from yaml.safe_load_all(path.read_text(encoding="utf-8"))
 
 
-def pods() -> list[dict[str, Any]]:
-    """Return the pods that the manifests make."""
-    found = [r["spec"]["template"]["spec"] for r in resources() if r["kind"] == "Deployment"]
-    assert len(found) == len(MANIFESTS) == 2
-    return found
+def pods(name: str = "*") -> list[dict[str, Any]]:
+    """Return the pods that a manifest makes."""
+    return [r["spec"]["template"]["spec"] for r in resources(name) if r["kind"] == "Deployment"]
+
+
+def sidecar(name: str) -> dict[str, Any]:
+    """Return the broker beside the backend."""
+    (pod,) = pods(name)
+    (broker,) = pod["initContainers"]
+    return dict(broker)
+
+
+def configured() -> str:
+    """Return the gateway's configuration."""
+    (found,) = [r for r in resources("gateway") if r["kind"] == "ConfigMap"]
+    return str(found["data"]["broker.toml"])
 
 
 def containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
@@ -280,6 +196,8 @@ class TestKubernetes:
 
     def test_pods_keep_to_the_restricted_profile(self) -> None:
         """The Pod Security Standards, field by field, and a read-only root beyond them."""
+        assert [path.stem for path in MANIFESTS] == ["gateway", "relay", "signer"]
+        assert len(pods()) == len(MANIFESTS) + 1  # the gateway's Valkey
         for pod in pods():
             security = pod["securityContext"]
             assert security["runAsNonRoot"] is True
@@ -303,38 +221,54 @@ class TestKubernetes:
 
     def test_a_pod_ends_later_than_its_broker_and_a_balancer_looks_away_sooner(self) -> None:
         """Grace beyond the drain; readiness probed often enough for the lead."""
-        gateway, sidecar = pods()
-        configured = next(r for r in resources() if r["kind"] == "ConfigMap")["data"]["broker.toml"]
-        server = tomllib.loads(configured)["server"]
+        server = tomllib.loads(configured())["server"]
         drain, lead = (float(server[name].removesuffix("s")) for name in ("drain", "drain_lead"))
+        gateway = pods("gateway")[0]
         assert gateway["terminationGracePeriodSeconds"] > drain
         probe = gateway["containers"][0]["readinessProbe"]
         assert probe["periodSeconds"] * probe["failureThreshold"] + probe["timeoutSeconds"] < lead
-        assert sidecar["terminationGracePeriodSeconds"] > 15 + 15
+        for role in ROLES:
+            assert pods(role)[0]["terminationGracePeriodSeconds"] > 15 + 15
 
-    def test_the_gateway_s_lines_for_a_relay_make_one(self, tmp_path: Path) -> None:
-        """With the # taken away."""
-        path = tmp_path / "broker.toml"
-        configured = next(r for r in resources() if r["kind"] == "ConfigMap")["data"]["broker.toml"]
-        path.write_text(relaying(configured), encoding="utf-8")
-        require_relay(path, {})
-
-    def test_the_sidecar_is_a_native_one(self) -> None:
+    @pytest.mark.parametrize("role", ROLES)
+    def test_the_sidecar_is_a_native_one(self, role: str) -> None:
         """It restarts, is started before the backend, and is probed."""
-        (broker,) = pods()[1]["initContainers"]
+        broker = sidecar(role)
         assert broker["restartPolicy"] == "Always"
         assert {"startupProbe", "readinessProbe", "livenessProbe"} <= broker.keys()
+
+    def test_the_gateway_s_valkey_is_beside_it(self) -> None:
+        """At the address that the broker has for it, with the password that both read."""
+        store = tomllib.loads(configured())["store"]
+        (service,) = [r for r in resources("gateway") if r["kind"] == "Service"][1:]
+        name, port = service["metadata"]["name"], service["spec"]["ports"][0]["port"]
+        assert store["url"] == f"valkey://{name}:{port}"
+        broker, valkey = pods("gateway")
+        secret = {"secretName": "embed-token-broker-valkey", "defaultMode": 0o440}
+        for pod in (broker, valkey):
+            assert secret in [volume.get("secret") for volume in pod["volumes"]]
+        mounted = [m["mountPath"] for m in broker["containers"][0]["volumeMounts"]]
+        assert store["password_file"] == f"{mounted[-1]}/password"
+        (valkey_mount,) = [m["mountPath"] for m in valkey["containers"][0]["volumeMounts"]]
+        (shell,) = valkey["containers"][0]["args"]
+        assert f"$(cat {valkey_mount}/password)" in shell
+
+    @pytest.mark.parametrize("name", ["relay", "signer", "gateway"])
+    def test_its_head_makes_each_secret(self, name: str) -> None:
+        """Each file that the broker is told of is a key of a secret that the head creates."""
+        (path,) = [path for path in MANIFESTS if path.stem == name]
+        text = path.read_text(encoding="utf-8")
+        head = text[: text.index("apiVersion")]
+        made = set(re.findall(r"--from-file=(\w+)=", head))
+        named = set(re.findall(r"/run/secrets/[\w-]+/(\w+)", text[text.index("apiVersion") :]))
+        assert named == made
 
     def test_sidecars_keep_within_the_vendor_s_window_through_a_rollout(self) -> None:
         """106 a minute by all pods that live at once: replicas, added ones, and those that end.
 
         A pod that becomes available lets the next one end, by which time the last has ended.
         """
-        (spec,) = [
-            r["spec"]
-            for r in resources()
-            if r["kind"] == "Deployment" and r["metadata"]["name"] == "backend"
-        ]
+        (spec,) = [r["spec"] for r in resources("relay")]
         pod = spec["template"]["spec"]
         rolling = spec["strategy"]["rollingUpdate"]
         assert spec["minReadySeconds"] > pod["terminationGracePeriodSeconds"]
@@ -347,18 +281,14 @@ class TestKubernetes:
         assert rate * alive + burst * (alive + 1) + delayed < 120
 
     def test_what_they_configure_is_a_good_configuration(self, tmp_path: Path) -> None:
-        """The gateway's file and the sidecar's variables, each by `broker check`."""
-        configured = next(r for r in resources() if r["kind"] == "ConfigMap")["data"]["broker.toml"]
+        """The gateway's file and the sidecars' variables, each by `broker check`."""
         path = tmp_path / "broker.toml"
-        path.write_text(configured, encoding="utf-8")
-        check = [sys.executable, "-m", "broker", "check"]
-        assert output_of([*check, "--config", str(path)]) == "configuration ok\n"
-        (broker,) = pods()[1]["initContainers"]
-        variables = {entry["name"]: entry["value"] for entry in broker["env"]}
-        done = subprocess.run(
-            check, env={**os.environ, **variables}, capture_output=True, text=True, check=False
-        )
-        assert (done.returncode, done.stdout) == (0, "configuration ok\n"), done.stderr
+        path.write_text(configured(), encoding="utf-8")
+        require(path, "upstream")
+        path.write_text("", encoding="utf-8")
+        for role, kind in ROLES.items():
+            variables = {entry["name"]: entry["value"] for entry in sidecar(role)["env"]}
+            require(path, kind, variables)
 
 
 class TestSystemd:
@@ -368,8 +298,9 @@ class TestSystemd:
         path = tmp_path / UNIT.name
         text = UNIT.read_text(encoding="utf-8")
         broker = "/opt/embed-token-broker/bin/broker"
-        assert f"ExecStart={broker} serve\n" in text
-        path.write_text(text.replace(f"={broker} ", "=/bin/true "), encoding="utf-8")
+        assert f"\nExecStart={broker} serve\n" in text
+        assert f"\nExecStartPre=-{broker} check\n" in text
+        path.write_text(text.replace(f"{broker} ", "/bin/true "), encoding="utf-8")
         return path
 
     def test_the_unit_verifies_without_a_warning(self, unit: Path) -> None:
@@ -414,60 +345,49 @@ class TestSystemd:
             "process_virtual_memory_bytes",
         }
 
-    def test_what_it_configures_is_a_good_configuration(self, tmp_path: Path) -> None:
-        """The shipped file with the unit's variables; `%d` is where systemd puts credentials."""
+    @pytest.mark.parametrize(("role", "kind"), ROLES.items())
+    def test_what_it_runs_is_a_good_configuration(
+        self, role: str, kind: str, tmp_path: Path
+    ) -> None:
+        """Its head makes each secret that the file names, and systemd copies each."""
         text = UNIT.read_text(encoding="utf-8")
-        variables = dict(re.findall(r"(?m)^Environment=(BROKER_\w+__\w+)=(.*)$", text))
-        credentials = dict(re.findall(r"(?m)^LoadCredential=(\w+):(\S+)$", text))
-        assert {f"%d/{name}" for name in credentials} == set(variables.values())
-        for name in credentials:
-            (tmp_path / name).write_text(secrets.token_urlsafe(36) + "\n", encoding="utf-8")
-        given = {k: v.replace("%d", str(tmp_path)) for k, v in variables.items()}
-        config = tmp_path / "broker.toml"
-        config.write_text(with_state_in(tmp_path), encoding="utf-8")
-        done = subprocess.run(
-            [sys.executable, "-m", "broker", "check", "--config", str(config)],
-            env={**os.environ, **given},
-            capture_output=True,
-            text=True,
-            check=False,
+        head = text[: text.index("[Unit]")]
+        assert "\nLoadCredential=secret:/etc/embed-token-broker/secrets\n" in text
+        assert (
+            f"config/systemd/{role}.toml" in head or f"has {role}.toml as its broker.toml" in head
         )
-        assert (done.returncode, done.stdout, done.stderr) == (0, "configuration ok\n", "")
-
-    def test_the_lines_for_a_relay_make_one(self, tmp_path: Path) -> None:
-        """With the # taken away in unit and file, and the signing key out of the unit."""
-        text = relaying(UNIT.read_text(encoding="utf-8"))
-        variables = dict(re.findall(r"(?m)^Environment=(BROKER_\w+__\w+)=(.*)$", text))
-        credentials = dict(re.findall(r"(?m)^LoadCredential=(\w+):(\S+)$", text))
-        assert {f"%d/{name}" for name in credentials} == set(variables.values())
-        for name in credentials:
+        shipped = (CONFIG / "systemd" / f"{role}.toml").read_text(encoding="utf-8")
+        named = set(
+            re.findall(r'"/run/credentials/embed-token-broker.service/secret_(\w+)"', shipped)
+        )
+        assert named <= set(re.findall(r"/etc/embed-token-broker/secrets/(\w+)\n", head))
+        for name in named:
             (tmp_path / name).write_text(secrets.token_urlsafe(36) + "\n", encoding="utf-8")
         path = tmp_path / "broker.toml"
-        path.write_text(relaying(with_state_in(tmp_path)))
-        given = {k: v.replace("%d", str(tmp_path)) for k, v in variables.items()}
-        del given["BROKER_ISSUER__LOCAL__KEYS__MAIN__SECRET_FILE"]
-        require_relay(path, given)
+        path.write_text(as_started(role, tmp_path, tmp_path), encoding="utf-8")
+        require(path, kind)
 
     def test_a_rotation_s_commands_do_what_their_page_says(self, tmp_path: Path) -> None:
-        """Typed below a folder: the drop-ins hand both secrets over, then the new one stays alone.
+        """Typed below a folder: the file names both secrets, then the new one stays alone.
 
-        What starts services is left out; a later `Environment=` of a name is the one that counts.
+        What starts services is left out.
         """
-        for folder in ("etc/embed-token-broker/secrets", "etc/systemd/system"):
-            (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / "etc/embed-token-broker/secrets").mkdir(parents=True)
         stored = tmp_path / "etc" / "embed-token-broker" / "secrets"
         old = {}
         for name in ("web", "admin", "vendor"):
             old[name] = secrets.token_urlsafe(36)
             (stored / name).write_text(old[name] + "\n", encoding="utf-8")
         (tmp_path / "vendor.key").write_text(secrets.token_urlsafe(36) + "\n", encoding="utf-8")
+        file = tmp_path / "etc" / "embed-token-broker" / "broker.toml"
+        shutil.copy(CONFIG / "systemd" / "relay.toml", file)
         _, *steps = [
             block.text for block in BLOCKS if block.heading == "Rotation with the systemd unit"
         ]
         assert len(steps) == 4
         for step, both in zip(steps, (True, False, True, False), strict=True):
             self.typed(step, tmp_path)
-            settings = self.handed_over(tmp_path)
+            settings = self.handed_over(file, stored)
             web, upstream = settings["clients"]["web"], settings["issuer"]["upstream"]
             if step in steps[:2]:
                 assert ("next_secret_file" in web) is both
@@ -487,27 +407,30 @@ class TestSystemd:
                 output_of(["bash", "-ec", f"cd {root} && {line}"])
 
     @staticmethod
-    def handed_over(root: Path) -> dict[str, Any]:
-        """Return what is in force with the unit for a relay and its drop-ins, by `config show`."""
-        text = relaying(UNIT.read_text(encoding="utf-8"))
-        text = re.sub(r"(?m)^.*signing_key.*\n", "", text).replace("=/etc/", f"={root}/etc/")
-        text = text.replace(":/etc/", f":{root}/etc/")
-        folder = root / "etc" / "systemd" / "system" / f"{UNIT.name}.d"
-        text += "".join(path.read_text() for path in sorted(folder.glob("*.conf")))
-        given = root / "given"
-        shutil.rmtree(given, ignore_errors=True)
-        given.mkdir()
-        for name, path in re.findall(r"(?m)^LoadCredential=(\w+):(\S+)$", text):
-            shutil.copy(path, given / name)
-        variables = dict(re.findall(r"(?m)^Environment=(BROKER_\w+__\w+)=(.*)$", text))
-        env = {k: v.replace("%d", str(given)) for k, v in variables.items()}
-        config = root / "broker.toml"
-        config.write_text(relaying(with_state_in(root)))
-        require_relay(config, env)
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in env.items():
-                patch.setenv(name, value)
-            shown = output_of(
-                [sys.executable, "-m", "broker", "config", "show", "--config", str(config)]
-            )
+    def handed_over(file: Path, stored: Path) -> dict[str, Any]:
+        """Return what is in force after a restart, by `config show`."""
+        here = file.with_name("here.toml")
+        text = file.read_text(encoding="utf-8").replace(
+            SHIPPED_STATE, f"sqlite://{stored.parent}/s"
+        )
+        here.write_text(text.replace(COPIES, f"{stored}/"), encoding="utf-8")
+        require(here, "upstream")
+        shown = output_of([sys.executable, "-m", "broker", "config", "show", "--config", str(here)])
         return tomllib.loads(shown)
+
+
+COPIES = "/run/credentials/embed-token-broker.service/secret_"
+"""Where systemd puts its copies of the secret files."""
+
+SHIPPED_STATE = "sqlite:///var/lib/embed-token-broker/state.db"
+"""Below the folder that systemd makes: StateDirectory."""
+
+
+def as_started(role: str, stored: Path, state: Path) -> str:
+    """Return a configuration of the unit, with secrets and state in folders of this machine."""
+    text = (CONFIG / "systemd" / f"{role}.toml").read_text(encoding="utf-8")
+    assert tomllib.loads(text)["store"]["url"] == SHIPPED_STATE
+    assert "StateDirectory=embed-token-broker\n" in UNIT.read_text(encoding="utf-8")
+    return text.replace(SHIPPED_STATE, f"sqlite://{state / 'state.db'}").replace(
+        COPIES, f"{stored}/"
+    )
