@@ -55,7 +55,9 @@ def _examine(arguments: argparse.Namespace) -> tuple[int, list[Finding]]:
     findings = list(preflight.configuration(found, os.environ, is_here=True))
     usable = all(finding.ok for finding in findings)
     findings += [*preflight.addresses(settings), *preflight.open_files()]
-    findings += examine(settings, os.environ)
+    # settings without what is wrong in them are not those that were meant: a key could be shown to
+    # another host than its own
+    findings += _files(settings) if found.problems else examine(settings, os.environ)
     if not findings:
         complete = "complete; nothing else to examine"
         findings.append(Finding(Level.OK, "configuration", complete))
@@ -66,14 +68,14 @@ def _examine(arguments: argparse.Namespace) -> tuple[int, list[Finding]]:
 
 def examine(settings: Settings, environ: Mapping[str, str]) -> list[Finding]:
     """Look at files, vendor and store; what a configuration lacks for one is told with it."""
-    findings = []
-    for look in (_files, _vendor, _shared_store, _state_file):
+    findings = _files(settings)
+    for look in (_vendor, _shared_store, _state_file):
         with suppress(ConfigError, ValueError):
             findings += look(settings, environ)
     return findings
 
 
-def _files(settings: Settings, _environ: Mapping[str, str]) -> list[Finding]:
+def _files(settings: Settings) -> list[Finding]:
     from broker.app import factory
     from broker.app.missing_secrets import is_missing
 

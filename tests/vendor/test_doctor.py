@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from processes import run, secret_file
+from processes import run, secret_file, toml, write
 from redis.exceptions import RedisError
 from relaying import UNLIMITED
 from servers import (
@@ -196,6 +196,19 @@ def test_no_key_at_all_is_a_configuration_error() -> None:
     done = run("doctor", BROKER_ISSUER__KIND="upstream")
     assert (done.returncode, done.stderr) == (78, b"")
     assert b"problem  issuer.upstream.api_secret_files: no vendor key; set it" in done.stdout
+
+
+async def test_G7_no_key_is_sent_by_settings_that_were_not_meant(
+    vendor: FakeVendor, tmp_path: Path
+) -> None:
+    """A value that does not fit is left out, and its default may be another host."""
+    upstream = {"base_url": vendor.url, "api_secret": vendor.secret.reveal()}
+    tree = {"issuer": {"kind": "upstream", "upstream": upstream}, "server": {"deadline": 5}}
+    path = write(tmp_path / "broker.toml", toml(tree))
+    done = await asyncio.to_thread(run, "doctor", "--config", path)
+    assert (done.returncode, done.stderr) == (78, b"")
+    assert done.stdout.startswith(b"problem  server.deadline: a duration needs")
+    assert vendor.journal.records == []
 
 
 async def test_G7_no_line_shows_a_key(vendor: FakeVendor) -> None:
