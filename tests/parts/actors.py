@@ -62,8 +62,8 @@ class Vendor:
 
     @property
     def asked(self) -> int:
-        """How many requests arrived."""
-        return len(self._fake.journal)
+        """How many mint calls arrived."""
+        return len(self._fake.journal.calls)
 
     def fingerprints(self) -> set[str]:
         """Return those that arrived."""
