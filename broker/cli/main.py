@@ -14,7 +14,6 @@ from broker.cli import (
     doctor,
     fake_vendor,
     healthcheck,
-    help,  # noqa: A004 - each command's file is called as it is typed
     init,
     keys,
     mint,
@@ -23,6 +22,7 @@ from broker.cli import (
     verify,
     version,
 )
+from broker.cli import help as help_
 from broker.config import files
 from broker.config.schema import ConfigError
 from broker.exit_codes import EX_CONFIG
@@ -44,7 +44,7 @@ COMMANDS = (
     store,
     keys,
     completion,
-    help,
+    help_,
     version,
 )
 """In the order of --help."""

@@ -309,7 +309,7 @@ def test_the_program_is_named_as_it_can_be_called(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_a_service_does_not_see_is_said() -> None:
-    """ProtectHome and PrivateTmp hide these folders from it."""
+    """ProtectHome hides these folders from it."""
     at_home = first_files.Answers("signer", Path("/home/x/b"), "*", "127.0.0.1:1", "127.0.0.1:2")
     notes = first_files.hidden(at_home)
     assert any("does not see /home, where its configuration is" in note for note in notes)
