@@ -7,7 +7,6 @@ log is not JSON, or is read by somebody else (a test's capture).
 """
 
 import re
-from typing import Any
 
 import structlog
 
@@ -42,18 +41,18 @@ class MintLine:
         lines = self._lines
         texts = f"{outcome}{request_id}{client}{agent}{visitor}{session}{token}"
         if lines is None or not lines.is_in_use or _PLAIN.fullmatch(texts) is None:
-            fields: dict[str, Any] = {
-                "outcome": outcome,
-                "request_id": request_id,
-                "client": client,
-                "agent": agent,
-                "visitor": visitor,
-                "session": session,
-                "token": token,
-                "left_s": left_s,
-                "duration_ms": duration_ms,
-            }
-            self._log.info("broker.embed_token", **fields)
+            self._log.info(
+                "broker.embed_token",
+                outcome=outcome,
+                request_id=request_id,
+                client=client,
+                agent=agent,
+                visitor=visitor,
+                session=session,
+                token=token,
+                left_s=left_s,
+                duration_ms=duration_ms,
+            )
         elif lines.tells_info:
             lines.write(
                 f'{{"event": "broker.embed_token", "outcome": "{outcome}",'
