@@ -154,7 +154,7 @@ class TestReadyAnswer:
         self, edge: Edge, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Its answers do not pile up here, and after a while it is cut off (O4)."""
-        monkeypatch.setattr("broker.web.connection.UNSENT_TIMEOUT", 0.3)
+        monkeypatch.setattr("broker.web.connection.UNSENT_TIMEOUT", 2.0)
         client = socket.socket()
         closing_later(client.close)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
