@@ -21,7 +21,7 @@ from broker.config.load import MIN_CLIENT_SECRET
 from broker.config.schema import MAX_DURATION, UNITS, bare, encode, is_table
 from broker.config.settings import Duration, Settings
 from broker.model import AGENT_ID, Secret
-from broker.rules import bucket
+from broker.rules import bucket, passing
 from broker.units import SECOND
 
 DRAFT = "http://json-schema.org/draft-07/schema#"
@@ -137,6 +137,8 @@ _STORE = (
     r"^(memory://|sqlite:///(?!.*/?\.\.(/|$))[^/?#\u0000-\u001f]([^?#\u0000-\u001f]*[^/?#\u0000-\u001f])?"
     r"|unix:///[^/?#].*|(valkeys?|rediss?)(\+cluster)?://[^/@?#]+(/[0-9]*)?)$"
 )
+_RESERVED = "".join(f"[{c.upper()}{c}]" if c.isalpha() else c for c in passing.RESERVED)
+_ROUTE = rf"^(?!{_RESERVED}(/|$))(?!.*/\.\.?(/|$)){passing.ROUTE.pattern}$"
 _AGENT = f"^{AGENT_ID.pattern}$"
 
 _BOUNDS: Mapping[tuple[type[Struct], str], Schema] = {
@@ -152,6 +154,7 @@ _BOUNDS: Mapping[tuple[type[Struct], str], Schema] = {
     (settings.KeySettings, "secret"): {"minLength": _LEAST_KEY},
     (settings.UpstreamSettings, "base_url"): {"pattern": "^[Hh][Tt][Tt][Pp][Ss]?://[^?#@]+$"},
     (settings.UpstreamSettings, "api_secret_files"): {"maxItems": validate.MAX_VENDOR_KEYS},
+    (settings.UpstreamSettings, "pass_through"): {"items": {"pattern": _ROUTE}},
     (settings.UpstreamSettings, "timeout"): _span("span_longer_than_0"),
     (settings.BudgetSettings, "max_wait"): _span("span_longer_than_0"),
     (settings.StoreSettings, "url"): {"pattern": _STORE},

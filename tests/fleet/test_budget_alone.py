@@ -21,7 +21,15 @@ from broker.valkey.membership import UNSEEN_PARTS
 pytestmark = pytest.mark.parts
 
 RATE, PER, BURST = 20, 2.0, 4
-SMALL = {"issuer.budget": {"rate": RATE, "per": f"{PER:g}s", "burst": BURST, "max_wait": "2s"}}
+SMALL = {
+    "issuer.budget": {
+        "rate": RATE,
+        "per": f"{PER:g}s",
+        "burst": BURST,
+        "max_wait": "2s",
+        "window": 604,
+    }
+}
 SHIPPED = {"issuer.budget": {"rate": 106, "per": "60s", "burst": 8, "max_wait": "8s"}}
 
 SLACK = 5

@@ -37,6 +37,7 @@ TAU = BURST / RATE
 BUDGET_RATE, BUDGET_PER, BUDGET_BURST = 20, 2.0, 4
 BUDGET = {
     "rate": BUDGET_RATE, "per": f"{BUDGET_PER:g}s", "burst": BUDGET_BURST, "max_wait": "6s",
+    "window": 604,
 }  # fmt: skip
 SLACK = 5
 """Calls that a stall of half a second moves into the next window."""

@@ -62,8 +62,6 @@ class TestContainer:
         ]
         assert set(copied) == {
             "config/lock/runtime.txt",
-            "config/gateway.toml",
-            "config/systemd",
             "pyproject.toml",
             "LICENSE",
             "broker",

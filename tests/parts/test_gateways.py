@@ -38,7 +38,7 @@ def behind(
 ) -> Iterator[Behind]:
     """One of each kind, for all tests."""
     folder = tmp_path_factory.mktemp(request.param)
-    tight = {"limits.fingerprint.burst": 3, "log.level": "debug"}
+    tight = {"limits.fingerprint.rate": 1, "limits.fingerprint.burst": 3, "log.level": "debug"}
     with (
         brokers(Broker(folder, tight)) as (broker,),
         gateway(request.param, "gateway", folder, {8080: broker.port, 8090: broker.port}) as url,
@@ -55,7 +55,7 @@ def test_answers_arrive_as_they_are(behind: Behind) -> None:
     behind.ask(visitor)
     refused = behind.ask(visitor)
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "RATE_LIMITED")
-    assert refused.headers["Retry-After"] == "1"
+    assert 1 <= int(refused.headers["Retry-After"]) <= 60
     assert refused.headers["X-RateLimit-Remaining"] == "0"
     wrong = behind.ask(visitor, **{"api-secret": "wrong"})
     assert (wrong.status_code, wrong.headers["WWW-Authenticate"]) == (401, "Bearer")
