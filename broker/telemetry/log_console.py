@@ -19,6 +19,12 @@ from structlog.typing import EventDict, ExcInfo, Processor
 
 from broker.telemetry import traces
 
+FEW = 10
+"""Milliseconds below which decimals say something: three digits are shown."""
+
+SHORT = 120
+"""Seconds below which minutes would say too little."""
+
 CANONICAL = "broker.embed_token"
 
 _LEVELS = {"debug": "2", "info": "32", "warning": "33", "error": "31;1"}
@@ -109,14 +115,14 @@ def _bare(show: Callable[[object], str]) -> ColumnFormatter:
 def _milliseconds(value: object) -> str:
     if not isinstance(value, int | float):
         return str(value)
-    return f"{value:.2f}ms" if value < 10 else f"{value:.0f}ms"  # noqa: PLR2004 - three digits
+    return f"{value:.2f}ms" if value < FEW else f"{value:.0f}ms"
 
 
 def _duration(value: object) -> str:
     """Seconds as minutes, where that is exact enough."""
     if not isinstance(value, int):
         return str(value)
-    return f"{value}s" if value < 120 else f"{value // 60}m"  # noqa: PLR2004 - two minutes
+    return f"{value}s" if value < SHORT else f"{value // 60}m"
 
 
 def _paint(text: str, colour: str) -> str:

@@ -100,7 +100,7 @@ def _printable(name: str) -> str:
 
 def error_of(exc_info: object) -> BaseException | None:
     """Return the error that an event's `exc_info` names, in any of the forms of `logging`."""
-    if isinstance(exc_info, tuple) and len(exc_info) == 3:  # noqa: PLR2004 - as of sys.exc_info
+    if isinstance(exc_info, tuple) and len(exc_info) > 1:  # as of sys.exc_info
         exc_info = exc_info[1]
     elif exc_info and not isinstance(exc_info, BaseException):
         exc_info = sys.exc_info()[1]

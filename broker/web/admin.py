@@ -6,6 +6,7 @@ What `web.sessions` adds to it has a secret; the rest is open to whoever reaches
 
 from collections.abc import Awaitable, Callable, Iterable
 from email.utils import formatdate
+from http import HTTPStatus
 from secrets import token_hex
 from typing import Self
 
@@ -179,6 +180,6 @@ def _failed(error: BrokerError) -> web.StreamResponse:
     headers = ""
     if error.retry_after is not None:
         headers += f"Retry-After: {retry_after_seconds(error.retry_after)}\r\n"
-    if error.status == 401:  # noqa: PLR2004 - as on the data listener
+    if error.status == HTTPStatus.UNAUTHORIZED:
         headers += "WWW-Authenticate: Bearer\r\n"
     return answer(error.status, error_body_of(error), headers)

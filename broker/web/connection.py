@@ -28,6 +28,7 @@ Private names of aiohttp 3.14 are used here and in `lane_connection`: see `aioht
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from http import HTTPStatus
 from typing import Any
 
 import structlog
@@ -236,7 +237,7 @@ class DataConnection(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         request_id, date = self._error_head()
-        if status >= 500:  # noqa: PLR2004 - the class of server errors
+        if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             log.error("broker.defect", request_id=request_id, exc_info=exc)
             code, text = "INTERNAL_ERROR", "internal error: see the log for this X-Request-Id"
         elif isinstance(exc, HeadTooLarge):

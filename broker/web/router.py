@@ -6,6 +6,7 @@ What answers a request for a token is in `token_route`.
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from email.utils import formatdate
+from http import HTTPStatus
 from itertools import count
 from typing import Any, TypeVar
 
@@ -230,7 +231,7 @@ class Routes:
             return self._answer(429, error_body_of(error), request_id, told, wall)
         if isinstance(error, errors.MethodNotAllowed):
             headers = f"Allow: {error.allow}\r\n"
-        elif error.status == 401:  # noqa: PLR2004 - RFC 9110 section 15.5.2 requires the challenge
+        elif error.status == HTTPStatus.UNAUTHORIZED:  # RFC 9110 section 15.5.2: with the challenge
             headers = "WWW-Authenticate: Bearer\r\n"
         if error.retry_after is not None:
             headers += f"Retry-After: {retry_after_seconds(error.retry_after)}\r\n"

@@ -10,6 +10,7 @@ passed on as they are, compressed or not.
 import zlib
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
+from http import HTTPStatus
 
 import aiohttp
 from aiohttp.hdrs import CONTENT_ENCODING
@@ -122,7 +123,7 @@ class PassThroughClient:
         except FAILURES as error:
             raise CallFailed(reason_of(error, proxy)) from error
         try:
-            if response.status < 200:  # noqa: PLR2004 - 101: another protocol, which nobody asked for
+            if response.status < HTTPStatus.OK:  # 101: another protocol, which nobody asked for
                 raise CallFailed(Reason.UNEXPECTED_STATUS)
             yield PassedAnswer(response, proxy)
         finally:
