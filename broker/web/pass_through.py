@@ -130,6 +130,12 @@ class PassThrough:
             if not passage.is_begun:
                 raise failed from error
             return cut(request)
+        except Exception:
+            if passage is None or not passage.is_begun:
+                raise
+            outcome, failure = PassedOutcome.BROKEN, "defect"
+            log.exception("broker.defect", request_id=request_id)
+            return cut(request)  # an answer of ours would be the rest of the vendor's
         else:
             return answer
         finally:
