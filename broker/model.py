@@ -145,7 +145,9 @@ class EmbedToken(Struct, frozen=True, gc=False):
         """Microseconds of life left; of the two clocks the one that leaves less decides."""
         by_mono = self.dies_mono - mono
         by_wall = self.dies_wall - wall
-        return min(by_mono, by_wall)  # `min` takes twice as long
+        if by_wall < by_mono:  # each request asks; `min` takes several times as long
+            return by_wall
+        return by_mono
 
     @override
     def __repr__(self) -> str:
