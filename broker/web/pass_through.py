@@ -84,7 +84,7 @@ class PassThrough:
         self,
         routes: Routes,
         access: Access,
-        door: ClientAuthenticator,
+        authenticator: ClientAuthenticator,
         client: PassThroughClient,
         issuer: Heeds,
         metrics: PassThroughMetrics,
@@ -92,7 +92,7 @@ class PassThrough:
     ) -> None:
         self._routes = routes
         self._access = access
-        self._door = door
+        self._authenticator = authenticator
         self._client = client
         self._issuer = issuer
         self._metrics = metrics
@@ -160,15 +160,15 @@ class PassThrough:
         """Return who asks, and which key of the vendor's goes along, as its digest."""
         now, headers = self._clock.mono(), request.headers
         if not self._access.needs_switch:
-            client = self._door.identify(request, now)
+            client = self._authenticator.identify(request, now)
             return client, client.digest
         given = headers.get(API_SECRET, "")
-        if given and self._door.holder_of(given) is not None:
+        if given and self._authenticator.holder_of(given) is not None:
             raise errors.Invalid(
                 "api-secret: this is a client secret, which the vendor must not see; send your key"
                 " of the vendor in this header, and the client secret as Authorization: Bearer"
             )
-        client = self._door.identify(request, now, as_bearer=True)
+        client = self._authenticator.identify(request, now, as_bearer=True)
         if not client.pass_through:
             raise errors.RouteNotAllowed(
                 "this client may ask for tokens only; its operator can set pass_through = true"
