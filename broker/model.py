@@ -25,6 +25,9 @@ AGENT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 AGENT_RULE = "1 to 64 of A-Z a-z 0-9 _ -"
 """`AGENT_ID` in words."""
 
+MIN_KEY_BYTES = 32
+"""Of what signs or seals: RFC 7518 section 3.2 wants at least the size of the hash's output."""
+
 
 class Secret:
     """A string that masks itself wherever it could be printed by accident."""

@@ -36,7 +36,16 @@ from broker.rules.passing import BadTarget, route_of, to_the_caller, to_the_vend
 from broker.telemetry.labels import PassedOutcome
 from broker.telemetry.pass_through_metrics import PassThroughMetrics
 from broker.web.auth import API_SECRET, Client, ClientAuthenticator, secret_of
-from broker.web.passage import FAILURES, STALLED, Passage, cut, head_of, upload, verdict_on
+from broker.web.passage import (
+    FAILURES,
+    STALLED,
+    Passage,
+    cut,
+    head_of,
+    refused_target,
+    upload,
+    verdict_on,
+)
 from broker.web.response import Answer as OwnAnswer
 from broker.web.router import Routes
 
@@ -149,7 +158,7 @@ class PassThrough:
         try:
             route = route_of(target, self._access.routes)
         except BadTarget as error:
-            raise errors.Invalid(f"target: {error}; such a request is not passed on") from None
+            raise refused_target(error) from None
         if route is None:
             raise self._routes.not_found(target.partition("?")[0])
         if request.method not in METHODS:

@@ -12,7 +12,7 @@ import structlog
 
 from broker import errors
 from broker.issue import IssuedToken, TokenService
-from broker.model import Clock, LimitName, Outcome, TokenRequest, name_of
+from broker.model import Clock, Outcome, TokenRequest, name_of
 from broker.stores.base import Rejection, Visit
 from broker.telemetry.logs import RefusalLog, visitor_hash
 from broker.telemetry.metrics import BUDGET, Metrics
@@ -22,7 +22,7 @@ from broker.units import SECOND
 from broker.web import body
 from broker.web.auth import Client, ClientAuthenticator
 from broker.web.caller import Caller, caller_of
-from broker.web.response import JSON_TYPE, Answer, Heads, head
+from broker.web.response import JSON_TYPE, LIMIT_LABELS, Answer, Heads, head
 from broker.web.whole_request import Request, WholeRequest, Work
 from broker.wire import request as wire
 from broker.wire.known_bodies import KnownBodies
@@ -37,9 +37,6 @@ _CACHE_STATUS = {
 }
 
 _MINTED = Outcome.MINTED
-
-_LIMITS = {name: name.value for name in LimitName}
-"""An enum's value is looked up in half a microsecond (Python 3.11), and refusals must be cheap."""
 
 _COUNTED = frozenset(
     {Outcome.LIMITED, Outcome.SHED, Outcome.INVALID, Outcome.UNAUTHORIZED, Outcome.FORBIDDEN}
@@ -231,7 +228,7 @@ class TokenRoute:
         self._metrics.requests[error.outcome].observe(seconds)
         kind = error.code
         if isinstance(error, errors.RateLimited):
-            kind = _LIMITS[error.limit]
+            kind = LIMIT_LABELS[error.limit]
             self._metrics.rejections[kind].inc()
         elif isinstance(error, errors.BudgetExhausted):
             kind = BUDGET
