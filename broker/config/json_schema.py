@@ -21,7 +21,7 @@ from broker.config.load import MIN_CLIENT_SECRET
 from broker.config.schema import MAX_DURATION, UNITS, bare, encode, is_table
 from broker.config.settings import Duration, Settings
 from broker.model import AGENT_ID, MIN_KEY_BYTES, Secret
-from broker.rules import bucket
+from broker.rules import bucket, passing
 from broker.units import SECOND
 
 DRAFT = "http://json-schema.org/draft-07/schema#"
@@ -135,6 +135,8 @@ _STORE = (
     r"|unix:///[^/?#].*|(valkeys?|rediss?)(\+cluster)?://[^/@?#]+(/[0-9]*)?)$"
 )
 _AGENT = f"^{AGENT_ID.pattern}$"
+_RESERVED = "".join(f"[{c.upper()}{c}]" if c.isalpha() else c for c in passing.RESERVED)
+_ROUTE = rf"^(?!{_RESERVED}(/|$))(?!.*/\.\.?(/|$)){passing.ROUTE.pattern}$"
 
 _BOUNDS: Mapping[tuple[type[Struct], str], Schema] = {
     (settings.ServerSettings, "listen"): _LISTEN,
@@ -150,6 +152,7 @@ _BOUNDS: Mapping[tuple[type[Struct], str], Schema] = {
     (settings.UpstreamSettings, "base_url"): {"pattern": "^[Hh][Tt][Tt][Pp][Ss]?://[^?#@]+$"},
     (settings.UpstreamSettings, "api_secret_files"): {"maxItems": validate.MAX_VENDOR_KEYS},
     (settings.UpstreamSettings, "timeout"): _span("span_longer_than_0"),
+    (settings.UpstreamSettings, "pass_through"): {"items": {"pattern": _ROUTE}},
     (settings.BudgetSettings, "max_wait"): _span("span_longer_than_0"),
     (settings.StoreSettings, "url"): {"pattern": _STORE},
     (settings.StoreSettings, "timeout"): _span("store_timeout"),
