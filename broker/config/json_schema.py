@@ -134,9 +134,9 @@ _STORE = (
     r"^(memory://|sqlite:///(?!.*/?\.\.(/|$))[^/?#\u0000-\u001f]([^?#\u0000-\u001f]*[^/?#\u0000-\u001f])?"
     r"|unix:///[^/?#].*|(valkeys?|rediss?)(\+cluster)?://[^/@?#]+(/[0-9]*)?)$"
 )
-_AGENT = f"^{AGENT_ID.pattern}$"
 _RESERVED = "".join(f"[{c.upper()}{c}]" if c.isalpha() else c for c in passing.RESERVED)
 _ROUTE = rf"^(?!{_RESERVED}(/|$))(?!.*/\.\.?(/|$)){passing.ROUTE.pattern}$"
+_AGENT = f"^{AGENT_ID.pattern}$"
 
 _BOUNDS: Mapping[tuple[type[Struct], str], Schema] = {
     (settings.ServerSettings, "listen"): _LISTEN,
@@ -151,8 +151,8 @@ _BOUNDS: Mapping[tuple[type[Struct], str], Schema] = {
     (settings.KeySettings, "secret"): {"minLength": MIN_KEY_BYTES},
     (settings.UpstreamSettings, "base_url"): {"pattern": "^[Hh][Tt][Tt][Pp][Ss]?://[^?#@]+$"},
     (settings.UpstreamSettings, "api_secret_files"): {"maxItems": validate.MAX_VENDOR_KEYS},
-    (settings.UpstreamSettings, "timeout"): _span("span_longer_than_0"),
     (settings.UpstreamSettings, "pass_through"): {"items": {"pattern": _ROUTE}},
+    (settings.UpstreamSettings, "timeout"): _span("span_longer_than_0"),
     (settings.BudgetSettings, "max_wait"): _span("span_longer_than_0"),
     (settings.StoreSettings, "url"): {"pattern": _STORE},
     (settings.StoreSettings, "timeout"): _span("store_timeout"),
