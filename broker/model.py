@@ -25,6 +25,9 @@ AGENT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 AGENT_RULE = "1 to 64 of A-Z a-z 0-9 _ -"
 """`AGENT_ID` in words."""
 
+MIN_KEY_BYTES = 32
+"""Of what signs or seals: RFC 7518 section 3.2 wants at least the size of the hash's output."""
+
 
 class Secret:
     """A string that masks itself wherever it could be printed by accident."""
@@ -145,7 +148,9 @@ class EmbedToken(Struct, frozen=True, gc=False):
         """Microseconds of life left; of the two clocks the one that leaves less decides."""
         by_mono = self.dies_mono - mono
         by_wall = self.dies_wall - wall
-        return min(by_mono, by_wall)  # `min` takes twice as long
+        if by_wall < by_mono:  # each request asks; `min` takes several times as long
+            return by_wall
+        return by_mono
 
     @override
     def __repr__(self) -> str:

@@ -51,7 +51,7 @@ class SessionAdminApi:
         store = _Store(self._server, names)
         book = SharedSessions(remote, MemorySessions(1, self._clock), store, closed=True)
         self._register = SessionAdmin(book, store, metrics.sessions)
-        self._door = ClientAuthenticator(
+        self._authenticator = ClientAuthenticator(
             [],
             factory.trusted_proxies(settings),
             self._clock.mono(),
@@ -71,7 +71,7 @@ class SessionAdminApi:
         admins, access = factory.admin_clients(settings), factory.store_access(settings)
 
         def put_in_force() -> None:
-            self._door.use_clients(admins)
+            self._authenticator.use_clients(admins)
             self._server.nodes.use_access(access)
 
         return put_in_force
@@ -80,7 +80,7 @@ class SessionAdminApi:
         """Add the routes."""
         admin_sessions.add(
             application,
-            self._door,
+            self._authenticator,
             self._register,
             self._clock,
             self._throttled,
@@ -100,7 +100,7 @@ class SessionAdminApi:
         """Tally calls, forget failures: call it about twice a second."""
         self._server.tidy()
         now = self._clock.mono()
-        self._door.failures.purge_expired(now)
+        self._authenticator.failures.purge_expired(now)
         self._refusals.flush(now)
 
 

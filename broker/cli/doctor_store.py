@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from broker.app import factory
+from broker.cli import preflight
 from broker.cli.finding import Finding, Level
 from broker.cli.store_trial import TIMEOUT, trial
 from broker.config.settings import Settings
@@ -16,7 +17,7 @@ async def examine(settings: Settings) -> list[Finding]:
     """Do once what the broker does with the store; then look at it, if that is permitted."""
     address = factory.store_address(settings)
     assert address is not None  # or there is nothing to look at
-    findings = [_clear_text()] if factory.shows_password(settings) else []
+    findings = list(preflight.shown_password(settings, Level.PROBLEM))
     where = address.shown
     async with trial(address, factory.store_access(settings)) as witness:
         told = await witness.ask(b"INFO")
@@ -117,14 +118,6 @@ def _by_its_own_words(fields: Mapping[str, str], where: str) -> list[Finding]:
     if version.partition(".")[0].isdigit() and int(version.partition(".")[0]) < OLDEST:
         found.append(_problem(where, f"is of version {version}: at least {OLDEST} is needed"))
     return found
-
-
-def _clear_text() -> Finding:
-    text = (
-        "crosses the network in clear text: write valkeys://, or set server.private_network = true"
-        " where nobody else can listen"
-    )
-    return Finding(Level.PROBLEM, "store.password", text)
 
 
 def _not_seen(where: str) -> Finding:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from broker.cli import probe
 from broker.cli.example import UNIT, text_of
 from broker.config.load import DEFAULT_PATH
 from broker.config.validate import parse_address
@@ -234,7 +235,7 @@ def _url(listen: str) -> str:
     where = parse_address(listen)
     if isinstance(where, str):
         return f"unix:{where}"
-    host = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}.get(where[0], where[0])  # noqa: S104 - where one listens, not asks
+    host, *_ = probe.ASKED_AT.get(where[0], (where[0],))
     return f"http://[{host}]:{where[1]}" if ":" in host else f"http://{host}:{where[1]}"
 
 

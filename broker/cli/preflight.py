@@ -112,13 +112,14 @@ def open_files() -> Iterator[Finding]:
         )
 
 
-def shown_password(settings: Settings) -> Iterator[Finding]:
-    """Tell if the store's password can be read on its way; the doctor tells it with the store."""
+def shown_password(settings: Settings, level: Level = Level.NOTE) -> Iterator[Finding]:
+    """Tell if the store's password can be read on its way: for the doctor, with the store."""
     from broker.app import factory
 
     with suppress(ValueError):
         if factory.shows_password(settings):
-            yield _note(
+            yield Finding(
+                level,
                 "store.password",
                 "crosses the network in clear text: write valkeys://, or set"
                 " server.private_network = true where nobody else can listen",
@@ -205,13 +206,13 @@ def _plain_http(settings: Settings) -> Iterator[Finding]:
 
 
 def _memory(settings: Settings) -> Iterator[Finding]:
-    from broker.config.addresses import MEMORY
+    from broker.config.addresses import MEMORY, USUAL_FILE
 
     if settings.issuer.kind == "upstream" and settings.store.url == MEMORY:
         yield _note(
             "store.url",
             "state is in memory, and a crash mints anew for every visitor; to keep it set"
-            ' store.url = "sqlite:///var/lib/embed-token-broker/state.db"',
+            f' store.url = "{USUAL_FILE}"',
         )
 
 

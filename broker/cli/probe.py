@@ -16,7 +16,7 @@ TIMEOUT = 2.0
 ALIVE = b'{"status":"ok"}'
 """What /livez of a broker answers."""
 
-_EVERYWHERE = {
+ASKED_AT = {
     "0.0.0.0": ("127.0.0.1",),  # noqa: S104 - where one listens, not asks
     "::": ("127.0.0.1", "::1"),
 }
@@ -94,4 +94,4 @@ def _connections(listen: str) -> list[HTTPConnection]:
     if isinstance(address, str):
         return [_UnixConnection(address)]
     host, port = address
-    return [HTTPConnection(h, port, timeout=TIMEOUT) for h in _EVERYWHERE.get(host, (host,))]
+    return [HTTPConnection(h, port, timeout=TIMEOUT) for h in ASKED_AT.get(host, (host,))]

@@ -18,10 +18,15 @@ MEMORY = "memory://"
 
 FILE_SCHEME = "sqlite"
 
+USUAL_FILE = "sqlite:///var/lib/embed-token-broker/state.db"
+"""What remedies and examples name: the folder that unit and image have for it."""
+
 DEFAULT_PORT = 6379
 """Registered for this protocol; Valkey kept it."""
 
 MAX_PORT = 2**16 - 1
+"""TCP has no more."""
+
 MAX_DB = 2**31 - 1
 
 _TLS = {"valkey": False, "redis": False, "valkeys": True, "rediss": True}
@@ -104,9 +109,7 @@ def _file(text: str) -> StateFileAddress:
     path = text[len(FILE_SCHEME) :].removeprefix("://")
     usable = path.startswith("/") and path.isprintable() and not path.startswith("//")
     if not usable or path.endswith("/") or "?" in path or "#" in path or ".." in Path(path).parts:
-        raise ValueError(
-            "a state file needs an absolute path: sqlite:///var/lib/embed-token-broker/state.db"
-        )
+        raise ValueError(f"a state file needs an absolute path: {USUAL_FILE}")
     return StateFileAddress(Path(path))
 
 

@@ -16,20 +16,17 @@ import msgspec
 from msgspec import NODEFAULT, Struct
 from msgspec.structs import FieldInfo, fields
 
-from broker.config import settings, validate
+from broker.config import addresses, settings, validate
 from broker.config.load import MIN_CLIENT_SECRET
 from broker.config.schema import MAX_DURATION, UNITS, bare, encode, is_table
 from broker.config.settings import Duration, Settings
-from broker.model import AGENT_ID, Secret
+from broker.model import AGENT_ID, MIN_KEY_BYTES, Secret
 from broker.rules import bucket, passing
 from broker.units import SECOND
 
 DRAFT = "http://json-schema.org/draft-07/schema#"
 
 Schema = dict[str, Any]
-
-_LEAST_KEY = 32
-"""Characters of what signs or seals, at least: as many bytes, or more."""
 
 _FORMS = ("_file", "_files")
 """Endings of the other forms of a secret; a table has one of them."""
@@ -127,7 +124,7 @@ _BURST = {"minimum": 1, "maximum": bucket.MAX_BURST}
 _LISTEN = {
     "pattern": r"^(unix:/[^\u0000-\u001f]*"
     r"|(\[[0-9A-Fa-f:.]+(%[A-Za-z0-9]+)?\]|[^\[\]:*]+):[0-9]{1,5})$",
-    "not": {"pattern": f"^[^/]*:{from_(validate.MAX_PORT + 1)}$"},
+    "not": {"pattern": f"^[^/]*:{from_(addresses.MAX_PORT + 1)}$"},
 }
 _NETWORK = (
     r"^(((25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])(\.|(?=/|$))){4}(/(3[0-2]|[12]?[0-9]))?"
@@ -151,7 +148,7 @@ _BOUNDS: Mapping[tuple[type[Struct], str], Schema] = {
     (settings.ClientSettings, "secret"): {"minLength": MIN_CLIENT_SECRET},
     (settings.ClientSettings, "next_secret"): {"minLength": MIN_CLIENT_SECRET},
     (settings.ClientSettings, "agents"): {"items": {"pattern": rf"^(?:\*|{AGENT_ID.pattern})$"}},
-    (settings.KeySettings, "secret"): {"minLength": _LEAST_KEY},
+    (settings.KeySettings, "secret"): {"minLength": MIN_KEY_BYTES},
     (settings.UpstreamSettings, "base_url"): {"pattern": "^[Hh][Tt][Tt][Pp][Ss]?://[^?#@]+$"},
     (settings.UpstreamSettings, "api_secret_files"): {"maxItems": validate.MAX_VENDOR_KEYS},
     (settings.UpstreamSettings, "pass_through"): {"items": {"pattern": _ROUTE}},
@@ -159,7 +156,7 @@ _BOUNDS: Mapping[tuple[type[Struct], str], Schema] = {
     (settings.BudgetSettings, "max_wait"): _span("span_longer_than_0"),
     (settings.StoreSettings, "url"): {"pattern": _STORE},
     (settings.StoreSettings, "timeout"): _span("store_timeout"),
-    (settings.StoreSettings, "encryption_key"): {"minLength": _LEAST_KEY},
+    (settings.StoreSettings, "encryption_key"): {"minLength": MIN_KEY_BYTES},
     **{
         (kind, name): bounds
         for kind in (

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 import msgspec
 from msgspec import Struct
 
+from broker.config.addresses import USUAL_FILE
 from broker.config.settings import Duration, Settings
 from broker.model import Secret
 
@@ -37,7 +38,7 @@ Path = tuple[str, ...]
 
 _FILE_REMEDY = (
     "is gone: state is kept in a file as it changes, not at the end; take it out, and set"
-    ' store.url = "sqlite:///var/lib/embed-token-broker/state.db"'
+    f' store.url = "{USUAL_FILE}"'
 )
 
 _RETIRED = {

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from broker.config.addresses import StateFileAddress, StoreAddress, parse_store_url
+from broker.config.addresses import MAX_PORT, StateFileAddress, StoreAddress, parse_store_url
 from broker.config.schema import ConfigError
 from broker.config.settings import Duration, Settings, StoreSettings, UpstreamSettings
 from broker.model import AGENT_ID, AGENT_RULE
@@ -17,9 +17,6 @@ from broker.rules import bucket, outstanding, passing
 
 MAX_VENDOR_KEYS = 4
 """Keys in the vendor's list: a rotation needs two."""
-
-MAX_PORT = 2**16 - 1
-"""TCP has no more."""
 
 KEEP_ALIVE_BOUNDS = Duration(1_000_000), Duration(3_600_000_000)
 """The least and the most of `server.keep_alive`: below it clients connect for every request, and

@@ -21,13 +21,11 @@ import msgspec
 from msgspec import Struct
 from typing_extensions import override
 
+from broker.model import MIN_KEY_BYTES
 from broker.rules.reuse import MAX_LIFETIME
 from broker.units import NO_DATE, SECOND
 
 ALGORITHM = "HS256"
-
-MIN_KEY_BYTES = 32
-"""RFC 7518 section 3.2: a key for HS256 has at least the size of the hash output."""
 
 MIN_DISTINCT_BYTES = 8
 """32 random bytes show fewer than 8 different values about once in 10^32 keys: such a key was

@@ -3,7 +3,7 @@
 A session is written down when its token is made and stays until the token has expired, whether the
 token is still held for reuse or not.  Ending one removes the record and leaves a mark for as long
 as any token of it could still be shown: a token that is signed proves itself, so that only the mark
-tells that it is no longer good.  The mark comes first, the record goes last (see `desk`): an end
+tells that it is no longer good.  The mark comes first, the record goes last (see `admin`): an end
 that failed half-way can be asked for again.  Methods are coroutines although memory needs none.
 """
 

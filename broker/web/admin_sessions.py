@@ -29,17 +29,17 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def add(
     app: web.Application,
-    door: ClientAuthenticator,
+    authenticator: ClientAuthenticator,
     register: SessionAdmin,
     clock: Clock,
     throttled: Counter,
     refusals: RefusalLog,
 ) -> None:
-    """Serve /v1/sessions to whoever the door lets in; `throttled` counts guesses it refused.
+    """Serve /v1/sessions to who is known; `throttled` counts guesses that were refused.
 
     Whoever calls this has `refusals` summed up from time to time, and at the end.
     """
-    behind_the_door = _Guard(door, clock, throttled, refusals)
+    guarded = _Guard(authenticator, clock, throttled, refusals)
 
     async def listed(request: web.Request) -> web.StreamResponse:
         query, after, limit = _query(request)
@@ -65,27 +65,31 @@ def add(
             raise NotFound(_UNKNOWN)
         return _json(EndedAnswer(ended))
 
-    app.router.add_get("/v1/sessions", behind_the_door(listed))
-    app.router.add_get("/v1/sessions/{session_id}", behind_the_door(one))
-    app.router.add_delete("/v1/sessions/{session_id}", behind_the_door(end))
+    app.router.add_get("/v1/sessions", guarded(listed))
+    app.router.add_get("/v1/sessions/{session_id}", guarded(one))
+    app.router.add_delete("/v1/sessions/{session_id}", guarded(end))
 
 
 class _Guard:
     """Lets in who has the secret, and tells of those who guess or who leaked it."""
 
     def __init__(
-        self, door: ClientAuthenticator, clock: Clock, throttled: Counter, refusals: RefusalLog
+        self,
+        authenticator: ClientAuthenticator,
+        clock: Clock,
+        throttled: Counter,
+        refusals: RefusalLog,
     ) -> None:
-        self._door = door
+        self._authenticator = authenticator
         self._clock = clock
         self._throttled = throttled
         self._refusals = refusals
 
     def __call__(self, handler: _Handler) -> _Handler:
-        async def guarded(request: web.Request) -> web.StreamResponse:
+        async def answer_known(request: web.Request) -> web.StreamResponse:
             now = self._clock.mono()
             try:
-                self._door.identify(request, now)
+                self._authenticator.identify(request, now)
             except RateLimited:
                 self._throttled.inc()
                 raise
@@ -94,7 +98,7 @@ class _Guard:
                 raise
             return await handler(request)
 
-        return guarded
+        return answer_known
 
 
 _UNKNOWN = "no such session: it has expired, was ended, or was never handed out here"

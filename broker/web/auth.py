@@ -44,7 +44,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class Client(Struct, frozen=True):
-    """A client as the door knows it: `agents` None means all."""
+    """A client as the authenticator knows it: `agents` None means all."""
 
     name: str
     digest: bytes

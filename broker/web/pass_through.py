@@ -36,7 +36,16 @@ from broker.rules.passing import BadTarget, route_of, to_the_caller, to_the_vend
 from broker.telemetry.labels import PassedOutcome
 from broker.telemetry.pass_through_metrics import PassThroughMetrics
 from broker.web.auth import API_SECRET, Client, ClientAuthenticator, secret_of
-from broker.web.passage import FAILURES, STALLED, Passage, cut, head_of, upload, verdict_on
+from broker.web.passage import (
+    FAILURES,
+    STALLED,
+    Passage,
+    cut,
+    head_of,
+    refused_target,
+    upload,
+    verdict_on,
+)
 from broker.web.response import Answer as OwnAnswer
 from broker.web.router import Routes
 
@@ -84,7 +93,7 @@ class PassThrough:
         self,
         routes: Routes,
         access: Access,
-        door: ClientAuthenticator,
+        authenticator: ClientAuthenticator,
         client: PassThroughClient,
         issuer: Heeds,
         metrics: PassThroughMetrics,
@@ -92,7 +101,7 @@ class PassThrough:
     ) -> None:
         self._routes = routes
         self._access = access
-        self._door = door
+        self._authenticator = authenticator
         self._client = client
         self._issuer = issuer
         self._metrics = metrics
@@ -130,6 +139,12 @@ class PassThrough:
             if not passage.is_begun:
                 raise failed from error
             return cut(request)
+        except Exception:
+            if passage is None or not passage.is_begun:
+                raise
+            outcome, failure = PassedOutcome.BROKEN, "defect"
+            log.exception("broker.defect", request_id=request_id)
+            return cut(request)  # an answer of ours would be the rest of the vendor's
         else:
             return answer
         finally:
@@ -143,7 +158,7 @@ class PassThrough:
         try:
             route = route_of(target, self._access.routes)
         except BadTarget as error:
-            raise errors.Invalid(f"target: {error}; such a request is not passed on") from None
+            raise refused_target(error) from None
         if route is None:
             raise self._routes.not_found(target.partition("?")[0])
         if request.method not in METHODS:
@@ -154,15 +169,15 @@ class PassThrough:
         """Return who asks, and which key of the vendor's goes along, as its digest."""
         now, headers = self._clock.mono(), request.headers
         if not self._access.needs_switch:
-            client = self._door.identify(request, now)
+            client = self._authenticator.identify(request, now)
             return client, client.digest
         given = headers.get(API_SECRET, "")
-        if given and self._door.holder_of(given) is not None:
+        if given and self._authenticator.holder_of(given) is not None:
             raise errors.Invalid(
                 "api-secret: this is a client secret, which the vendor must not see; send your key"
                 " of the vendor in this header, and the client secret as Authorization: Bearer"
             )
-        client = self._door.identify(request, now, as_bearer=True)
+        client = self._authenticator.identify(request, now, as_bearer=True)
         if not client.pass_through:
             raise errors.RouteNotAllowed(
                 "this client may ask for tokens only; its operator can set pass_through = true"

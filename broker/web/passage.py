@@ -111,9 +111,7 @@ def verdict_on(passage: Passage, error: Exception) -> tuple[PassedOutcome, error
     if isinstance(error, ConnectionError) and passage.is_begun:
         return PassedOutcome.LEFT, errors.Internal()
     if isinstance(error, BadTarget):
-        return PassedOutcome.REFUSED, errors.Invalid(
-            f"target: {error}; such a request is not passed on"
-        )
+        return PassedOutcome.REFUSED, refused_target(error)
     reason = error.reason if isinstance(error, CallFailed) else Reason.TIMEOUT
     outcome = PassedOutcome.BROKEN if passage.is_begun else PassedOutcome.FAILED
     if reason is Reason.TIMEOUT:
@@ -122,6 +120,11 @@ def verdict_on(passage: Passage, error: Exception) -> tuple[PassedOutcome, error
         failed = errors.UpstreamUnavailable(f"no answer from the vendor: {reason.value}")
     failed.reason = reason.value
     return outcome, failed
+
+
+def refused_target(error: BadTarget) -> errors.Invalid:
+    """Return what the caller is told of a target that is not passed on."""
+    return errors.Invalid(f"target: {error}; such a request is not passed on")
 
 
 def cut(request: BaseRequest) -> Answer:

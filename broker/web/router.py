@@ -66,8 +66,8 @@ class Routes:
 
     def __init__(
         self,
-        door: ClientAuthenticator,
-        desk: TokenService,
+        authenticator: ClientAuthenticator,
+        token_service: TokenService,
         metrics: Metrics,
         clock: Clock,
         health: Readiness,
@@ -75,7 +75,7 @@ class Routes:
         deadline: float,
         any_fingerprint: bool,
     ) -> None:
-        self._door = door
+        self._authenticator = authenticator
         self._metrics = metrics
         self._clock = clock
         self._health = health
@@ -88,7 +88,14 @@ class Routes:
         self._date_until = 0
         self._elsewhere: Handler | None = None
         self.tokens = TokenRoute(
-            self, door, desk, metrics, clock, health, deadline, any_fingerprint=any_fingerprint
+            self,
+            authenticator,
+            token_service,
+            metrics,
+            clock,
+            health,
+            deadline,
+            any_fingerprint=any_fingerprint,
         )
         self.table: dict[str, dict[str, Handler]] = {TOKEN_PATH: {"POST": self.tokens}}
         self.lane: dict[str, dict[str, LaneHandler]] = {TOKEN_PATH: {"POST": self.tokens}}
@@ -182,7 +189,7 @@ class Routes:
         return self.refusals.tell_of_leak(error.client, now, request_id, anyway=anyway)
 
     async def _validate(self, request: BaseRequest, request_id: str) -> Answer:
-        valid = self._door.is_valid(request, self._clock.mono())
+        valid = self._authenticator.is_valid(request, self._clock.mono())
         return self.answer(200, plain_body(ValidAnswer(valid)), request_id)
 
     async def _live(self, _request: BaseRequest, request_id: str) -> Answer:

@@ -12,7 +12,7 @@ import structlog
 
 from broker import errors
 from broker.issue import IssuedToken, TokenService
-from broker.model import Clock, LimitName, Outcome, TokenRequest, name_of
+from broker.model import Clock, Outcome, TokenRequest, name_of
 from broker.stores.base import Rejection, Visit
 from broker.telemetry.logs import RefusalLog, visitor_hash
 from broker.telemetry.metrics import BUDGET, Metrics
@@ -22,7 +22,7 @@ from broker.units import SECOND
 from broker.web import body
 from broker.web.auth import Client, ClientAuthenticator
 from broker.web.caller import Caller, caller_of
-from broker.web.response import JSON_TYPE, Answer, Heads, head
+from broker.web.response import JSON_TYPE, LIMIT_LABELS, Answer, Heads, head
 from broker.web.whole_request import Request, WholeRequest, Work
 from broker.wire import request as wire
 from broker.wire.known_bodies import KnownBodies
@@ -38,16 +38,13 @@ _CACHE_STATUS = {
 
 _MINTED = Outcome.MINTED
 
-_LIMITS = {name: name.value for name in LimitName}
-"""An enum's value is looked up in half a microsecond (Python 3.11), and refusals must be cheap."""
-
 _COUNTED = frozenset(
     {Outcome.LIMITED, Outcome.SHED, Outcome.INVALID, Outcome.UNAUTHORIZED, Outcome.FORBIDDEN}
 )
 """Outcomes that anybody can cause in any number: one a minute is written, the rest counted."""
 
 
-class _HandoutFields(TypedDict):
+class _IssuedFields(TypedDict):
     request_id: str
     client: str
     agent: str
@@ -85,8 +82,8 @@ class TokenRoute:
     def __init__(
         self,
         frame: Frame,
-        door: ClientAuthenticator,
-        desk: TokenService,
+        authenticator: ClientAuthenticator,
+        token_service: TokenService,
         metrics: Metrics,
         clock: Clock,
         health: Readiness,
@@ -95,15 +92,16 @@ class TokenRoute:
         any_fingerprint: bool,
     ) -> None:
         self._frame = frame
-        self._door = door
-        self._desk = desk
+        self._authenticator = authenticator
+        self._token_service = token_service
         self._metrics = metrics
         self._clock = clock
         self._health = health
         self._deadline = deadline
         self.any_fingerprint = any_fingerprint
         self._bodies = KnownBodies()
-        self.use_log(debug=False)
+        self._mint_line = MintLine()
+        self.debug = False
 
     def use_log(self, *, debug: bool) -> None:
         """Follow a change of the log's level; `debug` writes every hand-out."""
@@ -117,7 +115,7 @@ class TokenRoute:
         try:
             caller = request.facts if type(request) is WholeRequest else None
             if type(caller) is not Caller:
-                client = self._door.identify(request, started)
+                client = self._authenticator.identify(request, started)
                 caller = caller_of(request, client)
             client, trace = caller.client, caller.traceparent
             if type(request) is WholeRequest and request.trace:
@@ -156,11 +154,11 @@ class TokenRoute:
             ask = self._bodies.read(content, client.name, any_fingerprint=self.any_fingerprint)
             if client.agents is not None:
                 client.require_agent(ask.agent)
-            result = self._desk.begin(ask, now)
+            result = self._token_service.begin(ask, now)
         except Exception as error:  # noqa: BLE001 - as above
             return self._failed(error, request_id, started, client, ask)
         if type(result) is IssuedToken:
-            return self._hand_out(result, request_id, started, ask)
+            return self._issued(result, request_id, started, ask)
         if type(result) is Rejection:
             return self._refuse(result.error(), request_id, started, client, ask)
         begun = cast("Visit | None", result)
@@ -177,29 +175,29 @@ class TokenRoute:
     ) -> Answer:
         """Wait for the token, or for the store."""
         try:
-            result = await self._desk.finish(ask, begun, timeout)
+            result = await self._token_service.finish(ask, begun, timeout)
         except Exception as error:  # noqa: BLE001 - as above
             return self._failed(error, ask.request_id, started, client, ask)
         if isinstance(result, Rejection):
             return self._refuse(result.error(), ask.request_id, started, client, ask)
-        return self._hand_out(result, ask.request_id, started, ask)
+        return self._issued(result, ask.request_id, started, ask)
 
-    def _hand_out(
-        self, handout: IssuedToken, request_id: str, started: int, ask: TokenRequest
+    def _issued(
+        self, issued: IssuedToken, request_id: str, started: int, ask: TokenRequest
     ) -> Answer:
-        outcome, verdict, wall = handout.outcome, handout.verdict, handout.wall
+        outcome, verdict, wall = issued.outcome, issued.verdict, issued.wall
         date = self._frame.http_date(wall)
-        content, line = handout.token.body, _CACHE_STATUS[outcome]
+        content, line = issued.token.body, _CACHE_STATUS[outcome]
         if verdict is None:
             text = head(200, len(content), JSON_TYPE, request_id, date) + line
             start = text.encode("latin-1")
         else:
             start = self._frame.heads.write(line, len(content), request_id, date, verdict, wall)
-        self._metrics.remaining.observe(handout.left / 1_000_000)
+        self._metrics.remaining.observe(issued.left / 1_000_000)
         seconds = (self._clock.mono() - started) / 1_000_000
         self._metrics.requests[outcome].observe(seconds)
         if outcome is _MINTED or self.debug:
-            self._log_handout(handout, request_id, seconds, ask)
+            self._log_issued(issued, request_id, seconds, ask)
         return Answer(200, start, content, self._health.draining)
 
     def _failed(
@@ -230,7 +228,7 @@ class TokenRoute:
         self._metrics.requests[error.outcome].observe(seconds)
         kind = error.code
         if isinstance(error, errors.RateLimited):
-            kind = _LIMITS[error.limit]
+            kind = LIMIT_LABELS[error.limit]
             self._metrics.rejections[kind].inc()
         elif isinstance(error, errors.BudgetExhausted):
             kind = BUDGET
@@ -250,24 +248,24 @@ class TokenRoute:
             _log_failure(error, kind, request_id, seconds, client, ask)
         return self._frame.error(error, request_id)
 
-    def _log_handout(
-        self, handout: IssuedToken, request_id: str, seconds: float, ask: TokenRequest
+    def _log_issued(
+        self, issued: IssuedToken, request_id: str, seconds: float, ask: TokenRequest
     ) -> None:
-        data = data_in(handout.token.body)
-        fields: _HandoutFields = {
+        data = data_in(issued.token.body)
+        fields: _IssuedFields = {
             "request_id": request_id,
             "client": ask.client,
             "agent": ask.agent,
             "visitor": visitor_hash(ask.fingerprint),
             "session": data.session_id,
             "token": name_of(data.token),
-            "left_s": handout.left // 1_000_000,
+            "left_s": issued.left // 1_000_000,
             "duration_ms": round(seconds * 1000, 3),
         }
-        if handout.outcome is _MINTED:
+        if issued.outcome is _MINTED:
             self._mint_line.write("minted", **fields)
         else:
-            log.debug("broker.embed_token", outcome=handout.outcome.value, **fields)
+            log.debug("broker.embed_token", outcome=issued.outcome.value, **fields)
 
 
 def _log_failure(

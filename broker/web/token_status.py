@@ -75,29 +75,33 @@ Charge = Callable[[str], Awaitable[Rejection | None]]
 
 
 def add(
-    routes: Routes, door: ClientAuthenticator, desk: TokenIntrospector, clock: Clock, charge: Charge
+    routes: Routes,
+    authenticator: ClientAuthenticator,
+    introspector: TokenIntrospector,
+    clock: Clock,
+    charge: Charge,
 ) -> None:
     """Serve what this module is about; `charge` is met by what changes something."""
     known_forms = Recent(_token_field, MOST_FORMS)
-    verify = _verifier(routes, door, desk)
+    verify = _verifier(routes, authenticator, introspector)
 
     async def introspect(request: Request, request_id: str) -> Answer:
-        client = _identified(request, door, clock)
+        client = _identified(request, authenticator, clock)
         content = body.arrived(request, wire.MAX_BODY)
         if content is None:
             content = await body.read(request, wire.MAX_BODY)
         read = known_forms if len(content) <= LONGEST_FORM else _token_field
-        session = await desk.introspect(read(content), client.name)
+        session = await introspector.introspect(read(content), client.name)
         text = _INACTIVE if session is None else plain_body(_active(session, client.name))
         return routes.answer(200, text, request_id)
 
     async def revoke(request: Request, request_id: str) -> Answer:
-        client = _identified(request, door, clock)
+        client = _identified(request, authenticator, clock)
         token = _token_field(await body.read(request, wire.MAX_BODY))
         denial = await charge(client.name)
         if denial is not None:
             raise denial.error()
-        await desk.revoke(token, client.name)
+        await introspector.revoke(token, client.name)
         return routes.answer(200, b"", request_id, content_type="text/plain")
 
     routes.add_to_lane(VERIFY_PATH, ANY_METHOD, verify)
@@ -106,15 +110,17 @@ def add(
     routes.add_to_lane("/v1/revoke", "POST", revoke)
 
 
-def _verifier(routes: Routes, door: ClientAuthenticator, desk: TokenIntrospector) -> LaneHandler:
+def _verifier(
+    routes: Routes, authenticator: ClientAuthenticator, introspector: TokenIntrospector
+) -> LaneHandler:
     """Make what answers proxies: by a call, where nothing has to be waited for."""
 
     def verify(request: Request, request_id: str) -> Answer | Work:
         asked = request.facts if type(request) is WholeRequest else None
         if type(asked) is not Asked:
-            asked = _read_head(request, trusted=door.trusts(request.remote))
+            asked = _read_head(request, trusted=authenticator.trusts(request.remote))
         try:
-            session = desk.check_at_once(asked.token)
+            session = introspector.check_at_once(asked.token)
         except BadToken as error:
             raise _refused(error) from None
         return (
@@ -123,7 +129,7 @@ def _verifier(routes: Routes, door: ClientAuthenticator, desk: TokenIntrospector
 
     async def verify_later(asked: Asked, request_id: str) -> Answer:
         try:
-            session = await desk.check(asked.token)
+            session = await introspector.check(asked.token)
         except BadToken as error:
             raise _refused(error) from None
         return good(asked, session, request_id)
@@ -139,12 +145,12 @@ def _verifier(routes: Routes, door: ClientAuthenticator, desk: TokenIntrospector
     return verify
 
 
-def _identified(request: Request, door: ClientAuthenticator, clock: Clock) -> Client:
+def _identified(request: Request, authenticator: ClientAuthenticator, clock: Clock) -> Client:
     """Return whose secret a head bears; raises what `identify` does, UnsupportedType."""
     known = request.facts if isinstance(request, WholeRequest) else None
     if isinstance(known, Client):
         return known
-    client = door.identify(request, clock.mono())
+    client = authenticator.identify(request, clock.mono())
     body.require_plain(request.headers)
     if isinstance(request, WholeRequest):
         request.facts = client

@@ -127,7 +127,7 @@ def cpu_of_a_hit(it: Broker, folder: Path, options: argparse.Namespace) -> float
 
 
 def counting() -> Callable[[], None]:
-    """Return what `Routes._hand_out` does to metrics on a hit."""
+    """Return what `TokenRoute._issued` does to metrics on a hit."""
     metrics = Metrics("local")
     remaining, reused = metrics.remaining.observe, metrics.requests
 

@@ -229,9 +229,7 @@ def steps_of(bench: Bench) -> dict[str, Callable[[], object]]:
         "    story, with a reading of the clock": lambda: desk.begin(ask, clock.mono()),
         "      bucket, likewise": lambda: store._fingerprint.take(key, rule.limit, clock.mono()),
         "      token": lambda: store.tokens.find_at(ask.key, now),
-        "    answer of what the story says": lambda: routes.tokens._hand_out(
-            issued, "id", now, ask
-        ),
+        "    answer of what the story says": lambda: routes.tokens._issued(issued, "id", now, ask),
         "      head": lambda: routes.heads.write(line, len(body), "id", date, verdict, wall),
         "      two histograms": lambda: (reused(3594.0), seconds(0.00001)),
         "      answer object": lambda: Answer(200, start, body, False),

@@ -68,7 +68,7 @@ def test_where_one_family_is_off_the_other_is_asked(monkeypatch: pytest.MonkeyPa
         def log_message(self, *_: object) -> None:
             """Say nothing."""
 
-    monkeypatch.setattr(probe, "_EVERYWHERE", {"::": ("127.0.0.2", "127.0.0.1")})
+    monkeypatch.setattr(probe, "ASKED_AT", {"::": ("127.0.0.2", "127.0.0.1")})
     with HTTPServer(("127.0.0.1", 0), Ready) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
         assert probe.ask(f"[::]:{server.server_port}") == ""

@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from documents import PAGES
 from processes import AGENT, PATIENCE, Broker, environment, run
 from terminal import CONTROL_C, CONTROL_D, Terminal
 
 from broker.cli import first_files
 from broker.cli.example import UNIT, text_of
+from broker.config.environment import read
 from broker.testing import FakeVendor
 
 SIGNER = ("--kind", "signer", "--agent", AGENT)
@@ -178,6 +180,18 @@ class TestFiles:
         own = {line for line in text_of(UNIT).splitlines() if line.startswith(sandbox)}
         assert own <= set(lines)
         assert f"ExecStart={' '.join(first_files.program())} serve" in lines
+
+    def test_the_page_on_rotation_adds_to_the_unit_what_it_reads(self) -> None:
+        """A second secret by two lines of the form that `init` writes, and of a setting that is."""
+        page = PAGES["config/README.md"]
+        (file,) = re.findall(r"`LoadCredential=web_next:(\S+)`", page)
+        (name,) = re.findall(r"`Environment=(\w+)=%d/web_next`", page)
+        usual = first_files.Answers("signer", Path("/etc/embed-token-broker"), "*", "a:1", "a:2")
+        lines = first_files.service(usual, text_of(UNIT)).splitlines()
+        for line in (f"LoadCredential=web_next:{file}", f"Environment={name}=%d/web_next"):
+            assert line.replace("web_next", "web").replace("NEXT_", "") in lines
+        (given,), problems = read({"clients": {"web": {}}}, {name: file})
+        assert (given.key, problems) == ("clients.web.next_secret_file", [])
 
     def test_in_their_usual_place_need_no_flag(self) -> None:
         """Commands find /etc/embed-token-broker; state is where the unit keeps it."""

@@ -24,6 +24,7 @@ from broker.config import schema, validate
 from broker.config.json_schema import from_, json_schema, up_to
 from broker.config.schema import MAX_DURATION, ConfigError
 from broker.config.settings import Settings
+from broker.rules import passing
 
 SHIPPED = sorted((ROOT / "config").rglob("*.toml"))
 VALIDATOR = jsonschema.Draft7Validator(json_schema())
@@ -46,6 +47,13 @@ def beyond_one_key(dotted: str, value: object) -> bool:
         return True
     # a rate that suits its burst and span, and `$` that looks past the last line end in Python
     return (dotted, value) in together or value in (1e12, 5e-324, "1s\n")
+
+
+ROUTES = st.lists(
+    st.sampled_from(
+        ["v1", "V1", "embed-tokens", "Embed-Tokens", "agent", ".", "..", "*", "%2f", ""]
+    )
+).map(lambda names: "".join(f"/{name}" for name in names))
 
 
 class TestSchema:
@@ -143,6 +151,16 @@ class TestAgreement:
                 assert refused or (follows and only_together(dotted, value))
 
         agree()
+
+    @given(route=ROUTES)
+    def test_routes_that_are_passed_on(self, route: str) -> None:
+        """The same ones: none of them near a mint, none that is read in two ways."""
+        try:
+            passing.check_route(route)
+        except ValueError:
+            assert not is_good(put({}, "issuer.upstream.pass_through", [route]))
+        else:
+            assert is_good(put({}, "issuer.upstream.pass_through", [route]))
 
     @pytest.mark.parametrize(
         "pair",

@@ -20,13 +20,13 @@ from msgspec import Struct
 from broker.issuers.keyring import (
     MAX_LIFE,
     MAX_TOKEN_CHARS,
-    MIN_KEY_BYTES,
     BadKey,
     BadToken,
     Key,
     Keyring,
     check_key,
 )
+from broker.model import MIN_KEY_BYTES
 
 ISSUER, AUDIENCE = "embed-token-broker", "embed"
 

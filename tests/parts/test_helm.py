@@ -1,4 +1,4 @@
-"""The chart, by Helm's own library: linted, rendered with ten sets of values, and packaged."""
+"""The chart, by Helm's own library: linted, rendered with eleven sets of values, and packaged."""
 
 import re
 import tomllib
@@ -41,6 +41,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
         "prometheusRule": {"enabled": True, "labels": {"release": "prometheus"}},
     },
+    "a gateway whose password leaves the cluster": {"store": {"url": "valkey://10.0.0.9"}},
     "a gateway in a cluster with rules of its own": {
         "networkPolicy": {"enabled": False},
         "podDisruptionBudget": {"enabled": False},
@@ -50,6 +51,12 @@ VALUES: dict[str, dict[str, Any]] = {
     "a sidecar that signs": {**SIDECAR, "issuer": {"kind": "local"}, "replicas": 9},
     "a sidecar that is watched": {**SIDECAR, "replicas": 20, "podMonitor": {"enabled": True}},
 }
+SEEN_BY_OTHERS = {
+    "a gateway whose password leaves the cluster",
+    "a gateway in a cluster with rules of its own",
+}
+"""Where nothing of the chart keeps others from secrets in clear text: `check` says so."""
+
 KUBERNETES = ("1.29", "1.34", "1.37")
 """The first that knows native sidecars, and later ones."""
 
@@ -117,7 +124,9 @@ def test_what_it_configures_is_good_and_has_its_secrets(
         for entry in broker_of(name).get("env", ()):
             patch.setenv(entry["name"], entry["value"])
         assert main(["check", "--config", str(path)]) == 0
-    assert capsys.readouterr().out == "configuration ok\n"
+    told = capsys.readouterr()
+    assert told.out == "configuration ok\n"
+    assert ("clear text" in told.err) == (name in SEEN_BY_OTHERS)
     mounts = [mount["mountPath"] for mount in broker_of(name)["volumeMounts"]]
     for file in re.findall(r'"(/run/secrets/[^"]+|/var/lib/[^"]+)"', text):
         assert file.rpartition("/")[0] in mounts

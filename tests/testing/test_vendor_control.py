@@ -12,6 +12,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from documents import TEXT
 
 from broker.cli.fake_vendor import DEFAULT_LISTEN
 from broker.testing import FakeVendor
@@ -24,7 +25,7 @@ MINT = "/v1/embed-tokens/request"
 ROOT = Path(__file__).parents[2]
 START = 30.0
 
-GOOD = {"=BYTES": "=3", "=SECONDS": "=0.5", "=URL": "=http://a.example/", "=CODE": "=PLAN_REQUIRED"}
+GOOD = {"=BYTES": "=3", "=SPAN": "=0.5s", "=URL": "=http://a.example/", "=CODE": "=PLAN_REQUIRED"}
 """An argument for each form."""
 
 
@@ -47,6 +48,14 @@ def test_what_is_no_fault(text: str) -> None:
     """The message says what there is, or how it is written."""
     with pytest.raises(BadFault, match=r"there are|write"):
         fault_named(text)
+
+
+def test_every_fault_in_the_pages_is_one() -> None:
+    """A page whose `curl -s` is refused would look as if it had worked."""
+    named = re.findall(r'(?:--fault |"fault": ")([^\s`"[]+)', TEXT)
+    assert len(named) > 3
+    for name in set(named) - {"help", "NAME"}:
+        assert fault_named(name).name
 
 
 @pytest.mark.parametrize(
@@ -77,7 +86,7 @@ class TestControl:
     async def test_sets_tells_and_takes_back(self, open_vendor, new_caller):
         """For so many calls, on the mint's path unless another one is named."""
         async with new_caller(open_vendor) as caller:
-            order = json.dumps({"fault": "rate-limited=7", "times": 1})
+            order = json.dumps({"fault": "rate-limited=7s", "times": 1})
             status, told = await ask(open_vendor, "POST", order)
             assert status == 200
             assert told["set"] == [{"fault": "429 RATE_LIMITED", "left": 1, "met": 0}]

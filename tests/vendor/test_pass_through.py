@@ -647,6 +647,29 @@ class TestLimits:
             (event,) = house.events("broker.pass_through")
             assert (event["outcome"], event["reason"]) == ("broken", "reset")
 
+    async def test_a_defect_in_the_middle_is_not_answered_with_the_rest(
+        self, wire: Wire, vendor: FakeVendor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What nobody has foreseen ends a transfer, too: an error would be taken for its rest."""
+        wire.says = b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nhalf"
+        wire.holds = True
+        moved = passage.Passage.moved
+
+        def breaks(self: passage.Passage) -> None:
+            if self.received:
+                raise LookupError("defect")
+            moved(self)
+
+        monkeypatch.setattr(passage.Passage, "moved", breaks)
+        async with passing_to(wire, vendor) as house:
+            with pytest.raises(aiohttp.ClientError):
+                await house.answered("GET", "/v1/agents")
+            assert await house.counted("broken") == 1
+            (event,) = house.events("broker.pass_through")
+            assert (event["outcome"], event["reason"]) == ("broken", "defect")
+            assert len(house.events("broker.defect")) == 1
+            house.log.truncate(house.log.seek(0))  # the one that was meant
+
     async def test_nor_where_only_the_end_would_tell(self, wire: Wire, vendor: FakeVendor) -> None:
         """A caller of HTTP/1.0 takes what came before the end for all, unless that is a reset."""
         wire.says = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n"

@@ -4,8 +4,9 @@
     POST    {"fault": "slow=2s", "times": 3, "path": "/v1/agents"}: the last two may be left out
     DELETE  nothing any more
 
-Open where `Server.open_control` was called, which `broker fake-vendor` does.  Without a secret, so
-on this machine only, and never for a page: a request with an `Origin` is refused.
+Open where `Server.open_control` was called, which `broker fake-vendor` does.  It asks for no
+secret: all who reach the vendor may set faults, by default those on this machine.  A page may not:
+a request with an `Origin` is refused.
 """
 
 from collections.abc import Callable

@@ -50,6 +50,9 @@ burst = {{ max 1 $burst }}
 [server]
 listen = "{{ ternary "[::]" "127.0.0.1" $gateway }}:8080"
 {{- if $gateway }}
+{{- if and .Values.networkPolicy.enabled (or (not .Values.store.url) (regexMatch "^(valkeys|rediss)" .Values.store.url)) }}
+private_network = true  # the policies, and a mesh, keep others away from what pods say
+{{- end }}
 drain = "20s"
 drain_lead = "6s"  # readiness is probed every 2 s, and endpoints take a moment to spread
 {{- else }}
