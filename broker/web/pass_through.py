@@ -35,7 +35,7 @@ from broker.model import Clock, Secret
 from broker.rules.passing import BadTarget, route_of, to_the_caller, to_the_vendor
 from broker.telemetry.labels import PassedOutcome
 from broker.telemetry.pass_through_metrics import PassThroughMetrics
-from broker.web.auth import API_SECRET, Client, ClientAuthenticator, secret_of
+from broker.web.auth import API_SECRET, Client, ClientAuthenticator, bearer_of, secret_of
 from broker.web.passage import FAILURES, STALLED, Passage, cut, head_of, upload, verdict_on
 from broker.web.response import Answer as OwnAnswer
 from broker.web.router import Routes
@@ -184,9 +184,12 @@ class PassThrough:
         if any(not text.isascii() for field in headers.items() for text in field):
             raise errors.Invalid("headers: must be ASCII to be passed on; encode what is not")
         try:
-            return to_the_vendor(headers.items(), without=without)
+            fields = to_the_vendor(headers.items(), without=without)
         except ValueError as error:
             raise errors.Invalid(str(error)) from None
+        if without:
+            _require_hidden(bearer_of(headers), request.raw_path, fields)
+        return fields
 
     async def _pass_on(
         self, passage: Passage, fields: list[tuple[str, str]], key: bytes
@@ -300,3 +303,14 @@ class PassThrough:
             log.warning("broker.pass_through", **fields, reason=failure)
         else:
             log.info("broker.pass_through", **fields)
+
+
+def _require_hidden(secret: str, target: str, fields: Sequence[tuple[str, str]]) -> None:
+    """Raise Invalid if a client secret is anywhere else in a head: it would go along."""
+    places = [("target", target), *((name.lower(), value) for name, value in fields)]
+    for place, text in places:
+        if secret in text:
+            raise errors.Invalid(
+                f"{place}: has the client secret, which the vendor must not see; send it as"
+                " Authorization: Bearer, and nowhere else"
+            )

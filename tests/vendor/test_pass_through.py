@@ -407,6 +407,14 @@ class TestWhoMay:
             assert await house.code("GET", "/v1/agents", headers=headers) == "VALIDATION_ERROR"
         assert house.passed == []
 
+    @pytest.mark.parametrize("name", ["X-Custom", "Cookie", "api-secret"])
+    async def test_nor_anywhere_else_in_a_head(self, house: Passing, name: str) -> None:
+        """Whatever it is called there: who sends it has taken one secret for the other."""
+        headers = {**house.credentials, name: f"Bearer {house.secret}"}
+        assert await house.code("GET", "/v1/agents", headers=headers) == "VALIDATION_ERROR"
+        assert await house.code("GET", f"/v1/agents?key={house.secret}") == "VALIDATION_ERROR"
+        assert house.passed == []
+
     async def test_no_page_may(self, house: Passing) -> None:
         """A secret with an Origin has leaked, here as everywhere."""
         leaked = {**house.credentials, "Origin": "https://shop.example"}
