@@ -782,6 +782,19 @@ class TestThrottled:
         assert statuses[30:] == [429] * 2
         assert house.paused_for == 0
 
+    async def test_nor_does_one_for_keys_that_are_guessed(self, house: Passing) -> None:
+        """The vendor counts failed logins by the address: one caller could stop all mints."""
+        statuses = [
+            await house.answered("GET", "/v1/agents", headers=house.credentials | {"api-secret": k})
+            for k in (secrets.token_hex(8) for _ in range(32))
+        ]
+        assert [status for status, _ in statuses] == [401] * 30 + [429] * 2
+        assert house.paused_for == 0
+        assert (await house.answered("GET", "/v1/agents"))[0] == 200
+        with house.vendor.fail(faults.error(Refusal.RATE_LIMITED), path="/v1/agents"):
+            assert (await house.answered("GET", "/v1/agents"))[0] == 429
+        assert house.paused_for > 0  # a key that is good was throttled for something else
+
 
 def resident() -> int:
     """Bytes of memory that this process has."""
