@@ -458,6 +458,26 @@ class TestWhoMay:
             assert await house.code("GET", "/v1/agents", headers=other) == "UNAUTHORIZED"
             assert len(house.passed) == 1
 
+    async def test_nor_goes_a_second_key_along_that_nobody_looked_at(
+        self, wire: Wire, vendor: FakeVendor
+    ) -> None:
+        """The vendor might try that one, and count a failed login."""
+        server = await asyncio.start_server(wire.serve, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        with closing(server):
+            await self.asked_with_two_keys(wire, vendor, url)
+
+    async def asked_with_two_keys(self, wire: Wire, vendor: FakeVendor, url: str) -> None:
+        async with private_relay(vendor, url) as house:
+            known = {"api-secret": vendor.secret.reveal()}
+            both = known | {"Authorization": "Bearer a-stranger-s-key"}
+            assert (await house.answered("GET", "/v1/agents", headers=both))[0] == 200
+            assert wire.head["api-secret"] == [known["api-secret"]]
+            assert "authorization" not in wire.head
+            alone = {"Authorization": f"Bearer {vendor.secret.reveal()}"}
+            assert (await house.answered("GET", "/v1/agents", headers=alone))[0] == 200
+            assert wire.head["authorization"] == [alone["Authorization"]]
+
     @pytest.mark.parametrize(
         ("tree", "told"),
         [
@@ -479,12 +499,14 @@ class TestWhoMay:
 
 
 @asynccontextmanager
-async def private_relay(vendor: FakeVendor) -> AsyncIterator[Passing]:
-    """Run a relay without clients, as one without a configuration is."""
+async def private_relay(vendor: FakeVendor, url: str | None = None) -> AsyncIterator[Passing]:
+    """Run a relay without clients, as one without a configuration is; it asks `url`."""
     from relaying import App, io, logging_to, relay_tree
 
     def load() -> Any:
-        return config.load(None, {}, passing(ALL), relay_tree(vendor))
+        tree = passing(ALL)
+        tree["issuer"]["upstream"]["base_url"] = url or vendor.url
+        return config.load(None, {}, tree, relay_tree(vendor))
 
     log = io.StringIO()
     with logging_to(log, load()):
