@@ -11,6 +11,7 @@ import secrets
 import shlex
 import stat
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -132,8 +133,8 @@ def configuration(answers: Answers) -> str:
 
 
 def _toml(text: str) -> str:
-    """A string of JSON is one of TOML, too."""
-    return json.dumps(text, ensure_ascii=False)
+    """A string of JSON is one of TOML, too, but for DEL, which TOML wants escaped."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def service(answers: Answers, shipped: str) -> str:
@@ -196,8 +197,12 @@ def _create(path: Path, secret: str) -> bool:
     """Write a secret for its owner only; False if there is one."""
     with suppress(FileExistsError):
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(f"{secret}\n")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(f"{secret}\n")
+        except OSError:  # half a secret would be kept the next time
+            path.unlink(missing_ok=True)
+            raise
         return True
     if not stat.S_ISREG(path.stat().st_mode):
         raise FileExistsError(0, "not a regular file", str(path))
@@ -205,11 +210,20 @@ def _create(path: Path, secret: str) -> bool:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Put a file in place at once; the broker's user, who is not its owner, reads it."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.chmod(0o644)
-    new.replace(path)
+    """Put a file in place at once; the broker's user, who is not its owner, reads it.
+
+    Made under a name that nobody has: a link that somebody put there would be written through.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    new = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            os.fchmod(handle, 0o644)
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def next_steps(answers: Answers) -> str:

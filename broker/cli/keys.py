@@ -72,11 +72,15 @@ def run_generate(arguments: argparse.Namespace) -> int:
         return EX_OK
     try:
         handle = os.open(arguments.out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(key + "\n")
+        except OSError:  # half a key looks like a whole one
+            Path(arguments.out).unlink(missing_ok=True)
+            raise
     except OSError as error:
         complain(f"broker: cannot write {arguments.out}: {error.strerror}")
         return EX_NO
-    with os.fdopen(handle, "w") as file:
-        file.write(key + "\n")
     return EX_OK
 
 

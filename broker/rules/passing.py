@@ -4,12 +4,14 @@ A target is judged as it came, byte by byte, because the broker and the vendor (
 it) may read one target differently, and a request that the broker takes for harmless must not be a
 mint there: that would be one beside the budget.  So nothing is normalised, and what somebody could
 normalise is refused: empty segments, `.` and `..`, parameters behind `;`, and each percent-encoding
-of a character that means something in a path or needs none (RFC 3986 sections 2.3 and 6.2.2).
+of a character that means something in a path or needs none (RFC 3986 sections 2.3 and 6.2.2), or
+that Unicode has as another form of an ASCII one (NFKC: a full-width slash, the Kelvin sign).
 
 Sources: RFC 9110 section 7.6 (what a gateway removes and adds), RFC 9112 section 3.2 (targets).
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 ROUTE = re.compile(r"(?:/[A-Za-z0-9._~-]+)+(?:/\*)?")
@@ -22,6 +24,7 @@ _SEGMENT = r"(?:[A-Za-z0-9._~!$&'()*+,=:@-]|%[0-9A-Fa-f]{2})+"
 _PATH = re.compile(rf"(?:/{_SEGMENT})+/?")
 _QUERY = re.compile(r"[!-~]*")
 _ENCODED = re.compile(r"%([0-9A-Fa-f]{2})")
+_ASCII = re.compile(r"[\x00-\x7f]+")
 
 _NEVER_ENCODED = frozenset(
     b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~/\\%;?#\x7f"
@@ -107,18 +110,25 @@ def to_the_vendor(fields: Iterable[Field], *, without: frozenset[str] = frozense
     if named & _NEEDED or any(name.startswith("content-") for name in named):
         raise ValueError("connection: must not name a header that the request is made of")
     dropped = _NOT_FOR_THE_VENDOR | named | without
-    return [
-        (name, value)
-        for name, value in fields
-        if (lower := name.lower()) not in dropped and not lower.startswith("x-forwarded-")
-    ]
+    return [(name, value) for name, value in fields if not _is_dropped(name, dropped)]
 
 
 def to_the_caller(fields: Iterable[Field]) -> list[Field]:
     """Return the fields of an answer that go on."""
     fields = list(fields)
     dropped = HOP_BY_HOP | (_named(fields) - {"content-length"})
-    return [(name, value) for name, value in fields if name.lower() not in dropped]
+    return [(name, value) for name, value in fields if _as_servers_read(name) not in dropped]
+
+
+def _is_dropped(name: str, dropped: frozenset[str]) -> bool:
+    read = _as_servers_read(name)
+    is_second = "_" in name and (read in _NEEDED or read.startswith("content-"))
+    return read in dropped or is_second or read.startswith("x-forwarded-")
+
+
+def _as_servers_read(name: str) -> str:
+    """Return a field's name in lower case, `_` as `-`: CGI and WSGI give both one name."""
+    return name.lower().replace("_", "-")
 
 
 def _covers(route: str, path: str) -> bool:
@@ -139,13 +149,15 @@ def _problem(path: str) -> str | None:
     if not _NEVER_ENCODED.isdisjoint(codes):
         return "its path encodes a letter, a digit, a slash or another character that must not be"
     try:
-        _ENCODED.sub(lambda found: chr(int(found[1], 16)), path).encode("latin-1").decode()
+        text = _ENCODED.sub(lambda found: chr(int(found[1], 16)), path).encode("latin-1").decode()
     except UnicodeDecodeError:
         return "its path encodes what is not UTF-8"
+    if any(map(str.isascii, unicodedata.normalize("NFKC", _ASCII.sub("", text)))):
+        return "its path encodes a character that somebody may take for an ASCII one"
     return None
 
 
 def _named(fields: Iterable[Field]) -> frozenset[str]:
     """Return the fields that Connection names (RFC 9110 section 7.6.1), in lower case."""
     lines = [value for name, value in fields if name.lower() == "connection"]
-    return frozenset(part.strip().lower() for line in lines for part in line.split(","))
+    return frozenset(_as_servers_read(part.strip()) for line in lines for part in line.split(","))

@@ -128,7 +128,7 @@ class ClientAuthenticator:
         self, headers: "CIMultiDictProxy[str]", *, as_bearer: bool = False
     ) -> Client | None:
         """Return the client of this secret, None if nobody has it."""
-        secret = (_bearer if as_bearer else secret_of)(headers, self._wanted)
+        secret = (bearer_of if as_bearer else secret_of)(headers, self._wanted)
         return self.holder_of(secret)
 
     def holder_of(self, secret: str) -> Client | None:
@@ -193,7 +193,7 @@ def secret_of(headers: "CIMultiDictProxy[str]", wanted: str = "client secret") -
     """
     given = headers.getall(API_SECRET, None)
     if given is None:
-        return _bearer(headers, wanted, API_SECRET)
+        return bearer_of(headers, wanted, API_SECRET)
     if len(given) > 1:
         raise Invalid("api-secret: sent twice; send the header once")
     if not given[0]:
@@ -201,7 +201,10 @@ def secret_of(headers: "CIMultiDictProxy[str]", wanted: str = "client secret") -
     return given[0]
 
 
-def _bearer(headers: "CIMultiDictProxy[str]", wanted: str, name: str = "authorization") -> str:
+def bearer_of(
+    headers: "CIMultiDictProxy[str]", wanted: str = "client secret", name: str = "authorization"
+) -> str:
+    """Return the secret in `Authorization`; raises as `secret_of` does."""
     values = headers.getall(AUTHORIZATION, ())
     if len(values) > 1:
         raise Invalid("authorization: sent twice; send the header once")

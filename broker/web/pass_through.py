@@ -35,7 +35,8 @@ from broker.model import Clock, Secret
 from broker.rules.passing import BadTarget, route_of, to_the_caller, to_the_vendor
 from broker.telemetry.labels import PassedOutcome
 from broker.telemetry.pass_through_metrics import PassThroughMetrics
-from broker.web.auth import API_SECRET, Client, ClientAuthenticator, secret_of
+from broker.units import SECOND
+from broker.web.auth import API_SECRET, Client, ClientAuthenticator, bearer_of, secret_of
 from broker.web.passage import (
     FAILURES,
     STALLED,
@@ -64,8 +65,12 @@ RETRY = 1_000_000
 MAX_READ = 64 * 1024
 """Bytes that are read of a 429 before it is passed on: its code says whether it is to be heeded."""
 
-MAX_REFUSED = 1024
-"""Keys remembered that the vendor has refused last."""
+MAX_ACCEPTED = 1024
+"""Keys remembered that the vendor has accepted last."""
+
+SUSPECT = 60 * SECOND
+"""Microseconds after a refused key in which a 429 to one that was not accepted yet may be for
+failed logins: the vendor counts those by the address, for a minute, whichever key they had."""
 
 _BODILESS = frozenset({HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED})
 _OUTCOMES = {2: PassedOutcome.OK, 3: PassedOutcome.REDIRECT, 4: PassedOutcome.CALLER_ERROR}
@@ -107,7 +112,8 @@ class PassThrough:
         self._metrics = metrics
         self._clock = clock
         self._under_way = 0
-        self._refused_keys: set[bytes] = set()
+        self._accepted: set[bytes] = set()
+        self._suspect_until = 0
 
     async def __call__(self, request: BaseRequest, request_id: str) -> OwnAnswer:
         """Pass a request on, or say why not; raises BrokerError."""
@@ -191,17 +197,19 @@ class PassThrough:
             raise errors.Invalid("upgrade: nothing but HTTP/1.1 is passed on; leave it out")
         if headers.get(TRANSFER_ENCODING, "chunked").lower() != "chunked":
             raise errors.Invalid("transfer-encoding: must be chunked, or be left out")
-        without: frozenset[str] = frozenset()
-        if self._access.needs_switch:
-            if not headers.get(API_SECRET):
-                raise errors.MissingAuth("api-secret: missing; send your own key of the vendor")
-            without = frozenset({"authorization"})  # the client secret
+        if self._access.needs_switch and not headers.get(API_SECRET):
+            raise errors.MissingAuth("api-secret: missing; send your own key of the vendor")
+        # beside a key it is the client secret, or a second key that nobody has looked at
+        without = frozenset({"authorization"} if API_SECRET in headers else ())
         if any(not text.isascii() for field in headers.items() for text in field):
             raise errors.Invalid("headers: must be ASCII to be passed on; encode what is not")
         try:
-            return to_the_vendor(headers.items(), without=without)
+            fields = to_the_vendor(headers.items(), without=without)
         except ValueError as error:
             raise errors.Invalid(str(error)) from None
+        if self._access.needs_switch:
+            _require_hidden(bearer_of(headers), request.raw_path, fields)
+        return fields
 
     async def _pass_on(
         self, passage: Passage, fields: list[tuple[str, str]], key: bytes
@@ -223,23 +231,27 @@ class PassThrough:
     async def _heeded(self, passage: Passage, answer: PassedAnswer, key: bytes) -> bytes:
         """Return the beginning of a 429, which may pause mints.
 
-        One after a 401 may be for failed logins, which are counted apart from everything else.
+        One soon after any 401 may be for failed logins, which are counted apart from all else.
         """
         content = bytearray()
         while len(content) <= MAX_READ and (chunk := await answer.chunk()):
             passage.moved()
             content += chunk
-        if key not in self._refused_keys:
+        now = self._clock.mono()
+        if key not in self._accepted and now < self._suspect_until:
+            self._suspect_until = now + SUSPECT
+        else:
             _ = self._issuer.heed_elsewhere(unpacked(answer, bytes(content), MAX_READ))
         return bytes(content)
 
     def _remember(self, key: bytes, *, is_refused: bool) -> None:
-        if not is_refused:
-            self._refused_keys.discard(key)
+        if is_refused:
+            self._accepted.discard(key)
+            self._suspect_until = self._clock.mono() + SUSPECT
             return
-        if len(self._refused_keys) >= MAX_REFUSED:
-            self._refused_keys.clear()
-        self._refused_keys.add(key)
+        if len(self._accepted) >= MAX_ACCEPTED:
+            self._accepted.clear()
+        self._accepted.add(key)
 
     async def _answer(self, passage: Passage, answer: PassedAnswer, first: bytes) -> OwnAnswer:
         """Send the vendor's answer, as it comes."""
@@ -315,3 +327,14 @@ class PassThrough:
             log.warning("broker.pass_through", **fields, reason=failure)
         else:
             log.info("broker.pass_through", **fields)
+
+
+def _require_hidden(secret: str, target: str, fields: Sequence[tuple[str, str]]) -> None:
+    """Raise Invalid if a client secret is anywhere else in a head: it would go along."""
+    places = [("target", target), *((name.lower(), value) for name, value in fields)]
+    for place, text in places:
+        if secret in text:
+            raise errors.Invalid(
+                f"{place}: has the client secret, which the vendor must not see; send it as"
+                " Authorization: Bearer, and nowhere else"
+            )

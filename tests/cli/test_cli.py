@@ -410,6 +410,20 @@ class TestKeysGenerate:
         assert kept.read_text(encoding="utf-8") == "mine"
         assert kind == "folder" or path.read_text(encoding="utf-8") == "mine"
 
+    def test_that_cannot_be_written_whole_is_not_left(self, tmp_path: Path) -> None:
+        """One line; an empty file would be in the way of the next try, half a key a bad one."""
+        path = tmp_path / "key"
+        done = subprocess.run(
+            f"ulimit -f 0; {sys.executable} -m broker keys generate --out {path}",
+            shell=True,
+            capture_output=True,
+            env=environment(),
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (1, b"")
+        assert done.stderr == f"broker: cannot write {path}: File too large\n".encode()
+        assert not path.exists()
+
 
 class TestStoreAcl:
     def test_prints_the_line_that_the_scripts_need(self) -> None:

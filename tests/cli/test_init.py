@@ -1,6 +1,8 @@
 """`broker init`: from nothing to a first token, on a terminal and by a script."""
 
 import asyncio
+import io
+import os
 import re
 import secrets
 import shlex
@@ -154,6 +156,38 @@ class TestFiles:
         assert done.stderr.startswith(b"broker init: cannot write ")
         assert done.stderr.count(b"\n") == 1
 
+    def test_a_link_where_a_new_file_is_made_is_not_written_through(
+        self, folder: Path, tmp_path: Path
+    ) -> None:
+        """Root may be told a folder that others can write to: no file of root's is lost to them."""
+        precious = tmp_path / "precious"
+        precious.write_text("mine", encoding="utf-8")
+        precious.chmod(0o600)
+        folder.mkdir()
+        for name in ("broker.toml", UNIT):
+            (folder / f".{name}.new").symlink_to(precious)
+        assert run("init", *SIGNER, "--folder", str(folder)).returncode == 0
+        assert (precious.read_text(encoding="utf-8"), mode(precious)) == ("mine", 0o600)
+        assert mode(folder / "broker.toml") == 0o644
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is full")
+    def test_a_secret_that_could_not_be_written_whole_is_not_left(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It would be kept the next time, as if it were somebody's."""
+        answers = first_files.Answers("signer", folder, "*", "127.0.0.1:0", "127.0.0.1:0")
+
+        def full(handle: int, *_: object, **__: object) -> io.TextIOWrapper:
+            os.close(handle)
+            return io.TextIOWrapper(io.BufferedWriter(io.FileIO("/dev/full", "w")))
+
+        with monkeypatch.context() as patched:
+            patched.setattr("os.fdopen", full)
+            with pytest.raises(OSError, match="No space"):
+                list(first_files.write(answers))
+        assert files(folder) == set()
+        assert all(line.startswith("wrote") for line in first_files.write(answers))
+
     @pytest.mark.parametrize("kind", ["relay", "signer"])
     def test_the_unit_hands_over_the_secrets_that_were_written(
         self, folder: Path, kind: str
@@ -218,6 +252,7 @@ class TestAnswers:
             ([*SIGNER, "--folder", "a b"], b"", "broker init: --folder: "),
             ([*SIGNER, "--listen", "8080"], b"", "broker: server.listen: "),
             ([*SIGNER, "--listen", 'x"\n[a]'], b"", "broker: server.listen: "),
+            ([*SIGNER, "--listen", "127.0.0.1:80\x7f"], b"", "broker: server.listen: "),
             (["--kind", "relay", "--agent", "*"], b"", "broker init: --vendor-key-file is missing"),
             (
                 ["--kind", "relay", "--agent", "*", "--vendor-key-file", "-"],

@@ -9,14 +9,17 @@ import sys
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import aiohttp
 import pytest
+from aiohttp import web
 from documents import TEXT
 
 from broker.cli.fake_vendor import DEFAULT_LISTEN
 from broker.testing import FakeVendor
-from broker.testing.vendor.control import CONTROL_PATH
+from broker.testing.vendor.control import CONTROL_PATH, Control
 from broker.testing.vendor.journal import Call
 from broker.testing.vendor.named import NAMED, BadFault, fault_named
 
@@ -25,8 +28,12 @@ MINT = "/v1/embed-tokens/request"
 ROOT = Path(__file__).parents[2]
 START = 30.0
 
-GOOD = {"=BYTES": "=3", "=SPAN": "=0.5s", "=URL": "=http://a.example/", "=CODE": "=PLAN_REQUIRED"}
+GOOD = {"=BYTES": "=3", "=SPAN": "=500ms", "=URL": "=http://a.example/", "=CODE": "=PLAN_REQUIRED"}
 """An argument for each form."""
+
+
+async def _nothing() -> bytes:
+    return b""
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -104,7 +111,11 @@ class TestControl:
         assert CONTROL_PATH not in {call.path for call in open_vendor.journal.records}
 
     @pytest.mark.parametrize(
-        "content", ["", "no json", "[]", "{}", '{"fault": "none"}', '{"fault": "hang", "x": 1}']
+        "content",
+        [
+            *("", "no json", "[]", "{}", '{"fault": "none"}', '{"fault": "hang", "x": 1}'),
+            *('{"fault": "hang", "times": 0}', '{"fault": "hang", "times": -1}'),
+        ],
     )
     async def test_bad_orders_change_nothing(self, open_vendor, content):
         status, told = await ask(open_vendor, "POST", content)
@@ -115,6 +126,20 @@ class TestControl:
         page = {"Origin": "http://shop.example"}
         assert (await ask(open_vendor, "DELETE", headers=page))[0] == 403
         assert (await ask(open_vendor, "PUT"))[0] == 405
+
+    @pytest.mark.parametrize(
+        ("peer", "status"),
+        [
+            *(("192.0.2.7", 403), ("2001:db8::7", 403), ("fe80::7%eth0", 403), (None, 403)),
+            *(("127.0.0.1", 200), ("::1", 200), ("::ffff:127.0.0.1", 200)),
+            ("::ffff:192.0.2.7", 403),
+        ],
+    )
+    async def test_only_this_machine_may_wherever_it_listens(self, open_vendor, peer, status):
+        """It asks for no secret."""
+        request = SimpleNamespace(remote=peer, headers={}, method="GET", read=_nothing)
+        answer = await Control(open_vendor._plan).answer(cast("web.BaseRequest", request))
+        assert answer.status == status
 
     async def test_is_not_there_unless_it_was_opened(self, vendor):
         status, told = await ask(vendor, "GET")

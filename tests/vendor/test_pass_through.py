@@ -407,6 +407,14 @@ class TestWhoMay:
             assert await house.code("GET", "/v1/agents", headers=headers) == "VALIDATION_ERROR"
         assert house.passed == []
 
+    @pytest.mark.parametrize("name", ["X-Custom", "Cookie", "api-secret"])
+    async def test_nor_anywhere_else_in_a_head(self, house: Passing, name: str) -> None:
+        """Whatever it is called there: who sends it has taken one secret for the other."""
+        headers = {**house.credentials, name: f"Bearer {house.secret}"}
+        assert await house.code("GET", "/v1/agents", headers=headers) == "VALIDATION_ERROR"
+        assert await house.code("GET", f"/v1/agents?key={house.secret}") == "VALIDATION_ERROR"
+        assert house.passed == []
+
     async def test_no_page_may(self, house: Passing) -> None:
         """A secret with an Origin has leaked, here as everywhere."""
         leaked = {**house.credentials, "Origin": "https://shop.example"}
@@ -450,6 +458,26 @@ class TestWhoMay:
             assert await house.code("GET", "/v1/agents", headers=other) == "UNAUTHORIZED"
             assert len(house.passed) == 1
 
+    async def test_nor_goes_a_second_key_along_that_nobody_looked_at(
+        self, wire: Wire, vendor: FakeVendor
+    ) -> None:
+        """The vendor might try that one, and count a failed login."""
+        server = await asyncio.start_server(wire.serve, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        with closing(server):
+            await self.asked_with_two_keys(wire, vendor, url)
+
+    async def asked_with_two_keys(self, wire: Wire, vendor: FakeVendor, url: str) -> None:
+        async with private_relay(vendor, url) as house:
+            known = {"api-secret": vendor.secret.reveal()}
+            both = known | {"Authorization": "Bearer a-stranger-s-key"}
+            assert (await house.answered("GET", "/v1/agents", headers=both))[0] == 200
+            assert wire.head["api-secret"] == [known["api-secret"]]
+            assert "authorization" not in wire.head
+            alone = {"Authorization": f"Bearer {vendor.secret.reveal()}"}
+            assert (await house.answered("GET", "/v1/agents", headers=alone))[0] == 200
+            assert wire.head["authorization"] == [alone["Authorization"]]
+
     @pytest.mark.parametrize(
         ("tree", "told"),
         [
@@ -471,12 +499,14 @@ class TestWhoMay:
 
 
 @asynccontextmanager
-async def private_relay(vendor: FakeVendor) -> AsyncIterator[Passing]:
-    """Run a relay without clients, as one without a configuration is."""
+async def private_relay(vendor: FakeVendor, url: str | None = None) -> AsyncIterator[Passing]:
+    """Run a relay without clients, as one without a configuration is; it asks `url`."""
     from relaying import App, io, logging_to, relay_tree
 
     def load() -> Any:
-        return config.load(None, {}, passing(ALL), relay_tree(vendor))
+        tree = passing(ALL)
+        tree["issuer"]["upstream"]["base_url"] = url or vendor.url
+        return config.load(None, {}, tree, relay_tree(vendor))
 
     log = io.StringIO()
     with logging_to(log, load()):
@@ -796,6 +826,19 @@ class TestThrottled:
         assert statuses[:30] == [401] * 30
         assert statuses[30:] == [429] * 2
         assert house.paused_for == 0
+
+    async def test_nor_does_one_for_keys_that_are_guessed(self, house: Passing) -> None:
+        """The vendor counts failed logins by the address: one caller could stop all mints."""
+        statuses = [
+            await house.answered("GET", "/v1/agents", headers=house.credentials | {"api-secret": k})
+            for k in (secrets.token_hex(8) for _ in range(32))
+        ]
+        assert [status for status, _ in statuses] == [401] * 30 + [429] * 2
+        assert house.paused_for == 0
+        assert (await house.answered("GET", "/v1/agents"))[0] == 200
+        with house.vendor.fail(faults.error(Refusal.RATE_LIMITED), path="/v1/agents"):
+            assert (await house.answered("GET", "/v1/agents"))[0] == 429
+        assert house.paused_for > 0  # a key that is good was throttled for something else
 
 
 def resident() -> int:

@@ -4,17 +4,19 @@
     POST    {"fault": "slow=2s", "times": 3, "path": "/v1/agents"}: the last two may be left out
     DELETE  nothing any more
 
-Open where `Server.open_control` was called, which `broker fake-vendor` does.  It asks for no
-secret: all who reach the vendor may set faults, by default those on this machine.  A page may not:
-a request with an `Origin` is refused.
+Open where `Server.open_control` was called, which `broker fake-vendor` does.  Without a secret, so
+over loopback only, wherever the vendor listens, and never for a page: a request with an `Origin` is
+refused.
 """
 
 from collections.abc import Callable
+from ipaddress import ip_address
+from typing import Annotated
 
 import msgspec
 from aiohttp import web
 from aiohttp.hdrs import ORIGIN
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from broker.testing.vendor.journal import MINT_PATH
 from broker.testing.vendor.named import NAMED, BadFault, fault_named
@@ -30,7 +32,7 @@ class Order(Struct, frozen=True, forbid_unknown_fields=True):
     """A fault to be set; `times` None is for good."""
 
     fault: str
-    times: int | None = None
+    times: Annotated[int, Meta(ge=1)] | None = None
     path: str = MINT_PATH
 
 
@@ -48,6 +50,8 @@ class Control:
         """Do what is asked, and tell what is set then."""
         if ORIGIN in request.headers:
             return _json(403, {"error": "no page may set faults"})
+        if not _is_here(request.remote):
+            return _json(403, {"error": "faults are set over loopback only"})
         do: dict[str, Callable[[bytes], None]] = {
             "GET": lambda _body: None,
             "POST": self._set,
@@ -66,6 +70,11 @@ class Control:
         order = msgspec.json.decode(body, type=Order)
         path = None if order.path == EVERY_PATH else order.path
         self._plan.add(fault_named(order.fault), Aim(path=path), order.times)
+
+
+def _is_here(peer: str | None) -> bool:
+    """Whether an address is of loopback, also where a socket of both families writes IPv4."""
+    return peer is not None and ip_address(peer.removeprefix("::ffff:")).is_loopback
 
 
 def _json(status: int, content: object) -> web.Response:
