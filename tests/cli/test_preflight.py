@@ -154,6 +154,11 @@ class TestKeys:
         variable = {"BITHUMAN_API_SECRET": secrets.token_urlsafe(24)}
         assert check(tree, **variable) == (0, [f"note: BITHUMAN_API_SECRET: {told}"])
 
+    def test_a_kind_that_is_none_is_one_problem(self, check: Check, relay: Tree) -> None:
+        """What the issuer needs, nobody knows before its kind is mended."""
+        code, lines = check(put(relay, "issuer.kind", "upstrem"))
+        assert (code, lines) == (78, ["broker: issuer.kind: must be local or upstream"])
+
     def test_the_start_tells_of_unused_keys_too(self, tmp_path: Path, tree: Tree) -> None:
         """Whoever meant to relay sees it where they started it."""
         with Broker.configured(
@@ -566,7 +571,10 @@ class TestAllAtOnce:
         done = run(command, "--json", "--config", f"{tmp_path}/nowhere.toml")
         assert (done.returncode, done.stderr) == (78, b"")
         (told,) = json.loads(done.stdout)["findings"]
-        assert told["text"] == f"cannot read {tmp_path}/nowhere.toml: No such file or directory"
+        assert told["text"] == (
+            f"cannot read {tmp_path}/nowhere.toml: No such file or directory; `broker init` makes"
+            " one, --config names another"
+        )
 
     def test_the_doctor_tells_them_too(self, tmp_path: Path, tree: Tree) -> None:
         """1 for what is wrong here, 78 for a configuration that is wrong anywhere."""
@@ -618,6 +626,11 @@ class TestShippedFiles:
     def test_are_clean(self, path: Path, tmp_path: Path) -> None:
         """As it is; beside a unit with what one of the units hands over."""
         text = re.sub(r"sqlite:///\S+(?=/state\.db)", f"sqlite://{tmp_path}", path.read_text())
+        for name in re.findall(r"/run/credentials/[^/]+/(\w+)", text):
+            secret_file(tmp_path / name)
+        text = re.sub(r"/run/credentials/[^/]+", str(tmp_path), text)
+        if path.parent.name == "example":  # development mode keeps state in memory whatever it says
+            text += f'\n[store]\nurl = "sqlite://{tmp_path}/state.db"\n'
         units = list(path.parent.glob("*.service"))
         given = [handed_by(unit.read_text(encoding="utf-8"), tmp_path) for unit in units] or [{}]
         found = [unexpected(text, tmp_path, variables) for variables in given]
