@@ -207,5 +207,6 @@ def _bearer(headers: "CIMultiDictProxy[str]", wanted: str, name: str = "authoriz
         raise Invalid("authorization: sent twice; send the header once")
     scheme, _, token = values[0].partition(" ") if values else ("", "", "")
     if scheme.lower() != "bearer" or not token.strip():
-        raise MissingAuth(f"{name}: missing; send the {wanted} in this header")
+        how = "in this header" if name == API_SECRET else "here, as Bearer"
+        raise MissingAuth(f"{name}: missing; send the {wanted} {how}")
     return token.strip()
