@@ -126,6 +126,7 @@ def test_every_other_command_is_a_known_one() -> None:
         "python3",
         "sed",
         "systemctl",
+        "tee",
         "tests/load/rolling",
         "tests/load/run",
         "tests/run",
