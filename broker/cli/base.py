@@ -29,8 +29,7 @@ Run = Callable[[argparse.Namespace], int]
 
 NOTHING_CONFIGURED = (
     "no configuration: make one by `broker init`, pass --config FILE, set BROKER_CONFIG, set"
-    " BITHUMAN_API_SECRET for a relay, or try `broker serve --dev`, which needs none; `broker mint`"
-    " needs none with --url"
+    " BITHUMAN_API_SECRET for a relay, or try `broker serve --dev`, which needs none"
 )
 
 

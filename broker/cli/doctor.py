@@ -140,9 +140,9 @@ def _handed_over(paths: list[Path]) -> list[Finding]:
     if os.geteuid() != 0 or not roots:
         return []
     text = (
-        f"looked at as root, and only root can read {', '.join(roots)}: a service with a user of"
-        " its own ends with 78, unless its unit hands over each (LoadCredential); a running one has"
-        " copies of its last start"
+        f"only root can read {', '.join(roots)}: a service with a user of its own needs a unit"
+        " that hands over each (LoadCredential), or it ends with 78; a running one has the copies"
+        " that were made when it started"
     )
     return [Finding(Level.OK, "files", text)]
 

@@ -91,7 +91,10 @@ def run(arguments: argparse.Namespace) -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one ends it without a word, too
         return EX_OK
     except OSError as error:
-        complain(f"broker: --listen: cannot listen on {arguments.listen}: {error.strerror}")
+        complain(
+            f"broker: --listen: cannot listen on {arguments.listen}: {error.strerror};"
+            " choose another address with --listen"
+        )
         return EX_UNAVAILABLE
     return EX_OK
 

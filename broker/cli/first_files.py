@@ -259,6 +259,6 @@ def hidden(answers: Answers) -> list[str]:
     return [
         f"note: the service does not see {folder}, where its {name} is: put it elsewhere for that"
         for name, path in used.items()
-        for folder in ("/home", "/root")
+        for folder in (f"/{name}" for name in ("home", "root", "tmp", "var/tmp"))
         if path.is_relative_to(folder)
     ]

@@ -68,9 +68,17 @@ def add(commands: Commands) -> None:
         "--vendor-key-file", metavar="FILE", help="file with the vendor's key; - for standard input"
     )
     parser.add_argument("--base-url", metavar="URL", help="ask this vendor, such as a fake one")
-    parser.add_argument("--listen", metavar="H:P", default="127.0.0.1:8080", help="%(default)s")
     parser.add_argument(
-        "--admin-listen", metavar="H:P", default="127.0.0.1:9464", help="%(default)s"
+        "--listen",
+        metavar="H:P",
+        default="127.0.0.1:8080",
+        help="where backends ask (default %(default)s)",
+    )
+    parser.add_argument(
+        "--admin-listen",
+        metavar="H:P",
+        default="127.0.0.1:9464",
+        help="for metrics and probes (default %(default)s)",
     )
     parser.add_argument(
         "--force",

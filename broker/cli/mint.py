@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from broker.cli.base import Commands, settings_of
+from broker.cli.base import NOTHING_CONFIGURED, Commands, settings_of
 from broker.config.schema import ConfigError
 from broker.config.settings import Settings
 from broker.exit_codes import EX_NO, EX_OK, EX_UNAVAILABLE, EX_USAGE
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
             secret = os.environ.get("BROKER_API_SECRET", "")
             token = ask(arguments.url, secret, arguments.agent, arguments.fingerprint)
         else:
-            token = sign(settings_of(arguments), arguments.agent, arguments.fingerprint)
+            token = sign(_settings(arguments), arguments.agent, arguments.fingerprint)
     except CannotMint as error:
         complain(f"broker: {error}")
         match error:
@@ -80,6 +80,15 @@ def run(arguments: argparse.Namespace) -> int:
                 return EX_UNAVAILABLE
     tell(iframe(arguments.agent, token) if arguments.iframe else token)
     return EX_OK
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    try:
+        return settings_of(arguments)
+    except ConfigError as error:
+        if str(error) != NOTHING_CONFIGURED:
+            raise
+        raise ConfigError(f"{error}; with --url a running broker is asked") from None
 
 
 def sign(settings: Settings, agent: str, fingerprint: str) -> str:

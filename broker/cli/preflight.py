@@ -43,7 +43,8 @@ def configuration(
     for key, file in [] if is_here else missing_files(settings):
         yield _note(key, f"{file} is not here; it must be where the broker runs")
     yield from _variables(environ)
-    yield from unused_keys(settings, environ)
+    if "issuer.kind" not in found.left_out:
+        yield from unused_keys(settings, environ)
     yield from _idle_clients(settings)
     yield from _plain_http(settings)
     yield from _memory(settings)

@@ -90,6 +90,8 @@ def examine_tree(tree: Mapping[str, Any]) -> Examined:
         settings = replace(settings, issuer=issuer)
     left_out = [".".join(path) for path, _ in misfits]
     left_out += [key for _, problem in misfits for key in problem.beside]
+    if "issuer.kind" in left_out:  # what else it needs, the kind decides
+        left_out.append("issuer")
     problems = [problem for _, problem in misfits]
     broken = [each for each in rules(settings) if not follows_from(each, left_out)]
     upstream = settings.issuer.upstream
@@ -203,7 +205,8 @@ def _read_file(path: Path) -> dict[str, Any]:
     try:
         text = files.read_text(path)
     except files.CannotRead as error:
-        raise ConfigError(str(error)) from None
+        remedy = "; `broker init` makes one, --config names another" if error.is_absent else ""
+        raise ConfigError(f"{error}{remedy}") from None
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError, too

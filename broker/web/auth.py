@@ -210,5 +210,6 @@ def bearer_of(
         raise Invalid("authorization: sent twice; send the header once")
     scheme, _, token = values[0].partition(" ") if values else ("", "", "")
     if scheme.lower() != "bearer" or not token.strip():
-        raise MissingAuth(f"{name}: missing; send the {wanted} in this header")
+        how = "in this header" if name == API_SECRET else "here, as Bearer"
+        raise MissingAuth(f"{name}: missing; send the {wanted} {how}")
     return token.strip()

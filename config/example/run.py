@@ -99,7 +99,8 @@ def _run(stack: ExitStack, *, any_port: bool) -> None:
         f"\n  Open {shop.url} and ask the guide.  Ctrl-C stops everything."
         f"\n  Metrics: {broker.told['admin_url']}/metrics"
         "\n  Let the vendor fail: "
-        f"""curl -s {vendor.told["url"]}/_control/fault -d '{{"fault": "refuse=503"}}'\n""",
+        f"""curl -s {vendor.told["url"]}/_control/fault -d '{{"fault": "refuse=503"}}'"""
+        f"\n  Let it work again:    curl -s -X DELETE {vendor.told['url']}/_control/fault\n",
         flush=True,
     )
     while True:

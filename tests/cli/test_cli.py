@@ -35,8 +35,7 @@ from broker.valkey.client.scripts import acl_line
 VISITOR = "9f86d081884c7d65"
 NOTHING = (
     b"broker: no configuration: make one by `broker init`, pass --config FILE, set BROKER_CONFIG,"
-    b" set BITHUMAN_API_SECRET for a relay, or try `broker serve --dev`, which needs none; `broker"
-    b" mint` needs none with --url\n"
+    b" set BITHUMAN_API_SECRET for a relay, or try `broker serve --dev`, which needs none\n"
 )
 
 

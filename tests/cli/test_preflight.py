@@ -154,6 +154,11 @@ class TestKeys:
         variable = {"BITHUMAN_API_SECRET": secrets.token_urlsafe(24)}
         assert check(tree, **variable) == (0, [f"note: BITHUMAN_API_SECRET: {told}"])
 
+    def test_a_kind_that_is_none_is_one_problem(self, check: Check, relay: Tree) -> None:
+        """What the issuer needs, nobody knows before its kind is mended."""
+        code, lines = check(put(relay, "issuer.kind", "upstrem"))
+        assert (code, lines) == (78, ["broker: issuer.kind: must be local or upstream"])
+
     def test_the_start_tells_of_unused_keys_too(self, tmp_path: Path, tree: Tree) -> None:
         """Whoever meant to relay sees it where they started it."""
         with Broker.configured(
@@ -566,7 +571,10 @@ class TestAllAtOnce:
         done = run(command, "--json", "--config", f"{tmp_path}/nowhere.toml")
         assert (done.returncode, done.stderr) == (78, b"")
         (told,) = json.loads(done.stdout)["findings"]
-        assert told["text"] == f"cannot read {tmp_path}/nowhere.toml: No such file or directory"
+        assert told["text"] == (
+            f"cannot read {tmp_path}/nowhere.toml: No such file or directory; `broker init` makes"
+            " one, --config names another"
+        )
 
     def test_the_doctor_tells_them_too(self, tmp_path: Path, tree: Tree) -> None:
         """1 for what is wrong here, 78 for a configuration that is wrong anywhere."""

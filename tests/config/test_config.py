@@ -535,7 +535,10 @@ class TestFile:
     @pytest.mark.parametrize(
         ("name", "reason"),
         [
-            ("nowhere", "No such file or directory"),
+            (
+                "nowhere",
+                "No such file or directory; `broker init` makes one, --config names another",
+            ),
             ("", "a directory; name a file in it"),
             ("a\0b", "not a path"),
         ],

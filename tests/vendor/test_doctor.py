@@ -125,9 +125,9 @@ def test_root_is_told_what_a_service_cannot_read(tmp_path: Path) -> None:
         found = examine(config.load(None, {}, tree), {})
         assert [finding.ok for finding in found] == [True] * 4
         assert str(found[-1]) == (
-            f"ok       files: looked at as root, and only root can read {files['web']},"
-            f" {files['key']}: a service with a user of its own ends with 78, unless its unit hands"
-            " over each (LoadCredential); a running one has copies of its last start"
+            f"ok       files: only root can read {files['web']}, {files['key']}: a service with a"
+            " user of its own needs a unit that hands over each (LoadCredential), or it ends with"
+            " 78; a running one has the copies that were made when it started"
         )
         os.chown(closed, 65534, 65534)
         os.chown(files["web"], 65534, 65534)

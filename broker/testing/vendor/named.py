@@ -56,6 +56,16 @@ NAMED: Mapping[str, tuple[str, str, Callable[..., Fault]]] = {
 """The argument's form, what it does, and what makes it."""
 
 
+_EXAMPLES = {
+    "BYTES": "100",
+    "CODE": "RATE_LIMITED",
+    "SPAN": "2s",
+    "STATUS": "502",
+    "URL": "http://127.0.0.1:8092/",
+}
+"""An argument of each form."""
+
+
 def fault_named(text: str) -> Fault:
     """Return the fault that this means; raises BadFault."""
     name, has_argument, argument = text.partition("=")
@@ -64,8 +74,15 @@ def fault_named(text: str) -> Fault:
     form, _, make = NAMED[name]
     is_needed, is_possible = form.startswith("="), bool(form)
     if (is_needed and not argument) or (has_argument and not is_possible):
-        raise BadFault(f"write {name}{form}")
+        raise BadFault(_form(name, form))
     try:
         return make(argument) if argument else make()
     except (ValueError, OverflowError):
-        raise BadFault(f"{name}: {argument!r} is not possible; write {name}{form}") from None
+        raise BadFault(f"{name}: {argument!r} does not fit; {_form(name, form)}") from None
+
+
+def _form(name: str, form: str) -> str:
+    """Say how a fault is written, with an example of what its argument may be."""
+    kind = form.strip("[]=")
+    example = f", such as {name}={_EXAMPLES[kind]}" if kind else ""
+    return f"write {name}{form}{example}"
