@@ -271,6 +271,16 @@ class TestListeners:
                 ],
             )
 
+    def test_a_taken_address_does_not_hide_what_is_wrong_anywhere(
+        self, check: Check, tree: Tree
+    ) -> None:
+        """78: the same command later would not do; both are told."""
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            taken = put(tree, "server.listen", f"127.0.0.1:{other.getsockname()[1]}")
+            code, lines = check(put(taken, "server.deadline", "0s"))
+        assert code == 78
+        assert [line.split(": ")[1] for line in lines] == ["server.deadline", "server.listen"]
+
     def test_the_broker_that_runs_already(self, check: Check, tree: Tree, tmp_path: Path) -> None:
         """It can be run beside the broker whose configuration it checks."""
         with Broker.configured(tmp_path, tree) as broker:
