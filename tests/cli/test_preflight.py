@@ -209,6 +209,13 @@ class TestKeys:
                 ],
             )
 
+    def test_the_next_secret_of_a_client_is_looked_at_too(self, check: Check, tree: Tree) -> None:
+        """It is good from the moment at which it is written."""
+        signing = tree["issuer"]["local"]["keys"]["one"]["secret_file"]
+        code, (line,) = check(put(tree, "clients.web.next_secret_file", signing))
+        assert code == 78
+        assert " the same secret as that of clients.web.next_secret_file, and " in line
+
     def test_a_client_that_has_the_vendor_key(self, check: Check, relay: Tree) -> None:
         """It could ask the vendor itself: a note."""
         vendor = relay["issuer"]["upstream"]["api_secret_files"][0]
