@@ -24,7 +24,7 @@ MINT = "/v1/embed-tokens/request"
 ROOT = Path(__file__).parents[2]
 START = 30.0
 
-GOOD = {"=BYTES": "=3", "=SECONDS": "=0.5", "=URL": "=http://a.example/", "=CODE": "=PLAN_REQUIRED"}
+GOOD = {"=BYTES": "=3", "=SPAN": "=0.5s", "=URL": "=http://a.example/", "=CODE": "=PLAN_REQUIRED"}
 """An argument for each form."""
 
 
@@ -77,7 +77,7 @@ class TestControl:
     async def test_sets_tells_and_takes_back(self, open_vendor, new_caller):
         """For so many calls, on the mint's path unless another one is named."""
         async with new_caller(open_vendor) as caller:
-            order = json.dumps({"fault": "rate-limited=7", "times": 1})
+            order = json.dumps({"fault": "rate-limited=7s", "times": 1})
             status, told = await ask(open_vendor, "POST", order)
             assert status == 200
             assert told["set"] == [{"fault": "429 RATE_LIMITED", "left": 1, "met": 0}]
