@@ -774,6 +774,19 @@ class TestThrottled:
         assert statuses[30:] == [429] * 2
         assert house.paused_for == 0
 
+    async def test_a_key_that_is_good_again_is_heeded_again(self, house: Passing) -> None:
+        """What the vendor said of it is over with the first answer that is no refusal."""
+        unauthorized = faults.error(Refusal.UNAUTHORIZED)
+        limited = faults.error(Refusal.RATE_LIMITED, retry_after="7")
+        for fault, status in ((unauthorized, 401), (limited, 429), (None, 200)):
+            if fault is not None:
+                house.vendor.fail(fault, path="/v1/agents", times=1)
+            assert (await house.answered("GET", "/v1/agents"))[0] == status
+            assert house.paused_for == 0
+        house.vendor.fail(limited, path="/v1/agents", times=1)
+        assert (await house.answered("GET", "/v1/agents"))[0] == 429
+        assert house.paused_for > 0
+
 
 def resident() -> int:
     """Bytes of memory that this process has."""
