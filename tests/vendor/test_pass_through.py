@@ -589,6 +589,8 @@ class TestLimits:
                 got += len(chunk)
                 most = max(most, resident())
         assert got == size
+        (event,) = house.events("broker.pass_through")
+        assert event["received"] == size  # in however many pieces it came
 
         async def upload() -> AsyncIterator[bytes]:
             nonlocal most
