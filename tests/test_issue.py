@@ -553,6 +553,21 @@ def test_T3_a_fresh_one_that_the_vendor_does_not_have_is_the_held_one() -> None:
     run_virtual(main)
 
 
+def test_T3_the_held_one_is_also_given_below_its_floor() -> None:
+    """Who insists is not worse off than who does not: above the last floor it is an answer."""
+
+    async def main(clock: FakeClock) -> None:
+        desk = Desk(clock)
+        held = await desk.hand_out(visitor())
+        desk.issuer.same = True
+        clock.advance((held.left - 100 * SECOND) / SECOND)
+        answer = await desk.hand_out(visitor(fresh=True))
+        assert answer.token.body == held.token.body
+        await desk.settled()
+
+    run_virtual(main)
+
+
 @pytest.mark.parametrize(
     "clocks", ["both", "wall ahead", "wall back", "wall far back", "mono stalls"]
 )

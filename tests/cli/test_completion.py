@@ -21,7 +21,7 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 autoload -Uz compinit && compinit -D -u
 source {script}
 _describe() {{ print -rl -- "${{(@)${{(@P)4}}%%:*}}" }}
-_files() {{ print -l {folder}/*(N:t) }}
+_files() {{ if [[ $1 = -/ ]]; then print -l {folder}/*(N/:t); else print -l {folder}/*(N:t); fi }}
 words=({words}) CURRENT=${{#words}}
 _broker
 """,
@@ -83,6 +83,14 @@ def test_offers_files_where_one_is_meant(shell: str, tmp_path: Path) -> None:
     (tmp_path / "my broker.toml").touch()
     found = offered(shell, tmp_path, "broker check --config my")
     assert {name.replace("\\", "") for name in found} == {"my broker.toml"}
+
+
+def test_offers_folders_alone_where_one_is_meant(shell: str, tmp_path: Path) -> None:
+    """A file could not be one."""
+    (tmp_path / "my file").touch()
+    (tmp_path / "my folder").mkdir()
+    found = offered(shell, tmp_path, "broker init --folder my")
+    assert {name.replace("\\", "").rstrip("/") for name in found} == {"my folder"}
 
 
 def test_the_script_of_each_shell_is_one_that_it_reads(shell: str, tmp_path: Path) -> None:

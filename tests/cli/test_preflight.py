@@ -214,6 +214,13 @@ class TestKeys:
                 ],
             )
 
+    def test_the_next_secret_of_a_client_is_looked_at_too(self, check: Check, tree: Tree) -> None:
+        """It is good from the moment at which it is written."""
+        signing = tree["issuer"]["local"]["keys"]["one"]["secret_file"]
+        code, (line,) = check(put(tree, "clients.web.next_secret_file", signing))
+        assert code == 78
+        assert " the same secret as that of clients.web.next_secret_file, and " in line
+
     def test_a_client_that_has_the_vendor_key(self, check: Check, relay: Tree) -> None:
         """It could ask the vendor itself: a note."""
         vendor = relay["issuer"]["upstream"]["api_secret_files"][0]
@@ -275,6 +282,16 @@ class TestListeners:
                     )
                 ],
             )
+
+    def test_a_taken_address_does_not_hide_what_is_wrong_anywhere(
+        self, check: Check, tree: Tree
+    ) -> None:
+        """78: the same command later would not do; both are told."""
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            taken = put(tree, "server.listen", f"127.0.0.1:{other.getsockname()[1]}")
+            code, lines = check(put(taken, "server.deadline", "0s"))
+        assert code == 78
+        assert [line.split(": ")[1] for line in lines] == ["server.deadline", "server.listen"]
 
     def test_the_broker_that_runs_already(self, check: Check, tree: Tree, tmp_path: Path) -> None:
         """It can be run beside the broker whose configuration it checks."""

@@ -179,6 +179,12 @@ class TestPrecedence:
         both = "BROKER_CLIENTS__WEB__SECRET and BROKER_CLIENTS__WEB__SECRET_FILE"
         assert str(caught.value) == f"{both} are both set: keep one"
 
+    def test_several_files_are_another_form_too(self) -> None:
+        """One of the two keys would not be used, and nobody would be told."""
+        name = "BROKER_ISSUER__UPSTREAM__API_SECRET"
+        with pytest.raises(ConfigError, match=f"^{name} and {name}_FILES are both set: keep one$"):
+            config.load(None, {name: "a", f"{name}_FILES": "/b"}, {})
+
     def test_leaves_sources_as_they_were(self, tmp_path: Path) -> None:
         """Merging copies: the defaults can be used for the next reload."""
         defaults: Tree = {"clients": {"dev": {"secret": "s" * 20, "agents": ["*"]}}}

@@ -102,6 +102,21 @@ def test_routes_are_exact_or_trees(target: str, route: str | None) -> None:
     assert route_of(target, ROUTES) == route
 
 
+@pytest.mark.parametrize("rest", ["", "/request", "/other", ";a", "%20", "%20/request", "%3B"])
+@pytest.mark.parametrize("start", ["/v1/embed-tokens", "/v1/Embed-TOKENS"])
+def test_what_is_near_the_mint_route_is_no_route(start: str, rest: str) -> None:
+    """Whatever stands behind its name: some servers trim blanks, and cut parameters off."""
+    assert route_of(f"{start}{rest}", ROUTES) is None
+    assert route_of(f"{start}-of-others", ROUTES) == "/v1/*"
+
+
+def test_a_fragment_is_no_part_of_a_target() -> None:
+    """Also behind a query: some end the target there, others do not."""
+    for target in ("/v1/agents#a", "/v1/agents?a=1#b"):
+        with pytest.raises(BadTarget):
+            _ = route_of(target, ROUTES)
+
+
 @given(fields=FIELDS)
 @example(fields=[("Connection", "close, X-A"), ("X-A", "1"), ("x-b", "2")])
 def test_between_neighbours_stays_what_is_between_neighbours(

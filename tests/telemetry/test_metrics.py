@@ -15,6 +15,7 @@ from web.edge import AGENT, OTHER_AGENT, Edge, raise_file_limit, samples, servin
 
 from broker.clock import SystemClock
 from broker.model import LimitName, TokenRequest
+from broker.pacing.pacer import Priority
 from broker.telemetry import exposition
 from broker.telemetry.cells import MetricLayout, SharedCells
 from broker.telemetry.labels import BackgroundTask
@@ -288,6 +289,17 @@ class TestTruth:
             scraped = await edge.scrape()
         assert scraped["broker_upstream_budget_remaining"] == 0
         assert scraped["broker_upstream_queue_depth"] == 0
+
+    async def test_calls_that_are_out_are_visible(self) -> None:
+        """Until the slot is given back; nobody waits meanwhile."""
+        name = "broker_upstream_calls_outstanding"
+        async with serving({"issuer": {"budget": {**BUDGET, "rate": 100_000}}}) as edge:
+            assert edge.app.parts.pacer is not None
+            slot = await edge.app.parts.pacer.acquire(Priority.FIRST, "web")
+            scraped = await edge.scrape()
+            assert (scraped[name], scraped["broker_upstream_queue_depth"]) == (1, 0)
+            slot.settle()
+            assert (await edge.scrape())[name] == 0
 
 
 class TestSeries:

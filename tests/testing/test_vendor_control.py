@@ -171,11 +171,11 @@ def test_its_port_is_not_that_of_a_gateway() -> None:
 
 
 async def test_the_command_fails_on_command_and_tells_no_secret(tmp_path) -> None:
-    """Faults of the flag act together; lines name method, path, status, time and fault."""
+    """Faults and latency act together; lines name method, path, status, time and fault."""
     secret = secrets.token_urlsafe(24)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "broker", "fake-vendor", "--listen", "127.0.0.1:0"),
-        *("--fault", "slow=10ms", "--fault", "refuse=PLAN_REQUIRED"),
+        *("--fault", "slow=10ms", "--fault", "refuse=PLAN_REQUIRED", "--latency", "20ms"),
         stdout=PIPE, stderr=PIPE, cwd=tmp_path, env={"BITHUMAN_API_SECRET": secret},
     )  # fmt: skip
     try:
@@ -183,7 +183,7 @@ async def test_the_command_fails_on_command_and_tells_no_secret(tmp_path) -> Non
         url = json.loads(await asyncio.wait_for(process.stdout.readline(), START))["url"]
         headers = {"api-secret": secret}
         body = {"agent_id": AGENT, "fingerprint": "f1"}
-        async with aiohttp.ClientSession(headers=headers) as http:
+        async with asyncio.timeout(START), aiohttp.ClientSession(headers=headers) as http:
             async with http.post(f"{url}{MINT}?token={secret}", json=body) as response:
                 assert response.status == 403
             async with http.get(f"{url}/v1/agents?limit=1") as response:
@@ -197,7 +197,9 @@ async def test_the_command_fails_on_command_and_tells_no_secret(tmp_path) -> Non
         process._transport.close()
     lines = log.decode().splitlines()
     assert len(lines) == 2
-    assert re.fullmatch(rf"POST   {MINT}  403  [0-9.]+ ms  slow, 403 PLAN_REQUIRED", lines[0])
+    mint = re.fullmatch(rf"POST   {MINT}  403  ([0-9.]+) ms  slow, 403 PLAN_REQUIRED", lines[0])
+    assert mint is not None
+    assert float(mint[1]) >= 29.0  # the latency and what the fault adds, by a clock that may round
     assert re.fullmatch(r"GET    /v1/agents  200  [0-9.]+ ms", lines[1])
 
 

@@ -20,6 +20,7 @@ from broker.pacing.slots import Budget
 from broker.rules.bucket import Limit, limit
 from broker.stores.base import Lease
 from broker.testing import FakeClock
+from broker.valkey.leases import LEASE_MEMORY
 
 pytestmark = pytest.mark.parts
 
@@ -97,6 +98,20 @@ async def test_L3_every_key_has_an_end(valkey: StoreServer) -> None:
         *(b"refused", b"budget", b"members"),
     }
     assert {key: left for key, left in lasting.items() if not 0 < left <= 7_200_000} == {}
+
+
+async def test_S4_a_lease_that_was_renewed_is_remembered_as_long_as_before(
+    valkey: StoreServer,
+) -> None:
+    """Its fence stays while its holder may still be under way, also after the lease has ended."""
+    valkey.flush()
+    ask = visitor()
+    async with opened(Replica(valkey.address, limits_of())) as replica:
+        await lead(replica, ask)
+        await replica.remote.leases.renew()
+        names = replica.names
+        name = names.visitor(ask.visitor).lease(names.token_name(ask.key))
+        assert LEASE_MEMORY // 2 < valkey.ask("PTTL", name) * 1000 <= LEASE_MEMORY
 
 
 async def test_G7_nothing_in_the_store_tells_a_visitor_or_a_token(valkey: StoreServer) -> None:

@@ -15,7 +15,7 @@ from store_trace import Talk
 from broker.testing import FakeClock
 from broker.valkey.client.errors import Reason, StoreFailed
 from broker.valkey.client.scripts import Script, command
-from broker.valkey.fleet_time import FleetTime
+from broker.valkey.fleet_time import KEPT, FleetTime
 from broker.valkey.membership import ALONE_AFTER, FORGOTTEN, HEARTBEAT, LOST
 
 pytestmark = pytest.mark.parts
@@ -414,6 +414,16 @@ def test_N19_what_another_era_told_vouches_for_nothing_in_this_one() -> None:
     fleet_time.learn(b"after", 5 * SECOND)
     clock.advance(1)
     assert fleet_time.vouched() == (b"after", b"%d" % (6 * SECOND))
+
+
+def test_N19_of_what_was_told_lately_the_furthest_is_vouched_for() -> None:
+    """A reply that was long on its way leads less far: what was told before it counts on."""
+    clock = FakeClock()
+    fleet_time = FleetTime(b"newborn", clock.mono)
+    fleet_time.learn(b"era", 100 * SECOND)
+    clock.advance((KEPT + 1) / SECOND)
+    fleet_time.learn(b"era", 101 * SECOND)
+    assert fleet_time.vouched() == (b"era", b"%d" % (100 * SECOND + KEPT + 1))
 
 
 def test_the_numbers_fit_each_other() -> None:

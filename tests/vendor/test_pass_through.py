@@ -116,13 +116,16 @@ class Wire:
         self.says = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
         self.lost = 0
         self.holds = False
+        self.is_early = False
+        """Whether it answers as soon as the head is there."""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             with closing(writer):
                 head = await reader.readuntil(b"\r\n\r\n")
                 length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
-                body = await reader.readexactly(int(length[1]) if length else 0)
+                awaited = int(length[1]) if length and not self.is_early else 0
+                body = await reader.readexactly(awaited)
                 if b"chunked" in head:
                     body = await reader.readuntil(b"0\r\n\r\n")
                 self.got.append(head + body)
@@ -233,6 +236,18 @@ class TestPassedOn:
         event, refused = house.events("broker.pass_through")
         assert event.items() >= {"outcome": "2xx", "client": "web", "status": 200}.items()
         assert refused.items() >= {"outcome": "refused", "code": "VALIDATION_ERROR"}.items()
+
+    async def test_an_answer_before_the_body_ends_the_connection(
+        self, wire: Wire, vendor: FakeVendor
+    ) -> None:
+        """And says so: what is left of the body must not be read as the next request."""
+        wire.is_early = True
+        async with passing_to(wire, vendor) as house:
+            lines = [f"{name}: {value}" for name, value in house.credentials.items()]
+            head = "\r\n".join(["POST /v1/tts HTTP/1.1", "Host: a", *lines, "Content-Length: 9"])
+            answer = await raw(house, f"{head}\r\n\r\nabc".encode())
+        assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert b"\r\nConnection: close\r\n" in answer
 
     async def test_heads_in_both_directions(self, wire: Wire, vendor: FakeVendor) -> None:
         """Hop-by-hop headers stay, those that Connection names too; everything else goes on."""
@@ -619,6 +634,8 @@ class TestLimits:
                 got += len(chunk)
                 most = max(most, resident())
         assert got == size
+        (event,) = house.events("broker.pass_through")
+        assert event["received"] == size  # in however many pieces it came
 
         async def upload() -> AsyncIterator[bytes]:
             nonlocal most
@@ -839,6 +856,19 @@ class TestThrottled:
         with house.vendor.fail(faults.error(Refusal.RATE_LIMITED), path="/v1/agents"):
             assert (await house.answered("GET", "/v1/agents"))[0] == 429
         assert house.paused_for > 0  # a key that is good was throttled for something else
+
+    async def test_a_key_that_is_good_again_is_heeded_again(self, house: Passing) -> None:
+        """What the vendor said of it is over with the first answer that is no refusal."""
+        unauthorized = faults.error(Refusal.UNAUTHORIZED)
+        limited = faults.error(Refusal.RATE_LIMITED, retry_after="7")
+        for fault, status in ((unauthorized, 401), (limited, 429), (None, 200)):
+            if fault is not None:
+                house.vendor.fail(fault, path="/v1/agents", times=1)
+            assert (await house.answered("GET", "/v1/agents"))[0] == status
+            assert house.paused_for == 0
+        house.vendor.fail(limited, path="/v1/agents", times=1)
+        assert (await house.answered("GET", "/v1/agents"))[0] == 429
+        assert house.paused_for > 0
 
 
 def resident() -> int:

@@ -156,3 +156,15 @@ async def test_M4_a_success_forgets_what_was_said_of_the_account_and_of_its_own_
     assert await refusals.find(other) == missing
     clock.advance(30)
     assert await refusals.find(other) is None
+
+
+async def test_M4_a_success_forgets_the_refusal_of_its_own_model_only() -> None:
+    """A model that was refused may be ready by now; another one is still what it was."""
+    refusals = LocalNegativeCache(FakeClock())
+    missing = Refused(404, "NOT_FOUND", "no", Scope.AGENT_MODEL)
+    ready, plain = (TokenRequest("web", AGENT, "ab" * 16, model) for model in ("essence", None))
+    refusals.remember(ready, missing)
+    refusals.remember(plain, missing)
+    refusals.forget(ready)
+    assert await refusals.find(ready) is None
+    assert await refusals.find(plain) == missing

@@ -128,6 +128,8 @@ class TestListing:
                 break
             after = page["next"]
         assert (pages, len(seen), set(seen)) == (3, 7, made)
+        whole = (await look(edge, agent_id=AGENT, limit="7")).json
+        assert (len(whole["sessions"]), whole["next"]) == (7, None)  # full, and the last
 
     async def test_by_agent_and_by_visitor(self, edge: Edge) -> None:
         """What an operator is asked about: an agent, or the fingerprint of somebody's device."""

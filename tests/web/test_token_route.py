@@ -218,6 +218,11 @@ class TestConnections:
         line.send(data.replace(b"HTTP/1.0", b"HTTP/1.0\r\nConnection: keep-alive", 1) * 2)
         assert [(await line.answer()).header("Connection") for _ in "ab"] == ["keep-alive"] * 2
         await line.close()
+        line = await edge.connect()
+        for _ in range(3):  # one by one, where the fast lane would take another version's
+            line.send(data.replace(b"HTTP/1.0", b"HTTP/1.0\r\nConnection: keep-alive", 1))
+            assert (await line.answer()).header("Connection") == "keep-alive"
+        await line.close()
 
     async def test_connection_close_is_obeyed(self, edge: Edge) -> None:
         """A client that wants the connection closed is told so, and it is closed."""
