@@ -73,7 +73,6 @@ def _serve(
     from broker.config.state_folder import make_folder
     from broker.process.serve import serve
     from broker.telemetry import logs
-    from broker.telemetry.streams import complain
 
     def loaded_again() -> Settings:
         settings = load()
@@ -85,10 +84,17 @@ def _serve(
         make_folder(file, os.environ)
     logs.configure(settings.log)
     if not (dev and settings.issuer.kind == "upstream"):  # its signing key was made up, not given
-        for finding in preflight.unused_keys(settings, os.environ):
-            complain(f"note: {finding.line}")
+        _note_unused({one.key: one.text for one in preflight.unused_keys(settings, os.environ)})
     _note_replaced(replaced())
     return serve(settings, loaded_again, dev=dev)
+
+
+def _note_unused(keys: dict[str, str]) -> None:
+    """Tell which keys belong to the issuer that is not in use, and why that may be a mistake."""
+    import structlog
+
+    for key, reason in keys.items():
+        structlog.get_logger().warning("broker.key_unused", key=key, reason=reason)
 
 
 def _note_replaced(variables: dict[str, str]) -> None:

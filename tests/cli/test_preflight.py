@@ -164,8 +164,9 @@ class TestKeys:
         with Broker.configured(
             tmp_path, tree, BITHUMAN_API_SECRET=secrets.token_urlsafe(24)
         ) as broker:
-            logged = broker.wait_for(lambda: broker._logs.read_text(encoding="utf-8"))
-        assert logged.startswith("note: BITHUMAN_API_SECRET: a vendor key is given but not used, ")
+            (told,) = broker.wait_for(lambda: broker.events("broker.key_unused"))
+        assert told["key"] == "BITHUMAN_API_SECRET"
+        assert told["reason"].startswith("a vendor key is given but not used, ")
 
     @pytest.mark.parametrize("name", ["keys", "keys_file"])
     def test_signing_keys_where_the_vendor_signs(

@@ -101,7 +101,7 @@ def connections_made(port: int) -> int:
 
 def test_O6_a_rolling_restart_under_load_fails_no_request() -> None:
     """Two brokers, ended and started in turn behind each gateway; k6 sees answers only."""
-    command = [sys.executable, str(ROLLING), "--rate", "60", "--duration", "14", "--gateway"]
+    command = [sys.executable, str(ROLLING), "--rate", "60", "--duration", "20", "--gateway"]
     running = {
         kind: subprocess.Popen([*command, kind], stdout=subprocess.PIPE, text=True)
         for kind in KINDS

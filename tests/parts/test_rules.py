@@ -81,11 +81,12 @@ def test_the_routes_know_the_alerts() -> None:
 
 
 def pods_of(manifest: Path) -> list[dict[str, Any]]:
-    """Return what a cluster would tell of each container port of a manifest's deployment."""
+    """Return what a cluster would tell of each container port of a manifest's pods."""
     every = yaml.safe_load_all(manifest.read_text(encoding="utf-8"))
-    (spec,) = [r["spec"]["template"]["spec"] for r in every if r["kind"] == "Deployment"]
+    specs = [r["spec"]["template"]["spec"] for r in every if "template" in r.get("spec", {})]
     return [
         pod(manifest.stem, container["name"], port["name"], "Running")
+        for spec in specs
         for container in (*spec["containers"], *spec.get("initContainers", ()))
         for port in container.get("ports", ({"name": ""},))
     ]
@@ -140,7 +141,8 @@ def test_pods_are_found_and_named(tmp_path: Path) -> None:
         until(targets, "the targets")
         assert sorted(target["instance"] for target in targets()) == [
             "shop/gateway",
-            "shop/sidecar",
+            "shop/relay",
+            "shop/signer",
         ]
         assert {target["job"] for target in targets()} == {"embed-token-broker"}
 

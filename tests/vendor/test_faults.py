@@ -194,7 +194,7 @@ class TestPassingFaults:
         self, fault: Fault, expected: tuple[int, str], reason: str, status: str, cost: int
     ) -> None:
         """The caller is told 502 or 504, once; all is counted; whoever is known is served."""
-        async with relaying(timeout=0.3) as relay:
+        async with relaying(timeout=1) as relay:
             known = visitor()
             held = await relay.ask(known)
             with relay.vendor.fail(fault):
