@@ -177,7 +177,9 @@ def test_what_is_no_regular_file_is_refused_as_a_configuration(tmp_path: Path, k
         with pytest.raises(ConfigError) as caught:
             config.load(path, {}, {})
         assert where(None, {}, path) == "127.0.0.1:9464"
-    assert str(caught.value) == f"cannot read {path}: {told}"
+    remedy = "; `broker init` makes one, --config names another"
+    absent = remedy if kind in {"absent", "dangling"} else ""
+    assert str(caught.value) == f"cannot read {path}: {told}{absent}"
 
 
 @pytest.mark.usefixtures("in_time")
