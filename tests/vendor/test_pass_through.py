@@ -12,12 +12,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
+import msgspec
 import pytest
 from relaying import AGENT, House, broker_before, until
 
 from broker.config import load as config
 from broker.config.schema import ConfigError
+from broker.issuers.vendor.client import Answer as VendorAnswer
 from broker.issuers.vendor.connection import MAX_BYTES
+from broker.issuers.vendor.passing import PassedAnswer
 from broker.testing import FakeVendor, Refusal
 from broker.testing.vendor import faults
 from broker.testing.vendor.journal import Call
@@ -856,6 +859,26 @@ class TestThrottled:
         with house.vendor.fail(faults.error(Refusal.RATE_LIMITED), path="/v1/agents"):
             assert (await house.answered("GET", "/v1/agents"))[0] == 429
         assert house.paused_for > 0  # a key that is good was throttled for something else
+
+    async def test_no_more_of_a_429_is_kept_than_tells_its_code(
+        self, house: Passing, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However large it is, it goes on to the caller as it comes."""
+        size, kept = 8 * 2**20, list[int]()
+        read = pass_through.unpacked
+
+        def seen(answer: PassedAnswer, content: bytes, most: int) -> VendorAnswer:
+            kept.append(len(content))
+            return read(answer, content, most)
+
+        monkeypatch.setattr(pass_through, "unpacked", seen)
+        flood = faults.large(size)
+        assert flood.answer is not None
+        limited = msgspec.structs.replace(flood.answer, status=429)
+        house.vendor.fail(msgspec.structs.replace(flood, answer=limited), path="/v1/agents")
+        status, content = await house.answered("GET", "/v1/agents")
+        assert (status, len(content)) == (429, size)
+        assert 0 < kept[0] < size / 2
 
     async def test_a_key_that_is_good_again_is_heeded_again(self, house: Passing) -> None:
         """What the vendor said of it is over with the first answer that is no refusal."""
