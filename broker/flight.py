@@ -12,8 +12,6 @@ cancellation or deadline ends their own wait and nothing else.
   and finished once its request is out, for then the token is paid for and belongs in the cache.
 - A deserted flight is forgotten at the moment it is cancelled, so a new asker starts afresh
   instead of inheriting a cancellation.
-- Where mints wait for nothing (`at_once`), the first asker takes the mint's first step by hand.
-  One that ends there needs no task, no future and no timer; one that waits goes on in its task.
 """
 
 import asyncio
@@ -24,7 +22,6 @@ from typing import Any, Generic, TypeVar
 from typing_extensions import override
 
 from broker.errors import ServiceUnavailable
-from broker.tasks import Begun
 
 T = TypeVar("T")
 
@@ -37,50 +34,15 @@ worth of patience; another instance may answer at once."""
 
 
 class Flight(Generic[T]):
-    """One mint under way.  `sent` is set by the mint once it can no longer be taken back.
+    """One mint under way.  `sent` is set by the mint once it can no longer be taken back."""
 
-    `led` tells that its first asker is still taking its first step.
-    """
-
-    __slots__ = ("_expired", "_limit", "_timer", "_waiters", "background", "led", "sent", "task")
+    __slots__ = ("_waiters", "background", "sent", "task")
 
     def __init__(self, *, background: bool) -> None:
         self.task: asyncio.Task[T] | None = None
         self.sent = False
         self.background = background
-        self.led = False
         self._waiters: set[asyncio.Future[T]] = set()
-        self._limit = 0.0
-        self._timer: asyncio.TimerHandle | None = None
-        self._expired = False
-
-    def end_within(self, seconds: float) -> None:
-        """Cancel the mint unless it ends within this time: said by the mint when it begins.
-
-        A timer is set only if the mint waits.  `asyncio.timeout` would ask for a task at once.
-        """
-        self._limit = seconds
-        if self.task is not None:
-            self._set_timer(self.task)
-
-    def has_expired(self) -> bool:
-        """Whether the cancellation that the mint has just met is its own time's, and no other's."""
-        return self._expired and self.task is not None and self.task.uncancel() == 0
-
-    def fly(self, task: asyncio.Task[T]) -> None:
-        """Take note of the task that the mint is in."""
-        self.task = task
-        self.led = False
-        if self._limit:
-            self._set_timer(task)
-
-    def _set_timer(self, task: asyncio.Task[T]) -> None:
-        self._timer = task.get_loop().call_later(self._limit, self._expire)
-
-    def _expire(self) -> None:
-        if self.task is not None and not self.task.done():
-            self._expired = True
-            self.task.cancel()
 
     async def wait(self, timeout: float | None = None) -> T:
         """Wait for the outcome; raises what the mint raised, or TimeoutError after `timeout` s.
@@ -103,7 +65,7 @@ class Flight(Generic[T]):
     @property
     def awaited(self) -> bool:
         """Whether somebody waits at this moment."""
-        return self.led or bool(self._waiters)
+        return bool(self._waiters)
 
     @property
     def deserted(self) -> bool:
@@ -112,8 +74,6 @@ class Flight(Generic[T]):
 
     def land(self, task: asyncio.Task[T]) -> None:
         """Hand the outcome to everybody who waits."""
-        if self._timer is not None:
-            self._timer.cancel()
         error = _failure(task)
         for waiter in self._waiters:
             if waiter.done():
@@ -125,14 +85,9 @@ class Flight(Generic[T]):
 
 
 class SingleFlight(Generic[T]):
-    """All mints under way, by key.
+    """All mints under way, by key."""
 
-    `at_once` tells that mints wait for nothing, or at least not before they have a reason; what
-    they do until then must not ask for its task.
-    """
-
-    def __init__(self, *, at_once: bool = False) -> None:
-        self._at_once = at_once
+    def __init__(self) -> None:
         self._by_key: dict[str, Flight[T]] = {}
         self._tasks: set[asyncio.Task[T]] = set()
 
@@ -150,21 +105,7 @@ class SingleFlight(Generic[T]):
         leader = flight is None
         if flight is None:
             flight = Flight(background=False)
-            context = Context()
-            work = mint(flight)
-            if self._at_once:
-                flight.led = True
-                self._by_key[key] = flight
-                try:
-                    work = Begun(work, context.run(work.send, None))
-                except StopIteration as over:
-                    self._forget(key, flight)
-                    result: T = over.value
-                    return result, True
-                except BaseException:
-                    self._forget(key, flight)
-                    raise
-            self._start(key, flight, work, context)
+            self._start(key, flight, mint(flight))
         try:
             return await flight.wait(timeout), leader
         finally:
@@ -176,7 +117,7 @@ class SingleFlight(Generic[T]):
         if key in self._by_key:
             return False
         flight: Flight[T] = Flight(background=True)
-        self._start(key, flight, mint(flight), Context())
+        self._start(key, flight, mint(flight))
         return True
 
     async def close(self) -> None:
@@ -190,11 +131,14 @@ class SingleFlight(Generic[T]):
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _start(self, key: str, flight: Flight[T], work: Work[T], context: Context) -> None:
-        """Let a mint go on, or begin, in a task of its own."""
+    def __contains__(self, key: str) -> bool:
+        return key in self._by_key
+
+    def _start(self, key: str, flight: Flight[T], work: Work[T]) -> None:
+        """Begin a mint in a task of its own."""
         self._by_key[key] = flight
-        task = asyncio.get_running_loop().create_task(work, context=context)
-        flight.fly(task)
+        task = asyncio.get_running_loop().create_task(work, context=Context())
+        flight.task = task
         self._tasks.add(task)
 
         def landed(task: asyncio.Task[T]) -> None:

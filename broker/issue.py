@@ -2,7 +2,8 @@
 
     request -> store: limits of every request, and is there a token?
         -> a valid one: answer it (and renew it in the background when its mark has passed)
-           Where the store is in memory a request has ended here by two calls (`begin`);
+        -> none, and a mint waits for nothing: mint (`local_minting`)
+           Where the store is in memory a request has ended here by a few calls (`begin`);
            all others go on as work that may wait (`finish`).
         -> otherwise join the flight of this key; its leader mints (`minting`)
         -> answer; if the mint failed for a passing reason, an ageing token is still an answer
@@ -46,7 +47,7 @@ class IssuedToken(Struct, frozen=True, gc=False):
 Answered = IssuedToken | Rejection
 """How a request ends that does not fail."""
 
-_REUSED = Outcome.REUSED
+_REUSED, _MINTED = Outcome.REUSED, Outcome.MINTED
 """The name of an enum's member is looked up in half a microsecond (Python 3.11)."""
 
 
@@ -58,7 +59,7 @@ class TokenService:
         self._minter = minter
         self._policy = policy
         self._clock = clock
-        self.flights: SingleFlight[EmbedToken] = SingleFlight(at_once=not minter.waits)
+        self.flights: SingleFlight[EmbedToken] = SingleFlight()
 
     async def issue(self, request: TokenRequest, timeout: float) -> IssuedToken | Rejection:
         """Answer one request within `timeout` seconds; raises what a mint raises."""
@@ -81,7 +82,7 @@ class TokenService:
             return visit.denial
         cached = visit.token
         if cached is None or request.fresh or not self._policy.enabled:
-            return visit
+            return self._mint_at_once(request, visit, now)
         wall = self._clock.wall()
         left = cached.left(now, wall)
         if left > cached.mark:  # most requests end here; a mark never lies below the floor
@@ -113,6 +114,20 @@ class TokenService:
             case Life.DEAD:
                 return await self._mint(request, key, None, visit.verdict, timeout)
 
+    def _mint_at_once(
+        self, request: TokenRequest, visit: Visit, now: int
+    ) -> IssuedToken | Rejection | Visit:
+        """Mint where nothing of it waits; the visit itself where something does."""
+        if request.key in self.flights:
+            return visit
+        cached = visit.token if self._policy.enabled else None
+        made = self._minter.mint_at_once(_mint_of(request, cached), now)
+        if made is None:
+            return visit
+        if isinstance(made, Rejection):
+            return made
+        return self._handed_out(made, _MINTED, cached, visit.verdict)
+
     async def _mint(
         self,
         request: TokenRequest,
@@ -122,16 +137,24 @@ class TokenService:
         timeout: float,
     ) -> IssuedToken:
         """Start or join the mint of this key; with `cached` it is a renewal."""
-        priority = Priority.FIRST if cached is None else Priority.MANDATORY
-        mint = Mint(request, key, cached, priority)
+        mint = _mint_of(request, cached)
         try:
             token, leader = await self.flights.join(key, self._leading(mint), timeout)
         except TimeoutError as error:
             raise errors.UpstreamTimeout("no token was minted before the deadline") from error
+        return self._handed_out(token, _MINTED if leader else Outcome.COALESCED, cached, verdict)
+
+    def _handed_out(
+        self,
+        token: EmbedToken,
+        outcome: Outcome,
+        cached: EmbedToken | None,
+        verdict: Verdict | None,
+    ) -> IssuedToken:
+        """Answer with what was minted; raises UpstreamUnavailable if it is too late for that."""
         wall = self._clock.wall()
         left = token.left(self._clock.mono(), wall)
         self._require_life(token, left, cached)
-        outcome = Outcome.MINTED if leader else Outcome.COALESCED
         return IssuedToken(token, outcome, left, wall, verdict)
 
     async def _renew_now(
@@ -180,3 +203,8 @@ class TokenService:
         wall = self._clock.wall()
         left = token.left(self._clock.mono(), wall)
         return IssuedToken(token, _REUSED, left, wall, verdict)
+
+
+def _mint_of(request: TokenRequest, cached: EmbedToken | None) -> Mint:
+    priority = Priority.FIRST if cached is None else Priority.MANDATORY
+    return Mint(request, request.key, cached, priority)

@@ -82,10 +82,12 @@ class Minter:
         self.renewal_log = RefusalLog()
         self.backoff = KeyBackoff(clock, draw)
 
-    @property
-    def waits(self) -> bool:
-        """Whether a mint may wait before it is made: for a budget, a vendor, a store elsewhere."""
-        return self._issuer.waits or self._pacer.waits or self._store.waits
+    def mint_at_once(self, _mint: Mint, _now: int) -> EmbedToken | Rejection | None:
+        """Do what `mint` does, if nothing of it waits; None where it does.
+
+        `_now` is the monotonic clock (us), at which the store had nothing better than `_mint` says.
+        """
+        return None
 
     def may_renew_ahead(self, key: str) -> bool:
         """Whether a renewal ahead of time is cheap at this moment: no back-off, and headroom."""
@@ -94,7 +96,8 @@ class Minter:
     async def mint(self, flight: Flight[EmbedToken], mint: Mint) -> EmbedToken:
         """Return the token of this flight; raises errors.BrokerError."""
         try:
-            token = await self._lead_in_time(flight, mint)
+            async with asyncio.timeout(self._timeout):
+                token = await self._lead(flight, mint)
         except (TimeoutError, errors.BrokerError) as error:
             self._count_refresh(mint, "failed")
             if flight.background or _says_wait(error):
@@ -112,15 +115,6 @@ class Minter:
         same = mint.cached is not None and token.body == mint.cached.body
         self._count_refresh(mint, "same" if same else "renewed")
         return token
-
-    async def _lead_in_time(self, flight: Flight[EmbedToken], mint: Mint) -> EmbedToken:
-        flight.end_within(self._timeout)
-        try:
-            return await self._lead(flight, mint)
-        except asyncio.CancelledError:
-            if not flight.has_expired():
-                raise
-        raise TimeoutError
 
     async def _lead(self, flight: Flight[EmbedToken], mint: Mint) -> EmbedToken:
         """Become the one who mints this key, or return what another process has minted."""
@@ -180,7 +174,19 @@ class Minter:
         """
         if not self._issuer.proves and await self._sessions.ended(minted.session_id):
             raise errors.SessionEnded  # the vendor gave one again; what is signed here is new
-        session = Session(
+        session = self._session_of(request, minted, token, began)
+        try:
+            await self._sessions.record(session)
+        except errors.SessionTaken:
+            if self.renewal_log.first("session taken", self._clock.mono()):
+                log.warning("broker.session_repeated", client=request.client)
+            return None
+        return session
+
+    def _session_of(
+        self, request: TokenRequest, minted: Minted, token: EmbedToken, began: int
+    ) -> Session:
+        return Session(
             session_id=minted.session_id,
             client=request.client,
             agent=request.agent,
@@ -190,13 +196,6 @@ class Minter:
             expires=token.dies_wall // SECOND,
             digest=b"" if self._issuer.proves else digest_of(minted.token),
         )
-        try:
-            await self._sessions.record(session)
-        except errors.SessionTaken:
-            if self.renewal_log.first("session taken", self._clock.mono()):
-                log.warning("broker.session_repeated", client=request.client)
-            return None
-        return session
 
     def _same_again(self, key: str, cached: EmbedToken, lease: Lease) -> EmbedToken:
         """The vendor has nothing newer: renew ahead after half of the life above the floor.

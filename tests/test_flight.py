@@ -4,7 +4,6 @@ import asyncio
 import gc
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from functools import partial
 from typing import Any
 
 import pytest
@@ -21,9 +20,6 @@ from hypothesis.stateful import (
 
 from broker.errors import ServiceUnavailable, UpstreamUnavailable
 from broker.flight import Flight, SingleFlight
-
-pytestmark = pytest.mark.parametrize("at_once", [False, True], ids=["in a task", "at once"])
-"""Every row holds however a mint's first step is taken."""
 
 TRACE: ContextVar[str] = ContextVar("trace", default="nobody's")
 
@@ -63,9 +59,9 @@ def join_all(
     return [loop.create_task(flights.join("key", mint, 5.0)) for _ in range(count)]
 
 
-async def test_F1_a_thousand_askers_share_one_mint_and_one_of_them_leads(*, at_once: bool) -> None:
+async def test_F1_a_thousand_askers_share_one_mint_and_one_of_them_leads() -> None:
     """However many ask for a key at once, its mint is started once and all get its outcome."""
-    flights: SingleFlight[str] = SingleFlight(at_once=at_once)
+    flights: SingleFlight[str] = SingleFlight()
     mint = Mint()
     askers = join_all(flights, 1000, mint)
     await ticks()
@@ -74,9 +70,9 @@ async def test_F1_a_thousand_askers_share_one_mint_and_one_of_them_leads(*, at_o
     assert (mint.runs, len(flights), flights._by_key) == (1, 0, {})
 
 
-async def test_F2_the_first_asker_leaves_and_the_others_land(*, at_once: bool) -> None:
+async def test_F2_the_first_asker_leaves_and_the_others_land() -> None:
     """The mint belongs to the flight: whoever started it may go."""
-    flights: SingleFlight[str] = SingleFlight(at_once=at_once)
+    flights: SingleFlight[str] = SingleFlight()
     mint = Mint()
     first, *others = join_all(flights, 3, mint)
     await ticks()
@@ -88,11 +84,9 @@ async def test_F2_the_first_asker_leaves_and_the_others_land(*, at_once: bool) -
     assert (mint.runs, mint.cancelled) == (1, 0)
 
 
-async def test_F3_a_deserted_flight_that_only_queues_is_cancelled_and_nothing_stays(
-    *, at_once: bool
-) -> None:
+async def test_F3_a_deserted_flight_that_only_queues_is_cancelled_and_nothing_stays() -> None:
     """Once all have left, a mint that costs nothing yet ends at once."""
-    flights: SingleFlight[str] = SingleFlight(at_once=at_once)
+    flights: SingleFlight[str] = SingleFlight()
     mint = Mint()
     askers = join_all(flights, 3, mint)
     await ticks()
@@ -102,24 +96,23 @@ async def test_F3_a_deserted_flight_that_only_queues_is_cancelled_and_nothing_st
     assert (mint.runs, mint.cancelled, len(flights), flights._by_key) == (1, 1, 0, {})
 
 
-async def test_F3_a_flight_that_is_deserted_as_it_begins_is_cancelled(*, at_once: bool) -> None:
+async def test_F3_a_flight_that_is_deserted_as_it_begins_is_cancelled() -> None:
     """In the very turn: a mint that was begun is told by a CancelledError, so it can clean up.
 
     One that waits for a turn of its own has not begun, and never does.
     """
-    flights: SingleFlight[str] = SingleFlight(at_once=at_once)
+    flights: SingleFlight[str] = SingleFlight()
     mint = Mint()
     asking = flights.join("key", mint)
     asking.send(None)
     asking.close()
     await ticks()
-    begun = int(at_once)
-    assert (mint.runs, mint.cancelled, len(flights), flights._by_key) == (begun, begun, 0, {})
+    assert (mint.runs, mint.cancelled, len(flights), flights._by_key) == (0, 0, 0, {})
 
 
-async def test_F3_a_deserted_flight_whose_request_is_out_finishes(*, at_once: bool) -> None:
+async def test_F3_a_deserted_flight_whose_request_is_out_finishes() -> None:
     """What is paid for is brought home, though nobody waits for it any more."""
-    flights: SingleFlight[str] = SingleFlight(at_once=at_once)
+    flights: SingleFlight[str] = SingleFlight()
     mint = Mint(sent=True)
     (asker,) = join_all(flights, 1, mint)
     await ticks()
@@ -133,9 +126,9 @@ async def test_F3_a_deserted_flight_whose_request_is_out_finishes(*, at_once: bo
     assert (mint.runs, len(flights), flights._by_key) == (1, 0, {})
 
 
-async def test_F3_whoever_comes_in_the_moment_of_desertion_starts_afresh(*, at_once: bool) -> None:
+async def test_F3_whoever_comes_in_the_moment_of_desertion_starts_afresh() -> None:
     """A new asker never inherits the cancellation of those who went."""
-    flights: SingleFlight[str] = SingleFlight(at_once=at_once)
+    flights: SingleFlight[str] = SingleFlight()
     old, new = Mint(), Mint()
     (leaver,) = join_all(flights, 1, old)
     await ticks()
@@ -147,9 +140,9 @@ async def test_F3_whoever_comes_in_the_moment_of_desertion_starts_afresh(*, at_o
     assert (old.cancelled, new.runs) == (1, 1)
 
 
-async def test_F4_a_failed_mint_fails_everybody_once(*, at_once: bool) -> None:
+async def test_F4_a_failed_mint_fails_everybody_once() -> None:
     """All waiters get that one error: no retry for each, and nobody gets None."""
-    flights: SingleFlight[str] = SingleFlight(at_once=at_once)
+    flights: SingleFlight[str] = SingleFlight()
     mint = Mint()
     askers = join_all(flights, 100, mint)
     await ticks()
@@ -160,9 +153,9 @@ async def test_F4_a_failed_mint_fails_everybody_once(*, at_once: bool) -> None:
     assert (mint.runs, len(flights)) == (1, 0)
 
 
-async def test_F5_the_end_of_an_old_flight_does_not_remove_a_newer_one(*, at_once: bool) -> None:
+async def test_F5_the_end_of_an_old_flight_does_not_remove_a_newer_one() -> None:
     """An old mint that takes its time to be cancelled ends after its successor has started."""
-    flights: SingleFlight[str] = SingleFlight(at_once=at_once)
+    flights: SingleFlight[str] = SingleFlight()
     may_end = asyncio.get_running_loop().create_future()
 
     async def slow_to_stop(_flight: Flight[str]) -> str:
@@ -187,11 +180,11 @@ async def test_F5_the_end_of_an_old_flight_does_not_remove_a_newer_one(*, at_onc
     assert (mint.runs, len(flights), flights._by_key) == (1, 0, {})
 
 
-async def test_F6_a_failure_that_nobody_awaits_is_silent(*, at_once: bool) -> None:
+async def test_F6_a_failure_that_nobody_awaits_is_silent() -> None:
     """Neither a background failure nor one after the last waiter reaches the loop's handler."""
     complaints: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, about: complaints.append(about))
-    flights: SingleFlight[str] = SingleFlight(at_once=at_once)
+    flights: SingleFlight[str] = SingleFlight()
     background, sent = Mint(), Mint(sent=True)
     assert flights.start_background("other", background)
     (leaver,) = join_all(flights, 1, sent)
@@ -208,11 +201,9 @@ async def test_F6_a_failure_that_nobody_awaits_is_silent(*, at_once: bool) -> No
     assert (len(flights), flights._by_key) == (0, {})
 
 
-async def test_F6_a_mint_that_is_cancelled_is_told_as_unavailable_and_not_kept(
-    *, at_once: bool
-) -> None:
+async def test_F6_a_mint_that_is_cancelled_is_told_as_unavailable_and_not_kept() -> None:
     """Waiters of a flight that was cancelled under them get an error of ours; the next works."""
-    flights: SingleFlight[str] = SingleFlight(at_once=at_once)
+    flights: SingleFlight[str] = SingleFlight()
     mint = Mint()
     askers = join_all(flights, 2, mint)
     await ticks()
@@ -229,11 +220,9 @@ async def test_F6_a_mint_that_is_cancelled_is_told_as_unavailable_and_not_kept(
 
 
 @pytest.mark.parametrize("leaver_first", [True, False])
-async def test_F9_leaving_in_the_tick_of_the_landing_hurts_nobody(
-    leaver_first: bool, *, at_once: bool
-) -> None:
+async def test_F9_leaving_in_the_tick_of_the_landing_hurts_nobody(leaver_first: bool) -> None:
     """Half leave in the very turn in which the token arrives; the other half have it."""
-    flights: SingleFlight[str] = SingleFlight(at_once=at_once)
+    flights: SingleFlight[str] = SingleFlight()
     mint = Mint()
     askers = join_all(flights, 100, mint)
     await ticks()
@@ -253,9 +242,9 @@ async def test_F9_leaving_in_the_tick_of_the_landing_hurts_nobody(
     assert (mint.runs, len(flights), flights._by_key) == (1, 0, {})
 
 
-async def test_a_background_mint_is_joined_and_survives_its_joiner(*, at_once: bool) -> None:
+async def test_a_background_mint_is_joined_and_survives_its_joiner() -> None:
     """A visitor who joins a renewal and leaves again does not take the renewal with them."""
-    flights: SingleFlight[str] = SingleFlight(at_once=at_once)
+    flights: SingleFlight[str] = SingleFlight()
     mint = Mint()
     assert flights.start_background("key", mint)
     assert not flights.start_background("key", mint)
@@ -273,9 +262,9 @@ async def test_a_background_mint_is_joined_and_survives_its_joiner(*, at_once: b
     assert mint.runs == 1
 
 
-async def test_the_first_asker_s_context_does_not_leak_into_the_mint(*, at_once: bool) -> None:
+async def test_the_first_asker_s_context_does_not_leak_into_the_mint() -> None:
     """Log fields and traces of whoever happened to be first stay with them."""
-    flights: SingleFlight[str] = SingleFlight(at_once=at_once)
+    flights: SingleFlight[str] = SingleFlight()
     mint = Mint()
     TRACE.set("the first asker's")
     (asker,) = join_all(flights, 1, mint)
@@ -283,61 +272,6 @@ async def test_the_first_asker_s_context_does_not_leak_into_the_mint(*, at_once:
     mint.end.set_result("token")
     await asker
     assert mint.trace == "nobody's"
-
-
-async def test_what_waits_for_nothing_lands_within_its_asker_s_step(*, at_once: bool) -> None:
-    """Where mints are made at once there is no task, and what fails fails like any other."""
-    flights: SingleFlight[str] = SingleFlight(at_once=at_once)
-
-    async def mint(flight: Flight[str]) -> str:
-        flight.end_within(60.0)
-        assert not flight.deserted
-        assert (asyncio.current_task() is asker) == at_once
-        if failing:
-            raise UpstreamUnavailable("no token")
-        return TRACE.get()
-
-    TRACE.set("the first asker's")
-    asker, failing = asyncio.current_task(), False
-    assert await flights.join("key", mint) == ("nobody's", True)
-    step = flights.join("key", mint)
-    if at_once:
-        with pytest.raises(StopIteration) as over:
-            step.send(None)
-        assert over.value.value == ("nobody's", True)
-    else:
-        await step
-    failing = True
-    with pytest.raises(UpstreamUnavailable):
-        await flights.join("key", mint)
-    assert (len(flights), flights._by_key) == (0, {})
-
-
-async def test_a_mint_s_own_time_ends_it_and_only_it(*, at_once: bool) -> None:
-    """It is told apart from being cancelled; a timer is there only while it waits."""
-    flights: SingleFlight[str] = SingleFlight(at_once=at_once)
-    told: list[object] = []
-
-    async def mint(flight: Flight[str]) -> str:
-        flight.end_within(0.01 if not told else 60.0)
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            told.append(flight.has_expired())
-            if not told[-1]:
-                raise
-        task = asyncio.current_task()
-        assert task is not None
-        assert not task.cancelling()
-        return "late"
-
-    assert await flights.join("key", mint) == ("late", True)
-    asker = asyncio.create_task(flights.join("key", mint))
-    await ticks()
-    asker.cancel()
-    await ticks()
-    assert told == [True, False]
-    assert (len(flights), flights._by_key) == (0, {})
 
 
 class Boom(Exception):
@@ -373,13 +307,12 @@ class Askers(RuleBasedStateMachine):
     landings, cancellations and newcomers meet in every order.
     """
 
-    def __init__(self, *, at_once: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.at_once = at_once
         self.loop = asyncio.SelectorEventLoop()
         self.complaints: list[dict[str, Any]] = []
         self.loop.set_exception_handler(lambda _loop, about: self.complaints.append(about))
-        self.flights: SingleFlight[str] = SingleFlight(at_once=at_once)
+        self.flights: SingleFlight[str] = SingleFlight()
         self.mints: list[Started] = []
         self.askers: list[tuple[str, asyncio.Task[tuple[str, bool]]]] = []
         self.left: set[asyncio.Task[tuple[str, bool]]] = set()
@@ -517,12 +450,10 @@ class Askers(RuleBasedStateMachine):
         assert self.complaints == []
 
 
-def test_F2_F3_F5_F6_F9_every_interleaving_of_asking_leaving_landing_and_failing(
-    *, at_once: bool
-) -> None:
+def test_F2_F3_F5_F6_F9_every_interleaving_of_asking_leaving_landing_and_failing() -> None:
     """At most one living mint a key, everybody gets their own key's outcome, nothing is left."""
     run_state_machine_as_test(
-        partial(Askers, at_once=at_once),
+        Askers,
         settings=settings(
             max_examples=150,
             stateful_step_count=30,
@@ -538,12 +469,10 @@ def _flights() -> list[Flight[str]]:
 
 
 @pytest.mark.parametrize("ending", ["fails", "outlasts its waiters"])
-async def test_G6_nothing_of_an_ended_flight_is_left_to_the_collector(
-    ending: str, *, at_once: bool
-) -> None:
+async def test_G6_nothing_of_an_ended_flight_is_left_to_the_collector(ending: str) -> None:
     """The collector is told to overlook what lives long, so a ring of references would stay."""
     of_others = _flights()  # of tests that failed, whose tracebacks are kept
-    flights: SingleFlight[str] = SingleFlight(at_once=at_once)
+    flights: SingleFlight[str] = SingleFlight()
     gate = asyncio.Event()
 
     async def mint(_flight: Flight[str]) -> str:

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import pytest
-from desk import AGENT, PATIENCE, POLICY, Desk, belongs_to, limits, session_of, visitor
+from desk import AGENT, Desk, belongs_to, limits, session_of, visitor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker import errors
-from broker.issue import IssuedToken, TokenService
+from broker.issue import IssuedToken
 from broker.key_backoff import CAP as BACKOFF_CAP
 from broker.model import LimitName, Outcome, TokenRequest
 from broker.pacing.pacer import BudgetPacer
@@ -1128,22 +1128,3 @@ def test_closing_while_callers_wait_tells_them_and_leaves_nothing() -> None:
         await desk.settled()
 
     run_virtual(main)
-
-
-def test_a_mint_that_waits_for_nothing_is_made_within_the_request() -> None:
-    """A local issuer without a budget, a store in memory: no task, no timer, not even a loop."""
-    clock = FakeClock()
-    desk = Desk(clock)
-    desk.issuer.waits = False
-    service = TokenService(desk.store, desk.minter, POLICY, clock)
-    for outcome in (Outcome.MINTED, Outcome.REUSED):
-        with pytest.raises(StopIteration) as over:
-            service.issue(visitor(), PATIENCE).send(None)
-        answer = over.value.value
-        assert (answer.outcome, desk.mints) == (outcome, 1)
-    clock.advance((answer.left - 240 * SECOND) / SECOND)
-    desk.issuer.fail = failing(errors.UpstreamUnavailable("down"))
-    with pytest.raises(StopIteration) as over:
-        service.issue(visitor(), PATIENCE).send(None)
-    assert over.value.value.token is answer.token, "it helps out while the mint fails"
-    assert len(service.flights) == 0

@@ -21,6 +21,7 @@ from broker.issuers.local import LocalIssuer
 from broker.issuers.upstream import UpstreamIssuer
 from broker.issuers.vendor.client import VendorClient
 from broker.issuers.vendor.passing import PassThroughClient
+from broker.local_minting import LocalMinter
 from broker.minting import Minter, MintRules
 from broker.model import Clock, LimitName, Secret
 from broker.pacing.pacer import BudgetPacer, NoPacing
@@ -341,18 +342,19 @@ def _minter(
     issuer: LocalIssuer | UpstreamIssuer,
     pacer: BudgetPacer | None,
 ) -> Minter:
+    store, sessions = stores.store, stores.sessions
     budget = given.settings.issuer.budget
     longest = MINT_GRACE + given.settings.issuer.upstream.timeout.seconds
     longest += budget.max_wait.seconds if budget else 0.0
-    return Minter(
-        stores.store,
-        stores.sessions,
-        issuer,
-        pacer or NoPacing(),
-        MintRules(given.policy, longest),
-        given.clock,
-        given.metrics.mints,
-    )
+    rules, metrics = MintRules(given.policy, longest), given.metrics.mints
+    if (
+        isinstance(store, MemoryStore)
+        and isinstance(sessions, MemorySessions)
+        and isinstance(issuer, LocalIssuer)
+        and pacer is None
+    ):
+        return LocalMinter(store, sessions, issuer, rules, given.clock, metrics)
+    return Minter(store, sessions, issuer, pacer or NoPacing(), rules, given.clock, metrics)
 
 
 def _routes(

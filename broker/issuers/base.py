@@ -25,10 +25,6 @@ class Issuer(Protocol):
     proves: bool = False
     """Whether its tokens prove themselves, so that `prove` can tell a good one from any other."""
 
-    waits: bool = True
-    """Whether a mint waits for more than its turn.  Where it does not, it may be made without a
-    task, so it must not ask for one."""
-
     @property
     def signer_id(self) -> str:
         """Name what signs new tokens, for what outlives a process; tells nothing of a key."""

@@ -65,9 +65,6 @@ _RANKS = {Priority.FIRST: 0, Priority.MANDATORY: 1}
 class Pacer(Protocol):
     """Hands out slots."""
 
-    waits: bool = True
-    """Whether `acquire` may wait."""
-
     @property
     def has_headroom(self) -> bool:
         """Whether a renewal ahead of time may take a slot now."""
@@ -83,8 +80,6 @@ class Pacer(Protocol):
 
 class NoPacing(Pacer):
     """No budget: for an issuer that costs nothing."""
-
-    waits = False
 
     @property
     @override

@@ -55,6 +55,10 @@ class MemorySessions(SessionStore):
 
     @override
     async def record(self, session: Session) -> None:
+        self.record_at_once(session)
+
+    def record_at_once(self, session: Session) -> None:
+        """Do what `record` does, where nothing of it waits."""
         if self._is_anothers(session.session_id, session) or (
             session.digest and self._is_anothers(self._by_digest.get(session.digest) or "", session)
         ):

@@ -87,16 +87,24 @@ class DurableStore(MemoryStore):
 
     @override
     async def keep(self, ask: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
+        if not self.waits:
+            return self.keep_at_once(ask, key, token, lease)
         if not self._epochs.holds(ask.visitor, lease.epoch):
             return Kept.ENDED
-        self._ends_told.discard(ask.visitor)
+        self._tell_kept(ask.visitor, key, token)
+        await self._settle()
+        return super().keep_at_once(ask, key, token, lease)  # it may be over by now
+
+    @override
+    def keep_at_once(self, ask: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
+        kept = super().keep_at_once(ask, key, token, lease)
+        if kept is Kept.KEPT:
+            self._tell_kept(ask.visitor, key, token)
+        return kept
+
+    def _tell_kept(self, visitor: str, key: str, token: EmbedToken) -> None:
+        self._ends_told.discard(visitor)
         self._slot.writer.add(TokenKept(key, token))
-        if self.waits:
-            await self._settle()
-            if not self._epochs.holds(ask.visitor, lease.epoch):  # it may be over by now
-                return Kept.ENDED
-        self.tokens[key] = token
-        return Kept.KEPT
 
     @override
     async def release(self, ask: TokenRequest, key: str, lease: Lease) -> bool:
@@ -131,8 +139,8 @@ class DurableSessions(MemorySessions):
         self._slot = slot
 
     @override
-    async def record(self, session: Session) -> None:
-        await super().record(session)
+    def record_at_once(self, session: Session) -> None:
+        super().record_at_once(session)
         self._slot.writer.add(SessionMade(session))
 
     @override

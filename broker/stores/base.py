@@ -69,10 +69,6 @@ class Kept(Enum):
 class Store(Protocol):
     """What requests share."""
 
-    waits: bool = True
-    """Whether methods wait for what is elsewhere.  Where they do not, they may be called without a
-    task, so they must not ask for one."""
-
     def visit(self, _ask: TokenRequest, _now: int) -> Visit | None:
         """Do what `admit` does, if nothing of it waits; None where it does.
 

@@ -28,8 +28,6 @@ class MemoryStore(Store):
     Fences are larger than those of before, and no less than `fence_floor` says at that moment.
     """
 
-    waits = False
-
     def __init__(
         self,
         limits: Limits,
@@ -119,15 +117,18 @@ class MemoryStore(Store):
         token = self.find(ask.visitor, key)
         if token is not None and good(token):
             return token
-        return self.charge_mint(ask) or Lease(self._next_fence(), self._epochs.of(ask.visitor))
+        return self.lead_at_once(ask, self._clock.mono())
+
+    def lead_at_once(self, ask: TokenRequest, now: int) -> Lease | Rejection:
+        """Lead without a look for a token, for who has just looked (`now`, monotonic us)."""
+        return self.charge_mint(ask, now) or Lease(self._next_fence(), self._epochs.of(ask.visitor))
 
     def _next_fence(self) -> int:
         self._fence = max(self._fence + 1, self._fence_floor())
         return self._fence
 
-    def charge_mint(self, ask: TokenRequest) -> Rejection | None:
+    def charge_mint(self, ask: TokenRequest, now: int) -> Rejection | None:
         """Charge the limits that only a started mint meets; None means go ahead."""
-        now = self._clock.mono()
         mints, agent = self._limits.fingerprint_mints, self._limits.agent
         return self._charge(mints, mints.visitor_key(ask), ask.agent, now) or self._charge(
             agent, ask.agent, ask.agent, now
@@ -135,6 +136,10 @@ class MemoryStore(Store):
 
     @override
     async def keep(self, ask: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
+        return self.keep_at_once(ask, key, token, lease)
+
+    def keep_at_once(self, ask: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
+        """Do what `keep` does, where nothing of it waits."""
         if not self._epochs.holds(ask.visitor, lease.epoch):
             return Kept.ENDED
         self.tokens[key] = token

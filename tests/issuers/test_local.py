@@ -7,24 +7,14 @@ import time
 
 import jwt
 import pytest
-from desk import POLICY, limits
 
-from broker.issuers.base import Issuer
 from broker.issuers.keyring import LEEWAY, MAX_LIFE, BadToken, Key, Keyring
 from broker.issuers.local import MOST_PROVEN, LocalIssuer
-from broker.minting import Minter, MintRules
 from broker.model import TokenRequest
-from broker.pacing.pacer import BudgetPacer, NoPacing, Pacer
-from broker.pacing.slots import UNCOUNTED, Budget, Slot
+from broker.pacing.slots import UNCOUNTED, Slot
 from broker.sessions.base import MARK_LIFE
-from broker.sessions.memory import MemorySessions
-from broker.stores.memory import MemoryStore
-from broker.stores.token_cache import TokenCache
-from broker.telemetry.cells import MetricLayout
-from broker.telemetry.metrics import MintMetrics
-from broker.testing import FakeClock, FakeIssuer
+from broker.testing import FakeClock
 from broker.units import SECOND
-from broker.valkey.fallback import SharedStore
 
 ISSUER, AUDIENCE = "embed-token-broker", "embed"
 AGENT, VISITOR = "A78WKV4515", "D3adBeef-0001"
@@ -143,24 +133,6 @@ async def test_T6_our_own_verifier_takes_a_minute_of_difference_either_way() -> 
         else:
             with pytest.raises(BadToken, match=r"^(not valid yet|expired)$"):
                 issuer.prove(minted.token)
-
-
-def test_a_signature_waits_for_nothing_but_its_turn() -> None:
-    """Where neither budget nor store makes it wait, a mint needs no task: that is said by each."""
-    mint_metrics = MintMetrics(MetricLayout(), "local")
-    clock = FakeClock()
-    cache = TokenCache(10, keep_until=lambda token: token.dies_mono, mono=clock.mono)
-    store, rules = MemoryStore(limits(), cache, clock), MintRules(POLICY, 20.0)
-    budget = BudgetPacer(Budget(106, 60.0, 8, 8.0), lambda _seconds: None)
-
-    def waits(issuer: Issuer, pacer: Pacer) -> bool:
-        book = MemorySessions(10, clock)
-        return Minter(store, book, issuer, pacer, rules, clock, mint_metrics).waits
-
-    assert not waits(local(clock), NoPacing())
-    assert waits(local(clock), budget)
-    assert waits(FakeIssuer(), NoPacing())
-    assert SharedStore.waits
 
 
 async def test_nothing_stops_a_signature() -> None:

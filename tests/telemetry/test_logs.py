@@ -140,7 +140,7 @@ class TestCanonicalEvents:
             async def fail(*_args: object) -> Any:
                 raise errors.UpstreamRefused(402, "NO_CREDIT", "the vendor says: pay")
 
-            edge.app.parts.issuer.mint = fail  # type: ignore[method-assign]
+            edge.mint_by(fail)
             for _ in range(5):
                 await edge.ask()
             events = edge.events("broker.embed_token")
@@ -252,7 +252,7 @@ class TestRefusals:
             async def fail(*_args: object) -> Any:
                 raise RuntimeError("out of ideas")
 
-            edge.app.parts.issuer.mint = fail  # type: ignore[method-assign]
+            edge.mint_by(fail)
             edge.defects_expected = True
             assert (await edge.ask(fingerprint)).token == held.token
             await edge.app.parts.token_service.flights.drained()
@@ -619,9 +619,10 @@ async def _cause_a_defect(edge: Edge, own: dict[str, Any]) -> None:
         raise RuntimeError(f"out of {len(local)} ideas")
 
     edge.defects_expected = True
-    kept, edge.app.parts.issuer.mint = edge.app.parts.issuer.mint, fail  # type: ignore[method-assign]
+    kept = edge.app.parts.issuer.mint
+    edge.mint_by(fail)
     assert (await edge.ask(**own)).status == 500
-    edge.app.parts.issuer.mint = kept  # type: ignore[method-assign]
+    edge.mint_by(kept)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -311,7 +311,7 @@ class TestSeries:
                 ask = TokenRequest("web", f"agent{n}", f"{n:032x}")
                 visit = await edge.app.parts.store.admit(ask, ask.key)
                 assert visit.denial is None
-                assert edge.app.parts.store.charge_mint(ask) is None
+                assert edge.app.parts.store.charge_mint(ask, edge.app.parts.clock.mono()) is None
             for n in range(2_000):
                 await edge.app.parts.token_service.issue(
                     TokenRequest("web", f"agent{n}", f"{n:016x}", f"m{n}"), 10

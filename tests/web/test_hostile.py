@@ -319,7 +319,7 @@ class TestSlowSockets:
             finally:
                 ended.set()
 
-        edge.app.parts.issuer.mint = wait_for_a_turn  # type: ignore[assignment,method-assign]
+        edge.mint_by(wait_for_a_turn)
         line = await edge.connect()
         line.send(edge.asking())
         async with asyncio.timeout(30):

@@ -165,7 +165,7 @@ class TestTaken:
             asked.append(ask.traceparent)
             return await mint(ask, turn)
 
-        edge.app.parts.issuer.mint = noted  # type: ignore[method-assign]
+        edge.mint_by(noted)
         line = await idle(edge)
         parsed.clear()
         traces = [f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01" for _ in range(6)]
@@ -265,7 +265,7 @@ class TestGivenUp:
             finally:
                 ended.set()
 
-        edge.app.parts.issuer.mint = wait_for_a_turn  # type: ignore[assignment,method-assign]
+        edge.mint_by(wait_for_a_turn)
         lines = [await idle(edge) for _ in range(3)]
         steps.clear()
         for line in lines:
@@ -290,7 +290,7 @@ class TestGivenUp:
                 ended.append(type(error))
                 raise
 
-        edge.app.parts.issuer.mint = wait_for_a_turn  # type: ignore[assignment,method-assign]
+        edge.mint_by(wait_for_a_turn)
         line = await idle(edge)
         ours = next(iter(edge.app.parts.server.connections))
         assert isinstance(ours, LaneConnection)

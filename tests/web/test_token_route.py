@@ -546,6 +546,7 @@ class TestWhatIsBehindFails:
         """
         given: list[float] = []
         async with serving({"server": {"deadline": "12s"}}) as edge:
+            edge.mint_by(edge.app.parts.issuer.mint)
             finish = edge.app.parts.token_service.finish
 
             async def recorded(
@@ -836,7 +837,7 @@ def _slow(edge: Edge) -> tuple[_Hold, asyncio.Event]:
     """Make the issuer wait for an event."""
     go = asyncio.Event()
     hold = _Hold(edge, go)
-    edge.app.parts.issuer.mint = hold  # type: ignore[method-assign]
+    edge.mint_by(hold)
     return hold, go
 
 
@@ -846,7 +847,7 @@ def _failing(edge: Edge, error: Exception) -> None:
     async def fail(*args: object) -> Any:
         raise error
 
-    edge.app.parts.issuer.mint = fail  # type: ignore[method-assign]
+    edge.mint_by(fail)
 
 
 def _flights(edge: Edge) -> list[Any]:

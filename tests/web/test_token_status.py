@@ -211,7 +211,7 @@ class TestRevocation:
             await go.wait()
             return await mint(ask, turn)  # type: ignore[arg-type]
 
-        edge.app.parts.issuer.mint = slow  # type: ignore[assignment,method-assign]
+        edge.mint_by(slow)
         asking = [asyncio.ensure_future(edge.ask(fingerprint, fresh=True)) for _ in range(5)]
         await begun.wait()
         await revoke(edge, held.token)
