@@ -683,6 +683,23 @@ class TestLimits:
             await until(lambda: wire.lost == 1, "the vendor to lose its caller")
             assert await house.counted("left") == 1
 
+    async def test_an_upload_whose_framing_breaks_is_told_at_once(self, house: Passing) -> None:
+        """And ends the vendor's connection, which has not got a whole body."""
+        house.vendor.fail(faults.hang(), path="/v1/x")
+        credentials = "".join(f"{n}: {v}\r\n" for n, v in house.credentials.items())
+        where = urlsplit(house.app.url)
+        reader, writer = await asyncio.open_connection(where.hostname, where.port)
+        with closing(writer):
+            head = f"POST /v1/x HTTP/1.1\r\nHost: a\r\n{credentials}"
+            writer.write(f"{head}Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n".encode())
+            await until(lambda: house.passed, "it to arrive")
+            writer.write(b"zz\r\n")
+            async with asyncio.timeout(30):
+                answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert b"broken transfer" in answer
+        assert b"Connection: close" in answer
+
     @pytest.mark.parametrize("framed", [True, False])
     async def test_a_vendor_that_breaks_off_leaves_a_broken_transfer(
         self, wire: Wire, vendor: FakeVendor, framed: bool
