@@ -78,6 +78,9 @@ class App:
         """Open everything; raises CannotListen, ConfigError, StateFileInUse, nothing left open."""
         parts = self.parts
         self._tuner.start()
+        # The file before the addresses: in a deploy whose processes overlap, the old one has both
+        # and gives the addresses up first.  To look at those now would end the new one at once;
+        # where they are somebody else's, the file is free, and the end comes as soon.
         if parts.durable is not None:
             try:
                 await parts.durable.open(self._stopping)
