@@ -115,10 +115,10 @@ class World:
         self.desk.minter.may_renew_ahead = lambda _key: False  # type: ignore[method-assign]
         self.metrics = Metrics("local")
         self.readiness = Readiness()
-        self.door = ClientAuthenticator([], [], self.clock.mono())
+        self.authenticator = ClientAuthenticator([], [], self.clock.mono())
         self.know(second=True)
         self.routes = Routes(
-            self.door,
+            self.authenticator,
             self.desk.desk,
             self.metrics,
             self.clock,
@@ -129,17 +129,19 @@ class World:
         self.routes._id_prefix = "id"
         desk = self.desk
         introspector = TokenIntrospector(desk.issuer, desk.book, desk.store, self.metrics.sessions)
-        token_status.add(self.routes, self.door, introspector, self.clock, desk.store.charge_client)
+        token_status.add(
+            self.routes, self.authenticator, introspector, self.clock, desk.store.charge_client
+        )
         way = Lane(self.routes.lane, self.routes) if lane else None
         if way is not None:
-            self.door.when_changed(way.forget)
+            self.authenticator.when_changed(way.forget)
         gauge = self.metrics.process.connections
         self.server = DataServer(self.routes, self.routes.error_head, gauge, 75.0, way)
 
     def know(self, *, second: bool) -> None:
         """Know the first client, and perhaps the second one."""
         names = ["web", "app"][: 1 + second]
-        self.door.use_clients(
+        self.authenticator.use_clients(
             [
                 Client(name, Secret(secret).digest(), None, allow_origin=False)
                 for name, secret in zip(names, SECRETS, strict=False)

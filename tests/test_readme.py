@@ -404,11 +404,11 @@ def test_exit_codes_are_those_of_the_command_line() -> None:
 
 def all_metrics() -> list[Metric]:
     """Metrics of a relay with all parts that can report: what Prometheus sees."""
-    sheet = Metrics(
+    layout = Metrics(
         "upstream", budget=True, shared_store=True, state_file=True, pass_through=True, workers=2
     ).sheet
     return list(
-        exposition.registry(sheet.families, SharedCells([sheet.cells]), lambda: None).collect()
+        exposition.registry(layout.families, SharedCells([layout.cells]), lambda: None).collect()
     )
 
 

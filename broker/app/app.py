@@ -65,9 +65,11 @@ class App:
         self.metrics = self.parts.metrics
         self.housekeeping = Housekeeping(self.parts, self._tuner)
         self.reloader = Reloader(self.parts, settings, environ, load, self.watch)
-        sheet = self.metrics.sheet
-        board = SharedCells([sheet.cells]) if worker is None else worker.board
-        self._registry = exposition.registry(sheet.families, board, self.housekeeping.publish)
+        layout = self.metrics.sheet
+        shared_cells = SharedCells([layout.cells]) if worker is None else worker.shared_cells
+        self._registry = exposition.registry(
+            layout.families, shared_cells, self.housekeeping.publish
+        )
         self._background = Background(self.metrics.process.background)
         self._admin: admin.AdminListener | None = None
         self._listener: Listener | Acceptor | None = None

@@ -157,7 +157,7 @@ def budget(settings: Settings) -> Budget | None:
 
 
 def metrics(settings: Settings, cells: Row | None = None) -> Metrics:
-    """Return the metrics of a process with these settings, in its row of a shared board."""
+    """Return the metrics of a process with these settings, in its row of shared cells."""
     workers, address = settings.server.workers, parse_store_url(settings.store.url)
     return Metrics(
         settings.issuer.kind,

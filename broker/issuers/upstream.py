@@ -205,7 +205,7 @@ class UpstreamIssuer(Issuer):
         self._check_breakers()
         slot = await turn()
         try:
-            key_ticket, health_ticket = self._enter()
+            key_permit, health_permit = self._enter()
         except errors.BrokerError:
             slot.unused()
             raise
@@ -213,9 +213,9 @@ class UpstreamIssuer(Issuer):
         try:
             reply = await self._call(ask, key, slot)
         except BaseException:
-            self._settle(key_ticket, KeyOutcome.UNKNOWN, health_ticket, Outcome.ABANDONED)
+            self._settle(key_permit, KeyOutcome.UNKNOWN, health_permit, Outcome.ABANDONED)
             raise
-        self._learn(reply, key, key_ticket, health_ticket)
+        self._learn(reply, key, key_permit, health_permit)
         return reply, key
 
     def _check_breakers(self) -> None:
@@ -229,14 +229,14 @@ class UpstreamIssuer(Issuer):
     def _enter(self) -> tuple[Permit, Permit]:
         """Take a ticket of each breaker; raises if one has none to give."""
         now = self._clock.mono()
-        self.credentials, key_ticket = self.credentials.allow(now)
-        if key_ticket is None:
+        self.credentials, key_permit = self.credentials.allow(now)
+        if key_permit is None:
             raise _our_key_is_bad()
-        self.health, health_ticket = self.health.allow(now)
-        if health_ticket is None:
-            self.credentials = self.credentials.settle(key_ticket, KeyOutcome.ABANDONED, now)
+        self.health, health_permit = self.health.allow(now)
+        if health_permit is None:
+            self.credentials = self.credentials.settle(key_permit, KeyOutcome.ABANDONED, now)
             raise _vendor_is_unwell(self.health.wait(now))
-        return key_ticket, health_ticket
+        return key_permit, health_permit
 
     async def _call(self, ask: TokenRequest, key: Secret, slot: Slot) -> Reply:
         headers = {"X-Request-Id": ask.request_id} if ask.request_id else {}
@@ -284,7 +284,7 @@ class UpstreamIssuer(Issuer):
         if not self.credentials.rejected:
             self._pacer.pause((throttled.retry_after or DEFAULT_PAUSE) / SECOND)
 
-    def _learn(self, reply: Reply, key: Secret, key_ticket: Permit, health_ticket: Permit) -> None:
+    def _learn(self, reply: Reply, key: Secret, key_permit: Permit, health_permit: Permit) -> None:
         """Let both breakers, the key list and the budget draw their conclusions."""
         reason = reason_of(reply)
         if reason is not None:
@@ -303,7 +303,7 @@ class UpstreamIssuer(Issuer):
                 outcome = KeyOutcome.UNKNOWN
             case _:
                 assert_never(reply)
-        self._settle(key_ticket, outcome, health_ticket, health)
+        self._settle(key_permit, outcome, health_permit, health)
 
     def _pass_over(self, key: Secret, code: str) -> KeyOutcome:
         """Go on to the next key.  When all were refused, the next probe goes through all again."""
@@ -319,12 +319,12 @@ class UpstreamIssuer(Issuer):
         return KeyOutcome.REJECTED
 
     def _settle(
-        self, key_ticket: Permit, key: KeyOutcome, health_ticket: Permit, health: Outcome
+        self, key_permit: Permit, key: KeyOutcome, health_permit: Permit, health: Outcome
     ) -> None:
         now = self._clock.mono()
-        self.credentials = self.credentials.settle(key_ticket, key, now)
+        self.credentials = self.credentials.settle(key_permit, key, now)
         was_open = self.health.is_open
-        self.health = self.health.settle(health_ticket, health, now, self._draw)
+        self.health = self.health.settle(health_permit, health, now, self._draw)
         if self.health.is_open and not was_open:
             log.error("broker.upstream_unwell", wait_s=self.health.wait(now) / SECOND)
 

@@ -155,7 +155,7 @@ class Site:
         )
         self.desk = TokenService(self.store, minter, POLICY, clock)
 
-    async def keep_house(self) -> None:
+    async def do_rounds(self) -> None:
         """Do twice a second what the application does."""
         while True:
             await asyncio.sleep(0.5)
@@ -199,7 +199,7 @@ class Run:
         await self._site.pacer.start()
         beside = [
             loop.create_task(work)
-            for work in (self._site.keep_house(), self._harm(), self._count_objects())
+            for work in (self._site.do_rounds(), self._harm(), self._count_objects())
         ]
         while loop.time() < ends and not any(task.done() for task in beside):
             newcomer = self._chance.random() < NEWCOMERS

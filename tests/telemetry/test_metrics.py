@@ -344,12 +344,12 @@ class TestSeries:
 @given(st.lists(st.floats(0, 20) | st.sampled_from(REQUEST_BUCKETS)))
 def test_a_histogram_counts_as_prometheus_does(values: list[float]) -> None:
     """A value on a bound belongs to that bucket; buckets are cumulative and end in all."""
-    sheet = MetricLayout()
-    histogram = sheet.histograms("h", "", REQUEST_BUCKETS)[()]
-    sheet.count("c", "", of="h")
+    layout = MetricLayout()
+    histogram = layout.histograms("h", "", REQUEST_BUCKETS)[()]
+    layout.count("c", "", of="h")
     for value in values:
         histogram.observe(value)
-    registry = exposition.registry(sheet.families, SharedCells([sheet.cells]), lambda: None)
+    registry = exposition.registry(layout.families, SharedCells([layout.cells]), lambda: None)
     assert registry.get_sample_value("h_count") == len(values)
     assert registry.get_sample_value("c_total") == len(values)
     assert registry.get_sample_value("h_sum") == pytest.approx(sum(values))

@@ -234,23 +234,23 @@ async def relaying(
         assert len(relay.desk.flights) == 0
 
 
-def session_of(handout: IssuedToken) -> str:
+def session_of(issued: IssuedToken) -> str:
     """Read the session back out of the ready answer."""
-    session: str = msgspec.json.decode(handout.token.body)["data"]["session_id"]
+    session: str = msgspec.json.decode(issued.token.body)["data"]["session_id"]
     return session
 
 
-def token_of(handout: IssuedToken) -> str:
+def token_of(issued: IssuedToken) -> str:
     """Read the token back out of the ready answer."""
-    token: str = msgspec.json.decode(handout.token.body)["data"]["token"]
+    token: str = msgspec.json.decode(issued.token.body)["data"]["token"]
     return token
 
 
 def belongs_to(
-    handout: IssuedToken, fingerprint: str, agent: str = AGENT, model: str | None = None
+    issued: IssuedToken, fingerprint: str, agent: str = AGENT, model: str | None = None
 ) -> bool:
     """Whether the vendor made this token for exactly this agent, visitor and model."""
-    return session_of(handout).startswith(visitor_mark(agent, fingerprint, model) + "-")
+    return session_of(issued).startswith(visitor_mark(agent, fingerprint, model) + "-")
 
 
 class Reply(msgspec.Struct):

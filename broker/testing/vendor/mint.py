@@ -205,7 +205,7 @@ def visitor_mark(agent: str | None, fingerprint: str | None, model: str | None =
     return hashlib.sha256(msgspec.json.encode([agent, fingerprint, model])).hexdigest()[:16]
 
 
-def read_ask(body: bytes, call: Call) -> None:
+def read_token_request(body: bytes, call: Call) -> None:
     """Fill in what a mint's body asks for; what is wrong with it goes into `call.problem`."""
     try:
         ask = msgspec.json.decode(body)
