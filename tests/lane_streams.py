@@ -13,7 +13,7 @@ import string
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from desk import Desk, limits
+from service import Service, limits
 from typing_extensions import override
 
 from broker.model import Outcome, Secret
@@ -110,16 +110,18 @@ class World:
 
     def __init__(self, *, lane: bool) -> None:
         self.clock = FakeClock()
-        self.desk = Desk(self.clock, limits=limits(fingerprint=TIGHT, mints=ROOMY, agent=ROOMY))
+        self.service = Service(
+            self.clock, limits=limits(fingerprint=TIGHT, mints=ROOMY, agent=ROOMY)
+        )
         # when a renewal in the background has ended is nobody's promise
-        self.desk.minter.may_renew_ahead = lambda _key: False  # type: ignore[method-assign]
+        self.service.minter.may_renew_ahead = lambda _key: False  # type: ignore[method-assign]
         self.metrics = Metrics("local")
         self.readiness = Readiness()
         self.authenticator = ClientAuthenticator([], [], self.clock.mono())
         self.know(second=True)
         self.routes = Routes(
             self.authenticator,
-            self.desk.desk,
+            self.service.service,
             self.metrics,
             self.clock,
             self.readiness,
@@ -127,10 +129,12 @@ class World:
             any_fingerprint=False,
         )
         self.routes._id_prefix = "id"
-        desk = self.desk
-        introspector = TokenIntrospector(desk.issuer, desk.book, desk.store, self.metrics.sessions)
+        service = self.service
+        introspector = TokenIntrospector(
+            service.issuer, service.session_store, service.store, self.metrics.sessions
+        )
         token_status.add(
-            self.routes, self.authenticator, introspector, self.clock, desk.store.charge_client
+            self.routes, self.authenticator, introspector, self.clock, service.store.charge_client
         )
         way = Lane(self.routes.lane, self.routes) if lane else None
         if way is not None:
@@ -150,7 +154,7 @@ class World:
 
     async def run(self, stream: Stream) -> Seen:
         """Send a stream on a connection of its own."""
-        wire, before = Wire(stream.pauses), len(self.desk.issuer.asks)
+        wire, before = Wire(stream.pauses), len(self.service.issuer.asks)
         connection = self.server()
         assert isinstance(connection, DataConnection)
         wire.connection = connection
@@ -173,7 +177,7 @@ class World:
             if not connection.eof_received():
                 wire.close()
             await settle()
-        asked = [(ask.request_id, ask.traceparent) for ask in self.desk.issuer.asks[before:]]
+        asked = [(ask.request_id, ask.traceparent) for ask in self.service.issuer.asks[before:]]
         seen = Seen(b"".join(wire.written), asked, wire.closed, self._counted())
         task = connection._task_handler
         connection.connection_lost(None)

@@ -49,8 +49,8 @@ class SessionAdminApi:
             self._server, names, Box(key, "sessions in a shared store"), most, self._clock
         )
         store = _Store(self._server, names)
-        book = SharedSessions(remote, MemorySessions(1, self._clock), store, closed=True)
-        self._session_admin = SessionAdmin(book, store, metrics.sessions)
+        session_store = SharedSessions(remote, MemorySessions(1, self._clock), store, closed=True)
+        self._session_admin = SessionAdmin(session_store, store, metrics.sessions)
         self._authenticator = ClientAuthenticator(
             [],
             factory.trusted_proxies(settings),

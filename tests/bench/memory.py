@@ -249,14 +249,16 @@ def _cpu_of_hits(cache: TokenCache, keys: list[str], count: int = 100_000) -> fl
 async def _on_loop(tokens: int, batch: int) -> dict[str, object]:
     """Measure inside the loop that the broker runs on."""
     clock = SystemClock()
-    book = MemorySessions(SESSIONS, clock)
+    session_store = MemorySessions(SESSIONS, clock)
     now = clock.wall() // SECOND
     for _ in range(SESSIONS):
         ids = secrets.token_hex(16), secrets.token_hex(16)
         digest = secrets.token_bytes(32)
-        await book.record(Session(ids[0], "web", "A1", ids[1], "", now, now + 3600, digest))
+        await session_store.record(
+            Session(ids[0], "web", "A1", ids[1], "", now, now + 3600, digest)
+        )
     told = pauses(tokens, batch)
-    return {**told, "sessions": len(book)}
+    return {**told, "sessions": len(session_store)}
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import time
 
 import jwt
 import pytest
-from desk import POLICY, limits
+from service import POLICY, limits
 
 from broker.issuers.base import Issuer
 from broker.issuers.keyring import LEEWAY, MAX_LIFE, BadToken, Key, Keyring
@@ -154,8 +154,8 @@ def test_a_signature_waits_for_nothing_but_its_turn() -> None:
     budget = BudgetPacer(Budget(106, 60.0, 8, 8.0), lambda _seconds: None)
 
     def waits(issuer: Issuer, pacer: Pacer) -> bool:
-        book = MemorySessions(10, clock)
-        return Minter(store, book, issuer, pacer, rules, clock, mint_metrics).waits
+        session_store = MemorySessions(10, clock)
+        return Minter(store, session_store, issuer, pacer, rules, clock, mint_metrics).waits
 
     assert not waits(local(clock), NoPacing())
     assert waits(local(clock), budget)

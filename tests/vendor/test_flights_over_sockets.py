@@ -438,7 +438,7 @@ class TestLifetimes:
                 assert (await relay.ask(fingerprint)).token is first.token
             await relay.arrived(2)
             assert (await relay.ask(fingerprint)).token is first.token
-            assert len(relay.desk.flights) == 1
+            assert len(relay.service.flights) == 1
             assert relay.calls == 2
             await relay.vendor.refuse_connections()
             await relay.settled()
