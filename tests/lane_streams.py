@@ -177,7 +177,10 @@ class World:
             if not connection.eof_received():
                 wire.close()
             await settle()
-        asked = [(ask.request_id, ask.traceparent) for ask in self.service.issuer.asks[before:]]
+        asked = [
+            (request.request_id, request.traceparent)
+            for request in self.service.issuer.asks[before:]
+        ]
         seen = Seen(b"".join(wire.written), asked, wire.closed, self._counted())
         task = connection._task_handler
         connection.connection_lost(None)

@@ -101,18 +101,22 @@ class Service:
         )
         self.service = TokenService(self.store, self.minter, policy, clock)
 
-    async def issue(self, ask: TokenRequest, patience: float = PATIENCE) -> IssuedToken | Rejection:
-        return await self.service.issue(ask, patience)
+    async def issue(
+        self, request: TokenRequest, patience: float = PATIENCE
+    ) -> IssuedToken | Rejection:
+        return await self.service.issue(request, patience)
 
-    async def hand_out(self, ask: TokenRequest, patience: float = PATIENCE) -> IssuedToken:
+    async def hand_out(self, request: TokenRequest, patience: float = PATIENCE) -> IssuedToken:
         """Issue a token that no limit refuses."""
-        answer = await self.service.issue(ask, patience)
+        answer = await self.service.issue(request, patience)
         assert isinstance(answer, IssuedToken)
         return answer
 
-    def begin(self, ask: TokenRequest, patience: float = PATIENCE) -> "asyncio.Task[IssuedToken]":
+    def begin(
+        self, request: TokenRequest, patience: float = PATIENCE
+    ) -> "asyncio.Task[IssuedToken]":
         """Let somebody ask, and go on."""
-        return asyncio.get_running_loop().create_task(self.hand_out(ask, patience))
+        return asyncio.get_running_loop().create_task(self.hand_out(request, patience))
 
     @property
     def mints(self) -> int:
@@ -152,6 +156,6 @@ def session_of(token: EmbedToken) -> str:
     return msgspec.json.decode(token.body)["data"]["session_id"]
 
 
-def belongs_to(token: EmbedToken, ask: TokenRequest) -> bool:
+def belongs_to(token: EmbedToken, request: TokenRequest) -> bool:
     """Whether this token was minted for exactly this client, agent, fingerprint and model."""
-    return session_of(token).startswith(visitor_mark(ask) + "-")
+    return session_of(token).startswith(visitor_mark(request) + "-")

@@ -121,7 +121,7 @@ def test_F3_all_leave_while_the_mint_queues_and_its_place_goes_on() -> None:
         answer = await stayer
         assert asyncio.get_running_loop().time() - began == pytest.approx(0.5, abs=A_BIT)
         assert answer.outcome is Outcome.MINTED
-        assert [ask.fingerprint for ask in service.issuer.asks] == ["bbbb"]
+        assert [request.fingerprint for request in service.issuer.asks] == ["bbbb"]
         assert (len(service.tokens), len(service.minter.backoff), pacer.depth) == (1, 0, 0)
         await pacer.close()
         await service.settled()
@@ -149,7 +149,7 @@ def test_F3_all_leave_around_the_tick_of_the_slot_and_it_is_not_wasted() -> None
             await asyncio.sleep(0)
         assert loop.time() - due < 100e-6
         await stayer
-        minted = [ask.fingerprint for ask in service.issuer.asks]
+        minted = [request.fingerprint for request in service.issuer.asks]
         assert minted in (["bbbb"], ["aaaa", "bbbb"])
         await pacer.close()
         await service.settled()
@@ -314,10 +314,10 @@ def test_F7_keys_that_nearly_agree_never_share_a_token(
         service.issuer.delay = 1.0
         mine, theirs = await asyncio.gather(service.hand_out(one), service.hand_out(other))
         assert (mine.outcome, theirs.outcome) == (Outcome.MINTED, Outcome.MINTED)
-        for ask in (one, other):
-            again = await service.hand_out(ask)
+        for request in (one, other):
+            again = await service.hand_out(request)
             assert again.outcome is Outcome.REUSED
-            assert belongs_to(again.token, ask)
+            assert belongs_to(again.token, request)
         assert session_of(mine.token) != session_of(theirs.token)
 
     run_virtual(main)
@@ -366,8 +366,8 @@ def test_F8_no_interleaving_hands_a_token_to_somebody_else(
         for what, number, flag in events:
             match what:
                 case "ask":
-                    ask = visitor("abab", model=f"{number}", fresh=flag)
-                    asked.append((ask, service.begin(ask)))
+                    request = visitor("abab", model=f"{number}", fresh=flag)
+                    asked.append((request, service.begin(request)))
                 case "leave" if asked:
                     asked[number % len(asked)][1].cancel()
                 case "wait":
@@ -379,9 +379,9 @@ def test_F8_no_interleaving_hands_a_token_to_somebody_else(
                 case _:
                     await asyncio.sleep(0)
         outcomes = await asyncio.gather(*(task for _, task in asked), return_exceptions=True)
-        for (ask, _), outcome in zip(asked, outcomes, strict=True):
+        for (request, _), outcome in zip(asked, outcomes, strict=True):
             if isinstance(outcome, IssuedToken):
-                assert belongs_to(outcome.token, ask)
+                assert belongs_to(outcome.token, request)
                 assert outcome.left >= 60 * SECOND
             else:
                 assert isinstance(outcome, errors.BrokerError | asyncio.CancelledError)
@@ -437,16 +437,16 @@ def test_T1_tokens_of_one_second_are_renewed_evenly(count: int, every: float) ->
     async def main(clock: FakeClock) -> list[int]:
         service = Service(clock)
         asks = [visitor(f"{number:08x}") for number in range(count)]
-        for ask in asks:
-            await service.hand_out(ask)
+        for request in asks:
+            await service.hand_out(request)
             clock.advance(1 / count)
         clock.advance(HOUR - 15 * 60)
         renewals = []
         for _ in range(8):
             for _ in range(round(60 / every)):
                 clock.advance(every)
-                for ask in asks:
-                    assert (await service.hand_out(ask)).outcome is Outcome.REUSED
+                for request in asks:
+                    assert (await service.hand_out(request)).outcome is Outcome.REUSED
                 await service.service.flights.drained()
             renewals.append(service.mints - count - sum(renewals))
         return renewals
@@ -901,12 +901,12 @@ def test_L5_a_limit_that_refuses_charges_neither_itself_nor_a_later_one() -> Non
     run_virtual(main)
 
 
-def _charges(service: Service, ask: TokenRequest) -> tuple[int, int, int, int]:
+def _charges(service: Service, request: TokenRequest) -> tuple[int, int, int, int]:
     return (
-        service.charged(LimitName.CLIENT, ask.client),
-        service.charged(LimitName.FINGERPRINT, ask.visitor),
-        service.charged(LimitName.FINGERPRINT_MINTS, ask.visitor),
-        service.charged(LimitName.AGENT, ask.agent),
+        service.charged(LimitName.CLIENT, request.client),
+        service.charged(LimitName.FINGERPRINT, request.visitor),
+        service.charged(LimitName.FINGERPRINT_MINTS, request.visitor),
+        service.charged(LimitName.AGENT, request.agent),
     )
 
 
@@ -974,7 +974,7 @@ def test_M2_a_key_in_flight_is_not_evicted() -> None:
         answers = await asyncio.gather(*waiting)
         assert len({answer.token for answer in answers}) == 1
         assert all(belongs_to(answer.token, visitor("aaaa")) for answer in answers)
-        assert [ask.fingerprint for ask in service.issuer.asks].count("aaaa") == 1
+        assert [request.fingerprint for request in service.issuer.asks].count("aaaa") == 1
         assert (await service.hand_out(visitor("aaaa"))).outcome is Outcome.REUSED
         assert (len(service.tokens), service.tokens.counts.evicted.value) == (1, 20)
         await service.hand_out(visitor("aaaa", fresh=True))

@@ -36,10 +36,10 @@ class WatchedIssuer(FakeIssuer):
         self._now: Counter[str] = Counter()
 
     @override
-    async def mint(self, ask: TokenRequest, turn: Turn) -> Minted:
+    async def mint(self, request: TokenRequest, turn: Turn) -> Minted:
         await turn()
-        self._now[ask.key] += 1
-        self.most[ask.key] = max(self.most[ask.key], self._now[ask.key])
+        self._now[request.key] += 1
+        self.most[request.key] = max(self.most[request.key], self._now[request.key])
         try:
             await asyncio.sleep(self._chance.expovariate(1))
             if self._chance.random() < self._failures:
@@ -49,9 +49,9 @@ class WatchedIssuer(FakeIssuer):
                 """The turn was taken above."""
                 return UNCOUNTED
 
-            return await super().mint(ask, free)
+            return await super().mint(request, free)
         finally:
-            self._now[ask.key] -= 1
+            self._now[request.key] -= 1
 
 
 class Weather:
@@ -65,22 +65,22 @@ class Weather:
         self.service.issuer = self.service.minter._issuer = self.issuer
         self.outcomes: list[tuple[TokenRequest, object, int]] = []
 
-    async def visit(self, ask: TokenRequest, patience: float) -> None:
+    async def visit(self, request: TokenRequest, patience: float) -> None:
         """Ask once; note what came of it, and the moment."""
         outcome: object
         try:
-            outcome = await self.service.issue(ask, patience)
+            outcome = await self.service.issue(request, patience)
         except (errors.BrokerError, asyncio.CancelledError) as error:
             outcome = error
-        self.outcomes.append((ask, outcome, self.clock.mono()))
+        self.outcomes.append((request, outcome, self.clock.mono()))
 
     async def blow(self, visits: int) -> None:
         loop = asyncio.get_running_loop()
         tasks = []
         for _ in range(visits):
-            ask = visitor(f"{self.chance.randrange(4):04x}", fresh=self.chance.random() < 0.2)
+            request = visitor(f"{self.chance.randrange(4):04x}", fresh=self.chance.random() < 0.2)
             patience = self.chance.choice([0.0, 0.5, 3.0, 12.0, 12.0])
-            task = loop.create_task(self.visit(ask, patience))
+            task = loop.create_task(self.visit(request, patience))
             if self.chance.random() < 0.2:
                 loop.call_later(self.chance.expovariate(1), task.cancel)
             tasks.append(task)
@@ -119,12 +119,12 @@ def test_G3_G8_what_is_handed_out_is_the_visitor_s_own_and_lives_long_enough(see
     """
     stormy = run_virtual(lambda clock: weather(clock, seed))
     handouts = 0
-    for ask, outcome, at in stormy.outcomes:
+    for request, outcome, at in stormy.outcomes:
         if not isinstance(outcome, IssuedToken):
             assert isinstance(outcome, errors.BrokerError | asyncio.CancelledError)
             continue
         handouts += 1
-        assert belongs_to(outcome.token, ask)
+        assert belongs_to(outcome.token, request)
         assert outcome.left - 100 <= outcome.token.dies_mono - at  # no more was promised than is
         floor = 1 if outcome.outcome is Outcome.REUSED else 5
         assert outcome.token.dies_mono - at >= floor * 60 * SECOND - 100
@@ -289,9 +289,9 @@ def test_G8_visitors_who_differ_in_one_part_never_meet() -> None:
         for _ in range(12):
             crowd = asks * 5
             random.Random(7).shuffle(crowd)
-            answers = await asyncio.gather(*(service.hand_out(ask) for ask in crowd))
-            for ask, answer in zip(crowd, answers, strict=True):
-                assert belongs_to(answer.token, ask)
+            answers = await asyncio.gather(*(service.hand_out(request) for request in crowd))
+            for request, answer in zip(crowd, answers, strict=True):
+                assert belongs_to(answer.token, request)
             assert len({answer.token for answer in answers}) == len(asks)
             await asyncio.sleep(500)
         assert service.mints > len(asks)

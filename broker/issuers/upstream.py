@@ -147,32 +147,32 @@ class UpstreamIssuer(Issuer):
         return frozenset({self.signer_id})
 
     @override
-    async def check(self, ask: TokenRequest) -> None:
+    async def check(self, request: TokenRequest) -> None:
         try:
-            await self._check(ask)
+            await self._check(request)
         except errors.BrokerError as error:
             error.remembered = True
             raise
 
-    async def _check(self, ask: TokenRequest) -> None:
+    async def _check(self, request: TokenRequest) -> None:
         self._check_breakers()
-        refused = await self._refusals.find(ask)
+        refused = await self._refusals.find(request)
         if refused is not None:
             raise _refusal(refused)
 
     @override
-    async def mint(self, ask: TokenRequest, turn: Turn) -> Minted:
-        reply, key = await self._attempt(ask, turn)
+    async def mint(self, request: TokenRequest, turn: Turn) -> Minted:
+        reply, key = await self._attempt(request, turn)
         if self._deserves_another(reply, key):
             if isinstance(reply, Broken):
                 await asyncio.sleep(full_jitter(1, RETRY_BASE, RETRY_BASE, self._draw) / SECOND)
-            reply = await self._second_attempt(ask, turn, reply)
-        return self._conclude(ask, reply)
+            reply = await self._second_attempt(request, turn, reply)
+        return self._conclude(request, reply)
 
-    async def _second_attempt(self, ask: TokenRequest, turn: Turn, first: Reply) -> Reply:
+    async def _second_attempt(self, request: TokenRequest, turn: Turn, first: Reply) -> Reply:
         """Try once more; if there is no room for that, the first failure is what happened."""
         try:
-            reply, _ = await self._attempt(ask, turn)
+            reply, _ = await self._attempt(request, turn)
         except errors.ServiceUnavailable:
             if isinstance(first, Broken):
                 return first
@@ -200,7 +200,7 @@ class UpstreamIssuer(Issuer):
             case _:
                 assert_never(reply)
 
-    async def _attempt(self, ask: TokenRequest, turn: Turn) -> tuple[Reply, Secret]:
+    async def _attempt(self, request: TokenRequest, turn: Turn) -> tuple[Reply, Secret]:
         """Make one call: turn, tickets, call, settlement; returns the key that was used, too."""
         self._check_breakers()
         slot = await turn()
@@ -211,7 +211,7 @@ class UpstreamIssuer(Issuer):
             raise
         key = self._key
         try:
-            reply = await self._call(ask, key, slot)
+            reply = await self._call(request, key, slot)
         except BaseException:
             self._settle(key_permit, KeyOutcome.UNKNOWN, health_permit, Outcome.ABANDONED)
             raise
@@ -238,11 +238,11 @@ class UpstreamIssuer(Issuer):
             raise _vendor_is_unwell(self.health.wait(now))
         return key_permit, health_permit
 
-    async def _call(self, ask: TokenRequest, key: Secret, slot: Slot) -> Reply:
-        headers = {"X-Request-Id": ask.request_id} if ask.request_id else {}
-        if ask.traceparent:
-            headers["traceparent"] = ask.traceparent
-        body = build_request(ask)
+    async def _call(self, request: TokenRequest, key: Secret, slot: Slot) -> Reply:
+        headers = {"X-Request-Id": request.request_id} if request.request_id else {}
+        if request.traceparent:
+            headers["traceparent"] = request.traceparent
+        body = build_request(request)
         try:
             answer = await self._calls.make(
                 lambda arrived: self._client.mint(key, body, headers, arrived), slot
@@ -253,7 +253,7 @@ class UpstreamIssuer(Issuer):
         self._metrics.count_status(answer.status)
         wall = self._clock.wall()
         await self._correct(answer, wall)
-        private = (key.reveal(), ask.fingerprint)
+        private = (key.reveal(), request.fingerprint)
         return read_answer(answer.status, answer.headers, answer.body, wall, private)
 
     async def _correct(self, answer: Answer, wall: int) -> None:
@@ -328,16 +328,16 @@ class UpstreamIssuer(Issuer):
         if self.health.is_open and not was_open:
             log.error("broker.upstream_unwell", wait_s=self.health.wait(now) / SECOND)
 
-    def _conclude(self, ask: TokenRequest, reply: Reply) -> Minted:
+    def _conclude(self, request: TokenRequest, reply: Reply) -> Minted:
         """Return the token, or raise what the caller gets."""
         match reply:
             case Granted(minted):
-                self._refusals.forget(ask)
+                self._refusals.forget(request)
                 return minted
             case BadKey():
                 raise _our_key_is_bad()
             case Refused():
-                self._refusals.remember(ask, reply)
+                self._refusals.remember(request, reply)
                 raise _refusal(reply)
             case Throttled(retry_after):
                 if self.credentials.rejected:

@@ -234,9 +234,9 @@ class Run:
         return self._chance.choice(self._known)
 
     async def _ask(self, visitor: str) -> None:
-        ask = TokenRequest("web", AGENT, visitor, fresh=self._chance.random() < 0.02)
+        request = TokenRequest("web", AGENT, visitor, fresh=self._chance.random() < 0.02)
         try:
-            said = await self._site.service.issue(ask, PATIENCE)
+            said = await self._site.service.issue(request, PATIENCE)
         except BrokerError as error:
             self.answers[type(error).__name__] += 1
             return

@@ -308,10 +308,10 @@ class TestSeries:
         async with serving({"limits": {"agent": {"burst": 10}}}, level="error") as edge:
             before = (await edge.scrape()).keys()
             for n in range(100_000):
-                ask = TokenRequest("web", f"agent{n}", f"{n:032x}")
-                visit = await edge.app.parts.store.admit(ask, ask.key)
+                request = TokenRequest("web", f"agent{n}", f"{n:032x}")
+                visit = await edge.app.parts.store.admit(request, request.key)
                 assert visit.denial is None
-                assert edge.app.parts.store.charge_mint(ask) is None
+                assert edge.app.parts.store.charge_mint(request) is None
             for n in range(2_000):
                 await edge.app.parts.token_service.issue(
                     TokenRequest("web", f"agent{n}", f"{n:016x}", f"m{n}"), 10

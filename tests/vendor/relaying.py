@@ -158,8 +158,8 @@ class Relay:
         patience: float = 12.0,
     ) -> IssuedToken:
         """Ask for a token; a fingerprint left out is a new visitor's."""
-        ask = TokenRequest(client, agent, fingerprint or visitor(), model, fresh)
-        answer = await self.service.issue(ask, patience)
+        request = TokenRequest(client, agent, fingerprint or visitor(), model, fresh)
+        answer = await self.service.issue(request, patience)
         assert isinstance(answer, IssuedToken)
         return answer
 

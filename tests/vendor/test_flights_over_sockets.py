@@ -466,10 +466,12 @@ class TestLifetimes:
             {"model": "M"},
             {"client": "other"},
         ]
-        all_issued = [await relay.ask(fingerprint, **ask) for ask in asks]
+        all_issued = [await relay.ask(fingerprint, **request) for request in asks]
         assert len({token_of(issued) for issued in all_issued}) == len(asks)
-        for ask, issued in zip(asks, all_issued, strict=True):
-            assert belongs_to(issued, fingerprint, ask.get("agent", AGENT), ask.get("model"))
+        for request, issued in zip(asks, all_issued, strict=True):
+            assert belongs_to(
+                issued, fingerprint, request.get("agent", AGENT), request.get("model")
+            )
 
 
 class TestStale:
