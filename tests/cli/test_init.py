@@ -216,7 +216,7 @@ class TestFiles:
 
     def test_the_page_on_rotation_adds_to_the_unit_what_it_reads(self) -> None:
         """A second secret by a line of the form that `init` writes, and of a setting that is."""
-        page = PAGES["config/README.md"]
+        page = PAGES["config/ROTATION.md"]
         (name,) = re.findall(r"`Environment=(\w+)=%d/secret_web_next`", page)
         usual = first_files.Answers("signer", Path("/etc/embed-token-broker"), "*", "a:1", "a:2")
         lines = first_files.service(usual, text_of(UNIT)).splitlines()
