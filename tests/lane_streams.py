@@ -13,7 +13,7 @@ import string
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from desk import Desk, limits
+from service import Service, limits
 from typing_extensions import override
 
 from broker.model import Outcome, Secret
@@ -110,16 +110,18 @@ class World:
 
     def __init__(self, *, lane: bool) -> None:
         self.clock = FakeClock()
-        self.desk = Desk(self.clock, limits=limits(fingerprint=TIGHT, mints=ROOMY, agent=ROOMY))
+        self.service = Service(
+            self.clock, limits=limits(fingerprint=TIGHT, mints=ROOMY, agent=ROOMY)
+        )
         # when a renewal in the background has ended is nobody's promise
-        self.desk.minter.may_renew_ahead = lambda _key: False  # type: ignore[method-assign]
+        self.service.minter.may_renew_ahead = lambda _key: False  # type: ignore[method-assign]
         self.metrics = Metrics("local")
         self.readiness = Readiness()
-        self.door = ClientAuthenticator([], [], self.clock.mono())
+        self.authenticator = ClientAuthenticator([], [], self.clock.mono())
         self.know(second=True)
         self.routes = Routes(
-            self.door,
-            self.desk.desk,
+            self.authenticator,
+            self.service.service,
             self.metrics,
             self.clock,
             self.readiness,
@@ -127,19 +129,23 @@ class World:
             any_fingerprint=False,
         )
         self.routes._id_prefix = "id"
-        desk = self.desk
-        introspector = TokenIntrospector(desk.issuer, desk.book, desk.store, self.metrics.sessions)
-        token_status.add(self.routes, self.door, introspector, self.clock, desk.store.charge_client)
+        service = self.service
+        introspector = TokenIntrospector(
+            service.issuer, service.session_store, service.store, self.metrics.sessions
+        )
+        token_status.add(
+            self.routes, self.authenticator, introspector, self.clock, service.store.charge_client
+        )
         way = Lane(self.routes.lane, self.routes) if lane else None
         if way is not None:
-            self.door.when_changed(way.forget)
+            self.authenticator.when_changed(way.forget)
         gauge = self.metrics.process.connections
         self.server = DataServer(self.routes, self.routes.error_head, gauge, 75.0, way)
 
     def know(self, *, second: bool) -> None:
         """Know the first client, and perhaps the second one."""
         names = ["web", "app"][: 1 + second]
-        self.door.use_clients(
+        self.authenticator.use_clients(
             [
                 Client(name, Secret(secret).digest(), None, allow_origin=False)
                 for name, secret in zip(names, SECRETS, strict=False)
@@ -148,7 +154,7 @@ class World:
 
     async def run(self, stream: Stream) -> Seen:
         """Send a stream on a connection of its own."""
-        wire, before = Wire(stream.pauses), len(self.desk.issuer.asks)
+        wire, before = Wire(stream.pauses), len(self.service.issuer.asks)
         connection = self.server()
         assert isinstance(connection, DataConnection)
         wire.connection = connection
@@ -171,7 +177,10 @@ class World:
             if not connection.eof_received():
                 wire.close()
             await settle()
-        asked = [(ask.request_id, ask.traceparent) for ask in self.desk.issuer.asks[before:]]
+        asked = [
+            (request.request_id, request.traceparent)
+            for request in self.service.issuer.asks[before:]
+        ]
         seen = Seen(b"".join(wire.written), asked, wire.closed, self._counted())
         task = connection._task_handler
         connection.connection_lost(None)

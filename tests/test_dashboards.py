@@ -75,10 +75,10 @@ def queries() -> list[str]:
 
 def reported() -> dict[str, list[dict[str, str]]]:
     """Every series that a query can ask for, with all parts of the broker in place."""
-    sheet = Metrics(
+    layout = Metrics(
         "upstream", budget=True, shared_store=True, state_file=True, pass_through=True, workers=2
     ).sheet
-    registry = exposition.registry(sheet.families, SharedCells([sheet.cells]), lambda: None)
+    registry = exposition.registry(layout.families, SharedCells([layout.cells]), lambda: None)
     series: dict[str, list[dict[str, str]]] = {}
     for family in registry.collect():
         for sample in family.samples:

@@ -55,10 +55,15 @@ RETIRED = {
     "Unpaced",
     "Urgency",
     "ValkeyBook",
+    "_board",
     "_roll",
+    "board",
+    "door",
     "end_visitor",
+    "handout",
     "make_up",
     "plenty",
+    "seat",
     "take_if_plenty",
 }
 """Names of what the field has another word for; the glossary of CONTRIBUTING has both."""

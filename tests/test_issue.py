@@ -1,6 +1,6 @@
-"""The story of a request, whole: rows F1-F9, T1-T9, L5, L6, M2 and M4 at the token desk.
+"""The story of a request, whole: rows F1-F9, T1-T9, L5, L6, M2 and M4 at the token service.
 
-The promises that the desk keeps across these rows are in `test_promises.py`.
+The promises that the service keeps across these rows are in `test_promises.py`.
 """
 
 import asyncio
@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import pytest
-from desk import AGENT, Desk, belongs_to, limits, session_of, visitor
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from service import AGENT, Service, belongs_to, limits, session_of, visitor
 
 from broker import errors
 from broker.issue import IssuedToken
@@ -69,18 +69,18 @@ def test_F1_a_thousand_first_requests_are_one_mint_one_token_one_charge() -> Non
     """One vendor call, one session, one charge of the agent and of the visitor's mints."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock, limits=limits(mints=(0.001, 1000), agent=(0.001, 1000)))
-        desk.issuer.delay = 1.0
-        answers = await asyncio.gather(*(desk.hand_out(visitor()) for _ in range(1000)))
-        assert desk.mints == 1
+        service = Service(clock, limits=limits(mints=(0.001, 1000), agent=(0.001, 1000)))
+        service.issuer.delay = 1.0
+        answers = await asyncio.gather(*(service.hand_out(visitor()) for _ in range(1000)))
+        assert service.mints == 1
         assert {answer.token.body for answer in answers} == {answers[0].token.body}
         assert Counter(answer.outcome for answer in answers) == {
             Outcome.MINTED: 1,
             Outcome.COALESCED: 999,
         }
-        assert desk.charged(LimitName.AGENT, AGENT) == 1
-        assert desk.charged(LimitName.FINGERPRINT_MINTS, visitor().visitor) == 1
-        await desk.settled()
+        assert service.charged(LimitName.AGENT, AGENT) == 1
+        assert service.charged(LimitName.FINGERPRINT_MINTS, visitor().visitor) == 1
+        await service.settled()
 
     run_virtual(main)
 
@@ -89,18 +89,18 @@ def test_F2_the_first_caller_leaves_in_the_middle_of_the_mint() -> None:
     """The others get their token, and it is held for the next ones."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock)
-        desk.issuer.delay = 1.0
-        first = desk.begin(visitor())
-        others = [desk.begin(visitor()) for _ in range(3)]
+        service = Service(clock)
+        service.issuer.delay = 1.0
+        first = service.begin(visitor())
+        others = [service.begin(visitor()) for _ in range(3)]
         await asyncio.sleep(0.5)
         first.cancel()
         answers = await asyncio.gather(*others)
-        again = await desk.hand_out(visitor())
+        again = await service.hand_out(visitor())
         assert {answer.token for answer in answers} == {again.token}
         assert [answer.outcome for answer in answers] == [Outcome.COALESCED] * 3
-        assert (first.cancelled(), again.outcome, desk.mints) == (True, Outcome.REUSED, 1)
-        await desk.settled()
+        assert (first.cancelled(), again.outcome, service.mints) == (True, Outcome.REUSED, 1)
+        await service.settled()
 
     run_virtual(main)
 
@@ -110,9 +110,9 @@ def test_F3_all_leave_while_the_mint_queues_and_its_place_goes_on() -> None:
 
     async def main(clock: FakeClock) -> None:
         pacer = await queueing()
-        desk = Desk(clock, pacer=pacer)
-        leavers = [desk.begin(visitor("aaaa")) for _ in range(5)]
-        stayer = desk.begin(visitor("bbbb"))
+        service = Service(clock, pacer=pacer)
+        leavers = [service.begin(visitor("aaaa")) for _ in range(5)]
+        stayer = service.begin(visitor("bbbb"))
         await asyncio.sleep(0.5)
         assert pacer.depth == 2
         for leaver in leavers:
@@ -121,10 +121,10 @@ def test_F3_all_leave_while_the_mint_queues_and_its_place_goes_on() -> None:
         answer = await stayer
         assert asyncio.get_running_loop().time() - began == pytest.approx(0.5, abs=A_BIT)
         assert answer.outcome is Outcome.MINTED
-        assert [ask.fingerprint for ask in desk.issuer.asks] == ["bbbb"]
-        assert (len(desk.tokens), len(desk.minter.backoff), pacer.depth) == (1, 0, 0)
+        assert [request.fingerprint for request in service.issuer.asks] == ["bbbb"]
+        assert (len(service.tokens), len(service.minter.backoff), pacer.depth) == (1, 0, 0)
         await pacer.close()
-        await desk.settled()
+        await service.settled()
 
     run_virtual(main)
 
@@ -137,22 +137,22 @@ def test_F3_all_leave_around_the_tick_of_the_slot_and_it_is_not_wasted() -> None
 
     async def main(clock: FakeClock, offset: int) -> str:
         pacer = await queueing()
-        desk = Desk(clock, pacer=pacer)
-        leaver, stayer = desk.begin(visitor("aaaa")), desk.begin(visitor("bbbb"))
+        service = Service(clock, pacer=pacer)
+        leaver, stayer = service.begin(visitor("aaaa")), service.begin(visitor("bbbb"))
         loop = asyncio.get_running_loop()
         await asyncio.sleep(1 - 20e-6)
         for _ in range(offset):
             await asyncio.sleep(0)
         leaver.cancel()
         due = loop.time()
-        while not desk.mints:  # noqa: ASYNC110 - turn by turn is the point
+        while not service.mints:  # noqa: ASYNC110 - turn by turn is the point
             await asyncio.sleep(0)
         assert loop.time() - due < 100e-6
         await stayer
-        minted = [ask.fingerprint for ask in desk.issuer.asks]
+        minted = [request.fingerprint for request in service.issuer.asks]
         assert minted in (["bbbb"], ["aaaa", "bbbb"])
         await pacer.close()
-        await desk.settled()
+        await service.settled()
         return minted[0]
 
     def leave_at(offset: int) -> str:
@@ -166,16 +166,16 @@ def test_F3_all_leave_after_the_request_is_out_and_its_token_is_cached() -> None
     """It is paid for: the next one has it without a mint."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock)
-        desk.issuer.delay = 2.0
-        leavers = [desk.begin(visitor()) for _ in range(5)]
+        service = Service(clock)
+        service.issuer.delay = 2.0
+        leavers = [service.begin(visitor()) for _ in range(5)]
         await asyncio.sleep(1)
         for leaver in leavers:
             leaver.cancel()
         await asyncio.sleep(1.5)
-        answer = await desk.hand_out(visitor())
-        assert (answer.outcome, desk.mints) == (Outcome.REUSED, 1)
-        await desk.settled()
+        answer = await service.hand_out(visitor())
+        assert (answer.outcome, service.mints) == (Outcome.REUSED, 1)
+        await service.settled()
 
     run_virtual(main)
 
@@ -185,15 +185,15 @@ def test_F3_a_short_patience_while_queued_gives_the_place_up() -> None:
 
     async def main(clock: FakeClock) -> None:
         pacer = await queueing(Budget(rate=6, per=60, burst=1, max_wait=30))
-        desk = Desk(clock, pacer=pacer)
+        service = Service(clock, pacer=pacer)
         began = asyncio.get_running_loop().time()
         with pytest.raises(errors.UpstreamTimeout):
-            await desk.issue(visitor(), patience=3)
+            await service.issue(visitor(), patience=3)
         assert asyncio.get_running_loop().time() - began == pytest.approx(3, abs=A_BIT)
         await asyncio.sleep(0)
-        assert (pacer.depth, desk.mints) == (0, 0)
+        assert (pacer.depth, service.mints) == (0, 0)
         await pacer.close()
-        await desk.settled()
+        await service.settled()
 
     run_virtual(main)
 
@@ -211,15 +211,15 @@ def test_F4_a_failed_mint_is_one_error_for_all(error: errors.BrokerError) -> Non
     """Every waiter gets that error; nobody tries again for themselves, nobody gets None."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock)
-        desk.issuer.delay = 1.0
-        desk.issuer.fail = failing(error)
+        service = Service(clock)
+        service.issuer.delay = 1.0
+        service.issuer.fail = failing(error)
         outcomes = await asyncio.gather(
-            *(desk.issue(visitor()) for _ in range(100)), return_exceptions=True
+            *(service.issue(visitor()) for _ in range(100)), return_exceptions=True
         )
         assert all(outcome is error for outcome in outcomes)
-        assert (desk.mints, len(desk.tokens)) == (1, 0)
-        await desk.settled()
+        assert (service.mints, len(service.tokens)) == (1, 0)
+        await service.settled()
 
     run_virtual(main)
 
@@ -228,16 +228,16 @@ def test_F4_a_refused_mint_is_one_refusal_for_all() -> None:
     """The limit that the leader met is what its joiners are told, too, and it is asked once."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock, limits=limits(agent=(1, 1)))
-        await desk.hand_out(visitor("aaaa"))
+        service = Service(clock, limits=limits(agent=(1, 1)))
+        await service.hand_out(visitor("aaaa"))
         outcomes = await asyncio.gather(
-            *(desk.issue(visitor("bbbb")) for _ in range(50)), return_exceptions=True
+            *(service.issue(visitor("bbbb")) for _ in range(50)), return_exceptions=True
         )
         assert {type(outcome) for outcome in outcomes} == {errors.RateLimited}
         assert {outcome.limit for outcome in outcomes} == {LimitName.AGENT}  # type: ignore[union-attr]
-        assert desk.charged(LimitName.FINGERPRINT_MINTS, visitor("bbbb").visitor) == 1
-        assert desk.mints == 1
-        await desk.settled()
+        assert service.charged(LimitName.FINGERPRINT_MINTS, visitor("bbbb").visitor) == 1
+        assert service.mints == 1
+        await service.settled()
 
     run_virtual(main)
 
@@ -247,21 +247,21 @@ def test_F5_a_deserted_mint_and_its_successor_do_not_meet() -> None:
 
     async def main(clock: FakeClock) -> None:
         pacer = await queueing()
-        desk = Desk(clock, pacer=pacer)
-        leavers = [desk.begin(visitor()) for _ in range(3)]
+        service = Service(clock, pacer=pacer)
+        leavers = [service.begin(visitor()) for _ in range(3)]
         await asyncio.sleep(0.5)
         for leaver in leavers:
             leaver.cancel()
-        comers = [desk.begin(visitor()) for _ in range(3)]
+        comers = [service.begin(visitor()) for _ in range(3)]
         answers = await asyncio.gather(*comers)
         assert [answer.outcome for answer in answers] == [
             Outcome.MINTED,
             Outcome.COALESCED,
             Outcome.COALESCED,
         ]
-        assert desk.mints == 1
+        assert service.mints == 1
         await pacer.close()
-        await desk.settled()
+        await service.settled()
 
     run_virtual(main)
 
@@ -273,13 +273,13 @@ def test_F6_a_renewal_that_fails_unseen_is_silent() -> None:
         complaints: list[object] = []
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _loop, about: complaints.append(about))
-        desk = Desk(clock)
-        await desk.hand_out(visitor())
+        service = Service(clock)
+        await service.hand_out(visitor())
         clock.advance(HOUR - 6 * 60)
-        desk.issuer.fail = failing(errors.UpstreamUnavailable("down"))
-        answer = await desk.hand_out(visitor())
-        await desk.settled()
-        assert (answer.outcome, desk.refreshes("ahead", "failed")) == (Outcome.REUSED, 1)
+        service.issuer.fail = failing(errors.UpstreamUnavailable("down"))
+        answer = await service.hand_out(visitor())
+        await service.settled()
+        assert (answer.outcome, service.refreshes("ahead", "failed")) == (Outcome.REUSED, 1)
         assert complaints == []
 
     run_virtual(main)
@@ -310,14 +310,14 @@ def test_F7_keys_that_nearly_agree_never_share_a_token(
     """Not at a boundary, not in case, not in Unicode form, not with and without a model."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock)
-        desk.issuer.delay = 1.0
-        mine, theirs = await asyncio.gather(desk.hand_out(one), desk.hand_out(other))
+        service = Service(clock)
+        service.issuer.delay = 1.0
+        mine, theirs = await asyncio.gather(service.hand_out(one), service.hand_out(other))
         assert (mine.outcome, theirs.outcome) == (Outcome.MINTED, Outcome.MINTED)
-        for ask in (one, other):
-            again = await desk.hand_out(ask)
+        for request in (one, other):
+            again = await service.hand_out(request)
             assert again.outcome is Outcome.REUSED
-            assert belongs_to(again.token, ask)
+            assert belongs_to(again.token, request)
         assert session_of(mine.token) != session_of(theirs.token)
 
     run_virtual(main)
@@ -360,35 +360,35 @@ def test_F8_no_interleaving_hands_a_token_to_somebody_else(
 
     async def main(clock: FakeClock) -> None:
         pacer = await queueing(Budget(60, 60, 3, 8)) if budget else None
-        desk = Desk(clock, pacer=pacer)
-        desk.issuer.delay = 0.3
+        service = Service(clock, pacer=pacer)
+        service.issuer.delay = 0.3
         asked: list[tuple[TokenRequest, asyncio.Task[IssuedToken]]] = []
         for what, number, flag in events:
             match what:
                 case "ask":
-                    ask = visitor("abab", model=f"{number}", fresh=flag)
-                    asked.append((ask, desk.begin(ask)))
+                    request = visitor("abab", model=f"{number}", fresh=flag)
+                    asked.append((request, service.begin(request)))
                 case "leave" if asked:
                     asked[number % len(asked)][1].cancel()
                 case "wait":
                     await asyncio.sleep(number)
                 case "break":
-                    desk.issuer.fail = (
+                    service.issuer.fail = (
                         failing(errors.UpstreamUnavailable("down"), 2) if flag else None
                     )
                 case _:
                     await asyncio.sleep(0)
         outcomes = await asyncio.gather(*(task for _, task in asked), return_exceptions=True)
-        for (ask, _), outcome in zip(asked, outcomes, strict=True):
+        for (request, _), outcome in zip(asked, outcomes, strict=True):
             if isinstance(outcome, IssuedToken):
-                assert belongs_to(outcome.token, ask)
+                assert belongs_to(outcome.token, request)
                 assert outcome.left >= 60 * SECOND
             else:
                 assert isinstance(outcome, errors.BrokerError | asyncio.CancelledError)
-        await desk.desk.flights.drained()
+        await service.service.flights.drained()
         if pacer is not None:
             await pacer.close()
-        await desk.settled()
+        await service.settled()
 
     run_virtual(main)
 
@@ -400,9 +400,9 @@ def test_F9_half_of_a_hundred_leave_at_random_moments(seed: int) -> None:
 
     async def main(clock: FakeClock) -> None:
         pacer = await queueing()
-        desk = Desk(clock, pacer=pacer)
-        desk.issuer.delay = 1.0
-        callers = [desk.begin(visitor()) for _ in range(100)]
+        service = Service(clock, pacer=pacer)
+        service.issuer.delay = 1.0
+        callers = [service.begin(visitor()) for _ in range(100)]
         leavers = set(chance.sample(range(100), 50))
         loop = asyncio.get_running_loop()
         for number in leavers:
@@ -416,9 +416,9 @@ def test_F9_half_of_a_hundred_leave_at_random_moments(seed: int) -> None:
         assert all(
             isinstance(outcomes[number], IssuedToken) for number in set(range(100)) - leavers
         )
-        assert (len(tokens), desk.mints) == (1, 1)
+        assert (len(tokens), service.mints) == (1, 1)
         await pacer.close()
-        await desk.settled()
+        await service.settled()
 
     run_virtual(main)
 
@@ -435,20 +435,20 @@ def test_T1_tokens_of_one_second_are_renewed_evenly(count: int, every: float) ->
     """
 
     async def main(clock: FakeClock) -> list[int]:
-        desk = Desk(clock)
+        service = Service(clock)
         asks = [visitor(f"{number:08x}") for number in range(count)]
-        for ask in asks:
-            await desk.hand_out(ask)
+        for request in asks:
+            await service.hand_out(request)
             clock.advance(1 / count)
         clock.advance(HOUR - 15 * 60)
         renewals = []
         for _ in range(8):
             for _ in range(round(60 / every)):
                 clock.advance(every)
-                for ask in asks:
-                    assert (await desk.hand_out(ask)).outcome is Outcome.REUSED
-                await desk.desk.flights.drained()
-            renewals.append(desk.mints - count - sum(renewals))
+                for request in asks:
+                    assert (await service.hand_out(request)).outcome is Outcome.REUSED
+                await service.service.flights.drained()
+            renewals.append(service.mints - count - sum(renewals))
         return renewals
 
     renewals = run_virtual(main)
@@ -461,18 +461,18 @@ def test_T1_one_key_at_a_thousand_requests_a_second_renews_where_its_mark_lies()
     """However often it is looked at, a token asks for its successor once, at the moment drawn."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock, draw=fixed(0.5))
-        held = await desk.hand_out(visitor())
+        service = Service(clock, draw=fixed(0.5))
+        held = await service.hand_out(visitor())
         mark = 11 * 60 * SECOND  # half of the window
         assert held.token.mark == mark
         clock.advance((held.left - mark) / SECOND - 2)
         for millisecond in range(4000):
             left = held.token.left(clock.mono(), clock.wall())
-            await desk.hand_out(visitor())
+            await service.hand_out(visitor())
             await asyncio.sleep(0)
-            assert desk.mints == (1 if left > mark else 2), millisecond
+            assert service.mints == (1 if left > mark else 2), millisecond
             clock.advance(0.001)
-        await desk.settled()
+        await service.settled()
 
     run_virtual(main)
 
@@ -481,17 +481,17 @@ def test_T2_a_token_that_is_expired_on_arrival_is_an_error_without_a_tight_loop(
     """502 for the caller, nothing cached, and the key backs off: each call costs budget."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock)
-        desk.issuer.lifetime = 0
+        service = Service(clock)
+        service.issuer.lifetime = 0
         ends = clock.mono() + 60 * SECOND
         failures = 0
         while clock.mono() < ends:
             with pytest.raises(errors.UpstreamUnavailable):
-                await desk.issue(visitor())
+                await service.issue(visitor())
             failures += 1
             assert failures < 100, "a tight loop"
-        assert (desk.mints, len(desk.tokens)) == (failures, 0)
-        assert 15 <= desk.mints <= 45  # full jitter up to 5 s: 2.5 s on average
+        assert (service.mints, len(service.tokens)) == (failures, 0)
+        assert 15 <= service.mints <= 45  # full jitter up to 5 s: 2.5 s on average
 
     run_virtual(main)
 
@@ -500,13 +500,13 @@ def test_T2_a_token_that_arrives_below_the_floor_is_an_error() -> None:
     """A mint that took longer than the token can spare is worth nothing any more."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock)
-        desk.issuer.lifetime = 8 * SECOND  # its floor is 2 s
-        desk.issuer.delay = 7.0
+        service = Service(clock)
+        service.issuer.lifetime = 8 * SECOND  # its floor is 2 s
+        service.issuer.delay = 7.0
         with pytest.raises(errors.UpstreamUnavailable):
-            await desk.issue(visitor())
-        assert (desk.mints, len(desk.tokens)) == (1, 0)
-        assert desk.minter.backoff.failures(visitor().key) == 1
+            await service.issue(visitor())
+        assert (service.mints, len(service.tokens)) == (1, 0)
+        assert service.minter.backoff.failures(visitor().key) == 1
 
     run_virtual(main)
 
@@ -515,24 +515,24 @@ def test_T3_the_same_token_again_is_no_storm() -> None:
     """The vendor has nothing newer: what is held is handed out, and the key backs off."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock)
-        held = await desk.hand_out(visitor())
-        desk.issuer.same = True
+        service = Service(clock)
+        held = await service.hand_out(visitor())
+        service.issuer.same = True
         clock.advance(HOUR - 7 * 60)  # past every mark, above the floor
         for _ in range(1200):
-            answer = await desk.hand_out(visitor())
+            answer = await service.hand_out(visitor())
             assert (answer.token.body, answer.outcome) == (held.token.body, Outcome.REUSED)
             await asyncio.sleep(0.1)
-        tries = desk.mints - 1
-        assert desk.refreshes("ahead", "same") == tries
+        tries = service.mints - 1
+        assert service.refreshes("ahead", "same") == tries
         assert 3 <= tries <= 12  # at half of what is left above the floor, again and again
         clock.advance(60)  # below the floor: tried inline now, still no storm
         for _ in range(600):
-            answer = await desk.hand_out(visitor())
+            answer = await service.hand_out(visitor())
             assert answer.token.body == held.token.body
             await asyncio.sleep(0.1)
-        assert desk.mints - 1 - tries <= 40
-        await desk.settled()
+        assert service.mints - 1 - tries <= 40
+        await service.settled()
 
     run_virtual(main)
 
@@ -541,13 +541,13 @@ def test_T3_a_fresh_one_that_the_vendor_does_not_have_is_the_held_one() -> None:
     """Who insists gets what there is, and may not insist faster than the key's back-off."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock)
-        held = await desk.hand_out(visitor())
-        desk.issuer.same = True
+        service = Service(clock)
+        held = await service.hand_out(visitor())
+        service.issuer.same = True
         for _ in range(20):
-            answer = await desk.hand_out(visitor(fresh=True))
+            answer = await service.hand_out(visitor(fresh=True))
             assert answer.token.body == held.token.body
-        assert desk.refreshes("fresh", "same") == 20
+        assert service.refreshes("fresh", "same") == 20
         assert clock.mono() - 1_000_000_000 > 15 * SECOND
 
     run_virtual(main)
@@ -557,13 +557,13 @@ def test_T3_the_held_one_is_also_given_below_its_floor() -> None:
     """Who insists is not worse off than who does not: above the last floor it is an answer."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock)
-        held = await desk.hand_out(visitor())
-        desk.issuer.same = True
+        service = Service(clock)
+        held = await service.hand_out(visitor())
+        service.issuer.same = True
         clock.advance((held.left - 100 * SECOND) / SECOND)
-        answer = await desk.hand_out(visitor(fresh=True))
+        answer = await service.hand_out(visitor(fresh=True))
         assert answer.token.body == held.token.body
-        await desk.settled()
+        await service.settled()
 
     run_virtual(main)
 
@@ -575,8 +575,8 @@ def test_T5_no_step_of_a_clock_serves_a_token_past_its_expiry(clocks: str) -> No
     """Of the two clocks the one that leaves less life decides, so one of them may lie."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock)
-        first = await desk.hand_out(visitor())
+        service = Service(clock)
+        first = await service.hand_out(visitor())
         match clocks:
             case "both":
                 clock.advance(HOUR - 30)
@@ -590,11 +590,11 @@ def test_T5_no_step_of_a_clock_serves_a_token_past_its_expiry(clocks: str) -> No
                 clock.step_wall(-HOUR)
             case _:  # a machine that slept
                 clock.step_wall(HOUR - 30)
-        second = await desk.hand_out(visitor())
+        second = await service.hand_out(visitor())
         assert second.token != first.token
         assert second.left > (HOUR - A_BIT) * SECOND
         clock.advance(60)
-        assert (await desk.hand_out(visitor())).token == second.token
+        assert (await service.hand_out(visitor())).token == second.token
 
     run_virtual(main)
 
@@ -603,14 +603,14 @@ def test_T5_a_wall_clock_that_steps_locks_nobody_out() -> None:
     """Limits and back-offs run on the clock that does not step."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock, limits=limits(fingerprint=(60, 2)))
+        service = Service(clock, limits=limits(fingerprint=(60, 2)))
         for hours in (1, -2, 1):
-            desk.issuer.fail = failing(errors.UpstreamUnavailable("down"), 1)
+            service.issuer.fail = failing(errors.UpstreamUnavailable("down"), 1)
             with pytest.raises(errors.UpstreamUnavailable):
-                await desk.issue(visitor(fresh=True))
+                await service.issue(visitor(fresh=True))
             clock.step_wall(hours * HOUR)
-            await desk.hand_out(visitor(fresh=True))
-            refusal = await desk.issue(visitor(fresh=True))
+            await service.hand_out(visitor(fresh=True))
+            refusal = await service.issue(visitor(fresh=True))
             assert isinstance(refusal, Rejection)
             assert refusal.verdict.retry_after <= SECOND
             clock.step_mono(2)
@@ -622,14 +622,14 @@ def test_T5_a_monotonic_clock_that_stalls_locks_nobody_out() -> None:
     """A back-off is waited out in the loop's time, at most its cap, whatever that clock says."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock)
-        desk.issuer.fail = failing(errors.UpstreamUnavailable("down"), 30)
+        service = Service(clock)
+        service.issuer.fail = failing(errors.UpstreamUnavailable("down"), 30)
         for _ in range(30):
             with pytest.raises(errors.UpstreamUnavailable):
-                await desk.issue(visitor())
+                await service.issue(visitor())
             clock.step_mono(-3)
         began = asyncio.get_running_loop().time()
-        await desk.hand_out(visitor())
+        await service.hand_out(visitor())
         assert asyncio.get_running_loop().time() - began <= BACKOFF_CAP / SECOND + A_BIT
 
     run_virtual(main)
@@ -640,16 +640,16 @@ def test_T7_a_short_life_is_no_hot_loop(lifetime: float) -> None:
     """Floors shrink with the life: a one-second token is still reused for half of it."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock)
-        desk.issuer.lifetime = round(lifetime * SECOND)
+        service = Service(clock)
+        service.issuer.lifetime = round(lifetime * SECOND)
         began, asked = clock.mono(), 0
         while clock.mono() < began + 20 * lifetime * SECOND:
-            answer = await desk.hand_out(visitor())
+            answer = await service.hand_out(visitor())
             assert answer.left >= lifetime / 4 * SECOND
             asked += 1
             await asyncio.sleep(lifetime / 100)
         assert asked > 1900
-        assert 20 <= desk.mints <= 42
+        assert 20 <= service.mints <= 42
 
     run_virtual(main)
 
@@ -671,33 +671,33 @@ async def test_T8_a_mark_is_exact_to_the_microsecond(left: int, happens: str) ->
     Above the floor in outage it still helps out; from there on it is gone.
     """
     clock = FakeClock()  # on a real loop: it stands still while the mint is tried
-    desk = Desk(clock)
-    held = await desk.hand_out(visitor())
-    desk.issuer.fail = failing(errors.UpstreamUnavailable("down"))
+    service = Service(clock)
+    held = await service.hand_out(visitor())
+    service.issuer.fail = failing(errors.UpstreamUnavailable("down"))
     clock.advance((held.left - left) / SECOND)
     if happens == "gone":
         with pytest.raises(errors.UpstreamUnavailable):
-            await desk.issue(visitor())
+            await service.issue(visitor())
     else:
-        answer = await desk.hand_out(visitor())
+        answer = await service.hand_out(visitor())
         assert (answer.token, answer.outcome) == (held.token, Outcome.REUSED)
         assert answer.left == left
-    assert desk.refreshes("floor", "failed") == (happens == "tried")
-    await desk.settled()
+    assert service.refreshes("floor", "failed") == (happens == "tried")
+    await service.settled()
 
 
 def test_T8_what_expires_while_a_slow_answer_comes_is_not_sent() -> None:
     """The renewal fails after so long that the held token is below its last floor by then."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock)
-        held = await desk.hand_out(visitor())
+        service = Service(clock)
+        held = await service.hand_out(visitor())
         clock.advance((held.left - 65 * SECOND) / SECOND)
-        desk.issuer.delay = 5.0 + A_BIT
-        desk.issuer.fail = failing(errors.UpstreamUnavailable("down"))
+        service.issuer.delay = 5.0 + A_BIT
+        service.issuer.fail = failing(errors.UpstreamUnavailable("down"))
         with pytest.raises(errors.UpstreamUnavailable):
-            await desk.issue(visitor())
-        await desk.settled()
+            await service.issue(visitor())
+        await service.settled()
 
     run_virtual(main)
 
@@ -706,8 +706,8 @@ def test_T9_a_failed_renewal_is_tried_again_backed_off_and_callers_do_not_notice
     """Under a hundred requests a second: a handful of tries, spread; then all is forgotten."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock)
-        held = await desk.hand_out(visitor())
+        service = Service(clock)
+        held = await service.hand_out(visitor())
         clock.advance(HOUR - 7 * 60)
         tries: list[float] = []
         loop = asyncio.get_running_loop()
@@ -717,24 +717,24 @@ def test_T9_a_failed_renewal_is_tried_again_backed_off_and_callers_do_not_notice
             if len(tries) < 20:
                 raise errors.UpstreamUnavailable("down")
 
-        desk.issuer.fail = fail
+        service.issuer.fail = fail
         began = loop.time()
         while len(tries) < 20:
-            answer = await desk.hand_out(visitor())
+            answer = await service.hand_out(visitor())
             assert answer.outcome is Outcome.REUSED
             assert answer.token is held.token
             await asyncio.sleep(0.01)
         await asyncio.sleep(0)
-        answer = await desk.hand_out(visitor())
+        answer = await service.hand_out(visitor())
         assert (answer.outcome, answer.token == held.token) == (Outcome.REUSED, False)
-        assert desk.refreshes("ahead", "failed") == 19
-        assert desk.refreshes("ahead", "renewed") == 1
+        assert service.refreshes("ahead", "failed") == 19
+        assert service.refreshes("ahead", "renewed") == 1
         gaps = [later - sooner for sooner, later in pairwise(tries)]
         assert max(gaps) <= 5 + 2 * A_BIT
         assert len({round(gap, 2) for gap in gaps}) >= 10  # jittered
         assert loop.time() - began > 20
-        assert len(desk.minter.backoff) == 0
-        await desk.settled()
+        assert len(service.minter.backoff) == 0
+        await service.settled()
 
     run_virtual(main)
 
@@ -752,16 +752,16 @@ def test_T9_every_kind_of_failed_renewal_backs_off_once(error: errors.BrokerErro
     """Also a refusal and an error of ours: or each access to the token would try again at once."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock, draw=fixed(0.99))
-        await desk.hand_out(visitor())
+        service = Service(clock, draw=fixed(0.99))
+        await service.hand_out(visitor())
         clock.advance(HOUR - 7 * 60)
-        desk.issuer.fail = failing(error)
+        service.issuer.fail = failing(error)
         for _ in range(100):
-            await desk.hand_out(visitor())
+            await service.hand_out(visitor())
             await asyncio.sleep(0.001)
-        assert desk.mints == 2
-        assert desk.minter.backoff.failures(visitor().key) == 1
-        await desk.settled()
+        assert service.mints == 2
+        assert service.minter.backoff.failures(visitor().key) == 1
+        await service.settled()
 
     run_virtual(main)
 
@@ -770,21 +770,21 @@ def test_F4_a_renewal_that_yields_the_budget_is_nobody_elses_failure() -> None:
     """Who waits for it in another replica tries, as a visitor; all else is what they get."""
 
     async def main(clock: FakeClock) -> None:
-        desk, told = Desk(clock), list[BaseException | None]()
-        desk.store.abandon = lambda _ask, _key, _lease, error: told.append(error)  # type: ignore[method-assign]
-        await desk.hand_out(visitor())
+        service, told = Service(clock), list[BaseException | None]()
+        service.store.abandon = lambda _ask, _key, _lease, error: told.append(error)  # type: ignore[method-assign]
+        await service.hand_out(visitor())
         yields, late = errors.BudgetExhausted("elsewhere", SECOND), errors.UpstreamTimeout("slow")
         for failure in (yields, late):
             clock.advance(HOUR - 7 * 60 if failure is yields else 60)
-            desk.issuer.fail = failing(failure)
-            await desk.hand_out(visitor())
+            service.issuer.fail = failing(failure)
+            await service.hand_out(visitor())
             await asyncio.sleep(1)
         assert told == [None, late]
-        desk.issuer.fail = failing(yields)
+        service.issuer.fail = failing(yields)
         with pytest.raises(errors.BudgetExhausted):
-            await desk.hand_out(visitor("0002"))
+            await service.hand_out(visitor("0002"))
         assert told == [None, late, yields]
-        await desk.settled()
+        await service.settled()
 
     run_virtual(main)
 
@@ -793,15 +793,15 @@ def test_T9_a_renewal_that_hangs_counts_as_one_failure() -> None:
     """The mint's own timeout ends it; the next try is a first retry's time away."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock, draw=fixed(0.99), mint_timeout=3.0)
-        await desk.hand_out(visitor())
+        service = Service(clock, draw=fixed(0.99), mint_timeout=3.0)
+        await service.hand_out(visitor())
         clock.advance(HOUR - 7 * 60)
-        desk.issuer.delay = 100
-        await desk.hand_out(visitor())
+        service.issuer.delay = 100
+        await service.hand_out(visitor())
         await asyncio.sleep(3 + A_BIT)
-        assert desk.minter.backoff.failures(visitor().key) == 1
-        assert desk.refreshes("ahead", "failed") == 1
-        await desk.settled()
+        assert service.minter.backoff.failures(visitor().key) == 1
+        assert service.refreshes("ahead", "failed") == 1
+        await service.settled()
 
     run_virtual(main)
 
@@ -810,15 +810,15 @@ def test_T9_a_renewal_refused_by_a_limit_backs_off_too() -> None:
     """A hot key on an exhausted agent: callers are served, the limits are left alone."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock, limits=limits(agent=(0.001, 1)), draw=fixed(0.5))
-        await desk.hand_out(visitor())
+        service = Service(clock, limits=limits(agent=(0.001, 1)), draw=fixed(0.5))
+        await service.hand_out(visitor())
         clock.advance(HOUR - 7 * 60)
         for _ in range(1000):
-            assert (await desk.hand_out(visitor())).outcome is Outcome.REUSED
+            assert (await service.hand_out(visitor())).outcome is Outcome.REUSED
             await asyncio.sleep(0.001)
-        assert desk.refreshes("ahead", "failed") <= 5
-        assert desk.mints == 1
-        await desk.settled()
+        assert service.refreshes("ahead", "failed") <= 5
+        assert service.mints == 1
+        await service.settled()
 
     run_virtual(main)
 
@@ -828,17 +828,17 @@ def test_T9_renewals_without_plenty_charge_nothing() -> None:
 
     async def main(clock: FakeClock) -> None:
         pacer = await queueing(Budget(rate=1, per=600, burst=1, max_wait=1000))
-        desk = Desk(clock, pacer=pacer, mint_timeout=1000)
-        await desk.hand_out(visitor(), patience=1000)
+        service = Service(clock, pacer=pacer, mint_timeout=1000)
+        await service.hand_out(visitor(), patience=1000)
         clock.advance(HOUR - 7 * 60)
         for _ in range(10):
-            await desk.hand_out(visitor())
+            await service.hand_out(visitor())
             await asyncio.sleep(0)
-        assert desk.charged(LimitName.FINGERPRINT_MINTS, visitor().visitor) <= 1
-        assert desk.refreshes("ahead", "failed") == 0
-        assert len(desk.desk.flights) == 0
+        assert service.charged(LimitName.FINGERPRINT_MINTS, visitor().visitor) <= 1
+        assert service.refreshes("ahead", "failed") == 0
+        assert len(service.service.flights) == 0
         await pacer.close()
-        await desk.settled()
+        await service.settled()
 
     run_virtual(main)
 
@@ -851,18 +851,18 @@ def test_L5_joiners_and_reuse_charge_no_mint_limit() -> None:
 
     async def main(clock: FakeClock) -> None:
         scarce = limits(fingerprint=(0.001, 1000), mints=(0.001, 1), agent=(0.001, 1))
-        desk = Desk(clock, limits=scarce)
-        desk.issuer.delay = 1.0
-        answers = await asyncio.gather(*(desk.hand_out(visitor()) for _ in range(100)))
-        answers += [await desk.hand_out(visitor()) for _ in range(100)]
+        service = Service(clock, limits=scarce)
+        service.issuer.delay = 1.0
+        answers = await asyncio.gather(*(service.hand_out(visitor()) for _ in range(100)))
+        answers += [await service.hand_out(visitor()) for _ in range(100)]
         assert Counter(answer.outcome for answer in answers) == {
             Outcome.MINTED: 1,
             Outcome.COALESCED: 99,
             Outcome.REUSED: 100,
         }
-        assert desk.charged(LimitName.FINGERPRINT_MINTS, visitor().visitor) == 1
-        assert desk.charged(LimitName.AGENT, AGENT) == 1
-        assert desk.charged(LimitName.FINGERPRINT, visitor().visitor) == 200
+        assert service.charged(LimitName.FINGERPRINT_MINTS, visitor().visitor) == 1
+        assert service.charged(LimitName.AGENT, AGENT) == 1
+        assert service.charged(LimitName.FINGERPRINT, visitor().visitor) == 200
 
     run_virtual(main)
 
@@ -871,40 +871,42 @@ def test_L5_a_limit_that_refuses_charges_neither_itself_nor_a_later_one() -> Non
     """What an earlier limit admitted stays charged; the refusing one and those after it are not."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock, limits=limits(client=(0.6, 9), fingerprint=(0.6, 6), mints=(0.6, 3)))
+        service = Service(
+            clock, limits=limits(client=(0.6, 9), fingerprint=(0.6, 6), mints=(0.6, 3))
+        )
         who = visitor(fresh=True)
         for _ in range(3):
-            await desk.hand_out(who)
+            await service.hand_out(who)
         for _ in range(2):
             with pytest.raises(errors.RateLimited) as refused:
-                await desk.issue(who)
+                await service.issue(who)
             assert refused.value.limit is LimitName.FINGERPRINT_MINTS
             assert 99 * SECOND < refused.value.verdict.retry_after <= 100 * SECOND
-        assert _charges(desk, who) == (5, 5, 3, 3)
-        await desk.hand_out(visitor())  # reuse: the sixth request
+        assert _charges(service, who) == (5, 5, 3, 3)
+        await service.hand_out(visitor())  # reuse: the sixth request
         for _ in range(2):
-            assert await desk.issue(who) == Rejection(
+            assert await service.issue(who) == Rejection(
                 LimitName.FINGERPRINT,
-                desk.store._fingerprint.peek(
-                    who.visitor, desk.limits.fingerprint.rule.limit, clock.mono()
+                service.store._fingerprint.peek(
+                    who.visitor, service.limits.fingerprint.rule.limit, clock.mono()
                 ),
             )
-        assert _charges(desk, who) == (8, 6, 3, 3)
-        await desk.hand_out(visitor("bbbb"))  # the client's ninth
-        answer = await desk.issue(visitor("cccc"))
+        assert _charges(service, who) == (8, 6, 3, 3)
+        await service.hand_out(visitor("bbbb"))  # the client's ninth
+        answer = await service.issue(visitor("cccc"))
         assert isinstance(answer, Rejection)
         assert answer.limit is LimitName.CLIENT
-        assert _charges(desk, visitor("cccc")) == (9, 0, 0, 4)
+        assert _charges(service, visitor("cccc")) == (9, 0, 0, 4)
 
     run_virtual(main)
 
 
-def _charges(desk: Desk, ask: TokenRequest) -> tuple[int, int, int, int]:
+def _charges(service: Service, request: TokenRequest) -> tuple[int, int, int, int]:
     return (
-        desk.charged(LimitName.CLIENT, ask.client),
-        desk.charged(LimitName.FINGERPRINT, ask.visitor),
-        desk.charged(LimitName.FINGERPRINT_MINTS, ask.visitor),
-        desk.charged(LimitName.AGENT, ask.agent),
+        service.charged(LimitName.CLIENT, request.client),
+        service.charged(LimitName.FINGERPRINT, request.visitor),
+        service.charged(LimitName.FINGERPRINT_MINTS, request.visitor),
+        service.charged(LimitName.AGENT, request.agent),
     )
 
 
@@ -912,10 +914,10 @@ def test_L6_a_thousand_visitors_at_once_on_an_agent_of_thirty_are_thirty_mints()
     """Exactly the burst is admitted, however many ask in the same tick."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock, limits=limits(agent=(0.001, 30)))
-        desk.issuer.delay = 1.0
+        service = Service(clock, limits=limits(agent=(0.001, 30)))
+        service.issuer.delay = 1.0
         outcomes = await asyncio.gather(
-            *(desk.issue(visitor(f"{number:04x}")) for number in range(1000)),
+            *(service.issue(visitor(f"{number:04x}")) for number in range(1000)),
             return_exceptions=True,
         )
         assert Counter(type(outcome) for outcome in outcomes) == {
@@ -925,16 +927,16 @@ def test_L6_a_thousand_visitors_at_once_on_an_agent_of_thirty_are_thirty_mints()
         assert {error.limit for error in outcomes if isinstance(error, errors.RateLimited)} == {
             LimitName.AGENT
         }
-        assert desk.mints == 30
+        assert service.mints == 30
         again = await asyncio.gather(
-            *(desk.issue(visitor(f"{number:04x}")) for number in range(1000)),
+            *(service.issue(visitor(f"{number:04x}")) for number in range(1000)),
             return_exceptions=True,
         )
         assert Counter(type(outcome) for outcome in again) == {
             IssuedToken: 30,
             errors.RateLimited: 970,
         }
-        await desk.settled()
+        await service.settled()
 
     run_virtual(main)
 
@@ -943,16 +945,16 @@ def test_L6_a_thousand_requests_of_one_visitor_are_the_burst() -> None:
     """Of one visitor exactly `burst` pass, the others are told when; another visitor passes."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock, limits=limits(fingerprint=(1 / 60, 7)))
-        answers = await asyncio.gather(*(desk.issue(visitor()) for _ in range(1000)))
+        service = Service(clock, limits=limits(fingerprint=(1 / 60, 7)))
+        answers = await asyncio.gather(*(service.issue(visitor()) for _ in range(1000)))
         assert Counter(type(answer) for answer in answers) == {IssuedToken: 7, Rejection: 993}
-        await desk.hand_out(visitor("bbbb"))
+        await service.hand_out(visitor("bbbb"))
         refusal = answers[-1]
         assert isinstance(refusal, Rejection)
         clock.advance((refusal.verdict.retry_after - 100) / SECOND)
-        assert isinstance(await desk.issue(visitor()), Rejection)
+        assert isinstance(await service.issue(visitor()), Rejection)
         clock.advance(100 / SECOND)
-        await desk.hand_out(visitor())
+        await service.hand_out(visitor())
 
     run_virtual(main)
 
@@ -961,22 +963,22 @@ def test_M2_a_key_in_flight_is_not_evicted() -> None:
     """A cache of one token: others come and go during a mint, its waiters all get its token."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock, max_tokens=1)
-        desk.issuer.delay = 1.0
-        waiting = [desk.begin(visitor("aaaa")) for _ in range(3)]
+        service = Service(clock, max_tokens=1)
+        service.issuer.delay = 1.0
+        waiting = [service.begin(visitor("aaaa")) for _ in range(3)]
         await asyncio.sleep(0.5)
-        desk.issuer.delay = 0.0
+        service.issuer.delay = 0.0
         for number in range(20):
-            await desk.hand_out(visitor(f"{number:04x}"))
-        waiting.append(desk.begin(visitor("aaaa")))
+            await service.hand_out(visitor(f"{number:04x}"))
+        waiting.append(service.begin(visitor("aaaa")))
         answers = await asyncio.gather(*waiting)
         assert len({answer.token for answer in answers}) == 1
         assert all(belongs_to(answer.token, visitor("aaaa")) for answer in answers)
-        assert [ask.fingerprint for ask in desk.issuer.asks].count("aaaa") == 1
-        assert (await desk.hand_out(visitor("aaaa"))).outcome is Outcome.REUSED
-        assert (len(desk.tokens), desk.tokens.counts.evicted.value) == (1, 20)
-        await desk.hand_out(visitor("aaaa", fresh=True))
-        assert (len(desk.tokens), desk.tokens.counts.evicted.value) == (
+        assert [request.fingerprint for request in service.issuer.asks].count("aaaa") == 1
+        assert (await service.hand_out(visitor("aaaa"))).outcome is Outcome.REUSED
+        assert (len(service.tokens), service.tokens.counts.evicted.value) == (1, 20)
+        await service.hand_out(visitor("aaaa", fresh=True))
+        assert (len(service.tokens), service.tokens.counts.evicted.value) == (
             1,
             20,
         )  # overwriting evicts nobody
@@ -989,39 +991,39 @@ def test_M4_a_cancelled_or_timed_out_mint_is_never_remembered_as_a_refusal() -> 
 
     async def main(clock: FakeClock) -> None:
         pacer = await queueing()
-        desk = Desk(clock, pacer=pacer, mint_timeout=5.0, draw=fixed(0.99))
-        leaver = desk.begin(visitor())
+        service = Service(clock, pacer=pacer, mint_timeout=5.0, draw=fixed(0.99))
+        leaver = service.begin(visitor())
         await asyncio.sleep(0.3)
         leaver.cancel()
         await asyncio.sleep(0)
         with pytest.raises(errors.UpstreamTimeout):
-            await desk.issue(visitor(), patience=0.2)
-        assert len(desk.minter.backoff) == 0
-        assert (await desk.hand_out(visitor())).outcome is Outcome.MINTED
-        desk.issuer.delay = 100
+            await service.issue(visitor(), patience=0.2)
+        assert len(service.minter.backoff) == 0
+        assert (await service.hand_out(visitor())).outcome is Outcome.MINTED
+        service.issuer.delay = 100
         with pytest.raises(errors.UpstreamTimeout):
-            await desk.issue(visitor("bbbb"))
-        desk.issuer.delay = 0
+            await service.issue(visitor("bbbb"))
+        service.issuer.delay = 0
         began = asyncio.get_running_loop().time()
-        assert (await desk.hand_out(visitor("bbbb"))).outcome is Outcome.MINTED
+        assert (await service.hand_out(visitor("bbbb"))).outcome is Outcome.MINTED
         took = asyncio.get_running_loop().time() - began
         assert took <= 1 + A_BIT  # a first back-off or a slot's wait
-        assert len(desk.minter.backoff) == 0
+        assert len(service.minter.backoff) == 0
         await pacer.close()
-        await desk.settled()
+        await service.settled()
 
     run_virtual(main)
 
 
 def test_M4_a_refusal_of_the_vendor_does_not_hide_a_later_success() -> None:
-    """What failed once for this visitor is asked anew: the desk holds no refusals."""
+    """What failed once for this visitor is asked anew: the service holds no refusals."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock)
-        desk.issuer.fail = failing(errors.UpstreamRefused(404, "NOT_FOUND", "no agent"), 1)
+        service = Service(clock)
+        service.issuer.fail = failing(errors.UpstreamRefused(404, "NOT_FOUND", "no agent"), 1)
         with pytest.raises(errors.UpstreamRefused):
-            await desk.issue(visitor())
-        assert (await desk.hand_out(visitor())).outcome is Outcome.MINTED
+            await service.issue(visitor())
+        assert (await service.hand_out(visitor())).outcome is Outcome.MINTED
 
     run_virtual(main)
 
@@ -1033,20 +1035,20 @@ def test_a_back_off_longer_than_the_caller_s_patience_ends_all_the_same() -> Non
     """Impatient callers get 504 and start no mint; the moment they wait for does not move away."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock, draw=fixed(0.99))
-        desk.issuer.fail = failing(errors.UpstreamUnavailable("down"), 6)
+        service = Service(clock, draw=fixed(0.99))
+        service.issuer.fail = failing(errors.UpstreamUnavailable("down"), 6)
         for _ in range(6):
             with pytest.raises(errors.UpstreamUnavailable):
-                await desk.issue(visitor())
+                await service.issue(visitor())
         began = asyncio.get_running_loop().time()
         for _ in range(9):
             with pytest.raises(errors.UpstreamTimeout):
-                await desk.issue(visitor(), patience=0.5)
-            assert desk.mints == 6
-            assert len(desk.desk.flights._by_key) == 0
-        await desk.hand_out(visitor(), patience=0.5)
+                await service.issue(visitor(), patience=0.5)
+            assert service.mints == 6
+            assert len(service.service.flights._by_key) == 0
+        await service.hand_out(visitor(), patience=0.5)
         assert asyncio.get_running_loop().time() - began == pytest.approx(4.95, abs=A_BIT)
-        await desk.settled()
+        await service.settled()
 
     run_virtual(main)
 
@@ -1055,13 +1057,13 @@ def test_one_key_s_back_off_is_nobody_else_s() -> None:
     """A key that fails does not slow down another visitor's."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock, draw=fixed(0.99))
-        desk.issuer.fail = failing(errors.UpstreamUnavailable("down"), 3)
+        service = Service(clock, draw=fixed(0.99))
+        service.issuer.fail = failing(errors.UpstreamUnavailable("down"), 3)
         for _ in range(3):
             with pytest.raises(errors.UpstreamUnavailable):
-                await desk.issue(visitor("aaaa"))
+                await service.issue(visitor("aaaa"))
         began = asyncio.get_running_loop().time()
-        await desk.hand_out(visitor("bbbb"))
+        await service.hand_out(visitor("bbbb"))
         assert asyncio.get_running_loop().time() - began < A_BIT
 
     run_virtual(main)
@@ -1072,13 +1074,13 @@ def test_who_insists_on_a_fresh_token_joins_a_renewal_and_queues_for_it() -> Non
 
     async def main(clock: FakeClock) -> None:
         pacer = await queueing(Budget(rate=60, per=60, burst=1, max_wait=5))
-        desk = Desk(clock, pacer=pacer)
-        held = await desk.hand_out(visitor())
+        service = Service(clock, pacer=pacer)
+        held = await service.hand_out(visitor())
         await asyncio.sleep(HOUR - 7 * 60)
         assert pacer.has_headroom
-        other = desk.begin(visitor("bbbb"))  # takes the slot that the renewal has in mind
-        renewing = desk.begin(visitor())
-        insisting = desk.begin(visitor(fresh=True))
+        other = service.begin(visitor("bbbb"))  # takes the slot that the renewal has in mind
+        renewing = service.begin(visitor())
+        insisting = service.begin(visitor(fresh=True))
         answers = await asyncio.gather(other, renewing, insisting)
         assert [answer.outcome for answer in answers] == [
             Outcome.MINTED,
@@ -1087,9 +1089,9 @@ def test_who_insists_on_a_fresh_token_joins_a_renewal_and_queues_for_it() -> Non
         ]
         assert answers[1].token == held.token
         assert answers[2].token != held.token
-        assert desk.mints == 3
+        assert service.mints == 3
         await pacer.close()
-        await desk.settled()
+        await service.settled()
 
     run_virtual(main)
 
@@ -1098,14 +1100,14 @@ def test_a_failed_fresh_mint_leaves_the_cached_token_for_later_requests() -> Non
     """Whoever insisted gets the error; whoever did not still has the token."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock)
-        held = await desk.hand_out(visitor())
-        desk.issuer.fail = failing(errors.UpstreamUnavailable("down"))
+        service = Service(clock)
+        held = await service.hand_out(visitor())
+        service.issuer.fail = failing(errors.UpstreamUnavailable("down"))
         with pytest.raises(errors.UpstreamUnavailable):
-            await desk.issue(visitor(fresh=True))
-        answer = await desk.hand_out(visitor())
+            await service.issue(visitor(fresh=True))
+        answer = await service.hand_out(visitor())
         assert (answer.token, answer.outcome) == (held.token, Outcome.REUSED)
-        assert desk.refreshes("fresh", "failed") == 1
+        assert service.refreshes("fresh", "failed") == 1
 
     run_virtual(main)
 
@@ -1115,16 +1117,16 @@ def test_closing_while_callers_wait_tells_them_and_leaves_nothing() -> None:
 
     async def main(clock: FakeClock) -> None:
         pacer = await queueing(Budget(rate=60, per=60, burst=2, max_wait=30))
-        desk = Desk(clock, pacer=pacer)
-        desk.issuer.delay = 10
-        waiting = [desk.begin(visitor(f"{number:04x}")) for number in range(4)]
+        service = Service(clock, pacer=pacer)
+        service.issuer.delay = 10
+        waiting = [service.begin(visitor(f"{number:04x}")) for number in range(4)]
         await asyncio.sleep(2.5)
-        assert (desk.mints, pacer.depth) == (2, 2)
-        await desk.desk.flights.close()
+        assert (service.mints, pacer.depth) == (2, 2)
+        await service.service.flights.close()
         await pacer.close()
         outcomes = await asyncio.gather(*waiting, return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [errors.ServiceUnavailable] * 4
-        assert len(desk.tokens) == 0
-        await desk.settled()
+        assert len(service.tokens) == 0
+        await service.settled()
 
     run_virtual(main)

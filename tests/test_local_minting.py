@@ -6,9 +6,9 @@ import secrets
 from pathlib import Path
 
 import pytest
-from desk import AGENT, MINUTE, PATIENCE, POLICY, limits, visitor
 from hypothesis import given
 from hypothesis import strategies as st
+from service import AGENT, MINUTE, PATIENCE, POLICY, limits, visitor
 
 from broker.app import wiring
 from broker.clock import SystemClock

@@ -1,13 +1,13 @@
-"""G1, G2, G3, G5 and G8, each as a whole story: desk, store, budget, clocks and bad weather."""
+"""G1, G2, G3, G5 and G8, each as a whole story: service, store, budget, clocks and bad weather."""
 
 import asyncio
 import random
 from collections import Counter
 
 import pytest
-from desk import Desk, belongs_to, limits, session_of, visitor
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from service import Service, belongs_to, limits, session_of, visitor
 from typing_extensions import override
 
 from broker import errors
@@ -36,10 +36,10 @@ class WatchedIssuer(FakeIssuer):
         self._now: Counter[str] = Counter()
 
     @override
-    async def mint(self, ask: TokenRequest, turn: Turn) -> Minted:
+    async def mint(self, request: TokenRequest, turn: Turn) -> Minted:
         await turn()
-        self._now[ask.key] += 1
-        self.most[ask.key] = max(self.most[ask.key], self._now[ask.key])
+        self._now[request.key] += 1
+        self.most[request.key] = max(self.most[request.key], self._now[request.key])
         try:
             await asyncio.sleep(self._chance.expovariate(1))
             if self._chance.random() < self._failures:
@@ -49,38 +49,38 @@ class WatchedIssuer(FakeIssuer):
                 """The turn was taken above."""
                 return UNCOUNTED
 
-            return await super().mint(ask, free)
+            return await super().mint(request, free)
         finally:
-            self._now[ask.key] -= 1
+            self._now[request.key] -= 1
 
 
 class Weather:
-    """A desk under a budget, and a crowd of visitors who ask, insist, lose patience and leave."""
+    """A service under a budget, and a crowd of visitors who ask, insist, wait no longer."""
 
     def __init__(self, clock: FakeClock, seed: int, pacer: BudgetPacer) -> None:
         self.chance = random.Random(seed)
         self.clock = clock
-        self.desk = Desk(clock, pacer=pacer, draw=self.chance.random)
+        self.service = Service(clock, pacer=pacer, draw=self.chance.random)
         self.issuer = WatchedIssuer(self.chance, failures=0.2)
-        self.desk.issuer = self.desk.minter._issuer = self.issuer
+        self.service.issuer = self.service.minter._issuer = self.issuer
         self.outcomes: list[tuple[TokenRequest, object, int]] = []
 
-    async def visit(self, ask: TokenRequest, patience: float) -> None:
+    async def visit(self, request: TokenRequest, patience: float) -> None:
         """Ask once; note what came of it, and the moment."""
         outcome: object
         try:
-            outcome = await self.desk.issue(ask, patience)
+            outcome = await self.service.issue(request, patience)
         except (errors.BrokerError, asyncio.CancelledError) as error:
             outcome = error
-        self.outcomes.append((ask, outcome, self.clock.mono()))
+        self.outcomes.append((request, outcome, self.clock.mono()))
 
     async def blow(self, visits: int) -> None:
         loop = asyncio.get_running_loop()
         tasks = []
         for _ in range(visits):
-            ask = visitor(f"{self.chance.randrange(4):04x}", fresh=self.chance.random() < 0.2)
+            request = visitor(f"{self.chance.randrange(4):04x}", fresh=self.chance.random() < 0.2)
             patience = self.chance.choice([0.0, 0.5, 3.0, 12.0, 12.0])
-            task = loop.create_task(self.visit(ask, patience))
+            task = loop.create_task(self.visit(request, patience))
             if self.chance.random() < 0.2:
                 loop.call_later(self.chance.expovariate(1), task.cancel)
             tasks.append(task)
@@ -95,9 +95,9 @@ async def weather(clock: FakeClock, seed: int, visits: int = 60) -> Weather:
     await pacer.start()
     weather = Weather(clock, seed, pacer)
     await weather.blow(visits)
-    await weather.desk.desk.flights.drained()
+    await weather.service.service.flights.drained()
     await pacer.close()
-    await weather.desk.settled()
+    await weather.service.settled()
     assert weather.issuer.most
     return weather
 
@@ -119,12 +119,12 @@ def test_G3_G8_what_is_handed_out_is_the_visitor_s_own_and_lives_long_enough(see
     """
     stormy = run_virtual(lambda clock: weather(clock, seed))
     handouts = 0
-    for ask, outcome, at in stormy.outcomes:
+    for request, outcome, at in stormy.outcomes:
         if not isinstance(outcome, IssuedToken):
             assert isinstance(outcome, errors.BrokerError | asyncio.CancelledError)
             continue
         handouts += 1
-        assert belongs_to(outcome.token, ask)
+        assert belongs_to(outcome.token, request)
         assert outcome.left - 100 <= outcome.token.dies_mono - at  # no more was promised than is
         floor = 1 if outcome.outcome is Outcome.REUSED else 5
         assert outcome.token.dies_mono - at >= floor * 60 * SECOND - 100
@@ -143,25 +143,25 @@ def test_G2_one_caller_s_end_is_no_other_caller_s(how: str, when: str) -> None:
     async def main(clock: FakeClock) -> None:
         pacer = BudgetPacer(BUDGET, lambda _seconds: None)
         await pacer.start()
-        desk = Desk(clock, pacer=pacer)
-        desk.issuer.delay = 2.0
+        service = Service(clock, pacer=pacer)
+        service.issuer.delay = 2.0
         loop = asyncio.get_running_loop()
         began = loop.time()
-        first = desk.begin(visitor(), patience=moment if how == "out of patience" else 12.0)
-        others = [desk.begin(visitor()) for _ in range(20)]
+        first = service.begin(visitor(), patience=moment if how == "out of patience" else 12.0)
+        others = [service.begin(visitor()) for _ in range(20)]
         if how == "cancelled":
             loop.call_later(moment, first.cancel)
         answers = await asyncio.gather(*others)
         assert loop.time() - began == pytest.approx(BUDGET.interval + 2, abs=A_BIT)
         assert {answer.outcome for answer in answers} == {Outcome.COALESCED}
         assert len({session_of(answer.token) for answer in answers}) == 1
-        assert desk.mints == 1
+        assert service.mints == 1
         (end,) = await asyncio.gather(first, return_exceptions=True)
         if when != "landing":
             ends = {"cancelled": asyncio.CancelledError, "out of patience": errors.UpstreamTimeout}
             assert isinstance(end, ends[how])
         await pacer.close()
-        await desk.settled()
+        await service.settled()
 
     run_virtual(main)
 
@@ -170,12 +170,12 @@ def test_G3_the_life_of_a_token_is_measured_when_it_is_handed_out() -> None:
     """A mint that took its time has used up life: what is told is what is left, not what was."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock)
-        desk.issuer.delay = 9.0
-        minted = await desk.hand_out(visitor())
+        service = Service(clock)
+        service.issuer.delay = 9.0
+        minted = await service.hand_out(visitor())
         assert minted.left == pytest.approx((HOUR - 9) * SECOND, abs=A_BIT * SECOND)
         await asyncio.sleep(100)
-        again = await desk.hand_out(visitor())
+        again = await service.hand_out(visitor())
         assert again.left == pytest.approx((HOUR - 109) * SECOND, abs=A_BIT * SECOND)
 
     run_virtual(main)
@@ -185,18 +185,18 @@ def test_G3_over_a_whole_outage_no_token_is_handed_out_below_a_minute() -> None:
     """A visitor a second for an hour, the vendor gone: served until a minute is left, then told."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock)
-        held = await desk.hand_out(visitor())
+        service = Service(clock)
+        held = await service.hand_out(visitor())
 
         def down(_ask: TokenRequest) -> None:
             raise errors.UpstreamUnavailable("down")
 
-        desk.issuer.fail = down
+        service.issuer.fail = down
         served = 0
         for _ in range(HOUR + 60):
             await asyncio.sleep(1)
             try:
-                answer = await desk.hand_out(visitor(), patience=A_BIT)
+                answer = await service.hand_out(visitor(), patience=A_BIT)
             except errors.BrokerError:
                 assert held.token.left(clock.mono(), clock.wall()) <= 61 * SECOND
             else:
@@ -219,30 +219,30 @@ def test_G5_who_has_a_valid_token_in_the_cache_waits_for_nobody(
         pacer = BudgetPacer(BUDGET, lambda _seconds: None)
         await pacer.start()
         scarce = limits(agent=(0.001, 1)) if trouble == "agent limit" else limits()
-        desk = Desk(clock, pacer=pacer, limits=scarce)
-        held = await desk.hand_out(visitor())
+        service = Service(clock, pacer=pacer, limits=scarce)
+        held = await service.hand_out(visitor())
         await asyncio.sleep(HOUR - 60 * minutes_left)
         match trouble:
             case "hangs":
-                desk.issuer.delay = 1000
+                service.issuer.delay = 1000
             case "fails":
-                desk.issuer.fail = _raise(errors.UpstreamUnavailable("down"))
+                service.issuer.fail = _raise(errors.UpstreamUnavailable("down"))
             case "refuses":
-                desk.issuer.fail = _raise(errors.UpstreamRefused(402, "INSUFFICIENT", "no"))
+                service.issuer.fail = _raise(errors.UpstreamRefused(402, "INSUFFICIENT", "no"))
             case "no budget":
                 pacer.pause(300)
             case _:
                 pass
         for _ in range(200):
-            asking = desk.desk.issue(visitor(), 12.0)
+            asking = service.service.issue(visitor(), 12.0)
             with pytest.raises(StopIteration) as answered:  # it never gives up control
                 asking.send(None)
             assert answered.value.value.outcome is Outcome.REUSED
             assert session_of(answered.value.value.token) == session_of(held.token)
             await asyncio.sleep(A_BIT)
-        await desk.desk.flights.close()
+        await service.service.flights.close()
         await pacer.close()
-        await desk.settled()
+        await service.settled()
 
     run_virtual(main)
 
@@ -258,17 +258,17 @@ def test_G5_not_even_while_others_wait_for_a_fresh_one() -> None:
     """Somebody insists on a new token and the vendor hangs: everybody else reuses the old one."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock)
-        held = await desk.hand_out(visitor())
-        desk.issuer.delay = 5.0
-        insisting = desk.begin(visitor(fresh=True))
+        service = Service(clock)
+        held = await service.hand_out(visitor())
+        service.issuer.delay = 5.0
+        insisting = service.begin(visitor(fresh=True))
         await asyncio.sleep(1)
         began = asyncio.get_running_loop().time()
-        answer = await desk.hand_out(visitor())
+        answer = await service.hand_out(visitor())
         assert (answer.token, answer.outcome) == (held.token, Outcome.REUSED)
         assert asyncio.get_running_loop().time() - began < A_BIT
         assert (await insisting).token != held.token
-        await desk.settled()
+        await service.settled()
 
     run_virtual(main)
 
@@ -277,8 +277,8 @@ def test_G8_visitors_who_differ_in_one_part_never_meet() -> None:
     """Client, agent, fingerprint, model: all ask at once, again and again, over renewals."""
 
     async def main(clock: FakeClock) -> None:
-        desk = Desk(clock)
-        desk.issuer.delay = 0.2
+        service = Service(clock)
+        service.issuer.delay = 0.2
         asks = [
             visitor(fingerprint, agent=agent, model=model, client=client)
             for fingerprint in ("aaaa", "AAAA")
@@ -289,12 +289,12 @@ def test_G8_visitors_who_differ_in_one_part_never_meet() -> None:
         for _ in range(12):
             crowd = asks * 5
             random.Random(7).shuffle(crowd)
-            answers = await asyncio.gather(*(desk.hand_out(ask) for ask in crowd))
-            for ask, answer in zip(crowd, answers, strict=True):
-                assert belongs_to(answer.token, ask)
+            answers = await asyncio.gather(*(service.hand_out(request) for request in crowd))
+            for request, answer in zip(crowd, answers, strict=True):
+                assert belongs_to(answer.token, request)
             assert len({answer.token for answer in answers}) == len(asks)
             await asyncio.sleep(500)
-        assert desk.mints > len(asks)
-        await desk.settled()
+        assert service.mints > len(asks)
+        await service.settled()
 
     run_virtual(main)

@@ -4,10 +4,10 @@ import asyncio
 import random
 
 import pytest
-from desk import POLICY, Desk, session_of, visitor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from service import POLICY, Service, session_of, visitor
 
 from broker import errors
 from broker.issue import IssuedToken
@@ -24,16 +24,19 @@ MINUTE = 60
 
 
 class Ended:
-    """A desk, its sessions, and what was ended when."""
+    """A service, its sessions, and what was ended when."""
 
     def __init__(self, clock: FakeClock, seed: int = 1, *, reuse: bool = True) -> None:
         self.chance = random.Random(seed)
         self.clock = clock
         policy = replace(POLICY, enabled=reuse)
-        self.desk = Desk(clock, policy=policy, draw=self.chance.random)
-        self.desk.issuer.delay = 1.0
+        self.service = Service(clock, policy=policy, draw=self.chance.random)
+        self.service.issuer.delay = 1.0
         self.sessions = TokenIntrospector(
-            self.desk.issuer, self.desk.book, self.desk.store, SessionMetrics(MetricLayout())
+            self.service.issuer,
+            self.service.session_store,
+            self.service.store,
+            SessionMetrics(MetricLayout()),
         )
         self.ended: dict[str, int] = {}
         self.handed: list[tuple[str, int]] = []
@@ -41,7 +44,7 @@ class Ended:
     async def ask(self, fingerprint: str = "beef", *, fresh: bool = False) -> None:
         """Ask, and note which session came when."""
         try:
-            answer = await self.desk.issue(visitor(fingerprint, fresh=fresh))
+            answer = await self.service.issue(visitor(fingerprint, fresh=fresh))
         except errors.BrokerError:
             return
         assert isinstance(answer, IssuedToken)
@@ -59,7 +62,7 @@ class Ended:
                 self.ended.setdefault(other.session_id, self.clock.mono())
 
     def live(self) -> list[Session]:
-        return [session for _, session in self.desk.book._sessions.items()]
+        return [session for _, session in self.service.session_store._sessions.items()]
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -75,7 +78,7 @@ def test_G9_after_an_end_is_answered_nobody_gets_that_session(seed: int, *, reus
         chance = story.chance
         tasks = []
         for _ in range(80):
-            story.desk.issuer.same = chance.random() < 0.2
+            story.service.issuer.same = chance.random() < 0.2
             fingerprint = f"{chance.randrange(3):04x}"
             asking = story.ask(fingerprint, fresh=chance.random() < 0.3)
             tasks.append(asyncio.get_running_loop().create_task(asking))
@@ -85,7 +88,7 @@ def test_G9_after_an_end_is_answered_nobody_gets_that_session(seed: int, *, reus
             if chance.random() < 0.4:
                 await asyncio.sleep(chance.choice([0.0, 0.3, 1.1, 700.0]))
         await asyncio.gather(*tasks)
-        await story.desk.settled()
+        await story.service.settled()
         return story
 
     story = run_virtual(main)
@@ -106,16 +109,16 @@ def test_G9_an_end_wins_over_the_mint_that_is_in_flight(*, reuse: bool) -> None:
         story = Ended(clock, reuse=reuse)
         await story.ask()
         held = story.live()[0]
-        crowd = [story.desk.begin(visitor("beef", fresh=True)) for _ in range(20)]
+        crowd = [story.service.begin(visitor("beef", fresh=True)) for _ in range(20)]
         await asyncio.sleep(0.5)
         await story.end(held.session_id)
         outcomes = await asyncio.gather(*crowd, return_exceptions=True)
         assert {type(outcome) for outcome in outcomes} == {errors.SessionEnded}
         assert story.live() == [], "what was minted for nobody is no session"
-        after = await story.desk.hand_out(visitor("beef"))
+        after = await story.service.hand_out(visitor("beef"))
         assert after.outcome is Outcome.MINTED
         assert [s.session_id for s in story.live()] == [session_of(after.token)]
-        assert story.desk.mints == 3
+        assert story.service.mints == 3
 
     run_virtual(main)
 
@@ -131,18 +134,18 @@ def test_G9_an_ended_token_is_no_way_out_of_an_outage() -> None:
         def down(_ask: object) -> None:
             raise errors.UpstreamUnavailable("down")
 
-        story.desk.issuer.fail = down
+        story.service.issuer.fail = down
         await asyncio.sleep(57 * MINUTE)
-        again = await story.desk.hand_out(visitor("beef"))
+        again = await story.service.hand_out(visitor("beef"))
         assert session_of(again.token) == held.session_id
         await asyncio.sleep(10)
-        asking = story.desk.begin(visitor("beef"))
+        asking = story.service.begin(visitor("beef"))
         await asyncio.sleep(0.5)
         await story.end(held.session_id)
         with pytest.raises(errors.BrokerError):
             await asking
         with pytest.raises(errors.UpstreamUnavailable):
-            await story.desk.hand_out(visitor("beef"))
+            await story.service.hand_out(visitor("beef"))
 
     run_virtual(main)
 
@@ -155,12 +158,12 @@ def test_G9_a_session_that_the_vendor_opens_again_stays_ended() -> None:
         await story.ask()
         held = story.live()[0]
         await story.end(held.session_id)
-        story.desk.issuer.same = True
+        story.service.issuer.same = True
         with pytest.raises(errors.SessionEnded):
-            await story.desk.hand_out(visitor("beef"))
+            await story.service.hand_out(visitor("beef"))
         assert story.live() == []
-        story.desk.issuer.same = False
-        after = await story.desk.hand_out(visitor("beef"))
+        story.service.issuer.same = False
+        after = await story.service.hand_out(visitor("beef"))
         assert session_of(after.token) != held.session_id
 
     run_virtual(main)
@@ -171,12 +174,12 @@ def test_G9_a_record_that_comes_after_its_end_brings_no_token_back() -> None:
 
     async def main(clock: FakeClock) -> None:
         story = Ended(clock)
-        handed = await story.desk.hand_out(visitor("beef"))
+        handed = await story.service.hand_out(visitor("beef"))
         (session,) = story.live()
         token = token_in(handed.token.body)
         assert await story.sessions.check(token) == session
         await story.end(session.session_id)
-        await story.desk.book.record(session)
+        await story.service.session_store.record(session)
         with pytest.raises(BadToken, match="revoked"):
             await story.sessions.check(token)
 

@@ -65,9 +65,11 @@ class App:
         self.metrics = self.parts.metrics
         self.housekeeping = Housekeeping(self.parts, self._tuner)
         self.reloader = Reloader(self.parts, settings, environ, load, self.watch)
-        sheet = self.metrics.sheet
-        board = SharedCells([sheet.cells]) if worker is None else worker.board
-        self._registry = exposition.registry(sheet.families, board, self.housekeeping.publish)
+        layout = self.metrics.sheet
+        shared_cells = SharedCells([layout.cells]) if worker is None else worker.shared_cells
+        self._registry = exposition.registry(
+            layout.families, shared_cells, self.housekeeping.publish
+        )
         self._background = Background(self.metrics.process.background)
         self._admin: admin.AdminListener | None = None
         self._listener: Listener | Acceptor | None = None
@@ -78,6 +80,9 @@ class App:
         """Open everything; raises CannotListen, ConfigError, StateFileInUse, nothing left open."""
         parts = self.parts
         self._tuner.start()
+        # The file before the addresses: in a deploy whose processes overlap, the old one has both
+        # and gives the addresses up first.  To look at those now would end the new one at once;
+        # where they are somebody else's, the file is free, and the end comes as soon.
         if parts.durable is not None:
             try:
                 await parts.durable.open(self._stopping)

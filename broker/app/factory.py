@@ -14,6 +14,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from broker.app import credentials
+from broker.app.secret_settings import secret_settings
 from broker.config import files
 from broker.config.addresses import Access, StateFileAddress, StoreAddress, parse_store_url
 from broker.config.load import MIN_CLIENT_SECRET, found_in, read_secret
@@ -156,7 +157,7 @@ def budget(settings: Settings) -> Budget | None:
 
 
 def metrics(settings: Settings, cells: Row | None = None) -> Metrics:
-    """Return the metrics of a process with these settings, in its row of a shared board."""
+    """Return the metrics of a process with these settings, in its row of shared cells."""
     workers, address = settings.server.workers, parse_store_url(settings.store.url)
     return Metrics(
         settings.issuer.kind,
@@ -294,28 +295,8 @@ def _each_key(settings: Settings) -> Iterator[Settings]:
 
 def secret_files(settings: Settings) -> list[tuple[str, str]]:
     """Return name and path of every secret file that the settings mention."""
-    files = [
-        ("admin.secret_file", settings.admin.secret_file),
-        *((f"clients.{name}.secret_file", c.secret_file) for name, c in settings.clients.items()),
-        *(
-            (f"clients.{name}.next_secret_file", client.next_secret_file)
-            for name, client in settings.clients.items()
-        ),
-        *(
-            (f"issuer.local.keys.{kid}.secret_file", key.secret_file)
-            for kid, key in settings.issuer.local.keys.items()
-        ),
-        ("issuer.local.keys_file", settings.issuer.local.keys_file),
-        *(
-            ("issuer.upstream.api_secret_files", file)
-            for file in settings.issuer.upstream.api_secret_files
-        ),
-        ("issuer.upstream.proxy_file", settings.issuer.upstream.proxy_file),
-        ("store.encryption_key_file", settings.store.encryption_key_file),
-        ("store.password_file", settings.store.password_file),
-        ("store.tls_key_file", settings.store.tls_key_file),
-    ]
-    return [(name, file) for name, file in files if file]
+    found = secret_settings(settings)
+    return [(setting.key, setting.file) for setting in found if setting.file]
 
 
 def watched_files(settings: Settings) -> list[tuple[str, str]]:

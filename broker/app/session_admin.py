@@ -49,8 +49,8 @@ class SessionAdminApi:
             self._server, names, Box(key, "sessions in a shared store"), most, self._clock
         )
         store = _Store(self._server, names)
-        book = SharedSessions(remote, MemorySessions(1, self._clock), store, closed=True)
-        self._register = SessionAdmin(book, store, metrics.sessions)
+        session_store = SharedSessions(remote, MemorySessions(1, self._clock), store, closed=True)
+        self._session_admin = SessionAdmin(session_store, store, metrics.sessions)
         self._authenticator = ClientAuthenticator(
             [],
             factory.trusted_proxies(settings),
@@ -81,7 +81,7 @@ class SessionAdminApi:
         admin_sessions.add(
             application,
             self._authenticator,
-            self._register,
+            self._session_admin,
             self._clock,
             self._throttled,
             self._refusals,

@@ -1,6 +1,6 @@
 """A worker's place among its siblings: what its supervisor gave it, and who has more to do.
 
-Rows of the board are all that workers know of each other.
+Rows of the shared cells are all that workers know of each other.
 """
 
 import socket
@@ -35,7 +35,7 @@ class WorkerContext(Struct, frozen=True):
     sockets: Sequence[socket.socket]
     url: str
     admin_url: str
-    board: SharedCells
+    shared_cells: SharedCells
     metrics: Metrics
     siblings: Sequence[PeerLoad]
 

@@ -6,7 +6,6 @@ again, and somebody may use it.
 
 import json
 import os
-import re
 import secrets
 import shlex
 import stat
@@ -36,10 +35,8 @@ _VARIABLES = {
     "web": "BROKER_CLIENTS__WEB__SECRET_FILE",
     "admin": "BROKER_ADMIN__SECRET_FILE",
 }
-"""Which variable names each secret to a service, for which the unit has made a copy (%d)."""
-
-_HANDED_OVER = re.compile(r"(?m)(?:^# .*\n)*(?:^#?(?:LoadCredential|Environment)=.*\n)+")
-"""Lines of a unit by which it hands secrets and variables over, with their comments."""
+"""Which variable names each secret to a service, for which the unit has made a copy: NAME of the
+folder is secret_NAME of its credentials (%d)."""
 
 EXAMPLE_AGENT = "A78WKV4515"
 """Agent of the first token, where all are permitted."""
@@ -138,23 +135,23 @@ def _toml(text: str) -> str:
 
 
 def service(answers: Answers, shipped: str) -> str:
-    """Return the unit of this configuration, made of the one that is shipped.
+    """Return the unit of this configuration: the one that is shipped, with paths of this one.
 
-    The sandbox is that unit's; what it hands over is what was written here.
+    All that it has more is variables, which count before the configuration: the service reads
+    copies of the secrets, and keeps its state where systemd lets it.
     """
-    text = _HANDED_OVER.sub("", shipped[shipped.index("[Unit]") :]).rstrip("\n")
+    text = shipped[shipped.index("[Unit]") :]
     text = text.replace("/opt/embed-token-broker/bin/broker", shlex.join(program()))
     text = text.replace(str(DEFAULT_PATH.parent), str(answers.folder))
-    lines = [f"Environment=BROKER_CONFIG={answers.file}"]
+    named = f"Environment=BROKER_CONFIG={answers.file}\n"
+    more = [
+        f"Environment={_VARIABLES[path.name]}=%d/secret_{path.name}"
+        for path in answers.secret_files()
+    ]
     if answers.state != SYSTEM_STATE:
-        lines.append(f"Environment=BROKER_STORE__URL=sqlite://{SYSTEM_STATE}/state.db")
-    for path in answers.secret_files():
-        lines += [
-            f"LoadCredential={path.name}:{path}",
-            f"Environment={_VARIABLES[path.name]}=%d/{path.name}",
-        ]
-    text = text.replace("[Service]\n", "\n".join(["[Service]", *lines, ""]), 1)
-    return f"# Made by `broker init` of the unit that `broker config example` prints.\n{text}\n"
+        more.append(f"Environment=BROKER_STORE__URL=sqlite://{SYSTEM_STATE}/state.db")
+    text = text.replace(named, "\n".join([named.rstrip("\n"), *more, ""]))
+    return f"# Made by `broker init` of the unit that `broker config example` prints.\n{text}"
 
 
 def program() -> list[str]:

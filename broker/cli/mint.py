@@ -136,6 +136,34 @@ def ask(url: str, secret: str, agent: str, fingerprint: str) -> str:
     return asyncio.run(_ask(url, secret, {"agent_id": agent, "fingerprint": fingerprint}))
 
 
+def _plain(error: Exception) -> Exception:
+    """Return Python's own exception for one of aiohttp's."""
+    import socket
+    from http.client import HTTPException, InvalidURL
+
+    import aiohttp
+
+    same = error
+    match error:
+        case TimeoutError():
+            pass
+        case aiohttp.ClientConnectorDNSError():
+            same = socket.gaierror()
+        case aiohttp.ClientConnectorCertificateError():
+            same = error.certificate_error
+        case aiohttp.ClientConnectorError():
+            same = error.os_error
+        case aiohttp.InvalidURL():
+            same = InvalidURL()
+        case aiohttp.ClientResponseError():
+            same = HTTPException()
+        case aiohttp.ServerDisconnectedError() | aiohttp.ClientPayloadError():
+            same = ConnectionResetError()
+        case _:
+            pass
+    return same
+
+
 async def _ask(url: str, secret: str, body: dict[str, str]) -> str:
     from http import HTTPStatus
 
@@ -161,7 +189,7 @@ async def _ask(url: str, secret: str, body: dict[str, str]) -> str:
         ):
             answer = await response.json(content_type=None)
     except (aiohttp.ClientError, OSError, ValueError) as error:  # a time-out is an OSError, too
-        raise CannotMint(explained(url, error, TIMEOUT)) from error
+        raise CannotMint(explained(url, _plain(error), TIMEOUT)) from error
     answer = answer if isinstance(answer, dict) else {}
     data = answer.get("data")
     if not isinstance(data, dict) or not isinstance(data.get("token"), str):

@@ -6,9 +6,8 @@ from http.client import HTTPConnection, HTTPException
 
 from typing_extensions import override
 
-from broker.config.settings import Duration
+from broker.cli.failures import explained
 from broker.config.validate import parse_address
-from broker.units import SECOND
 
 TIMEOUT = 2.0
 """Seconds; engines commonly wait for three."""
@@ -47,12 +46,12 @@ def ask(listen: str) -> str:
             connection.request("GET", "/readyz")
             status = connection.getresponse().status
         except (OSError, HTTPException, UnicodeError) as error:
-            failure = _explained(error)
+            failure = explained(listen, error, TIMEOUT, where="[admin] listen")
             continue
         finally:
             connection.close()
         return "" if status == HTTPStatus.OK else f"not ready: /readyz answers {status}"
-    return f"no answer at {listen}: {failure}"
+    return failure
 
 
 def is_broker(listen: str) -> bool:
@@ -68,24 +67,6 @@ def is_broker(listen: str) -> bool:
         finally:
             connection.close()
     return False
-
-
-def _explained(error: Exception) -> str:
-    """Say why there is no answer, and what to look at."""
-    match error:
-        case TimeoutError():
-            span = Duration(round(TIMEOUT * SECOND))
-            return f"nothing within {span}; the broker hangs, or this is something else"
-        case ConnectionRefusedError() | FileNotFoundError():
-            return "nobody listens; is the broker running, and is this its [admin] listen?"
-        case PermissionError():
-            return "no permission; the socket is for its owner and group (mode 0660)"
-        case socket.gaierror() | UnicodeError():
-            return "the name is not known (DNS)"
-        case HTTPException():
-            return "what answers does not speak HTTP; is this the broker's [admin] listen?"
-        case _:
-            return getattr(error, "strerror", None) or type(error).__name__
 
 
 def _connections(listen: str) -> list[HTTPConnection]:

@@ -170,32 +170,32 @@ async def _visit(first: SharedBackend, second: SharedBackend, number: int) -> No
 
 
 async def _come_and_go(
-    first: SharedBackend, second: SharedBackend, ask: TokenRequest, number: int
+    first: SharedBackend, second: SharedBackend, request: TokenRequest, number: int
 ) -> None:
     store = first.store
-    _ = await store.charge_client(ask.client)
-    _ = await store.admit(ask, ask.key)
-    lease = await _lead(first, ask)
+    _ = await store.charge_client(request.client)
+    _ = await store.admit(request, request.key)
+    lease = await _lead(first, request)
     await first.store.renew_leases()
-    waiting = asyncio.create_task(second.store.lead(ask, ask.key, lambda _token: True))
+    waiting = asyncio.create_task(second.store.lead(request, request.key, lambda _token: True))
     await asyncio.sleep(0.05)
-    session = _session(ask, number)
+    session = _session(request, number)
     await first.book.record(session)
-    _ = await store.keep(ask, ask.key, _token(first, lease), lease)
+    _ = await store.keep(request, request.key, _token(first, lease), lease)
     await asyncio.wait([waiting], timeout=TIMEOUT)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
-    _ = await second.store.peek(ask, ask.key)
+    _ = await second.store.peek(request, request.key)
     _ = await first.book.find(session.session_id)
     _ = await first.book.find_token(session.digest)
-    _ = await first.book.page(Query(agent=ask.agent), Place(), 10)
+    _ = await first.book.page(Query(agent=request.agent), Place(), 10)
     await first.book.mark(session, by_client=False)
-    await store.revoke_visitor(ask.client, ask.fingerprint, ask.key)
+    await store.revoke_visitor(request.client, request.fingerprint, request.key)
     await first.book.forget(session)
-    store.abandon(ask, ask.key, await _lead(first, ask), None)
-    first.refusals.remember(ask, Refused(404, "NOT_FOUND", "no", Scope.AGENT_MODEL))
-    first.refusals.forget(ask)
-    _ = await first.refusals.find(ask)
+    store.abandon(request, request.key, await _lead(first, request), None)
+    first.refusals.remember(request, Refused(404, "NOT_FOUND", "no", Scope.AGENT_MODEL))
+    first.refusals.forget(request)
+    _ = await first.refusals.find(request)
 
 
 async def _news(broker: SharedBackend, witness: Witness) -> None:
@@ -220,8 +220,8 @@ async def _news(broker: SharedBackend, witness: Witness) -> None:
         subscription.close()
 
 
-async def _lead(broker: SharedBackend, ask: TokenRequest) -> Lease:
-    lead = await broker.store.lead(ask, ask.key, lambda _token: False)
+async def _lead(broker: SharedBackend, request: TokenRequest) -> Lease:
+    lead = await broker.store.lead(request, request.key, lambda _token: False)
     if not isinstance(lead, Lease):
         raise StoreFailed(Reason.OTHER)
     return lead
@@ -235,13 +235,13 @@ def _token(broker: SharedBackend, lease: Lease) -> EmbedToken:
     )
 
 
-def _session(ask: TokenRequest, number: int) -> Session:
+def _session(request: TokenRequest, number: int) -> Session:
     expires = SystemClock().wall() // SECOND + LIFE + number
     return Session(
         secrets.token_hex(16),
-        ask.client,
-        ask.agent,
-        ask.fingerprint,
+        request.client,
+        request.agent,
+        request.fingerprint,
         "",
         expires - LIFE,
         expires,

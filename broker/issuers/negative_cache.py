@@ -26,15 +26,15 @@ AGENTS_REMEMBERED = 10_000
 class NegativeCache(Protocol):
     """A memory of refusals."""
 
-    async def find(self, ask: TokenRequest) -> Refused | None:
+    async def find(self, request: TokenRequest) -> Refused | None:
         """Return what the vendor would answer to this ask, as far as it is known."""
         ...
 
-    def remember(self, ask: TokenRequest, refused: Refused) -> None:
+    def remember(self, request: TokenRequest, refused: Refused) -> None:
         """Remember a refusal where it holds for everybody."""
         ...
 
-    def forget(self, ask: TokenRequest) -> None:
+    def forget(self, request: TokenRequest) -> None:
         """Let a success put right what was remembered."""
         ...
 
@@ -61,27 +61,27 @@ class LocalNegativeCache(NegativeCache):
         )
 
     @override
-    async def find(self, ask: TokenRequest) -> Refused | None:
-        return self.here(ask)
+    async def find(self, request: TokenRequest) -> Refused | None:
+        return self.here(request)
 
-    def here(self, ask: TokenRequest) -> Refused | None:
+    def here(self, request: TokenRequest) -> Refused | None:
         """As `find`, without waiting for anybody."""
-        return self._account.get(_Account.ALL) or self._agents.get((ask.agent, ask.model))
+        return self._account.get(_Account.ALL) or self._agents.get((request.agent, request.model))
 
     @override
-    def remember(self, ask: TokenRequest, refused: Refused) -> None:
+    def remember(self, request: TokenRequest, refused: Refused) -> None:
         match refused.scope:
             case Scope.ACCOUNT:
                 self._account[_Account.ALL] = refused
             case Scope.AGENT_MODEL:
-                self._agents[ask.agent, ask.model] = refused
+                self._agents[request.agent, request.model] = refused
             case Scope.NEVER:
                 pass
 
     @override
-    def forget(self, ask: TokenRequest) -> None:
+    def forget(self, request: TokenRequest) -> None:
         self._account.clear()
-        self._agents.pop((ask.agent, ask.model), None)
+        self._agents.pop((request.agent, request.model), None)
 
     @override
     def use_keys(self, keys: Sequence[Secret]) -> None:

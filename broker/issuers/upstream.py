@@ -147,32 +147,32 @@ class UpstreamIssuer(Issuer):
         return frozenset({self.signer_id})
 
     @override
-    async def check(self, ask: TokenRequest) -> None:
+    async def check(self, request: TokenRequest) -> None:
         try:
-            await self._check(ask)
+            await self._check(request)
         except errors.BrokerError as error:
             error.remembered = True
             raise
 
-    async def _check(self, ask: TokenRequest) -> None:
+    async def _check(self, request: TokenRequest) -> None:
         self._check_breakers()
-        refused = await self._refusals.find(ask)
+        refused = await self._refusals.find(request)
         if refused is not None:
             raise _refusal(refused)
 
     @override
-    async def mint(self, ask: TokenRequest, turn: Turn) -> Minted:
-        reply, key = await self._attempt(ask, turn)
+    async def mint(self, request: TokenRequest, turn: Turn) -> Minted:
+        reply, key = await self._attempt(request, turn)
         if self._deserves_another(reply, key):
             if isinstance(reply, Broken):
                 await asyncio.sleep(full_jitter(1, RETRY_BASE, RETRY_BASE, self._draw) / SECOND)
-            reply = await self._second_attempt(ask, turn, reply)
-        return self._conclude(ask, reply)
+            reply = await self._second_attempt(request, turn, reply)
+        return self._conclude(request, reply)
 
-    async def _second_attempt(self, ask: TokenRequest, turn: Turn, first: Reply) -> Reply:
+    async def _second_attempt(self, request: TokenRequest, turn: Turn, first: Reply) -> Reply:
         """Try once more; if there is no room for that, the first failure is what happened."""
         try:
-            reply, _ = await self._attempt(ask, turn)
+            reply, _ = await self._attempt(request, turn)
         except errors.ServiceUnavailable:
             if isinstance(first, Broken):
                 return first
@@ -200,22 +200,22 @@ class UpstreamIssuer(Issuer):
             case _:
                 assert_never(reply)
 
-    async def _attempt(self, ask: TokenRequest, turn: Turn) -> tuple[Reply, Secret]:
+    async def _attempt(self, request: TokenRequest, turn: Turn) -> tuple[Reply, Secret]:
         """Make one call: turn, tickets, call, settlement; returns the key that was used, too."""
         self._check_breakers()
         slot = await turn()
         try:
-            key_ticket, health_ticket = self._enter()
+            key_permit, health_permit = self._enter()
         except errors.BrokerError:
             slot.unused()
             raise
         key = self._key
         try:
-            reply = await self._call(ask, key, slot)
+            reply = await self._call(request, key, slot)
         except BaseException:
-            self._settle(key_ticket, KeyOutcome.UNKNOWN, health_ticket, Outcome.ABANDONED)
+            self._settle(key_permit, KeyOutcome.UNKNOWN, health_permit, Outcome.ABANDONED)
             raise
-        self._learn(reply, key, key_ticket, health_ticket)
+        self._learn(reply, key, key_permit, health_permit)
         return reply, key
 
     def _check_breakers(self) -> None:
@@ -229,20 +229,20 @@ class UpstreamIssuer(Issuer):
     def _enter(self) -> tuple[Permit, Permit]:
         """Take a ticket of each breaker; raises if one has none to give."""
         now = self._clock.mono()
-        self.credentials, key_ticket = self.credentials.allow(now)
-        if key_ticket is None:
+        self.credentials, key_permit = self.credentials.allow(now)
+        if key_permit is None:
             raise _our_key_is_bad()
-        self.health, health_ticket = self.health.allow(now)
-        if health_ticket is None:
-            self.credentials = self.credentials.settle(key_ticket, KeyOutcome.ABANDONED, now)
+        self.health, health_permit = self.health.allow(now)
+        if health_permit is None:
+            self.credentials = self.credentials.settle(key_permit, KeyOutcome.ABANDONED, now)
             raise _vendor_is_unwell(self.health.wait(now))
-        return key_ticket, health_ticket
+        return key_permit, health_permit
 
-    async def _call(self, ask: TokenRequest, key: Secret, slot: Slot) -> Reply:
-        headers = {"X-Request-Id": ask.request_id} if ask.request_id else {}
-        if ask.traceparent:
-            headers["traceparent"] = ask.traceparent
-        body = build_request(ask)
+    async def _call(self, request: TokenRequest, key: Secret, slot: Slot) -> Reply:
+        headers = {"X-Request-Id": request.request_id} if request.request_id else {}
+        if request.traceparent:
+            headers["traceparent"] = request.traceparent
+        body = build_request(request)
         try:
             answer = await self._calls.make(
                 lambda arrived: self._client.mint(key, body, headers, arrived), slot
@@ -253,7 +253,7 @@ class UpstreamIssuer(Issuer):
         self._metrics.count_status(answer.status)
         wall = self._clock.wall()
         await self._correct(answer, wall)
-        private = (key.reveal(), ask.fingerprint)
+        private = (key.reveal(), request.fingerprint)
         return read_answer(answer.status, answer.headers, answer.body, wall, private)
 
     async def _correct(self, answer: Answer, wall: int) -> None:
@@ -284,7 +284,7 @@ class UpstreamIssuer(Issuer):
         if not self.credentials.rejected:
             self._pacer.pause((throttled.retry_after or DEFAULT_PAUSE) / SECOND)
 
-    def _learn(self, reply: Reply, key: Secret, key_ticket: Permit, health_ticket: Permit) -> None:
+    def _learn(self, reply: Reply, key: Secret, key_permit: Permit, health_permit: Permit) -> None:
         """Let both breakers, the key list and the budget draw their conclusions."""
         reason = reason_of(reply)
         if reason is not None:
@@ -303,7 +303,7 @@ class UpstreamIssuer(Issuer):
                 outcome = KeyOutcome.UNKNOWN
             case _:
                 assert_never(reply)
-        self._settle(key_ticket, outcome, health_ticket, health)
+        self._settle(key_permit, outcome, health_permit, health)
 
     def _pass_over(self, key: Secret, code: str) -> KeyOutcome:
         """Go on to the next key.  When all were refused, the next probe goes through all again."""
@@ -319,25 +319,25 @@ class UpstreamIssuer(Issuer):
         return KeyOutcome.REJECTED
 
     def _settle(
-        self, key_ticket: Permit, key: KeyOutcome, health_ticket: Permit, health: Outcome
+        self, key_permit: Permit, key: KeyOutcome, health_permit: Permit, health: Outcome
     ) -> None:
         now = self._clock.mono()
-        self.credentials = self.credentials.settle(key_ticket, key, now)
+        self.credentials = self.credentials.settle(key_permit, key, now)
         was_open = self.health.is_open
-        self.health = self.health.settle(health_ticket, health, now, self._draw)
+        self.health = self.health.settle(health_permit, health, now, self._draw)
         if self.health.is_open and not was_open:
             log.error("broker.upstream_unwell", wait_s=self.health.wait(now) / SECOND)
 
-    def _conclude(self, ask: TokenRequest, reply: Reply) -> Minted:
+    def _conclude(self, request: TokenRequest, reply: Reply) -> Minted:
         """Return the token, or raise what the caller gets."""
         match reply:
             case Granted(minted):
-                self._refusals.forget(ask)
+                self._refusals.forget(request)
                 return minted
             case BadKey():
                 raise _our_key_is_bad()
             case Refused():
-                self._refusals.remember(ask, reply)
+                self._refusals.remember(request, reply)
                 raise _refusal(reply)
             case Throttled(retry_after):
                 if self.credentials.rejected:

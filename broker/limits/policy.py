@@ -36,16 +36,16 @@ class LimitPolicy(Struct, frozen=True):
         """
         return agent if self.overrides and agent in self.overrides else ""
 
-    def visitor_key(self, ask: TokenRequest) -> str:
+    def visitor_key(self, request: TokenRequest) -> str:
         """Return whose bucket this ask meets: its visitor's, or theirs on this agent."""
-        return self.met_by(ask)[1]
+        return self.met_by(request)[1]
 
-    def met_by(self, ask: TokenRequest) -> tuple[LimitRule, str]:
+    def met_by(self, request: TokenRequest) -> tuple[LimitRule, str]:
         """Return the rule that holds for this ask, and whose bucket it meets: see `own_bucket`."""
-        rule = self.overrides.get(ask.agent)
+        rule = self.overrides.get(request.agent)
         if rule is None:
-            return self.rule, ask.visitor
-        return rule, f"{ask.visitor}{SEPARATOR}{ask.agent}"
+            return self.rule, request.visitor
+        return rule, f"{request.visitor}{SEPARATOR}{request.agent}"
 
     @property
     def horizon(self) -> int:

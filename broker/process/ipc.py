@@ -22,10 +22,10 @@ LONGEST = 2**24
 
 
 class Start(Struct, frozen=True, tag=True):
-    """Serve: with these settings, these open files, in this row of the board.
+    """Serve: with these settings, these open files, in this row of the shared cells.
 
-    `listeners` and `board` are file descriptors; `layout` names the board's, `log_key` is what
-    names visitors in the log.
+    `listeners` and `shared_cells` are file descriptors; `layout` names that of the cells, `log_key`
+    is what names visitors in the log.
     """
 
     worker: int
@@ -34,7 +34,7 @@ class Start(Struct, frozen=True, tag=True):
     url: str
     admin_url: str
     listeners: tuple[int, ...]
-    board: int
+    shared_cells: int
     layout: str
     log_key: bytes
 

@@ -1,9 +1,9 @@
 """Keeps workers: binds what they share, replaces who dies, and answers for all of them.
 
 Start: both addresses are bound here, so that an address in use is one error and not N; then each
-worker is given the listening sockets, the settings and its row of the board.  The sockets are
-shared, not bound again by each worker with SO_REUSEPORT: that would reset what is queued for a
-worker that dies, and does not exist for Unix sockets.
+worker is given the listening sockets, the settings and its row of the shared cells.  The sockets
+are shared, not bound again by each worker with SO_REUSEPORT: that would reset what is queued for
+a worker that dies, and does not exist for Unix sockets.
 
 Life: a worker that dies is replaced, its counts stay, its gauges go.  SIGHUP, or a secret file that
 changed: the settings are read and checked here, then workers take them over one by one, the next
@@ -108,14 +108,14 @@ class Supervisor:
         self._told = factory.with_store_secrets(settings, self._sealing_key)
         count, width = settings.server.workers, factory.metrics(settings).sheet.width
         self._memory = share(count + 1, width)
-        self._board = shared(self._memory, width)
-        self.metrics = factory.metrics(settings, self._board.rows[0])
+        self._shared_cells = shared(self._memory, width)
+        self.metrics = factory.metrics(settings, self._shared_cells.rows[0])
         self._children: dict[int, WorkerProcess] = {}
         self._health = Readiness(lambda: any(child.serves for child in self._children.values()))
-        self._watch = WorkerWatch(self._children, self._board, self.metrics, self._health)
+        self._watch = WorkerWatch(self._children, self._shared_cells, self.metrics, self._health)
         self._stopping = asyncio.Event()
         self._reload_wanted = asyncio.Event()
-        self._crew_met = asyncio.Event()
+        self._workers_met = asyncio.Event()
         self._start_failed: int | None = None
         self._aborted = False
         self._background = Background(self.metrics.process.background)
@@ -145,11 +145,11 @@ class Supervisor:
             keep = partial(self._keep, index)
             self._keepers.start(BackgroundTask.WORKERS, keep, until=self._stopping)
         self._background.start(BackgroundTask.WORKER_WATCH, self._watch_workers)
-        await self._crew_met.wait()
+        await self._workers_met.wait()
         if self._start_failed is not None:
             await self._end()
             raise CannotStart(self._start_failed)
-        self._background.start(BackgroundTask.HOUSEKEEPING, self._keep_house)
+        self._background.start(BackgroundTask.HOUSEKEEPING, self._do_rounds)
         self._background.start(BackgroundTask.WATCHED_FILES, self._watch_files)
         self._background.start(BackgroundTask.RELOADS, self._obey_reloads)
         log.info(
@@ -190,7 +190,7 @@ class Supervisor:
     def stop(self) -> None:
         """Begin to drain."""
         self._stopping.set()
-        self._crew_met.set()
+        self._workers_met.set()
 
     def abort(self) -> None:
         """End all workers at once, also those that are just being started."""
@@ -204,7 +204,7 @@ class Supervisor:
 
     def registry(self) -> CollectorRegistry:
         """What a scrape shows: the sum of all."""
-        return exposition.registry(self.metrics.sheet.families, self._board, self._publish)
+        return exposition.registry(self.metrics.sheet.families, self._shared_cells, self._publish)
 
     async def _keep(self, index: int) -> None:
         """Keep one worker alive until the end."""
@@ -239,18 +239,18 @@ class Supervisor:
             if missed and (failure := await self._lead(child, packed(self._told))):
                 self._report_failure([failure])
             code = await child.gone()
-            if not self._crew_met.is_set() and code in FATAL_EXIT_CODES:
+            if not self._workers_met.is_set() and code in FATAL_EXIT_CODES:
                 self._start_failed = code
                 self.stop()
         finally:
-            child.kill()  # if it is not gone: its place in the board is its successor's
+            child.kill()  # if it is not gone: its row of the shared cells is its successor's
             del self._children[child.index]
-            self.metrics.sheet.drop_gauges(self._board.rows[child.index])
+            self.metrics.sheet.drop_gauges(self._shared_cells.rows[child.index])
         return reason_of(code)
 
     def _note_met(self) -> None:
         if sum(child.is_ready for child in self._children.values()) == self._count:
-            self._crew_met.set()
+            self._workers_met.set()
 
     @property
     def _count(self) -> int:
@@ -264,7 +264,7 @@ class Supervisor:
             url=self.url,
             admin_url=self.admin_url,
             listeners=tuple(listener.fileno() for listener in self._listener.sockets),
-            board=self._memory,
+            shared_cells=self._memory,
             layout=self.metrics.layout,
             log_key=logs.share_key(),
         )
@@ -332,7 +332,7 @@ class Supervisor:
         self._note_reload(failed=True)
         log.error("broker.reload_failed", error="; ".join(dict.fromkeys(failures)))
 
-    async def _keep_house(self) -> None:
+    async def _do_rounds(self) -> None:
         while True:
             await asyncio.sleep(ROUND)
             self._publish()

@@ -84,25 +84,25 @@ def _build(begin: Start) -> App:
     logs.configure(settings.log)
     logs.share_key(begin.log_key)
     width = factory.metrics(settings).sheet.width
-    board = shared(begin.board, width)
-    os.close(begin.board)  # the mapping stays
-    metrics = factory.metrics(settings, board.rows[begin.worker])
+    shared_cells = shared(begin.shared_cells, width)
+    os.close(begin.shared_cells)  # the mapping stays
+    metrics = factory.metrics(settings, shared_cells.rows[begin.worker])
     if metrics.layout != begin.layout:
         raise ConfigError("this is another version than the one that runs: restart the broker")
     sockets = [socket.socket(fileno=listener) for listener in begin.listeners]
-    siblings = _siblings(begin.worker, board, metrics)
+    siblings = _siblings(begin.worker, shared_cells, metrics)
     context = WorkerContext(
-        begin.worker, sockets, begin.url, begin.admin_url, board, metrics, siblings
+        begin.worker, sockets, begin.url, begin.admin_url, shared_cells, metrics, siblings
     )
     return App(settings, lambda: settings, os.environ, dev=begin.dev, worker=context)
 
 
-def _siblings(index: int, board: SharedCells, metrics: Metrics) -> list[PeerLoad]:
+def _siblings(index: int, shared_cells: SharedCells, metrics: Metrics) -> list[PeerLoad]:
     """Return what can be seen of the other workers; the supervisor's row is none."""
     beat, connections = metrics.process.beat, metrics.process.connections
     return [
         PeerLoad(beat.of(row), connections.of(row))
-        for number, row in enumerate(board.rows)
+        for number, row in enumerate(shared_cells.rows)
         if number not in (0, index)
     ]
 

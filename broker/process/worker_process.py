@@ -77,7 +77,7 @@ class WorkerProcess:
                     *_command(theirs.fileno()),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    pass_fds=(theirs.fileno(), begin.board, *begin.listeners),
+                    pass_fds=(theirs.fileno(), begin.shared_cells, *begin.listeners),
                     start_new_session=True,  # a terminal's Ctrl-C is for the supervisor alone
                 )
             except BaseException:

@@ -18,17 +18,17 @@ log = structlog.get_logger()
 
 
 class WorkerWatch:
-    """Looks at `workers`, by their rows of `board`; tells `metrics` and `health`."""
+    """Looks at `workers`, by their rows of `shared_cells`; tells `metrics` and `health`."""
 
     def __init__(
         self,
         workers: Mapping[int, WorkerProcess],
-        board: SharedCells,
+        shared_cells: SharedCells,
         metrics: Metrics,
         health: Readiness,
     ) -> None:
         self._workers = workers
-        self._board = board
+        self._shared_cells = shared_cells
         self._metrics = metrics
         self._health = health
 
@@ -45,7 +45,7 @@ class WorkerWatch:
         """Note whether a worker has given a sign of life; end it if it gives none for long."""
         if worker.is_hung:
             return  # killed; the kernel holds it
-        process, row = self._metrics.process, self._board.rows[worker.index]
+        process, row = self._metrics.process, self._shared_cells.rows[worker.index]
         was_quiet = worker.pulse.is_quiet
         beat = process.beat.of(row).value
         worker.pulse = pulse = worker.pulse.after(beat, elapsed, ready=worker.is_ready)
@@ -82,6 +82,6 @@ class WorkerWatch:
     def _note_store(self, *, closed: bool) -> None:
         """Learn from the workers' rows whether they are without the shared store."""
         degraded = self._metrics.store.degraded
-        without = [degraded.of(self._board.rows[index]).value > 0 for index in self._workers]
+        without = [degraded.of(self._shared_cells.rows[index]).value > 0 for index in self._workers]
         self._health.degraded = any(without)
         self._health.refuses = closed and bool(without) and all(without)

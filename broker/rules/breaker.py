@@ -160,9 +160,9 @@ class FailureRateBreaker(Breaker, frozen=True):
     window: tuple[Tally, ...] = ()
     pause: int = 0
 
-    def settle(self, ticket: Permit, outcome: Outcome, now: int, draw: Callable[[], float]) -> Self:
+    def settle(self, permit: Permit, outcome: Outcome, now: int, draw: Callable[[], float]) -> Self:
         """Take a ticket back; `draw` returns a number in [0, 1) that may shorten a pause."""
-        if ticket != self.epoch:
+        if permit != self.epoch:
             return self
         if self.phase is Phase.CLOSED:
             return self._weigh(outcome, now, draw)
@@ -240,9 +240,9 @@ class KeyBreaker(Breaker, frozen=True):
 
     rejected: bool = False
 
-    def settle(self, ticket: Permit, outcome: KeyOutcome, now: int) -> Self:  # noqa: PLR0911 - a line an outcome
+    def settle(self, permit: Permit, outcome: KeyOutcome, now: int) -> Self:  # noqa: PLR0911 - a line an outcome
         """Take a ticket back."""
-        if ticket != self.epoch:
+        if permit != self.epoch:
             return self
         match outcome:
             case KeyOutcome.ACCEPTED:

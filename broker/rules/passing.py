@@ -7,7 +7,8 @@ normalise is refused: empty segments, `.` and `..`, parameters behind `;`, and e
 of a character that means something in a path or needs none (RFC 3986 sections 2.3 and 6.2.2), or
 that Unicode has as another form of an ASCII one (NFKC: a full-width slash, the Kelvin sign).
 
-Sources: RFC 9110 section 7.6 (what a gateway removes and adds), RFC 9112 section 3.2 (targets).
+Sources: RFC 9110 section 7.6 (what a gateway removes and adds), RFC 9112 section 3.2 (targets);
+Choudhury and Hahne, "Dynamic Queue Length Thresholds" (IEEE/ACM ToN 1998), for who has a place.
 """
 
 import re
@@ -98,6 +99,16 @@ def route_of(target: str, routes: Sequence[str]) -> str | None:
     if problem is not None:
         raise BadTarget(problem)
     return route
+
+
+def has_place(own: int, taken: int, places: int) -> bool:
+    """Return whether a client with `own` requests under way may have one more passed on.
+
+    `taken` of the `places` are in use, by all clients.  Each may take what it leaves free: one
+    has half of them at most, two that take all they can end at a third each, and beside `k` clients
+    `places / 2**k` are free whatever comes and goes.  Who may still come need not be known.
+    """
+    return own < places - taken
 
 
 def to_the_vendor(fields: Iterable[Field], *, without: frozenset[str] = frozenset()) -> list[Field]:

@@ -1,7 +1,7 @@
 """What a token is worth now, and the end of a session.
 
-    token -> the issuer: does it prove itself?  -> the book: was its session ended?
-          -> otherwise the book: was it handed out here, and is it recorded still?
+    token -> the issuer: does it prove itself?  -> the store: was its session ended?
+          -> otherwise the store: was it handed out here, and is it recorded still?
 
 Knows neither HTTP nor limits.  Ending a session is final in this order: the mark first, so that no
 token of it is good any more; then the visitor's epoch, so that a mint in flight is not handed out
@@ -50,22 +50,24 @@ class NotRecorded(BadToken):
 class SessionAdmin:
     """Finds sessions and ends them: for operators, who have no token."""
 
-    def __init__(self, book: SessionStore, store: RevokesVisitors, metrics: SessionMetrics) -> None:
-        self._book = book
+    def __init__(
+        self, session_store: SessionStore, store: RevokesVisitors, metrics: SessionMetrics
+    ) -> None:
+        self._session_store = session_store
         self._store = store
         self._metrics = metrics
 
     async def find(self, session_id: str) -> Session | None:
         """Return a live session."""
-        return await self._book.find(session_id)
+        return await self._session_store.find(session_id)
 
     async def page(self, query: Query, after: Place, limit: int) -> Sequence[Session]:
         """Return up to `limit` live sessions beyond a place, by expiry and id."""
-        return await self._book.page(query, after, limit)
+        return await self._session_store.page(query, after, limit)
 
     async def end(self, session_id: str, *, visitor: bool) -> int:
         """End a session, or all that its visitor has; returns how many, 0 for an unknown one."""
-        session = await self._book.find(session_id)
+        session = await self._session_store.find(session_id)
         if session is None:
             return 0
         others = await self._end_others(session) if visitor else 0
@@ -74,7 +76,7 @@ class SessionAdmin:
 
     async def _end_others(self, session: Session) -> int:
         query, after, ended = Query(fingerprint=session.fingerprint), Place(), 0
-        while page := await self._book.page(query, after, PAGE):
+        while page := await self._session_store.page(query, after, PAGE):
             after = place_of(page[-1])
             for other in page:
                 if other.client == session.client and other.session_id != session.session_id:
@@ -84,13 +86,13 @@ class SessionAdmin:
 
     async def _end(self, session: Session, *, by_client: bool = False) -> None:
         try:
-            await self._book.mark(session, by_client=by_client)
+            await self._session_store.mark(session, by_client=by_client)
         except BookFull:
             raise ServiceUnavailable(
                 "too many sessions were ended within an hour; try again later", FULL_WAIT
             ) from None
         await self._store.revoke_visitor(session.client, session.fingerprint, session.key)
-        await self._book.forget(session)
+        await self._session_store.forget(session)
         self._metrics.ended.inc()
         log.info(
             "broker.session_ended",
@@ -104,9 +106,13 @@ class TokenIntrospector(SessionAdmin):
     """Answers for tokens, too."""
 
     def __init__(
-        self, issuer: Issuer, book: SessionStore, store: RevokesVisitors, metrics: SessionMetrics
+        self,
+        issuer: Issuer,
+        session_store: SessionStore,
+        store: RevokesVisitors,
+        metrics: SessionMetrics,
     ) -> None:
-        super().__init__(book, store, metrics)
+        super().__init__(session_store, store, metrics)
         self._issuer = issuer
 
     def check_at_once(self, token: str) -> Session | None:
@@ -120,7 +126,7 @@ class TokenIntrospector(SessionAdmin):
         except BadToken:
             self._metrics.checks["refused"].inc()
             raise
-        is_ended = None if session is None else self._book.knows_end(session.session_id)
+        is_ended = None if session is None else self._session_store.knows_end(session.session_id)
         if is_ended is None:
             return None
         if is_ended:
@@ -141,7 +147,7 @@ class TokenIntrospector(SessionAdmin):
 
     async def _check(self, token: str) -> Session:
         session = await self._session_of(token)
-        if await self._book.ended(session.session_id):
+        if await self._session_store.ended(session.session_id):
             raise BadToken("revoked")
         return session
 
@@ -158,7 +164,7 @@ class TokenIntrospector(SessionAdmin):
         """Return the session of a token that was good until it was ended; raises BadToken."""
         session = self._proven(token)
         if session is None:
-            session = await self._book.find_token(digest_of(token))
+            session = await self._session_store.find_token(digest_of(token))
             if session is None:
                 raise NotRecorded("not handed out here, or expired, or revoked")
         return session
@@ -174,7 +180,7 @@ class TokenIntrospector(SessionAdmin):
     async def _if_of(self, client: str, session: Session) -> Session | None:
         """Return the session if it is this client's."""
         if not session.client:  # it does not say whose it is: what is recorded does
-            session = await self._book.find(session.session_id) or session
+            session = await self._session_store.find(session.session_id) or session
         return session if session.client == client else None
 
     async def revoke(self, token: str, client: str) -> bool:
@@ -200,7 +206,7 @@ class TokenIntrospector(SessionAdmin):
 
     async def _disown(self, token: str, client: str) -> Session | None:
         try:
-            return await self._book.disown(digest_of(token), client)
+            return await self._session_store.disown(digest_of(token), client)
         except BookFull:
             raise ServiceUnavailable(
                 "too many tokens that are not on record were to be ended within an hour; end those"

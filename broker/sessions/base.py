@@ -1,4 +1,4 @@
-"""What every book of sessions promises.
+"""What every store of sessions promises.
 
 A session is written down when its token is made and stays until the token has expired, whether the
 token is still held for reuse or not.  Ending one removes the record and leaves a mark for as long
@@ -66,7 +66,7 @@ class SessionStore(Protocol):
     async def find(self, session_id: str) -> Session | None:
         """Return a session that was recorded, has not expired and was not forgotten.
 
-        None is an answer, "there is none"; a book that cannot know raises errors.StoreAway.
+        None is an answer, "there is none"; a store that cannot know raises errors.StoreAway.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""The book of one process: records by the second of their expiry, and marks in two generations.
+"""The session store of one process: records by the second of their expiry, marks in generations.
 
 Bounded: beyond `most` sessions the record of the client that has most of them goes which is nearest
 to its expiry, so that none pushes out another's.  A signed token of it is

@@ -98,12 +98,12 @@ class StateFile:
         return file
 
     def _prepare(self) -> None:
-        ask = self._connection.execute
-        ask("PRAGMA locking_mode = EXCLUSIVE")
-        ask("PRAGMA journal_mode = WAL")
-        ask("PRAGMA wal_autocheckpoint = 0")  # at a moment of our choice: it waits for the disk
-        ask("PRAGMA synchronous = NORMAL")
-        said = ask("PRAGMA quick_check(1)").fetchone()
+        execute = self._connection.execute
+        execute("PRAGMA locking_mode = EXCLUSIVE")
+        execute("PRAGMA journal_mode = WAL")
+        execute("PRAGMA wal_autocheckpoint = 0")  # at a moment of our choice: it waits for the disk
+        execute("PRAGMA synchronous = NORMAL")
+        said = execute("PRAGMA quick_check(1)").fetchone()
         if said != ("ok",):
             raise StateFileFailed(FileError.CORRUPT, "its check found damage")
         stamped, version = self._versions()
@@ -135,20 +135,20 @@ class StateFile:
 
     def use_keys(self, wrapped: Sequence[bytes]) -> None:
         """Replace the wrappings of the data key, on the disk; raises StateFileFailed."""
-        with self._transaction(full=True) as ask:
-            ask("DELETE FROM meta WHERE name GLOB 'key.*'", ())
+        with self._transaction(full=True) as execute:
+            execute("DELETE FROM meta WHERE name GLOB 'key.*'", ())
             for number, value in enumerate(wrapped):
-                ask("INSERT INTO meta VALUES (?, ?)", (f"key.{number}", value))
+                execute("INSERT INTO meta VALUES (?, ?)", (f"key.{number}", value))
 
     def append(
         self, rows: Sequence[tuple[int, int, bytes]], *, full: bool, instead: Sequence[int] = ()
     ) -> None:
         """Commit rows, `full`: onto the disk, `instead` of those; raises StateFileFailed."""
-        with self._transaction(full=full) as ask:
+        with self._transaction(full=full) as execute:
             for place in instead:
-                ask("DELETE FROM embed_token_broker_log WHERE id = ?", (place,))
+                execute("DELETE FROM embed_token_broker_log WHERE id = ?", (place,))
             for row in rows:
-                ask("INSERT INTO embed_token_broker_log VALUES (?, ?, ?)", row)
+                execute("INSERT INTO embed_token_broker_log VALUES (?, ?, ?)", row)
 
     def drop(self, places: Sequence[int]) -> None:
         """Take rows away; raises StateFileFailed."""
@@ -189,14 +189,14 @@ class StateFile:
             self._connection.close()
 
     @contextlib.contextmanager
-    def _transaction(self, *, full: bool) -> Iterator["_Ask"]:
+    def _transaction(self, *, full: bool) -> Iterator["_Execute"]:
         with _translated():
             if full is not self._is_full:
                 self._connection.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
                 self._is_full = full
             self._connection.execute("BEGIN IMMEDIATE")
             try:
-                yield _Ask(self._connection)
+                yield _Execute(self._connection)
                 self._connection.execute("COMMIT")
             except BaseException:
                 with contextlib.suppress(sqlite3.Error):
@@ -216,7 +216,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-class _Ask:
+class _Execute:
     """Runs a statement of a transaction."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:

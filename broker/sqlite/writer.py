@@ -228,7 +228,7 @@ class Writer:
         waiting = _taken(self._waiting, len(self._waiting))
         committed = self._succeeds(self._commit)
         self._tell(waiting, written=committed and not self._is_gone)
-        if committed and self._succeeds(self._keep_house):
+        if committed and self._succeeds(self._do_rounds):
             return self._has_more
         return bool(self._pending or self._keys)
 
@@ -314,7 +314,7 @@ class Writer:
         if ends:  # into the file, where damage is found: a damaged log is cut off without a word
             self._checkpoint_at = 0.0
 
-    def _keep_house(self) -> None:
+    def _do_rounds(self) -> None:
         """Give back what is over; once in a while put everything onto the disk."""
         self._has_more, now = False, time.monotonic()
         if now < self._round_at:

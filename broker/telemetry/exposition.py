@@ -1,4 +1,4 @@
-"""What Prometheus reads: the board's rows, put together into one set of families."""
+"""What Prometheus reads: the rows of the shared cells, put together into one set of families."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -21,14 +21,14 @@ from broker.telemetry.cells import Family, Kind, SharedCells
 
 
 def registry(
-    families: Sequence[Family], board: SharedCells, publish: Callable[[], None]
+    families: Sequence[Family], shared_cells: SharedCells, publish: Callable[[], None]
 ) -> CollectorRegistry:
     """Return a registry that shows these families, and those of this process itself.
 
     `publish` brings the gauges of this process up to date; it is called before each scrape.
     """
     made = CollectorRegistry()
-    made.register(_Broker(families, board, publish))
+    made.register(_Broker(families, shared_cells, publish))
     ProcessCollector(registry=made)
     PlatformCollector(registry=made)
     GCCollector(registry=made)
@@ -36,13 +36,13 @@ def registry(
 
 
 class _Broker(Collector):
-    """Sums the board at scrape time."""
+    """Sums the shared cells at scrape time."""
 
     def __init__(
-        self, families: Sequence[Family], board: SharedCells, publish: Callable[[], None]
+        self, families: Sequence[Family], shared_cells: SharedCells, publish: Callable[[], None]
     ) -> None:
         self._families = families
-        self._board = board
+        self._shared_cells = shared_cells
         self._publish = publish
 
     def describe(self) -> Iterable[Metric]:
@@ -54,24 +54,24 @@ class _Broker(Collector):
         self._publish()
         for family in self._families:
             if family.shown:
-                yield _render(family, self._board)
+                yield _render(family, self._shared_cells)
 
 
-def _render(family: Family, board: SharedCells) -> Metric:
+def _render(family: Family, shared_cells: SharedCells) -> Metric:
     name, text, labels = family.name, family.text, family.labels
     match family.kind:
         case Kind.COUNTER:
             counter = CounterMetricFamily(name, text, labels=labels)
             for values, index in family.series.items():
-                counter.add_metric(values, board.total(index))
+                counter.add_metric(values, shared_cells.total(index))
             return counter
         case Kind.COUNT:
             count = CounterMetricFamily(name, text, labels=labels)
             for values, index in family.series.items():
-                count.add_metric(values, _cumulative(family, board, index)[-1][1])
+                count.add_metric(values, _cumulative(family, shared_cells, index)[-1][1])
             return count
         case Kind.TOTAL | Kind.MAXIMUM | Kind.PRIVATE:
-            read = board.total if family.kind is Kind.TOTAL else board.maximum
+            read = shared_cells.total if family.kind is Kind.TOTAL else shared_cells.maximum
             gauge = GaugeMetricFamily(name, text, labels=labels)
             for values, index in family.series.items():
                 gauge.add_metric(values, read(index))
@@ -80,16 +80,16 @@ def _render(family: Family, board: SharedCells) -> Metric:
             histogram = HistogramMetricFamily(name, text, labels=labels)
             for values, index in family.series.items():
                 end = index + len(family.bounds) + 1
-                buckets = _cumulative(family, board, index)
-                histogram.add_metric(values, buckets, board.total(end))
+                buckets = _cumulative(family, shared_cells, index)
+                histogram.add_metric(values, buckets, shared_cells.total(end))
             return histogram
 
 
-def _cumulative(family: Family, board: SharedCells, index: int) -> list[tuple[str, float]]:
+def _cumulative(family: Family, shared_cells: SharedCells, index: int) -> list[tuple[str, float]]:
     """Return Prometheus' buckets: upper bound as text, number of values up to it."""
     total = 0.0
     buckets = []
     for offset, bound in enumerate((*map(str, family.bounds), "+Inf")):
-        total += board.total(index + offset)
+        total += shared_cells.total(index + offset)
         buckets.append((bound, total))
     return buckets

@@ -1,6 +1,6 @@
 """Every metric, with its help text.
 
-What is counted is a cell of the board, an addition that costs nothing beside the decision it
+What is counted is one of the shared cells, an addition that costs nothing beside the decision it
 counts: prometheus-client's own `inc` and `observe` take a lock in Python, and do not see other
 processes.  `scrape` puts the cells of all processes together.
 
@@ -73,7 +73,7 @@ class Metrics:
     """All metrics of one process.
 
     `budget`, `shared_store`, `state_file`, `pass_through` tell whether there is one; `workers` how
-    many a supervisor keeps, 0 without one.  `cells` is this process' row of a shared board.
+    many a supervisor keeps, 0 without one.  `cells` is this process' row of shared cells.
     """
 
     def __init__(
@@ -87,72 +87,72 @@ class Metrics:
         workers: int = 0,
         cells: Row | None = None,
     ) -> None:
-        sheet = self.sheet = MetricLayout(cells)
-        self.requests = _requests(sheet)
-        self.remaining = sheet.histograms(
+        layout = self.sheet = MetricLayout(cells)
+        self.requests = _requests(layout)
+        self.remaining = layout.histograms(
             "broker_token_remaining_seconds",
             "Life left of a token when it is handed out",
             REMAINING_BUCKETS,
         )[()]
-        self.loop_lag = sheet.histograms(
+        self.loop_lag = layout.histograms(
             "broker_event_loop_lag_seconds",
             "How late the event loop woke a timer, sampled twice a second",
             LAG_BUCKETS,
         )[()]
         self.rejections = _by_label(
-            sheet.counters(
+            layout.counters(
                 "broker_rejections",
                 "Requests answered 429 by one of our limits, or 503 for want of budget",
                 limit=[*(name.value for name in LimitName), BUDGET],
             )
         )
-        self.limits = LimitMetrics(sheet)
-        self.tokens = TokenMetrics(sheet)
-        self.mints = MintMetrics(sheet, issuer)
-        self.sessions = SessionMetrics(sheet)
-        self.budget = BudgetMetrics(sheet, shown=budget)
-        self.upstream = UpstreamMetrics(sheet, shown=issuer == "upstream")
-        self.store = StoreMetrics(sheet, shown=shared_store)
-        self.state_file = StateFileMetrics(sheet, shown=state_file)
-        self.pass_through = PassThroughMetrics(sheet, shown=pass_through)
-        self.process = ProcessMetrics(sheet, workers)
+        self.limits = LimitMetrics(layout)
+        self.tokens = TokenMetrics(layout)
+        self.mints = MintMetrics(layout, issuer)
+        self.sessions = SessionMetrics(layout)
+        self.budget = BudgetMetrics(layout, shown=budget)
+        self.upstream = UpstreamMetrics(layout, shown=issuer == "upstream")
+        self.store = StoreMetrics(layout, shown=shared_store)
+        self.state_file = StateFileMetrics(layout, shown=state_file)
+        self.pass_through = PassThroughMetrics(layout, shown=pass_through)
+        self.process = ProcessMetrics(layout, workers)
 
     @property
     def layout(self) -> str:
-        """Names the meaning of every cell: processes that share a board must agree on it."""
+        """Names the meaning of every cell: processes that share cells must agree on it."""
         meaning = repr([(f.name, f.kind, f.series, f.bounds) for f in self.sheet.families])
         return f"{VERSION} {crc32(meaning.encode()):08x}"
 
 
-def _requests(sheet: MetricLayout) -> dict[Outcome, Histogram]:
+def _requests(layout: MetricLayout) -> dict[Outcome, Histogram]:
     name = "broker_request_duration_seconds"
-    durations = sheet.histograms(
+    durations = layout.histograms(
         name,
         "Time from a parsed request head to the answer, by how the request ended",
         REQUEST_BUCKETS,
         outcome=[outcome.value for outcome in Outcome],
     )
-    sheet.count("broker_requests", "Token requests by how they ended", of=name)
+    layout.count("broker_requests", "Token requests by how they ended", of=name)
     return {outcome: durations[outcome.value,] for outcome in Outcome}
 
 
 class LimitMetrics:
     """What the buckets of each limit report."""
 
-    def __init__(self, sheet: MetricLayout) -> None:
+    def __init__(self, layout: MetricLayout) -> None:
         limits = [name.value for name in LimitName]
-        near = sheet.counters(
+        near = layout.counters(
             "broker_near_limit",
             "Requests admitted with less than a fifth of the burst left",
             limit=limits,
         )
-        dry_run_denied = sheet.counters(
+        dry_run_denied = layout.counters(
             "broker_dry_run_rejections",
             "Requests that a limit in dry run would have refused",
             limit=limits,
         )
-        tracked = sheet.totals("broker_buckets_tracked", "Buckets held in memory", limit=limits)
-        overflowed = sheet.counters(
+        tracked = layout.totals("broker_buckets_tracked", "Buckets held in memory", limit=limits)
+        overflowed = layout.counters(
             "broker_buckets_overflowed",
             "Requests decided by a shared overflow bucket, because max_tracked was reached",
             limit=limits,
@@ -168,9 +168,9 @@ class LimitMetrics:
 class TokenMetrics:
     """What the tokens held in this process report."""
 
-    def __init__(self, sheet: MetricLayout) -> None:
-        self.cached = sheet.totals("broker_tokens_cached", "Tokens held for reuse")[()]
-        evicted = sheet.counters(
+    def __init__(self, layout: MetricLayout) -> None:
+        self.cached = layout.totals("broker_tokens_cached", "Tokens held for reuse")[()]
+        evicted = layout.counters(
             "broker_tokens_evicted",
             "Tokens that left the cache: by their age, or alive to make room",
             cause=("expired", "capacity"),
@@ -181,9 +181,9 @@ class TokenMetrics:
 class MintMetrics:
     """What a mint reports."""
 
-    def __init__(self, sheet: MetricLayout, issuer: str) -> None:
+    def __init__(self, layout: MetricLayout, issuer: str) -> None:
         outcomes = ("minted", "refused", "failed")
-        duration = sheet.histograms(
+        duration = layout.histograms(
             "broker_mint_duration_seconds",
             "Time the issuer took for one token, without the wait for the budget",
             REQUEST_BUCKETS,
@@ -191,28 +191,28 @@ class MintMetrics:
             outcome=outcomes,
         )
         self.duration = {outcome: duration[issuer, outcome] for outcome in outcomes}
-        self.refreshes = sheet.counters(
+        self.refreshes = layout.counters(
             "broker_refreshes",
             "Mints for a key that held a token: why, and what became of it",
             reason=("ahead", "floor", "fresh"),
             outcome=("renewed", "same", "failed"),
         )
-        self.in_flight = sheet.totals("broker_mints_in_flight", "Mints under way or queued")[()]
+        self.in_flight = layout.totals("broker_mints_in_flight", "Mints under way or queued")[()]
 
 
 class SessionMetrics:
     """What is asked about tokens, and what is known of sessions."""
 
-    def __init__(self, sheet: MetricLayout) -> None:
+    def __init__(self, layout: MetricLayout) -> None:
         self.checks = _by_label(
-            sheet.counters(
+            layout.counters(
                 "broker_token_checks",
                 "Tokens that somebody asked about: verify and introspect, by the verdict",
                 verdict=("good", "refused"),
             )
         )
-        self.ended = sheet.counters("broker_sessions_ended", "Sessions that were ended")[()]
-        self.recorded = sheet.totals(
+        self.ended = layout.counters("broker_sessions_ended", "Sessions that were ended")[()]
+        self.recorded = layout.totals(
             "broker_sessions_recorded", "Sessions that this process has on record"
         )[()]
 
@@ -220,23 +220,23 @@ class SessionMetrics:
 class BudgetMetrics:
     """What the queue for the vendor's budget reports."""
 
-    def __init__(self, sheet: MetricLayout, *, shown: bool) -> None:
-        self.remaining = sheet.maxima(
+    def __init__(self, layout: MetricLayout, *, shown: bool) -> None:
+        self.remaining = layout.maxima(
             "broker_upstream_budget_remaining",
             "Calls that the budget would allow at this moment",
             shown=shown,
         )[()]
-        self.queue_depth = sheet.totals(
+        self.queue_depth = layout.totals(
             "broker_upstream_queue_depth",
             "Mints waiting for the budget",
             shown=shown,
         )[()]
-        self.outstanding = sheet.totals(
+        self.outstanding = layout.totals(
             "broker_upstream_calls_outstanding",
             "Calls to the vendor that are out, and count as if they arrived now",
             shown=shown,
         )[()]
-        self.queue_wait = sheet.histograms(
+        self.queue_wait = layout.histograms(
             "broker_upstream_queue_wait_seconds",
             "Time that a mint waited for its slot in the budget",
             WAIT_BUCKETS,
@@ -247,9 +247,9 @@ class BudgetMetrics:
 class UpstreamMetrics:
     """What calls to the vendor report."""
 
-    def __init__(self, sheet: MetricLayout, *, shown: bool) -> None:
+    def __init__(self, layout: MetricLayout, *, shown: bool) -> None:
         self.requests = _by_label(
-            sheet.counters(
+            layout.counters(
                 "broker_upstream_requests",
                 "Calls to the vendor by the status of its answer; none: there was no answer",
                 shown=shown,
@@ -257,7 +257,7 @@ class UpstreamMetrics:
             )
         )
         self.errors = _by_label(
-            sheet.counters(
+            layout.counters(
                 "broker_upstream_errors",
                 "Calls to the vendor that gave no token, by what went wrong",
                 shown=shown,
@@ -265,7 +265,7 @@ class UpstreamMetrics:
             )
         )
         self.validations = _by_label(
-            sheet.counters(
+            layout.counters(
                 "broker_upstream_validations",
                 "Questions whether the vendor reads, asked while calls hang, by what came of them",
                 shown=shown,
@@ -273,7 +273,7 @@ class UpstreamMetrics:
             )
         )
         self.breakers = _by_label(
-            sheet.maxima(
+            layout.maxima(
                 "broker_breaker_open",
                 "1 while this breaker stops calls to the vendor",
                 shown=shown,
@@ -290,9 +290,9 @@ class UpstreamMetrics:
 class StoreMetrics:
     """What a shared store reports."""
 
-    def __init__(self, sheet: MetricLayout, *, shown: bool) -> None:
+    def __init__(self, layout: MetricLayout, *, shown: bool) -> None:
         self.duration = _by_label(
-            sheet.histograms(
+            layout.histograms(
                 "broker_store_duration_seconds",
                 "Time from asking the store to its answer or failure, by what was asked",
                 STORE_BUCKETS,
@@ -301,14 +301,14 @@ class StoreMetrics:
             )
         )
         self.errors = _by_label(
-            sheet.counters(
+            layout.counters(
                 "broker_store_errors",
                 "Operations that the store failed, by what went wrong",
                 shown=shown,
                 reason=STORE_ERRORS,
             )
         )
-        self.degraded = sheet.maxima(
+        self.degraded = layout.maxima(
             "broker_store_degraded",
             "1 while a process works without the shared store",
             shown=shown,
@@ -322,41 +322,41 @@ class ProcessMetrics:
     `process_...`, which nobody scrapes.
     """
 
-    def __init__(self, sheet: MetricLayout, workers: int) -> None:
+    def __init__(self, layout: MetricLayout, workers: int) -> None:
         self.reloads = _by_label(
-            sheet.counters(
+            layout.counters(
                 "broker_config_reloads",
                 "Attempts to reload the configuration",
                 outcome=("success", "failure"),
             )
         )
-        self.reload_failed = sheet.maxima(
+        self.reload_failed = layout.maxima(
             "broker_config_reload_failed",
             "1 while the last attempt to reload has failed: the settings before it are in force",
         )[()]
-        _tell_build(sheet)
-        self.log_lines_dropped = sheet.counters(
+        _tell_build(layout)
+        self.log_lines_dropped = layout.counters(
             "broker_log_lines_dropped",
             "Log lines that were lost, because standard error was full, gone or failed",
         )[()]
-        self.workers = sheet.totals("broker_workers", "Processes that take requests")[()]
-        self.beat = sheet.private("beat")
+        self.workers = layout.totals("broker_workers", "Processes that take requests")[()]
+        self.beat = layout.private("beat")
         """Monotonic seconds of the last sign of life, by the clock of the machine; 0: takes no
         connections (any more)."""
-        self.connections = sheet.totals(
+        self.connections = layout.totals(
             "broker_connections", "Connections that are open on the data listener"
         )[()]
-        self.fast_lane_off = sheet.maxima(
+        self.fast_lane_off = layout.maxima(
             "broker_fast_lane_off", "1 while a process answers every request by the ordinary path"
         )[()]
-        self.restarts = sheet.counters(
+        self.restarts = layout.counters(
             "broker_worker_restarts", "Workers that died and were replaced"
         )[()]
-        self.hangs = sheet.counters(
+        self.hangs = layout.counters(
             "broker_worker_hangs",
             "Workers that gave no sign of life, or never became ready, and were killed",
         )[()]
-        background = sheet.counters(
+        background = layout.counters(
             "broker_background_restarts",
             "Background tasks that ended, by an exception or by themselves, and were begun anew",
             task=[name.value for name in BackgroundTask],
@@ -365,7 +365,7 @@ class ProcessMetrics:
         shown = workers > 0
         indices = [str(index) for index in range(1, workers + 1)]
         self.cpu = _by_label(
-            sheet.counters(
+            layout.counters(
                 "broker_worker_cpu_seconds",
                 "CPU time of this worker and those that it replaced, user and system",
                 shown=shown,
@@ -373,7 +373,7 @@ class ProcessMetrics:
             )
         )
         self.memory = _by_label(
-            sheet.totals(
+            layout.totals(
                 "broker_worker_resident_memory_bytes",
                 "Resident memory of this worker",
                 shown=shown,
@@ -382,8 +382,8 @@ class ProcessMetrics:
         )
 
 
-def _tell_build(sheet: MetricLayout) -> None:
-    build = sheet.maxima(
+def _tell_build(layout: MetricLayout) -> None:
+    build = layout.maxima(
         "broker_build_info",
         "Always 1; the labels tell what runs",
         version=(VERSION,),

@@ -42,31 +42,31 @@ class FakeIssuer(Issuer):
         return frozenset({"fake"})
 
     @override
-    async def check(self, ask: TokenRequest) -> None:
+    async def check(self, request: TokenRequest) -> None:
         if self.closed is not None:
             raise self.closed
 
     @override
-    async def mint(self, ask: TokenRequest, turn: Turn) -> Minted:
+    async def mint(self, request: TokenRequest, turn: Turn) -> Minted:
         await turn()
-        self.asks.append(ask)
+        self.asks.append(request)
         number = len(self.asks)
         if self.delay:
             await asyncio.sleep(self.delay)
         if self.fail is not None:
-            self.fail(ask)
-        if self.same and ask.key in self._last:
-            return self._last[ask.key]
+            self.fail(request)
+        if self.same and request.key in self._last:
+            return self._last[request.key]
         minted = Minted(
-            token=f"token-{visitor_mark(ask)}-{number}",
-            session_id=f"{visitor_mark(ask)}-{number}",
+            token=f"token-{visitor_mark(request)}-{number}",
+            session_id=f"{visitor_mark(request)}-{number}",
             expires_at=self.lifetime // SECOND,
             lifetime=self.lifetime,
         )
-        self._last[ask.key] = minted
+        self._last[request.key] = minted
         return minted
 
 
-def visitor_mark(ask: TokenRequest) -> str:
+def visitor_mark(request: TokenRequest) -> str:
     """What a token's session id begins with: a name of the whole key."""
-    return hashlib.sha256(ask.key.encode()).hexdigest()[:16]
+    return hashlib.sha256(request.key.encode()).hexdigest()[:16]

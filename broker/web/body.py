@@ -31,7 +31,7 @@ def arrived(request: Request, limit: int) -> bytes | None:
         try:
             body = request.content.read_nowait()
         except RequestPayloadError:
-            raise _broken() from None
+            raise broken() from None
     else:
         return None
     if len(body) > limit:
@@ -59,7 +59,7 @@ async def read(request: Request, limit: int) -> bytes:
     except TimeoutError:
         raise RequestTimeout(f"body: did not arrive within {BODY_TIMEOUT:g} s") from None
     except RequestPayloadError:
-        raise _broken() from None
+        raise broken() from None
     return bytes(body)
 
 
@@ -77,5 +77,6 @@ def _too_large(limit: int) -> PayloadTooLarge:
     return PayloadTooLarge(f"body: more than {limit} bytes; send agent_id and fingerprint only")
 
 
-def _broken() -> Invalid:
+def broken() -> Invalid:
+    """Return what the sender of a body is told whose framing broke."""
     return Invalid("body: broken transfer; send Content-Length or well-formed chunks")

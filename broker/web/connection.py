@@ -19,6 +19,8 @@ by default and a public listener must not:
   ends it, and no request is taken from it meanwhile (`ReadyAnswer`, which all answers are);
 - a line of a head has 8 KB, too little behind proxies, and a head has no bound in all;
 - bodies are decompressed, so 8 KiB could become gigabytes: they stay as they come;
+- who reads a body whose framing breaks half-way is not told and waits without an end: here it is
+  told, and answers 400 at once;
 - an unread body is drained for 10 s: one second, then the connection is closed;
 - malformed requests are answered in plain text that quotes them, and logged with them: the error
   handler here answers the one envelope and logs nothing of the input.
@@ -197,11 +199,14 @@ class DataConnection(web.RequestHandler):
         """Parse, and keep count of heads: aiohttp bounds each line, but not all, nor the time."""
         if self._is_full:
             return
-        known, in_body = self._request_count, not self._body.is_eof()
+        known, before, in_body = self._request_count, self._body, not self._body.is_eof()
         super().data_received(data)
         new = self._request_count - known
         if not new:
             self._goes_on(len(data), in_body=in_body)
+            return
+        if in_body and not before.is_eof():
+            self._end_broken(before)
             return
         self._check_targets(new)
         message, self._body = self._messages[-1]
@@ -226,6 +231,9 @@ class DataConnection(web.RequestHandler):
         is_last = self._is_full and not self._messages
         if is_last or self._close or not request.content.is_eof():
             resp.force_close()
+            if isinstance(request.content.exception(), web.RequestPayloadError):
+                # told; now aiohttp lingers, so that a client that still sends sees the answer
+                request.content.set_exception(None)  # type: ignore[arg-type]
         return super().finish_response(request, resp, start_time)
 
     @override
@@ -251,11 +259,23 @@ class DataConnection(web.RequestHandler):
     @override
     def log_exception(self, *args: object, **kw: object) -> None:
         error = kw.get("exc_info")
+        if isinstance(error, web.RequestPayloadError):  # the rest of a refused body broke, too
+            return
         log.error("broker.defect", error=type(error).__name__)
 
     @override
     def log_debug(self, *args: object, **kw: object) -> None:
         """Say nothing: what clients do to their own connections is not our news."""
+
+    def _end_broken(self, body: StreamReader) -> None:
+        """Tell who reads a body that its framing broke, and read nothing more.
+
+        The parser has given it up, and put an error in its place into the queue, which would be the
+        answer to a request that nobody sent.
+        """
+        self._messages.pop()
+        self._is_full = True
+        body.set_exception(web.RequestPayloadError("broken transfer"))
 
     def _goes_on(self, size: int, *, in_body: bool) -> None:
         """Count what has begun and not ended, a body or a head; a head has its time, too."""

@@ -19,6 +19,7 @@ vendor's connection.
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Protocol
@@ -32,7 +33,7 @@ from broker import errors
 from broker.issuers.vendor.client import Answer
 from broker.issuers.vendor.passing import PassedAnswer, PassThroughClient, unpacked
 from broker.model import Clock, Secret
-from broker.rules.passing import BadTarget, route_of, to_the_caller, to_the_vendor
+from broker.rules.passing import BadTarget, has_place, route_of, to_the_caller, to_the_vendor
 from broker.telemetry.labels import PassedOutcome
 from broker.telemetry.pass_through_metrics import PassThroughMetrics
 from broker.units import SECOND
@@ -55,9 +56,9 @@ log = structlog.get_logger()
 METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")
 """What the vendor's routes answer to."""
 
-MAX_PASSED = 64
-"""Requests that are passed on at a time, by each process: with their buffers some 10 MB, and few
-beside the connections that it may have."""
+MAX_PASSED = 128
+"""Requests that are passed on at a time, by each process: with their buffers some 20 MB, and few
+beside the connections that it may have.  One client has half of them at most: see `has_place`."""
 
 RETRY = 1_000_000
 """Microseconds after which a place may be free."""
@@ -111,7 +112,7 @@ class PassThrough:
         self._issuer = issuer
         self._metrics = metrics
         self._clock = clock
-        self._under_way = 0
+        self._under_way = Counter[str]()  # by the name of the client; those that have none are out
         self._accepted: set[bytes] = set()
         self._suspect_until = 0
 
@@ -123,14 +124,12 @@ class PassThrough:
             route = self._route(request)
             client, key = self._identify(request)
             fields = self._fields(request)
-            if self._under_way >= MAX_PASSED:
-                raise errors.ServiceUnavailable("too many requests are passed on already", RETRY)
+            self._require_place(client)
         except errors.BrokerError as error:
             if not isinstance(error, errors.NotFound):  # which has nothing to do with the vendor
                 self._refuse(error, route, request_id, started)
             raise
-        self._under_way += 1
-        self._metrics.in_flight.set(self._under_way)
+        self._hold(client, 1)
         outcome, failure = PassedOutcome.LEFT, ""
         passage: Passage | None = None
         try:
@@ -154,9 +153,24 @@ class PassThrough:
         else:
             return answer
         finally:
-            self._under_way -= 1
-            self._metrics.in_flight.set(self._under_way)
+            self._hold(client, -1)
             self._note(passage, outcome, failure, time.perf_counter() - started)
+
+    def _require_place(self, client: Client) -> None:
+        own = self._under_way[client.name]
+        if not has_place(own, self._under_way.total(), MAX_PASSED):
+            raise errors.ServiceUnavailable(
+                f"too many requests are passed on already, {own} of them for this client: of"
+                f" {MAX_PASSED} places a client may take as many as it leaves free",
+                RETRY,
+            )
+
+    def _hold(self, client: Client, change: int) -> None:
+        """Take a place (1), or give it back (-1)."""
+        self._under_way[client.name] += change
+        if not self._under_way[client.name]:
+            del self._under_way[client.name]  # a reload may have taken it away
+        self._metrics.in_flight.set(self._under_way.total())
 
     def _route(self, request: BaseRequest) -> str:
         """Return the route of a request that may be passed on; raises NotFound, Invalid, 405."""

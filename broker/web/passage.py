@@ -103,8 +103,7 @@ def head_of(
 def verdict_on(passage: Passage, error: Exception) -> tuple[PassedOutcome, errors.BrokerError]:
     """Say whose fault it is, and what the caller is told if that can still be."""
     if passage.broke_off or isinstance(error, RequestPayloadError):
-        told: errors.BrokerError = errors.Invalid("body: broken transfer")
-        return PassedOutcome.REFUSED, told
+        return PassedOutcome.REFUSED, body.broken()
     if isinstance(error, TimeoutError) and passage.awaits_caller and not passage.status:
         stalled = errors.RequestTimeout(f"body: nothing came for {STALLED:g} s")
         return PassedOutcome.REFUSED, stalled

@@ -174,7 +174,7 @@ async def test_N2_a_worker_obeys_after_an_order_that_it_cannot_read(tmp_path: Pa
     async with supervised(crew_of(tmp_path, 1)) as supervisor:
         child = supervisor._children[1]
         orders = supervisor.metrics.process.background[BackgroundTask.ORDERS]
-        mine = Counter(supervisor._board.rows[1], orders._index)
+        mine = Counter(supervisor._shared_cells.rows[1], orders._index)
         child._channel._writer.write(b'{"type": "Nonsense"}\n')
         await until(lambda: mine.value == 1)
         await supervisor.rolling_reload()

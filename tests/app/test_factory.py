@@ -13,6 +13,7 @@ from servers import write_certificates
 from test_config import alone, keys
 
 from broker.app import credentials, factory, missing_secrets
+from broker.app.secret_settings import secret_settings
 from broker.config import load as config
 from broker.config.schema import ConfigError
 from broker.config.settings import Settings
@@ -470,6 +471,14 @@ def test_N12_every_file_of_the_settings_is_watched(dotted: str) -> None:
     value = ["/there/it/is"] if dotted.endswith("_files") else "/there/it/is"
     watched = [file for _, file in factory.watched_files(alone(dotted, value))]
     assert "/there/it/is" in watched
+
+
+@pytest.mark.parametrize("dotted", [dotted for dotted, kind in keys() if "Secret" in str(kind)])
+def test_every_secret_of_the_settings_is_in_the_one_list(dotted: str) -> None:
+    """One that is not would be in a second role without a word."""
+    given = secrets.token_urlsafe(32)
+    found = [setting.inline for setting in secret_settings(alone(dotted, given))]
+    assert Secret(given) in found
 
 
 @pytest.mark.parametrize("kind", ["local", "upstream"])

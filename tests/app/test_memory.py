@@ -193,17 +193,19 @@ def test_N11_sessions_are_nothing_that_the_collector_visits() -> None:
 def sessions() -> None:
     """Record many, and look."""
     clock = FakeClock()
-    book = MemorySessions(COUNT, clock)
+    session_store = MemorySessions(COUNT, clock)
     before, objects = looked_into(), len(gc.get_objects())
 
     async def record() -> None:
         expires = clock.wall() // 1_000_000 + 3600
         for number in range(COUNT):
             digest = secrets.token_bytes(32)
-            await book.record(Session(f"{number:032x}", "web", "A1", "f1", "", 0, expires, digest))
+            await session_store.record(
+                Session(f"{number:032x}", "web", "A1", "f1", "", 0, expires, digest)
+            )
 
     asyncio.run(record())
-    assert len(book) == COUNT
+    assert len(session_store) == COUNT
     assert len(gc.get_objects()) < objects + 1000
     assert looked_into() < before + COUNT // 10
 

@@ -2,8 +2,8 @@
 
     python tests/bench/life.py [--rejections 2000] [--ends 100000]
 
-Prints microseconds for each kind of token that is refused, beside a good one, and the memory that a
-book of sessions takes while it is filled far beyond its bounds.  In process, no network.
+Prints microseconds for each kind of token that is refused, beside a good one, and the memory that
+sessions take while they are filled far beyond their bounds.  In process, no network.
 """
 
 import argparse
@@ -130,35 +130,35 @@ def timed(issuer: LocalIssuer, token: str, count: int, *, good: bool) -> float:
 
 
 async def measure_ends(count: int) -> None:
-    """Fill a book far beyond its bounds, and end sessions."""
+    """Fill a session store far beyond its bounds, and end sessions."""
     clock = SystemClock()
     most = 200_000
-    book = MemorySessions(most, clock)
+    session_store = MemorySessions(most, clock)
     before = resident()
-    await fill(book, most, clock)
+    await fill(session_store, most, clock)
     full = resident()
     print(f"\n{most:,} sessions recorded: {(full - before) / most:.0f} bytes each")
-    await fill(book, 3 * most, clock)
+    await fill(session_store, 3 * most, clock)
     over = resident()
-    print(f"{3 * most:,} more: {len(book):,} held, {(over - full) >> 20:+d} MiB")
+    print(f"{3 * most:,} more: {len(session_store):,} held, {(over - full) >> 20:+d} MiB")
     began = time.perf_counter()
     for number, session in enumerate(sessions(count, clock)):
-        await book.record(session)
-        await book.mark(session, by_client=False)
-        await book.forget(session)
+        await session_store.record(session)
+        await session_store.mark(session, by_client=False)
+        await session_store.forget(session)
         if number == count // 2:
             half = resident()
     took = (time.perf_counter() - began) / count * 1e6
     ended = resident()
-    marks: Mapping[str, int] = {"held": len(book), "remembered": book.ended_count}
+    marks: Mapping[str, int] = {"held": len(session_store), "remembered": session_store.ended_count}
     print(f"{count:,} sessions recorded and ended: {took:.1f} us each, {marks}")
     print(f"  {(ended - half) / (count - count // 2):.0f} bytes each for the second half")
 
 
-async def fill(book: MemorySessions, count: int, clock: SystemClock) -> None:
+async def fill(session_store: MemorySessions, count: int, clock: SystemClock) -> None:
     """Record new sessions."""
     for session in sessions(count, clock):
-        await book.record(session)
+        await session_store.record(session)
 
 
 def sessions(count: int, clock: SystemClock) -> list[Session]:

@@ -80,7 +80,7 @@ def some_ask(number: int) -> TokenRequest:
     )
 
 
-def some_token(clock: SystemClock, ask: TokenRequest) -> EmbedToken:
+def some_token(clock: SystemClock, request: TokenRequest) -> EmbedToken:
     """Make a token with an answer of the usual size."""
     session = secrets.token_hex(16)
     body = success_body(Minted(secrets.token_urlsafe(330), session, 1_800_000_000, LIFETIME))
@@ -107,10 +107,10 @@ def bytes_per_token(count: int) -> dict[str, float]:
     tracemalloc.start()
     answers = 0
     for number in range(count):
-        ask = some_ask(number)
-        token = some_token(clock, ask)
+        request = some_ask(number)
+        token = some_token(clock, request)
         answers += token.body.__sizeof__()
-        cache[ask.key] = token
+        cache[request.key] = token
     allocated, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return {
@@ -127,10 +127,10 @@ def resident_per_token(count: int) -> dict[str, float]:
     cache = cache_of(clock, count)
     answers = 0
     for number in range(count):
-        ask = some_ask(number)
-        token = some_token(clock, ask)
+        request = some_ask(number)
+        token = some_token(clock, request)
         answers += token.body.__sizeof__()
-        cache[ask.key] = token
+        cache[request.key] = token
     grown = resident() - before
     return {"rss_beyond_answer": round((grown - answers) / count, 1)}
 
@@ -159,9 +159,9 @@ def pauses(count: int, batch: int) -> dict[str, object]:
     told: dict[str, object] = {}
 
     def insert(number: int) -> None:
-        ask = some_ask(number)
-        cache[ask.key] = some_token(clock, ask)
-        keys.append(ask.key)
+        request = some_ask(number)
+        cache[request.key] = some_token(clock, request)
+        keys.append(request.key)
 
     def hit(_: int) -> None:
         cache.find(random.choice(keys))
@@ -175,8 +175,8 @@ def pauses(count: int, batch: int) -> dict[str, object]:
         cache[f"{key}{SEPARATOR}"] = some_token(clock, some_ask(0))  # an ask makes its key anew
 
     def insert_over(number: int) -> None:
-        ask = some_ask(number)
-        cache[ask.key] = some_token(clock, ask)
+        request = some_ask(number)
+        cache[request.key] = some_token(clock, request)
 
     keeper = GcTuner()
     keeper.start()
@@ -219,9 +219,9 @@ def cost_of_a_hit(count: int, rounds: int = 7) -> dict[str, float]:
     for size in (1000, count):
         cache, keys = cache_of(clock, size), []
         for number in range(size):
-            ask = some_ask(number)
-            cache[ask.key] = some_token(clock, ask)
-            keys.append(ask.key)
+            request = some_ask(number)
+            cache[request.key] = some_token(clock, request)
+            keys.append(request.key)
         caches[size] = (cache, keys)
     gc.collect()
     gc.freeze()
@@ -249,14 +249,16 @@ def _cpu_of_hits(cache: TokenCache, keys: list[str], count: int = 100_000) -> fl
 async def _on_loop(tokens: int, batch: int) -> dict[str, object]:
     """Measure inside the loop that the broker runs on."""
     clock = SystemClock()
-    book = MemorySessions(SESSIONS, clock)
+    session_store = MemorySessions(SESSIONS, clock)
     now = clock.wall() // SECOND
     for _ in range(SESSIONS):
         ids = secrets.token_hex(16), secrets.token_hex(16)
         digest = secrets.token_bytes(32)
-        await book.record(Session(ids[0], "web", "A1", ids[1], "", now, now + 3600, digest))
+        await session_store.record(
+            Session(ids[0], "web", "A1", ids[1], "", now, now + 3600, digest)
+        )
     told = pauses(tokens, batch)
-    return {**told, "sessions": len(book)}
+    return {**told, "sessions": len(session_store)}
 
 
 def main() -> None:

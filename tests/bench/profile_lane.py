@@ -200,7 +200,7 @@ def steps_of(bench: Bench) -> dict[str, Callable[[], object]]:
     for _ in range(3):
         bench.send(data)  # by now head and body are known
     routes, clock, store = bench.parts.routes, bench.parts.clock, bench.parts.store
-    desk, metrics, lane = bench.parts.token_service, bench.parts.metrics, bench.connection._lane
+    service, metrics, lane = bench.parts.token_service, bench.parts.metrics, bench.connection._lane
     assert isinstance(store, MemoryStore)
     end = data.find(b"\r\n\r\n") + 4
     known = lane.find(data[:end])
@@ -209,7 +209,7 @@ def steps_of(bench: Bench) -> dict[str, Callable[[], object]]:
     now, wall = clock.mono(), clock.wall()
     rule, key = store._limits.fingerprint.met_by(ask)
     read, blank = routes.tokens._bodies.read, b"\r\n\r\n"
-    issued = desk.begin(ask, now)
+    issued = service.begin(ask, now)
     assert isinstance(issued, IssuedToken)
     verdict, body, date = issued.verdict, issued.token.body, routes.http_date(wall)
     assert verdict is not None
@@ -226,7 +226,7 @@ def steps_of(bench: Bench) -> dict[str, Callable[[], object]]:
         "  route": lambda: routes.tokens(request, "id"),
         "    clock, one reading of three": clock.mono,
         "    body known": lambda: read(data[end:], "bench", any_fingerprint=False),
-        "    story, with a reading of the clock": lambda: desk.begin(ask, clock.mono()),
+        "    story, with a reading of the clock": lambda: service.begin(ask, clock.mono()),
         "      bucket, likewise": lambda: store._fingerprint.take(key, rule.limit, clock.mono()),
         "      token": lambda: store.tokens.find_at(ask.key, now),
         "    answer of what the story says": lambda: routes.tokens._issued(issued, "id", now, ask),

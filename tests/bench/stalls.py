@@ -82,7 +82,7 @@ def done(work: "Coroutine[Any, Any, object]") -> object:
         work.send(None)
     except StopIteration as ended:
         return ended.value
-    raise RuntimeError("a book in memory waited")
+    raise RuntimeError("a session store in memory waited")
 
 
 class Tokens(Table):
@@ -165,7 +165,7 @@ class Sessions(Table):
 
     def __init__(self, most: int) -> None:
         self.clock = FakeClock()
-        self._book = MemorySessions(most, self.clock)
+        self._session_store = MemorySessions(most, self.clock)
 
     @override
     def key(self, number: int) -> str:
@@ -179,19 +179,19 @@ class Sessions(Table):
 
     @override
     def insert(self, key: str, value: Session) -> None:
-        done(self._book.record(value))
+        done(self._session_store.record(value))
 
     @override
     def find(self, key: str) -> object:
-        return done(self._book.find(key))
+        return done(self._session_store.find(key))
 
     @override
     def purge(self) -> None:
-        self._book.purge_expired()
+        self._session_store.purge_expired()
 
     @override
     def __len__(self) -> int:
-        return len(self._book)
+        return len(self._session_store)
 
 
 class Ended(Table):
@@ -201,7 +201,7 @@ class Ended(Table):
 
     def __init__(self, most: int) -> None:
         self.clock = FakeClock()
-        self._book = MemorySessions(most, self.clock, most)
+        self._session_store = MemorySessions(most, self.clock, most)
         self._full = False
         self._most = most
 
@@ -216,19 +216,19 @@ class Ended(Table):
     @override
     def insert(self, key: str, value: Session) -> None:
         if len(self) < self._most:  # beyond the bound nothing is ended
-            done(self._book.mark(value, by_client=False))
+            done(self._session_store.mark(value, by_client=False))
 
     @override
     def find(self, key: str) -> object:
-        return done(self._book.ended(key))
+        return done(self._session_store.ended(key))
 
     @override
     def purge(self) -> None:
-        self._book.purge_expired()
+        self._session_store.purge_expired()
 
     @override
     def __len__(self) -> int:
-        return self._book.ended_count
+        return self._session_store.ended_count
 
 
 class Spent(Table):

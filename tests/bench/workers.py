@@ -87,12 +87,12 @@ def run_crew(folder: Path, secret: str, workers: int, store: str) -> Iterator[Se
 
 
 def rows_of(pid: int) -> list[Row]:
-    """Return the workers' rows of this supervisor's board."""
+    """Return the workers' rows of this supervisor."""
     for link in sorted(Path(f"/proc/{pid}/fd").iterdir()):
         if str(link.readlink()).startswith("/memfd:embed-token-broker"):
             handle = os.open(link, os.O_RDWR)
             return list(shared(handle, Metrics("local", workers=2).sheet.width).rows[1:])
-    sys.exit("the supervisor has no board")
+    sys.exit("the supervisor has no shared cells")
 
 
 def answered(rows: list[Row]) -> list[float]:

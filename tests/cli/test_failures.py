@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from aiohttp.client_exceptions import UnixClientConnectorError
-from aiohttp.client_reqrep import ConnectionKey
 from processes import AGENT, Broker, good, put, run, secret_in
 from servers import write_certificates
 
@@ -162,20 +160,21 @@ class TestHealthcheck:
     def test_names_what_failed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Nobody there, silence, an unknown name; each with what to look at."""
         monkeypatch.setattr(probe, "TIMEOUT", 0.2)
-        assert probe.ask(f"unix:{tmp_path}/s").endswith(
-            ": nobody listens; is the broker running, and is this its [admin] listen?"
-        )
+        listens = "is this its [admin] listen?"
+        path = f"unix:{tmp_path}/s"
+        expected = "there is no such socket; is the broker running, and"
+        assert probe.ask(path) == f"nobody listens at {path}: {expected} {listens}"
         with server(None) as address:
-            expected = "nothing within 200ms; the broker hangs, or this is something else"
-            assert probe.ask(address) == f"no answer at {address}: {expected}"
-        told = probe.ask("broker.invalid:9464")
-        assert told == "no answer at broker.invalid:9464: the name is not known (DNS)"
+            assert probe.ask(address) == f"no answer from {address} within 200ms: {listens}"
+        with server(b"SSH-2.0-x\r\n") as address:
+            assert probe.ask(address) == f"{address} answers, but not in HTTP: {listens}"
+        expected = "is not known (DNS): check its spelling and the resolver"
+        assert probe.ask("broker.invalid:9464") == f"the name in broker.invalid:9464 {expected}"
 
 
 def test_a_socket_of_somebody_else(tmp_path: Path) -> None:
     """Who may not use it is told so; root, who runs some of these tests, may use every one."""
-    path, key = str(tmp_path / "s"), ConnectionKey("b", 80, False, True, None, None, None)
-    error = UnixClientConnectorError(path, key, PermissionError(errno.EACCES, "no"))
+    path, error = tmp_path / "s", PermissionError(errno.EACCES, "no")
     assert explained(f"unix:{path}", error, 1.0) == (
         f"no permission to use unix:{path}: the socket is for its owner and group (mode 0660)"
     )

@@ -30,7 +30,7 @@ def test_a_ready_broker_is_healthy_a_draining_or_absent_one_is_not(
         assert (done.returncode, done.stdout, done.stderr) == (1, b"", told)
     done = run("healthcheck", "--config", config)
     assert (done.returncode, done.stdout) == (1, b"")
-    assert done.stderr.startswith(f"broker: no answer at {found}: ".encode())
+    assert done.stderr.startswith(f"broker: nobody listens at {found}: ".encode())
 
 
 def test_something_else_at_that_address_is_not_healthy(tmp_path: Path) -> None:
@@ -51,8 +51,8 @@ def test_something_else_at_that_address_is_not_healthy(tmp_path: Path) -> None:
         path = write(tmp_path / "broker.toml", toml(put(good(tmp_path), "admin.listen", address)))
         done = run("healthcheck", "--config", path)
     assert (done.returncode, done.stdout) == (1, b"")
-    told = "what answers does not speak HTTP; is this the broker's [admin] listen?"
-    assert done.stderr == f"broker: no answer at {address}: {told}\n".encode()
+    told = f"{address} answers, but not in HTTP: is this its [admin] listen?"
+    assert done.stderr == f"broker: {told}\n".encode()
 
 
 def test_where_one_family_is_off_the_other_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from broker.cli.example import UNIT, text_of
 from broker.config.environment import read
 from broker.testing import FakeVendor
 
+ROOT = Path(__file__).parents[2]
 SIGNER = ("--kind", "signer", "--agent", AGENT)
 
 
@@ -189,42 +190,39 @@ class TestFiles:
         assert all(line.startswith("wrote") for line in first_files.write(answers))
 
     @pytest.mark.parametrize("kind", ["relay", "signer"])
-    def test_the_unit_hands_over_the_secrets_that_were_written(
+    def test_the_unit_is_the_shipped_one_with_variables_and_paths_of_its_own(
         self, folder: Path, kind: str
     ) -> None:
-        """Each credential is a file that is there, each variable names a credential; no other's."""
+        """Line by line: nothing is missing, and each variable names a copy of a file that is."""
         answers = first_files.Answers(kind, folder, "*", "127.0.0.1:0", "127.0.0.1:0")
         list(first_files.write(answers))
-        lines = (folder / UNIT).read_text(encoding="utf-8").splitlines()
-        handed = dict(
-            line.removeprefix("LoadCredential=").split(":")
-            for line in lines
-            if line.startswith("LoadCredential=")
+        made = (folder / UNIT).read_text(encoding="utf-8")
+        shipped = (ROOT / "config" / "systemd" / UNIT).read_text(encoding="utf-8")
+        program = shlex.join(first_files.program())
+        expected = (
+            shipped[shipped.index("[Unit]") :]
+            .replace("/opt/embed-token-broker/bin/broker", program)
+            .replace("/etc/embed-token-broker", str(folder))
+            .splitlines()
         )
-        assert {folder / "secrets" / name for name in handed} == set(answers.secret_files())
-        assert {Path(path) for path in handed.values()} == set(answers.secret_files())
-        used = {name for line in lines for name in re.findall(r"=%d/(\w+)$", line)}
-        assert used == set(handed)
-        assert f"Environment=BROKER_CONFIG={folder}/broker.toml" in lines
-        assert (
-            "Environment=BROKER_STORE__URL=sqlite:///var/lib/embed-token-broker/state.db" in lines
-        )
-        assert "/opt/embed-token-broker" not in "\n".join(lines)
-        sandbox = ("Protect", "Restrict", "State", "DynamicUser", "ExecReload", "WantedBy")
-        own = {line for line in text_of(UNIT).splitlines() if line.startswith(sandbox)}
-        assert own <= set(lines)
-        assert f"ExecStart={' '.join(first_files.program())} serve" in lines
+        lines = made.splitlines()[1:]
+        more = [line for line in lines if line not in expected]
+        assert [line for line in lines if line not in more] == expected
+        state = "Environment=BROKER_STORE__URL=sqlite:///var/lib/embed-token-broker/state.db"
+        assert more.pop() == state
+        copies = [line.partition("=%d/secret_")[2] for line in more]
+        assert [folder / "secrets" / name for name in copies] == list(answers.secret_files())
+        assert f"LoadCredential=secret:{folder}/secrets" in lines
 
     def test_the_page_on_rotation_adds_to_the_unit_what_it_reads(self) -> None:
-        """A second secret by two lines of the form that `init` writes, and of a setting that is."""
-        page = PAGES["config/README.md"]
-        (file,) = re.findall(r"`LoadCredential=web_next:(\S+)`", page)
-        (name,) = re.findall(r"`Environment=(\w+)=%d/web_next`", page)
+        """A second secret by a line of the form that `init` writes, and of a setting that is."""
+        page = PAGES["config/ROTATION.md"]
+        (name,) = re.findall(r"`Environment=(\w+)=%d/secret_web_next`", page)
         usual = first_files.Answers("signer", Path("/etc/embed-token-broker"), "*", "a:1", "a:2")
         lines = first_files.service(usual, text_of(UNIT)).splitlines()
-        for line in (f"LoadCredential=web_next:{file}", f"Environment={name}=%d/web_next"):
-            assert line.replace("web_next", "web").replace("NEXT_", "") in lines
-        (given,), problems = read({"clients": {"web": {}}}, {name: file})
+        added = f"Environment={name}=%d/secret_web_next"
+        assert added.replace("web_next", "web").replace("NEXT_", "") in lines
+        (given,), problems = read({"clients": {"web": {}}}, {name: "/run/web_next"})
         assert (given.key, problems) == ("clients.web.next_secret_file", [])
 
     def test_in_their_usual_place_need_no_flag(self) -> None:
@@ -386,8 +384,7 @@ def test_each_example_passes_the_check(name: str, tmp_path: Path) -> None:
 
 def test_the_unit_of_an_example_is_the_shipped_one() -> None:
     """For relay and signer the same; a gateway has none of its own."""
-    root = Path(__file__).parents[2]
-    shipped = (root / "config" / "systemd" / UNIT).read_bytes()
+    shipped = (ROOT / "config" / "systemd" / UNIT).read_bytes()
     assert run("config", "example", "relay", "--unit").stdout == shipped
     assert run("config", "example", "signer", "--unit").stdout == shipped
     done = run("config", "example", "gateway", "--unit")

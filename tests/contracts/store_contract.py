@@ -95,38 +95,38 @@ def token_at(opened: Opened, lifetime: int = HOUR) -> EmbedToken:
     )
 
 
-async def visit(opened: Opened, ask: TokenRequest) -> Visit:
+async def visit(opened: Opened, request: TokenRequest) -> Visit:
     """Ask as the story does."""
-    return await opened.store.admit(ask, ask.key)
+    return await opened.store.admit(request, request.key)
 
 
-async def admitted(opened: Opened, ask: TokenRequest, times: int) -> int:
+async def admitted(opened: Opened, request: TokenRequest, times: int) -> int:
     """Count the visits that pass of this many, one after the other."""
-    return sum([(await visit(opened, ask)).denial is None for _ in range(times)])
+    return sum([(await visit(opened, request)).denial is None for _ in range(times)])
 
 
-async def lead(opened: Opened, ask: TokenRequest) -> Lease:
+async def lead(opened: Opened, request: TokenRequest) -> Lease:
     """Become the one who mints for this key."""
-    lease = await opened.store.lead(ask, ask.key, nothing_is_good)
+    lease = await opened.store.lead(request, request.key, nothing_is_good)
     assert isinstance(lease, Lease)
     return lease
 
 
-async def keep(opened: Opened, ask: TokenRequest, token: EmbedToken) -> EmbedToken:
+async def keep(opened: Opened, request: TokenRequest, token: EmbedToken) -> EmbedToken:
     """Keep a token as its leader does; returns it as others will find it."""
-    lease = await lead(opened, ask)
+    lease = await lead(opened, request)
     token = replace(token, version=lease.fence, epoch=lease.epoch)
-    assert await opened.store.keep(ask, ask.key, token, lease) is Kept.KEPT
+    assert await opened.store.keep(request, request.key, token, lease) is Kept.KEPT
     return token
 
 
-async def mint_denied(opened: Opened, ask: TokenRequest) -> Rejection | None:
+async def mint_denied(opened: Opened, request: TokenRequest) -> Rejection | None:
     """Charge a mint and give it up at once."""
-    lead = await opened.store.lead(ask, ask.key, nothing_is_good)
+    lead = await opened.store.lead(request, request.key, nothing_is_good)
     if isinstance(lead, Rejection):
         return lead
     assert isinstance(lead, Lease)
-    opened.store.abandon(ask, ask.key, lead, None)
+    opened.store.abandon(request, request.key, lead, None)
     return None
 
 
@@ -135,9 +135,9 @@ def nothing_is_good(_token: EmbedToken) -> bool:
     return False
 
 
-async def minted(opened: Opened, ask: TokenRequest, times: int) -> int:
+async def minted(opened: Opened, request: TokenRequest, times: int) -> int:
     """Count the mints that are admitted of this many."""
-    return sum([await mint_denied(opened, ask) is None for _ in range(times)])
+    return sum([await mint_denied(opened, request) is None for _ in range(times)])
 
 
 def refused_by(denial: Rejection | None) -> tuple[LimitName, int] | None:
@@ -161,29 +161,29 @@ class StoreContract:
 
     async def test_a_token_that_is_kept_is_found(self, open_store: OpenStore) -> None:
         """By `visit` and by `look`, unchanged, again and again."""
-        opened, ask = await open_store(limits_of()), ask_of()
-        token = await keep(opened, ask, token_at(opened))
+        opened, request = await open_store(limits_of()), ask_of()
+        token = await keep(opened, request, token_at(opened))
         for _ in range(3):
-            assert await opened.store.peek(ask, ask.key) == token
-            assert (await visit(opened, ask)).token == token
+            assert await opened.store.peek(request, request.key) == token
+            assert (await visit(opened, request)).token == token
 
     async def test_a_later_token_replaces_the_one_before(self, open_store: OpenStore) -> None:
         """A renewal leaves one token under the key: its own."""
-        opened, ask = await open_store(limits_of()), ask_of()
-        await keep(opened, ask, token_at(opened))
-        later = await keep(opened, ask, token_at(opened))
-        assert await opened.store.peek(ask, ask.key) == later
+        opened, request = await open_store(limits_of()), ask_of()
+        await keep(opened, request, token_at(opened))
+        later = await keep(opened, request, token_at(opened))
+        assert await opened.store.peek(request, request.key) == later
 
     async def test_T5_a_dead_token_is_not_found(self, open_store: OpenStore) -> None:
         """At its last microsecond at the latest it is gone, or says itself that it is over."""
-        opened, ask = await open_store(limits_of()), ask_of()
-        await keep(opened, ask, token_at(opened, lifetime=60 * SECOND))
+        opened, request = await open_store(limits_of()), ask_of()
+        await keep(opened, request, token_at(opened, lifetime=60 * SECOND))
         await opened.pass_time(59 * SECOND)
-        held = await opened.store.peek(ask, ask.key)
+        held = await opened.store.peek(request, request.key)
         assert held is not None
         assert held.left(*opened.moments()) == SECOND
         await opened.pass_time(SECOND)
-        gone = await opened.store.peek(ask, ask.key)
+        gone = await opened.store.peek(request, request.key)
         assert gone is None or gone.left(*opened.moments()) <= 0
 
     async def test_G8_a_token_is_found_under_its_own_key_only(self, open_store: OpenStore) -> None:
@@ -205,40 +205,44 @@ class StoreContract:
             TokenRequest("web", AGENT, "abcd", "|"),
         ]
         tokens = []
-        for ask in asks:
-            assert (await visit(opened, ask)).token is None
-            tokens.append(await keep(opened, ask, token_at(opened)))
-        assert [(await visit(opened, ask)).token for ask in asks] == tokens
+        for request in asks:
+            assert (await visit(opened, request)).token is None
+            tokens.append(await keep(opened, request, token_at(opened)))
+        assert [(await visit(opened, request)).token for request in asks] == tokens
 
     async def test_looking_charges_nothing(self, open_store: OpenStore) -> None:
         """Neither limit of visits nor limit of mints."""
-        opened, ask = await open_store(limits_of(Limit(1, HOUR), Limit(1, HOUR))), ask_of()
+        opened, request = await open_store(limits_of(Limit(1, HOUR), Limit(1, HOUR))), ask_of()
         for _ in range(10):
-            await opened.store.peek(ask, ask.key)
-        assert await admitted(opened, ask, 2) == 1
-        assert await minted(opened, ask, 2) == 1
+            await opened.store.peek(request, request.key)
+        assert await admitted(opened, request, 2) == 1
+        assert await minted(opened, request, 2) == 1
 
     async def test_a_refused_visitor_is_not_shown_a_token(self, open_store: OpenStore) -> None:
         """The denial names limit and wait; the token stays for the next visit that passes."""
         limit = Limit(burst=1, interval=60 * SECOND)
-        opened, ask = await open_store(limits_of(limit)), ask_of()
-        token = await keep(opened, ask, token_at(opened))
-        await visit(opened, ask)
+        opened, request = await open_store(limits_of(limit)), ask_of()
+        token = await keep(opened, request, token_at(opened))
+        await visit(opened, request)
         verdict = Verdict(False, 0, 60 * SECOND, 60 * SECOND, limit)
         denial = Rejection(LimitName.FINGERPRINT, verdict)
-        assert await visit(opened, ask) == Visit(verdict, denial, None)
+        assert await visit(opened, request) == Visit(verdict, denial, None)
         await opened.pass_time(60 * SECOND)
-        assert (await visit(opened, ask)).token == token
+        assert (await visit(opened, request)).token == token
 
     # --- the life of a visitor
 
     async def test_G9_an_ended_visitor_has_no_token(self, open_store: OpenStore) -> None:
         """None of theirs on any agent or model; what is minted afterwards is found as ever."""
-        opened, ask = await open_store(limits_of()), ask_of()
-        asks = [ask, ask_of(ask.fingerprint, agent=OTHER_AGENT), replace(ask, model="m")]
+        opened, request = await open_store(limits_of()), ask_of()
+        asks = [
+            request,
+            ask_of(request.fingerprint, agent=OTHER_AGENT),
+            replace(request, model="m"),
+        ]
         for each in asks:
             await keep(opened, each, token_at(opened))
-        await opened.store.revoke_visitor(ask.client, ask.fingerprint)
+        await opened.store.revoke_visitor(request.client, request.fingerprint)
         for each in asks:
             assert await opened.store.peek(each, each.key) is None
             assert (await visit(opened, each)).token is None
@@ -247,32 +251,32 @@ class StoreContract:
 
     async def test_G9_ending_one_visitor_leaves_others_alone(self, open_store: OpenStore) -> None:
         """Also the one who has the same fingerprint with another client."""
-        opened, ask = await open_store(limits_of()), ask_of()
-        others = [ask_of(), replace(ask, client="shop"), ask_of(ask.fingerprint + "0")]
+        opened, request = await open_store(limits_of()), ask_of()
+        others = [ask_of(), replace(request, client="shop"), ask_of(request.fingerprint + "0")]
         tokens = [await keep(opened, other, token_at(opened)) for other in others]
-        await opened.store.revoke_visitor(ask.client, ask.fingerprint)
+        await opened.store.revoke_visitor(request.client, request.fingerprint)
         assert [(await visit(opened, other)).token for other in others] == tokens
 
     async def test_G9_an_end_wins_over_a_mint_under_way(self, open_store: OpenStore) -> None:
         """Its token is refused to its own leader, and nobody finds it."""
-        opened, ask = await open_store(limits_of()), ask_of()
-        lease = await lead(opened, ask)
-        await opened.store.revoke_visitor(ask.client, ask.fingerprint)
+        opened, request = await open_store(limits_of()), ask_of()
+        lease = await lead(opened, request)
+        await opened.store.revoke_visitor(request.client, request.fingerprint)
         token = replace(token_at(opened), version=lease.fence, epoch=lease.epoch)
-        assert await opened.store.keep(ask, ask.key, token, lease) is Kept.ENDED
-        assert await opened.store.peek(ask, ask.key) is None
+        assert await opened.store.keep(request, request.key, token, lease) is Kept.ENDED
+        assert await opened.store.peek(request, request.key) is None
 
     async def test_G9_what_is_not_held_is_handed_out_unless_its_visitor_was_ended(
         self, open_store: OpenStore
     ) -> None:
         """Released: nobody finds it, the next one leads at once, and an end in between is told."""
-        opened, ask = await open_store(limits_of()), ask_of()
-        assert await opened.store.release(ask, ask.key, await lead(opened, ask)) is True
-        assert await opened.store.peek(ask, ask.key) is None
-        lease = await lead(opened, ask)
-        await opened.store.revoke_visitor(ask.client, ask.fingerprint)
-        assert await opened.store.release(ask, ask.key, lease) is False
-        assert await opened.store.release(ask, ask.key, await lead(opened, ask)) is True
+        opened, request = await open_store(limits_of()), ask_of()
+        assert await opened.store.release(request, request.key, await lead(opened, request)) is True
+        assert await opened.store.peek(request, request.key) is None
+        lease = await lead(opened, request)
+        await opened.store.revoke_visitor(request.client, request.fingerprint)
+        assert await opened.store.release(request, request.key, lease) is False
+        assert await opened.store.release(request, request.key, await lead(opened, request)) is True
 
     # --- who leads
 
@@ -281,24 +285,24 @@ class StoreContract:
     ) -> None:
         """It arrived since they looked: no limit of mints is charged."""
         opened = await open_store(limits_of(mints=Limit(2, HOUR)))
-        ask = ask_of()
-        token = await keep(opened, ask, token_at(opened))
+        request = ask_of()
+        token = await keep(opened, request, token_at(opened))
         for _ in range(3):
-            assert await opened.store.lead(ask, ask.key, lambda _token: True) == token
-        assert await minted(opened, ask, 3) == 1
+            assert await opened.store.lead(request, request.key, lambda _token: True) == token
+        assert await minted(opened, request, 3) == 1
 
     async def test_S4_fences_only_grow(self, open_store: OpenStore) -> None:
         """Whatever became of the lease before: kept, given up, or refused by a limit between."""
-        opened, ask = await open_store(limits_of()), ask_of()
+        opened, request = await open_store(limits_of()), ask_of()
         fences = []
         for round_ in range(6):
-            lease = await lead(opened, ask)
+            lease = await lead(opened, request)
             fences.append(lease.fence)
             if round_ % 2:
-                opened.store.abandon(ask, ask.key, lease, None)
+                opened.store.abandon(request, request.key, lease, None)
             else:
                 token = replace(token_at(opened), version=lease.fence, epoch=lease.epoch)
-                assert await opened.store.keep(ask, ask.key, token, lease) is Kept.KEPT
+                assert await opened.store.keep(request, request.key, token, lease) is Kept.KEPT
         assert fences == sorted(set(fences))
 
     # --- limits
@@ -311,7 +315,7 @@ class StoreContract:
     ) -> None:
         """Under a schedule drawn at random, between any two admissions."""
         limit = bucket.limit(rate, SECOND, burst)
-        opened, ask = await open_store(limits_of(limit)), ask_of()
+        opened, request = await open_store(limits_of(limit)), ask_of()
         chance = random.Random(f"{rate} {burst}")
         times, now = [], 0
         for _ in range(300):
@@ -319,7 +323,7 @@ class StoreContract:
             gap = chance.randint(0, gap)
             now += gap
             await opened.pass_time(gap)
-            if (await visit(opened, ask)).denial is None:
+            if (await visit(opened, request)).denial is None:
                 times.append(now)
         for first, start in enumerate(times):
             for last in range(first, len(times)):
@@ -338,20 +342,20 @@ class StoreContract:
     ) -> None:
         """One token an interval gone by, none for a part of one."""
         limit = Limit(burst=5, interval=SECOND)
-        opened, ask = await open_store(limits_of(limit)), ask_of()
+        opened, request = await open_store(limits_of(limit)), ask_of()
         for idle, expected in [(0, 5), (SECOND - 1, 0), (1, 1), (4 * SECOND - 1, 3), (HOUR, 5)]:
             await opened.pass_time(idle)
-            assert await admitted(opened, ask, 7) == expected
+            assert await admitted(opened, request, 7) == expected
 
     async def test_L5_a_refusal_charges_nothing(self, open_store: OpenStore) -> None:
         """Who hammers waits no longer than who waits."""
-        opened, ask = await open_store(limits_of(Limit(burst=1, interval=SECOND))), ask_of()
-        await visit(opened, ask)
+        opened, request = await open_store(limits_of(Limit(burst=1, interval=SECOND))), ask_of()
+        await visit(opened, request)
         for _ in range(9):
             await opened.pass_time(SECOND // 10)
-            assert await admitted(opened, ask, 5) == 0
+            assert await admitted(opened, request, 5) == 0
         await opened.pass_time(SECOND // 10)
-        assert await admitted(opened, ask, 1) == 1
+        assert await admitted(opened, request, 1) == 1
 
     async def test_L5_a_refusal_by_an_earlier_limit_charges_no_later_one(
         self, open_store: OpenStore
@@ -360,20 +364,20 @@ class StoreContract:
         opened = await open_store(
             limits_of(Limit(2, HOUR), Limit(1, HOUR), Limit(2, HOUR), Limit(1, HOUR))
         )
-        ask = ask_of()
-        assert refused_by((await visit(opened, ask)).denial) is None
+        request = ask_of()
+        assert refused_by((await visit(opened, request)).denial) is None
         for _ in range(5):
-            assert refused_by((await visit(opened, ask)).denial) == (LimitName.CLIENT, HOUR)
-        other = ask_of(ask.fingerprint, client="web2")
+            assert refused_by((await visit(opened, request)).denial) == (LimitName.CLIENT, HOUR)
+        other = ask_of(request.fingerprint, client="web2")
         assert refused_by((await visit(opened, other)).denial) is None
-        assert refused_by(await mint_denied(opened, ask)) is None
+        assert refused_by(await mint_denied(opened, request)) is None
         for _ in range(5):
-            refusal = refused_by(await mint_denied(opened, ask))
+            refusal = refused_by(await mint_denied(opened, request))
             assert refusal == (LimitName.FINGERPRINT_MINTS, HOUR)
         assert refused_by(await mint_denied(opened, ask_of())) is None
         assert refused_by(await mint_denied(opened, ask_of())) == (LimitName.AGENT, HOUR)
         opened.use_limits(limits_of(Limit(2, HOUR)))
-        told = [refused_by((await visit(opened, ask)).denial) for _ in range(2)]
+        told = [refused_by((await visit(opened, request)).denial) for _ in range(2)]
         assert told == [None, (LimitName.FINGERPRINT, HOUR)]
 
     async def test_L5_what_is_not_for_a_token_meets_the_client_s_limit_alone(
@@ -381,13 +385,13 @@ class StoreContract:
     ) -> None:
         """From the bucket that visits are charged to; where there is none, nothing refuses."""
         opened = await open_store(limits_of(client=Limit(2, HOUR)))
-        ask = ask_of()
-        assert refused_by((await visit(opened, ask)).denial) is None
-        told = [refused_by(await opened.store.charge_client(ask.client)) for _ in range(2)]
+        request = ask_of()
+        assert refused_by((await visit(opened, request)).denial) is None
+        told = [refused_by(await opened.store.charge_client(request.client)) for _ in range(2)]
         assert told == [None, (LimitName.CLIENT, HOUR)]
-        assert refused_by((await visit(opened, ask)).denial) == (LimitName.CLIENT, HOUR)
+        assert refused_by((await visit(opened, request)).denial) == (LimitName.CLIENT, HOUR)
         opened.use_limits(limits_of())
-        assert await opened.store.charge_client(ask.client) is None
+        assert await opened.store.charge_client(request.client) is None
 
     async def test_L5_what_an_earlier_limit_admitted_stays_charged(
         self, open_store: OpenStore
@@ -395,8 +399,8 @@ class StoreContract:
         """The agent's limit refuses: the visitor's mint is spent all the same."""
         opened = await open_store(limits_of(mints=Limit(2, HOUR), agent=Limit(1, HOUR)))
         await mint_denied(opened, ask_of())
-        ask = ask_of()
-        told = [refused_by(await mint_denied(opened, ask)) for _ in range(3)]
+        request = ask_of()
+        told = [refused_by(await mint_denied(opened, request)) for _ in range(3)]
         assert told == [
             (LimitName.AGENT, HOUR),
             (LimitName.AGENT, HOUR),
@@ -406,9 +410,9 @@ class StoreContract:
     async def test_visits_charge_no_mints_and_mints_no_visits(self, open_store: OpenStore) -> None:
         """So reuse never eats an agent's budget."""
         opened = await open_store(limits_of(Limit(3, HOUR), Limit(2, HOUR), Limit(10, HOUR)))
-        ask = ask_of()
-        assert await admitted(opened, ask, 5) == 3
-        assert await minted(opened, ask, 5) == 2
+        request = ask_of()
+        assert await admitted(opened, request, 5) == 3
+        assert await minted(opened, request, 5) == 2
         assert await minted(opened, ask_of(), 5) == 2
 
     async def test_who_shares_a_bucket(self, open_store: OpenStore) -> None:
@@ -416,18 +420,18 @@ class StoreContract:
         opened = await open_store(
             limits_of(Limit(1, HOUR), Limit(1, HOUR), Limit(3, HOUR), Limit(4, HOUR))
         )
-        ask = ask_of()
-        elsewhere = ask_of(ask.fingerprint, agent=OTHER_AGENT)
-        foreign = ask_of(ask.fingerprint, client="shop")
+        request = ask_of()
+        elsewhere = ask_of(request.fingerprint, agent=OTHER_AGENT)
+        foreign = ask_of(request.fingerprint, client="shop")
         told = [
             refused_by((await visit(opened, who)).denial)
-            for who in (ask, elsewhere, foreign, ask_of(), ask_of(), ask_of())
+            for who in (request, elsewhere, foreign, ask_of(), ask_of(), ask_of())
         ]
         spent, client = (LimitName.FINGERPRINT, HOUR), (LimitName.CLIENT, HOUR)
         assert told == [None, spent, None, None, None, client]
         mints = [
             refused_by(await mint_denied(opened, who))
-            for who in (ask, elsewhere, foreign, ask_of(), ask_of(), ask_of(agent=OTHER_AGENT))
+            for who in (request, elsewhere, foreign, ask_of(), ask_of(), ask_of(agent=OTHER_AGENT))
         ]
         spent, agent = (LimitName.FINGERPRINT_MINTS, HOUR), (LimitName.AGENT, HOUR)
         assert mints == [None, spent, None, None, agent, None]
@@ -438,8 +442,8 @@ class StoreContract:
     ) -> None:
         """A thousand concurrent visits of one visitor, a thousand mints on one agent."""
         opened = await open_store(limits_of(Limit(burst, HOUR), agent=Limit(burst, HOUR)))
-        ask = ask_of()
-        visits = await asyncio.gather(*(visit(opened, ask) for _ in range(1000)))
+        request = ask_of()
+        visits = await asyncio.gather(*(visit(opened, request) for _ in range(1000)))
         assert sum(seen.denial is None for seen in visits) == burst
         mints = await asyncio.gather(*(mint_denied(opened, ask_of()) for _ in range(1000)))
         assert sum(denial is None for denial in mints) == burst
@@ -456,13 +460,15 @@ class StoreContract:
             (limits_of(mints=limit), True),
             (limits_of(agent=limit), True),
         ]:
-            opened, ask = await open_store(limits), ask_of()
+            opened, request = await open_store(limits), ask_of()
 
             async def refusal(
-                opened: Opened = opened, ask: TokenRequest = ask, *, mints: bool = mints
+                opened: Opened = opened, request: TokenRequest = request, *, mints: bool = mints
             ) -> int:
                 denial = (
-                    await mint_denied(opened, ask) if mints else (await visit(opened, ask)).denial
+                    await mint_denied(opened, request)
+                    if mints
+                    else (await visit(opened, request)).denial
                 )
                 return 0 if denial is None else denial.verdict.retry_after
 
@@ -476,8 +482,8 @@ class StoreContract:
 
     async def test_L10_remaining_agrees_with_what_follows(self, open_store: OpenStore) -> None:
         """It counts down to zero, and then the next one is refused."""
-        opened, ask = await open_store(limits_of(Limit(burst=4, interval=SECOND))), ask_of()
-        told = [await visit(opened, ask) for _ in range(6)]
+        opened, request = await open_store(limits_of(Limit(burst=4, interval=SECOND))), ask_of()
+        told = [await visit(opened, request) for _ in range(6)]
         assert [seen.verdict and seen.verdict.remaining for seen in told] == [3, 2, 1, 0, 0, 0]
         assert [seen.denial is None for seen in told] == [True] * 4 + [False] * 2
 
@@ -516,58 +522,58 @@ class StoreContract:
                 overrides={LimitName.FINGERPRINT: quick, LimitName.FINGERPRINT_MINTS: quick},
             )
         )
-        ask = ask_of()
-        quicker = ask_of(ask.fingerprint, agent=OTHER_AGENT)
-        assert await admitted(opened, ask, 9) == 3
-        assert await minted(opened, ask, 9) == 3
+        request = ask_of()
+        quicker = ask_of(request.fingerprint, agent=OTHER_AGENT)
+        assert await admitted(opened, request, 9) == 3
+        assert await minted(opened, request, 9) == 3
         for _ in range(5):
             assert await admitted(opened, quicker, 2) == 1
             assert await minted(opened, quicker, 2) == 1
-            assert await admitted(opened, ask, 2) == 0
-            assert await minted(opened, ask, 2) == 0
+            assert await admitted(opened, request, 2) == 0
+            assert await minted(opened, request, 2) == 0
             await opened.pass_time(SECOND)
 
     async def test_L11_other_limits_hold_from_the_next_request_on(
         self, open_store: OpenStore
     ) -> None:
         """Raised: the difference is there at once; lowered: nobody waits by the old interval."""
-        opened, ask = await open_store(limits_of(Limit(2, SECOND))), ask_of()
-        assert await admitted(opened, ask, 9) == 2
+        opened, request = await open_store(limits_of(Limit(2, SECOND))), ask_of()
+        assert await admitted(opened, request, 9) == 2
         opened.use_limits(limits_of(Limit(20, SECOND)))
-        assert await admitted(opened, ask, 30) == 18
+        assert await admitted(opened, request, 30) == 18
         opened.use_limits(limits_of(Limit(20, HOUR)))
-        assert await admitted(opened, ask, 30) == 19
+        assert await admitted(opened, request, 30) == 19
         opened.use_limits(limits_of(Limit(5, SECOND)))
-        denial = (await visit(opened, ask)).denial
+        denial = (await visit(opened, request)).denial
         assert refused_by(denial) == (LimitName.FINGERPRINT, SECOND)
         await opened.pass_time(SECOND)
-        assert await admitted(opened, ask, 9) == 1
+        assert await admitted(opened, request, 9) == 1
 
     async def test_L11_the_clients_limit_can_come_and_go(self, open_store: OpenStore) -> None:
         """It is off by default; a reload turns it on, and another one off."""
-        opened, ask = await open_store(limits_of()), ask_of()
-        assert await admitted(opened, ask, 9) == 9
+        opened, request = await open_store(limits_of()), ask_of()
+        assert await admitted(opened, request, 9) == 9
         opened.use_limits(limits_of(client=Limit(2, HOUR)))
-        assert await admitted(opened, ask, 9) == 2
+        assert await admitted(opened, request, 9) == 2
         opened.use_limits(limits_of())
-        assert await admitted(opened, ask, 9) == 9
+        assert await admitted(opened, request, 9) == 9
         opened.use_limits(limits_of(client=Limit(2, HOUR)))
-        assert await admitted(opened, ask, 9) == 0
+        assert await admitted(opened, request, 9) == 0
 
     async def test_L12_a_dry_run_denies_nobody(self, open_store: OpenStore) -> None:
         """The verdict says what would have been; the limits beside it bite as ever."""
         limit = Limit(1, HOUR)
         every = frozenset(LimitName)
         opened = await open_store(limits_of(limit, limit, limit, limit, dry_run=every))
-        ask = ask_of()
-        told = [await visit(opened, ask) for _ in range(3)]
+        request = ask_of()
+        told = [await visit(opened, request) for _ in range(3)]
         assert [seen.denial for seen in told] == [None] * 3
         assert [seen.verdict and seen.verdict.allowed for seen in told] == [True, False, False]
-        assert await minted(opened, ask, 5) == 5
+        assert await minted(opened, request, 5) == 5
         opened.use_limits(
             limits_of(limit, limit, limit, dry_run=frozenset({LimitName.FINGERPRINT_MINTS}))
         )
-        assert refused_by(await mint_denied(opened, ask)) == (LimitName.AGENT, HOUR)
+        assert refused_by(await mint_denied(opened, request)) == (LimitName.AGENT, HOUR)
 
     async def test_L13_hostile_names_are_limited_each_on_its_own(
         self, open_store: OpenStore
@@ -581,14 +587,14 @@ class StoreContract:
         ]
         asks = [TokenRequest("web", AGENT, name) for name in names]
         for count in (admitted, minted):
-            assert [await count(opened, ask, 3) for ask in asks] == [1] * len(asks)
-            assert [await count(opened, ask, 1) for ask in asks] == [0] * len(asks)
+            assert [await count(opened, request, 3) for request in asks] == [1] * len(asks)
+            assert [await count(opened, request, 1) for request in asks] == [0] * len(asks)
 
     async def test_T5_time_that_stands_still_admits_no_more_than_the_burst(
         self, open_store: OpenStore
     ) -> None:
         """A clock that stalls refills nothing, and refuses for as long as it stalls."""
-        opened, ask = await open_store(limits_of(Limit(burst=3, interval=1))), ask_of()
-        assert await admitted(opened, ask, 1000) == 3
+        opened, request = await open_store(limits_of(Limit(burst=3, interval=1))), ask_of()
+        assert await admitted(opened, request, 1000) == 3
         await opened.pass_time(1)
-        assert await admitted(opened, ask, 1000) == 1
+        assert await admitted(opened, request, 1000) == 1

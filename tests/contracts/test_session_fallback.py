@@ -1,4 +1,4 @@
-"""The book on real servers: Valkey, Redis and a cluster keep the contract, and keep no secret."""
+"""Sessions on real servers: Valkey, Redis and a cluster keep the contract, and keep no secret."""
 
 import secrets
 import time
@@ -7,23 +7,23 @@ from typing import Any
 
 import pytest
 
-pytest.register_assert_rewrite("book_contract")
+pytest.register_assert_rewrite("session_contract")
 
 from asyncio import sleep  # noqa: E402 - after the rewrite, as what follows
 from contextlib import AsyncExitStack, asynccontextmanager  # noqa: E402
 
-from book_contract import (  # noqa: E402
+from servers import AnyServer, StoreServer, store_server, valkey_binary  # noqa: E402
+from session_contract import (  # noqa: E402
     AGENT,
     EVERYTHING,
     MOST_DISOWNED,
-    BookContract,
-    OpenBook,
-    OpenedBook,
+    OpenedSessionStore,
+    OpenSessionStore,
+    SessionStoreContract,
     everything,
     recorded,
     session_of,
 )
-from servers import AnyServer, StoreServer, store_server, valkey_binary  # noqa: E402
 
 from broker.clock import SystemClock  # noqa: E402
 from broker.errors import ServiceUnavailable  # noqa: E402
@@ -50,13 +50,13 @@ PATIENT = 5.0
 """Seconds for one call: these machines are busy, and no test here is about time-outs."""
 
 
-class Opened(OpenedBook):
-    """A book on a server, by the system's clock."""
+class Opened(OpenedSessionStore):
+    """A session store on a server, by the system's clock."""
 
     def __init__(
-        self, book: SharedSessions, server: StoreClient, on: AnyServer, store: "Ends"
+        self, session_store: SharedSessions, server: StoreClient, on: AnyServer, store: "Ends"
     ) -> None:
-        self.book = book
+        self.session_store = session_store
         self.server = server
         self.on = on
         self.store = store
@@ -87,7 +87,7 @@ class Ends:
 async def opened_on(
     on: AnyServer, *, most: int = 1000, closed: bool = False, key: Secret = KEY
 ) -> AsyncIterator[Opened]:
-    """Open a replica's book."""
+    """Open the sessions of a replica."""
     clock = SystemClock()
     server = StoreClient(
         nodes_at(on.address, on.access, PATIENT), clock, StoreMetrics(MetricLayout(), shown=True)
@@ -98,24 +98,26 @@ async def opened_on(
     remote = ValkeySessions(server, names, box, most, clock, MOST_DISOWNED)
     try:
         store = Ends()
-        book = SharedSessions(remote, MemorySessions(most, clock), store, closed=closed)
-        yield Opened(book, server, on, store)
+        session_store = SharedSessions(remote, MemorySessions(most, clock), store, closed=closed)
+        yield Opened(session_store, server, on, store)
     finally:
         await server.close()
 
 
-class OnAServer(BookContract):
+class OnAServer(SessionStoreContract):
     """The contract, on the server that a subclass names."""
 
     engine: str
 
     @pytest.fixture
-    async def open_book(self, request: pytest.FixtureRequest) -> AsyncIterator[OpenBook]:
+    async def open_session_store(
+        self, request: pytest.FixtureRequest
+    ) -> AsyncIterator[OpenSessionStore]:
         on: AnyServer = request.getfixturevalue(self.engine)
         on.flush()
         async with AsyncExitStack() as stack:
 
-            async def opened() -> OpenedBook:
+            async def opened() -> OpenedSessionStore:
                 return await stack.enter_async_context(opened_on(on))
 
             yield opened
@@ -138,14 +140,14 @@ async def test_G9_what_one_replica_ends_is_over_for_all(valkey: StoreServer) -> 
     valkey.flush()
     async with opened_on(valkey) as one, opened_on(valkey) as two, opened_on(valkey) as three:
         session = await recorded(one, token="t")
-        assert await two.book.find(session.session_id) == session
-        assert await three.book.find_token(session.digest) == session
+        assert await two.session_store.find(session.session_id) == session
+        assert await three.session_store.find_token(session.digest) == session
         await two.end(session)
         for opened in (one, two, three):
-            assert await opened.book.ended(session.session_id)
-            assert await opened.book.find(session.session_id) is None
-            assert await opened.book.find_token(session.digest) is None
-            assert await opened.book.page(EVERYTHING, Place(), 10) == []
+            assert await opened.session_store.ended(session.session_id)
+            assert await opened.session_store.find(session.session_id) is None
+            assert await opened.session_store.find_token(session.digest) is None
+            assert await opened.session_store.page(EVERYTHING, Place(), 10) == []
 
 
 async def test_G9_an_end_that_the_server_cuts_short_is_completed_by_the_token(
@@ -166,22 +168,22 @@ async def test_G9_an_end_that_the_server_cuts_short_is_completed_by_the_token(
 
         with monkeypatch.context() as patch:
             patch.setattr(one.server, "command", once)
-            await fails(one.book.forget(session))
-        assert await one.book.page(EVERYTHING, Place(), 10) == []
-        assert await one.book.find_token(session.digest) == session
+            await fails(one.session_store.forget(session))
+        assert await one.session_store.page(EVERYTHING, Place(), 10) == []
+        assert await one.session_store.find_token(session.digest) == session
         await one.end(session)
-        assert await one.book.find_token(session.digest) is None
+        assert await one.session_store.find_token(session.digest) is None
 
 
 async def test_G9_an_end_counts_though_this_replica_can_note_no_more(valkey: StoreServer) -> None:
     """The server has it, and so it holds for all: what is missing is this replica's own mark."""
     valkey.flush()
     async with opened_on(valkey) as one:
-        one.book._alone._most_ended = 0
+        one.session_store._alone._most_ended = 0
         session = await recorded(one, token="t")
         await one.end(session, by_client=True)
-        assert await one.book.ended(session.session_id)
-        assert await one.book.find(session.session_id) is None
+        assert await one.session_store.ended(session.session_id)
+        assert await one.session_store.find(session.session_id) is None
 
 
 async def test_G7_the_server_learns_nothing_of_a_visitor(valkey: StoreServer) -> None:
@@ -196,10 +198,12 @@ async def test_G7_the_server_learns_nothing_of_a_visitor(valkey: StoreServer) ->
             assert word.hex().encode() not in dump
         foreign = Secret(secrets.token_urlsafe(48))
         async with opened_on(valkey, key=foreign) as other:
-            assert await other.book.find(session.session_id) is None
-        moved = opened.book._remote._names
+            assert await other.session_store.find(session.session_id) is None
+        moved = opened.session_store._remote._names
         valkey.ask("COPY", moved.session(session.session_id), moved.session("other"))
-        assert await opened.book.find("other") is None, "a record opens under its own name only"
+        assert await opened.session_store.find("other") is None, (
+            "a record opens under its own name only"
+        )
 
 
 def contents(server: StoreServer) -> list[bytes]:
@@ -220,7 +224,7 @@ async def test_L3_every_key_ends_by_itself_in_time(valkey: StoreServer) -> None:
         await recorded(opened, life=100, token="t", agent="A1", fingerprint="beef")
         await recorded(opened, life=50, agent="A1", fingerprint="beef")
         await opened.end(session_of(opened))
-        names = opened.book._remote._names
+        names = opened.session_store._remote._names
         lives = {key: int(valkey.ask("PTTL", key)) for key in valkey.all_keys()}
         assert all(life > 0 for life in lives.values())
         for listed in (names.of_agent("A1"), names.of_visitor("beef")):
@@ -235,9 +239,9 @@ async def test_G6_a_list_is_bounded_and_loses_what_expires_first(valkey: StoreSe
     valkey.flush()
     async with opened_on(valkey, most=5) as opened:
         made = [await recorded(opened, life=100 + n, fingerprint="beef") for n in range(8)]
-        assert await everything(opened.book, EVERYTHING, 3) == made[3:]
-        assert await opened.book.find(made[0].session_id) == made[0]
-        listed = opened.book._remote._names.of_agent(AGENT)
+        assert await everything(opened.session_store, EVERYTHING, 3) == made[3:]
+        assert await opened.session_store.find(made[0].session_id) == made[0]
+        listed = opened.session_store._remote._names.of_agent(AGENT)
         long_ago = int(time.time()) - 100
         valkey.ask("ZADD", listed, long_ago, "long-gone")
         await recorded(opened, life=200)
@@ -251,12 +255,12 @@ async def test_an_expired_session_is_not_found_though_the_server_has_it(
     valkey.flush()
     async with opened_on(valkey) as opened:
         session = await recorded(opened, token="t", life=60)
-        clock = opened.book._remote._clock = FakeClock(wall=session.expires * SECOND - 1)
-        assert await opened.book._remote.find(session.session_id) == session
+        clock = opened.session_store._remote._clock = FakeClock(wall=session.expires * SECOND - 1)
+        assert await opened.session_store._remote.find(session.session_id) == session
         clock.advance(0.000001)
-        assert await opened.book._remote.find(session.session_id) is None
-        assert await opened.book._remote.find_token(session.digest) is None
-        assert await opened.book._remote.page(EVERYTHING, Place(), 10) == []
+        assert await opened.session_store._remote.find(session.session_id) is None
+        assert await opened.session_store._remote.find_token(session.digest) is None
+        assert await opened.session_store._remote.page(EVERYTHING, Place(), 10) == []
 
 
 class TestWhileTheServerIsAway:
@@ -268,21 +272,23 @@ class TestWhileTheServerIsAway:
             async with opened_on(server) as opened, opened_on(server) as other:
                 before = await recorded(opened, token="before")
                 server.kill()
-                await fails(opened.book.page(EVERYTHING, Place(), 10))
+                await fails(opened.session_store.page(EVERYTHING, Place(), 10))
                 during = await recorded(opened, token="during")
                 for session in (before, during):
-                    await fails(opened.book.find(session.session_id))
-                    assert await opened.book.find_token(session.digest) == session
-                    assert not await opened.book.ended(session.session_id)
-                await fails(other.book.find_token(before.digest))
+                    await fails(opened.session_store.find(session.session_id))
+                    assert await opened.session_store.find_token(session.digest) == session
+                    assert not await opened.session_store.ended(session.session_id)
+                await fails(other.session_store.find_token(before.digest))
                 await fails(opened.end(before))
                 server.start()
                 await back(opened, other)
-                assert await opened.book.find(during.session_id) == during
-                assert await other.book.find_token(during.digest) == during
+                assert await opened.session_store.find(during.session_id) == during
+                assert await other.session_store.find_token(during.digest) == during
                 await other.end(during)
-                assert await opened.book.find(during.session_id) is None, "not brought back"
-                assert await opened.book.find_token(during.digest) is None
+                assert await opened.session_store.find(during.session_id) is None, (
+                    "not brought back"
+                )
+                assert await opened.session_store.find_token(during.digest) is None
 
     async def test_S1_what_was_recorded_meanwhile_is_written_afterwards(self) -> None:
         """Nobody has to ask for it here: other replicas find and list it, some batches of it.
@@ -293,18 +299,18 @@ class TestWhileTheServerIsAway:
             async with opened_on(server) as opened, opened_on(server) as other:
                 server.kill()
                 made = [await recorded(opened, token=str(n)) for n in range(3 * BATCH)]
-                await opened.book.catch_up()
+                await opened.session_store.catch_up()
                 server.start()
                 await back(opened, other)
                 await other.end(made[0])
-                await opened.book.catch_up()
+                await opened.session_store.catch_up()
                 live = sorted(made[1:], key=place_of)
-                assert await everything(other.book, EVERYTHING, 10) == live
-                assert await other.book.find_token(made[-1].digest) == made[-1]
+                assert await everything(other.session_store, EVERYTHING, 10) == live
+                assert await other.session_store.find_token(made[-1].digest) == made[-1]
                 for one in (opened, other):
-                    assert await one.book.find(made[0].session_id) is None
-                    assert await one.book.find_token(made[0].digest) is None
-                assert "unwritten=0" in repr(opened.book)
+                    assert await one.session_store.find(made[0].session_id) is None
+                    assert await one.session_store.find_token(made[0].digest) is None
+                assert "unwritten=0" in repr(opened.session_store)
 
     async def test_N21_local_does_not_say_that_there_is_none(self) -> None:
         """A token, a session, a list: what is not known here may be known to the server."""
@@ -312,15 +318,17 @@ class TestWhileTheServerIsAway:
             async with opened_on(server) as opened, opened_on(server) as other:
                 session = await recorded(other, token="t")
                 server.kill()
-                await fails(opened.book.find(session.session_id))
-                await fails(opened.book.find("never"))
-                await fails(opened.book.find_token(session.digest))
-                await fails(opened.book.disown(session.digest, session.client))
-                await fails(opened.book.page(EVERYTHING, Place(), 10))
+                await fails(opened.session_store.find(session.session_id))
+                await fails(opened.session_store.find("never"))
+                await fails(opened.session_store.find_token(session.digest))
+                await fails(opened.session_store.disown(session.digest, session.client))
+                await fails(opened.session_store.page(EVERYTHING, Place(), 10))
                 server.start()
                 await back(opened)
-                assert await opened.book.find("never") is None
-                assert await opened.book.find_token(session.digest) is None, "it kept nothing"
+                assert await opened.session_store.find("never") is None
+                assert await opened.session_store.find_token(session.digest) is None, (
+                    "it kept nothing"
+                )
 
     async def test_N21_a_token_that_was_ended_before_its_record_came_is_ended(self) -> None:
         """Made while one replica was cut off; ended at another, which cannot know it yet.
@@ -333,15 +341,15 @@ class TestWhileTheServerIsAway:
                 mine, theirs = [await recorded(opened, token=t, client="web") for t in "ab"]
                 server.start()
                 await back(other)
-                assert await other.book.disown(mine.digest, "web") is None
-                assert await other.book.disown(theirs.digest, "stranger") is None
+                assert await other.session_store.disown(mine.digest, "web") is None
+                assert await other.session_store.disown(theirs.digest, "stranger") is None
                 await back(opened)
-                await opened.book.catch_up()
+                await opened.session_store.catch_up()
                 for one in (opened, other):
-                    assert await one.book.ended(mine.session_id)
-                    assert await one.book.find_token(mine.digest) is None
-                    assert await one.book.find(theirs.session_id) == theirs
-                    assert not await one.book.ended(theirs.session_id)
+                    assert await one.session_store.ended(mine.session_id)
+                    assert await one.session_store.find_token(mine.digest) is None
+                    assert await one.session_store.find(theirs.session_id) == theirs
+                    assert not await one.session_store.ended(theirs.session_id)
                 assert opened.store.visitors == [("web", mine.fingerprint)]
 
     async def test_N21_a_note_goes_with_the_last_token_that_it_may_be_of(self) -> None:
@@ -350,16 +358,16 @@ class TestWhileTheServerIsAway:
             async with opened_on(server) as opened:
                 digests = [secrets.token_bytes(32) for _ in range(MOST_DISOWNED + 1)]
                 for digest in digests[:-1]:
-                    assert await opened.book.disown(digest, "web") is None
+                    assert await opened.session_store.disown(digest, "web") is None
                 with pytest.raises(BookFull):
-                    await opened.book.disown(digests[-1], "web")
+                    await opened.session_store.disown(digests[-1], "web")
                 for key in server.ask("KEYS", "*disowned*"):
                     left = server.ask("PTTL", key)
                     assert 0 < MARK_LIFE // 1000 - left < 60_000
                 (listed,) = server.ask("KEYS", "*:all")
                 for mark in server.ask("ZRANGE", listed, 0, 1):
                     server.ask("ZADD", listed, 1, mark)  # as if they were of 1970
-                assert await opened.book.disown(digests[-1], "web") is None
+                assert await opened.session_store.disown(digests[-1], "web") is None
                 assert server.ask("ZCARD", listed) == MOST_DISOWNED - 1
 
     async def test_N21_a_record_that_comes_while_it_is_missed_is_found(self) -> None:
@@ -367,7 +375,7 @@ class TestWhileTheServerIsAway:
         with store_server(valkey_binary()) as server:
             async with opened_on(server) as opened, opened_on(server) as other:
                 session = await recorded(opened, token="t")
-                assert await other.book.disown(session.digest, session.client) == session
+                assert await other.session_store.disown(session.digest, session.client) == session
 
     async def test_S1_closed_refuses(self) -> None:
         """503 and when to come back, for every question."""
@@ -375,10 +383,10 @@ class TestWhileTheServerIsAway:
             async with opened_on(server, closed=True) as opened:
                 session = await recorded(opened, token="t")
                 server.kill()
-                await fails(opened.book.find(session.session_id))
-                await fails(opened.book.find_token(session.digest))
-                await fails(opened.book.ended(session.session_id))
-                await fails(opened.book.record(session))
+                await fails(opened.session_store.find(session.session_id))
+                await fails(opened.session_store.find_token(session.digest))
+                await fails(opened.session_store.ended(session.session_id))
+                await fails(opened.session_store.record(session))
                 await fails(opened.end(session))
 
 
@@ -394,7 +402,7 @@ async def back(*opened: Opened) -> None:
     ends = time.monotonic() + 30
     for one in opened:
         while True:
-            await one.book.ended("x")
+            await one.session_store.ended("x")
             if not one.server.is_away:
                 break
             assert time.monotonic() < ends

@@ -1,4 +1,4 @@
-"""Every book keeps the contract; beside it, what only the book in memory can show."""
+"""Every session store keeps the contract; beside it, what only the one in memory can show."""
 
 import asyncio
 import secrets
@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from state_files import Broker
 
-pytest.register_assert_rewrite("book_contract")
+pytest.register_assert_rewrite("session_contract")
 
-from book_contract import (  # noqa: E402 - rewritten first
+from session_contract import (  # noqa: E402 - rewritten first
     AGENT,
     EVERYTHING,
-    BookContract,
-    OpenBook,
-    OpenedBook,
+    OpenedSessionStore,
+    OpenSessionStore,
+    SessionStoreContract,
     recorded,
     session_of,
 )
@@ -28,12 +28,12 @@ from broker.testing import FakeClock, run_virtual  # noqa: E402
 from broker.units import SECOND  # noqa: E402
 
 
-class OpenedMemoryBook(OpenedBook):
-    """The book in memory, on a clock that stands still."""
+class OpenedMemoryBook(OpenedSessionStore):
+    """The session store in memory, on a clock that stands still."""
 
     def __init__(self, most: int = 1000, most_ended: int = 1000) -> None:
         self.clock = FakeClock()
-        self.memory = self.book = MemorySessions(most, self.clock, most_ended)
+        self.memory = self.session_store = MemorySessions(most, self.clock, most_ended)
 
     def wall(self) -> int:
         return self.clock.wall()
@@ -45,33 +45,33 @@ class OpenedMemoryBook(OpenedBook):
         return len(self.memory) + self.memory.ended_count
 
 
-class TestMemoryBook(BookContract):
+class TestMemoryBook(SessionStoreContract):
     """The contract, in memory."""
 
     @pytest.fixture
-    def open_book(self) -> OpenBook:
-        async def opened() -> OpenedBook:
+    def open_session_store(self) -> OpenSessionStore:
+        async def opened() -> OpenedSessionStore:
             return OpenedMemoryBook()
 
         return opened
 
 
 class OpenedDurableBook(OpenedMemoryBook):
-    """The book with a file behind it."""
+    """The session store with a file behind it."""
 
     def __init__(self, broker: Broker, sessions: MemorySessions) -> None:
         self.clock = broker.clock
-        self.memory = self.book = sessions
+        self.memory = self.session_store = sessions
 
 
-class TestDurableBook(BookContract):
+class TestDurableBook(SessionStoreContract):
     """The contract, with a file."""
 
     @pytest.fixture
-    async def open_book(self, tmp_path: Path) -> AsyncIterator[OpenBook]:
+    async def open_session_store(self, tmp_path: Path) -> AsyncIterator[OpenSessionStore]:
         async with AsyncExitStack() as stack:
 
-            async def opened() -> OpenedBook:
+            async def opened() -> OpenedSessionStore:
                 broker = Broker(tmp_path / f"{secrets.token_hex(4)}.db")
                 backend = await stack.enter_async_context(broker.opened())
                 return OpenedDurableBook(broker, backend.sessions)
@@ -83,13 +83,13 @@ async def test_G6_records_are_bounded_and_the_oldest_makes_room() -> None:
     """Counted; a record that comes again is young again."""
     opened = OpenedMemoryBook(most=3)
     first, *others = [await recorded(opened, token=f"t{n}") for n in range(3)]
-    await opened.book.record(first)
+    await opened.session_store.record(first)
     late = await recorded(opened)
     assert len(opened.memory) == 3
-    assert await opened.book.find(others[0].session_id) is None
-    assert await opened.book.find_token(others[0].digest) is None
+    assert await opened.session_store.find(others[0].session_id) is None
+    assert await opened.session_store.find_token(others[0].digest) is None
     for kept in (first, others[1], late):
-        assert await opened.book.find(kept.session_id) == kept
+        assert await opened.session_store.find(kept.session_id) == kept
 
 
 async def test_G6_no_client_s_records_push_out_another_s() -> None:
@@ -97,12 +97,12 @@ async def test_G6_no_client_s_records_push_out_another_s() -> None:
     opened = OpenedMemoryBook(most=6)
     quiet = [await recorded(opened, client="quiet") for _ in range(2)]
     loud = [await recorded(opened, client="loud") for _ in range(50)]
-    assert [await opened.book.find(s.session_id) for s in quiet] == quiet
-    held = [s for s in loud if await opened.book.find(s.session_id)]
+    assert [await opened.session_store.find(s.session_id) for s in quiet] == quiet
+    held = [s for s in loud if await opened.session_store.find(s.session_id)]
     assert held == loud[-4:]
     late = await recorded(opened, client="quiet")
-    assert [await opened.book.find(s.session_id) for s in (*quiet, late)] == [*quiet, late]
-    assert await opened.book.find(held[0].session_id) is None
+    assert [await opened.session_store.find(s.session_id) for s in (*quiet, late)] == [*quiet, late]
+    assert await opened.session_store.find(held[0].session_id) is None
     opened.clock.advance(3601)
     opened.memory.purge_expired()
     assert (len(opened.memory), opened.memory._orders) == (0, {})
@@ -118,8 +118,8 @@ async def test_G6_ends_are_bounded_and_none_is_forgotten_for_another() -> None:
     with pytest.raises(BookFull):
         await opened.end(live)
     await opened.end(ended[0])
-    assert [await opened.book.ended(s.session_id) for s in ended] == [True] * 5
-    assert await opened.book.find(live.session_id) == live
+    assert [await opened.session_store.ended(s.session_id) for s in ended] == [True] * 5
+    assert await opened.session_store.find(live.session_id) == live
 
 
 async def test_G6_a_client_leaves_ends_to_others() -> None:
@@ -156,34 +156,36 @@ async def test_M1_what_is_over_is_given_back() -> None:
     for _ in range(int(MARK_LIFE / SECOND)):
         opened.clock.advance(1)
         opened.memory.purge_expired()
-        assert await opened.book.ended(gone.session_id)
+        assert await opened.session_store.ended(gone.session_id)
     assert len(opened.memory) == 0
     assert not opened.memory._by_digest
     opened.clock.advance(MARK_LIFE / SECOND + 1)
     opened.memory.purge_expired()
-    assert not await opened.book.ended(gone.session_id)
-    assert repr(opened.book) == "MemorySessions(sessions=0, ended=0)"
+    assert not await opened.session_store.ended(gone.session_id)
+    assert repr(opened.session_store) == "MemorySessions(sessions=0, ended=0)"
 
 
 def test_a_long_listing_lets_others_have_their_turn() -> None:
-    """And sees a book that changes under it as it was when it began."""
+    """And sees a session store that changes under it as it was when it began."""
 
     async def main(clock: FakeClock) -> None:
-        book = MemorySessions(100_000, clock)
+        session_store = MemorySessions(100_000, clock)
         expires = clock.wall() // SECOND + 3600
         for number in range(10_000):
-            await book.record(Session(f"{number:06}", "web", AGENT, "beef", "", 0, expires))
+            await session_store.record(
+                Session(f"{number:06}", "web", AGENT, "beef", "", 0, expires)
+            )
         turns = 0
 
         async def others() -> None:
             nonlocal turns
             for _ in range(5):
                 turns += 1
-                await book.record(session_of(OpenedMemoryBook()))
+                await session_store.record(session_of(OpenedMemoryBook()))
                 await asyncio.sleep(0)
 
         task = asyncio.get_running_loop().create_task(others())
-        page = await book.page(EVERYTHING, Place(), 3)
+        page = await session_store.page(EVERYTHING, Place(), 3)
         assert [session.session_id for session in page] == ["000000", "000001", "000002"]
         assert turns >= 4
         await task
@@ -196,12 +198,12 @@ async def test_an_expired_session_is_not_found() -> None:
     opened = OpenedMemoryBook()
     session = await recorded(opened, token="t", life=60)
     opened.clock.advance(59.9)
-    assert await opened.book.find(session.session_id) == session
+    assert await opened.session_store.find(session.session_id) == session
     opened.clock.advance(0.1)
     assert len(opened.memory) == 1, "the record is still there"
-    assert await opened.book.find(session.session_id) is None
-    assert await opened.book.find_token(session.digest) is None
-    assert await opened.book.page(EVERYTHING, Place(), 10) == []
+    assert await opened.session_store.find(session.session_id) is None
+    assert await opened.session_store.find_token(session.digest) is None
+    assert await opened.session_store.page(EVERYTHING, Place(), 10) == []
 
 
 async def test_M1_many_records_that_expire_together_go_a_slice_at_a_time() -> None:
@@ -232,9 +234,9 @@ async def test_G6_what_expires_first_goes_first_in_whatever_order_it_came() -> N
     opened = OpenedMemoryBook(most=3)
     late, soon, middle = [await recorded(opened, life=life) for life in (300, 100, 200)]
     await recorded(opened, life=300)
-    assert await opened.book.find(soon.session_id) is None
+    assert await opened.session_store.find(soon.session_id) is None
     opened.clock.advance(200)
     opened.memory.purge_expired()
-    assert await opened.book.find(middle.session_id) is None
-    assert await opened.book.find(late.session_id) == late
+    assert await opened.session_store.find(middle.session_id) is None
+    assert await opened.session_store.find(late.session_id) == late
     assert len(opened.memory) == 2

@@ -168,9 +168,9 @@ async def test_M1_tidying_gives_back_what_is_over() -> None:
     """Tokens and buckets of visitors who left: an hour later nothing is tracked or held."""
     opened = OpenedMemory(limits_of(*[Limit(300, SECOND)] * 4))
     for _ in range(200):
-        ask = ask_of()
-        await opened.store.admit(ask, ask.key)
-        await keep(opened, ask, token_at(opened, HOUR))
+        request = ask_of()
+        await opened.store.admit(request, request.key)
+        await keep(opened, request, token_at(opened, HOUR))
     sizes = {name: len(bucket) for name, bucket in opened.store.buckets.items()}
     assert sizes == {
         LimitName.FINGERPRINT: 200,
@@ -191,10 +191,10 @@ async def test_L12_a_dry_run_is_counted_by_limit() -> None:
     """Each refusal that was spared, under the limit that would have refused; the others stay 0."""
     limit = Limit(2, HOUR)
     opened = OpenedMemory(limits_of(limit, limit, dry_run=frozenset({LimitName.FINGERPRINT})))
-    ask = ask_of()
+    request = ask_of()
     for _ in range(7):
-        await opened.store.admit(ask, ask.key)
-        await mint_denied(opened, ask)
+        await opened.store.admit(request, request.key)
+        await mint_denied(opened, request)
     counted = {
         name: bucket.counts.dry_run_denied.value for name, bucket in opened.store.buckets.items()
     }
@@ -218,9 +218,9 @@ async def test_L7_a_flood_over_the_bound_leaves_an_exhausted_visitor_exhausted()
         await opened.store.admit(victim, victim.key)
         await mint_denied(opened, victim)
     for _ in range(20_000):
-        ask = ask_of()
-        await opened.store.admit(ask, ask.key)
-        await mint_denied(opened, ask)
+        request = ask_of()
+        await opened.store.admit(request, request.key)
+        await mint_denied(opened, request)
     assert (await opened.store.admit(victim, victim.key)).denial is not None
     assert await mint_denied(opened, victim) is not None
     visitors = opened.store.buckets[LimitName.FINGERPRINT]

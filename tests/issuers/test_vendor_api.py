@@ -183,14 +183,16 @@ def test_V2_any_code_with_any_status_has_one_meaning(status: int, code: str) -> 
 
 def test_request_has_agent_and_fingerprint() -> None:
     """Without a model the body holds two fields and nothing else."""
-    ask = TokenRequest(client="web", agent="A00AAA0000", fingerprint="0Aff-00")
-    assert build_request(ask) == b'{"agent_id":"A00AAA0000","fingerprint":"0Aff-00"}'
+    request = TokenRequest(client="web", agent="A00AAA0000", fingerprint="0Aff-00")
+    assert build_request(request) == b'{"agent_id":"A00AAA0000","fingerprint":"0Aff-00"}'
 
 
 def test_request_has_the_model_when_one_is_asked_for() -> None:
     """Nothing of the client, and no wish for a fresh token, leaves the house."""
-    ask = TokenRequest(client="web", agent="a", fingerprint="beef", model="Essence v2", fresh=True)
-    assert build_request(ask) == b'{"agent_id":"a","fingerprint":"beef","model":"Essence v2"}'
+    request = TokenRequest(
+        client="web", agent="a", fingerprint="beef", model="Essence v2", fresh=True
+    )
+    assert build_request(request) == b'{"agent_id":"a","fingerprint":"beef","model":"Essence v2"}'
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=256))

@@ -101,10 +101,10 @@ class Soak:
                 await asyncio.sleep(1 / rate)
 
     async def _visit(self, http: aiohttp.ClientSession) -> None:
-        ask = {"agent_id": "A78WKV4515", "fingerprint": secrets.token_hex(16)}
+        request = {"agent_id": "A78WKV4515", "fingerprint": secrets.token_hex(16)}
         headers = {"api-secret": self._secret}
         try:
-            async with http.post(self._url + TOKEN_PATH, json=ask, headers=headers) as response:
+            async with http.post(self._url + TOKEN_PATH, json=request, headers=headers) as response:
                 await response.read()
                 self.answers[response.status] += 1
         except (aiohttp.ClientError, TimeoutError) as error:

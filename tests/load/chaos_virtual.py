@@ -147,20 +147,27 @@ class Site:
             mono=clock.mono,
         )
         self.store = MemoryStore(_limits(), tokens, clock)
-        self.book = MemorySessions(200_000, clock)
+        self.session_store = MemorySessions(200_000, clock)
         metrics = MintMetrics(MetricLayout(), "upstream")
         rules = MintRules(POLICY, 24.0)
         minter = Minter(
-            self.store, self.book, self.issuer, self.pacer, rules, clock, metrics, chance.random
+            self.store,
+            self.session_store,
+            self.issuer,
+            self.pacer,
+            rules,
+            clock,
+            metrics,
+            chance.random,
         )
-        self.desk = TokenService(self.store, minter, POLICY, clock)
+        self.service = TokenService(self.store, minter, POLICY, clock)
 
-    async def keep_house(self) -> None:
+    async def do_rounds(self) -> None:
         """Do twice a second what the application does."""
         while True:
             await asyncio.sleep(0.5)
             self.store.purge_expired()
-            self.book.purge_expired()
+            self.session_store.purge_expired()
 
 
 def _limits() -> Limits:
@@ -199,7 +206,7 @@ class Run:
         await self._site.pacer.start()
         beside = [
             loop.create_task(work)
-            for work in (self._site.keep_house(), self._harm(), self._count_objects())
+            for work in (self._site.do_rounds(), self._harm(), self._count_objects())
         ]
         while loop.time() < ends and not any(task.done() for task in beside):
             newcomer = self._chance.random() < NEWCOMERS
@@ -213,7 +220,7 @@ class Run:
                 task.result()
             task.cancel()
         await asyncio.gather(*beside, *self._tasks, return_exceptions=True)
-        await self._site.desk.flights.close()
+        await self._site.service.flights.close()
         await self._site.pacer.close()
         await self._site.issuer.close()
 
@@ -227,9 +234,9 @@ class Run:
         return self._chance.choice(self._known)
 
     async def _ask(self, visitor: str) -> None:
-        ask = TokenRequest("web", AGENT, visitor, fresh=self._chance.random() < 0.02)
+        request = TokenRequest("web", AGENT, visitor, fresh=self._chance.random() < 0.02)
         try:
-            said = await self._site.desk.issue(ask, PATIENCE)
+            said = await self._site.service.issue(request, PATIENCE)
         except BrokerError as error:
             self.answers[type(error).__name__] += 1
             return

@@ -90,6 +90,24 @@ def test_a_release_waits_for_every_test() -> None:
     assert jobs["release"]["needs"] == ["files", "image"]
 
 
+def test_the_page_says_what_is_pushed_and_how() -> None:
+    """Names, machines, what lies beside the image; and the version that is pushed by hand."""
+    page = (ROOT / "config" / "DEPLOY.md").read_text(encoding="utf-8")
+    told = page.partition("\n## The image in a registry\n")[2].partition("\n## ")[0]
+    workflow = read(GITHUB / "workflows" / "release.yml")
+    named, push, attest = (
+        step["with"] for step in workflow["jobs"]["image"]["steps"][-3:] if "with" in step
+    )
+    assert workflow["env"]["IMAGE"].startswith("ghcr.io/")
+    assert "ghcr.io/OWNER/NAME:X.Y.Z" in told
+    patterns = ["type=semver,pattern={{version}}", "type=semver,pattern={{major}}.{{minor}}"]
+    assert named["tags"].split() == patterns  # and `latest`, which the action adds to such
+    assert all(name in told for name in ("`:X.Y`", "`:latest`"))
+    assert f"--platform {push['platforms']} -f {push['file']} " in told
+    assert (push["push"], push["sbom"], attest["push-to-registry"]) == (True, True, True)
+    assert f"-t REGISTRY/embed-token-broker:{VERSION} " in told
+
+
 def test_the_notes_are_the_changelog_s_section_of_the_tag() -> None:
     """And a tag that package, chart or changelog do not have is refused, each by name."""
     notes = [sys.executable, str(GITHUB / "release_notes.py")]

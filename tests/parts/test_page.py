@@ -15,7 +15,7 @@ import pytest
 from browsing import Visit
 from playwright.sync_api import Browser, FrameLocator, Page, Route, expect
 from running import Broker, broker, until
-from website import AGENT, Answer, Website, handout, refusal, website
+from website import AGENT, Answer, Website, refusal, token_answer, website
 
 from broker.web.pages.embed_script import FOLDER
 
@@ -280,7 +280,7 @@ class TestSessions:
 
     def test_reopening_uses_the_token_that_is_held(self, site: Website, visit: Visit) -> None:
         """No second request while it has a minute left; a new one as soon as it has not."""
-        site.prepared.append(handout(token(100), int(time.time()) + 100))
+        site.prepared.append(token_answer(token(100), int(time.time()) + 100))
         page = visit.page
         page.goto(site.show(site.tag()))
         for expected in (1, 1):
@@ -583,7 +583,7 @@ class TestTrouble:
         self, site: Website, visit: Visit
     ) -> None:
         """The viewer says so, the script asks once more, and the call begins."""
-        site.prepared.append(handout(token(-60), int(time.time()) + 3600))
+        site.prepared.append(token_answer(token(-60), int(time.time()) + 3600))
         page = self.opened(site, visit)
         connected(page)
         assert len(site.asked) == 2
@@ -591,7 +591,7 @@ class TestTrouble:
 
     def test_expired_tokens_do_not_loop(self, site: Website, visit: Visit) -> None:
         """Expired again: a message and a button; two requests, however long one looks at it."""
-        expired = handout(token(-60), int(time.time()) + 3600)
+        expired = token_answer(token(-60), int(time.time()) + 3600)
         site.prepared += [expired] * 5
         page = self.opened(site, visit)
         expect(page.get_by_role("button", name="Try again")).to_be_visible()

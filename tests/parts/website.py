@@ -167,7 +167,7 @@ def refusal(status: int, code: str, retry_after: int | None = None) -> Answer:
     return Answer(json.dumps(body), {"Content-Type": "application/json", **headers}, status)
 
 
-def handout(token: str, expires_at: int) -> Answer:
+def token_answer(token: str, expires_at: int) -> Answer:
     """Return a token as the broker hands it out."""
     data = {"token": token, "session_id": "prepared", "sid": "prepared", "expires_at": expires_at}
     return Answer(json.dumps({"success": True, "data": data}), {"Content-Type": "application/json"})

@@ -232,24 +232,24 @@ class TestSeat:
         """Somebody who is gone has none, and somebody who is hung would not take one."""
         width = Metrics("local").sheet.width
         handle = share(3, width)
-        board = shared(handle, width)
+        shared_cells = shared(handle, width)
         os.close(handle)
-        mine, other, third = (Metrics("local", cells=row) for row in board.rows)
+        mine, other, third = (Metrics("local", cells=row) for row in shared_cells.rows)
         siblings = [PeerLoad(m.process.beat, m.process.connections) for m in (other, third)]
-        seat = WorkerContext(1, [], "", "", board, mine, siblings)
+        context = WorkerContext(1, [], "", "", shared_cells, mine, siblings)
         mine.process.connections.set(5)
         other.process.connections.set(3)
-        assert seat.ahead() == 0  # both have never lived
+        assert context.ahead() == 0  # both have never lived
         other.process.beat.set(time.monotonic())
-        assert seat.ahead() == 2
+        assert context.ahead() == 2
         third.process.beat.set(time.monotonic())
-        assert seat.ahead() == 5
+        assert context.ahead() == 5
         third.process.connections.set(9)
-        assert seat.ahead() == 2
-        other.sheet.drop_gauges(board.rows[1])
-        assert seat.ahead() == -4
+        assert context.ahead() == 2
+        other.sheet.drop_gauges(shared_cells.rows[1])
+        assert context.ahead() == -4
         third.process.beat.set(time.monotonic() - 60)
-        assert seat.ahead() == 0
+        assert context.ahead() == 0
 
 
 class TestSupervisor:
@@ -457,7 +457,8 @@ class TestSupervisor:
             supervisor._children[1].kill()
             await until(lambda: 1 not in supervisor._children)
             gone, alive = (
-                supervisor.metrics.process.workers.of(supervisor._board.rows[n]) for n in (1, 2)
+                supervisor.metrics.process.workers.of(supervisor._shared_cells.rows[n])
+                for n in (1, 2)
             )
             assert (gone.value, alive.value) == (0, 1)
             assert await says(200, "ok")
@@ -477,7 +478,7 @@ class TestSupervisor:
             states = []
             for without in ((), (1,), (2,), (1, 2)):
                 for index in (1, 2):
-                    degraded.of(supervisor._board.rows[index]).set(index in without)
+                    degraded.of(supervisor._shared_cells.rows[index]).set(index in without)
                 supervisor._publish()
                 states.append((supervisor._health.state, supervisor._health.ready))
             assert states == [

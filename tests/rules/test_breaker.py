@@ -32,7 +32,7 @@ T0 = 1_000_000 * SECOND
 """A moment to start from, on a second's boundary."""
 
 LATE = Permit(-1)
-"""A ticket of an epoch long gone."""
+"""A permit of an epoch long gone."""
 
 
 def full_pause() -> float:
@@ -42,16 +42,16 @@ def full_pause() -> float:
 
 def ask(breaker: KeyBreaker, now: int) -> tuple[KeyBreaker, Permit]:
     """Ask for leave that must be given."""
-    breaker, ticket = breaker.allow(now)
-    assert ticket is not None
-    return breaker, ticket
+    breaker, permit = breaker.allow(now)
+    assert permit is not None
+    return breaker, permit
 
 
 def call(health: FailureRateBreaker, outcome: Outcome, now: int = T0) -> FailureRateBreaker:
     """Make one call that must be let through."""
-    health, ticket = health.allow(now)
-    assert ticket is not None
-    return health.settle(ticket, outcome, now, full_pause)
+    health, permit = health.allow(now)
+    assert permit is not None
+    return health.settle(permit, outcome, now, full_pause)
 
 
 def calls(health: FailureRateBreaker, outcomes: str, now: int = T0) -> FailureRateBreaker:
@@ -88,7 +88,7 @@ def test_the_three_states_are_what_they_are_called() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "ticket", "outcome", "expected"),
+    ("state", "permit", "outcome", "expected"),
     [
         (CLOSED, Permit(0), Outcome.SUCCEEDED, FailureRateBreaker(window=(BEFORE, GOOD))),
         (CLOSED, Permit(0), Outcome.FAILED, FailureRateBreaker(window=(BEFORE, BAD))),
@@ -108,10 +108,10 @@ def test_the_three_states_are_what_they_are_called() -> None:
     ],
 )  # fmt: skip
 def test_health_every_state_takes_every_outcome(
-    state: FailureRateBreaker, ticket: Permit, outcome: Outcome, expected: FailureRateBreaker
+    state: FailureRateBreaker, permit: Permit, outcome: Outcome, expected: FailureRateBreaker
 ) -> None:
-    """A ticket of this epoch counts, one of another changes nothing, in any state."""
-    assert state.settle(ticket, outcome, AT, full_pause) == expected
+    """A permit of this epoch counts, one of another changes nothing, in any state."""
+    assert state.settle(permit, outcome, AT, full_pause) == expected
 
 
 @pytest.mark.parametrize(
@@ -136,8 +136,8 @@ def test_every_state_answers_a_call(
     wait: int,
 ) -> None:
     """Leave exactly from the moment that `wait` had promised, not a microsecond earlier."""
-    after, ticket = state.allow(now)
-    assert (after.phase, ticket is not None, state.wait(now)) == (phase, given_leave, wait)
+    after, permit = state.allow(now)
+    assert (after.phase, permit is not None, state.wait(now)) == (phase, given_leave, wait)
 
 
 # --- health: when it opens
@@ -220,9 +220,9 @@ def test_jitter_only_shortens_a_pause_and_never_by_much(drawn: float, failed_pro
     for _ in range(failed_probes):
         health = call(health, Outcome.FAILED, health.until)
     now = health.until
-    health, ticket = health.allow(now)
-    assert ticket is not None
-    health = health.settle(ticket, Outcome.FAILED, now, lambda: drawn)
+    health, permit = health.allow(now)
+    assert permit is not None
+    health = health.settle(permit, Outcome.FAILED, now, lambda: drawn)
     assert health.pause * (1 - JITTER) <= health.until - now <= health.pause <= LONGEST_PAUSE
 
 
@@ -236,8 +236,8 @@ def test_an_abandoned_probe_does_not_lengthen_the_pause() -> None:
 @pytest.mark.parametrize("state", [OPEN, HALF_OPEN])
 def test_a_clock_that_steps_back_locks_nobody_out(state: FailureRateBreaker) -> None:
     """The deadline follows the clock down, so the next call is a minute away at most."""
-    after, ticket = state.allow(T0 - 3600 * SECOND)
-    assert ticket is None
+    after, permit = state.allow(T0 - 3600 * SECOND)
+    assert permit is None
     assert after.until == T0 - 3600 * SECOND + LONGEST_PAUSE
     assert after.wait(T0 - 3600 * SECOND) <= LONGEST_PAUSE
     assert state.wait(T0 - 3600 * SECOND) <= LONGEST_PAUSE
@@ -250,9 +250,9 @@ def test_V8_of_a_thousand_waiters_one_probes() -> None:
     """The pause is over, all ask at once: one goes, the others are told to come in a second."""
     health, tickets = OPEN, []
     for _ in range(1000):
-        health, ticket = health.allow(NOON)
-        tickets.append(ticket)
-    assert sum(ticket is not None for ticket in tickets) == 1
+        health, permit = health.allow(NOON)
+        tickets.append(permit)
+    assert sum(permit is not None for permit in tickets) == 1
     assert health.wait(NOON) == PROBE_RETRY
 
 
@@ -286,11 +286,11 @@ def test_V8_calls_from_before_the_outage_do_not_disturb_the_probe() -> None:
     assert slow is not None
     opened = calls(closed, "-" * 10)
     assert opened.settle(slow, Outcome.FAILED, NOON, full_pause) is opened
-    probing, ticket = opened.allow(NOON)
-    assert ticket is not None
+    probing, permit = opened.allow(NOON)
+    assert permit is not None
     assert probing.settle(slow, Outcome.FAILED, NOON, full_pause) is probing
     assert probing.settle(slow, Outcome.SUCCEEDED, NOON, full_pause) is probing
-    recovered = probing.settle(ticket, Outcome.SUCCEEDED, NOON, full_pause)
+    recovered = probing.settle(permit, Outcome.SUCCEEDED, NOON, full_pause)
     assert recovered.settle(slow, Outcome.FAILED, NOON, full_pause) is recovered
 
 
@@ -338,12 +338,12 @@ def _key_cases() -> list[_KeyCase]:
     return table + late
 
 
-@pytest.mark.parametrize(("state", "ticket", "outcome", "expected"), _key_cases())
+@pytest.mark.parametrize(("state", "permit", "outcome", "expected"), _key_cases())
 def test_credentials_every_state_takes_every_outcome(
-    state: KeyBreaker, ticket: Permit, outcome: KeyOutcome, expected: KeyBreaker
+    state: KeyBreaker, permit: Permit, outcome: KeyOutcome, expected: KeyBreaker
 ) -> None:
-    """A ticket of this epoch counts, one of another changes nothing, in any state."""
-    assert state.settle(ticket, outcome, THEN) == expected
+    """A permit of this epoch counts, one of another changes nothing, in any state."""
+    assert state.settle(permit, outcome, THEN) == expected
 
 
 @pytest.mark.parametrize(
@@ -368,10 +368,10 @@ def test_V3_a_dead_key_is_tried_twice_a_minute_whatever_the_traffic() -> None:
     breaker, tried = KeyBreaker(), []
     for n in range(600_000):
         now = T0 + n * SECOND // 1000
-        breaker, ticket = breaker.allow(now)
-        if ticket is not None:
+        breaker, permit = breaker.allow(now)
+        if permit is not None:
             tried.append(now - T0)
-            breaker = breaker.settle(ticket, KeyOutcome.REJECTED, now)
+            breaker = breaker.settle(permit, KeyOutcome.REJECTED, now)
     assert tried == [n * KEY_PAUSE for n in range(20)]
 
 
@@ -379,23 +379,23 @@ def test_V3_a_throttle_after_a_bad_key_is_about_the_key() -> None:
     """401, then 429 on each probe: shut until a key is accepted, then 429 is pace again."""
     breaker = SHUT
     for n in range(1, 5):
-        breaker, ticket = ask(breaker, T0 + n * KEY_PAUSE)
-        breaker = breaker.settle(ticket, KeyOutcome.THROTTLED, T0 + n * KEY_PAUSE)
+        breaker, permit = ask(breaker, T0 + n * KEY_PAUSE)
+        breaker = breaker.settle(permit, KeyOutcome.THROTTLED, T0 + n * KEY_PAUSE)
         assert breaker.rejected
         assert breaker.wait(T0 + n * KEY_PAUSE) == KEY_PAUSE
-    breaker, ticket = ask(breaker, T0 + 5 * KEY_PAUSE)
-    breaker = breaker.settle(ticket, KeyOutcome.ACCEPTED, T0 + 5 * KEY_PAUSE)
-    breaker, ticket = ask(breaker, T0 + 5 * KEY_PAUSE)
-    assert breaker.settle(ticket, KeyOutcome.THROTTLED, T0 + 5 * KEY_PAUSE) == breaker
+    breaker, permit = ask(breaker, T0 + 5 * KEY_PAUSE)
+    breaker = breaker.settle(permit, KeyOutcome.ACCEPTED, T0 + 5 * KEY_PAUSE)
+    breaker, permit = ask(breaker, T0 + 5 * KEY_PAUSE)
+    assert breaker.settle(permit, KeyOutcome.THROTTLED, T0 + 5 * KEY_PAUSE) == breaker
     assert not breaker.rejected
 
 
 def test_V3_new_keys_are_tried_at_once_and_by_one_call() -> None:
     """A second after the file changed the site is back; until then one call, not a burst."""
     breaker = SHUT.keys_changed(T0 + SECOND)
-    breaker, ticket = ask(breaker, T0 + SECOND)
+    breaker, permit = ask(breaker, T0 + SECOND)
     assert breaker.allow(T0 + SECOND)[1] is None
-    assert not breaker.settle(ticket, KeyOutcome.ACCEPTED, T0 + SECOND).is_open
+    assert not breaker.settle(permit, KeyOutcome.ACCEPTED, T0 + SECOND).is_open
 
 
 def test_V3_a_probe_of_the_old_key_says_nothing_about_the_new_one() -> None:
@@ -407,19 +407,19 @@ def test_V3_a_probe_of_the_old_key_says_nothing_about_the_new_one() -> None:
 
 def test_V3_a_call_with_the_old_key_does_not_shut_out_the_new_one() -> None:
     """The same while all was well: calls under way end with 401 after the keys were changed."""
-    breaker, ticket = ask(KeyBreaker(), T0)
+    breaker, permit = ask(KeyBreaker(), T0)
     changed = breaker.keys_changed(T0)
-    assert not changed.settle(ticket, KeyOutcome.REJECTED, T0).is_open
+    assert not changed.settle(permit, KeyOutcome.REJECTED, T0).is_open
 
 
 def test_V3_a_burst_under_way_when_the_key_dies_counts_once() -> None:
     """Eight calls end with 401 together: shut once, thirty seconds from the first."""
     breaker, tickets = KeyBreaker(), []
     for _ in range(8):
-        breaker, ticket = ask(breaker, T0)
-        tickets.append(ticket)
-    for n, ticket in enumerate(tickets):
-        breaker = breaker.settle(ticket, KeyOutcome.REJECTED, T0 + n)
+        breaker, permit = ask(breaker, T0)
+        tickets.append(permit)
+    for n, permit in enumerate(tickets):
+        breaker = breaker.settle(permit, KeyOutcome.REJECTED, T0 + n)
     assert breaker == SHUT
 
 

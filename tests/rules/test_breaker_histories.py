@@ -32,8 +32,8 @@ class _History(RuleBasedStateMachine):
         self.void: list[Permit] = []
         self.last_news = T0
 
-    def settle(self, ticket: Permit, outcome: Outcome | KeyOutcome, drawn: float) -> None:
-        """Hand a ticket back."""
+    def settle(self, permit: Permit, outcome: Outcome | KeyOutcome, drawn: float) -> None:
+        """Hand a permit back."""
         raise NotImplementedError
 
     @rule(by=st.integers(0, 90 * SECOND))
@@ -52,10 +52,10 @@ class _History(RuleBasedStateMachine):
         was_open, wait = self.breaker.is_open, self.breaker.wait(self.now)
         given_leave = 0
         for _ in range(callers):
-            self.breaker, ticket = self.breaker.allow(self.now)
-            if ticket is not None:
+            self.breaker, permit = self.breaker.allow(self.now)
+            if permit is not None:
                 given_leave += 1
-                self.out.append(ticket)
+                self.out.append(permit)
         assert given_leave == (wait == 0 if was_open else callers)
         if given_leave:
             self.last_news = self.now
@@ -64,10 +64,10 @@ class _History(RuleBasedStateMachine):
     @rule(data=st.data(), drawn=st.floats(0, 1, exclude_max=True))
     def a_call_ends(self, data: st.DataObject, drawn: float) -> None:
         """Any of those under way, in any order, with any outcome."""
-        ticket = self.out.pop(data.draw(st.integers(0, len(self.out) - 1)))
+        permit = self.out.pop(data.draw(st.integers(0, len(self.out) - 1)))
         before = self.breaker
-        counts = ticket == before.epoch
-        self.settle(ticket, data.draw(st.sampled_from(self.outcomes)), drawn)
+        counts = permit == before.epoch
+        self.settle(permit, data.draw(st.sampled_from(self.outcomes)), drawn)
         if counts:
             self.last_news = self.now
         else:
@@ -76,11 +76,11 @@ class _History(RuleBasedStateMachine):
     @precondition(lambda self: self.out)
     @rule(data=st.data())
     def a_call_is_lost(self, data: st.DataObject) -> None:
-        """Its ticket never comes back."""
+        """Its permit never comes back."""
         self.out.pop(data.draw(st.integers(0, len(self.out) - 1)))
 
     @invariant()
-    def at_most_one_ticket_counts_unless_closed(self) -> None:
+    def at_most_one_permit_counts_unless_closed(self) -> None:
         """However many calls are under way."""
         if self.breaker.is_open:
             assert self.out.count(Permit(self.breaker.epoch)) <= 1
@@ -110,10 +110,10 @@ class _HealthHistory(_History):
         self.last_failure = T0
 
     @override
-    def settle(self, ticket: Permit, outcome: Outcome | KeyOutcome, drawn: float) -> None:
+    def settle(self, permit: Permit, outcome: Outcome | KeyOutcome, drawn: float) -> None:
         assert isinstance(outcome, Outcome)
         before = self.breaker
-        self.breaker = before.settle(ticket, outcome, self.now, lambda: drawn)
+        self.breaker = before.settle(permit, outcome, self.now, lambda: drawn)
         if outcome is Outcome.FAILED and self.breaker is not before:
             self.last_failure = self.now
 
@@ -121,10 +121,10 @@ class _HealthHistory(_History):
     def the_vendor_is_down(self, failures: int) -> None:
         """Let calls fail as soon as they are made."""
         for _ in range(failures):
-            self.breaker, ticket = self.breaker.allow(self.now)
-            if ticket is not None:
+            self.breaker, permit = self.breaker.allow(self.now)
+            if permit is not None:
                 self.last_news = self.now
-                self.settle(ticket, Outcome.FAILED, 0.0)
+                self.settle(permit, Outcome.FAILED, 0.0)
 
     @invariant()
     def no_pause_outlasts_the_longest_after_the_last_failure(self) -> None:
@@ -165,10 +165,10 @@ class _StoreHealthHistory(_HealthHistory):
             if self.breaker.is_open:
                 return
             self.now += 2 * self.breaker.span
-            self.breaker, ticket = self.breaker.allow(self.now)
-            assert ticket is not None
+            self.breaker, permit = self.breaker.allow(self.now)
+            assert permit is not None
             self.last_news = self.now
-            self.settle(ticket, Outcome.FAILED, 0.0)
+            self.settle(permit, Outcome.FAILED, 0.0)
         assert self.breaker.is_open
 
     @invariant()
@@ -187,9 +187,9 @@ class _CredentialsHistory(_History):
         self.breaker: KeyBreaker = KeyBreaker()
 
     @override
-    def settle(self, ticket: Permit, outcome: Outcome | KeyOutcome, drawn: float) -> None:
+    def settle(self, permit: Permit, outcome: Outcome | KeyOutcome, drawn: float) -> None:
         assert isinstance(outcome, KeyOutcome)
-        self.breaker = self.breaker.settle(ticket, outcome, self.now)
+        self.breaker = self.breaker.settle(permit, outcome, self.now)
 
     @rule()
     def the_key_file_changes(self) -> None:

@@ -2,6 +2,7 @@
 
 import unicodedata
 import urllib.parse
+from collections import Counter
 
 import pytest
 from hypothesis import example, given
@@ -11,6 +12,7 @@ from broker.rules.passing import (
     HOP_BY_HOP,
     BadTarget,
     check_route,
+    has_place,
     route_of,
     to_the_caller,
     to_the_vendor,
@@ -163,3 +165,26 @@ def test_what_is_no_route(route: str) -> None:
     """Refused when the settings are read."""
     with pytest.raises(ValueError, match="is not a route"):
         check_route(route)
+
+
+COMERS = st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=400)
+"""Clients, and whether each sends one more request or gets an answer to one."""
+
+
+@given(places=st.integers(1, 200), schedule=COMERS)
+@example(places=128, schedule=[(0, True)] * 100)
+@example(places=128, schedule=[(n, True) for n in range(10) for _ in range(100)])
+def test_no_client_takes_the_place_of_another(
+    places: int, schedule: list[tuple[int, bool]]
+) -> None:
+    """One has half at most, and who has none is refused only if log2 of all places are others'."""
+    held = Counter[int]()
+    for client, comes in schedule:
+        if not comes:
+            held[client] = max(held[client] - 1, 0)
+        elif has_place(held[client], held.total(), places):
+            held[client] += 1
+        free = places - held.total()
+        holders = sum(map(bool, held.values()))
+        assert free >= places >> holders
+        assert max(held.values(), default=0) <= (places + 1) // 2

@@ -105,14 +105,14 @@ class Broker:
             origin=origin,
         )
 
-    def session(self, ask: TokenRequest, *, life: int = HOUR) -> Session:
+    def session(self, request: TokenRequest, *, life: int = HOUR) -> Session:
         now = self.clock.wall() // SECOND
         return Session(
             session_id=secrets.token_hex(16),
-            client=ask.client,
-            agent=ask.agent,
-            fingerprint=ask.fingerprint,
-            model=ask.model or "",
+            client=request.client,
+            agent=request.agent,
+            fingerprint=request.fingerprint,
+            model=request.model or "",
             issued=now,
             expires=now + life // SECOND,
             digest=secrets.token_bytes(32),
@@ -120,15 +120,15 @@ class Broker:
 
 
 async def mint(
-    broker: Broker, backend: DurableBackend, ask: TokenRequest, **how: Any
+    broker: Broker, backend: DurableBackend, request: TokenRequest, **how: Any
 ) -> tuple[EmbedToken, Session]:
     """Do what a minter does: session, then token; both are in the file when it returns."""
-    lease = await backend.store.lead(ask, ask.key, lambda _: False)
+    lease = await backend.store.lead(request, request.key, lambda _: False)
     assert isinstance(lease, Lease)
-    session = broker.session(ask)
+    session = broker.session(request)
     token = replace(broker.token(**how), epoch=lease.epoch)
     await backend.sessions.record(session)
-    assert await backend.store.keep(ask, ask.key, token, lease) is Kept.KEPT
+    assert await backend.store.keep(request, request.key, token, lease) is Kept.KEPT
     return token, session
 
 
@@ -139,9 +139,9 @@ async def end(backend: DurableBackend, session: Session) -> None:
     await backend.sessions.forget(session)
 
 
-async def held(backend: DurableBackend, ask: TokenRequest) -> bytes | None:
+async def held(backend: DurableBackend, request: TokenRequest) -> bytes | None:
     """Return the answer that a visitor would get."""
-    token = await backend.store.peek(ask, ask.key)
+    token = await backend.store.peek(request, request.key)
     return None if token is None else token.body
 
 

@@ -24,9 +24,9 @@ async def test_D4_a_process_without_memory_moves_no_good_file_aside(
 ) -> None:
     """It does not start; with memory it does, and has everything."""
     broker = Broker(tmp_path / "state.db")
-    ask = broker.ask()
+    request = broker.ask()
     async with broker.opened() as backend:
-        token, session = await mint(broker, backend, ask)
+        token, session = await mint(broker, backend, request)
         _, ended = await mint(broker, backend, broker.ask())
         await end(backend, ended)
 
@@ -43,7 +43,7 @@ async def test_D4_a_process_without_memory_moves_no_good_file_aside(
                 pass
     assert broker.metrics.state_file.moved_aside.value == 0
     async with broker.opened() as backend:
-        assert await held(backend, ask) == token.body
+        assert await held(backend, request) == token.body
         assert await backend.sessions.find(session.session_id) == session
         assert await backend.sessions.ended(ended.session_id)
 
@@ -61,12 +61,12 @@ class Written:
         """Mint for visitors, and end some of them in between."""
         async with self.broker.opened() as backend:
             for number in range(visitors):
-                ask = self.broker.ask()
-                token, session = await mint(self.broker, backend, ask)
-                self.history.append((ask, token.body))
+                request = self.broker.ask()
+                token, session = await mint(self.broker, backend, request)
+                self.history.append((request, token.body))
                 if number % 10 == 5:
                     await end(backend, session)
-                    self.ended.append(ask)
+                    self.ended.append(request)
             self.copy_to(self.path.with_name("killed.db"))
         return self
 
@@ -82,7 +82,7 @@ class Written:
         """Open a damaged copy; returns whether it was moved aside, and how many tokens it gave."""
         self.broker.path = path
         async with self.broker.opened() as backend:
-            found = [await held(backend, ask) for ask, _ in self.history]
+            found = [await held(backend, request) for request, _ in self.history]
             moved = bool(self.broker.metrics.state_file.moved_aside.value)
             assert len(list(path.parent.glob(f"{path.name}.*-2*"))) == (1 + _has_wal(path)) * moved
             for (_, body), given in zip(self.history, found, strict=True):
@@ -118,9 +118,9 @@ async def test_D4_the_log_cut_at_any_length(written: Written, tmp_path: Path) ->
         async with written.broker.opened() as backend:
             assert written.broker.metrics.state_file.moved_aside.value == 0
             live = [
-                await held(backend, ask) == body
-                for ask, body in written.history
-                if ask not in written.ended
+                await held(backend, request) == body
+                for request, body in written.history
+                if request not in written.ended
             ]
         assert live == sorted(live, reverse=True), "a prefix of the history"
         shutil.rmtree(folder)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from processes import (
@@ -64,6 +65,24 @@ async def test_D9_a_deploy_whose_processes_overlap_loses_nothing(
             async with Caller(new, secret) as caller:
                 assert [await caller.token(visitor) for visitor in visitors] == tokens
             assert new.events("broker.state_file_in_use")[0]["pid"] == str(old.process.pid)
+            assert new.end() == 0
+
+
+async def test_D9_processes_that_overlap_may_have_the_same_addresses(
+    tmp_path: Path, tree: Tree
+) -> None:
+    """While the old one has the file, its addresses are not looked at: both become free with it."""
+    with Broker.configured(tmp_path, tree) as old:
+        taken = {
+            "server.listen": urlsplit(old.url).netloc,
+            "admin.listen": urlsplit(old.admin_url).netloc,
+        }
+        same = merged(tree, taken)
+        starting = asyncio.ensure_future(asyncio.to_thread(Broker.configured, tmp_path, same))
+        await until(lambda: any(waits(log) for log in tmp_path.glob("log.*")))
+        assert await asyncio.to_thread(old.end) == 0
+        with await starting as new:
+            assert (new.url, new.admin_url) == (old.url, old.admin_url)
             assert new.end() == 0
 
 

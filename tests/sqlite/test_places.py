@@ -119,16 +119,16 @@ async def test_D5_a_file_that_is_taken_away_while_it_is_used(
 ) -> None:
     """What is written into it is lost with the process: degraded, and no end is confirmed."""
     async with broker.opened() as backend:
-        ask = broker.ask()
-        _, session = await mint(broker, backend, ask)
+        request = broker.ask()
+        _, session = await mint(broker, backend, request)
         broker.path.rename(broker.path.with_name("elsewhere"))
         if instead:
             broker.path.touch()
         await until(lambda: backend.is_degraded)
         with pytest.raises(NotDurable):
             await end(backend, session)
-        token, _ = await mint(broker, backend, ask)
-        assert await held(backend, ask) == token.body
+        token, _ = await mint(broker, backend, request)
+        assert await held(backend, request) == token.body
         assert backend.is_degraded
 
 
@@ -201,8 +201,8 @@ async def test_D1_full_while_it_runs(small_disk: Path) -> None:
         _, session = await mint(broker, backend, ended)
         filler = filled(small_disk)
         asks = [broker.ask() for _ in range(30)]
-        for ask in asks:
-            await mint(broker, backend, ask)
+        for request in asks:
+            await mint(broker, backend, request)
         token, _ = await mint(broker, backend, during)
         assert await held(backend, during) == token.body
         with pytest.raises(NotDurable, match="holds until the broker restarts only"):
@@ -219,7 +219,7 @@ async def test_D1_full_while_it_runs(small_disk: Path) -> None:
         await end(backend, session)
     async with broker.opened() as backend:
         assert await held(backend, during) == token.body
-        assert [await held(backend, ask) is not None for ask in asks] == [True] * 30
+        assert [await held(backend, request) is not None for request in asks] == [True] * 30
         assert await held(backend, ended) is None
         assert await backend.sessions.ended(session.session_id)
 

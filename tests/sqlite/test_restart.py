@@ -34,12 +34,12 @@ def broker(tmp_path: Path) -> Broker:
 
 async def test_G11_tokens_and_sessions_are_there_again(broker: Broker) -> None:
     """The same bytes, the life that is left, and the record."""
-    ask = broker.ask()
+    request = broker.ask()
     async with broker.opened() as backend:
-        token, session = await mint(broker, backend, ask)
+        token, session = await mint(broker, backend, request)
     broker.clock.advance(600)
     async with broker.opened() as backend:
-        found = await backend.store.peek(ask, ask.key)
+        found = await backend.store.peek(request, request.key)
         assert found is not None
         assert found.body == token.body
         assert found.left(broker.clock.mono(), broker.clock.wall()) == HOUR - 600 * SECOND
@@ -50,16 +50,16 @@ async def test_G11_tokens_and_sessions_are_there_again(broker: Broker) -> None:
 
 async def test_G11_a_token_is_in_the_file_before_it_is_handed_out(broker: Broker) -> None:
     """With its session, and an end before it is answered: a copy of that moment has them."""
-    ask, other = broker.ask(), broker.ask()
+    request, other = broker.ask(), broker.ask()
     async with broker.opened() as backend:
-        token, session = await mint(broker, backend, ask)
+        token, session = await mint(broker, backend, request)
         minted = copied(broker, "minted")
         _, ended = await mint(broker, backend, other)
         await end(backend, ended)
         after = copied(broker, "ended")
     broker.path = minted
     async with broker.opened() as backend:
-        assert await held(backend, ask) == token.body
+        assert await held(backend, request) == token.body
         assert await backend.sessions.find(session.session_id) == session
     broker.path = after
     async with broker.opened() as backend:
@@ -82,47 +82,49 @@ async def test_G11_an_end_is_on_the_disk_a_mint_need_not_be(broker: Broker) -> N
 
 async def test_G11_of_a_key_the_latest_token_counts(broker: Broker) -> None:
     """A renewal stays a renewal; both sessions are on record."""
-    ask = broker.ask()
+    request = broker.ask()
     async with broker.opened() as backend:
-        _, first = await mint(broker, backend, ask)
-        latest, second = await mint(broker, backend, ask)
+        _, first = await mint(broker, backend, request)
+        latest, second = await mint(broker, backend, request)
     async with broker.opened() as backend:
-        assert await held(backend, ask) == latest.body
+        assert await held(backend, request) == latest.body
         assert await backend.sessions.find(first.session_id) == first
         assert await backend.sessions.find(second.session_id) == second
 
 
 async def test_G9_an_end_stays_an_end(broker: Broker) -> None:
     """Of the token, of the record, of what was minted before it; what came after it lives."""
-    ask, other = broker.ask(), broker.ask()
+    request, other = broker.ask(), broker.ask()
     async with broker.opened() as backend:
-        _, session = await mint(broker, backend, ask)
+        _, session = await mint(broker, backend, request)
         kept, _ = await mint(broker, backend, other)
         await end(backend, session)
     async with broker.opened() as backend:
-        assert await held(backend, ask) is None
+        assert await held(backend, request) is None
         assert await backend.sessions.ended(session.session_id)
         assert await backend.sessions.find(session.session_id) is None
         assert await held(backend, other) == kept.body
-        again, _ = await mint(broker, backend, ask)
+        again, _ = await mint(broker, backend, request)
     async with broker.opened() as backend:
-        assert await held(backend, ask) == again.body
+        assert await held(backend, request) == again.body
         assert await backend.sessions.ended(session.session_id)
 
 
 async def test_G9_an_end_ends_a_token_that_is_on_its_way_into_the_file(broker: Broker) -> None:
     """Its record is there before the end's: neither this process nor the next hands it out."""
-    ask = broker.ask()
+    request = broker.ask()
     async with broker.opened() as backend:
-        lease = await backend.store.lead(ask, ask.key, lambda _: False)
+        lease = await backend.store.lead(request, request.key, lambda _: False)
         assert isinstance(lease, Lease)
-        keeping = asyncio.ensure_future(backend.store.keep(ask, ask.key, broker.token(), lease))
+        keeping = asyncio.ensure_future(
+            backend.store.keep(request, request.key, broker.token(), lease)
+        )
         await asyncio.sleep(0)
-        await backend.store.revoke_visitor(ask.client, ask.fingerprint)
+        await backend.store.revoke_visitor(request.client, request.fingerprint)
         assert await keeping is Kept.ENDED
-        assert await held(backend, ask) is None
+        assert await held(backend, request) is None
     async with broker.opened() as backend:
-        assert await held(backend, ask) is None
+        assert await held(backend, request) is None
 
 
 async def test_N20_what_a_dropped_key_signed_stays_out(broker: Broker) -> None:
@@ -140,12 +142,12 @@ async def test_N20_what_a_dropped_key_signed_stays_out(broker: Broker) -> None:
 
 async def test_G3_a_floor_that_was_raised_meanwhile_holds(broker: Broker) -> None:
     """A mark that was drawn before lies below the new floor: it is raised with it."""
-    ask = broker.ask()
+    request = broker.ask()
     async with broker.opened() as backend:
-        token, _ = await mint(broker, backend, ask)
+        token, _ = await mint(broker, backend, request)
     broker.floor = token.mark + 7
     async with broker.opened() as backend:
-        found = await backend.store.peek(ask, ask.key)
+        found = await backend.store.peek(request, request.key)
         assert found is not None
         assert found.mark == token.mark + 7
 
@@ -154,11 +156,11 @@ async def test_G6_of_more_than_fit_the_latest_come_back(broker: Broker) -> None:
     """A smaller bound after the restart: nobody is evicted for somebody older."""
     asks = [broker.ask() for _ in range(20)]
     async with broker.opened() as backend:
-        for ask in asks:
-            await mint(broker, backend, ask)
+        for request in asks:
+            await mint(broker, backend, request)
     broker.most = 5
     async with broker.opened() as backend:
-        found = [await held(backend, ask) is not None for ask in asks]
+        found = [await held(backend, request) is not None for request in asks]
         assert found == [False] * 15 + [True] * 5
         assert backend.store.tokens.counts.evicted.value == 0
 
@@ -183,9 +185,9 @@ async def test_G6_of_more_sessions_than_fit_the_latest_come_back(broker: Broker)
 
 async def test_G9_a_session_that_is_recorded_for_nobody_is_forgotten(broker: Broker) -> None:
     """Its visitor was ended while it was minted: no record of it comes back."""
-    ask = broker.ask()
+    request = broker.ask()
     async with broker.opened() as backend:
-        session = broker.session(ask)
+        session = broker.session(request)
         await backend.sessions.record(session)
         await backend.sessions.forget(session)
     async with broker.opened() as backend:
@@ -240,8 +242,8 @@ async def test_a_spent_bucket_is_told_a_few_times_only(
     sizes = []
     async with broker.opened() as backend:
         for _ in range(60):
-            for ask in asks:
-                await backend.store.admit(ask, ask.key)
+            for request in asks:
+                await backend.store.admit(request, request.key)
             broker.clock.advance(1)
             looked(backend)
             await backend.store.revoke_visitor("nobody", "at all")
@@ -261,9 +263,9 @@ async def test_V12_a_full_list_of_spent_buckets_takes_others_when_they_are_full_
     broker.limits = wide_limits(Limit(burst=4, interval=60 * SECOND))
     before, after = [broker.ask() for _ in range(5)], broker.ask()
     async with broker.opened() as backend:
-        for ask in before:
+        for request in before:
             for _ in range(4):
-                await backend.store.admit(ask, ask.key)
+                await backend.store.admit(request, request.key)
         looked(backend)
         assert sum(map(len, backend._spent._full_at.values())) == 3
         broker.clock.advance(300)
@@ -282,12 +284,12 @@ async def test_V12_what_was_spent_while_the_disk_hung_is_told_afterwards(
 ) -> None:
     """Noted ones are drained meanwhile, so that nothing grows, and told all at once then."""
     broker.limits = wide_limits(Limit(burst=4, interval=60 * SECOND))
-    ask = broker.ask()
+    request = broker.ask()
     async with broker.opened() as backend:
         with monkeypatch.context() as patch:
             patch.setattr(type(backend), "is_degraded", True)
             for _ in range(4):
-                await backend.store.admit(ask, ask.key)
+                await backend.store.admit(request, request.key)
             looked(backend)
             assert not backend.store.buckets[LimitName.FINGERPRINT].take_spent()
         broker.clock.advance(1)
@@ -296,7 +298,7 @@ async def test_V12_what_was_spent_while_the_disk_hung_is_told_afterwards(
         crashed = copied(broker)
     broker.path = crashed
     async with broker.opened() as backend:
-        assert (await backend.store.admit(ask, ask.key)).denial is not None
+        assert (await backend.store.admit(request, request.key)).denial is not None
 
 
 async def test_a_round_of_spent_buckets_is_cut_into_steps(broker: Broker) -> None:
@@ -325,9 +327,9 @@ async def test_a_round_of_spent_buckets_is_cut_into_steps(broker: Broker) -> Non
 async def test_D8_a_clock_a_day_ahead_or_behind(broker: Broker) -> None:
     """Nothing lives longer than it would have; an end holds; no bucket locks anybody out."""
     broker.limits = wide_limits(Limit(burst=4, interval=60 * SECOND))
-    ask, ended, spent = broker.ask(), broker.ask(), broker.ask()
+    request, ended, spent = broker.ask(), broker.ask(), broker.ask()
     async with broker.opened() as backend:
-        await mint(broker, backend, ask)
+        await mint(broker, backend, request)
         _, session = await mint(broker, backend, ended)
         await end(backend, session)
         for _ in range(4):
@@ -335,7 +337,7 @@ async def test_D8_a_clock_a_day_ahead_or_behind(broker: Broker) -> None:
     for days in (1, -1):
         broker.clock.step_wall(days * 86_400)
         async with broker.opened() as backend:
-            found = await backend.store.peek(ask, ask.key)
+            found = await backend.store.peek(request, request.key)
             if days == 1:
                 assert found is None, "as in a process whose clock is set forward"
             elif found is not None:
@@ -352,34 +354,34 @@ async def test_D8_a_machine_that_restarts_with_its_clock_behind(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No monotonic clock tells then: what is on record does, and a token never gains life."""
-    ask = broker.ask()
+    request = broker.ask()
     monkeypatch.setattr("broker.sqlite.backend._boot_id", lambda: "before")
     async with broker.opened() as backend:
-        await mint(broker, backend, ask)
+        await mint(broker, backend, request)
         broker.clock.advance(1800)
         await mint(broker, backend, broker.ask())
     monkeypatch.setattr("broker.sqlite.backend._boot_id", lambda: "after")
     broker.clock.step_mono(-broker.clock.mono() / SECOND + 5)
     broker.clock.step_wall(-86_400)
     async with broker.opened() as backend:
-        found = await backend.store.peek(ask, ask.key)
+        found = await backend.store.peek(request, request.key)
         assert found is not None
         assert found.left(broker.clock.mono(), broker.clock.wall()) == HOUR - 1800 * SECOND
 
 
 async def test_D7_keys_rotate_and_nothing_is_lost(broker: Broker) -> None:
     """[a] -> [b, a] -> [b] with a start after each step; then keys that nobody has seen."""
-    ask, (first,) = broker.ask(), broker.keys
+    request, (first,) = broker.ask(), broker.keys
     second = a_key()
     async with broker.opened() as backend:
-        token, _ = await mint(broker, backend, ask)
+        token, _ = await mint(broker, backend, request)
     for keys in ((second, first), (second,)):
         broker.keys = keys
         async with broker.opened() as backend:
-            assert await held(backend, ask) == token.body
+            assert await held(backend, request) == token.body
     broker.keys = (first,)
     async with broker.opened() as backend:
-        assert await held(backend, ask) is None, "the old key opens it no more"
+        assert await held(backend, request) is None, "the old key opens it no more"
         assert broker.metrics.state_file.moved_aside.value == 1
     names = [path.name for path in broker.path.parent.iterdir()]
     assert sum(name.startswith("state.db.unreadable-") for name in names) == 1
@@ -387,25 +389,25 @@ async def test_D7_keys_rotate_and_nothing_is_lost(broker: Broker) -> None:
 
 async def test_D7_keys_that_change_while_it_runs(broker: Broker) -> None:
     """A reload wraps the data key anew: at once, not at the next start."""
-    ask, second = broker.ask(), a_key()
+    request, second = broker.ask(), a_key()
     async with broker.opened() as backend:
-        token, _ = await mint(broker, backend, ask)
+        token, _ = await mint(broker, backend, request)
         backend.use_keys([second])
         await backend.store.revoke_visitor("nobody", "at all")
         crashed = copied(broker)
     broker.path, broker.keys = crashed, (second,)
     async with broker.opened() as backend:
-        assert await held(backend, ask) == token.body
+        assert await held(backend, request) == token.body
 
 
 async def test_D7_keys_that_change_twice_while_nothing_can_be_written(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Said as soon as no key of now opens the file, once; degraded until one does."""
-    ask, (first,), second, third = broker.ask(), broker.keys, a_key(), a_key()
+    request, (first,), second, third = broker.ask(), broker.keys, a_key(), a_key()
     said = "broker.state_file_keys_unwritten"
     async with broker.opened() as backend:
-        token, _ = await mint(broker, backend, ask)
+        token, _ = await mint(broker, backend, request)
         writer = backend._slot.writer
         with monkeypatch.context() as patch, capture_logs() as logged:
             patch.setattr("broker.sqlite.writer.RETRY", 0.01)
@@ -429,7 +431,7 @@ async def test_D7_keys_that_change_twice_while_nothing_can_be_written(
     for broker.path, key in ((crashed, first), (written, third)):
         broker.keys = (key,)
         async with broker.opened() as backend:
-            assert await held(backend, ask) == token.body
+            assert await held(backend, request) == token.body
 
 
 def full(*_arguments: object) -> None:
@@ -441,9 +443,9 @@ async def test_D7_keys_that_change_while_others_are_written(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last ones count, and are written next."""
-    ask, last = broker.ask(), a_key()
+    request, last = broker.ask(), a_key()
     async with broker.opened() as backend:
-        token, _ = await mint(broker, backend, ask)
+        token, _ = await mint(broker, backend, request)
         writer = backend._slot.writer
         really = writer._file.use_keys
 
@@ -457,7 +459,7 @@ async def test_D7_keys_that_change_while_others_are_written(
         await until(lambda: not writer.owes_keys)
     broker.keys = (last,)
     async with broker.opened() as backend:
-        assert await held(backend, ask) == token.body
+        assert await held(backend, request) == token.body
 
 
 async def test_G11_the_oldest_that_come_back_are_the_first_to_go(broker: Broker) -> None:
@@ -465,12 +467,12 @@ async def test_G11_the_oldest_that_come_back_are_the_first_to_go(broker: Broker)
     broker.most = 5
     asks = [broker.ask() for _ in range(5)]
     async with broker.opened() as backend:
-        for ask in asks:
-            await mint(broker, backend, ask)
+        for request in asks:
+            await mint(broker, backend, request)
     async with broker.opened() as backend:
         for _ in range(2):
             await mint(broker, backend, broker.ask())
-        found = [await held(backend, ask) is not None for ask in asks]
+        found = [await held(backend, request) is not None for request in asks]
         assert found == [False] * 2 + [True] * 3
 
 
@@ -478,16 +480,16 @@ async def test_D8_a_clock_that_was_set_back_while_it_ran(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The latest moment on record counts, wherever it stands in the file."""
-    ask, later = broker.ask(), broker.ask()
+    request, later = broker.ask(), broker.ask()
     monkeypatch.setattr("broker.sqlite.backend._boot_id", lambda: "")
     async with broker.opened() as backend:
-        await mint(broker, backend, ask)
+        await mint(broker, backend, request)
         broker.clock.advance(1800)
         await mint(broker, backend, broker.ask())
         broker.clock.step_wall(-1200)
         await mint(broker, backend, later)
     async with broker.opened() as backend:
-        for each, left in ((ask, 1800), (later, 2400)):
+        for each, left in ((request, 1800), (later, 2400)):
             found = await backend.store.peek(each, each.key)
             assert found is not None
             assert found.left(broker.clock.mono(), broker.clock.wall()) == left * SECOND
@@ -495,45 +497,45 @@ async def test_D8_a_clock_that_was_set_back_while_it_ran(
 
 async def test_D7_a_sealing_key_that_is_set_later_takes_over(broker: Broker) -> None:
     """The issuer's key opens what was sealed for it; from then on the sealing key alone does."""
-    ask, issuer_keys = broker.ask(), broker.keys
+    request, issuer_keys = broker.ask(), broker.keys
     async with broker.opened() as backend:
-        token, _ = await mint(broker, backend, ask)
+        token, _ = await mint(broker, backend, request)
     broker.keys, broker.also = (a_key(),), issuer_keys
     async with broker.opened() as backend:
-        assert await held(backend, ask) == token.body
+        assert await held(backend, request) == token.body
     broker.keys, broker.also = issuer_keys, ()
     async with broker.opened() as backend:
-        assert await held(backend, ask) is None
+        assert await held(backend, request) is None
 
 
 async def test_D2_one_process_uses_a_file(broker: Broker) -> None:
     """The second one is told who has it, and disturbs nothing; afterwards it may."""
     from broker.sqlite.location import StateFileInUse, owner_of
 
-    ask = broker.ask()
+    request = broker.ask()
     async with broker.opened() as backend:
-        token, _ = await mint(broker, backend, ask)
+        token, _ = await mint(broker, backend, request)
         with pytest.raises(StateFileInUse, match=r"in use by process \d+; stop it"):
             async with broker.opened():
                 pass
         assert owner_of(broker.path) is not None
-        assert await held(backend, ask) == token.body
+        assert await held(backend, request) == token.body
     assert owner_of(broker.path) is None
     async with broker.opened() as backend:
-        assert await held(backend, ask) == token.body
+        assert await held(backend, request) == token.body
 
 
 async def test_D9_a_new_process_waits_for_the_old_one(broker: Broker) -> None:
     """And has everything that the old one wrote until its end."""
-    ask = broker.ask()
+    request = broker.ask()
     broker.timeout = 30.0
     async with broker.opened() as old:
         new = broker.made()
         opening = asyncio.ensure_future(new.open(asyncio.Event()))
-        token, _ = await mint(broker, old, ask)
+        token, _ = await mint(broker, old, request)
         assert not opening.done()
     await opening
-    assert await held(new, ask) == token.body
+    assert await held(new, request) == token.body
     await new.close()
 
 
@@ -576,15 +578,15 @@ async def test_a_newer_schema_is_left_alone(broker: Broker) -> None:
 
 async def test_O1_nothing_of_it_can_be_read(broker: Broker) -> None:
     """Neither token, fingerprint, client nor agent, in any file of the folder."""
-    ask = broker.ask("feedfacecafebeef" * 2)
+    request = broker.ask("feedfacecafebeef" * 2)
     async with broker.opened() as backend:
-        token, session = await mint(broker, backend, ask)
+        token, session = await mint(broker, backend, request)
         await end(backend, session)
-        await mint(broker, backend, ask)
+        await mint(broker, backend, request)
         written = b"".join(path.read_bytes() for path in broker.path.parent.iterdir())
     written += b"".join(path.read_bytes() for path in broker.path.parent.iterdir())
     assert token.body not in written
-    for canary in (ask.fingerprint, session.session_id, AGENT):
+    for canary in (request.fingerprint, session.session_id, AGENT):
         assert canary.encode() not in written
     assert broker.path.stat().st_mode & 0o777 == 0o600
 

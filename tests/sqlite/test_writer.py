@@ -45,10 +45,10 @@ def broken() -> Exception:
 
 async def test_G6_an_end_counts_as_an_end_and_a_mint_as_a_mint(broker: Broker) -> None:
     """However they come together: neither takes the room of the other, nor pushes it out."""
-    ask, ended = broker.ask(), broker.ask()
+    request, ended = broker.ask(), broker.ask()
     async with broker.opened() as backend:
         writer = backend._slot.writer
-        sessions = [broker.session(ask) for _ in range(300)]
+        sessions = [broker.session(request) for _ in range(300)]
         end = broker.session(ended)
         for some in (sessions[:150], sessions[150:]):
             writer.add_all([SessionMade(session) for session in some])
@@ -68,8 +68,8 @@ async def test_D1_a_retry_seals_a_part_only(
 ) -> None:
     """As long as the disk fails; then everything is written, in the order of its coming."""
     broker.most = 10_000
-    ask = broker.ask()
-    sessions = [broker.session(ask) for _ in range(3 * PROBE)]
+    request = broker.ask()
+    sessions = [broker.session(request) for _ in range(3 * PROBE)]
     async with broker.opened() as backend:
         writer = backend._slot.writer
         with monkeypatch.context() as patch:
@@ -91,14 +91,14 @@ async def test_D1_who_waits_for_what_is_behind_the_part_is_told_when_it_is_writt
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The part alone makes no end durable."""
-    ask = broker.ask()
+    request = broker.ask()
     broker.most = 10_000
     async with broker.opened() as backend:
         writer = backend._slot.writer
         really = writer._write
         with monkeypatch.context() as patch:
             tried = failing(writer, patch, broken)
-            writer.add_all([SessionMade(broker.session(ask)) for _ in range(2 * PROBE)])
+            writer.add_all([SessionMade(broker.session(request)) for _ in range(2 * PROBE)])
             await until(lambda: len(tried) >= 1)
 
             def write(records: Sequence[Record]) -> None:
@@ -107,9 +107,9 @@ async def test_D1_who_waits_for_what_is_behind_the_part_is_told_when_it_is_writt
                 really(records)
 
             patch.setattr(writer, "_write", write)
-            writer.add_all([SessionMade(broker.session(ask)) for _ in range(3 * PROBE)])
+            writer.add_all([SessionMade(broker.session(request)) for _ in range(3 * PROBE)])
             with pytest.raises(NotDurable):
-                await backend.store.revoke_visitor(ask.client, ask.fingerprint)
+                await backend.store.revoke_visitor(request.client, request.fingerprint)
 
 
 async def test_G6_ends_that_wait_for_a_disk_are_bounded(
@@ -118,7 +118,9 @@ async def test_G6_ends_that_wait_for_a_disk_are_bounded(
     """One without room is not made, and says so; the operator's have more; repeats take none."""
     monkeypatch.setattr("broker.sqlite.writer.WAITING_ENDS", 10)
     async with broker.opened() as backend:
-        minted = [(ask, (await mint(broker, backend, ask))[1]) for ask in made(broker, 9)]
+        minted = [
+            (request, (await mint(broker, backend, request))[1]) for request in made(broker, 9)
+        ]
         writer = backend._slot.writer
         assert await writer.end_written()
         with monkeypatch.context() as patch:
@@ -128,30 +130,30 @@ async def test_G6_ends_that_wait_for_a_disk_are_bounded(
                     with pytest.raises(NotDurable):
                         await end(backend, session)
             assert writer._waiting_ends() == 10
-            (ask, refused), (_, operated) = minted[5:7]
+            (request, refused), (_, operated) = minted[5:7]
             with pytest.raises(NotEnded, match="was not ended"):
                 await end(backend, refused)
             assert not await backend.sessions.ended(refused.session_id)
-            assert await held(backend, ask) is not None
+            assert await held(backend, request) is not None
             await backend.sessions.mark(operated, by_client=False)
             assert await backend.sessions.ended(operated.session_id)
         await until(lambda: not backend.is_degraded)
         await until(lambda: writer._waiting_ends() == 0)
         await end(backend, refused)
     async with broker.opened() as backend:
-        for ask, session in minted[:7]:
+        for request, session in minted[:7]:
             assert await backend.sessions.ended(session.session_id)
-            assert await held(backend, ask) is None or session is operated
-        for ask, _ in minted[7:]:
-            assert await held(backend, ask) is not None
+            assert await held(backend, request) is None or session is operated
+        for request, _ in minted[7:]:
+            assert await held(backend, request) is not None
 
 
 def made(broker: Broker, count: int) -> list[TokenRequest]:
     """Requests of visitors whose ends are told apart in memory: cells of epochs are shared."""
     found: dict[int, TokenRequest] = {}
     while len(found) < count:
-        ask = broker.ask()
-        found[hash(ask.visitor) % CELLS] = ask
+        request = broker.ask()
+        found[hash(request.visitor) % CELLS] = request
     return list(found.values())
 
 
@@ -184,20 +186,20 @@ async def test_N2_a_defect_loses_nothing_and_is_told(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The end is answered with 503 and pending, the broker degraded until it is written."""
-    ask = broker.ask()
+    request = broker.ask()
     async with broker.opened() as backend:
-        await mint(broker, backend, ask)
+        await mint(broker, backend, request)
         writer = backend._slot.writer
         with monkeypatch.context() as patch:
             patch.setattr("broker.sqlite.writer.MOST_DEFECTS", 10**9)
             _ = failing(writer, patch, lambda: ValueError("a defect"))
             with pytest.raises(NotDurable):
-                await backend.store.revoke_visitor(ask.client, ask.fingerprint)
+                await backend.store.revoke_visitor(request.client, request.fingerprint)
             assert backend.is_degraded
             assert writer.failures[FileError.OTHER] >= 1
         await until(lambda: not backend.is_degraded)
     async with broker.opened() as backend:
-        assert await held(backend, ask) is None
+        assert await held(backend, request) is None
 
 
 @pytest.mark.parametrize("error", [broken, lambda: ValueError("a defect")])
@@ -228,17 +230,17 @@ async def test_N2_what_a_defect_keeps_out_for_ever_is_given_up(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After some tries, counted as lost: what comes later is written."""
-    ask = broker.ask()
+    request = broker.ask()
     async with broker.opened() as backend:
         writer = backend._slot.writer
         with monkeypatch.context() as patch:
             tried = failing(writer, patch, lambda: ValueError("a defect"))
-            writer.add(SessionMade(broker.session(ask)))
+            writer.add(SessionMade(broker.session(request)))
             writer.add_end(SessionEnded("another", "web"))
             await until(lambda: writer.lost == 2)
             assert writer._waiting_ends() == 0
             assert len(tried) >= 3
-        later = broker.session(ask)
+        later = broker.session(request)
         await backend.sessions.record(later)
         assert await writer.end_written()
         await until(lambda: not backend.is_degraded)
@@ -256,22 +258,22 @@ async def test_a_store_says_whether_it_waits(broker: Broker, *, waits: bool) -> 
 
 async def test_G9_what_is_ended_again_takes_no_room(broker: Broker) -> None:
     """A client that repeats itself must not push out what others have ended; a new token counts."""
-    ask = broker.ask()
+    request = broker.ask()
     async with broker.opened() as backend:
         counts = backend._slot.writer._ledger._counts
-        _, session = await mint(broker, backend, ask)
+        _, session = await mint(broker, backend, request)
         for _ in range(100):
             await end(backend, session)
         assert await backend._slot.writer.end_written()
         assert counts[ENDS.number] == 2
-        _, another = await mint(broker, backend, ask)
-        assert await held(backend, ask) is not None
+        _, another = await mint(broker, backend, request)
+        assert await held(backend, request) is not None
         await end(backend, session)
-        assert await held(backend, ask) is None
+        assert await held(backend, request) is None
         assert await backend._slot.writer.end_written()
         assert counts[ENDS.number] == 3
     async with broker.opened() as backend:
-        assert await held(backend, ask) is None
+        assert await held(backend, request) is None
         assert await backend.sessions.ended(session.session_id)
         assert await backend.sessions.find(another.session_id) is not None
 

@@ -25,22 +25,22 @@ def handle() -> Iterator[int]:
     os.close(handle)
 
 
-def shown(metrics: Metrics, board: SharedCells) -> CollectorRegistry:
+def shown(metrics: Metrics, shared_cells: SharedCells) -> CollectorRegistry:
     """What a scrape of all rows shows."""
-    return exposition.registry(metrics.sheet.families, board, lambda: None)
+    return exposition.registry(metrics.sheet.families, shared_cells, lambda: None)
 
 
 class TestSheet:
     def test_every_cell_is_handed_out_once(self) -> None:
         """Two metrics in one cell would count each other; a histogram's cells are its own, too."""
-        sheet = Metrics("upstream", budget=True, shared_store=True, workers=3).sheet
+        layout = Metrics("upstream", budget=True, shared_store=True, workers=3).sheet
         taken: list[int] = []
-        for family in sheet.families:
+        for family in layout.families:
             if family.kind.value != "count":
                 size = len(family.bounds) + 2 if family.bounds else 1
                 for first in family.series.values():
                     taken += range(first, first + size)
-        assert sorted(taken) == list(range(sheet.width))
+        assert sorted(taken) == list(range(layout.width))
 
     def test_the_layout_is_the_same_in_every_process(self) -> None:
         """Whatever parts a process has: what is not shown has its cells all the same."""

@@ -306,12 +306,13 @@ class TestSeries:
     async def test_M3_their_number_is_constant_after_100_000_agents_and_visitors(self) -> None:
         """Labels never come from input: not agents, visitors, models, paths, methods, secrets."""
         async with serving({"limits": {"agent": {"burst": 10}}}, level="error") as edge:
+            now = edge.app.parts.clock.mono()
             before = (await edge.scrape()).keys()
             for n in range(100_000):
-                ask = TokenRequest("web", f"agent{n}", f"{n:032x}")
-                visit = await edge.app.parts.store.admit(ask, ask.key)
+                request = TokenRequest("web", f"agent{n}", f"{n:032x}")
+                visit = await edge.app.parts.store.admit(request, request.key)
                 assert visit.denial is None
-                assert edge.app.parts.store.charge_mint(ask, edge.app.parts.clock.mono()) is None
+                assert edge.app.parts.store.charge_mint(request, now) is None
             for n in range(2_000):
                 await edge.app.parts.token_service.issue(
                     TokenRequest("web", f"agent{n}", f"{n:016x}", f"m{n}"), 10
@@ -344,12 +345,12 @@ class TestSeries:
 @given(st.lists(st.floats(0, 20) | st.sampled_from(REQUEST_BUCKETS)))
 def test_a_histogram_counts_as_prometheus_does(values: list[float]) -> None:
     """A value on a bound belongs to that bucket; buckets are cumulative and end in all."""
-    sheet = MetricLayout()
-    histogram = sheet.histograms("h", "", REQUEST_BUCKETS)[()]
-    sheet.count("c", "", of="h")
+    layout = MetricLayout()
+    histogram = layout.histograms("h", "", REQUEST_BUCKETS)[()]
+    layout.count("c", "", of="h")
     for value in values:
         histogram.observe(value)
-    registry = exposition.registry(sheet.families, SharedCells([sheet.cells]), lambda: None)
+    registry = exposition.registry(layout.families, SharedCells([layout.cells]), lambda: None)
     assert registry.get_sample_value("h_count") == len(values)
     assert registry.get_sample_value("c_total") == len(values)
     assert registry.get_sample_value("h_sum") == pytest.approx(sum(values))

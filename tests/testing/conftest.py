@@ -73,13 +73,13 @@ class Caller:
         **options: object,
     ) -> "aiohttp.client._RequestContextManager":
         """Begin a request; `secret` "" means the vendor's own, None means none."""
-        ask = {"agent_id": agent, "fingerprint": fingerprint}
+        request = {"agent_id": agent, "fingerprint": fingerprint}
         if model is not None:
-            ask["model"] = model
+            request["model"] = model
         headers = dict(options.pop("headers", {}))
         if secret is not None:
             headers["api-secret"] = secret or self.vendor.secret.reveal()
-        data = msgspec.json.encode(ask) if body is None else body
+        data = msgspec.json.encode(request) if body is None else body
         url = self.vendor.url + path
         return self.http.post(url, data=data, headers=headers, allow_redirects=False, **options)
 

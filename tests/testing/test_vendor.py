@@ -92,7 +92,7 @@ class TestAnswer:
     def test_marks_differ_at_every_boundary(self):
         """Neither parts that run into each other nor an absent model share a mark."""
         asks = [("ab", "c"), ("a", "bc"), ("a", "b", "c"), ("a", "b", ""), ("a", "b"), ("A", "b")]
-        assert len({visitor_mark(*ask) for ask in asks}) == len(asks)
+        assert len({visitor_mark(*request) for request in asks}) == len(asks)
 
     async def test_carries_the_vendors_headers(self, vendor, caller, ticks):
         """Date, request id and rate-limit headers; the id differs from answer to answer."""
@@ -415,11 +415,11 @@ class TestLife:
         vendor.fail(faults.hang())
         before = asyncio.all_tasks()
         async with new_caller(vendor) as caller:
-            ask = asyncio.create_task(caller.mint())
+            request = asyncio.create_task(caller.mint())
             await vendor.journal.arrived(1)
-            ask.cancel()
+            request.cancel()
             with pytest.raises(asyncio.CancelledError):
-                await ask
+                await request
         for _ in range(10):
             await asyncio.sleep(0)
         assert asyncio.all_tasks() <= before

@@ -1,6 +1,7 @@
 """The fake vendor as a command: faults by name, set from outside, and a line for each request."""
 
 import asyncio
+import io
 import json
 import re
 import secrets
@@ -119,13 +120,31 @@ class TestControl:
     )
     async def test_bad_orders_change_nothing(self, open_vendor, content):
         status, told = await ask(open_vendor, "POST", content)
-        assert (status, list(told)) == (400, ["error"])
+        assert (status, told["error"]["code"]) == (400, "VALIDATION_ERROR")
+        assert told["status_code"] == told["error"]["httpStatus"] == 400
         assert (await ask(open_vendor, "GET"))[1]["set"] == []
 
     async def test_no_page_may_and_no_other_method(self, open_vendor):
         page = {"Origin": "http://shop.example"}
         assert (await ask(open_vendor, "DELETE", headers=page))[0] == 403
-        assert (await ask(open_vendor, "PUT"))[0] == 405
+        status, told = await ask(open_vendor, "PUT")
+        assert (status, told["error"]["code"]) == (405, "METHOD_NOT_ALLOWED")
+        assert "takes GET, POST, DELETE" in told["error"]["message"]
+
+    async def test_a_large_order_is_refused_without_a_traceback(self, open_vendor, caplog):
+        """One of more than aiohttp reads at a time."""
+        status, told = await ask(open_vendor, "POST", io.BytesIO(bytes(1024**2 + 1)))
+        assert (status, told["error"]["code"]) == (413, "PAYLOAD_TOO_LARGE")
+        assert caplog.records == []
+
+    @pytest.mark.parametrize("path", ["/_control", "/_control/", "/_control/faults"])
+    async def test_a_path_beside_it_is_told_where_it_is(self, open_vendor, path):
+        """And is in no journal: it is not the vendor's."""
+        async with aiohttp.ClientSession() as http, http.get(open_vendor.url + path) as response:
+            told = await response.json()
+        assert (response.status, told["error"]["code"]) == (404, "NOT_FOUND")
+        assert "set and shown at /_control/fault" in told["error"]["message"]
+        assert open_vendor.journal.records == []
 
     @pytest.mark.parametrize(
         ("peer", "status"),
@@ -137,7 +156,9 @@ class TestControl:
     )
     async def test_only_this_machine_may_wherever_it_listens(self, open_vendor, peer, status):
         """It asks for no secret."""
-        request = SimpleNamespace(remote=peer, headers={}, method="GET", read=_nothing)
+        request = SimpleNamespace(
+            remote=peer, path=CONTROL_PATH, headers={}, method="GET", read=_nothing
+        )
         answer = await Control(open_vendor._plan).answer(cast("web.BaseRequest", request))
         assert answer.status == status
 

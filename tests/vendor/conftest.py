@@ -10,7 +10,7 @@ from broker.testing import FakeVendor
 
 @pytest.fixture
 async def relay() -> AsyncIterator[Relay]:
-    """Desk, issuer and client before a vendor; one clock for both, moved by hand."""
+    """Service, issuer and client before a vendor; one clock for both, moved by hand."""
     async with relaying() as relay:
         yield relay
 

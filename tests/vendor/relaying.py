@@ -1,6 +1,6 @@
 """The relay before a vendor that fails on request: real sockets, generated secrets.
 
-`Relay` is the story without its front door (desk, budget, issuer, HTTP client) on a clock that a
+`Relay` is the story without its front door (service, budget, issuer, HTTP client) on a clock that a
 test may move; the vendor's clock is the same one.  `broker_before` is the whole application and
 somebody who asks it over HTTP.
 """
@@ -81,7 +81,7 @@ def roomy() -> Limits:
 
 
 class Relay:
-    """Desk, budget, issuer and HTTP client before `vendor`.
+    """Service, budget, issuer and HTTP client before `vendor`.
 
     With `owing` nobody knows yet what a process before it has left out.
     """
@@ -120,12 +120,19 @@ class Relay:
             mono=clock.mono,
         )
         self.store = MemoryStore(roomy(), self.tokens, clock)
-        self.book = MemorySessions(200_000, clock)
+        self.session_store = MemorySessions(200_000, clock)
         rules = MintRules(policy, 18.0)
         self.minter = Minter(
-            self.store, self.book, self.issuer, self.pacer, rules, clock, self.metrics, draw
+            self.store,
+            self.session_store,
+            self.issuer,
+            self.pacer,
+            rules,
+            clock,
+            self.metrics,
+            draw,
         )
-        self.desk = TokenService(self.store, self.minter, policy, clock)
+        self.service = TokenService(self.store, self.minter, policy, clock)
 
     async def open(self) -> None:
         await self.pacer.start()
@@ -136,7 +143,7 @@ class Relay:
             await until(lambda: self.pacer.remaining == burst, "a whole burst")
 
     async def close(self) -> None:
-        await self.desk.flights.close()
+        await self.service.flights.close()
         await self.pacer.close()
         await self.issuer.close()
 
@@ -151,8 +158,8 @@ class Relay:
         patience: float = 12.0,
     ) -> IssuedToken:
         """Ask for a token; a fingerprint left out is a new visitor's."""
-        ask = TokenRequest(client, agent, fingerprint or visitor(), model, fresh)
-        answer = await self.desk.issue(ask, patience)
+        request = TokenRequest(client, agent, fingerprint or visitor(), model, fresh)
+        answer = await self.service.issue(request, patience)
         assert isinstance(answer, IssuedToken)
         return answer
 
@@ -170,7 +177,7 @@ class Relay:
 
     async def settled(self) -> None:
         """Wait until no mint is under way."""
-        await self.desk.flights.drained()
+        await self.service.flights.drained()
 
     async def arrived(self, count: int) -> None:
         """Return when that many mint calls have reached the vendor."""
@@ -231,26 +238,26 @@ async def relaying(
             yield relay
         finally:
             await relay.close()
-        assert len(relay.desk.flights) == 0
+        assert len(relay.service.flights) == 0
 
 
-def session_of(handout: IssuedToken) -> str:
+def session_of(issued: IssuedToken) -> str:
     """Read the session back out of the ready answer."""
-    session: str = msgspec.json.decode(handout.token.body)["data"]["session_id"]
+    session: str = msgspec.json.decode(issued.token.body)["data"]["session_id"]
     return session
 
 
-def token_of(handout: IssuedToken) -> str:
+def token_of(issued: IssuedToken) -> str:
     """Read the token back out of the ready answer."""
-    token: str = msgspec.json.decode(handout.token.body)["data"]["token"]
+    token: str = msgspec.json.decode(issued.token.body)["data"]["token"]
     return token
 
 
 def belongs_to(
-    handout: IssuedToken, fingerprint: str, agent: str = AGENT, model: str | None = None
+    issued: IssuedToken, fingerprint: str, agent: str = AGENT, model: str | None = None
 ) -> bool:
     """Whether the vendor made this token for exactly this agent, visitor and model."""
-    return session_of(handout).startswith(visitor_mark(agent, fingerprint, model) + "-")
+    return session_of(issued).startswith(visitor_mark(agent, fingerprint, model) + "-")
 
 
 class Reply(msgspec.Struct):

@@ -126,10 +126,10 @@ class Visitors:
                 await asyncio.sleep(1 / self._rate)
 
     async def _ask(self, http: aiohttp.ClientSession, url: str) -> None:
-        ask = {"agent_id": AGENT, "fingerprint": secrets.token_hex(16)}
+        request = {"agent_id": AGENT, "fingerprint": secrets.token_hex(16)}
         try:
             async with http.post(
-                f"{url}/v1/embed-tokens/request", json=ask, headers={"api-secret": self._secret}
+                f"{url}/v1/embed-tokens/request", json=request, headers={"api-secret": self._secret}
             ) as answer:
                 await answer.read()
                 self.answers[answer.status] += 1

@@ -85,8 +85,8 @@ class TestFlights:
             others = [relay.begin(fingerprint) for _ in range(5)]
             await until(lambda: relay.pacer.depth == 1, "the mint to queue")
             first.cancel()
-            handouts = await asyncio.gather(*others)
-            assert len({token_of(handout) for handout in handouts}) == 1
+            all_issued = await asyncio.gather(*others)
+            assert len({token_of(issued) for issued in all_issued}) == 1
             assert relay.calls == 1
 
     async def test_G2_an_impatient_caller_takes_nothing_from_a_patient_one(
@@ -156,8 +156,8 @@ class TestFlights:
             again = [relay.begin(fingerprint) for _ in range(3)]
             await asyncio.gather(first, return_exceptions=True)
             again += [relay.begin(fingerprint) for _ in range(3)]
-            handouts = await asyncio.gather(*again)
-            assert len({token_of(handout) for handout in handouts}) == 1
+            all_issued = await asyncio.gather(*again)
+            assert len({token_of(issued) for issued in all_issued}) == 1
             assert relay.calls == 1
 
     async def test_F6_a_failure_that_nobody_awaits_is_nobody_s_business(self, relay: Relay) -> None:
@@ -282,8 +282,8 @@ class TestLifetimes:
         """Never cached for ever; after that time the vendor is asked again."""
         relay.vendor.fail(faults.claims(**claims))
         fingerprint = visitor()
-        handout = await relay.ask(fingerprint)
-        assert handout.left == left
+        issued = await relay.ask(fingerprint)
+        assert issued.left == left
         relay.clock.advance(left / SECOND)
         relay.vendor.heal()
         assert (await relay.ask(fingerprint)).outcome is Outcome.MINTED
@@ -363,9 +363,9 @@ class TestLifetimes:
         async with relaying(settings) as relay:
             fingerprint = visitor()
             for _ in range(100):
-                handout = await relay.ask(fingerprint)
+                issued = await relay.ask(fingerprint)
                 await relay.settled()
-                assert handout.left > 0
+                assert issued.left > 0
                 relay.clock.advance(seconds / 100)
             assert relay.calls <= 3
 
@@ -398,8 +398,8 @@ class TestLifetimes:
             fingerprint = visitor()
             await relay.ask(fingerprint)
             relay.clock.advance(HOUR - left)
-            handout = await relay.ask(fingerprint)
-            assert (handout.outcome is Outcome.MINTED) == bool(renewed)
+            issued = await relay.ask(fingerprint)
+            assert (issued.outcome is Outcome.MINTED) == bool(renewed)
             await relay.settled()
 
     async def test_T9_G5_a_renewal_that_fails_disturbs_nobody_and_is_tried_again_later(
@@ -413,8 +413,8 @@ class TestLifetimes:
             with relay.vendor.fail(faults.error(Refusal.CONCURRENCY_LIMIT_REACHED)):
                 for tries in range(1, 5):
                     for _ in range(50):
-                        handout = await relay.ask(fingerprint)
-                        assert handout.token is first.token
+                        issued = await relay.ask(fingerprint)
+                        assert issued.token is first.token
                         await relay.settled()
                     assert relay.calls == 1 + tries
                     relay.clock.advance(5)
@@ -438,7 +438,7 @@ class TestLifetimes:
                 assert (await relay.ask(fingerprint)).token is first.token
             await relay.arrived(2)
             assert (await relay.ask(fingerprint)).token is first.token
-            assert len(relay.desk.flights) == 1
+            assert len(relay.service.flights) == 1
             assert relay.calls == 2
             await relay.vendor.refuse_connections()
             await relay.settled()
@@ -466,10 +466,12 @@ class TestLifetimes:
             {"model": "M"},
             {"client": "other"},
         ]
-        handouts = [await relay.ask(fingerprint, **ask) for ask in asks]
-        assert len({token_of(handout) for handout in handouts}) == len(asks)
-        for ask, handout in zip(asks, handouts, strict=True):
-            assert belongs_to(handout, fingerprint, ask.get("agent", AGENT), ask.get("model"))
+        all_issued = [await relay.ask(fingerprint, **request) for request in asks]
+        assert len({token_of(issued) for issued in all_issued}) == len(asks)
+        for request, issued in zip(asks, all_issued, strict=True):
+            assert belongs_to(
+                issued, fingerprint, request.get("agent", AGENT), request.get("model")
+            )
 
 
 class TestStale:
@@ -482,9 +484,9 @@ class TestStale:
         relay.vendor.fail(faults.html())
         relay.clock.advance(HOUR - 299)
         for _ in range(39):
-            handout = await relay.ask(fingerprint)
-            assert handout.token is first.token
-            assert handout.left >= POLICY.outage
+            issued = await relay.ask(fingerprint)
+            assert issued.token is first.token
+            assert issued.left >= POLICY.outage
             relay.clock.advance(6)
         relay.clock.advance(6)
         error = await relay.failure(fingerprint)

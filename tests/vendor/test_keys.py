@@ -126,8 +126,8 @@ async def test_V3_a_revoked_first_key_of_two_no_caller_notices(relay: Relay) -> 
     relay.issuer.use_keys([relay.vendor.secret, second])
     await relay.ask()
     relay.vendor.revoke_secret(relay.vendor.secret)
-    handouts = await asyncio.gather(*(relay.ask() for _ in range(5)))
-    assert len(handouts) == 5
+    all_issued = await asyncio.gather(*(relay.ask() for _ in range(5)))
+    assert len(all_issued) == 5
     before = relay.calls
     for _ in range(20):
         await relay.ask()
@@ -144,8 +144,8 @@ async def test_V3_after_a_rotation_nobody_in_the_queue_tries_the_old_key() -> No
         second = relay.vendor.add_secret()
         relay.issuer.use_keys([relay.vendor.secret, second])
         relay.vendor.revoke_secret(relay.vendor.secret)
-        handouts = await asyncio.gather(*(relay.ask() for _ in range(10)))
-        assert len(handouts) == 10
+        all_issued = await asyncio.gather(*(relay.ask() for _ in range(10)))
+        assert len(all_issued) == 10
         assert relay.vendor.journal.in_window(60, where=failed) == 1
 
 

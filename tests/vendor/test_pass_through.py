@@ -683,6 +683,23 @@ class TestLimits:
             await until(lambda: wire.lost == 1, "the vendor to lose its caller")
             assert await house.counted("left") == 1
 
+    async def test_an_upload_whose_framing_breaks_is_told_at_once(self, house: Passing) -> None:
+        """And ends the vendor's connection, which has not got a whole body."""
+        house.vendor.fail(faults.hang(), path="/v1/x")
+        credentials = "".join(f"{n}: {v}\r\n" for n, v in house.credentials.items())
+        where = urlsplit(house.app.url)
+        reader, writer = await asyncio.open_connection(where.hostname, where.port)
+        with closing(writer):
+            head = f"POST /v1/x HTTP/1.1\r\nHost: a\r\n{credentials}"
+            writer.write(f"{head}Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n".encode())
+            await until(lambda: house.passed, "it to arrive")
+            writer.write(b"zz\r\n")
+            async with asyncio.timeout(30):
+                answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert b"broken transfer" in answer
+        assert b"Connection: close" in answer
+
     @pytest.mark.parametrize("framed", [True, False])
     async def test_a_vendor_that_breaks_off_leaves_a_broken_transfer(
         self, wire: Wire, vendor: FakeVendor, framed: bool
@@ -786,21 +803,33 @@ class TestLimits:
         with house.vendor.fail(body, path="/v1/agents"):
             assert await house.answered("GET", "/v1/agents") == (200, b"01234567")
 
-    async def test_no_more_at_a_time_than_there_are_places(
-        self, house: Passing, monkeypatch: pytest.MonkeyPatch
+    async def test_one_client_cannot_take_all_places(
+        self, vendor: FakeVendor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """503 at once for one more; mints have connections of their own and do not notice."""
-        monkeypatch.setattr(pass_through, "MAX_PASSED", 3)
-        with house.vendor.fail(faults.hang(), path="/v1/agents"):
-            held = [asyncio.ensure_future(house.answered("GET", "/v1/agents")) for _ in range(3)]
-            await until(lambda: len(house.passed) == 3, "them to hang")
-            assert await house.code("GET", "/v1/agents") == "SERVICE_UNAVAILABLE"
-            assert (await house.ask()).status == 200
-            for task in held:
-                task.cancel()
-            await asyncio.gather(*held, return_exceptions=True)
-        await until(lambda: house.app.metrics.pass_through.in_flight.value == 0, "free places")
-        assert (await house.answered("GET", "/v1/agents"))[0] == 200
+        """503 at once for one more than it leaves free; another client has a place, and mints."""
+        monkeypatch.setattr(pass_through, "MAX_PASSED", 6)
+        other = secrets.token_urlsafe(24)
+        tree = passing(ALL, pass_through=True)
+        tree["clients"]["other"] = {"secret": other, "agents": ["*"], "pass_through": True}
+        async with passing_before(vendor, tree) as house:
+            theirs = {"api-secret": house.key, "Authorization": f"Bearer {other}"}
+            with vendor.fail(faults.hang(), path="/v1/agents"):
+                held = [asyncio.ensure_future(house.answered("GET", "/v1/agents")) for _ in "abc"]
+                await until(lambda: len(house.passed) == 3, "them to hang")
+                async with house.call("GET", "/v1/agents") as refused:
+                    assert refused.status == 503
+                    assert int(refused.headers["Retry-After"]) >= 1
+                    error = (await refused.json())["error"]
+                assert error["code"] == "SERVICE_UNAVAILABLE"
+                assert "3 of them for this client" in error["message"]
+                assert (await house.answered("GET", "/v1/voices", headers=theirs))[0] == 200
+                assert (await house.ask()).status == 200
+                for task in held:
+                    task.cancel()
+                await asyncio.gather(*held, return_exceptions=True)
+            in_flight = house.app.metrics.pass_through.in_flight
+            await until(lambda: in_flight.value == 0, "free places")
+            assert (await house.answered("GET", "/v1/agents"))[0] == 200
 
     async def test_a_drain_lets_an_answer_end(self, vendor: FakeVendor) -> None:
         """What is under way when the broker is asked to stop comes to its end, and closes."""

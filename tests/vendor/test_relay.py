@@ -68,11 +68,13 @@ class TestWithoutConfiguration:
         async with process(*serve, folder=tmp_path, environ=environ) as broker:
             url = await url_of(broker)
             async with aiohttp.ClientSession() as http:
-                ask = {"agent_id": AGENT, "fingerprint": visitor()}
+                request = {"agent_id": AGENT, "fingerprint": visitor()}
 
                 async def mint(secret: str) -> tuple[int, dict, str]:
                     headers = {"api-secret": secret}
-                    async with http.post(url + TOKEN_PATH, json=ask, headers=headers) as response:
+                    async with http.post(
+                        url + TOKEN_PATH, json=request, headers=headers
+                    ) as response:
                         cached = response.headers.get("Cache-Status", "")
                         return response.status, await response.json(), cached
 

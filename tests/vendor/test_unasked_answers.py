@@ -114,8 +114,8 @@ async def test_G8_G9_an_answer_that_is_another_visitor_s_is_cached_for_nobody_el
             assert relay.calls == calls
         assert (await relay.ask(mine)).token == held.token
         if kept == "sid":
-            (session,) = await relay.book.page(Query(agent=AGENT), Place(), 10)
-            admin = SessionAdmin(relay.book, relay.store, SessionMetrics(MetricLayout()))
+            (session,) = await relay.session_store.page(Query(agent=AGENT), Place(), 10)
+            admin = SessionAdmin(relay.session_store, relay.store, SessionMetrics(MetricLayout()))
             assert await admin.end(session.session_id, visitor=False) == 1
             for each in (mine, theirs):
                 assert isinstance(await relay.failure(each), SessionEnded)

@@ -18,11 +18,11 @@ def body_of(size: int) -> bytes:
     return json.dumps(fields).encode()
 
 
-def chunked(edge: Edge, *chunks: bytes, end: bool = True) -> bytes:
-    """Write a token request whose length is not announced."""
+def chunked(edge: Edge, *chunks: bytes, end: bool = True, path: str = TOKEN_PATH) -> bytes:
+    """Write a request whose length is not announced, for a token if not for something else."""
     headers = [("api-secret", edge.secret), ("Transfer-Encoding", "chunked")]
     parts = [b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks]
-    return request("POST", TOKEN_PATH, headers) + b"".join(parts) + (b"0\r\n\r\n" if end else b"")
+    return request("POST", path, headers) + b"".join(parts) + (b"0\r\n\r\n" if end else b"")
 
 
 @pytest.fixture
@@ -180,21 +180,43 @@ class TestBrokenTransfers:
         assert await line.rest() == b""
         await line.close()
 
-    async def test_O3_a_body_that_breaks_later_is_408(
-        self, edge: Edge, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("path", [TOKEN_PATH, "/v1/introspect", "/v1/revoke"])
+    async def test_O3_a_body_that_breaks_later_is_400_at_once(
+        self, edge: Edge, line: Line, path: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The first chunk is good and read; what follows is not HTTP, so the rest never comes.
-
-        The parser does not tell a handler that is reading already, but it stays a clean 4xx.
-        """
-        monkeypatch.setattr("broker.web.body.BODY_TIMEOUT", 0.03)
-        monkeypatch.setattr("broker.web.connection.LINGER", 0.03)
-        line = await edge.connect()
-        line.send(chunked(edge, b"{", end=False))
+        """The first chunk is good and read; what follows is not HTTP, so the rest never comes."""
+        monkeypatch.setattr("broker.web.body.BODY_TIMEOUT", 3600)
+        line.send(chunked(edge, b"{", end=False, path=path))
         await line.writer.drain()
         assert (await edge.get("/livez")).status == 200
         line.send(b"nonsense\r\n")
-        reply = await line.answer()
-        assert (reply.status, reply.code) == (408, "REQUEST_TIMEOUT")
+        async with asyncio.timeout(30):
+            reply = await line.answer()
+        assert (reply.status, reply.code) == (400, "VALIDATION_ERROR")
+        assert "broken transfer" in reply.body.decode()
+        assert reply.header("Connection") == "close"
         assert await line.rest() == b""
-        await line.close()
+
+    async def test_O3_a_client_that_sends_on_after_its_body_broke_sees_the_answer(
+        self, edge: Edge, line: Line
+    ) -> None:
+        """A close at once would reset the connection, and the answer could be lost with it."""
+        line.send(chunked(edge, b"{", end=False))
+        await line.writer.drain()
+        assert (await edge.get("/livez")).status == 200
+        for _ in range(20):
+            line.send(b"nonsense\r\n" * 1000)
+            assert (await edge.get("/livez")).status == 200
+        reply = await line.answer()
+        assert (reply.status, reply.code) == (400, "VALIDATION_ERROR")
+        assert await line.rest() == b""
+
+    async def test_O3_a_refused_body_that_breaks_is_no_defect(
+        self, edge: Edge, line: Line, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """It is answered already, and only drained."""
+        line.send(chunked(edge, b"x" * (LIMIT + 1), end=False))
+        assert (await line.answer()).code == "PAYLOAD_TOO_LARGE"
+        line.send(b"nonsense\r\n")
+        assert await line.rest() == b""
+        assert "broker.defect" not in "".join(capsys.readouterr())

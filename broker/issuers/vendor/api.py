@@ -76,11 +76,11 @@ class _Failure(Struct, frozen=True):
     message: object
 
 
-def build_request(ask: TokenRequest) -> bytes:
+def build_request(request: TokenRequest) -> bytes:
     """Return the JSON body of a mint call; the fingerprint goes out byte for byte."""
-    fields = {"agent_id": ask.agent, "fingerprint": ask.fingerprint}
-    if ask.model is not None:
-        fields["model"] = ask.model
+    fields = {"agent_id": request.agent, "fingerprint": request.fingerprint}
+    if request.model is not None:
+        fields["model"] = request.model
     return _encode(fields)
 
 

@@ -205,29 +205,29 @@ def visitor_mark(agent: str | None, fingerprint: str | None, model: str | None =
     return hashlib.sha256(msgspec.json.encode([agent, fingerprint, model])).hexdigest()[:16]
 
 
-def read_ask(body: bytes, call: Call) -> None:
+def read_token_request(body: bytes, call: Call) -> None:
     """Fill in what a mint's body asks for; what is wrong with it goes into `call.problem`."""
     try:
-        ask = msgspec.json.decode(body)
+        request = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         call.problem = "the body is not JSON"
         return
-    if not isinstance(ask, dict):
+    if not isinstance(request, dict):
         call.problem = "the body is not a JSON object"
         return
-    problems = list(_fields(ask, call))
+    problems = list(_fields(request, call))
     call.problem = problems[0] if problems else None
 
 
-def _fields(ask: Mapping[object, object], call: Call) -> Iterable[str]:
+def _fields(request: Mapping[object, object], call: Call) -> Iterable[str]:
     """Fill in each field that is good, and yield what is wrong with each other."""
     for source, target in (("agent_id", "agent"), ("fingerprint", "fingerprint")):
-        value = ask.get(source)
+        value = request.get(source)
         if isinstance(value, str) and 0 < len(value) <= MAX_FIELD:
             setattr(call, target, value)
         else:
             yield f"{source} must be a string of 1 to {MAX_FIELD} characters"
-    model = ask.get("model")
+    model = request.get("model")
     if isinstance(model, str) and 0 < len(model) <= MAX_FIELD:
         call.model = model
     elif model is not None:

@@ -23,7 +23,7 @@ from broker.testing.vendor.control import Control
 from broker.testing.vendor.delivery import Whole, answers, deliver
 from broker.testing.vendor.faults import Fault
 from broker.testing.vendor.journal import MINT_PATH, Call, Journal
-from broker.testing.vendor.mint import Mint, read_ask
+from broker.testing.vendor.mint import Mint, read_token_request
 from broker.testing.vendor.other_routes import answer_to
 from broker.testing.vendor.plan import Plan
 from broker.testing.vendor.replies import Answer, Refusal, refusal
@@ -147,7 +147,7 @@ class Server:
         except web.HTTPRequestEntityTooLarge:
             body = b""
         call.received = len(body)
-        read_ask(body, call)
+        read_token_request(body, call)
 
     def _arrival(self, request: web.BaseRequest) -> Call:
         headers = request.headers

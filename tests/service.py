@@ -1,4 +1,4 @@
-"""A token desk over memory and a fake issuer, with everything in reach that a test may turn.
+"""A token service over memory and a fake issuer, with everything in reach that a test may turn.
 
 For tests of the story: they run it in virtual time (`broker.testing.run_virtual`).
 """
@@ -64,8 +64,8 @@ def limits(
     )
 
 
-class Desk:
-    """A desk and its surroundings."""
+class Service:
+    """A service and its surroundings."""
 
     def __init__(
         self,
@@ -88,10 +88,10 @@ class Desk:
         )
         self.store = MemoryStore(limits, self.tokens, clock)
         self.metrics = MintMetrics(MetricLayout(), "local")
-        self.book = MemorySessions(200_000, clock)
+        self.session_store = MemorySessions(200_000, clock)
         self.minter = Minter(
             self.store,
-            self.book,
+            self.session_store,
             self.issuer,
             NoPacing() if pacer is None else pacer,
             MintRules(policy, mint_timeout),
@@ -99,20 +99,24 @@ class Desk:
             self.metrics,
             draw or random.Random(20).random,
         )
-        self.desk = TokenService(self.store, self.minter, policy, clock)
+        self.service = TokenService(self.store, self.minter, policy, clock)
 
-    async def issue(self, ask: TokenRequest, patience: float = PATIENCE) -> IssuedToken | Rejection:
-        return await self.desk.issue(ask, patience)
+    async def issue(
+        self, request: TokenRequest, patience: float = PATIENCE
+    ) -> IssuedToken | Rejection:
+        return await self.service.issue(request, patience)
 
-    async def hand_out(self, ask: TokenRequest, patience: float = PATIENCE) -> IssuedToken:
+    async def hand_out(self, request: TokenRequest, patience: float = PATIENCE) -> IssuedToken:
         """Issue a token that no limit refuses."""
-        answer = await self.desk.issue(ask, patience)
+        answer = await self.service.issue(request, patience)
         assert isinstance(answer, IssuedToken)
         return answer
 
-    def begin(self, ask: TokenRequest, patience: float = PATIENCE) -> "asyncio.Task[IssuedToken]":
+    def begin(
+        self, request: TokenRequest, patience: float = PATIENCE
+    ) -> "asyncio.Task[IssuedToken]":
         """Let somebody ask, and go on."""
-        return asyncio.get_running_loop().create_task(self.hand_out(ask, patience))
+        return asyncio.get_running_loop().create_task(self.hand_out(request, patience))
 
     @property
     def mints(self) -> int:
@@ -131,8 +135,8 @@ class Desk:
 
     async def settled(self) -> None:
         """Wait until nothing is under way, and see that nothing was left behind."""
-        await self.desk.flights.drained()
-        assert not self.desk.flights._by_key
+        await self.service.flights.drained()
+        assert not self.service.flights._by_key
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
@@ -152,6 +156,6 @@ def session_of(token: EmbedToken) -> str:
     return msgspec.json.decode(token.body)["data"]["session_id"]
 
 
-def belongs_to(token: EmbedToken, ask: TokenRequest) -> bool:
+def belongs_to(token: EmbedToken, request: TokenRequest) -> bool:
     """Whether this token was minted for exactly this client, agent, fingerprint and model."""
-    return session_of(token).startswith(visitor_mark(ask) + "-")
+    return session_of(token).startswith(visitor_mark(request) + "-")
