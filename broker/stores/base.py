@@ -66,6 +66,14 @@ class Kept(Enum):
     """The visitor was ended while it was minted: it must not be handed out."""
 
 
+class Asker(Protocol):
+    """Who has asked a store that is elsewhere."""
+
+    def hear(self, said: Visit | Exception | None) -> None:
+        """Take what `Store.admit` returns or raises; None: nothing was done yet, call that."""
+        ...
+
+
 class Store(Protocol):
     """What requests share."""
 
@@ -79,6 +87,13 @@ class Store(Protocol):
         `now` is the monotonic clock at this moment, in microseconds.
         """
         return None
+
+    def ask(self, _ask: TokenRequest, _now: int, _asker: Asker) -> bool:
+        """Begin what `admit` does, and tell `_asker` of its end; False where only `admit` can.
+
+        It is told later, never within this call, and may have lost interest by then.
+        """
+        return False
 
     async def admit(self, ask: TokenRequest, key: str) -> Visit:
         """Charge the limits that every request meets, and look for a token under `key`."""

@@ -49,9 +49,9 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     asked: list[bytes] = []
     read = LaneConnection._read_first
 
-    def noted(self: LaneConnection, data: bytes, end: int, waiter: Any) -> None:
+    def noted(self: LaneConnection, data: bytes, end: int) -> None:
         asked.append(data)
-        read(self, data, end, waiter)
+        read(self, data, end)
 
     monkeypatch.setattr(LaneConnection, "_read_first", noted)
     return asked
