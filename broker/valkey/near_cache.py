@@ -77,6 +77,8 @@ class NearCache:
         front: EmbedToken | None,
     ) -> EmbedToken | None:
         """Read what a visit said about the token."""
+        if isinstance(reply, int) and front is not None:  # as held: in force, by the server
+            return front if self._ends.holds(ask.visitor, front.epoch) else None
         match reply:
             case [_, _, epoch]:
                 return self._only_here(ask, key, epoch, front)

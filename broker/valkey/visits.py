@@ -24,7 +24,7 @@ from broker.valkey.client.guarded import Operation, Question, StoreClient
 from broker.valkey.client.packing import Packed, pack
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script
-from broker.valkey.key_names import Names
+from broker.valkey.key_names import Names, ReadyCall, VisitorKeys
 from broker.valkey.near_cache import NearCache
 
 log = structlog.get_logger()
@@ -77,13 +77,25 @@ class Visits:
         kind = self.limits.fingerprint
         rule, bucket = kind.met_by(ask)
         front = self._front.find_at(ask.key, now)
-        numbers = _numbers(rule.limit, self._carried(kind.name, bucket), rule.dry_run)
-        names = self._names.visitor(ask.visitor)
-        version = b"%d" % front.version if front is not None else b""
-        keys = names.visit(kind.own_bucket(ask.agent), self._names.token_name(ask.key))
-        packed = Script.VISIT.by_name(keys, (numbers, version))
+        names, carried = self._names.visitor(ask.visitor), self._carried(kind.name, bucket)
+        version, epoch = (0, 0) if front is None else (front.version, front.epoch)
+        call = names.last_call
+        if (
+            call is None
+            or carried
+            or call.key != ask.key
+            or call.rule is not rule
+            or call.version != version
+            or call.epoch != epoch
+        ):
+            numbers = _numbers(rule.limit, carried, rule.dry_run)
+            keys = self._keys(ask, ask.key, names)
+            packed = Script.VISIT.by_name(keys, (numbers, *_known(front)))
+            call = ReadyCall(ask.key, rule, version, epoch, packed)
+            if not carried:
+                names.last_call = call
         question = _Visit(self, ask, rule, front, asker, instead)
-        return self._server.ask(question, names.epoch, packed, shapes.VISIT)
+        return self._server.ask(question, names.epoch, call.packed, shapes.VISIT)
 
     def visit_of(self, question: "_Visit", reply: Reply) -> Visit:
         """Return what a reply means to who has asked; raises what is answered."""
@@ -99,10 +111,13 @@ class Visits:
     def _read(
         self, ask: TokenRequest, rule: LimitRule, front: EmbedToken | None, reply: Reply
     ) -> Visit:
-        if not isinstance(reply, list):
+        if isinstance(reply, int):
+            allowed: Any = 1
+            wait: Any = reply
+        elif isinstance(reply, list):
+            allowed, wait, *_ = reply  # numbers, by the script's shape
+        else:
             raise StoreFailed(Reason.OTHER)
-        allowed: Any = reply[0]  # numbers, by the script's shape
-        wait: Any = reply[1]
         verdict = verdict_of(wait, rule.limit, allowed=allowed)
         self._counts.note(verdict, dry_run=rule.dry_run)
         if not verdict.allowed and not rule.dry_run:
@@ -112,11 +127,13 @@ class Visits:
     async def _run(
         self, ask: TokenRequest, key: str, front: EmbedToken | None, numbers: Packed
     ) -> Reply:
-        names = self._names.visitor(ask.visitor)
-        bucket = self.limits.fingerprint.own_bucket(ask.agent)
-        keys = names.visit(bucket, self._names.token_name(key))
-        version = b"%d" % front.version if front is not None else b""
-        return await self._server.run(Operation.VISIT, Script.VISIT, keys, numbers, version)
+        keys = self._keys(ask, key, self._names.visitor(ask.visitor))
+        known = _known(front)
+        return await self._server.run(Operation.VISIT, Script.VISIT, keys, numbers, *known)
+
+    def _keys(self, ask: TokenRequest, key: str, names: VisitorKeys) -> tuple[bytes, bytes, bytes]:
+        bucket = names.bucket("requests", self.limits.fingerprint.own_bucket(ask.agent))
+        return bucket, names.token(self._names.token_name(key)), names.epoch
 
 
 class _Visit(Question):
@@ -179,6 +196,11 @@ def verdict_of(wait: int, limit: Limit, *, allowed: int) -> Verdict:
     if not allowed and wait + limit.interval <= depth:
         raise StoreFailed(Reason.OTHER, "a bucket out of bounds")
     return verdict_from_wait(min(wait, depth), limit, allowed=bool(allowed))
+
+
+def _known(front: EmbedToken | None) -> tuple[bytes, bytes]:
+    """Return version and epoch of what is held here, as the script takes them."""
+    return (b"", b"") if front is None else (b"%d" % front.version, b"%d" % front.epoch)
 
 
 @lru_cache(maxsize=1024)

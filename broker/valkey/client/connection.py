@@ -188,7 +188,7 @@ class RespProtocol(asyncio.Protocol):
         reader, due = self._reader, self._due
         reader.feed(data)
         try:
-            while (reply := reader.take(due[0][1].flat if due else None)) is not False:
+            while (reply := reader.take()) is not False:
                 self._answered += 1
                 if not due:  # more replies than calls, or said before it hangs up
                     self.close(reply.reason if isinstance(reply, StoreFailed) else Reason.OTHER)
