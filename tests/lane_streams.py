@@ -202,31 +202,8 @@ class World:
         assert isinstance(connection, DataConnection)
         wire.connection = connection
         connection.connection_made(wire)
-        for number, piece in enumerate(stream.pieces):
-            if number in stream.settled or number in stream.changes or number == stream.drains:
-                await settle()
-            if number in stream.changes:
-                self.know(second=stream.changes[number])
-            if number == stream.drains:
-                self.readiness.draining = True
-            for _ in range(stream.turns.get(number, 0)):
-                await asyncio.sleep(0)
-            if wire.closed:
-                break
-            connection.data_received(piece)
-        if (
-            stream.leaves == "end" and not wire.closed and not connection.eof_received()
-        ) or stream.leaves == "gone":
-            wire.close()
-        else:
-            await settle()
-        if wire.is_paused and not wire.closed:
-            connection.resume_writing()
-            await settle()
-        if stream.ends and not stream.leaves and not wire.closed:
-            if not connection.eof_received():
-                wire.close()
-            await settle()
+        await self._send(stream, connection, wire)
+        await self._leave(stream, connection, wire)
         asked = [(ask.request_id, ask.traceparent) for ask in self.desk.issuer.asks[before:]]
         seen = Seen(b"".join(wire.written), asked, wire.closed, self._counted())
         task = connection._task_handler
@@ -239,6 +216,35 @@ class World:
         self.know(second=True)
         self.clock.advance(0.7)
         return seen
+
+    async def _send(self, stream: Stream, connection: DataConnection, wire: Wire) -> None:
+        for number, piece in enumerate(stream.pieces):
+            if number in stream.settled or number in stream.changes or number == stream.drains:
+                await settle()
+            if number in stream.changes:
+                self.know(second=stream.changes[number])
+            if number == stream.drains:
+                self.readiness.draining = True
+            for _ in range(stream.turns.get(number, 0)):
+                await asyncio.sleep(0)
+            if wire.closed:
+                break
+            connection.data_received(piece)
+
+    async def _leave(self, stream: Stream, connection: DataConnection, wire: Wire) -> None:
+        if stream.leaves == "gone":
+            wire.close()
+            return
+        if stream.leaves == "end" and not wire.closed and not connection.eof_received():
+            wire.close()
+        await settle()
+        if wire.is_paused and not wire.closed:
+            connection.resume_writing()
+            await settle()
+        if stream.ends and not stream.leaves and not wire.closed:
+            if not connection.eof_received():
+                wire.close()
+            await settle()
 
     def _counted(self) -> list[float]:
         cells = self.metrics.sheet.cells

@@ -132,66 +132,6 @@ async def measure(options: argparse.Namespace, store: str) -> None:
     await bench.parts.shared_backend.close()
 
 
-def note(self) -> None:
-        """Take note of an answer."""
-        self._left -= 1
-        if not self._left:
-            self._all.set_result(None)
-
-    async def send(self, requests: Any) -> None:
-        """Send one request on each connection, and wait for all answers."""
-        self._left = len(self.wires)
-        self._all = asyncio.get_running_loop().create_future()
-        for receive in self.receivers:
-            receive(next(requests))
-        await self._all
-
-
-async def measure(options: argparse.Namespace, store: str) -> None:
-    """Print the smallest round of each case."""
-    tuner = GcTuner()
-    bench = Bench(store)
-    assert bench.parts.shared_backend is not None
-    await bench.parts.shared_backend.open()
-    wave = Wave(bench, options.connections)
-    await asyncio.sleep(0.05)
-    tuner.start()
-    cases = [case for case in options.cases.split(",") if case != "bare"]
-    requests = {case: cycle(bench.requests(case, CROWD)) for case in cases}
-    for some in requests.values():
-        for _ in range(2 * CROWD // options.connections):
-            await wave.send(some)
-    status = {wire.last[9:12] for wire in wave.wires}
-    if status != {b"200"}:
-        sys.exit(f"{status}: {wave.wires[0].last!r}")
-    best: dict[str, float] = {}
-    for _ in range(options.rounds):
-        for case, some in requests.items():
-            gc.collect()
-            profile = cProfile.Profile()
-            with profile if options.profile else nullcontext():
-                began = time.thread_time_ns()
-                for _ in range(options.waves):
-                    await wave.send(some)
-                took = time.thread_time_ns() - began
-            if options.profile:
-                print(case)
-                profile.print_stats("tottime")
-            note(best, case, took, options)
-        if "bare" in options.cases:
-            note(best, "bare", await bare(bench, wave, options), options)
-    for case, took in best.items():
-        print(f"{case:11}{took:>8.2f} us")
-    await bench.parts.shared_backend.close()
-
-
-class gc_nothing:
-    """Profiles nothing."""
-
-    def __enter__(self) -> Any: ...
-    def __exit__(self, *_: object) -> None: ...
-
-
 def note(best: dict[str, float], case: str, took: float, options: argparse.Namespace) -> None:
     """Take note of a round's nanoseconds, as microseconds a request."""
     each = took / options.waves / options.connections / 1000
