@@ -100,6 +100,8 @@ async def measure(options: argparse.Namespace, store: str) -> None:
     bench = Bench(store)
     assert bench.parts.shared_backend is not None
     await bench.parts.shared_backend.open()
+    nodes: Any = bench.parts.shared_backend.server.nodes
+    nodes._link._timeout = 60.0  # neighbours may stop us for longer than a request would wait
     wave = Wave(bench, options.connections)
     await asyncio.sleep(0.05)
     tuner.start()
