@@ -69,7 +69,7 @@ class SharedStore(Store):
 
     @override
     def ask(self, ask: TokenRequest, now: int, asker: Asker) -> bool:
-        return self._remote.ask(ask, now, asker, self._instead)
+        return self._remote.visits.ask(ask, now, asker, self._instead)
 
     def _instead(self, ask: TokenRequest, now: int, failed: StoreFailed) -> Visit:
         """Return what a visit meets here, because it failed there; raises StoreAway."""

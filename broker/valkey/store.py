@@ -22,7 +22,7 @@ from typing_extensions import override
 from broker.limits.policy import LimitPolicy, Limits
 from broker.model import Clock, EmbedToken, LimitName, TokenRequest, visitor_of
 from broker.sealing import Seal
-from broker.stores.base import Asker, Kept, Lease, Rejection, Visit
+from broker.stores.base import Kept, Lease, Rejection, Visit
 from broker.stores.epochs import ENDS_LAST, KnownEnds
 from broker.stores.token_cache import TokenCache
 from broker.tasks import TaskSet
@@ -36,7 +36,7 @@ from broker.valkey.client.shapes import COUNTED, GET
 from broker.valkey.key_names import Names, VisitorKeys, is_epoch
 from broker.valkey.leases import LEASE, LEASE_MEMORY, Leases, texts
 from broker.valkey.near_cache import NearCache
-from broker.valkey.visits import Instead, Visits, numbers_of, verdict_of
+from broker.valkey.visits import Visits, numbers_of, verdict_of
 
 MOST_ASKED = 1_000
 """Ends that are asked for at a time; a flood of news that nobody believes must not become one."""
@@ -90,7 +90,7 @@ class ValkeyStore:
         self._names = access.names
         self._front = NearCache(front, seal, clock, known_here.ends, origins, self._put_back)
         self._limits = limits
-        self._visits = Visits(
+        self.visits = Visits(
             access.server,
             access.names,
             self._front,
@@ -110,7 +110,7 @@ class ValkeyStore:
 
     def use_limits(self, limits: Limits) -> None:
         """Put other limits in force, for the next request on."""
-        self._limits = self._visits.limits = limits
+        self._limits = self.visits.limits = limits
 
     async def admit(self, ask: TokenRequest, key: str) -> Visit:
         """Charge what every request meets, and look for a token.
@@ -122,16 +122,7 @@ class ValkeyStore:
             denial = await self._charge(limit, ask.client, self._names.client(ask.client))
             if denial is not None:
                 return Visit(None, denial, None)
-        return await self._visits.make(ask, key)
-
-    def ask(self, ask: TokenRequest, now: int, asker: Asker, instead: Instead) -> bool:
-        """Do what `admit` does, and tell `asker`; see `Store.ask`.
-
-        `instead` is what a failure of the server becomes.
-        """
-        if self._limits.client is not None:  # a second question
-            return False
-        return self._visits.ask(ask, now, asker, instead)
+        return await self.visits.make(ask, key)
 
     async def charge_client(self, client: str) -> Rejection | None:
         """Charge the client's limit, where there is one."""
@@ -142,7 +133,7 @@ class ValkeyStore:
 
     async def peek(self, ask: TokenRequest, key: str) -> EmbedToken | None:
         """Look for a token, charging nothing."""
-        return await self._visits.peek(ask, key)
+        return await self.visits.peek(ask, key)
 
     async def lead(
         self, ask: TokenRequest, key: str, good: Callable[[EmbedToken], bool]

