@@ -228,19 +228,27 @@ async def test_the_end_of_the_idle_time_waits_for_it(server: StoreServer) -> Non
         assert is_hit(await line.answer())
 
 
-async def test_SIGTERM_lets_it_be_answered(server: StoreServer) -> None:
-    """The answer says that it is the last one."""
+async def test_SIGTERM_lets_it_be_answered(
+    server: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the signal begins is a drain: the answer says that it is the last one."""
     async with served(server) as (edge, line, ours):
         async with pending(server, edge, line, ours):
-            edge.app.parts.readiness.draining = True
-            drain = asyncio.create_task(edge.app.parts.server.drain(PATIENCE))
-            await until(lambda: ours._later is None or drain.done() or ours.is_busy)
+            edge.app.stop()
+            end = asyncio.create_task(edge.app.run())
+            await until(lambda: edge.app.parts.readiness.draining)
             await asyncio.sleep(0.1)  # some looks at what is busy
-            assert not drain.done()
+            assert not end.done()
         reply = await line.answer()
         assert is_hit(reply)
         assert reply.header("Connection") == "close"
-        await drain
+        assert await line.rest() == b""
+        await end
+        monkeypatch.setattr(edge.app, "run", _nothing)
+
+
+async def _nothing() -> None:
+    """It has ended."""
 
 
 async def test_the_end_of_a_drain_gives_it_to_aiohttp(server: StoreServer) -> None:
