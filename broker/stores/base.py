@@ -3,7 +3,8 @@
 A store keeps what requests share: buckets, tokens, and who mints for a key.  It decides by the
 rules of `broker.rules` and counts what it decided; it does not know HTTP, issuers or flights.
 Methods are coroutines although memory needs none: a shared store answers `admit` with one round
-trip.  Nearly all requests end with it, so where it waits for nothing it can be had by a call.
+trip.  Nearly all requests end with it, so where it waits for nothing it can be had by a call
+(`visit`), and where it waits for one reply by a question (`ask`), which needs no task either.
 
 Theory of operation.  A mint for a key has one leader among all processes that share the store.
 `lead` makes its caller the leader, unless somebody else is: then it waits for their outcome.  What

@@ -67,10 +67,11 @@ async def idle(edge: Edge) -> Line:
 
 
 class TestDifference:
-    async def test_random_streams_are_answered_as_without_it(self) -> None:
+    @pytest.mark.parametrize("waits", [False, True], ids=["memory", "elsewhere"])
+    async def test_random_streams_are_answered_as_without_it(self, *, waits: bool) -> None:
         """Bytes, ends of connections, counts: `tests/load/lane_fuzz.py` does a million of them."""
         with structlog.testing.capture_logs():
-            worlds = Worlds()
+            worlds = Worlds(waits=waits)
             for seed in range(1200):
                 assert not await worlds.compare(seed)
 
