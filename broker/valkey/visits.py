@@ -64,7 +64,7 @@ class Visits:
         rule, bucket = kind.met_by(ask)
         front = self._front.find(key)
         numbers = _numbers(rule.limit, self._carried(kind.name, bucket), rule.dry_run)
-        return self._read(ask, rule, front, await self._run(ask, key, front, numbers))
+        return self.read(ask, rule, front, await self._run(ask, key, front, numbers))
 
     async def peek(self, ask: TokenRequest, key: str) -> EmbedToken | None:
         """Look for a token, charging nothing."""
@@ -100,20 +100,14 @@ class Visits:
         question = _Visit(self, ask, rule, front, asker, instead)
         return self._server.ask(question, names.epoch, call.packed, shapes.VISIT)
 
-    def visit_of(self, question: "_Visit", reply: Reply) -> Visit:
-        """Return what a reply means to who has asked; raises what is answered."""
-        try:
-            return self._read(question.ask, question.rule, question.front, reply)
-        except StoreFailed as failed:
-            return self.visit_without(question, failed)
-
     def visit_without(self, question: "_Visit", failed: StoreFailed) -> Visit:
         """Return what a failure means; raises what is answered."""
         return question.instead(question.ask, self._clock.mono(), failed)
 
-    def _read(
+    def read(
         self, ask: TokenRequest, rule: LimitRule, front: EmbedToken | None, reply: Reply
     ) -> Visit:
+        """Return what the script said of a visit; raises StoreFailed for what it would not say."""
         if isinstance(reply, int):
             allowed: Any = 1
             wait: Any = reply
@@ -167,10 +161,16 @@ class _Visit(Question):
     def take(self, reply: Reply) -> None:
         said: Visit | Exception
         try:
-            said = self._visits.visit_of(self, reply)
+            said = self._visits.read(self.ask, self.rule, self.front, reply)
+        except StoreFailed as failed:
+            self.fail(failed)
+            return
         except Exception as error:  # noqa: BLE001 - raised where it is answered
             said = error
-        self._tell(said)
+        try:
+            self._asker.hear(said)
+        except Exception as error:  # others' replies are behind it
+            log.error("broker.defect", exc_info=error)
 
     @override
     def fail(self, error: StoreFailed | None) -> None:
@@ -180,13 +180,10 @@ class _Visit(Question):
                 said = self._visits.visit_without(self, error)
         except Exception as answered:  # noqa: BLE001 - as in `take`
             said = answered
-        self._tell(said)
-
-    def _tell(self, said: Visit | Exception | None) -> None:
         try:
             self._asker.hear(said)
-        except Exception as error:  # others' replies are behind it
-            log.error("broker.defect", exc_info=error)
+        except Exception as defect:  # as in `take`
+            log.error("broker.defect", exc_info=defect)
 
 
 def verdict_of(wait: int, limit: Limit, *, allowed: int) -> Verdict:
