@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from replica import Replica, opened
 from servers import AnyServer, StoreCluster, StoreServer
 from state_files import Broker
@@ -155,6 +156,16 @@ class TestValkey(SharedStoreContract):
         asked = Asked()
         assert opened.store.ask(ask, opened.moments()[0], asked)
         assert isinstance(await asked.said, Visit)
+
+    async def test_two_tokens_of_a_visitor_are_asked_for_apart(self, open_store: OpenStore) -> None:
+        """G8: by a process that holds neither, one after the other."""
+        opened = await open_store(limits_of())
+        asks = [ask_of("9f86d081"), replace(ask_of("9f86d081"), model="m")]
+        tokens = [await keep(opened, ask, token_at(opened)) for ask in asks]
+        assert isinstance(opened, OpenedShared)
+        opened.replica.front.clear()
+        found = [(await visit(opened, ask)).token for ask in asks]
+        assert [token and token.body for token in found] == [token.body for token in tokens]
 
 
 @pytest.mark.parts

@@ -21,12 +21,15 @@ from broker.clock import SystemClock
 from broker.model import TokenRequest
 from broker.tasks import Later
 from broker.valkey.near_cache import NearCache
+from broker.valkey.visits import Visits
 from broker.web.lane_connection import LaneConnection
 
 pytestmark = pytest.mark.parts
 
 PATIENCE = 60.0
 KEY = secrets.token_urlsafe(48)
+
+VISITS = 'broker_store_duration_seconds_count{operation="visit"}'
 
 Served = tuple[Edge, Line, LaneConnection]
 
@@ -121,6 +124,7 @@ async def test_hits_are_answered_where_the_reply_arrives(
     async with served(server) as (edge, line, ours):
         queued.clear()
         before, left = await reused(edge), ours._manager.requests_count  # type: ignore[union-attr]
+        calls = (await edge.scrape())[VISITS]
         ids, remaining = set(), []
         for _ in range(5):
             line.send(edge.asking(VISITOR))
@@ -132,6 +136,7 @@ async def test_hits_are_answered_where_the_reply_arrives(
         assert len(ids) == 5
         assert remaining == [17, 16, 15, 14, 13]
         assert await reused(edge) == before + 5
+        assert (await edge.scrape())[VISITS] == calls + 5
         assert ours._manager is not None
         assert ours._manager.requests_count == left + 5
         assert not ours.is_busy
@@ -356,8 +361,9 @@ async def test_a_stranger_is_minted_for_in_a_task(server: StoreServer, queued: l
         assert queued == [True]
 
 
+@pytest.mark.parametrize("part", ["route", "store"])
 async def test_a_defect_of_what_hears_the_reply_is_told(
-    server: StoreServer, monkeypatch: pytest.MonkeyPatch
+    server: StoreServer, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     """500 in the envelope; the replies behind it are their callers'."""
     async with served(server) as (edge, line, ours):
@@ -370,8 +376,11 @@ async def test_a_defect_of_what_hears_the_reply_is_told(
         async with pending(server, edge, line, ours):
             other.send(edge.asking(VISITOR))
             await until(lambda: sum(c.is_busy for c in _connections(edge)) == 2)
-            monkeypatch.setattr(ours._later.route, "_issued", fail)  # type: ignore[union-attr]
-            monkeypatch.setattr(ours._later.route, "_failed", fail)  # type: ignore[union-attr]
+            if part == "route":
+                monkeypatch.setattr(edge.app.parts.routes.tokens, "_issued", fail)
+                monkeypatch.setattr(edge.app.parts.routes.tokens, "_failed", fail)
+            else:
+                monkeypatch.setattr(Visits, "read", fail)
         for each in (line, other):
             reply = await each.answer()
             assert (reply.status, reply.code) == (500, "INTERNAL_ERROR")
