@@ -165,6 +165,17 @@ async def test_one_who_leaves_meanwhile_is_forgotten(server: StoreServer, end: s
         assert reply.header("X-RateLimit-Remaining") == "16"  # the 4th request of 20
 
 
+async def test_a_connection_takes_any_number_of_heads(server: StoreServer) -> None:
+    """The parser is told of each that was answered: it stops at a number that wait."""
+    async with served(server) as (edge, line, _):
+        for number in range(100):
+            line.send(edge.asking(VISITOR, headers=[("X-Number", str(number))]))
+            assert (await line.answer()).status == (200 if number < 18 else 429)
+        line.send(request("GET", "/livez") * 2)
+        async with asyncio.timeout(PATIENCE):
+            assert [(await line.answer()).status for _ in range(2)] == [200] * 2
+
+
 async def test_one_who_leaves_before_a_mint_has_none_made(server: StoreServer) -> None:
     """Nobody waits for the token that the store says is not there."""
     async with served(server) as (edge, line, ours):
