@@ -56,6 +56,7 @@ class TokenService:
 
     def __init__(self, store: Store, minter: Minter, policy: ReusePolicy, clock: Clock) -> None:
         self._store = store
+        self.ask = store.ask
         self._minter = minter
         self._policy = policy
         self._clock = clock
@@ -66,12 +67,16 @@ class TokenService:
         begun = self.begin(request, self._clock.mono())
         return begun if isinstance(begun, Answered) else await self.finish(request, begun, timeout)
 
-    def begin(self, request: TokenRequest, now: int) -> IssuedToken | Rejection | Visit | None:
+    def begin(
+        self, request: TokenRequest, now: int, visit: Visit | None = None
+    ) -> IssuedToken | Rejection | Visit | None:
         """Answer at once, if that can be; what is returned else is for `finish`.
 
-        `now` is the monotonic clock in microseconds.
+        `now` is the monotonic clock in microseconds; `visit` is what the store has said already, to
+        who has asked it (`ask`).
         """
-        visit = self._store.visit(request, now)
+        if visit is None:
+            visit = self._store.visit(request, now)
         return None if visit is None else self._judge(request, visit, now)
 
     def _judge(

@@ -11,10 +11,10 @@ Knows nothing of what the tasks do.
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import structlog
 from typing_extensions import override
@@ -185,6 +185,52 @@ class Begun(Coroutine[Any, Any, T]):
 
     def __next__(self) -> object:
         return self.send(None)
+
+
+class Later(Generic[T]):
+    """What comes of a question that is out; no task waits for it.
+
+    Whoever asked calls `tell`, once.  Whoever has it sets `then`, which is called at that moment,
+    and may take it back until then (None: nobody wants to know).  `outcome` is what came of it, or
+    work that is still to be done for it.  Awaited, it does all of that itself.
+    """
+
+    __slots__ = ("is_told", "then")
+
+    def __init__(self) -> None:
+        self.then: Callable[[], None] | None = None
+        self.is_told = False
+
+    def tell(self) -> None:
+        """The answer is there."""
+        self.is_told = True
+        then, self.then = self.then, None
+        if then is not None:
+            then()
+
+    def outcome(self) -> T | Coroutine[Any, Any, T]:
+        """Return what came of it: asked for once, after `tell`."""
+        raise NotImplementedError
+
+    async def wait(self) -> T:
+        """Wait in a task."""
+        if not self.is_told:
+            told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self.then = partial(_settle, told)
+            try:
+                await told
+            finally:
+                self.then = None
+        outcome = self.outcome()
+        return await outcome if isinstance(outcome, Coroutine) else outcome
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        return self.wait().__await__()
+
+
+def _settle(told: "asyncio.Future[None]") -> None:
+    if not told.done():  # or who waits was cancelled
+        told.set_result(None)
 
 
 async def aside(work: Callable[[], T]) -> T:

@@ -16,8 +16,11 @@ from typing import Any, NamedTuple
 from service import Service, limits
 from typing_extensions import override
 
-from broker.model import Outcome, Secret
+from broker.errors import StoreAway
+from broker.model import Outcome, Secret, TokenRequest
 from broker.sessions.admin import TokenIntrospector
+from broker.stores.base import Asker, Visit
+from broker.stores.memory import MemoryStore
 from broker.telemetry.metrics import Metrics
 from broker.telemetry.readiness import Readiness
 from broker.testing import FakeClock
@@ -48,6 +51,10 @@ class Stream(NamedTuple):
     """Before this piece the drain begins; -1: never."""
     ends: bool
     """Whether the client ends its sending half."""
+    turns: dict[int, int]
+    """Before these pieces so many turns of the loop pass."""
+    leaves: str
+    """How the client leaves without awaiting its answers: "", "end" of its half, or "gone"."""
 
 
 class Seen(NamedTuple):
@@ -57,6 +64,44 @@ class Seen(NamedTuple):
     asked: list[tuple[str, str]]
     is_closed: bool
     counted: list[float]
+
+
+class WaitingStore(MemoryStore):
+    """A store elsewhere: visits take some turns of the loop, and some do not go as asked.
+
+    Every eleventh cannot be asked for by a question, others are told that nothing was done, or that
+    the store is away.
+    """
+
+    waits = True
+    asked = 0
+
+    @override
+    def visit(self, ask: TokenRequest, now: int) -> Visit:
+        return None  # type: ignore[return-value]  # as the base of all stores does
+
+    @override
+    def ask(self, ask: TokenRequest, now: int, asker: Asker) -> bool:
+        self.asked += 1
+        if not self.asked % 11:
+            return False
+        self._answer_after(self.asked % 7 + 1, self.asked, ask, asker)
+        return True
+
+    def _answer_after(self, turns: int, number: int, ask: TokenRequest, asker: Asker) -> None:
+        if turns:
+            loop = asyncio.get_running_loop()
+            loop.call_soon(self._answer_after, turns - 1, number, ask, asker)
+        elif not number % 13:
+            asker.hear(StoreAway() if number % 2 else None)
+        else:
+            asker.hear(super().visit(ask, self._clock.mono()))
+
+    @override
+    async def admit(self, ask: TokenRequest, key: str) -> Visit:
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return super().visit(ask, self._clock.mono())
 
 
 class Wire(asyncio.Transport):
@@ -108,10 +153,12 @@ class Wire(asyncio.Transport):
 class World:
     """A listener without a network, on the story as it is and an issuer of known tokens."""
 
-    def __init__(self, *, lane: bool) -> None:
+    def __init__(self, *, lane: bool, waits: bool = False) -> None:
         self.clock = FakeClock()
         self.service = Service(
-            self.clock, limits=limits(fingerprint=TIGHT, mints=ROOMY, agent=ROOMY)
+            self.clock,
+            limits=limits(fingerprint=TIGHT, mints=ROOMY, agent=ROOMY),
+            store=WaitingStore if waits else MemoryStore,
         )
         # when a renewal in the background has ended is nobody's promise
         self.service.minter.may_renew_ahead = lambda _key: False  # type: ignore[method-assign]
@@ -159,31 +206,13 @@ class World:
         assert isinstance(connection, DataConnection)
         wire.connection = connection
         connection.connection_made(wire)
-        for number, piece in enumerate(stream.pieces):
-            if number in stream.settled or number in stream.changes or number == stream.drains:
-                await settle()
-            if number in stream.changes:
-                self.know(second=stream.changes[number])
-            if number == stream.drains:
-                self.readiness.draining = True
-            if wire.closed:
-                break
-            connection.data_received(piece)
-        await settle()
-        if wire.is_paused and not wire.closed:
-            connection.resume_writing()
-            await settle()
-        if stream.ends and not wire.closed:
-            if not connection.eof_received():
-                wire.close()
-            await settle()
-        asked = [
-            (request.request_id, request.traceparent)
-            for request in self.service.issuer.asks[before:]
-        ]
+        await self._send(stream, connection, wire)
+        await self._leave(stream, connection, wire)
+        asked = [(it.request_id, it.traceparent) for it in self.service.issuer.asks[before:]]
         seen = Seen(b"".join(wire.written), asked, wire.closed, self._counted())
         task = connection._task_handler
         connection.connection_lost(None)
+        assert getattr(connection, "_later", None) is None
         if task is not None:
             await asyncio.wait([task])
         await settle()
@@ -191,6 +220,36 @@ class World:
         self.know(second=True)
         self.clock.advance(0.7)
         return seen
+
+    async def _send(self, stream: Stream, connection: DataConnection, wire: Wire) -> None:
+        for number, piece in enumerate(stream.pieces):
+            if number in stream.settled or number in stream.changes or number == stream.drains:
+                await settle()
+            if number in stream.changes:
+                self.know(second=stream.changes[number])
+            if number == stream.drains:
+                self.readiness.draining = True
+            if connection._body.is_eof():  # else who is faster answers before the body is there
+                for _ in range(stream.turns.get(number, 0)):
+                    await asyncio.sleep(0)
+            if wire.closed:
+                break
+            connection.data_received(piece)
+
+    async def _leave(self, stream: Stream, connection: DataConnection, wire: Wire) -> None:
+        if stream.leaves == "gone":
+            wire.close()
+            return
+        if stream.leaves == "end" and not wire.closed and not connection.eof_received():
+            wire.close()
+        await settle()
+        if wire.is_paused and not wire.closed:
+            connection.resume_writing()
+            await settle()
+        if stream.ends and not stream.leaves and not wire.closed:
+            if not connection.eof_received():
+                wire.close()
+            await settle()
 
     def _counted(self) -> list[float]:
         cells = self.metrics.sheet.cells
@@ -216,21 +275,43 @@ async def settle() -> None:
 
 
 class Worlds:
-    """The same listener with the fast lane and without it."""
+    """The same listener with the fast lane and without it; with a store that `waits`, if wanted."""
 
-    def __init__(self) -> None:
-        self.fast, self.ordinary = World(lane=True), World(lane=False)
+    def __init__(self, *, waits: bool = False) -> None:
+        self._waits = waits
         self.tokens: list[str] = ["token-none"]
+        self._begin()
+
+    def _begin(self) -> None:
+        self.fast = World(lane=True, waits=self._waits)
+        self.ordinary = World(lane=False, waits=self._waits)
 
     async def compare(self, seed: int) -> str:
         """Send the stream of this seed to both; returns what differs, empty if nothing does."""
         stream = draw(random.Random(seed), self.tokens)
+        if not self._waits:
+            stream = stream._replace(leaves="")
         fast, ordinary = await self.fast.run(stream), await self.ordinary.run(stream)
+        if stream.leaves:
+            self._begin()  # what was charged before the client left is nobody's promise
+            at_least, all_of_it = _without_close(ordinary), _without_close(fast)
+            return (
+                "" if all_of_it.startswith(at_least) else _difference(seed, stream, fast, ordinary)
+            )
         found = re.findall(rb'"token":"([^"]+)"', ordinary.written)
         self.tokens = [*self.tokens, *(token.decode() for token in found)][-20:]
         if fast == ordinary:
             return ""
-        return f"seed {seed}:\n{stream}\nfast lane: {fast}\nordinary:  {ordinary}"
+        return _difference(seed, stream, fast, ordinary)
+
+
+def _difference(seed: int, stream: Stream, fast: Seen, ordinary: Seen) -> str:
+    return f"seed {seed}:\n{stream}\nfast lane: {fast}\nordinary:  {ordinary}"
+
+
+def _without_close(seen: Seen) -> bytes:
+    """Return what was written; that an answer is the last one may have been told or not."""
+    return seen.written.replace(b"Connection: close\r\n", b"")
 
 
 def draw(rng: random.Random, tokens: list[str]) -> Stream:
@@ -257,6 +338,8 @@ def draw(rng: random.Random, tokens: list[str]) -> Stream:
         changes if rng.random() < 0.2 else {},
         rng.choice(numbers) if rng.random() < 0.05 else -1,
         rng.random() < 0.2,
+        {n: rng.randint(1, 12) for n in numbers if rng.random() < 0.3},
+        rng.choice(("end", "gone")) if rng.random() < 0.1 else "",
     )
 
 

@@ -27,9 +27,10 @@ from broker.pacing.slots import Budget
 from broker.stores.token_cache import TokenCache
 from broker.telemetry.metrics import STORE_ERRORS, Metrics
 from broker.testing import FakeClock
-from broker.valkey.client.guarded import Operation
+from broker.valkey.client.guarded import Operation, Question
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script, command
+from broker.valkey.client.shapes import Shape
 from broker.valkey.fallback import SharedStore
 from broker.valkey.slots import SharedSlots
 from broker.valkey.store import ValkeyStore
@@ -165,7 +166,12 @@ class Replica:
             await self.server._tasks.finish()
 
     def _go_by(self, now: Callable[[], int]) -> None:
-        run = self.server.run
+        run, ask = self.server.run, self.server.ask
+
+        def asked(question: Question, key: bytes, packed: bytes, shape: Shape) -> bool:
+            name, _, *rest = packed.split(b"\r\n")[2::2]  # of a visit, in which there is no CRLF
+            sha = timed(Script.VISIT)._sha
+            return ask(question, key, command(name, sha, *rest, b"%d" % now()), shape)
 
         async def told(
             operation: Operation, script: Script, keys: Sequence[bytes], *arguments: bytes
@@ -173,6 +179,7 @@ class Replica:
             return await run(operation, timed(script), keys, *arguments, b"%d" % now())
 
         self.server.run = told
+        self.server.ask = asked
 
 
 @asynccontextmanager

@@ -77,6 +77,7 @@ class Service:
         mint_timeout: float = 20.0,
         max_tokens: int = 200_000,
         draw: Callable[[], float] | None = None,
+        store: type[MemoryStore] = MemoryStore,
     ) -> None:
         self.clock = clock
         self.limits = limits
@@ -86,7 +87,7 @@ class Service:
             keep_until=lambda token: token.dies_mono - policy.marks(token.lifetime).outage,
             mono=clock.mono,
         )
-        self.store = MemoryStore(limits, self.tokens, clock)
+        self.store = store(limits, self.tokens, clock)
         self.metrics = MintMetrics(MetricLayout(), "local")
         self.session_store = MemorySessions(200_000, clock)
         self.minter = Minter(

@@ -119,7 +119,7 @@ class Model:
 
     def visit(
         self, keys: list[str], limit: Limit, carried: int, charge: bool, dry: bool, known: int,
-        now: int,
+        under: int, now: int,
     ) -> Reply:  # fmt: skip
         """Decide a visit."""
         bucket, token, visitor = keys
@@ -129,6 +129,8 @@ class Model:
         epoch = self.epochs.get(visitor, 0)
         reply: list[Reply] = [int(allowed), wait, text(-1 if epoch is None else epoch)]
         if found := self.held(token, epoch, now):
+            if found.version == known and epoch == under and allowed:
+                return wait
             reply += [text(found.version), found.dies - now]
             if found.version != known:
                 reply.append(found.sealed)
@@ -247,8 +249,11 @@ def _step(  # noqa: PLR0911 - a branch a script
             held = model.tokens.get(token)
             known = held.version if held and draw.random() < 0.5 else 0
             arguments = [*numbers, b"%d" % carried, b"%d" % charge, b"%d" % dry]
-            arguments.append(b"%d" % known if known else b"")
-            reply = model.visit([bucket, token, epoch], limit, carried, charge, dry, known, now)
+            under = held.epoch + (draw.random() < 0.1) if held else 0
+            arguments += [b"%d" % known, b"%d" % under] if known else [b"", b""]
+            reply = model.visit(
+                [bucket, token, epoch], limit, carried, charge, dry, known, under, now
+            )
             return Script.VISIT, encoded(bucket, token, epoch), arguments, reply
         case 1:
             allowed, wait = model.spend(bucket, limit, carried, now)

@@ -103,7 +103,7 @@ def spend(full_at: int, limit: Limit, now: int) -> tuple[int, Verdict]:
 
 def verdict_from_wait(wait: int, limit: Limit, *, allowed: bool) -> Verdict:
     """Return the verdict of a bucket elsewhere, which told only this; `wait` is us until full."""
-    spare = limit.depth - wait
+    spare = limit.burst * limit.interval - wait  # no property: each hit on a shared store asks
     if allowed:
         return Verdict(True, spare // limit.interval, wait, 0, limit)  # noqa: FBT003 - hot path
     return Verdict(False, 0, wait, limit.interval - spare, limit)  # noqa: FBT003 - hot path

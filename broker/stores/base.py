@@ -3,7 +3,8 @@
 A store keeps what requests share: buckets, tokens, and who mints for a key.  It decides by the
 rules of `broker.rules` and counts what it decided; it does not know HTTP, issuers or flights.
 Methods are coroutines although memory needs none: a shared store answers `admit` with one round
-trip.  Nearly all requests end with it, so where it waits for nothing it can be had by a call.
+trip.  Nearly all requests end with it, so where it waits for nothing it can be had by a call
+(`visit`), and where it waits for one reply by a question (`ask`), which needs no task either.
 
 Theory of operation.  A mint for a key has one leader among all processes that share the store.
 `lead` makes its caller the leader, unless somebody else is: then it waits for their outcome.  What
@@ -66,6 +67,14 @@ class Kept(Enum):
     """The visitor was ended while it was minted: it must not be handed out."""
 
 
+class Asker(Protocol):
+    """Who has asked a store that is elsewhere."""
+
+    def hear(self, said: Visit | Exception | None) -> None:
+        """Take what `Store.admit` returns or raises; None: nothing was done yet, call that."""
+        ...
+
+
 class Store(Protocol):
     """What requests share."""
 
@@ -75,6 +84,13 @@ class Store(Protocol):
         `now` is the monotonic clock at this moment, in microseconds.
         """
         return None
+
+    def ask(self, _ask: TokenRequest, _now: int, _asker: Asker) -> bool:
+        """Begin what `admit` does, and tell `_asker` of its end; False where only `admit` can.
+
+        It is told later, never within this call, and may have lost interest by then.
+        """
+        return False
 
     async def admit(self, ask: TokenRequest, key: str) -> Visit:
         """Charge the limits that every request meets, and look for a token under `key`."""

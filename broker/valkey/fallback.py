@@ -22,7 +22,7 @@ from broker.errors import StoreAway
 from broker.limits.buckets import BucketTable
 from broker.limits.policy import Limits, share_of
 from broker.model import Clock, EmbedToken, LimitName, TokenRequest
-from broker.stores.base import Kept, Lease, Rejection, Store, Visit
+from broker.stores.base import Asker, Kept, Lease, Rejection, Store, Visit
 from broker.stores.memory import MemoryStore
 from broker.valkey.client.errors import StoreFailed
 from broker.valkey.client.guarded import StoreClient
@@ -66,6 +66,15 @@ class SharedStore(Store):
         self._limits = limits
         self._remote.use_limits(limits)
         self._alone.use_limits(share_of(limits, self._divided_by))
+
+    @override
+    def ask(self, ask: TokenRequest, now: int, asker: Asker) -> bool:
+        return self._remote.visits.ask(ask, now, asker, self._instead)
+
+    def _instead(self, ask: TokenRequest, now: int, failed: StoreFailed) -> Visit:
+        """Return what a visit meets here, because it failed there; raises StoreAway."""
+        self._go_alone(failed)
+        return self._alone.visit(ask, now)
 
     @override
     async def admit(self, ask: TokenRequest, key: str) -> Visit:

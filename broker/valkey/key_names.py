@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable
 
 from msgspec import Struct
 
+from broker.limits.policy import LimitRule
 from broker.model import SEPARATOR, Secret, TokenRequest
 from broker.tables import Recent
-from broker.valkey.client.packing import Keys, pack_keys
 
 PREFIX = "etb:"
 """What every key and channel begins with; the ACL of the broker's user allows nothing else."""
@@ -31,30 +31,31 @@ NAMES_KNOWN = 50_000
 them takes 8 us."""
 
 
+class ReadyCall(Struct, frozen=True, gc=False):
+    """A visit in the protocol's form, and what it was made of: the same again is the same call."""
+
+    key: str
+    rule: LimitRule
+    version: int
+    epoch: int
+    packed: bytes
+
+
 class VisitorKeys(Struct, gc=False):
     """Names of one visitor's keys, all in one slot: `slot` begins all but that of the `epoch`.
 
-    `hash_agent` says what stands for an agent in a name.
+    `hash_agent` says what stands for an agent in a name; `last_call` is the visitor's last visit.
+    Those of tens of thousands are held, so the collector must have nothing to visit.
     """
 
     slot: bytes
     epoch: bytes
     hash_agent: Callable[[str], str]
-    last_agent: str = ""
-    last_name: bytes = b""
-    last_keys: Keys | None = None
+    last_call: ReadyCall | None = None
 
     def bucket(self, limit: str, agent: str = "") -> bytes:
         """The bucket of a limit; `agent` where it has one of its own there."""
         return self.slot + (f"{limit}:{self.hash_agent(agent)}" if agent else limit).encode()
-
-    def visit(self, agent: str, name: bytes) -> Keys:
-        """Bucket, token and epoch, as a visit needs them; those of the last visit are kept."""
-        keys = self.last_keys
-        if keys is None or self.last_agent != agent or self.last_name != name:
-            keys = pack_keys(self.bucket("requests", agent), self.token(name), self.epoch)
-            self.last_agent, self.last_name, self.last_keys = agent, name, keys
-        return keys
 
     def token(self, name: bytes) -> bytes:
         """A token."""

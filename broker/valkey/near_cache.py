@@ -47,6 +47,10 @@ class NearCache:
         """Return what is held under this key, whatever the server may say of it."""
         return self._cache.find(key)
 
+    def find_at(self, key: str, now: int) -> EmbedToken | None:
+        """Return the same for a caller that has just read the clock."""
+        return self._cache.find_at(key, now)
+
     def hold(self, key: str, token: EmbedToken) -> None:
         """Hold a token that the server has, too; not if its key was dropped in that moment."""
         if token.origin in self._origins():
@@ -73,6 +77,8 @@ class NearCache:
         front: EmbedToken | None,
     ) -> EmbedToken | None:
         """Read what a visit said about the token."""
+        if isinstance(reply, int) and front is not None:  # as held: in force, by the server
+            return front if self._ends.holds(ask.visitor, front.epoch) else None
         match reply:
             case [_, _, epoch]:
                 return self._only_here(ask, key, epoch, front)

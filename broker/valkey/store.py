@@ -14,16 +14,13 @@ Who leads is `leases`' affair.
 """
 
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 from msgspec import Struct
 from typing_extensions import override
 
 from broker.limits.policy import LimitPolicy, Limits
 from broker.model import Clock, EmbedToken, LimitName, TokenRequest, visitor_of
-from broker.rules.bucket import Limit, Verdict, verdict_from_wait
 from broker.sealing import Seal
 from broker.stores.base import Kept, Lease, Rejection, Visit
 from broker.stores.epochs import ENDS_LAST, KnownEnds
@@ -33,13 +30,13 @@ from broker.telemetry.counts import BucketCounts
 from broker.valkey import mint_errors
 from broker.valkey.client.errors import Reason, StoreFailed, number
 from broker.valkey.client.guarded import Operation, StoreClient
-from broker.valkey.client.packing import Packed, pack
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script, command
 from broker.valkey.client.shapes import COUNTED, GET
 from broker.valkey.key_names import Names, VisitorKeys, is_epoch
 from broker.valkey.leases import LEASE, LEASE_MEMORY, Leases, texts
 from broker.valkey.near_cache import NearCache
+from broker.valkey.visits import Visits, numbers_of, verdict_of
 
 MOST_ASKED = 1_000
 """Ends that are asked for at a time; a flood of news that nobody believes must not become one."""
@@ -93,6 +90,15 @@ class ValkeyStore:
         self._names = access.names
         self._front = NearCache(front, seal, clock, known_here.ends, origins, self._put_back)
         self._limits = limits
+        self.visits = Visits(
+            access.server,
+            access.names,
+            self._front,
+            limits,
+            clock,
+            counts,
+            known_here.carried,
+        )
         self._clock = clock
         self._counts = counts
         self._replica = access.replica.encode()
@@ -104,31 +110,19 @@ class ValkeyStore:
 
     def use_limits(self, limits: Limits) -> None:
         """Put other limits in force, for the next request on."""
-        self._limits = limits
+        self._limits = self.visits.limits = limits
 
     async def admit(self, ask: TokenRequest, key: str) -> Visit:
         """Charge what every request meets, and look for a token.
 
         One round trip, and one before it where clients have a limit.
         """
-        limits = self._limits
-        if limits.client is not None:  # a slot of its own; off by default
-            denial = await self._charge(limits.client, ask.client, self._names.client(ask.client))
+        limit = self._limits.client
+        if limit is not None:  # a slot of its own; off by default
+            denial = await self._charge(limit, ask.client, self._names.client(ask.client))
             if denial is not None:
                 return Visit(None, denial, None)
-        kind = limits.fingerprint
-        rule = kind.for_agent(ask.agent)
-        front = self._front.find(key)
-        reply = await self._ask_visitor(ask, key, front, rule.limit, rule.dry_run)
-        if not isinstance(reply, list):
-            raise StoreFailed(Reason.OTHER)
-        allowed: Any = reply[0]  # numbers, by the script's shape
-        wait: Any = reply[1]
-        verdict = _verdict(wait, rule.limit, allowed=allowed)
-        self._counts[kind.name].note(verdict, dry_run=rule.dry_run)
-        if not verdict.allowed and not rule.dry_run:
-            return Visit(verdict, Rejection(kind.name, verdict), None)
-        return Visit(verdict, None, self._front.read(ask, key, reply, front))
+        return await self.visits.make(ask, key)
 
     async def charge_client(self, client: str) -> Rejection | None:
         """Charge the client's limit, where there is one."""
@@ -139,8 +133,7 @@ class ValkeyStore:
 
     async def peek(self, ask: TokenRequest, key: str) -> EmbedToken | None:
         """Look for a token, charging nothing."""
-        front = self._front.find(key)
-        return self._front.read(ask, key, await self._ask_visitor(ask, key, front), front)
+        return await self.visits.peek(ask, key)
 
     async def lead(
         self, ask: TokenRequest, key: str, good: Callable[[EmbedToken], bool]
@@ -164,12 +157,12 @@ class ValkeyStore:
                 case [b"failed", bytes(error)]:
                     raise mint_errors.decode(error)
                 case [b"denied", int(wait)]:
-                    verdict = _verdict(wait, rule.limit, allowed=0)
+                    verdict = verdict_of(wait, rule.limit, allowed=0)
                     return Rejection(mints.name, verdict)
                 case [b"lead", _, bytes(epoch), *_] if number(epoch) < self._ends.of(ask.visitor):
                     await self._tell_end(names.epoch, self._ends.of(ask.visitor))
                 case [b"lead", bytes(fence), bytes(epoch), int(allowed), int(wait)]:
-                    verdict = _verdict(wait, rule.limit, allowed=allowed)
+                    verdict = verdict_of(wait, rule.limit, allowed=allowed)
                     self._counts[mints.name].note(verdict, dry_run=rule.dry_run)
                     return await self._begin(ask, key, Lease(number(fence), number(epoch)))
                 case _:
@@ -256,24 +249,6 @@ class ValkeyStore:
         self.leases.wake(waiting, names.lease(name))
         return kept
 
-    def _ask_visitor(
-        self,
-        ask: TokenRequest,
-        key: str,
-        front: EmbedToken | None,
-        limit: Limit | None = None,
-        dry_run: bool = False,  # noqa: FBT001, FBT002 - hot path: positional is half the cost
-    ) -> Awaitable[Reply]:
-        kind = self._limits.fingerprint
-        keys = self._names.visitor(ask.visitor).visit(
-            kind.own_bucket(ask.agent), self._names.token_name(key)
-        )
-        carried = 0 if limit is None else self._carried(kind.name, kind.visitor_key(ask))
-        version = b"%d" % front.version if front is not None else b""
-        return self._server.run(
-            Operation.VISIT, Script.VISIT, keys, _visit_numbers(limit, carried, dry_run), version
-        )
-
     def _put_back(self, ask: TokenRequest, key: str, token: EmbedToken) -> None:
         self._tasks.start(self._write_again(ask, key, token))
 
@@ -286,7 +261,7 @@ class ValkeyStore:
     ) -> list[Reply]:
         kind = self._limits.fingerprint_mints
         rule = kind.for_agent(ask.agent)
-        burst, interval = _numbers(rule.limit)
+        burst, interval = numbers_of(rule.limit)
         reply = await self._server.run(
             Operation.LEAD,
             Script.LEAD,
@@ -331,14 +306,14 @@ class ValkeyStore:
     ) -> Rejection | None:
         """Charge a bucket that is not a visitor's."""
         rule = kind.for_agent(agent)
-        burst, interval = _numbers(rule.limit)
+        burst, interval = numbers_of(rule.limit)
         carried = b"%d" % self._carried(kind.name, local_key)
         reply = await self._server.run(
             Operation.AGENT, Script.SPEND, (name,), burst, interval, carried
         )
         match reply:
             case [int(allowed), int(wait)]:
-                verdict = _verdict(wait, rule.limit, allowed=allowed)
+                verdict = verdict_of(wait, rule.limit, allowed=allowed)
             case _:
                 raise StoreFailed(Reason.OTHER)
         self._counts[kind.name].note(verdict, dry_run=rule.dry_run)
@@ -365,29 +340,3 @@ async def revoke_visitor(
     with contextlib.suppress(StoreFailed):  # counted; they ask the server with each visit anyway
         _ = await server.command(Operation.KEEP, names.channel, news, COUNTED)
     return number(reply)
-
-
-def _verdict(wait: int, limit: Limit, *, allowed: int) -> Verdict:
-    """Return what a bucket on the server said; raises StoreFailed for what none would say.
-
-    Scripts count in doubles: a bucket that takes ages may be off by as little as they are.
-    """
-    depth = limit.depth
-    if not 0 <= wait <= depth and not 0 <= wait <= int(float(depth)):
-        raise StoreFailed(Reason.OTHER, "a bucket out of bounds")
-    if not allowed and wait + limit.interval <= depth:
-        raise StoreFailed(Reason.OTHER, "a bucket out of bounds")
-    return verdict_from_wait(min(wait, depth), limit, allowed=bool(allowed))
-
-
-@lru_cache(maxsize=1024)
-def _visit_numbers(limit: Limit | None, carried: int, dry_run: bool) -> Packed:  # noqa: FBT001 - as above
-    """Return burst, interval, what is carried, whether to charge, and whether to deny."""
-    burst, interval = (b"1", b"1") if limit is None else _numbers(limit)
-    charge = b"0" if limit is None else b"1"
-    return pack(burst, interval, b"%d" % carried, charge, b"1" if dry_run else b"0")
-
-
-@lru_cache(maxsize=1024)
-def _numbers(limit: Limit) -> tuple[bytes, bytes]:
-    return b"%d" % limit.burst, b"%d" % limit.interval

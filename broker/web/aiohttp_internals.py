@@ -14,11 +14,11 @@ from aiohttp import web
 from aiohttp.web_request import BaseRequest
 from typing_extensions import override
 
-from broker.tasks import TaskSet
+from broker.tasks import Later, TaskSet
 from broker.web.lane import Lane
 from broker.web.lane_connection import LaneConnection
 from broker.web.response import Answer, ReadyAnswer
-from broker.web.whole_request import Request, WholeRequest
+from broker.web.whole_request import Request, WholeRequest, Work
 
 ATTRIBUTES = (
     "_buffer_paused",
@@ -75,7 +75,8 @@ class _Trial:
     def __init__(self) -> None:
         self._goes_on = asyncio.get_running_loop().create_future()
         self._leaving = TaskSet()
-        handlers = {_PATH: {"GET": self._answer, "POST": self._answer}}
+        self._word = _Word()
+        handlers = {_PATH: {"GET": self._handle, "POST": self._handle}}
         ids = SimpleNamespace(given_id=lambda _headers: "", new_id=lambda: "id")
         server = web.Server(_ordinary(self._answer), handler_cancellation=True)
         lane = Lane(handlers, ids)
@@ -92,6 +93,8 @@ class _Trial:
             for body in (b"", b"{}", b"{}", b"{}", b""):
                 self._require_at_once(body)
             await self._require_to_go_on()
+            self._require_at_once(b"{}")
+            await self._require_to_be_told()
             self._require_at_once(b"{}")
             self._connection.data_received(_asking(b"1") + _asking(b"2"))
             both = [_answered(b"1"), _answered(b"2")]
@@ -125,6 +128,24 @@ class _Trial:
         self._require([_answered(b"wait")])
         await self._until(lambda: self._connection.is_idle)
 
+    async def _require_to_be_told(self) -> None:
+        """What waits for a call is written within it, or by aiohttp once more has come."""
+        asking, answered = _asking(_Word.BODY), _answered(_Word.BODY)
+        self._connection.data_received(asking)
+        self._require([])
+        self._word.tell()
+        self._require([answered])
+        self._word = _Word()
+        self._connection.data_received(asking)
+        self._connection.data_received(_asking(b"more"))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        self._require([])
+        self._word.tell()
+        await self._until(lambda: len(self._transport.written) > 1)
+        self._require([answered, _answered(b"more")])
+        await self._until(lambda: self._connection.is_idle)
+
     def _require(self, expected: list[bytes]) -> None:
         written, self._transport.written = self._transport.written, []
         if written != expected:
@@ -137,6 +158,11 @@ class _Trial:
             await asyncio.sleep(0)
         raise LaneFault("what has to come did not come")
 
+    def _handle(self, request: Request, request_id: str) -> Later[Answer] | Work:
+        if isinstance(request, WholeRequest) and request.body == _Word.BODY:
+            return self._word
+        return self._answer(request, request_id)
+
     async def _answer(self, request: Request, _request_id: str) -> Answer:
         if isinstance(request, WholeRequest):
             body = request.body
@@ -148,6 +174,16 @@ class _Trial:
             if asyncio.current_task() is None:
                 raise LaneFault("what waits does not go on in a task")
         return Answer(200, b"HTTP/1.1 200 OK\r\n", body)
+
+
+class _Word(Later[Answer]):
+    """An answer that a call tells."""
+
+    BODY = b"told"
+
+    @override
+    def outcome(self) -> Answer:
+        return Answer(200, b"HTTP/1.1 200 OK\r\n", self.BODY)
 
 
 def _asking(body: bytes) -> bytes:

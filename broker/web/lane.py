@@ -6,7 +6,9 @@ requests are for a token from memory, or refused.  So a connection that is idle 
 of the handler's work by hand, as soon as one whole request has come.  If that was the last one, its
 answer is written there and then.  If it waits, it is handed, begun, to aiohttp's own loop, and goes
 on inside a task as if it had begun there (`tasks.Begun`).  A handler may also answer with its call,
-which spares a coroutine and the exception that ends it: two microseconds of ten.
+which spares a coroutine and the exception that ends it: two microseconds of ten; or with what one
+call will tell (`tasks.Later`), as a visit of a shared store does: the connection keeps it, and
+writes the answer in that call.
 
 The story is written once, and the lane knows nothing of it.  What it asks of a handler is that
 nothing before its first wait needs to know the task that it runs in, as `asyncio.timeout` does.

@@ -3,6 +3,11 @@
 A connection is idle when aiohttp's loop waits for its next request: then nothing is queued, under
 way, refused or closing, and what was answered is sent.  Only then is a request answered here, so
 answers keep their order, and a client that does not read is answered no further.
+
+A request whose answer waits for one call to be told (`Later`: a visit of a shared store) is kept
+here meanwhile, and for aiohttp the connection is idle.  Whatever happens on it until then, be it
+bytes, the client's end, the end of the idle time or of the process, hands the request over first:
+then it is aiohttp's, as any other that waits.
 """
 
 import asyncio
@@ -11,12 +16,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from aiohttp import web
 from aiohttp.http import HttpProcessingError, RawRequestMessage
-from aiohttp.streams import EMPTY_PAYLOAD
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_request import BaseRequest
 from typing_extensions import override
 
-from broker.tasks import Begun, TaskSet
-from broker.web.connection import READ_BUFFER, DataConnection
+from broker.tasks import Begun, Later, TaskSet
+from broker.web.connection import LINGER, READ_BUFFER, DataConnection
 from broker.web.head_bounds import MAX_HEAD, is_followed
 from broker.web.known_heads import KnownHead, split
 from broker.web.lane import Lane, failed
@@ -30,7 +35,16 @@ if TYPE_CHECKING:
 class LaneConnection(DataConnection):
     """One connection of the data listener; `leaving` owns what is cancelled with it."""
 
-    __slots__ = ("_begun", "_is_between", "_lane", "_leaving", "_serve", "_written")
+    __slots__ = (
+        "_asked",
+        "_begun",
+        "_is_between",
+        "_lane",
+        "_later",
+        "_leaving",
+        "_serve",
+        "_written",
+    )
 
     def __init__(
         self,
@@ -43,6 +57,8 @@ class LaneConnection(DataConnection):
         super().__init__(manager, error_head, keep_alive)
         self._lane = lane
         self._leaving = leaving
+        self._later: Later[Answer] | None = None  # the answer to `_asked`; nothing else is there
+        self._asked: tuple[RawRequestMessage, StreamReader] | None = None
         self._begun: Work | None = None  # of the message that is first in the queue
         self._written: Answer | None = None  # what it was answered with
         self._is_between = True  # the parser has read whole requests, and nothing of the next one
@@ -64,18 +80,46 @@ class LaneConnection(DataConnection):
         """What reads heads; None once the connection is lost."""
         return self._parser
 
+    @property
+    @override
+    def is_busy(self) -> bool:
+        return self._later is not None or super().is_busy
+
     @override
     def connection_lost(self, exc: BaseException | None) -> None:
+        if self._later is not None:
+            self._later.then = None
+            self._later = None
         begun, self._begun = self._begun, None
         super().connection_lost(exc)
         if begun is not None:
             self._leaving.cancel(begun)
 
     @override
+    def eof_received(self) -> bool:  # type: ignore[override]
+        self._hand_over()
+        return super().eof_received()
+
+    @override
+    def close(self) -> None:
+        self._hand_over()
+        super().close()
+
+    @override
+    async def shutdown(self, timeout: float | None = LINGER) -> None:
+        self._hand_over()
+        await super().shutdown(timeout)
+
+    @override
+    def _close_if_idle(self) -> None:
+        self._hand_over()
+        super()._close_if_idle()
+
+    @override
     def data_received(self, data: bytes) -> None:
         waiter = self._waiter
         # None: a request is under way, or its answer is not sent; done: one is about to be, or the
-        # connection is being closed
+        # connection is being closed.  Not between: nor while an answer waits for a call
         if waiter is None or waiter.done() or not self._is_between or not data:
             self._read_on(data)
             return
@@ -86,15 +130,15 @@ class LaneConnection(DataConnection):
             head, trace = split(head)
             known = self._lane.find(head) if trace else None
         if known is None or known.length != len(data) - end:
-            self._read_first(data, end, waiter)
+            self._read_first(data, end)
             return
         request = WholeRequest(known.message, data[end:], self, known.facts, trace)
-        if self._run(known.handler, request, known.given_id or self._lane.new_id()):
-            return
-        self._messages.append((known.message, EMPTY_PAYLOAD))
-        waiter.set_result(None)
+        if not self._run(known.handler, request, known.given_id or self._lane.new_id()):
+            self._queue((known.message, EMPTY_PAYLOAD))
+        elif self._later is not None:
+            self._asked = known.message, EMPTY_PAYLOAD
 
-    def _read_first(self, data: bytes, end: int, waiter: "asyncio.Future[None]") -> None:
+    def _read_first(self, data: bytes, end: int) -> None:
         """Parse, and answer what came if it is one whole request for the lane, and nothing else.
 
         `end` is where its head ends.
@@ -111,11 +155,12 @@ class LaneConnection(DataConnection):
                 message, content = messages[0]
                 handler = self._lane.handler_of(message)
                 if handler and content.is_eof() and content.total_bytes == len(data) - end:
-                    if self._answer(message, data, end, handler):
-                        parser.message_consumed()
+                    if not self._answer(message, data, end, handler):
+                        self._queue((message, content))
+                    elif self._later is not None:
+                        self._asked = message, content
                     else:
-                        self._messages.append((message, content))
-                        waiter.set_result(None)
+                        parser.message_consumed()
                     return
         # gives the same again: aiohttp's own code takes it from here
         self._parser = cast("HttpParser[Any]", _Parsed(outcome))
@@ -138,12 +183,19 @@ class LaneConnection(DataConnection):
         return is_over
 
     def _run(self, run: LaneHandler, request: WholeRequest, request_id: str) -> bool:
-        """Answer, if the first step is the last; else have it gone on with, and return False."""
+        """Answer, if the first step is the last; else have it gone on with, and return False.
+
+        True, too, for an answer that a call will tell: then it is in `_later`.
+        """
         self._request_count += 1
         self._maybe_head = 0
         try:
             answer = run(request, request_id)
             if type(answer) is not Answer:
+                if isinstance(answer, Later):
+                    self._later, answer.then = answer, self._go_on_told
+                    self._is_between = False  # until it is told: what comes goes another way
+                    return True
                 work = cast("Work", answer)
                 self._begun = Begun(work, work.send(None))
                 return False
@@ -152,6 +204,47 @@ class LaneConnection(DataConnection):
         except Exception as error:  # noqa: BLE001 - raised where aiohttp looks for it
             self._begun = failed(error)
             return False
+        return self._write(answer)
+
+    def _go_on_told(self) -> None:
+        """Answer what waited for a call, which has just come; or have it gone on with."""
+        later, asked, self._later = self._later, self._asked, None
+        assert later is not None  # else it would tell nobody
+        assert asked is not None
+        self._is_between = True
+        try:
+            answer = later.outcome()
+        except Exception as error:  # noqa: BLE001 - as in `_run`
+            answer = failed(error)
+        if not isinstance(answer, Answer):
+            self._begun = answer
+        elif self._write(answer):
+            if self._parser is not None:
+                self._parser.message_consumed()  # no more than it has read: heads may be known
+            return
+        self._queue(asked)
+
+    def _hand_over(self) -> None:
+        """Give a request that waits for a call to aiohttp, if there is one."""
+        later, asked, self._later = self._later, self._asked, None
+        if later is None or asked is None:
+            return
+        later.then = None
+        self._is_between = True
+        self._begun = later.wait()
+        self._queue(asked)
+
+    def _queue(self, asked: tuple[RawRequestMessage, StreamReader]) -> None:
+        """Have aiohttp's loop take this request; what it is answered with is in `_begun`."""
+        waiter, begun = self._waiter, self._begun
+        if waiter is not None and not waiter.done():
+            self._messages.append(asked)
+            waiter.set_result(None)
+        elif begun is not None:  # that loop was ended while the answer waited for a call
+            self._begun = begun.close()
+
+    def _write(self, answer: Answer) -> bool:
+        """Write an answer; False if aiohttp has to do that, or to wait until it is sent."""
         if answer.closes or self.transport is None or self._manager is None:
             self._begun = outcome_of(answer)
             return False
@@ -169,6 +262,7 @@ class LaneConnection(DataConnection):
 
     def _read_on(self, data: bytes) -> None:
         """Have it read by aiohttp, and see whether the parser stands between two requests then."""
+        self._hand_over()
         was_between, self._is_between = self._is_between, self._is_between and not data
         body, known = self._body, self._request_count
         came, was_in_body = body.total_bytes, not body.is_eof()

@@ -1,19 +1,22 @@
 """The route of tokens: from a request for one to its answer, its metrics and its line in the log.
 
 Theory of operation.  What can be answered at once is answered by plain calls, from the head that
-was read before to the bytes that go out: nearly all requests are.  What has to wait, for its body
-or for its token, comes back as a coroutine that goes on where the calls ended.  Each step is
-written once: the same calls answer what was waited for.
+was read before to the bytes that go out: nearly all requests are.  What a store elsewhere has to be
+asked for first is answered by the same calls, from where its word arrives (`_Asked`).  What has to
+wait, for its body or for its token, comes back as a coroutine that goes on where the calls ended.
+Each step is written once: the same calls answer what was waited for.
 """
 
 from typing import Protocol, TypedDict, cast
 
 import structlog
+from typing_extensions import override
 
 from broker import errors
 from broker.issue import IssuedToken, TokenService
 from broker.model import Clock, Outcome, TokenRequest, name_of
 from broker.stores.base import Rejection, Visit
+from broker.tasks import Later
 from broker.telemetry.logs import RefusalLog, visitor_hash
 from broker.telemetry.metrics import BUDGET, Metrics
 from broker.telemetry.mint_line import MintLine
@@ -108,7 +111,7 @@ class TokenRoute:
         self._mint_line = MintLine()
         self.debug = debug
 
-    def __call__(self, request: Request, request_id: str) -> Answer | Work:
+    def __call__(self, request: Request, request_id: str) -> Answer | Later[Answer] | Work:
         """Answer, or return what is to be waited for; what goes wrong is answered, never raised."""
         started = self._clock.mono()
         client: Client | None = None
@@ -147,7 +150,7 @@ class TokenRoute:
         now: int,
         client: Client,
         trace: str,
-    ) -> Answer | Work:
+    ) -> Answer | Later[Answer] | Work:
         """Read the body, and answer with the token that is there."""
         ask: TokenRequest | None = None
         try:
@@ -162,18 +165,34 @@ class TokenRoute:
         if type(result) is Rejection:
             return self._refuse(result.error(), request_id, started, client, ask)
         begun = cast("Visit | None", result)
-        timeout = self._deadline - (now - started) / SECOND
-        return self._wait(ask.sent_with(request_id, trace), begun, started, timeout, client)
+        asked = _Asked(self, ask, request_id, started, client, trace)
+        if begun is None and self._token_service.ask(ask, now, asked):
+            return asked
+        return self._wait(asked, begun, now)
 
-    async def _wait(
-        self,
-        ask: TokenRequest,
-        begun: Visit | None,
-        started: int,
-        timeout: float,
-        client: Client,
-    ) -> Answer:
+    def answer_to(self, asked: "_Asked") -> Answer | Work:
+        """Answer with what the store has said to who has asked it."""
+        ask, said, now = asked.ask, asked.said, self._clock.mono()
+        if isinstance(said, Exception):
+            return self._failed(said, asked.request_id, asked.started, asked.client, ask)
+        result: IssuedToken | Rejection | Visit | None = None
+        try:
+            if said is not None:
+                result = self._token_service.begin(ask, now, said)
+        except Exception as error:  # noqa: BLE001 - as above
+            return self._failed(error, asked.request_id, asked.started, asked.client, ask)
+        if type(result) is IssuedToken:
+            return self._issued(result, asked.request_id, asked.started, ask)
+        if type(result) is Rejection:
+            refused = result.error()
+            return self._refuse(refused, asked.request_id, asked.started, asked.client, ask)
+        return self._wait(asked, cast("Visit | None", result), now)
+
+    async def _wait(self, asked: "_Asked", begun: Visit | None, now: int) -> Answer:
         """Wait for the token, or for the store."""
+        started, client = asked.started, asked.client
+        ask = asked.ask.sent_with(asked.request_id, asked.trace)
+        timeout = self._deadline - (now - started) / SECOND
         try:
             result = await self._token_service.finish(ask, begun, timeout)
         except Exception as error:  # noqa: BLE001 - as above
@@ -266,6 +285,40 @@ class TokenRoute:
             self._mint_line.write("minted", **fields)
         else:
             log.debug("broker.embed_token", outcome=issued.outcome.value, **fields)
+
+
+class _Asked(Later[Answer]):
+    """A request for a token that waits: for the store's word at first."""
+
+    __slots__ = ("ask", "client", "request_id", "route", "said", "started", "trace")
+
+    def __init__(
+        self,
+        route: TokenRoute,
+        ask: TokenRequest,
+        request_id: str,
+        started: int,
+        client: Client,
+        trace: str,
+    ) -> None:
+        self.then = None  # as Later's own: each hit on a shared store makes one
+        self.is_told = False
+        self.route = route
+        self.ask = ask
+        self.request_id = request_id
+        self.started = started
+        self.client = client
+        self.trace = trace
+        self.said: Visit | Exception | None = None
+
+    def hear(self, said: Visit | Exception | None) -> None:
+        """Take the store's word; see `Asker`."""
+        self.said = said
+        self.tell()
+
+    @override
+    def outcome(self) -> Answer | Work:
+        return self.route.answer_to(self)
 
 
 def _log_failure(

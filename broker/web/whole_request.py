@@ -13,6 +13,7 @@ from aiohttp.web_request import BaseRequest
 from msgspec import Struct
 from multidict import CIMultiDictProxy
 
+from broker.tasks import Later
 from broker.web.response import Answer
 
 
@@ -54,5 +55,6 @@ Request = BaseRequest | WholeRequest
 
 Work = Coroutine[Any, Any, Answer]
 
-LaneHandler = Callable[[Request, str], Answer | Work]
-"""Answers a request, at once or by work that is to be done; the second argument is its id."""
+LaneHandler = Callable[[Request, str], Answer | Later[Answer] | Work]
+"""Answers a request: at once, by what one call will tell, or by work that is to be done; the second
+argument is its id."""

@@ -114,10 +114,10 @@ class Nowhere(asyncio.Transport):
 class Bench:
     """A broker, one connection of it, and what is sent on that."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: str = "memory://") -> None:
         self.secret = secrets.token_urlsafe(24)
         key = secrets.token_urlsafe(48)
-        text = CONFIGURATION.format(secret=self.secret, key=key, store="memory://")
+        text = CONFIGURATION.format(secret=self.secret, key=key, store=store)
         settings = load.from_tree(tomllib.loads(text))
         logs.configure(settings.log)
         self.parts: Parts = wiring.build(settings, {}, SystemClock(), None)

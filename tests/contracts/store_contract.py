@@ -95,8 +95,26 @@ def token_at(opened: Opened, lifetime: int = HOUR) -> EmbedToken:
     )
 
 
+class Asked:
+    """Hears what a store says to a question."""
+
+    def __init__(self) -> None:
+        self.said: asyncio.Future[Visit | Exception | None] = asyncio.Future()
+
+    def hear(self, said: Visit | Exception | None) -> None:
+        self.said.set_result(said)
+
+
 async def visit(opened: Opened, request: TokenRequest) -> Visit:
-    """Ask as the story does."""
+    """Ask as the story does: by a question where the store takes one."""
+    asked = Asked()
+    if opened.store.ask(request, opened.moments()[0], asked):
+        assert not asked.said.done(), "told within the call"
+        said = await asked.said
+        if isinstance(said, Exception):
+            raise said
+        if said is not None:
+            return said
     return await opened.store.admit(request, request.key)
 
 

@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from replica import Replica, opened
 from servers import AnyServer, StoreCluster, StoreServer
 from state_files import Broker
@@ -13,6 +14,7 @@ from state_files import Broker
 pytest.register_assert_rewrite("store_contract")
 
 from store_contract import (  # noqa: E402 - rewritten first
+    Asked,
     Opened,
     OpenStore,
     StoreContract,
@@ -21,11 +23,13 @@ from store_contract import (  # noqa: E402 - rewritten first
     limits_of,
     mint_denied,
     token_at,
+    visit,
 )
 
 from broker.limits.policy import Limits  # noqa: E402
 from broker.model import LimitName  # noqa: E402
 from broker.rules.bucket import Limit  # noqa: E402
+from broker.stores.base import Visit  # noqa: E402
 from broker.stores.memory import MemoryStore  # noqa: E402
 from broker.stores.token_cache import TokenCache  # noqa: E402
 from broker.testing import FakeClock  # noqa: E402
@@ -144,6 +148,24 @@ class TestValkey(SharedStoreContract):
     @pytest.fixture
     def server(self, valkey: StoreServer) -> StoreServer:
         return valkey
+
+    async def test_visits_are_asked_for_by_a_question(self, open_store: OpenStore) -> None:
+        """So the contract above holds for those; what is told says that something was done."""
+        opened, ask = await open_store(limits_of()), ask_of()
+        await visit(opened, ask)  # the server has the script from then on
+        asked = Asked()
+        assert opened.store.ask(ask, opened.moments()[0], asked)
+        assert isinstance(await asked.said, Visit)
+
+    async def test_two_tokens_of_a_visitor_are_asked_for_apart(self, open_store: OpenStore) -> None:
+        """G8: by a process that holds neither, one after the other."""
+        opened = await open_store(limits_of())
+        asks = [ask_of("9f86d081"), replace(ask_of("9f86d081"), model="m")]
+        tokens = [await keep(opened, ask, token_at(opened)) for ask in asks]
+        assert isinstance(opened, OpenedShared)
+        opened.replica.front.clear()
+        found = [(await visit(opened, ask)).token for ask in asks]
+        assert [token and token.body for token in found] == [token.body for token in tokens]
 
 
 @pytest.mark.parts

@@ -1,6 +1,6 @@
 """The fast lane against the ordinary path, on random streams of bytes.
 
-    python tests/load/lane_fuzz.py [--streams 1000000] [--first 0]
+    python tests/load/lane_fuzz.py [--streams 1000000] [--first 0] [--waits]
 
 Exits with 1 at the first stream that is not answered alike, and prints it; the same seeds draw the
 same streams, so `--first SEED --streams 1` plays one again (without the state before it).
@@ -23,14 +23,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--streams", type=int, default=1_000_000)
     parser.add_argument("--first", type=int, default=0, help="seed of the first stream")
+    parser.add_argument("--waits", action="store_true", help="with a store that is elsewhere")
     options = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    sys.exit(asyncio.run(compare(options.first, options.streams)))
+    sys.exit(asyncio.run(compare(options.first, options.streams, waits=options.waits)))
 
 
-async def compare(first: int, streams: int) -> int:
+async def compare(first: int, streams: int, *, waits: bool) -> int:
     """Compare the answers to so many streams; returns the exit code."""
-    worlds, began = Worlds(), time.monotonic()
+    worlds, began = Worlds(waits=waits), time.monotonic()
     for number in range(streams):
         if wrong := await worlds.compare(first + number):
             print(wrong)

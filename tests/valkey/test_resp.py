@@ -9,14 +9,12 @@ from bad_replies import BAD
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from broker.valkey.client import shapes
 from broker.valkey.client.errors import NoScript, StoreFailed
 from broker.valkey.client.resp import (
     DEEPEST,
     LONGEST_LINE,
     LONGEST_REPLY,
     MOST_ELEMENTS,
-    Flat,
     Reader,
     Reply,
 )
@@ -48,12 +46,12 @@ def packed(reply: Reply) -> bytes:
             return b"*%d\r\n" % len(reply) + b"".join(map(packed, reply))
 
 
-def read(*pieces: bytes, flat: Flat | None = None) -> list[object]:
+def read(*pieces: bytes) -> list[object]:
     """Feed a new reader; returns all that it says."""
     reader, told = Reader(), []
     for piece in pieces:
         reader.feed(piece)
-        while (reply := reader.take(flat)) is not False:
+        while (reply := reader.take()) is not False:
             told.append(reply)
     return told
 
@@ -72,64 +70,26 @@ def test_replies_are_read_in_any_pieces(told: list[Reply], cuts: list[int]) -> N
     assert read(*(data[place : place + 1] for place in range(len(data)))) == told
 
 
-def outcome(pieces: list[bytes], flat: Flat | None) -> list[object]:
+def outcome(data: bytes) -> list[object]:
     """Return what is read until the end, or until it is found to be no replies."""
     reader, told = Reader(), list[object]()
+    reader.feed(data)
     try:
-        for piece in pieces:
-            reader.feed(piece)
-            while (reply := reader.take(flat)) is not False:
-                told.append(repr(reply))
+        while (reply := reader.take()) is not False:
+            told.append(reply)
     except StoreFailed as failed:
-        told.append((failed.reason, failed.detail))
-    return [*told, reader.is_amid]
+        return [*told, failed.detail]
+    return told
 
 
-visits = st.tuples(
-    st.integers(-(2**63), 2**63 - 1),
-    st.integers(0, 9),
-    st.one_of(st.binary(max_size=12), st.integers().map(lambda number: b"%d" % number)),
-    st.one_of(st.binary(max_size=120), st.just(b"1764500000000001")),
-    st.integers(0, 10**12),
-).map(list)
-
-
-@given(
-    told=st.lists(st.one_of(visits, replies), max_size=4),
-    cuts=st.lists(st.integers(0, 10_000), max_size=4),
-    changes=st.lists(
-        st.tuples(st.integers(0, 10_000), st.integers(0, 2), st.sampled_from(b"0159-+*$:_ \r\nx")),
-        max_size=3,
-    ),
-)
-@example([[1, 2, b"3", b"4", 5]], [], [])
-def test_a_form_that_is_expected_changes_nothing_but_the_time(
-    told: list[Reply], cuts: list[int], changes: list[tuple[int, int, int]]
-) -> None:
-    """The quick way reads what the reader reads, and leaves to it whatever is odd in any byte."""
-    data = bytearray(b"".join(map(packed, told)))
-    for place, length, byte in changes:
-        at = place % (len(data) + 1)
-        data[at : at + length] = bytes([byte])
-    pieces = pieces_of(bytes(data), cuts)
-    expected = outcome(pieces, None)
-    for flat in (Flat(int, int, bytes, bytes, int), Flat(int, int), shapes.VISIT.flat):
-        assert outcome(pieces, flat) == expected
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_what_is_bad_is_as_bad_where_a_visit_is_expected(name: str) -> None:
-    """Headers that claim too much among it."""
-    pieces = [BAD[name].said]
-    assert outcome(pieces, shapes.VISIT.flat) == outcome(pieces, None)
-
-
-def test_a_visit_of_a_cached_token_is_read_the_quick_way() -> None:
-    """What the script answers to nearly every request has the form that is expected."""
-    flat = shapes.VISIT.flat
-    assert flat is not None
-    reply: list[Reply] = [1, 999_999, b"1764500000000000", b"1764500000000001", 3_000_000_000]
-    assert flat.read(b"x" + packed(reply), 1) == (reply, 1 + len(packed(reply)))
+@given(line=st.text("0159-+_ x\t", max_size=24).map(str.encode))
+@example(b"9" * 20)
+@example(b"9" * 21)
+@example(b"")
+def test_a_number_that_stands_alone_is_read_as_within_an_array(line: bytes) -> None:
+    """The one step takes what the reader takes, and no more."""
+    alone, within = outcome(b":%b\r\n" % line), outcome(b"*1\r\n:%b\r\n" % line)
+    assert within == ([alone] if isinstance(alone[0], int) else alone)
 
 
 @given(told=replies)

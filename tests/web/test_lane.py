@@ -49,9 +49,9 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     asked: list[bytes] = []
     read = LaneConnection._read_first
 
-    def noted(self: LaneConnection, data: bytes, end: int, waiter: Any) -> None:
+    def noted(self: LaneConnection, data: bytes, end: int) -> None:
         asked.append(data)
-        read(self, data, end, waiter)
+        read(self, data, end)
 
     monkeypatch.setattr(LaneConnection, "_read_first", noted)
     return asked
@@ -67,10 +67,11 @@ async def idle(edge: Edge) -> Line:
 
 
 class TestDifference:
-    async def test_random_streams_are_answered_as_without_it(self) -> None:
+    @pytest.mark.parametrize("waits", [False, True], ids=["memory", "elsewhere"])
+    async def test_random_streams_are_answered_as_without_it(self, *, waits: bool) -> None:
         """Bytes, ends of connections, counts: `tests/load/lane_fuzz.py` does a million of them."""
         with structlog.testing.capture_logs():
-            worlds = Worlds()
+            worlds = Worlds(waits=waits)
             for seed in range(1200):
                 assert not await worlds.compare(seed)
 
@@ -346,6 +347,10 @@ def _twice(self: LaneConnection, run: Any, *asked: Any) -> bool:
     return True
 
 
+def _untold(_self: LaneConnection) -> None:
+    """Say nothing."""
+
+
 class TestAiohttp:
     def test_every_private_name_is_listed(self) -> None:
         """What the connections use of aiohttp is in the list, and nothing else is."""
@@ -389,6 +394,14 @@ class TestAiohttp:
             assert event["aiohttp"] == aiohttp.__version__
             assert event["reason"]
             assert (await edge.scrape())["broker_fast_lane_off"] == 1
+
+    @pytest.mark.parametrize("name", ["_go_on_told", "_hand_over"])
+    async def test_a_lane_that_does_not_tell_what_it_is_told_is_found(
+        self, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        """Where the answer waits for a call, with nothing behind it and with more."""
+        monkeypatch.setattr(LaneConnection, name, _untold)
+        assert await fault_of_lane() is not None
 
     async def test_the_gauge_is_0_while_it_serves(self, edge: Edge) -> None:
         """Without a word in the log."""

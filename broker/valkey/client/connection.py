@@ -23,7 +23,7 @@ import socket
 import ssl
 from collections import deque
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import aiohappyeyeballs
 from msgspec import Struct
@@ -45,7 +45,24 @@ NEXT_ADDRESS = 0.25
 """Seconds after which the next address of a name is tried beside those that are silent still: RFC
 8305 section 5 recommends them."""
 
-_Due = tuple["asyncio.Future[Reply]", Shape]
+
+class Waiter(Protocol):
+    """Who waits for a reply: a future, or whoever can be told like one."""
+
+    def done(self) -> bool:
+        """Whether nobody waits any more."""
+        ...
+
+    def set_result(self, result: Reply, /) -> None:
+        """Take the reply."""
+        ...
+
+    def set_exception(self, exception: Exception, /) -> None:
+        """Take what went wrong."""
+        ...
+
+
+_Due = tuple[Waiter, Shape]
 _Call = tuple[bytes, _Due]
 
 _Spoken = TypeVar("_Spoken", bound=asyncio.BaseProtocol)
@@ -171,7 +188,7 @@ class RespProtocol(asyncio.Protocol):
         reader, due = self._reader, self._due
         reader.feed(data)
         try:
-            while (reply := reader.take(due[0][1].flat if due else None)) is not False:
+            while (reply := reader.take()) is not False:
                 self._answered += 1
                 if not due:  # more replies than calls, or said before it hangs up
                     self.close(reply.reason if isinstance(reply, StoreFailed) else Reason.OTHER)
@@ -208,7 +225,7 @@ class RespProtocol(asyncio.Protocol):
             if not future.done():
                 future.set_exception(StoreFailed(self.reason))
 
-    def _fail(self, future: "asyncio.Future[Reply]", error: Exception) -> None:
+    def _fail(self, future: Waiter, error: Exception) -> None:
         if not future.done():
             future.set_exception(error)
         if isinstance(error, StoreFailed) and error.is_wrong_server and not self._due:
@@ -240,10 +257,14 @@ class PipelinedConnection:
     def send(self, packed: bytes, shape: Shape = ANYTHING) -> "asyncio.Future[Reply]":
         """Send a packed command; a reply of this shape, or StoreFailed, Forgotten, Elsewhere."""
         future: asyncio.Future[Reply] = self._loop.create_future()
+        self.ask(packed, shape, future)
+        return future
+
+    def ask(self, packed: bytes, shape: Shape, waiter: Waiter) -> None:
+        """Send it as `send`, and tell `waiter`, where the reply arrives, what comes of it."""
         if not self._waiting:
             self._loop.call_soon(self._leave)
-        self._waiting.append((packed, (future, shape)))
-        return future
+        self._waiting.append((packed, (waiter, shape)))
 
     @property
     def rests(self) -> bool:

@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from enum import Enum
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import structlog
 from typing_extensions import override
@@ -69,6 +69,47 @@ class StoreStats(Protocol):
         ...
 
 
+class Question:
+    """A call whose end is told where the reply arrives, and for which no future is made.
+
+    What is told must raise nothing: others' replies are behind it.
+    """
+
+    __slots__ = ("_began", "_permit", "_server")
+
+    operation: ClassVar[Operation]
+
+    def begin(self, server: "StoreClient", permit: Permit) -> None:
+        """Take note of the moment at which it is asked."""
+        self._server = server
+        self._permit = permit
+        self._began = time.perf_counter()
+
+    def take(self, reply: Reply) -> None:
+        """Go on with the reply."""
+        raise NotImplementedError
+
+    def fail(self, error: StoreFailed | None) -> None:
+        """Go on without one; None: nothing was done, `StoreClient.run` knows what to do."""
+        raise NotImplementedError
+
+    def done(self) -> bool:
+        """Return False: it is told once."""
+        return False
+
+    def set_result(self, reply: Reply, /) -> None:
+        """Count it, and go on."""
+        self._server.note_success(self._permit, self.operation, self._began)
+        self.take(reply)
+
+    def set_exception(self, error: Exception, /) -> None:
+        """Count what means a failure, and go on."""
+        failed = error if isinstance(error, StoreFailed) else None  # or NoScript, or Redirect
+        if failed is not None:
+            self._server.note_failure(self._permit, self.operation, self._began, failed)
+        self.fail(failed)
+
+
 class StoreClient:
     """Calls to the server, behind a breaker."""
 
@@ -114,13 +155,26 @@ class StoreClient:
             return await self._watch(ticket, operation, in_full)
         except Redirect:  # a node of a cluster that was configured as if it were alone
             failed = StoreFailed(Reason.CLUSTER_DOWN)
-            self._note_failure(ticket, operation, began, failed)
+            self.note_failure(ticket, operation, began, failed)
             raise failed from None
         except BaseException as error:
-            self._note_failure(ticket, operation, began, error)
+            self.note_failure(ticket, operation, began, error)
             raise
-        self._note_success(ticket, operation, began)
+        self.note_success(ticket, operation, began)
         return answer
+
+    def ask(self, question: Question, key: bytes, packed: bytes, shape: Shape) -> bool:
+        """Send a packed script to where `key` is; `question` takes the reply.
+
+        False, and nothing is sent, where `run` has more to do than that: where the server is away
+        or tried again, or a cluster has to be followed.
+        """
+        health, link = self._health, self.nodes.link(key)
+        if link is None or health.phase is not Phase.CLOSED:
+            return False
+        question.begin(self, Permit(health.epoch))
+        link.ask(packed, shape, question)
+        return True
 
     async def command(
         self, operation: Operation, key: bytes, packed: bytes, shape: Shape = ANYTHING
@@ -169,21 +223,23 @@ class StoreClient:
         try:
             answer = await reply
         except BaseException as error:
-            self._note_failure(ticket, operation, began, error)
+            self.note_failure(ticket, operation, began, error)
             raise
-        self._note_success(ticket, operation, began)
+        self.note_success(ticket, operation, began)
         return answer
 
-    def _note_success(self, ticket: Permit, operation: Operation, began: float) -> None:
+    def note_success(self, ticket: Permit, operation: Operation, began: float) -> None:
+        """Count a call that was answered; `began` is its `time.perf_counter`."""
         self._duration[operation].observe(time.perf_counter() - began)
         if self._health.phase is Phase.CLOSED:
             self._well += 1
         else:
             self._note(ticket, Outcome.SUCCEEDED)
 
-    def _note_failure(
+    def note_failure(
         self, ticket: Permit, operation: Operation, began: float, error: BaseException
     ) -> None:
+        """Count one that was not, or not well."""
         if not isinstance(error, StoreFailed):
             self._note(ticket, Outcome.ABANDONED)
             return

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from broker.valkey.client import shapes
-from broker.valkey.client.packing import Keys, Packed, pack
+from broker.valkey.client.packing import Packed, pack
 from broker.valkey.client.shapes import Shape
 from broker.valkey.key_names import PREFIX
 
@@ -22,8 +22,8 @@ _BESIDE_SCRIPTS = ("EVALSHA", "EVAL", "GET", "SET", "DEL", "HDEL", "PUBLISH", "S
 _ON_A_CLUSTER = ("CLUSTER|SLOTS", "ASKING")
 
 
-ScriptKeys = Sequence[bytes] | Keys
-"""The keys of a script, packed or not; its server is that of the first."""
+ScriptKeys = Sequence[bytes]
+"""The keys of a script; its server is that of the first."""
 
 
 class Script(Enum):
@@ -67,8 +67,6 @@ class Script(Enum):
 
     def by_name(self, keys: ScriptKeys, arguments: Sequence[bytes | Packed]) -> bytes:
         """Return the call of a script that the server has."""
-        if isinstance(keys, Keys):
-            return command(self._named, keys.packed, *arguments)
         return command(self._named, b"%d" % len(keys), *keys, *arguments)
 
     def in_full(self, keys: ScriptKeys, arguments: Sequence[bytes | Packed]) -> bytes:

@@ -11,7 +11,7 @@ from typing import Final
 from typing_extensions import override
 
 from broker.valkey.client.errors import NoScript, Reason, Redirect, StoreFailed
-from broker.valkey.client.resp import Flat, Reply
+from broker.valkey.client.resp import Reply
 
 _NONE: Final = type(None)
 
@@ -23,8 +23,7 @@ class Shape:
     """The replies to `command`: a `word`, a value of one of `kinds`, or an array.
 
     An array has the types of one of `forms`; where there is a `tail`, followed by that any number
-    of times.  `errors` are those that mean something to who asked, beside StoreFailed.  `often` is
-    the form, of numbers and short texts, that is worth a way of its own to be read (`flat`).
+    of times.  `errors` are those that mean something to who asked, beside StoreFailed.
     """
 
     def __init__(
@@ -35,14 +34,12 @@ class Shape:
         word: bytes = b"",
         tail: Kinds = (),
         errors: tuple[type[Exception], ...] = (Redirect,),
-        often: Kinds = (),
     ) -> None:
         self._command = command
         self._forms = frozenset(forms)
         self._kinds = kinds
         self._word = word
         self._tail = tail
-        self.flat = Flat(*often) if often else None
         self._errors: tuple[type[Exception], ...] = (StoreFailed, *errors)
 
     def fits(self, reply: Reply) -> bool:
@@ -83,10 +80,8 @@ class _Anything(Shape):
         return True
 
 
-def _script(
-    name: str, *forms: Kinds, kinds: Kinds = (), tail: Kinds = (), often: Kinds = ()
-) -> Shape:
-    return Shape(name, *forms, kinds=kinds, tail=tail, errors=(Redirect, NoScript), often=often)
+def _script(name: str, *forms: Kinds, kinds: Kinds = (), tail: Kinds = ()) -> Shape:
+    return Shape(name, *forms, kinds=kinds, tail=tail, errors=(Redirect, NoScript))
 
 
 def _shown(kinds: Kinds, tail: Kinds = ()) -> str:
@@ -114,7 +109,7 @@ VISIT = _script(
     (int, int, bytes, bytes, int),
     (int, int, bytes, bytes, int, bytes),
     (int, int, bytes, bytes, int, _NONE),
-    often=(int, int, bytes, bytes, int),
+    kinds=(int,),
 )
 SPEND = _script("spend", (int, int))
 LEAD = _script(

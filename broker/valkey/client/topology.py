@@ -77,6 +77,10 @@ class Topology(Protocol):
         """Send as `command`, for those who send much; may raise Redirect for CLUSTER_DOWN."""
         return self.command(key, packed, shape)
 
+    def link(self, _key: bytes) -> PipelinedConnection | None:
+        """Return the connection to where `key` is, if no question has to be asked for that."""
+        return None
+
     def anywhere(self) -> Target:
         """Return how any node is reached: subscriptions have connections of their own."""
         ...
@@ -118,6 +122,10 @@ class SingleServer(Topology):
     def send(self, key: bytes, packed: bytes, shape: Shape) -> Awaitable[Reply]:
         assert self._link is not None  # open() comes first
         return self._link.send(packed, shape)
+
+    @override
+    def link(self, _key: bytes) -> PipelinedConnection | None:
+        return self._link
 
     @override
     async def command(self, key: bytes, packed: bytes, shape: Shape = ANYTHING) -> Reply:

@@ -1,0 +1,93 @@
+"""What a visit asks of the server: ready bytes where they are the same again, others where not."""
+
+import secrets
+from collections import defaultdict
+from typing import Any
+
+import pytest
+from service import limits
+
+from broker.model import LimitName, Secret, TokenRequest
+from broker.sealing import Seal
+from broker.stores.epochs import KnownEnds
+from broker.stores.token_cache import TokenCache
+from broker.telemetry.counts import BucketCounts
+from broker.testing import FakeClock
+from broker.valkey.key_names import Names
+from broker.valkey.near_cache import NearCache
+from broker.valkey.visits import Visits
+
+ASK = TokenRequest("web", "A78WKV4515", "9f86d081")
+
+
+class Server:
+    """Takes note of what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[bytes] = []
+
+    def ask(self, _question: object, _key: bytes, packed: bytes, _shape: object) -> bool:
+        self.asked.append(packed)
+        return True
+
+
+class Made:
+    """Visits to that server; `owed` is what was charged here while it was away."""
+
+    def __init__(self) -> None:
+        clock, self.server, self.owed = FakeClock(), Server(), 0
+        cache = TokenCache(10, keep_until=lambda token: token.dies_mono, mono=clock.mono)
+        seal = Seal(Secret(secrets.token_urlsafe(48)))
+        ends = KnownEnds(str.encode, clock.mono)
+        nothing: Any = None
+        self.visits = Visits(
+            self.server,  # type: ignore[arg-type]  # what is used of one
+            Names(secrets.token_bytes(32), "fleet"),
+            NearCache(cache, seal, clock, ends, frozenset, nothing),
+            limits(),
+            clock,
+            defaultdict[LimitName, BucketCounts](BucketCounts),
+            lambda *_: self.owed,
+        )
+
+    def asked(self) -> bytes:
+        """Ask, and return what the server is sent."""
+        nobody: Any = None
+        assert self.visits.ask(ASK, 0, nobody, nobody)
+        return self.server.asked[-1]
+
+
+@pytest.fixture
+def made() -> Made:
+    """Make one."""
+    return Made()
+
+
+def test_the_same_visit_is_packed_once(made: Made) -> None:
+    """By identity: that is what it is kept for."""
+    assert made.asked() is made.asked()
+
+
+def test_what_was_charged_meanwhile_is_carried_and_not_kept(made: Made) -> None:
+    """S3: each call carries what is owed at its moment; when nothing is, none does."""
+    before = made.asked()
+    for owed in (5_000_017, 4_000_013):
+        made.owed = owed
+        assert b"\r\n%d\r\n" % owed in made.asked()
+    made.owed = 0
+    assert made.asked() == before
+
+
+def test_other_limits_are_asked_for_at_once(made: Made) -> None:
+    """L11: what is kept belongs to the rule that it was made of."""
+    before = made.asked()
+    made.visits.limits = limits(fingerprint=(7, 7))
+    assert made.asked() != before
+
+
+def test_a_limit_of_clients_is_a_second_question(made: Made) -> None:
+    """Which only `admit` asks."""
+    nobody: Any = None
+    made.visits.limits = limits(client=(7, 7))
+    assert not made.visits.ask(ASK, 0, nobody, nobody)
+    assert made.server.asked == []
