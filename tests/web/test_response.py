@@ -124,9 +124,10 @@ class TestHeads:
             told = limit_headers(LimitName.FINGERPRINT, verdict, wall)
             assert heads.write(line, wait, "id", date, verdict, wall) == (start + told).encode()
             for name in (LimitName.AGENT, LimitName.CLIENT):
-                told = limit_headers(name, verdict, wall)
+                told = head(429, 90, JSON_TYPE, "id", date) + limit_headers(name, verdict, wall)
                 told += f"Retry-After: {retry_after_seconds(verdict.retry_after)}\r\n"
-                assert verdict.allowed or heads.refusal(name, verdict, wall) == told.encode()
+                refusal = heads.refusal(name, 90, "id", date, verdict, wall)
+                assert verdict.allowed or refusal == told.encode()
 
 
 class TestReadyAnswer:
