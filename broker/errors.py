@@ -152,9 +152,10 @@ class RequestTimeout(CallerError):
     status, code = 408, "REQUEST_TIMEOUT"
 
 
-_REACHED = {
+REACHED = {
     name: f"limit {name.value} reached: retry after the time in Retry-After" for name in LimitName
 }
+"""What is told of a limit that refused."""
 
 
 class RateLimited(CallerError):
@@ -164,7 +165,7 @@ class RateLimited(CallerError):
     transient = True
 
     def __init__(self, limit: LimitName, verdict: Verdict) -> None:
-        super().__init__(_REACHED[limit])
+        super().__init__(REACHED[limit])
         self.limit = limit
         self.verdict = verdict
 

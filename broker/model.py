@@ -7,6 +7,7 @@ strings, bytes and numbers, so the garbage collector has no business visiting a 
 import hashlib
 import re
 from collections.abc import Mapping
+from copy import copy
 from enum import Enum
 from typing import Protocol
 
@@ -86,16 +87,14 @@ class TokenRequest(Struct, frozen=True, gc=False):
         force_setattr(self, "key", key)
 
     def sent_with(self, request_id: str, traceparent: str) -> "TokenRequest":
-        """Return the same as one request asked for it, with that request's id and trace."""
-        return TokenRequest(
-            self.client,
-            self.agent,
-            self.fingerprint,
-            self.model,
-            self.fresh,
-            request_id,
-            traceparent,
-        )
+        """Return the same as one request asked for it, with that request's id and trace.
+
+        With the same key, too, not an equal one: a table that holds it finds it by its identity.
+        """
+        sent = copy(self)
+        force_setattr(sent, "request_id", request_id)
+        force_setattr(sent, "traceparent", traceparent)
+        return sent
 
     @override
     def __repr__(self) -> str:

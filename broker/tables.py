@@ -178,7 +178,8 @@ class Leftovers:
 class Generations(Generic[K, V]):
     """What was kept lately, in two generations of a small dict: at most twice `most` values.
 
-    What is found in the old one is of the young one again.  Values are never None.
+    What is found in the old one is of the young one again; one that is given up is freed a few
+    values at a time.  Values are never None.
     """
 
     def __init__(self, most: int) -> None:
@@ -189,6 +190,7 @@ class Generations(Generic[K, V]):
         """Forget all."""
         self._young: dict[K, V] = {}
         self._old: dict[K, V] = {}
+        self._leftovers = Leftovers()
 
     def find(self, key: K) -> V | None:
         """Return what is kept under this key."""
@@ -203,7 +205,9 @@ class Generations(Generic[K, V]):
         self._old.pop(key, None)
 
     def __setitem__(self, key: K, value: V) -> None:
+        self._leftovers.free(2)
         if len(self._young) >= self._most:
+            self._leftovers.add([self._old])
             self._young, self._old = {}, self._young
         self._young[key] = value
 

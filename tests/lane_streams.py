@@ -28,7 +28,7 @@ from broker.web import token_status
 from broker.web.auth import Client, ClientAuthenticator
 from broker.web.connection import DataConnection
 from broker.web.lane import Lane
-from broker.web.router import TOKEN_PATH, Routes
+from broker.web.router import TOKEN_PATH, Routes, new_ids
 from broker.web.server import DataServer
 
 SECRETS = ["first-" + "s" * 20, "second-" + "s" * 20]
@@ -175,7 +175,7 @@ class World:
             deadline=12.0,
             any_fingerprint=False,
         )
-        self.routes._id_prefix = "id"
+        self.routes.new_id = new_ids("id").__next__
         service = self.service
         introspector = TokenIntrospector(
             service.issuer, service.session_store, service.store, self.metrics.sessions
@@ -349,7 +349,11 @@ _TRACE = "00-" + "7" * 32 + "-" + "7" * 16 + "-01"
 def _traced(rng: random.Random, data: bytes) -> bytes:
     """Give a request a trace of its own, if it has one; some are no good."""
     trace = f"00-{rng.randrange(1, 2**128):032x}-{rng.randrange(2**64):016x}-01"
-    odd = ("ff" + trace[2:], trace.upper(), trace[:-1], trace + "-9", "00-" + "0" * 32 + trace[35:])
+    hidden = "\r\nOrigin: https://shop.example"  # as long as a trace, and more than one line
+    odd = (
+        *("ff" + trace[2:], trace.upper(), trace[:-1], trace + "-9", "00-" + "0" * 32 + trace[35:]),
+        *("\0", trace[:54] + "\0", hidden.rjust(55, "7"), trace[:51] + "\r\n\r\n", "\r\n\r\n"),
+    )
     chosen = trace if rng.random() < 0.8 else rng.choice(odd)
     return data.replace(_TRACE.encode(), chosen.encode())
 

@@ -107,6 +107,20 @@ def test_generations_keep_what_was_asked_for_lately(asked: Sequence[int]) -> Non
     assert [kept.find(key) for key in asked] == [None] * len(asked)
 
 
+def test_a_generation_is_given_up_a_few_values_at_a_time() -> None:
+    """No step frees a whole one, and what waits to be freed is never more than one."""
+    kept, most, alive = Generations[int, str](1000), 1000, list[int]()
+    for key in range(3500):
+        before = len(kept._leftovers)
+        kept[key] = str(key)
+        alive.append(len(kept._leftovers))
+        assert before - len(kept._leftovers) <= 2
+    assert max(alive) == most
+    assert alive[2999] == 0
+    kept.clear()
+    assert len(kept._leftovers) == 0
+
+
 def test_what_is_given_up_is_freed_in_the_steps_that_are_asked_for() -> None:
     """So many entries a step, over the borders of dicts, until nothing is left."""
     left = Leftovers()

@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from broker.tables import Generations
 from broker.web.whole_request import LaneHandler
+from broker.wire.request import TRACEPARENT
 
 MAX_KNOWN = 1024
 """Heads of a generation.  Backends have a few each; with the parser's own objects a head takes some
@@ -50,29 +51,58 @@ _TELLING = frozenset(
 """Headers that say how to go on, or who may ask: a head with one of them is read each time."""
 
 
-_TRACE = re.compile(
-    rb"\r\n(?i:traceparent): ([0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})(?=\r\n)"
-)
+_END = b"\r\n\r\n"
+"""Ends a head.  In what is compared of one it stands for a trace: nowhere else can it be."""
 
-_PLACE = b"\0"
-"""Stands for a trace in what is compared; in a head that is one it cannot be."""
+_VALUE = TRACEPARENT.encode()
+
+_TRACE = re.compile(rb"\r\n(?i:traceparent): (" + _VALUE + rb")(?=\r\n)")
+
+_is_trace = re.compile(_VALUE).fullmatch
+
+TRACE = 55
+"""Characters of a trace."""
 
 
-def split(head: bytes) -> tuple[bytes, str]:
-    """Return what of a head is compared, and its trace, empty if it has none that is left out."""
-    found = _TRACE.search(head)
+class Head(Struct, frozen=True, gc=False):
+    """A head by what is before its trace, and behind it.
+
+    Without one that is left out `opening` is all of it, and `at`, where the trace is, 0.  `end` is
+    the length of the head as it came.
+    """
+
+    opening: bytes
+    closing: bytes
+    at: int
+    end: int
+
+    @property
+    def compared(self) -> bytes:
+        """What it is looked up by."""
+        return self.opening + _END + self.closing if self.at else self.opening
+
+    def trace_in(self, data: bytes) -> str:
+        """Return the trace of this head."""
+        return data[self.at : self.at + TRACE].decode() if self.at else ""
+
+
+def split(data: bytes) -> Head:
+    """Return the head that these bytes begin with."""
+    end = data.find(_END) + len(_END)
+    found = _TRACE.search(data, 0, end)
     if found is None:
-        return head, ""
-    start, end = found.span(1)
-    return head[:start] + _PLACE + head[end:], found[1].decode()
+        return Head(data[:end], b"", 0, end)
+    at, behind = found.span(1)
+    return Head(data[:at], data[behind:end], at, end)
 
 
 class KnownHead(Struct, frozen=True):
-    """One head: what aiohttp and a handler have read of it, and how long its body is."""
+    """One head: what aiohttp and a handler have read of it; `size` is its length with its body."""
 
+    head: Head
+    size: int
     message: RawRequestMessage
     handler: LaneHandler
-    length: int
     given_id: str
     facts: object
 
@@ -88,6 +118,29 @@ class KnownHeads(Generations[bytes, KnownHead]):
     def clear(self) -> None:
         super().clear()
         self._once.clear()
+        self._last: KnownHead | None = None  # which most requests have again
+
+    def known_in(self, data: bytes) -> KnownHead | None:
+        """Return what is known of the head of this request, if it is and the body is all there.
+
+        A trace is where `KnownHead.head` says.
+        """
+        last = self._last
+        if last is not None and last.size == len(data) and data.startswith(last.head.opening):
+            at = last.head.at
+            behind = at + TRACE
+            if not at or (
+                data.startswith(last.head.closing, behind) and _is_trace(data, at, behind)
+            ):
+                return last
+        known = self.find(data[: data.find(_END) + len(_END)])
+        if known is None:
+            head = split(data)
+            known = self.find(head.compared) if head.at else None
+        if known is None or known.size != len(data):
+            return None
+        self._last = known
+        return known
 
     def came_before(self, head: bytes) -> bool:
         """Whether a head that is not known has come before; that it came is noted."""
@@ -100,7 +153,10 @@ class KnownHeads(Generations[bytes, KnownHead]):
         return False
 
     def keep(self, head: bytes, known: KnownHead) -> None:
-        """Keep what was read of a head, unless it has to be read each time."""
+        """Keep what was read of a head, unless it has to be read each time.
+
+        `head` is what is compared of it.
+        """
         if len(head) <= LONGEST and not any(map(_is_telling, known.message.headers.items())):
             self._once.discard(hash(head))
             self[head] = known

@@ -58,7 +58,7 @@ class Lane:
         self.given_id = ids.given_id
         self.new_id = ids.new_id
         heads = self._heads = KnownHeads()
-        self.find, self.forget = heads.find, heads.clear
+        self.known_in, self.forget = heads.known_in, heads.clear
         self.came_before, self.keep = heads.came_before, heads.keep
 
     def handler_of(self, message: RawRequestMessage) -> LaneHandler | None:

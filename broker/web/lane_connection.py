@@ -23,7 +23,7 @@ from typing_extensions import override
 from broker.tasks import Begun, Later, TaskSet
 from broker.web.connection import LINGER, READ_BUFFER, DataConnection
 from broker.web.head_bounds import MAX_HEAD, is_followed
-from broker.web.known_heads import KnownHead, split
+from broker.web.known_heads import TRACE, KnownHead, split
 from broker.web.lane import Lane, failed
 from broker.web.response import Answer, ReadyAnswer, outcome_of
 from broker.web.whole_request import LaneHandler, WholeRequest, Work
@@ -123,15 +123,12 @@ class LaneConnection(DataConnection):
         if waiter is None or waiter.done() or not self._is_between or not data:
             self._read_on(data)
             return
-        end = data.find(b"\r\n\r\n") + 4
-        head, trace = data[:end], ""
-        known = self._lane.find(head)
+        known = self._lane.known_in(data)
         if known is None:
-            head, trace = split(head)
-            known = self._lane.find(head) if trace else None
-        if known is None or known.length != len(data) - end:
-            self._read_first(data, end)
+            self._read_first(data, data.find(b"\r\n\r\n") + 4)
             return
+        at, end = known.head.at, known.head.end
+        trace = data[at : at + TRACE].decode() if at else ""
         request = WholeRequest(known.message, data[end:], self, known.facts, trace)
         if not self._run(known.handler, request, known.given_id or self._lane.new_id()):
             self._queue((known.message, EMPTY_PAYLOAD))
@@ -175,11 +172,12 @@ class LaneConnection(DataConnection):
         request = WholeRequest(message, data[end:], self)
         given_id = lane.given_id(message.headers)
         is_over = self._run(run, request, given_id or lane.new_id())
-        head, trace = split(data[:end])
-        if trace and message.headers.getall("traceparent") != [trace]:
+        head = split(data)
+        if head.at and message.headers.getall("traceparent") != [head.trace_in(data)]:
             return is_over  # more than one: it is not this one that counts
-        if request.facts is not None and lane.came_before(head):
-            lane.keep(head, KnownHead(message, run, len(data) - end, given_id, request.facts))
+        if request.facts is not None and lane.came_before(head.compared):
+            known = KnownHead(head, len(data), message, run, given_id, request.facts)
+            lane.keep(head.compared, known)
         return is_over
 
     def _run(self, run: LaneHandler, request: WholeRequest, request_id: str) -> bool:

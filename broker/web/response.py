@@ -134,6 +134,8 @@ class Heads:
     def __init__(self) -> None:
         self._date = ""
         self._openings: dict[tuple[int, int, str, str], bytes] = {}
+        self._of_tokens: dict[int, bytes] = {}
+        self._of_refusals: dict[int, bytes] = {}
         self._tails: dict[tuple[str, int, int, int, int, int], bytes] = {}
 
     def plain(
@@ -145,9 +147,7 @@ class Heads:
     def _opening(self, status: int, length: int, content_type: str, date: str, cache: str) -> bytes:
         """Return what is before the request id."""
         if date is not self._date:
-            self._date = date
-            self._openings.clear()
-            self._tails.clear()
+            self._begin(date)
         said = status, length, content_type, cache
         known = self._openings.get(said)
         if known is None:
@@ -157,16 +157,40 @@ class Heads:
             known = self._openings[said] = text.encode("latin-1")
         return known
 
-    def refusal(self, name: LimitName, verdict: Verdict, wall: int) -> bytes:
-        """Return `limit_headers` and `Retry-After` of a limit that refused, as bytes."""
+    def _begin(self, date: str) -> None:
+        """Forget what was told in another second."""
+        self._date = date
+        for kept in (self._openings, self._of_tokens, self._of_refusals, self._tails):
+            kept.clear()
+
+    def _open(self, openings: dict[int, bytes], status: int, length: int) -> bytes:
+        """Return the opening of an answer that many have, and keep it by its length."""
+        if len(openings) >= MOST_KEPT:
+            openings.clear()
+        known = openings[length] = self._opening(status, length, JSON_TYPE, self._date, "no-store")
+        return known
+
+    def refusal(
+        self,
+        name: LimitName,
+        length: int,
+        request_id: str,
+        date: str,
+        verdict: Verdict,
+        wall: int,
+    ) -> bytes:
+        """Return `head` of a 429, `limit_headers` and `Retry-After` of the limit that refused."""
+        if date is not self._date:
+            self._begin(date)
+        opening = self._of_refusals.get(length) or self._open(self._of_refusals, 429, length)
         limit, retry = verdict.limit, retry_after_seconds(verdict.retry_after)
         full_at = -(-(wall + verdict.full_in) // SECOND)
         said = LIMIT_LABELS[name], limit.burst, limit.interval, verdict.remaining, full_at, retry
         known = self._tails.get(said)
         if known is None:
-            text = f"{limit_headers(name, verdict, wall)}Retry-After: {retry}\r\n"
+            text = f"\r\n{limit_headers(name, verdict, wall)}Retry-After: {retry}\r\n"
             known = self._keep(said, text)
-        return known
+        return b"%b%b%b" % (opening, request_id.encode(), known)
 
     def write(
         self, line: str, length: int, request_id: str, date: str, verdict: Verdict, wall: int
@@ -175,7 +199,9 @@ class Heads:
 
         The verdict is that of the fingerprint limit; `wall` is now, in Unix us.
         """
-        opening = self._opening(200, length, JSON_TYPE, date, "no-store")
+        if date is not self._date:
+            self._begin(date)
+        opening = self._of_tokens.get(length) or self._open(self._of_tokens, 200, length)
         full_in, limit = verdict.full_in, verdict.limit
         if not verdict.allowed or not full_in:
             tail = line + limit_headers(LimitName.FINGERPRINT, verdict, wall)

@@ -4,10 +4,10 @@ What answers a request for a token is in `token_route`.
 """
 
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from email.utils import formatdate
 from http import HTTPStatus
-from itertools import count
+from itertools import chain, count
 from typing import Any, TypeVar
 
 import structlog
@@ -17,6 +17,7 @@ from multidict import istr
 from broker import errors
 from broker.issue import TokenService
 from broker.model import Clock
+from broker.stores.base import Rejection
 from broker.telemetry.logs import RefusalLog
 from broker.telemetry.metrics import Metrics
 from broker.telemetry.readiness import Readiness
@@ -33,7 +34,7 @@ from broker.web.response import (
 )
 from broker.web.token_route import TokenRoute
 from broker.web.whole_request import LaneHandler
-from broker.wire.responses import HealthAnswer, ValidAnswer, error_body_of, plain_body
+from broker.wire.responses import HealthAnswer, ValidAnswer, error_body, error_body_of, plain_body
 
 log = structlog.get_logger()
 
@@ -51,6 +52,22 @@ _R = TypeVar("_R")
 _CLOSING = frozenset({408, 413})
 """After these nothing more is read from a connection, also where the body has come to its end: who
 got the size or the time of one wrong may have the next one wrong, too."""
+
+_REJECTED = {
+    name: error_body(errors.RateLimited.status, errors.RateLimited.code, message)
+    for name, message in errors.REACHED.items()
+}
+"""The body of a 429, by the limit that refused."""
+
+_LAST_DIGITS = tuple(f"{number:02x}" for number in range(256))
+
+
+def new_ids(prefix: str) -> Iterator[str]:
+    """Return request ids: unique, and each in a tenth of a microsecond, for no code is run."""
+    return chain.from_iterable(
+        map(f"{prefix}-{number:x}".__add__, _LAST_DIGITS) for number in count()
+    )
+
 
 _OK = plain_body(HealthAnswer("ok"))
 
@@ -82,8 +99,7 @@ class Routes:
         self.admin_url = ""
         self.refusals = RefusalLog()
         self.heads = Heads()
-        self._id_prefix = secrets.token_hex(4)
-        self._id_count = count(1)
+        self.new_id = new_ids(secrets.token_hex(4)).__next__
         self._date = ""
         self._date_until = 0
         self._elsewhere: Handler | None = None
@@ -233,9 +249,7 @@ class Routes:
         """Return the answer of a failure, with what its status has to say in headers."""
         headers = ""
         if isinstance(error, errors.RateLimited):
-            wall = self._clock.wall()
-            told = self.heads.refusal(error.limit, error.verdict, wall)
-            return self._answer(429, error_body_of(error), request_id, told, wall)
+            return self.rejected(Rejection(error.limit, error.verdict), request_id)
         if isinstance(error, errors.MethodNotAllowed):
             headers = f"Allow: {error.allow}\r\n"
         elif error.status == HTTPStatus.UNAUTHORIZED:  # RFC 9110 section 15.5.2: with the challenge
@@ -243,6 +257,13 @@ class Routes:
         if error.retry_after is not None:
             headers += f"Retry-After: {retry_after_seconds(error.retry_after)}\r\n"
         return self.answer(error.status, error_body_of(error), request_id, headers)
+
+    def rejected(self, rejection: Rejection, request_id: str) -> Answer:
+        """Return the 429 of a limit that refused."""
+        name, wall = rejection.limit, self._clock.wall()
+        content, date = _REJECTED[name], self.http_date(wall)
+        start = self.heads.refusal(name, len(content), request_id, date, rejection.verdict, wall)
+        return Answer(429, start, content, self._health.draining)
 
     def answer(
         self,
@@ -278,10 +299,6 @@ class Routes:
         if given and len(given) <= _ID_MAX and _ID_ALPHABET.issuperset(given):
             return given
         return ""
-
-    def new_id(self) -> str:
-        """Make a request id: unique, and cheap."""
-        return f"{self._id_prefix}-{next(self._id_count):x}"
 
     def http_date(self, wall: int) -> str:
         """The date, formatted once a second."""

@@ -39,11 +39,9 @@ _CACHE_STATUS = {
     Outcome.COALESCED: "Cache-Status: embed-token-broker; fwd=miss; collapsed\r\n",
 }
 
-_MINTED = Outcome.MINTED
+_MINTED, _LIMITED = Outcome.MINTED, Outcome.LIMITED
 
-_COUNTED = frozenset(
-    {Outcome.LIMITED, Outcome.SHED, Outcome.INVALID, Outcome.UNAUTHORIZED, Outcome.FORBIDDEN}
-)
+_COUNTED = frozenset({Outcome.SHED, Outcome.INVALID, Outcome.UNAUTHORIZED, Outcome.FORBIDDEN})
 """Outcomes that anybody can cause in any number: one a minute is written, the rest counted."""
 
 
@@ -72,6 +70,10 @@ class Frame(Protocol):
         """Return the answer of a failure."""
         ...
 
+    def rejected(self, rejection: Rejection, request_id: str) -> Answer:
+        """Return the 429 of a limit that refused."""
+        ...
+
     def tell_of_leak(
         self, error: errors.SecretInBrowser, request_id: str, *, anyway: bool = False
     ) -> bool:
@@ -98,6 +100,8 @@ class TokenRoute:
         self._authenticator = authenticator
         self._token_service = token_service
         self._metrics = metrics
+        self._note_left = metrics.remaining.observe
+        self._note_ended = {outcome: each.observe for outcome, each in metrics.requests.items()}
         self._clock = clock
         self._health = health
         self._deadline = deadline
@@ -114,15 +118,15 @@ class TokenRoute:
     def __call__(self, request: Request, request_id: str) -> Answer | Later[Answer] | Work:
         """Answer, or return what is to be waited for; what goes wrong is answered, never raised."""
         started = self._clock.mono()
+        if type(request) is WholeRequest:
+            caller, whole = request.facts, request.body
+            if type(caller) is Caller and len(whole) <= wire.MAX_BODY:
+                trace = request.trace or caller.traceparent
+                return self._issue(whole, request_id, started, started, caller.client, trace)
         client: Client | None = None
         try:
-            caller = request.facts if type(request) is WholeRequest else None
-            if type(caller) is not Caller:
-                client = self._authenticator.identify(request, started)
-                caller = caller_of(request, client)
-            client, trace = caller.client, caller.traceparent
-            if type(request) is WholeRequest and request.trace:
-                trace = wire.well_formed(request.trace)
+            client = self._authenticator.identify(request, started)
+            trace = caller_of(request, client).traceparent
             content = body.arrived(request, wire.MAX_BODY)
         except Exception as error:  # noqa: BLE001 - answered and told
             return self._failed(error, request_id, started, client, None)
@@ -154,7 +158,10 @@ class TokenRoute:
         """Read the body, and answer with the token that is there."""
         ask: TokenRequest | None = None
         try:
-            ask = self._bodies.read(content, client.name, any_fingerprint=self.any_fingerprint)
+            read = self._bodies.read(content, client.name, any_fingerprint=self.any_fingerprint)
+            if isinstance(read, errors.BrokerError):
+                return self._refuse(read, request_id, started, client, None)
+            ask = read
             if client.agents is not None:
                 client.require_agent(ask.agent)
             result = self._token_service.begin(ask, now)
@@ -163,7 +170,7 @@ class TokenRoute:
         if type(result) is IssuedToken:
             return self._issued(result, request_id, started, ask)
         if type(result) is Rejection:
-            return self._refuse(result.error(), request_id, started, client, ask)
+            return self._reject(result, request_id, started, client, ask)
         begun = cast("Visit | None", result)
         asked = _Asked(self, ask, request_id, started, client, trace)
         if begun is None and self._token_service.ask(ask, now, asked):
@@ -184,8 +191,7 @@ class TokenRoute:
         if type(result) is IssuedToken:
             return self._issued(result, asked.request_id, asked.started, ask)
         if type(result) is Rejection:
-            refused = result.error()
-            return self._refuse(refused, asked.request_id, asked.started, asked.client, ask)
+            return self._reject(result, asked.request_id, asked.started, asked.client, ask)
         return self._wait(asked, cast("Visit | None", result), now)
 
     async def _wait(self, asked: "_Asked", begun: Visit | None, now: int) -> Answer:
@@ -198,7 +204,7 @@ class TokenRoute:
         except Exception as error:  # noqa: BLE001 - as above
             return self._failed(error, ask.request_id, started, client, ask)
         if isinstance(result, Rejection):
-            return self._refuse(result.error(), ask.request_id, started, client, ask)
+            return self._reject(result, ask.request_id, started, client, ask)
         return self._issued(result, ask.request_id, started, ask)
 
     def _issued(
@@ -212,9 +218,9 @@ class TokenRoute:
             start = text.encode("latin-1")
         else:
             start = self._frame.heads.write(line, len(content), request_id, date, verdict, wall)
-        self._metrics.remaining.observe(issued.left / 1_000_000)
+        self._note_left(issued.left / 1_000_000)
         seconds = (self._clock.mono() - started) / 1_000_000
-        self._metrics.requests[outcome].observe(seconds)
+        self._note_ended[outcome](seconds)
         if outcome is _MINTED or self.debug:
             self._log_issued(issued, request_id, seconds, ask)
         return Answer(200, start, content, self._health.draining)
@@ -233,6 +239,24 @@ class TokenRoute:
             error = errors.Internal()
         return self._refuse(error, request_id, started, client, ask)
 
+    def _reject(
+        self,
+        rejection: Rejection,
+        request_id: str,
+        started: int,
+        client: Client | None,
+        ask: TokenRequest | None,
+    ) -> Answer:
+        """Answer and count what a limit refused: no exception, for there may be a flood of them."""
+        now = self._clock.mono()
+        seconds = (now - started) / SECOND
+        kind = LIMIT_LABELS[rejection.limit]
+        self._note_ended[_LIMITED](seconds)
+        self._metrics.rejections[kind].inc()
+        if self._frame.refusals.first(kind, now, anyway=self.debug) or self.debug:
+            _log_failure(rejection.error(), kind, request_id, seconds, client, ask)
+        return self._frame.rejected(rejection, request_id)
+
     def _refuse(
         self,
         error: errors.BrokerError,
@@ -242,14 +266,14 @@ class TokenRoute:
         ask: TokenRequest | None,
     ) -> Answer:
         """Answer and count a token request that failed."""
+        if isinstance(error, errors.RateLimited):
+            rejection = Rejection(error.limit, error.verdict)
+            return self._reject(rejection, request_id, started, client, ask)
         now = self._clock.mono()
         seconds = (now - started) / SECOND
-        self._metrics.requests[error.outcome].observe(seconds)
+        self._note_ended[error.outcome](seconds)
         kind = error.code
-        if isinstance(error, errors.RateLimited):
-            kind = LIMIT_LABELS[error.limit]
-            self._metrics.rejections[kind].inc()
-        elif isinstance(error, errors.BudgetExhausted):
+        if isinstance(error, errors.BudgetExhausted):
             kind = BUDGET
             self._metrics.rejections[BUDGET].inc()
         elif isinstance(error, errors.UpstreamRefused):

@@ -24,10 +24,10 @@ FINGERPRINT_ANY_MAX = 256
 MODEL_MAX = 64
 """Characters of a model name."""
 
-_TRACEPARENT = re.compile(
-    r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
-)
+TRACEPARENT = "(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
 """W3C Trace Context, section 3.2.2: version ff and ids of zeros are not valid."""
+
+_TRACEPARENT = re.compile(TRACEPARENT)
 
 HEX = "[0-9A-Fa-f]{4,128}|[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"
 """A fingerprint as the vendor documents it, or a UUID; also a pattern of the API document."""

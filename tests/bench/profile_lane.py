@@ -202,13 +202,13 @@ def steps_of(bench: Bench) -> dict[str, Callable[[], object]]:
     routes, clock, store = bench.parts.routes, bench.parts.clock, bench.parts.store
     service, metrics, lane = bench.parts.token_service, bench.parts.metrics, bench.connection._lane
     assert isinstance(store, MemoryStore)
-    end = data.find(b"\r\n\r\n") + 4
-    known = lane.find(data[:end])
+    known = lane.known_in(data)
+    end = known.head.end
     request = WholeRequest(known.message, data[end:], bench.connection, known.facts, "")
     ask = routes.tokens._bodies.read(data[end:], "bench", any_fingerprint=False)
     now, wall = clock.mono(), clock.wall()
     rule, key = store._limits.fingerprint.met_by(ask)
-    read, blank = routes.tokens._bodies.read, b"\r\n\r\n"
+    read = routes.tokens._bodies.read
     issued = service.begin(ask, now)
     assert isinstance(issued, IssuedToken)
     verdict, body, date = issued.verdict, issued.token.body, routes.http_date(wall)
@@ -220,7 +220,7 @@ def steps_of(bench: Bench) -> dict[str, Callable[[], object]]:
     return {
         "nothing": lambda: None,
         "all of it": lambda: bench.connection.data_received(data),
-        "  head and body told apart, head known": lambda: lane.find(data[: data.find(blank) + 4]),
+        "  head known": lambda: lane.known_in(data),
         "  request object": lambda: WholeRequest(known.message, data[end:], None, known.facts, ""),  # type: ignore[arg-type]
         "  request id": lane.new_id,
         "  route": lambda: routes.tokens(request, "id"),

@@ -3,8 +3,10 @@
 import ast
 import asyncio
 import inspect
+import re
 import secrets
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import aiohttp.web_protocol
@@ -13,13 +15,28 @@ import structlog
 from edge import TOKEN_PATH, Edge, Line, request, serving, visitor
 from lane_streams import Worlds
 
+from broker import errors
 from broker.app.wiring import NO_LANE
 from broker.web import aiohttp_internals, connection, known_heads, lane_connection
 from broker.web.aiohttp_internals import ATTRIBUTES, IMPORTS, METHODS, fault_of_lane
-from broker.web.known_heads import MAX_KNOWN, KnownHeads
+from broker.web.known_heads import MAX_KNOWN, KnownHead, KnownHeads, split
 from broker.web.lane_connection import LaneConnection
+from broker.wire.request import well_formed
 
 PATIENCE = 60.0
+
+TRACES = ["", f"traceparent: 00-{'a' * 32}-{'b' * 16}-01\r\n"]
+
+
+def _kept(heads: KnownHeads, data: bytes) -> KnownHead:
+    """Keep the head of a request, as if it had been read."""
+    head = split(data)
+    message: Any = type("Message", (), {"headers": {}})
+    handler: Any = None
+    heads.keep(head.compared, KnownHead(head, len(data), message, handler, "", None))
+    known = heads.known_in(data)
+    assert known is not None
+    return known
 
 
 @pytest.fixture(autouse=True)
@@ -232,6 +249,75 @@ class TestTaken:
                 line.send(edge.posting(body, path=path))
                 reply = await line.answer()
                 assert reply.status == (400 if path == TOKEN_PATH else 200)
+        await line.close()
+
+    @pytest.mark.parametrize("value", TRACES)
+    @pytest.mark.parametrize("is_last", [True, False])
+    async def test_any_other_byte_is_another_head(self, value: str, *, is_last: bool) -> None:
+        """But for the trace, and the body: each byte by itself, as the last head and as any."""
+        heads, other = KnownHeads(), b"GET / HTTP/1.1\r\nHost: b\r\n\r\n"
+        data = f"POST /t HTTP/1.1\r\n{value}Content-Length: 2\r\n\r\n{{}}".encode()
+        known = _kept(heads, data)
+        assert _kept(heads, other) is not None
+        trace = range(*re.search(rb"[0-9a-f-]{55}|$", data).span())  # type: ignore[union-attr]
+        for place, byte in product(range(len(data) - 2), range(256)):
+            mutated = data[:place] + bytes([byte]) + data[place + 1 :]
+            is_same = mutated == data or (
+                place in trace and well_formed(mutated[trace[0] : trace[-1] + 1].decode("latin-1"))
+            )
+            if is_last:
+                assert heads.known_in(data) is known
+            else:
+                assert heads.known_in(other) is not known
+            assert heads.known_in(mutated) is (known if is_same else None), mutated
+        for cut in range(len(data)):
+            assert (
+                heads.known_in(data[:cut]) is heads.known_in(data[:cut] + data[cut + 1 :]) is None
+            )
+        assert heads.known_in(data + b" ") is None
+        assert heads.known_in(data[:-2] + b"[]") is known
+
+    @pytest.mark.parametrize(
+        ("instead", "status"),
+        [
+            ("\0", 400),
+            ("\r\n\r\n", 400),
+            ("\r\nOrigin: https://shop.example".rjust(55, "7"), 403),
+            ("", 400),  # what is behind the body then is no request
+        ],
+        ids=["nul", "end", "browser", "nothing"],
+    )
+    async def test_what_stands_where_a_trace_stood_is_read(
+        self, parsed: list[bytes], edge: Edge, instead: str, status: int
+    ) -> None:
+        """Also if it is as long as one, or what the table itself might put there."""
+        line, fingerprint = await idle(edge), visitor()
+        for _ in range(4):
+            trace = f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
+            line.send(edge.asking(fingerprint, headers=[("traceparent", trace)]))
+            assert (await line.answer()).status == 200
+        asked = edge.asking(fingerprint, headers=[("traceparent", trace)])
+        padding = b" " * (len(trace) - len(instead))  # then all of it is as long as what is known
+        line.send(asked.replace(trace.encode(), instead.encode()) + padding)
+        assert (await line.answer()).status == status
+        assert parsed[-1].startswith(asked.partition(trace.encode())[0] + instead.encode())
+        await line.close()
+
+    async def test_a_refusal_by_a_limit_is_a_value_to_its_bytes(
+        self, steps: list[bool], edge: Edge, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """But for the line of the first in a minute: a flood of them makes no exception."""
+        line, fingerprint = await idle(edge), visitor()
+        for _ in range(21):
+            line.send(edge.asking(fingerprint))
+            reply = await line.answer()
+        assert (reply.status, reply.code) == (429, "RATE_LIMITED")
+        edge.app.parts.routes.tokens.use_log(debug=False)
+        monkeypatch.setattr(errors.RateLimited, "__init__", None)
+        steps.clear()
+        line.send(edge.asking(fingerprint))
+        again = await line.answer()
+        assert (again.status, again.body, steps) == (429, reply.body, [True])
         await line.close()
 
     async def test_the_table_of_heads_is_bounded(self) -> None:

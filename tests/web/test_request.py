@@ -17,6 +17,8 @@ from broker.wire import known_bodies
 from broker.wire import request as wire
 from broker.wire.known_bodies import KnownBodies
 
+GOOD = b'{"agent_id":"A1","fingerprint":"abcd"}'
+
 HEX = st.text("0123456789abcdefABCDEF", min_size=4, max_size=128)
 TRACE = f"00-{'a' * 32}-{'b' * 16}-01"
 JSON = st.recursive(
@@ -300,7 +302,10 @@ class TestKnownBodies:
         client: str = "web",
         any_fingerprint: bool = False,
     ) -> TokenRequest:
-        return bodies.read(body, client, any_fingerprint=any_fingerprint)
+        read = bodies.read(body, client, any_fingerprint=any_fingerprint)
+        if isinstance(read, BrokerError):
+            raise read
+        return read
 
     def test_the_same_bytes_mean_the_same_for_another_request(self) -> None:
         """Its client is its own, and no id or trace of a request is kept."""
@@ -309,23 +314,56 @@ class TestKnownBodies:
             ask = self.read(bodies, body, client=client)
             assert ask == TokenRequest(client, "A1", "abcd", None, True)
         assert self.read(bodies, body, client="web") is ask
+        sent = ask.sent_with("id", TRACE)
+        assert sent == TokenRequest("web", "A1", "abcd", None, True, "id", TRACE)
+        assert (sent.key is ask.key, ask.request_id, ask.traceparent) == (True, "", "")
         assert len(bodies) == 1
 
-    @given(st.lists(st.sampled_from([b"{}", b"[", b'{"agent_id":"A1","fingerprint":"no hex"}'])))
-    def test_bad_ones_are_refused_each_time(self, given: list[bytes]) -> None:
-        """What is kept was good."""
+    @given(
+        st.lists(
+            st.tuples(
+                st.sampled_from([b"{}", b"[", b'{"agent_id":"A1","fingerprint":"no hex"}', GOOD]),
+                st.sampled_from(["web", "app"]),
+                st.booleans(),
+            )
+        )
+    )
+    def test_each_is_what_it_is_when_it_is_read(self, given: list[tuple[bytes, str, bool]]) -> None:
+        """Good or wrong, and wrong in the same way, whatever came before."""
         bodies = KnownBodies()
-        for body in given:
-            with pytest.raises((Invalid, MissingParam)):
-                self.read(bodies, body)
-        assert len(bodies) == 0
+        for body, client, any_fingerprint in given:
+            read = bodies.read(body, client, any_fingerprint=any_fingerprint)
+            if body != GOOD and not (any_fingerprint and b"no hex" in body):
+                with pytest.raises(BrokerError) as wrong:
+                    wire.parse(body, client, any_fingerprint=any_fingerprint)
+                assert isinstance(read, BrokerError)
+                assert (type(read), read.message) == (wrong.type, wrong.value.message)
+            else:
+                assert read == wire.parse(body, client, any_fingerprint=any_fingerprint)
+
+    def test_G6_wrong_ones_push_out_nothing_and_hold_on_to_nothing(self) -> None:
+        """They have a small table of their own; an error there has no frames of a request."""
+        bodies = KnownBodies()
+        good = self.read(bodies, GOOD)
+        first = bodies.read(b'{"n":"0"}', "web", any_fingerprint=False)
+        assert bodies.read(b'{"n":"0"}', "app", any_fingerprint=False) is first
+        for number in range(10 * known_bodies.MAX_WRONG):
+            error = bodies.read(b'{"n":"%d"}' % number, "web", any_fingerprint=False)
+            assert isinstance(error, BrokerError)
+            assert (error.__traceback__, error.__context__, error.__cause__) == (None,) * 3
+        assert len(bodies._wrong) <= 2 * known_bodies.MAX_WRONG
+        padded = b"{" + b" " * known_bodies.LONGEST
+        first = bodies.read(padded, "web", any_fingerprint=False)
+        assert bodies.read(padded, "web", any_fingerprint=False) is not first
+        assert self.read(bodies, GOOD) is good
 
     def test_a_looser_rule_leaves_nothing_behind_for_a_stricter_one(self) -> None:
         """A reload may turn `fingerprint_format` from "any" to "hex"."""
         bodies, body = KnownBodies(), b'{"agent_id":"A1","fingerprint":"no hex"}'
-        assert self.read(bodies, body, any_fingerprint=True).fingerprint == "no hex"
-        with pytest.raises(Invalid):
-            self.read(bodies, body)
+        for _ in range(2):
+            assert self.read(bodies, body, any_fingerprint=True).fingerprint == "no hex"
+            with pytest.raises(Invalid):
+                self.read(bodies, body)
 
     def test_G6_they_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Two generations; what is asked for stays; long ones are read each time."""

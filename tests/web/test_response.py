@@ -110,6 +110,12 @@ class TestHeads:
             expected = start + line + limit_headers(LimitName.FINGERPRINT, verdict, wall)
             written = heads.write(line, length, f"id-{length}", date, verdict, wall)
             assert written == expected.encode()
+            if not verdict.allowed:
+                start = head(429, length, JSON_TYPE, "id", date)
+                told = start + limit_headers(LimitName.AGENT, verdict, wall)
+                told += f"Retry-After: {retry_after_seconds(verdict.retry_after)}\r\n"
+                refusal = heads.refusal(LimitName.AGENT, length, "id", date, verdict, wall)
+                assert refusal == told.encode()
 
     def test_what_is_kept_holds_for_what_is_told_alike_only(self) -> None:
         """Within one second: other moments, limits, depths, outcomes and names."""
@@ -124,9 +130,10 @@ class TestHeads:
             told = limit_headers(LimitName.FINGERPRINT, verdict, wall)
             assert heads.write(line, wait, "id", date, verdict, wall) == (start + told).encode()
             for name in (LimitName.AGENT, LimitName.CLIENT):
-                told = limit_headers(name, verdict, wall)
+                told = head(429, 90, JSON_TYPE, "id", date) + limit_headers(name, verdict, wall)
                 told += f"Retry-After: {retry_after_seconds(verdict.retry_after)}\r\n"
-                assert verdict.allowed or heads.refusal(name, verdict, wall) == told.encode()
+                refusal = heads.refusal(name, 90, "id", date, verdict, wall)
+                assert verdict.allowed or refusal == told.encode()
 
 
 class TestReadyAnswer:

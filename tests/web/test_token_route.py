@@ -29,6 +29,7 @@ from broker.issue import IssuedToken
 from broker.issuers.base import Turn
 from broker.model import AGENT_RULE, Minted, Outcome, TokenRequest
 from broker.stores.base import Rejection, Visit
+from broker.web.router import new_ids
 
 MINT_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]+")
 
@@ -269,6 +270,11 @@ class TestRequestId:
         reply = await edge.ask(headers=[("X-Request-Id", given)])
         assert reply.status == 200
         assert MINT_ID.fullmatch(reply.header("X-Request-Id") or "")
+
+    def test_they_are_counted_in_hexadecimal(self) -> None:
+        """One after the other, over the borders of blocks."""
+        ids = list(itertools.islice(new_ids("a"), 1000))
+        assert [int(each.removeprefix("a-"), 16) for each in ids] == list(range(1000))
 
     async def test_ours_are_unique(self, edge: Edge) -> None:
         """Each answer has another one, unparseable requests included."""
