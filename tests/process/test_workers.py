@@ -81,6 +81,12 @@ class Crew(Broker):
         return [e["event"] for e in self.events() if e["event"] != "broker.embed_token"]
 
 
+class Started(Crew):
+    """One for which an interpreter was started."""
+
+    is_executed = True
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Tree:
     """A configuration that serves, with limits that are far away."""
@@ -526,7 +532,7 @@ class TestStart:
 
     def test_starts_in_time(self, tmp_path: Path, tree: Tree) -> None:
         """How long until both workers take requests, printed."""
-        with Crew.on(tmp_path, tree) as crew:
+        with Started.on(tmp_path, tree) as crew:
             print(f"\n{crew.seconds_to_start * 1000:.0f} ms until {WORKERS} workers are ready")
             started = time.monotonic()
             assert crew.end() == 0

@@ -1,0 +1,183 @@
+"""Brokers without the imports: a process that has done them once, and forks for each start.
+
+Four fifths of the CPU of a start are imports, and the tests start a thousand brokers.  A `Forked`
+is a `subprocess.Popen` all the same: a child of this process, with descriptors, environment,
+folder, signals and an exit code of its own.  What differs: the kernel shows the command line of the
+process that forked.  Tests of a start itself, of its memory or of what the kernel shows of it run
+an interpreter of their own.
+
+`python forked.py` is that process: on descriptor 0 it gets, for each start, a request and the
+three descriptors that the new process shall have.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+SUBREAPER = 36
+"""PR_SET_CHILD_SUBREAPER of prctl(2): children whose parent has ended become this process's."""
+
+LONGEST = 200_000
+"""Bytes of a request."""
+
+
+class Server:
+    """The process that forks, seen from here: started when the first test asks for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ours: socket.socket | None = None
+        self._prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+    def fork(self, request: Mapping[str, Any], descriptors: Sequence[int]) -> int:
+        """Have a process started; returns its number.  It is a child of this process."""
+        with self._lock:
+            server = self._ours or self._start(request["environment"])
+            try:
+                assert self._prctl(SUBREAPER, 1) == 0
+                socket.send_fds(server, [json.dumps(request).encode()], list(descriptors))
+                number = int(server.recv(16))  # from the process between, ...
+                assert server.recv(16) == b"ended"  # ... which has ended by now
+            finally:
+                self._prctl(SUBREAPER, 0)
+        return number
+
+    def _start(self, environment: Mapping[str, str]) -> socket.socket:
+        kept = {k: v for k, v in environment.items() if not k.startswith("BROKER_")}
+        self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-W", "error", __file__], stdin=theirs, env=kept
+            )
+        atexit.register(self._end)
+        return self._ours
+
+    def _end(self) -> None:
+        if self._ours is not None and self._process is not None:
+            self._ours.close()
+            self._process.wait()
+
+
+_server = Server()
+
+
+class Forked(subprocess.Popen[bytes]):
+    """A process that starts as `python -W error *arguments` would."""
+
+    def __init__(self, arguments: Sequence[str], **options: Any) -> None:
+        super().__init__(arguments, **options)
+
+    def _execute_child(
+        self,
+        args: Sequence[str],
+        executable: object,
+        preexec_fn: object,
+        close_fds: bool,
+        pass_fds: object,
+        cwd: str | None,
+        env: Mapping[str, str],
+        startupinfo: object,
+        creationflags: object,
+        shell: bool,
+        *pipes: int,
+    ) -> None:
+        """Ask the other process in place of fork and exec: the one step that differs."""
+        p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = pipes[:6]
+        given = [p2cread, c2pwrite, errwrite]
+        shared = [own if end == -1 else end for own, end in enumerate(given)]
+        request = {
+            "arguments": list(args),
+            "environment": dict(env),
+            "folder": cwd or str(Path.cwd()),
+        }
+        try:
+            self.pid = _server.fork(request, shared)
+            self._child_created = True
+        finally:
+            self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+
+
+def starts_alike(environment: Mapping[str, str]) -> bool:
+    """Whether a process with this environment can be forked.
+
+    Not if a variable tells Python or a library something when it is loaded.
+    """
+    known = {"PATH", "PYTHONPATH"}
+    return all(name in known or name.startswith("BROKER_") for name in environment)
+
+
+def _serve() -> None:
+    """Fork for each request, until there are no more."""
+    _load_everything()
+    assert threading.active_count() == 1
+    with socket.socket(fileno=os.dup(0)) as theirs:
+        while True:
+            request, descriptors, _, _ = socket.recv_fds(theirs, LONGEST, 3)
+            if not request:
+                return
+            between = os.fork()
+            if between == 0:
+                between, number = os.getpid(), os.fork()
+                if number == 0:
+                    break
+                theirs.send(str(number).encode())
+                os._exit(0)
+            os.waitpid(between, 0)
+            theirs.send(b"ended")
+            for descriptor in descriptors:
+                os.close(descriptor)
+    while os.getppid() == between:
+        time.sleep(0.0005)
+    _become(json.loads(request), descriptors)
+
+
+def _load_everything() -> None:
+    import broker
+
+    for module in pkgutil.walk_packages(broker.__path__, "broker."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    gc.collect()
+
+
+def _become(request: Mapping[str, Any], descriptors: Sequence[int]) -> NoReturn:
+    """Be what was asked for, to its end."""
+    from broker.telemetry import logs
+
+    for number, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.chdir(request["folder"])
+    coerced = {k: v for k, v in os.environ.items() if k == "LC_CTYPE"}  # by Python, as it starts
+    os.environ.clear()
+    os.environ.update(coerced | request["environment"])
+    logs._hash_key[:] = os.urandom(len(logs._hash_key))  # what a process draws as it starts
+    option, *rest = request["arguments"]
+    if option == "-m":
+        sys.argv, sys.path[0] = rest, str(Path.cwd())
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [option, *rest]
+        sys.path[0] = str(Path(option).parent)
+        runpy.run_path(option, run_name="__main__")
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        _serve()
