@@ -38,7 +38,8 @@ LONGEST = 200_000
 class Server:
     """The process that forks, seen from here: started when the first test asks for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._ours: socket.socket | None = None
@@ -47,7 +48,7 @@ class Server:
     def fork(self, request: Mapping[str, Any], descriptors: Sequence[int]) -> int:
         """Have a process started; returns its number.  It is a child of this process."""
         with self._lock:
-            server = self._ours or self._start(request["environment"])
+            server = self._ours or self._start()
             try:
                 assert self._prctl(SUBREAPER, 1) == 0
                 socket.send_fds(server, [json.dumps(request).encode()], list(descriptors))
@@ -57,12 +58,11 @@ class Server:
                 self._prctl(SUBREAPER, 0)
         return number
 
-    def _start(self, environment: Mapping[str, str]) -> socket.socket:
-        kept = {k: v for k, v in environment.items() if not k.startswith("BROKER_")}
+    def _start(self) -> socket.socket:
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "error", __file__], stdin=theirs, env=kept
+                [sys.executable, "-W", "error", __file__], stdin=theirs, env=self._environment
             )
         atexit.register(self._end)
         return self._ours
@@ -73,7 +73,11 @@ class Server:
             self._process.wait()
 
 
-_server = Server()
+_servers: dict[frozenset[tuple[str, str]], Server] = {}
+"""By the environment that Python saw as it started."""
+
+KNOWN = {"PATH", "PYTHONPATH", "PYTHONHASHSEED"}
+"""What may stand in that."""
 
 
 class Forked(subprocess.Popen[bytes]):
@@ -106,7 +110,7 @@ class Forked(subprocess.Popen[bytes]):
             "folder": cwd or str(Path.cwd()),
         }
         try:
-            self.pid = _server.fork(request, shared)
+            self.pid = _server_for(env).fork(request, shared)
             self._child_created = True
         finally:
             self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
@@ -117,8 +121,16 @@ def starts_alike(environment: Mapping[str, str]) -> bool:
 
     Not if a variable tells Python or a library something when it is loaded.
     """
-    known = {"PATH", "PYTHONPATH"}
-    return all(name in known or name.startswith("BROKER_") for name in environment)
+    return _seen_by_python(environment).keys() <= KNOWN
+
+
+def _seen_by_python(environment: Mapping[str, str]) -> dict[str, str]:
+    return {k: v for k, v in environment.items() if not k.startswith("BROKER_")}
+
+
+def _server_for(environment: Mapping[str, str]) -> Server:
+    seen = _seen_by_python(environment)
+    return _servers.setdefault(frozenset(seen.items()), Server(seen))
 
 
 def _serve() -> None:
@@ -147,12 +159,14 @@ def _serve() -> None:
 
 
 def _load_everything() -> None:
+    sys.path[0] = str(Path.cwd())  # as `-m` does
     import broker
 
     for module in pkgutil.walk_packages(broker.__path__, "broker."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
     gc.collect()
+    gc.freeze()  # or each process would copy and collect all of it as it ends: 0.1 s of CPU
 
 
 def _become(request: Mapping[str, Any], descriptors: Sequence[int]) -> NoReturn:
@@ -169,7 +183,7 @@ def _become(request: Mapping[str, Any], descriptors: Sequence[int]) -> NoReturn:
     logs._hash_key[:] = os.urandom(len(logs._hash_key))  # what a process draws as it starts
     option, *rest = request["arguments"]
     if option == "-m":
-        sys.argv, sys.path[0] = rest, str(Path.cwd())
+        sys.argv, sys.path[0] = rest, request["folder"]
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv = [option, *rest]
