@@ -76,6 +76,9 @@ class Server:
 _servers: dict[frozenset[tuple[str, str]], Server] = {}
 """By the environment that Python saw as it started."""
 
+HERE = (sys.executable, Path.cwd())
+"""Which Python, and which `broker`: a test may choose others for itself."""
+
 KNOWN = {"PATH", "PYTHONPATH", "PYTHONHASHSEED"}
 """What may stand in that."""
 
@@ -119,9 +122,11 @@ class Forked(subprocess.Popen[bytes]):
 def starts_alike(environment: Mapping[str, str]) -> bool:
     """Whether a process with this environment can be forked.
 
-    Not if a variable tells Python or a library something when it is loaded.
+    Not if a variable tells Python or a library something when it is loaded, and not if a test has
+    chosen another Python or folder.
     """
-    return _seen_by_python(environment).keys() <= KNOWN
+    here = (sys.executable, Path.cwd())
+    return here == HERE and _seen_by_python(environment).keys() <= KNOWN
 
 
 def _seen_by_python(environment: Mapping[str, str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import forked
@@ -87,10 +88,16 @@ def test_what_a_process_draws_as_it_starts_differs(tmp_path: Path) -> None:
     assert len(drawn) == 4
 
 
-def test_a_test_can_ask_for_an_interpreter(tmp_path: Path) -> None:
+def test_a_test_can_ask_for_an_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of its own, and one that a variable asks for it."""
     with Executed.configured(tmp_path, good(tmp_path)) as broker:
         assert not isinstance(broker.process, forked.Forked)
     assert not forked.starts_alike(environment(SSL_CERT_FILE="/nowhere"))
     assert not forked.starts_alike(environment() | {"COVERAGE_PROCESS_CONFIG": "x"})
     assert run("version").returncode == 0
+    assert forked.starts_alike(environment())
+    with monkeypatch.context() as elsewhere:
+        elsewhere.chdir(tmp_path)
+        assert not forked.starts_alike(environment())
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
+    assert not forked.starts_alike(environment())
