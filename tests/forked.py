@@ -7,18 +7,22 @@ process that forked.  Tests of a start itself, of its memory or of what the kern
 an interpreter of their own.
 
 `python forked.py` is that process: on descriptor 0 it gets, for each start, a request and the
-three descriptors that the new process shall have.
+descriptors that the new process shall have.  A supervisor that it forks has such a process of its
+own, from which it has its workers.
 """
 
+import asyncio
 import atexit
 import contextlib
 import ctypes
+import fcntl
 import gc
 import importlib
 import json
 import os
 import pkgutil
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -34,20 +38,28 @@ SUBREAPER = 36
 LONGEST = 200_000
 """Bytes of a request."""
 
+MOST = 16
+"""Descriptors of a request."""
+
+
+_one_at_a_time = threading.Lock()
+"""Because it is this process that takes children over, for a moment."""
+
 
 class Server:
     """The process that forks, seen from here: started when the first test asks for it."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, environment: Mapping[str, str], running: socket.socket | None = None
+    ) -> None:
         self._environment = environment
-        self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._ours: socket.socket | None = None
+        self._ours = running
         self._prctl = ctypes.CDLL(None, use_errno=True).prctl
 
     def fork(self, request: Mapping[str, Any], descriptors: Sequence[int]) -> int:
         """Have a process started; returns its number.  It is a child of this process."""
-        with self._lock:
+        with _one_at_a_time:
             server = self._ours or self._start()
             try:
                 assert self._prctl(SUBREAPER, 1) == 0
@@ -76,8 +88,16 @@ class Server:
 _servers: dict[frozenset[tuple[str, str]], Server] = {}
 """By the environment that Python saw as it started."""
 
-HERE = (sys.executable, Path.cwd())
-"""Which Python, and which `broker`: a test may choose others for itself."""
+
+def _here() -> tuple[object, ...]:
+    """Which Python, which `broker`, and what Python runs as it starts: a test may choose others."""
+    return sys.executable, Path.cwd(), os.environ.get("PYTHONPATH")
+
+
+HERE = _here()
+
+RUN = {"broker.__main__", "broker.process.worker"}
+"""What `-m` runs."""
 
 KNOWN = {"PATH", "PYTHONPATH", "PYTHONHASHSEED"}
 """What may stand in that."""
@@ -111,6 +131,8 @@ class Forked(subprocess.Popen[bytes]):
             "arguments": list(args),
             "environment": dict(env),
             "folder": cwd or str(Path.cwd()),
+            "descriptors": [0, 1, 2],
+            "session": False,
         }
         try:
             self.pid = _server_for(env).fork(request, shared)
@@ -122,11 +144,11 @@ class Forked(subprocess.Popen[bytes]):
 def starts_alike(environment: Mapping[str, str]) -> bool:
     """Whether a process with this environment can be forked.
 
-    Not if a variable tells Python or a library something when it is loaded, and not if a test has
-    chosen another Python or folder.
+    Not if a variable tells Python or a library something when it is loaded, not if a test has
+    chosen another Python, folder or path, and not for a benchmark.
     """
-    here = (sys.executable, Path.cwd())
-    return here == HERE and _seen_by_python(environment).keys() <= KNOWN
+    is_usual = "pytest" in sys.modules and _here() == HERE
+    return is_usual and _seen_by_python(environment).keys() <= KNOWN
 
 
 def _seen_by_python(environment: Mapping[str, str]) -> dict[str, str]:
@@ -138,13 +160,11 @@ def _server_for(environment: Mapping[str, str]) -> Server:
     return _servers.setdefault(frozenset(seen.items()), Server(seen))
 
 
-def _serve() -> None:
+def _serve(theirs: socket.socket) -> None:
     """Fork for each request, until there are no more."""
-    _load_everything()
-    assert threading.active_count() == 1
-    with socket.socket(fileno=os.dup(0)) as theirs:
+    with theirs:
         while True:
-            request, descriptors, _, _ = socket.recv_fds(theirs, LONGEST, 3)
+            request, descriptors, _, _ = socket.recv_fds(theirs, LONGEST, MOST)
             if not request:
                 return
             between = os.fork()
@@ -168,7 +188,7 @@ def _load_everything() -> None:
     import broker
 
     for module in pkgutil.walk_packages(broker.__path__, "broker."):
-        if not module.name.endswith("__main__"):
+        if module.name not in RUN:
             importlib.import_module(module.name)
     gc.collect()
     gc.freeze()  # or each process would copy and collect all of it as it ends: 0.1 s of CPU
@@ -178,15 +198,20 @@ def _become(request: Mapping[str, Any], descriptors: Sequence[int]) -> NoReturn:
     """Be what was asked for, to its end."""
     from broker.telemetry import logs
 
-    for number, descriptor in enumerate(descriptors):
+    above = max(request["descriptors"]) + MOST
+    for number, descriptor in zip(request["descriptors"], _moved(descriptors, above), strict=True):
         os.dup2(descriptor, number)
         os.close(descriptor)
+    if request["session"]:
+        os.setsid()
     os.chdir(request["folder"])
     coerced = {k: v for k, v in os.environ.items() if k == "LC_CTYPE"}  # by Python, as it starts
     os.environ.clear()
     os.environ.update(coerced | request["environment"])
     logs._hash_key[:] = os.urandom(len(logs._hash_key))  # what a process draws as it starts
     option, *rest = request["arguments"]
+    if "--workers" in rest or Path(option).name == "crew.py":
+        _fork_workers()
     if option == "-m":
         sys.argv, sys.path[0] = rest, request["folder"]
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
@@ -197,6 +222,75 @@ def _become(request: Mapping[str, Any], descriptors: Sequence[int]) -> NoReturn:
     raise SystemExit(0)
 
 
+def _moved(descriptors: Sequence[int], above: int) -> list[int]:
+    """Move descriptors out of the way of those that they shall become."""
+    moved = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, above) for descriptor in descriptors]
+    for descriptor in descriptors:
+        os.close(descriptor)
+    return moved
+
+
+def _fork_workers() -> None:
+    """Let this process, a supervisor, have its workers from a fork of what it is now."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if os.fork() == 0:
+        ours.close()
+        _serve(theirs)
+        os._exit(0)
+    theirs.close()
+    atexit.register(ours.close)
+    server = Server({}, running=ours)
+
+    async def create(*command: str, pass_fds: Sequence[int], **_: object) -> Worker:
+        """Stand for asyncio.create_subprocess_exec, as the supervisor calls it."""
+        request = {
+            "arguments": command[command.index("-m") :],
+            "environment": dict(os.environ),
+            "folder": str(Path.cwd()),
+            "descriptors": [0, 1, 2, *pass_fds],
+            "session": True,
+        }
+        null = os.open(os.devnull, os.O_RDWR)
+        try:
+            return Worker(server.fork(request, [null, null, 2, *pass_fds]))
+        finally:
+            os.close(null)
+
+    asyncio.create_subprocess_exec = create
+
+
+class Worker:
+    """Stands for asyncio's Process."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._ended = asyncio.ensure_future(self._end())
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    async def wait(self) -> int | None:
+        await asyncio.shield(self._ended)
+        return self.returncode
+
+    async def _end(self) -> None:
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        handle = os.pidfd_open(self.pid)
+        loop.add_reader(handle, ended.set)
+        await ended.wait()
+        loop.remove_reader(handle)
+        os.close(handle)
+        self.returncode = _code_of(self.pid)
+
+
+def _code_of(pid: int) -> int:
+    """Return the exit code of a child that has ended."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, os.WNOHANG)[1])
+
+
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        _serve()
+        _load_everything()
+        assert threading.active_count() == 1
+        _serve(socket.socket(fileno=os.dup(0)))

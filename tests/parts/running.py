@@ -13,7 +13,8 @@ from typing import Any
 
 import httpx
 import plain
-import processes
+
+sys.path.append(str(Path(__file__).parents[1]))  # for programs, which pytest does not tell
 
 START = 30.0
 """Seconds that a process may take until it answers, on a machine that is busy with other tests."""
@@ -72,6 +73,8 @@ class Broker:
 @contextmanager
 def broker(folder: Path, settings: Mapping[str, object] | None = None) -> Iterator[Broker]:
     """Run a development broker on free ports; `settings` are `section.key` as in its file."""
+    import processes
+
     overrides = {
         "BROKER_" + key.upper().replace(".", "__"): str(value)
         for key, value in (settings or {}).items()

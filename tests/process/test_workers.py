@@ -82,7 +82,7 @@ class Crew(Broker):
 
 
 class Started(Crew):
-    """One for which an interpreter was started."""
+    """One for which interpreters were started, as the kernel shows."""
 
     is_executed = True
 
@@ -437,7 +437,7 @@ class TestSharing:
         self, tmp_path: Path
     ) -> None:
         """They are made once and travel over the workers' own socket; metrics are those of all."""
-        with Crew("--dev", logs=tmp_path) as crew:
+        with Started("--dev", logs=tmp_path) as crew:
             said, _ = introduction(crew)
             secret = said["api_secret"]
             async with Caller(crew, secret) as caller:
@@ -458,7 +458,7 @@ class TestSharing:
         self, tmp_path: Path, tree: Tree
     ) -> None:
         """CPU and memory by number; CPU of a dead one stays in the sum."""
-        with Crew.on(tmp_path, tree) as crew:
+        with Started.on(tmp_path, tree) as crew:
             async with Caller(crew, client_secret(tree)) as caller:
                 cpu = 'broker_worker_cpu_seconds_total{worker="1"}'
                 before = await caller.metric(cpu)

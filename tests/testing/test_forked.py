@@ -99,5 +99,8 @@ def test_a_test_can_ask_for_an_interpreter(tmp_path: Path, monkeypatch: pytest.M
     with monkeypatch.context() as elsewhere:
         elsewhere.chdir(tmp_path)
         assert not forked.starts_alike(environment())
+    with monkeypatch.context() as hooked:
+        hooked.setenv("PYTHONPATH", str(tmp_path))
+        assert not forked.starts_alike(environment())
     monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
     assert not forked.starts_alike(environment())
