@@ -24,7 +24,7 @@ seed = {seed}
 
 [generation]
 codec = "{codec}"
-max-examples = 50
+max-examples = 25
 
 [checks]
 enabled = true
