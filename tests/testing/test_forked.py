@@ -52,7 +52,7 @@ def test_a_process_is_what_was_asked_for(tmp_path: Path, kind: str) -> None:
         "threads": 1,
         "path": str(tmp_path),
         "signals": [
-            str(signal.SIG_DFL), str(signal.default_int_handler), str(signal.SIG_DFL),
+            str(signal.SIG_DFL), str(signal.getsignal(signal.SIGINT)), str(signal.SIG_DFL),
         ],
         "mask": [],
         "warnings": ["error"],
