@@ -15,18 +15,33 @@ from servers import (
 )
 from structlog.dev import ConsoleRenderer, plain_traceback
 
-ROOMS_THAT_WAIT = ("fleet", "parts", "vendor", "process", "valkey", "web", "telemetry")
+LONGEST = (
+    "parts/test_image.py", "parts/test_gateways.py", "fleet/test_budget_alone.py",
+    "parts/test_page.py", "parts/test_snippets.py", "parts/test_guarded_viewer.py",
+    "parts/test_wheel.py", "process/test_workers.py", "fleet/test_store_clocks.py",
+    "sqlite/test_kill.py", "process/test_hung_workers.py", "fleet/test_bad_replies.py",
+    "vendor/test_outage.py", "app/test_background.py", "parts/test_schemathesis.py",
+)  # fmt: skip
+"""Files that take a minute or more, whatever else runs: the run ends with none of them."""
+
+ROOMS_THAT_WAIT = (
+    "fleet", "parts", "vendor", "process", "sqlite", "valkey", "web", "telemetry", "cli", "app",
+)  # fmt: skip
 """Rooms of tests that start processes and wait for them, the slowest first."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what waits, so that it waits beside everything else and not at the end."""
     here = Path(__file__).parent
-    last = len(ROOMS_THAT_WAIT)
+    if missing := [name for name in (*LONGEST, *ROOMS_THAT_WAIT) if not (here / name).exists()]:
+        raise pytest.UsageError(f"tests/conftest.py puts {missing} first, and there is no such")
+    first, rooms, last = len(LONGEST), len(ROOMS_THAT_WAIT), len(LONGEST) + len(ROOMS_THAT_WAIT)
+    places = {here / name: place for place, name in enumerate(LONGEST)}
+    by_room = dict(zip(ROOMS_THAT_WAIT, range(first, first + rooms), strict=True))
 
     def place(item: pytest.Item) -> int:
         room = item.path.relative_to(here).parts[0]
-        return ROOMS_THAT_WAIT.index(room) if room in ROOMS_THAT_WAIT else last
+        return places.get(item.path, by_room.get(room, last))
 
     items.sort(key=place)
 

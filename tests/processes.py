@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import aiohttp
+import forked
 
 from broker.config.settings import LimitsSettings
 
@@ -43,14 +44,22 @@ def run(
     *arguments: str, stdin: bytes = b"", **variables: str
 ) -> subprocess.CompletedProcess[bytes]:
     """Run one command to its end."""
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "broker", *arguments],
-        input=stdin,
-        capture_output=True,
-        env=environment(**variables),
-        timeout=PATIENCE,
-        check=False,
-    )
+    given = environment(**variables)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with started("-m", "broker", *arguments, env=given, **pipes) as process:
+        try:
+            out, told = process.communicate(stdin, PATIENCE)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.wait(), out, told)
+
+
+def started(*arguments: str, env: Mapping[str, str], **options: Any) -> subprocess.Popen[bytes]:
+    """Start `python -W error *arguments`, without the imports where that makes no difference."""
+    if forked.starts_alike(env):
+        return forked.Forked(arguments, env=env, **options)
+    return subprocess.Popen([sys.executable, "-W", "error", *arguments], env=env, **options)
 
 
 def toml(tree: Tree) -> str:
@@ -133,19 +142,22 @@ class Broker:
     program: tuple[str, ...] = ("-m", "broker", "serve")
     """What Python runs."""
 
+    is_executed = False
+    """Whether an interpreter is started for it: for tests of that, and of what the kernel shows."""
+
     def __init__(
         self, *arguments: str, logs: Path, prefix: Sequence[str] = (), **variables: str
     ) -> None:
         self.folder = logs
         self._logs = logs / f"log.{secrets.token_hex(4)}"
-        started = time.perf_counter()
+        began = time.perf_counter()
         with self._logs.open("wb") as out:
-            self.process = subprocess.Popen(
-                [*prefix, sys.executable, "-W", "error", *self.program, *arguments],
-                stdout=subprocess.PIPE,
-                stderr=out,
-                env=environment(**variables),
-            )
+            options = {"stdout": subprocess.PIPE, "stderr": out, "env": environment(**variables)}
+            if prefix or self.is_executed:
+                command = [*prefix, sys.executable, "-W", "error", *self.program, *arguments]
+                self.process = subprocess.Popen(command, **options)
+            else:
+                self.process = started(*self.program, *arguments, **options)
         try:
             self.started = self.wait_for(lambda: self.events("broker.started"))[0]
         except BaseException:
@@ -153,7 +165,7 @@ class Broker:
             self.process.wait()
             self._close()
             raise
-        self.seconds_to_start = time.perf_counter() - started
+        self.seconds_to_start = time.perf_counter() - began
 
     @classmethod
     def configured(
@@ -290,6 +302,12 @@ async def until(look: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE):
         while not look():  # noqa: ASYNC110 - what is looked at is in another process
             await asyncio.sleep(0.005)
+
+
+class Executed(Broker):
+    """A running broker for which an interpreter was started."""
+
+    is_executed = True
 
 
 class Caller:

@@ -1,14 +1,14 @@
 """The JSON Schema of the configuration: editors flag what the loader refuses, and nothing good."""
 
+import functools
 import json
 import math
 import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jsonschema
 import pytest
 from documents import ROOT
 from hypothesis import given
@@ -26,13 +26,24 @@ from broker.config.schema import MAX_DURATION, ConfigError
 from broker.config.settings import Settings
 from broker.rules import passing
 
+if TYPE_CHECKING:
+    from jsonschema import Draft7Validator
+
 SHIPPED = sorted((ROOT / "config").rglob("*.toml"))
-VALIDATOR = jsonschema.Draft7Validator(json_schema())
+
+
+@functools.cache
+def validator() -> "Draft7Validator":
+    """Validate by the schema; loaded by who needs it, because that takes seconds."""
+    from jsonschema import Draft7Validator
+
+    Draft7Validator.check_schema(json_schema())
+    return Draft7Validator(json_schema())
 
 
 def is_good(tree: object) -> bool:
     """Whether an editor would flag nothing."""
-    return bool(VALIDATOR.is_valid(tree))
+    return bool(validator().is_valid(tree))
 
 
 def beyond_one_key(dotted: str, value: object) -> bool:
@@ -59,7 +70,7 @@ ROUTES = st.lists(
 class TestSchema:
     def test_is_one(self) -> None:
         """Of draft 7."""
-        jsonschema.Draft7Validator.check_schema(json_schema())
+        validator()
 
     def test_the_file_that_ships_is_what_the_command_prints(self) -> None:
         """Made by `broker config schema > config/schema.json`."""
@@ -102,7 +113,7 @@ class TestSchema:
         named = re.match(r"#:schema (\S+)\n", text)
         assert named is not None
         assert (path.parent / named[1]).resolve() == ROOT / "config" / "schema.json"
-        assert [error.message for error in VALIDATOR.iter_errors(tomllib.loads(text))] == []
+        assert [error.message for error in validator().iter_errors(tomllib.loads(text))] == []
 
     def test_every_example_in_the_reference_is_valid(self) -> None:
         """Also what is commented out in it: each secret in one of its forms."""
@@ -110,7 +121,7 @@ class TestSchema:
         text = re.sub(r"(?m)^#?\w*(secret|encryption_key|password|proxy) = .*\n", "", text)
         text = re.sub(r"(?m)^#keys_file = .*\n", "", text)
         tree = tomllib.loads(re.sub(r"(?m)^#(?=[\w\[\"])", "", text))
-        assert [error.message for error in VALIDATOR.iter_errors(tree)] == []
+        assert [error.message for error in validator().iter_errors(tree)] == []
 
 
 class TestAgreement:

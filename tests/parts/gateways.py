@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
+import plain
 from running import START, daemon, free_port, tool, until
 
 CONFIG = Path(__file__).parents[2] / "config"
@@ -119,7 +120,7 @@ class Broker:
     def token(self, fingerprint: str | None = None, *, agent: str = AGENT) -> dict[str, Any]:
         """Have a token minted; returns the answer's `data`."""
         body = {"agent_id": agent, "fingerprint": fingerprint or secrets.token_hex(16)}
-        answer = httpx.post(
+        answer = plain.post(
             f"{self.url}/v1/embed-tokens/request", json=body, headers={"api-secret": self.secret}
         )
         data: dict[str, Any] = answer.raise_for_status().json()["data"]
@@ -253,6 +254,6 @@ def _command(kind: str, file: Path, folder: Path) -> list[str]:
 
 def _status(url: str) -> int:
     try:
-        return httpx.get(url).status_code
+        return plain.get(url).status_code
     except httpx.TransportError:
         return 0

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import plain
 from prometheus_client.parser import text_string_to_metric_families
 from running import daemon, free_port
 
@@ -43,7 +43,7 @@ class Prometheus:
         return values
 
     def _get(self, path: str, **parameters: str) -> Any:
-        answer = httpx.get(self._url + path, params=parameters).json()
+        answer = plain.get(self._url + path, params=parameters).json()
         assert answer["status"] == "success", (parameters, answer)
         return answer["data"]
 

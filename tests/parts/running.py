@@ -1,7 +1,6 @@
 """Processes as an operator starts them: the broker, and whatever else listens."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -13,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import plain
+
+sys.path.append(str(Path(__file__).parents[1]))  # for programs, which pytest does not tell
 
 START = 30.0
 """Seconds that a process may take until it answers, on a machine that is busy with other tests."""
@@ -21,7 +23,7 @@ START = 30.0
 class Broker:
     """A `broker serve --dev` that answers; `curl_line` is what it printed for people."""
 
-    def __init__(self, process: "subprocess.Popen[str]", log: Path) -> None:
+    def __init__(self, process: "subprocess.Popen[Any]", log: Path) -> None:
         self._process = process
         self._log = log
         assert process.stdout is not None
@@ -52,7 +54,7 @@ class Broker:
         self, body: Mapping[str, object], headers: Mapping[str, str] | None = None
     ) -> httpx.Response:
         """Ask for a token over a connection of its own."""
-        return httpx.post(
+        return plain.post(
             self.token_url, json=body, headers={"api-secret": self.secret, **(headers or {})}
         )
 
@@ -71,25 +73,24 @@ class Broker:
 @contextmanager
 def broker(folder: Path, settings: Mapping[str, object] | None = None) -> Iterator[Broker]:
     """Run a development broker on free ports; `settings` are `section.key` as in its file."""
+    import processes
+
     overrides = {
         "BROKER_" + key.upper().replace(".", "__"): str(value)
         for key, value in (settings or {}).items()
     }
     log = folder / "broker.log"
-    command = [sys.executable, "-m", "broker", "serve", "--dev"]
+    command = ["-m", "broker", "serve", "--dev"]
     command += ["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("BROKER_")}
-    path = (environment.get("PYTHONPATH"), str(Path(__file__).parents[1] / "absent"))
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))  # as in processes.py
     with (
         log.open("w", encoding="utf-8") as stderr,
-        subprocess.Popen(
-            command,
+        processes.started(
+            *command,
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
-            env=environment | overrides,
-            cwd=folder,
+            env=processes.environment(**overrides),
+            cwd=str(folder),
         ) as process,
     ):
         try:
@@ -158,6 +159,6 @@ def output_of(command: Sequence[str], given: str | None = None) -> str:
 
 def _answers(url: str, *, any_status: bool = False) -> bool:
     try:
-        return httpx.get(url).status_code == httpx.codes.OK or any_status
+        return plain.get(url).status_code == httpx.codes.OK or any_status
     except httpx.TransportError:
         return False

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import plain
 import pytest
 from browsing import Visit
 from playwright.sync_api import Browser, expect
@@ -99,10 +100,10 @@ def test_one_line_shows_it_all(example: Example, browser: Browser) -> None:
 
     def ask() -> int:
         body = {"fingerprint": os.urandom(8).hex()}
-        return httpx.post(f"{shop}avatar-token", json=body, timeout=START).status_code
+        return plain.post(f"{shop}avatar-token", json=body, timeout=START).status_code
 
     assert ask() == 200
-    told = httpx.post(control, content=json.dumps({"fault": "refuse=PLAN_REQUIRED"})).json()
+    told = plain.post(control, content=json.dumps({"fault": "refuse=PLAN_REQUIRED"})).json()
     assert [fault["fault"] for fault in told["set"]] == ["403 PLAN_REQUIRED"]
     assert ask() == 403
     ports = {int(port) for port in re.findall(r"127\.0\.0\.1:(\d+)", example.output)}
@@ -110,6 +111,6 @@ def test_one_line_shows_it_all(example: Example, browser: Browser) -> None:
     assert example.process.wait(START) == 0
     for port in ports:
         with pytest.raises(httpx.ConnectError):
-            httpx.get(f"http://127.0.0.1:{port}/")
+            plain.get(f"http://127.0.0.1:{port}/")
     example._reader.join()
     assert "Traceback" not in example.output

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import httpx
+import plain
 import pytest
 from gateways import AGENT, KINDS, Broker, brokers, gateway
 
@@ -25,7 +26,7 @@ class Behind(NamedTuple):
 
     def ask(self, fingerprint: str, **headers: str) -> httpx.Response:
         """Ask for a token over a connection of its own."""
-        return httpx.post(
+        return plain.post(
             f"{self.url}/v1/embed-tokens/request",
             json={"agent_id": AGENT, "fingerprint": fingerprint},
             headers={"api-secret": self.broker.secret, **headers},
@@ -67,9 +68,9 @@ def test_answers_arrive_as_they_are(behind: Behind) -> None:
 
 def test_nothing_but_the_api_is_reached(behind: Behind) -> None:
     """No metrics, no probes but readiness, nothing by a detour."""
-    assert httpx.get(f"{behind.url}/readyz").status_code == 200
+    assert plain.get(f"{behind.url}/readyz").status_code == 200
     for path in ("/metrics", "/", "/v1/../metrics", "/v1/sessions", "/livez"):
-        assert httpx.get(f"{behind.url}{path}").status_code == 404, path
+        assert plain.get(f"{behind.url}{path}").status_code == 404, path
 
 
 def test_O5_failures_are_throttled_by_the_real_address(behind: Behind) -> None:
@@ -81,7 +82,7 @@ def test_O5_failures_are_throttled_by_the_real_address(behind: Behind) -> None:
     assert statuses == {401, 429}
     assert behind.ask(secrets.token_hex(16)).status_code == 200
     elsewhere = {"X-Forwarded-For": "203.0.113.99", "api-secret": "wrong"}
-    direct = httpx.post(f"{behind.broker.url}/v1/validate", headers=elsewhere)
+    direct = plain.post(f"{behind.broker.url}/v1/validate", headers=elsewhere)
     assert direct.status_code == 200, "another address, told by the trusted peer, is not throttled"
 
 

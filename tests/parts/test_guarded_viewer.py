@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import httpx
 import jwt
+import plain
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -54,10 +55,10 @@ def test_a_good_token_passes_and_the_viewer_is_told_whose_it_is(guarded: Guarded
     path = f"/embed/{AGENT}?lang=en&token={token}&x=%20y"
     by_header = {"headers": {"X-Embed-Token": token}}
     answers = [
-        httpx.get(guarded.url + path),
-        httpx.get(f"{guarded.url}/a", **by_header),
-        httpx.get(f"{guarded.url}/a", headers={"Authorization": f"Bearer {token}"}),
-        httpx.post(f"{guarded.url}/a", content=b"hello", **by_header),
+        plain.get(guarded.url + path),
+        plain.get(f"{guarded.url}/a", **by_header),
+        plain.get(f"{guarded.url}/a", headers={"Authorization": f"Bearer {token}"}),
+        plain.post(f"{guarded.url}/a", content=b"hello", **by_header),
     ]
     for answer in answers:
         assert answer.status_code == 200, answer.text
@@ -70,7 +71,7 @@ def test_a_good_token_passes_and_the_viewer_is_told_whose_it_is(guarded: Guarded
         }
     assert answers[0].json()["path"] == path
     assert (answers[3].json()["method"], answers[3].json()["body"]) == ("POST", "hello")
-    assert httpx.head(f"{guarded.url}/a", **by_header).status_code == 200
+    assert plain.head(f"{guarded.url}/a", **by_header).status_code == 200
 
 
 NEEDED = {
@@ -105,7 +106,7 @@ def test_N5_the_broker_is_sent_only_what_it_needs(kind: str, tmp_path: Path) -> 
     ):
         asked.seen.clear()
         for method, content in (("GET", b""), ("POST", b"y" * 100_000), ("HEAD", b"")):
-            answer = httpx.request(method, f"{url}/?token=t", headers=BROWSING, content=content)
+            answer = plain.request(method, f"{url}/?token=t", headers=BROWSING, content=content)
             assert answer.status_code == 200, answer.text
             (told,) = asked.seen
             names = [name for name, _ in told["headers"]]
@@ -179,14 +180,14 @@ def test_N6_a_viewer_behind_ingress_nginx(tmp_path: Path) -> None:
             token = good["token"]
             for method in ("GET", "POST"):
                 cookies = {"Cookie": BROWSING["Cookie"]}
-                answer = httpx.request(method, f"{url}/v?token={token}", headers=cookies)
+                answer = plain.request(method, f"{url}/v?token={token}", headers=cookies)
                 assert answer.status_code == 200, answer.text
                 told = dict(answer.json()["headers"])
                 assert told["x-embed-session"] == good["session_id"]
             assert asked_with(url, "h", f"/v?token={token}") == 200
             viewer.seen.clear()
             for name in ("X-Original-URI", "X-Forwarded-Uri"):
-                lent = httpx.get(f"{url}/v", headers={name: f"/v?token={token}"})
+                lent = plain.get(f"{url}/v", headers={name: f"/v?token={token}"})
                 assert lent.status_code == 401
             for host in ("h", f"h?token={token}&", f"h?token={token}#", f"h/?token={token}", "u@h"):
                 assert 400 <= asked_with(url, host, "/v") < 500, host
@@ -227,7 +228,7 @@ def expired(broker: Broker) -> str:
 def revoked(broker: Broker) -> str:
     """Have a token made and end its session."""
     token: str = broker.token()["token"]
-    answer = httpx.post(
+    answer = plain.post(
         f"{broker.url}/v1/revoke", data={"token": token}, headers={"api-secret": broker.secret}
     )
     assert answer.status_code == 200
@@ -242,13 +243,13 @@ def test_O2_bad_expired_revoked_and_absent_tokens_are_stopped(guarded: Guarded) 
     before = len(guarded.viewer.seen)
     for token in bad:
         for answer in (
-            httpx.get(f"{guarded.url}/?token={token}"),
-            httpx.get(guarded.url, headers={"Authorization": f"Bearer {token}"}),
-            httpx.post(guarded.url, headers={"X-Embed-Token": token}, content=b"x" * 100_000),
+            plain.get(f"{guarded.url}/?token={token}"),
+            plain.get(guarded.url, headers={"Authorization": f"Bearer {token}"}),
+            plain.post(guarded.url, headers={"X-Embed-Token": token}, content=b"x" * 100_000),
         ):
             assert answer.status_code == 401, (token, answer.text)
             assert answer.headers["WWW-Authenticate"] == "Bearer"
-    assert httpx.get(guarded.url).status_code == 401
+    assert plain.get(guarded.url).status_code == 401
     assert len(guarded.viewer.seen) == before
 
 
@@ -265,13 +266,13 @@ def test_O5_what_a_client_says_of_itself_does_not_get_through(guarded: Guarded, 
     if how in {"underscores", "one underscore"}:
         number = -1 if how == "underscores" else 1
         forged = [(name.replace("-", "_", number), value) for name, value in forged]
-    answer = httpx.get(f"{guarded.url}/?token={data['token']}", headers=forged)
+    answer = plain.get(f"{guarded.url}/?token={data['token']}", headers=forged)
     assert answer.status_code == 200
     told = [n for n, _ in answer.json()["headers"] if re.match("x.embed", n)]
     assert sorted(told) == sorted(f"x-embed-{name}" for name in NAMES)
     assert "forged" not in answer.text
     before = len(guarded.viewer.seen)
-    assert httpx.get(guarded.url, headers=forged).status_code == 401
+    assert plain.get(guarded.url, headers=forged).status_code == 401
     assert len(guarded.viewer.seen) == before
 
 
@@ -285,11 +286,11 @@ def test_O5_a_good_token_elsewhere_does_not_open_the_door_for_a_bad_one(
     good = guarded.broker.token()["token"]
     forged = good if name == "X-Embed-Token" else f"/?token={good}"
     before = len(guarded.viewer.seen)
-    bad = httpx.get(f"{guarded.url}/?token=bad", headers={name: forged})
+    bad = plain.get(f"{guarded.url}/?token=bad", headers={name: forged})
     assert bad.status_code == 401
     if name != "X-Embed-Token":
-        assert httpx.get(guarded.url, headers={name: forged}).status_code == 401
-    assert httpx.get(f"{guarded.url}/?token={good}&token=bad").status_code == 401
+        assert plain.get(guarded.url, headers={name: forged}).status_code == 401
+    assert plain.get(f"{guarded.url}/?token={good}&token=bad").status_code == 401
     assert len(guarded.viewer.seen) == before
 
 
@@ -298,7 +299,7 @@ def test_O5_what_a_client_says_of_its_connection_takes_nothing_away(guarded: Gua
     data = guarded.broker.token()
     names = [f"x-embed-{name}" for name in NAMES]
     for named in (", ".join(names), ", ".join(name.title() for name in names), *names):
-        answer = httpx.get(f"{guarded.url}/?token={data['token']}", headers={"Connection": named})
+        answer = plain.get(f"{guarded.url}/?token={data['token']}", headers={"Connection": named})
         assert answer.status_code == 200
         told = {n for n, _ in answer.json()["headers"] if n.startswith("x-embed-")}
         assert told == set(names), named
@@ -314,7 +315,7 @@ def test_G7_a_viewer_that_is_down_writes_no_token_to_a_log(kind: str, tmp_path: 
                 referer = {"Referer": f"{url}/?token={good}", "X-Original-URI": f"/?token={good}"}
                 referer["X-Original-URL"] = f"https://viewer.example/?token={good}"
                 for headers in ({}, referer, {"X-Embed-Token": good}):
-                    answer = httpx.get(f"{url}/page?token={good}", headers=headers)
+                    answer = plain.get(f"{url}/page?token={good}", headers=headers)
                     assert answer.status_code >= 500
             assert good not in logged(kind, tmp_path)
             assert "/page" in logged(kind, tmp_path), "that it failed is in the log"
@@ -324,8 +325,8 @@ def test_G7_tokens_are_in_no_log(guarded: Guarded) -> None:
     """Not in the proxy's, though the URL bears them, nor in the broker's."""
     good, bad = guarded.broker.token()["token"], "bad-token-of-somebody"
     for token in (good, bad):
-        httpx.get(f"{guarded.url}/page?token={token}")
-        httpx.get(guarded.url, headers={"X-Embed-Token": token})
+        plain.get(f"{guarded.url}/page?token={token}")
+        plain.get(guarded.url, headers={"X-Embed-Token": token})
     for text in (logged(guarded.kind, guarded.folder), guarded.broker.log):
         assert good not in text
         assert bad not in text
@@ -346,10 +347,10 @@ def test_one_agent_s_viewer_refuses_the_tokens_of_others(kind: str, tmp_path: Pa
         ) as url,
     ):
         mine, other = broker.token()["token"], broker.token(agent="B1")["token"]
-        assert httpx.get(f"{url}/?token={mine}").status_code == 200
-        assert httpx.get(f"{url}/?token={other}").status_code == 403
+        assert plain.get(f"{url}/?token={mine}").status_code == 200
+        assert plain.get(f"{url}/?token={other}").status_code == 403
         spoofed = {"X-Embed-Require-Agent": "B1"}
-        assert httpx.get(f"{url}/?token={other}", headers=spoofed).status_code == 403
+        assert plain.get(f"{url}/?token={other}", headers=spoofed).status_code == 403
         assert len(viewer.seen) == 1
 
 
@@ -361,16 +362,16 @@ def test_a_429_arrives_as_such_and_no_verdict_is_no_entry(kind: str, tmp_path: P
             Site(429, {"Retry-After": "7"}) as busy,
             gateway(kind, "viewer", tmp_path, {8080: busy.port, 3000: viewer.port}) as url,
         ):
-            answer = httpx.get(f"{url}/?token=x")
+            answer = plain.get(f"{url}/?token=x")
             assert (answer.status_code, answer.headers["Retry-After"]) == (429, "7")
             assert busy.seen
         with (
             Site(500) as broken,
             gateway(kind, "viewer", tmp_path, {8080: broken.port, 3000: viewer.port}) as url,
         ):
-            assert httpx.get(f"{url}/?token=x").status_code >= 500
+            assert plain.get(f"{url}/?token=x").status_code >= 500
         with gateway(kind, "viewer", tmp_path, {8080: 1, 3000: viewer.port}) as url:
-            assert httpx.get(f"{url}/?token=x").status_code >= 500
+            assert plain.get(f"{url}/?token=x").status_code >= 500
         assert viewer.seen == []
 
 
@@ -418,7 +419,7 @@ def test_O5_no_other_protocol_is_switched_to(guarded: Guarded) -> None:
         "Upgrade": "h2c",
         "HTTP2-Settings": "AAMAAABk",
     }
-    httpx.get(f"{guarded.url}/h2c?token={token}", headers=asking)
+    plain.get(f"{guarded.url}/h2c?token={token}", headers=asking)
     seen = [
         name
         for asked in guarded.viewer.seen

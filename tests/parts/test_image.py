@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import plain
 import pytest
 from gateways import AGENT
 from image import Builder, Image
@@ -180,13 +181,13 @@ class _FakeVendor:
 
 def _is_ready(port: int) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == httpx.codes.OK
+        return plain.get(f"http://127.0.0.1:{port}/readyz").status_code == httpx.codes.OK
     except httpx.TransportError:
         return False
 
 
 def _token(port: int, secret: str) -> str:
-    answer = httpx.post(
+    answer = plain.post(
         f"http://127.0.0.1:{port}/v1/embed-tokens/request",
         json={"agent_id": AGENT, "fingerprint": "9f86d081884c7d65"},
         headers={"api-secret": secret},

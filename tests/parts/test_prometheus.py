@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 import httpx
+import plain
 import pytest
 from monitoring import samples
 from prometheus_client.openmetrics.parser import (
@@ -116,7 +117,7 @@ def loaded(limited: Broker) -> Client:
 
 def scrape(started: Broker, accept: str = "") -> str:
     """Return the exposition of a broker."""
-    response = httpx.get(f"{started.admin_url}/metrics", headers={"Accept": accept})
+    response = plain.get(f"{started.admin_url}/metrics", headers={"Accept": accept})
     assert response.status_code == httpx.codes.OK
     return response.text
 

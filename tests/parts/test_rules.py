@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import httpx
+import plain
 import pytest
 import yaml
 from documents import PAGES
@@ -134,7 +134,7 @@ def test_pods_are_found_and_named(tmp_path: Path) -> None:
     command += [f"--web.listen-address={address}"]
 
     def targets() -> list[dict[str, str]]:
-        found = httpx.get(f"http://{address}/api/v1/targets?state=active").json()
+        found = plain.get(f"http://{address}/api/v1/targets?state=active").json()
         return [target["labels"] for target in found["data"]["activeTargets"]]
 
     with daemon(command, tmp_path / "prometheus.log", f"http://{address}/-/ready"):

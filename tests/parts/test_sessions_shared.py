@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import plain
 import pytest
 from gateways import AGENT, Broker, brokers
 from servers import StoreServer, store_server, valkey_binary
@@ -40,12 +41,12 @@ def store() -> Iterator[StoreServer]:
 
 def good(broker: Broker, token: str) -> int:
     """Return what a proxy is told."""
-    return httpx.get(broker.url + VERIFY, headers={"X-Embed-Token": token}).status_code
+    return plain.get(broker.url + VERIFY, headers={"X-Embed-Token": token}).status_code
 
 
 def operator(broker: Broker, method: str, path: str, **query: str) -> httpx.Response:
     """Ask the admin listener."""
-    return httpx.request(
+    return plain.request(
         method,
         f"http://127.0.0.1:{broker.admin_port}/v1/sessions{path}",
         params=query,
@@ -56,7 +57,7 @@ def operator(broker: Broker, method: str, path: str, **query: str) -> httpx.Resp
 def introspect(broker: Broker, token: str) -> Any:
     """Ask what a token is."""
     headers = {"api-secret": broker.secret}
-    return httpx.post(f"{broker.url}/v1/introspect", data={"token": token}, headers=headers).json()
+    return plain.post(f"{broker.url}/v1/introspect", data={"token": token}, headers=headers).json()
 
 
 def test_G9_a_session_ended_at_one_replica_is_over_at_the_other(
@@ -163,7 +164,7 @@ def test_workers_share_sessions_and_their_supervisor_ends_them(
             assert broker.token("beefbeef")["session_id"] != data["session_id"]
         headers = {"api-secret": broker.secret}
         url = f"http://127.0.0.1:{broker.admin_port}/v1/sessions?agent_id={AGENT}"
-        assert httpx.get(url, headers=headers).status_code == 401
+        assert plain.get(url, headers=headers).status_code == 401
 
 
 def test_S1_without_the_store_nothing_is_ended_and_signed_tokens_are_still_good(
@@ -181,6 +182,6 @@ def test_S1_without_the_store_nothing_is_ended_and_signed_tokens_are_still_good(
         assert (ended.status_code, ended.headers["Retry-After"]) == (503, "1")
         form = {"token": data["token"]}
         headers = {"api-secret": broker.secret}
-        revoked = httpx.post(f"{broker.url}/v1/revoke", data=form, headers=headers)
+        revoked = plain.post(f"{broker.url}/v1/revoke", data=form, headers=headers)
         assert (revoked.status_code, revoked.headers["Retry-After"]) == (503, "1")
         assert good(broker, data["token"]) == 200

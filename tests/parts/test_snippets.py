@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import httpx
 import jwt
+import plain
 import pytest
 from documents import BLOCKS, below
 from running import Broker, broker, free_port, output_of, tool, until
@@ -188,7 +189,7 @@ def serving(command: list[str], folder: Path, broker_url: str, secret: str) -> I
 
 def _listens(url: str) -> bool:
     try:
-        httpx.get(url, timeout=5)
+        plain.get(url, timeout=5)
     except httpx.TransportError:
         return False
     return True
@@ -197,7 +198,7 @@ def _listens(url: str) -> bool:
 def ask(url: str, fingerprint: object) -> httpx.Response:
     """Ask as embed.js does."""
     body = {"agent_id": "IGNORED", "fingerprint": fingerprint}
-    return httpx.post(url, json=body, timeout=60)
+    return plain.post(url, json=body, timeout=60)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -221,7 +222,7 @@ def test_a_route_hands_out_tokens_and_passes_refusals_on(
         wrong = ask(url, "anonymous")
         assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "VALIDATION_ERROR")
         for body in (b"", b"{", b"[]", b'"text"', b"{}", b'{"fingerprint": 7}'):
-            broken = httpx.post(url, content=body, headers={"Content-Type": "application/json"})
+            broken = plain.post(url, content=body, headers={"Content-Type": "application/json"})
             assert broken.status_code >= 400, body
             assert running.secret not in broken.text
             assert 'success":true' not in broken.text

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import httpx
+import plain
 import pytest
 from gateways import NGINX_MAIN, Broker, Site, brokers
 from running import daemon, free_port
@@ -66,10 +66,10 @@ def test_N3_every_request_of_a_good_visitor_passes(guarded: Guarded) -> None:
     token = guarded.broker.token()["token"]
     for n in range(30):
         body = secrets.token_hex(n * 37).encode()
-        good = httpx.post(guarded.url(f"/x?token={token}"), content=body)
+        good = plain.post(guarded.url(f"/x?token={token}"), content=body)
         assert good.status_code == 200, n
-        assert httpx.post(guarded.url("/secret"), content=body).status_code == 401
-        assert httpx.get(guarded.url("/secret")).status_code == 401
+        assert plain.post(guarded.url("/secret"), content=body).status_code == 401
+        assert plain.get(guarded.url("/secret")).status_code == 401
 
 
 @pytest.mark.parametrize("reach", range(0, 400, 40))
@@ -81,7 +81,7 @@ def test_N3_nobody_passes_by_what_another_one_had_announced(guarded: Guarded, re
     token = guarded.broker.token()["token"]
     front = "GET /v1/embed-tokens/verify HTTP/1.1\r\nX-Original-URI: /secret\r\nHost: broker\r\nX: "
     for length in (len(front) + reach, max(len(front) - reach, 1)):
-        holder = httpx.post(guarded.url(f"/x?token={token}"), content=b"y" * length)
+        holder = plain.post(guarded.url(f"/x?token={token}"), content=b"y" * length)
         assert holder.status_code == 200
         seen = len(guarded.viewer.seen)
         with socket.create_connection(("127.0.0.1", guarded.port)) as stranger:

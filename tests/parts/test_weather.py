@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
+import plain
 import plots
 import pytest
 from actors import Pager
@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
 
 def reported(run: Watched, name: str) -> dict[str, float]:
     """Return the values of one metric by its only label, as the broker reports them now."""
-    return samples(httpx.get(f"{run.broker.admin_url}/metrics").text, name)
+    return samples(plain.get(f"{run.broker.admin_url}/metrics").text, name)
 
 
 def quantile(values: Sequence[float], q: float) -> float:
@@ -193,7 +193,7 @@ def test_the_readme_s_plots_can_be_drawn_of_it(run: Watched, tmp_path: Path) -> 
 
 def test_promtool_accepts_the_metrics_of_a_relay(run: Watched) -> None:
     """Names, units and help texts follow Prometheus' conventions."""
-    text = httpx.get(f"{run.broker.admin_url}/metrics").text
+    text = plain.get(f"{run.broker.admin_url}/metrics").text
     assert "broker_upstream_requests_total" in text
     assert output_of(["promtool", "check", "metrics"], text) == ""
 
@@ -202,7 +202,7 @@ def test_O1_no_canary_in_log_or_metrics_at_debug_level(run: Watched) -> None:
     """Neither a secret, nor a key, nor a fingerprint, nor anything like a token."""
     fingerprints = run.vendor.fingerprints()
     assert len(fingerprints) > 400
-    log, text = run.broker.log, httpx.get(f"{run.broker.admin_url}/metrics").text
+    log, text = run.broker.log, plain.get(f"{run.broker.admin_url}/metrics").text
     written = Counter(json.loads(line)["event"] for line in log.splitlines())
     one_each = written["broker.embed_token"] + written["broker.secret_in_browser"]
     assert one_each == run.counted["asked"]  # debug: every single one

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 from documents import under
-from processes import AGENT, PATIENCE, Broker, Caller, environment
+from processes import AGENT, PATIENCE, Caller, Executed, environment
 
 pytestmark = pytest.mark.parts
 
@@ -127,7 +127,7 @@ def installed(built: Artefacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """The same, from a folder of its own: nothing of the clone is on the way."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    monkeypatch.setattr(sys, "executable", str(built.python))  # `Broker` starts that one
+    monkeypatch.setattr(sys, "executable", str(built.python))  # `Executed` starts that one
     where = typed(built.python, "-c", "import broker; print(broker.__file__)", folder=tmp_path)
     assert where.startswith(str(built.home))
     return built
@@ -173,7 +173,7 @@ async def test_the_installed_wheel_serves(installed: Artefacts, tmp_path: Path) 
     """Tokens, the API document, its page, the script for pages; it starts as fast as a clone."""
     secret = secrets.token_urlsafe(24)
     words = ("--dev", "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0")
-    with Broker(*words, logs=tmp_path, BROKER_DEV_SECRET=secret) as broker:
+    with Executed(*words, logs=tmp_path, BROKER_DEV_SECRET=secret) as broker:
         async with Caller(broker, secret) as caller:
             assert (await caller.token("9f86d081884c7d65")).count(".") == 2
             for path in ("/docs", "/openapi.json", "/embed.js", "/demo"):
@@ -223,7 +223,7 @@ async def test_from_the_wheel_to_a_first_token(installed: Artefacts, tmp_path: P
         assert await asyncio.to_thread(typed, *shlex.split(check), folder=tmp_path)
         words = shlex.split(serve)
         assert words[:2] == [str(installed.broker), "serve"]
-        with Broker(*words[2:], logs=tmp_path) as broker:
+        with Executed(*words[2:], logs=tmp_path) as broker:
             token = await asyncio.to_thread(typed, "sh", "-c", mint, folder=tmp_path)
             assert token.count(".") == 2
             assert broker.end() == 0

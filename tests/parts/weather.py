@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import plain
 from actors import Pager, Store, Vendor
 from monitoring import Prometheus, monitoring
 from running import Broker, broker, tool, until
@@ -194,7 +194,7 @@ def _let_pass(run: Watched, key_file: Path) -> None:
 def _pass_on(run: Watched) -> None:
     """Ask for another route of the vendor's, whatever comes of it."""
     keys = {"api-secret": run.vendor.keys[-1], "Authorization": f"Bearer {run.broker.secret}"}
-    httpx.get(f"{run.broker.url}/v1/agents", headers=keys, timeout=60)
+    plain.get(f"{run.broker.url}/v1/agents", headers=keys, timeout=60)
 
 
 def _sleep_until(moment: float) -> None:

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-import httpx
+import plain
 from running import Broker
 from typing_extensions import override
 
@@ -97,7 +97,7 @@ class Website(ThreadingHTTPServer):
         self.asked.append(json.loads(body))
         if self.prepared:
             return self.prepared.pop(0)
-        got = httpx.post(
+        got = plain.post(
             self.broker.token_url,
             content=body,
             headers={"api-secret": self.broker.secret},
@@ -125,7 +125,7 @@ class _Exchange(BaseHTTPRequestHandler):
         # everything else is passed on as it is: a broker that was put under the site's own origin
         kept = ("api-secret", "content-type", "origin")
         headers = {name: value for name, value in self.headers.items() if name.lower() in kept}
-        got = httpx.post(f"{self.server.broker.url}{self.path}", content=body, headers=headers)
+        got = plain.post(f"{self.server.broker.url}{self.path}", content=body, headers=headers)
         self._answer(Answer(got.content, {"Content-Type": "application/json"}, got.status_code))
 
     def _answer(self, answer: Answer) -> None:

@@ -26,6 +26,7 @@ from processes import (
     PATIENCE,
     Broker,
     Caller,
+    Executed,
     Tree,
     environment,
     far_away,
@@ -67,7 +68,7 @@ def visitor(number: int) -> str:
 def start_dev(folder: Path, *arguments: str, **variables: str) -> Broker:
     """Start development mode on free ports."""
     free = ("--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0")
-    return Broker("--dev", *free, *arguments, logs=folder, **variables)
+    return Executed("--dev", *free, *arguments, logs=folder, **variables)
 
 
 def introduction(broker: Broker) -> tuple[dict[str, str], str]:
@@ -762,7 +763,7 @@ async def test_G7_process_list_shows_no_secret(tmp_path: Path, tree: Tree) -> No
     loud = put(tree, "log.level", "debug")
     secret = client_secret(tree)
     key = secret_in(tree["issuer"]["local"]["keys"]["one"]["secret_file"])
-    with Broker.configured(tmp_path, loud) as broker:
+    with Executed.configured(tmp_path, loud) as broker:
         async with Caller(broker, secret) as caller:
             token = await caller.token(visitor(0xCAFE))
             await caller.token(visitor(0xCAFE))

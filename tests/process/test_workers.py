@@ -81,6 +81,12 @@ class Crew(Broker):
         return [e["event"] for e in self.events() if e["event"] != "broker.embed_token"]
 
 
+class Started(Crew):
+    """One for which interpreters were started, as the kernel shows."""
+
+    is_executed = True
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Tree:
     """A configuration that serves, with limits that are far away."""
@@ -431,7 +437,7 @@ class TestSharing:
         self, tmp_path: Path
     ) -> None:
         """They are made once and travel over the workers' own socket; metrics are those of all."""
-        with Crew("--dev", logs=tmp_path) as crew:
+        with Started("--dev", logs=tmp_path) as crew:
             said, _ = introduction(crew)
             secret = said["api_secret"]
             async with Caller(crew, secret) as caller:
@@ -452,7 +458,7 @@ class TestSharing:
         self, tmp_path: Path, tree: Tree
     ) -> None:
         """CPU and memory by number; CPU of a dead one stays in the sum."""
-        with Crew.on(tmp_path, tree) as crew:
+        with Started.on(tmp_path, tree) as crew:
             async with Caller(crew, client_secret(tree)) as caller:
                 cpu = 'broker_worker_cpu_seconds_total{worker="1"}'
                 before = await caller.metric(cpu)
@@ -526,7 +532,7 @@ class TestStart:
 
     def test_starts_in_time(self, tmp_path: Path, tree: Tree) -> None:
         """How long until both workers take requests, printed."""
-        with Crew.on(tmp_path, tree) as crew:
+        with Started.on(tmp_path, tree) as crew:
             print(f"\n{crew.seconds_to_start * 1000:.0f} ms until {WORKERS} workers are ready")
             started = time.monotonic()
             assert crew.end() == 0
