@@ -53,8 +53,9 @@ def serve(settings: Settings, load: Callable[[], Settings], *, dev: bool) -> int
     try:
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             return runner.run(_serve(settings, load, dev=dev))
-    finally:  # the end has begun, and its exit code is not to be changed by another signal
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    finally:  # the end has begun, and its exit code is not to be changed by another signal: ...
+        for number in ENDING:  # ... ignored, for blocked here it would go to another thread
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _allow_connections() -> None:

@@ -202,6 +202,22 @@ def test_N9_a_second_signal_within_a_second_is_the_same_one(
         assert len(broker.events("broker.stopped")) == 1
 
 
+def test_N9_a_signal_after_the_end_changes_no_exit_code() -> None:
+    """While the interpreter winds up, another thread would take what the first one blocks."""
+    program = (
+        "import os, signal, threading, time\n"
+        "from broker.process import serve\n"
+        "async def over(*_, **__): return 0\n"
+        "serve._serve = over\n"
+        "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+        "code = serve.serve(None, None, dev=False)\n"
+        "for number in serve.ENDING: os.kill(os.getpid(), number)\n"
+        "raise SystemExit(code)\n"
+    )
+    with started(sys.executable, "-c", program) as process:
+        assert process.wait(PATIENCE) == 0
+
+
 def test_N9_timeout_of_a_shell_drains(tmp_path: Path) -> None:
     """The command that sends everything twice."""
     path = source(tmp_path)

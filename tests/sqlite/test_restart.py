@@ -221,11 +221,19 @@ async def test_V12_a_spent_bucket_stays_spent(broker: Broker, stop: str) -> None
 
 
 def copied(broker: Broker, name: str = "crashed") -> Path:
-    """Copy file and log as they are: what a kill would leave."""
-    target = broker.path.with_name(f"{name}.db")
-    for suffix in ("", "-wal"):
-        source = broker.path.with_name(broker.path.name + suffix)
-        target.with_name(target.name + suffix).write_bytes(source.read_bytes())
+    """Copy file and log as they are: what a kill would leave.
+
+    Both of one moment: the writer may take the log into the file between two readings.
+    """
+    target, suffixes = broker.path.with_name(f"{name}.db"), ("", "-wal")
+
+    def read() -> list[bytes]:
+        return [broker.path.with_name(broker.path.name + it).read_bytes() for it in suffixes]
+
+    while (content := read()) != read():
+        pass
+    for suffix, part in zip(suffixes, content, strict=True):
+        target.with_name(target.name + suffix).write_bytes(part)
     return target
 
 

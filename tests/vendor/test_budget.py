@@ -229,9 +229,9 @@ class TestOverSockets:
     ) -> None:
         """Those within `max_wait` now, the others get 503 at once and are served when they return.
 
-        A fifth of a second stands for eight: rate and wait are those that ship, 40 times as fast.
+        Most of a second stands for eight: rate and wait are those that ship, 10 times as fast.
         """
-        budget = Budget(rate=106, per=1.5, burst=8, max_wait=0.2)
+        budget = Budget(rate=106, per=6, burst=8, max_wait=0.8)
         async with relaying(VendorSettings(ip=None), budget=budget) as relay:
             told: list[float] = []
             again: list[int] = []
