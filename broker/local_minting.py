@@ -61,6 +61,7 @@ class LocalMinter(Minter):
         minted = self._signer.sign(request, wall)
         self._metrics.duration["minted"].observe(time.perf_counter() - began)
         token = self._ready(minted, now, wall, lease)
+        self.backoff.forget(mint.key)
         self._records.record_at_once(self._session_of(request, minted, token, wall))
         if self._policy.enabled:
             self._memory.keep_at_once(request, mint.key, token, lease)

@@ -272,8 +272,8 @@ VENDOR = Dashboard(
                 Panel(
                     title="Passed on at a time",
                     unit="short",
-                    description="Requests under way, by instance; beyond 64 for each process "
-                    "others get 503.",
+                    description="Requests under way, by instance; of the 128 places of each "
+                    "process a client may take as many as it leaves free; others get 503.",
                     queries={"{{instance}}": "broker_pass_through_in_flight{@}"},
                 ),
             ],

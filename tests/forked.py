@@ -161,8 +161,9 @@ def _server_for(environment: Mapping[str, str]) -> Server:
 
 
 def _serve(theirs: socket.socket) -> None:
-    """Fork for each request, until there are no more."""
-    with theirs:
+    """Fork for each request, until there are no more; what is forked has the end of its work."""
+    number = -1
+    with theirs, contextlib.suppress(KeyboardInterrupt):
         while True:
             request, descriptors, _, _ = socket.recv_fds(theirs, LONGEST, MOST)
             if not request:
@@ -178,6 +179,8 @@ def _serve(theirs: socket.socket) -> None:
             theirs.send(b"ended")
             for descriptor in descriptors:
                 os.close(descriptor)
+    if number:
+        return  # somebody has pressed Ctrl-C
     while os.getppid() == between:
         time.sleep(0.0005)
     _become(json.loads(request), descriptors)
@@ -290,7 +293,9 @@ def _code_of(pid: int) -> int:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         _load_everything()
-        assert threading.active_count() == 1
-        _serve(socket.socket(fileno=os.dup(0)))
+    except KeyboardInterrupt:
+        raise SystemExit from None
+    assert threading.active_count() == 1
+    _serve(socket.socket(fileno=os.dup(0)))

@@ -73,7 +73,6 @@ class WaitingStore(MemoryStore):
     the store is away.
     """
 
-    waits = True
     asked = 0
 
     @override

@@ -15,6 +15,7 @@ from documents import below, section
 from broker.telemetry import exposition
 from broker.telemetry.cells import SharedCells
 from broker.telemetry.metrics import Metrics
+from broker.web.pass_through import MAX_PASSED
 
 ROOT = Path(__file__).parents[1]
 
@@ -160,6 +161,19 @@ def test_every_panel_says_what_it_shows_and_in_which_unit(dashboard: Path) -> No
         or not panel["fieldConfig"]["defaults"].get("unit")
     ]
     assert wanting == []
+
+
+def test_the_panel_of_what_is_passed_on_knows_the_bound() -> None:
+    """Whoever looks at it wants to know when others are refused."""
+    metric = "broker_pass_through_in_flight"
+    shown = [
+        panel["description"]
+        for dashboard in DASHBOARDS
+        for panel in panels_of(dashboard)
+        if any(metric in target["expr"] for target in panel["targets"])
+    ]
+    assert len(shown) == 1
+    assert f"of the {MAX_PASSED} places" in shown[0]
 
 
 @pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda path: path.stem)

@@ -17,6 +17,7 @@ from broker.errors import RateLimited
 from broker.issue import IssuedToken, TokenService
 from broker.issuers.keyring import Keyring
 from broker.issuers.local import LocalIssuer
+from broker.key_backoff import CAP
 from broker.limits.policy import Limits
 from broker.local_minting import LocalMinter
 from broker.minting import Minter, MintRules
@@ -189,6 +190,21 @@ def test_a_key_whose_mint_met_a_defect_backs_off(monkeypatch: pytest.MonkeyPatch
         assert isinstance(signer.begin(visitor(fresh=True)), IssuedToken)
 
     run_virtual(main)
+
+
+def test_a_mint_at_once_ends_the_row_of_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose next failure is the first again: it doubles no wait."""
+    clock = FakeClock()
+    signer, key = Signer(clock, at_once=True), visitor().key
+    for _ in range(3):
+        with monkeypatch.context() as broken:
+            broken.setattr(signer.issuer, "sign", _fail)
+            with pytest.raises(ZeroDivisionError):
+                signer.begin(visitor(fresh=True))
+        assert signer.minter.backoff.failures(key) == 1
+        clock.advance(CAP / SECOND)
+        assert isinstance(signer.begin(visitor(fresh=True)), IssuedToken)
+        assert signer.minter.backoff.failures(key) == 0
 
 
 def _fail(*_: object) -> None:

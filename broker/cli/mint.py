@@ -159,6 +159,8 @@ def _plain(error: Exception) -> Exception:
             same = HTTPException()
         case aiohttp.ServerDisconnectedError() | aiohttp.ClientPayloadError():
             same = ConnectionResetError()
+        case aiohttp.ClientOSError():
+            same = OSError(*error.args)  # which Python makes the one of its number
         case _:
             pass
     return same

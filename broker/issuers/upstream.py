@@ -2,14 +2,14 @@
 
 Around one call (`vendor_client`) and its meaning (`vendor_api`), in this order:
 
-    remembered refusal, open breaker? -> a turn in the budget -> breakers: a ticket each -> call
+    remembered refusal, open breaker? -> a turn in the budget -> breakers: a permit each -> call
     -> settle -> next key, or one retry -> remember, pause, or hand the token on
 
 The slot of a turn is given back where the call ends, not where its caller's patience does
 (`calls`); one that no call was made with goes to whoever is next.
 
 Theory of operation.  Breakers are asked twice: before the turn, so that nobody queues for a call
-that will not be made, and after it, where the ticket is taken and the key is chosen.  So what
+that will not be made, and after it, where the permit is taken and the key is chosen.  So what
 happened in the queue counts: mints that waited while the key was refused do not try it one by one,
 and the probe is whoever gets a turn first, not somebody who still waits for one.  Keys are an
 ordered list: the first good one is used, one that the vendor refuses is passed over until the list
@@ -201,7 +201,7 @@ class UpstreamIssuer(Issuer):
                 assert_never(reply)
 
     async def _attempt(self, request: TokenRequest, turn: Turn) -> tuple[Reply, Secret]:
-        """Make one call: turn, tickets, call, settlement; returns the key that was used, too."""
+        """Make one call: turn, permits, call, settlement; returns the key that was used, too."""
         self._check_breakers()
         slot = await turn()
         try:
@@ -227,7 +227,7 @@ class UpstreamIssuer(Issuer):
             raise _vendor_is_unwell(wait)
 
     def _enter(self) -> tuple[Permit, Permit]:
-        """Take a ticket of each breaker; raises if one has none to give."""
+        """Take a permit of each breaker; raises if one has none to give."""
         now = self._clock.mono()
         self.credentials, key_permit = self.credentials.allow(now)
         if key_permit is None:

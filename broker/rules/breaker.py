@@ -14,13 +14,13 @@ Does not know what a call is, nor which answers count as failures: its caller so
            +--------------------------------------------------------------------+
                                          succeeded
 
-Theory of operation.  `allow` hands out a ticket, which comes back with the outcome.  Every change
-of phase begins a new epoch, and a ticket counts only in the epoch in which it was given.  So
+Theory of operation.  `allow` hands out a permit, which comes back with the outcome.  Every change
+of phase begins a new epoch, and a permit counts only in the epoch in which it was given.  So
 the thousand calls that an outage left behind cannot disturb the probe, a slow failure of
 yesterday's outage cannot open today's breaker, and a probe of the old key says nothing about
 the new one.
 
-Invariants: while a breaker is not closed, at most one ticket is valid; whatever is cancelled,
+Invariants: while a breaker is not closed, at most one permit is valid; whatever is cancelled,
 lost or left unsaid, a call is let through again after `LONGEST_PAUSE` at the latest.  `until`
 is cut to that on each refusal, so a clock that stepped back locks nobody out for longer.
 """
@@ -114,7 +114,7 @@ class Breaker(Struct, frozen=True):
     until: int = 0
 
     def allow(self, now: int) -> tuple[Self, Permit | None]:
-        """Ask for leave to make a call at `now`; without a ticket it must not be made."""
+        """Ask for leave to make a call at `now`; without a permit it must not be made."""
         if self.phase is Phase.CLOSED:
             return self, Permit(self.epoch)
         if now < self.until:
@@ -161,7 +161,7 @@ class FailureRateBreaker(Breaker, frozen=True):
     pause: int = 0
 
     def settle(self, permit: Permit, outcome: Outcome, now: int, draw: Callable[[], float]) -> Self:
-        """Take a ticket back; `draw` returns a number in [0, 1) that may shorten a pause."""
+        """Take a permit back; `draw` returns a number in [0, 1) that may shorten a pause."""
         if permit != self.epoch:
             return self
         if self.phase is Phase.CLOSED:
@@ -241,7 +241,7 @@ class KeyBreaker(Breaker, frozen=True):
     rejected: bool = False
 
     def settle(self, permit: Permit, outcome: KeyOutcome, now: int) -> Self:  # noqa: PLR0911 - a line an outcome
-        """Take a ticket back."""
+        """Take a permit back."""
         if permit != self.epoch:
             return self
         match outcome:
@@ -261,7 +261,7 @@ class KeyBreaker(Breaker, frozen=True):
                 assert_never(outcome)
 
     def keys_changed(self, now: int) -> Self:
-        """Take note of new keys: tickets of the old ones are void, and a probe may go at once."""
+        """Take note of new keys: permits of the old ones are void, and a probe may go at once."""
         return self._next_key(now, rejected=self.rejected)
 
     def _accept(self) -> Self:

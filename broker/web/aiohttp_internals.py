@@ -34,7 +34,6 @@ ATTRIBUTES = (
     "_paused",
     "_request_count",
     "_request_handler",
-    "_request_in_progress",
     "_task_handler",
     "_waiter",
 )

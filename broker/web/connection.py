@@ -127,8 +127,9 @@ class DataConnection(web.RequestHandler):
 
     @property
     def is_busy(self) -> bool:
-        """Whether a request has begun and is not answered yet."""
-        return bool(self._request_in_progress)
+        """Whether a request has come and is not answered yet, also one that nobody has taken."""
+        is_taken = self._waiter is None and self._request_count > 0
+        return self._task_handler is not None and (is_taken or bool(self._messages))
 
     @property
     def may_ask(self) -> bool:

@@ -5,6 +5,7 @@ import re
 import secrets
 import socket
 import ssl
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,8 +24,13 @@ VISITOR = "9f86d081884c7d65"
 
 
 @contextmanager
-def server(answer: bytes | None, tls: ssl.SSLContext | None = None) -> Iterator[str]:
-    """Run a server that reads a little and answers so, None for not at all; yields HOST:PORT."""
+def server(
+    answer: bytes | None, tls: ssl.SSLContext | None = None, *, resets: bool = False
+) -> Iterator[str]:
+    """Run a server that reads a little and answers so, None for not at all; yields HOST:PORT.
+
+    `resets`: it ends with a reset, as one that is killed before it has read all.
+    """
     with socket.create_server(("127.0.0.1", 0)) as listening:
         kept = []
 
@@ -40,7 +46,11 @@ def server(answer: bytes | None, tls: ssl.SSLContext | None = None) -> Iterator[
                         connection = tls.wrap_socket(connection, server_side=True)
                         kept.append(connection)
                     connection.recv(65536)
-                    if answer is not None:
+                    if resets:
+                        no_linger = struct.pack("ii", 1, 0)
+                        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
+                        connection.close()
+                    elif answer is not None:
                         connection.sendall(answer)
                         connection.shutdown(socket.SHUT_RDWR)
                 except OSError:
@@ -105,6 +115,13 @@ class TestMint:
         """Another protocol, an end, a page, half a body."""
         with server(answer) as address:
             assert told(f"http://{address}") == f"http://{address} {expected}"
+
+    def test_a_server_that_resets_the_connection(self) -> None:
+        """There was a way to it."""
+        with server(None, resets=True) as address:
+            url, remedy = f"http://{address}", "look at its log"
+            expected = f"{url} closed the connection before its answer was whole: {remedy}"
+            assert told(url) == expected
 
     def test_tls_where_there_is_none(self) -> None:
         """HTTPS was written for a plain port."""

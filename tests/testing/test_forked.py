@@ -73,6 +73,22 @@ def test_its_end_is_seen(tmp_path: Path, number: signal.Signals) -> None:
         assert read_of(broker.process.pid, "stat") == ""
 
 
+@pytest.mark.parametrize("kind", ["fork", "exec"])
+def test_an_interrupt_that_nobody_handles_is_its_end(tmp_path: Path, kind: str) -> None:
+    """By the signal, and not without a word: a broker that does not handle Ctrl-C is found."""
+    program = tmp_path / "interrupted.py"
+    program.write_text(
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.raise_signal(signal.SIGINT)\n"
+    )
+    given = environment() | ({"OTHER": "c"} if kind == "exec" else {})
+    with started(str(program), env=given, stderr=subprocess.PIPE) as process:
+        assert isinstance(process, forked.Forked) == (kind == "fork")
+        _, told = process.communicate()
+    assert process.returncode == -signal.SIGINT
+    assert told.endswith(b"KeyboardInterrupt\n")
+
+
 def test_what_a_process_draws_as_it_starts_differs(tmp_path: Path) -> None:
     """The key that hides fingerprints in the log, names of requests, whatever `random` says."""
     program = tmp_path / "draws.py"

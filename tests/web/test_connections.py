@@ -877,6 +877,37 @@ class TestDrain:
             assert await ended(line) == b""
             await draining
 
+    @pytest.mark.parametrize("turns", range(4))
+    async def test_O6_a_request_that_has_just_come_is_answered(self, turns: int) -> None:
+        """Also one that nobody has taken yet, or that has just been taken, when a drain looks."""
+        begun, may_end = asyncio.Event(), asyncio.Event()
+        async with serving() as edge:
+            listening, mint = edge.app.parts.server, edge.app.parts.issuer.mint
+
+            async def slow(*asked: Any) -> Any:
+                begun.set()
+                await may_end.wait()
+                return await mint(*asked)
+
+            async def drain() -> None:
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                await listening.drain(PATIENCE)
+
+            edge.mint_by(slow)
+            line = await edge.connect()
+            line.send(request("GET", "/livez"))
+            assert (await line.answer()).status == 200
+            (ours,) = connections(listening)
+            draining = asyncio.ensure_future(drain())
+            ours.data_received(edge.asking())
+            await begun.wait()
+            await asyncio.wait([draining], timeout=0.2)  # it would have cut it off by then
+            may_end.set()
+            assert (await line.answer()).status == 200
+            assert await ended(line) == b""
+            await draining
+
     async def test_O6_nobody_is_awaited_for_longer_than_that(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:

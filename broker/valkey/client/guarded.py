@@ -145,22 +145,22 @@ class StoreClient:
 
         A server that does not have it (a restart, SCRIPT FLUSH, a new replica) gets it in full.
         """
-        ticket = self._enter()
+        permit = self._enter()
         began = time.perf_counter()
         try:  # as `_watch`, without a coroutine between
             packed = script.by_name(keys, arguments)
             answer = await self.nodes.send(keys[0], packed, script.shape)
         except NoScript:
             in_full = call_in_full(self.nodes, script, keys, arguments)
-            return await self._watch(ticket, operation, in_full)
+            return await self._watch(permit, operation, in_full)
         except Redirect:  # a node of a cluster that was configured as if it were alone
             failed = StoreFailed(Reason.CLUSTER_DOWN)
-            self.note_failure(ticket, operation, began, failed)
+            self.note_failure(permit, operation, began, failed)
             raise failed from None
         except BaseException as error:
-            self.note_failure(ticket, operation, began, error)
+            self.note_failure(permit, operation, began, error)
             raise
-        self.note_success(ticket, operation, began)
+        self.note_success(permit, operation, began)
         return answer
 
     def ask(self, question: Question, key: bytes, packed: bytes, shape: Shape) -> bool:
@@ -180,8 +180,8 @@ class StoreClient:
         self, operation: Operation, key: bytes, packed: bytes, shape: Shape = ANYTHING
     ) -> Reply:
         """Send one command to where `key` is; a reply of this shape, raises StoreFailed."""
-        ticket = self._enter()
-        return await self._watch(ticket, operation, self.nodes.command(key, packed, shape))
+        permit = self._enter()
+        return await self._watch(permit, operation, self.nodes.command(key, packed, shape))
 
     def tell(
         self, operation: Operation, key: bytes, packed: bytes, shape: Shape = ANYTHING
@@ -213,46 +213,46 @@ class StoreClient:
         health = self._health
         if health.phase is Phase.CLOSED:
             return Permit(health.epoch)
-        self._health, ticket = health.allow(self._clock.mono())
-        if ticket is None:
+        self._health, permit = health.allow(self._clock.mono())
+        if permit is None:
             raise StoreFailed(Reason.CONNECTION)
-        return ticket
+        return permit
 
-    async def _watch(self, ticket: Permit, operation: Operation, reply: Awaitable[Reply]) -> Reply:
+    async def _watch(self, permit: Permit, operation: Operation, reply: Awaitable[Reply]) -> Reply:
         began = time.perf_counter()
         try:
             answer = await reply
         except BaseException as error:
-            self.note_failure(ticket, operation, began, error)
+            self.note_failure(permit, operation, began, error)
             raise
-        self.note_success(ticket, operation, began)
+        self.note_success(permit, operation, began)
         return answer
 
-    def note_success(self, ticket: Permit, operation: Operation, began: float) -> None:
+    def note_success(self, permit: Permit, operation: Operation, began: float) -> None:
         """Count a call that was answered; `began` is its `time.perf_counter`."""
         self._duration[operation].observe(time.perf_counter() - began)
         if self._health.phase is Phase.CLOSED:
             self._well += 1
         else:
-            self._note(ticket, Outcome.SUCCEEDED)
+            self._note(permit, Outcome.SUCCEEDED)
 
     def note_failure(
-        self, ticket: Permit, operation: Operation, began: float, error: BaseException
+        self, permit: Permit, operation: Operation, began: float, error: BaseException
     ) -> None:
         """Count one that was not, or not well."""
         if not isinstance(error, StoreFailed):
-            self._note(ticket, Outcome.ABANDONED)
+            self._note(permit, Outcome.ABANDONED)
             return
         self._duration[operation].observe(time.perf_counter() - began)
         self._stats.errors[error.reason.value].inc()
         # an answer about one poisoned key is an answer: it must not part us from all others
-        self._note(ticket, Outcome.SUCCEEDED if error.of_key else Outcome.FAILED, error)
+        self._note(permit, Outcome.SUCCEEDED if error.of_key else Outcome.FAILED, error)
 
-    def _note(self, ticket: Permit, outcome: Outcome, failed: StoreFailed | None = None) -> None:
+    def _note(self, permit: Permit, outcome: Outcome, failed: StoreFailed | None = None) -> None:
         was_away = self.is_away
         now = self._clock.mono()
         self.tidy()
-        self._health = self._health.settle(ticket, outcome, now, self._draw)
+        self._health = self._health.settle(permit, outcome, now, self._draw)
         if self.is_away and not was_away:
             reason, detail = (failed.reason.value, failed.detail) if failed else ("", "")
             wait = self._health.wait(now) / SECOND
