@@ -13,6 +13,7 @@ by default and a public listener must not:
 - a handler survives its client: here it is cancelled (`handler_cancellation`);
 - a client that ends its sending half is taken for gone: here it has a second (`HALF_CLOSED`) to be
   answered in;
+- an idle connection that is closed stays open, and unread: here it ends;
 - an idle connection is kept for an hour, half a head with it: the idle time is a setting, a head
   has `HEAD_TIMEOUT` from its first byte, and one that began within the idle time is answered;
 - a client that does not read holds its connection for ever: what is unsent for `UNSENT_TIMEOUT`
@@ -183,6 +184,17 @@ class DataConnection(web.RequestHandler):
         self._is_full = True
         self._half_closed_timer = self._loop.call_later(HALF_CLOSED, self.transport.close)
         return True
+
+    @override
+    def close(self) -> None:
+        """End it with its last answer; at once if it is idle: aiohttp would keep it, and not read.
+
+        A request that came on it then would wait, unread, until all others are answered.
+        """
+        is_idle = self._waiter is not None and not self._waiter.done()
+        super().close()
+        if is_idle and self.transport is not None:
+            self.transport.close()
 
     @override
     async def shutdown(self, timeout: float | None = LINGER) -> None:

@@ -89,7 +89,7 @@ class LaneConnection(DataConnection):
     def connection_lost(self, exc: BaseException | None) -> None:
         if self._later is not None:
             self._later.then = None
-            self._later = None
+            self._later = self._asked = None
         begun, self._begun = self._begun, None
         super().connection_lost(exc)
         if begun is not None:
@@ -206,7 +206,8 @@ class LaneConnection(DataConnection):
 
     def _go_on_told(self) -> None:
         """Answer what waited for a call, which has just come; or have it gone on with."""
-        later, asked, self._later = self._later, self._asked, None
+        later, asked = self._later, self._asked
+        self._later = self._asked = None
         assert later is not None  # else it would tell nobody
         assert asked is not None
         self._is_between = True
@@ -224,7 +225,8 @@ class LaneConnection(DataConnection):
 
     def _hand_over(self) -> None:
         """Give a request that waits for a call to aiohttp, if there is one."""
-        later, asked, self._later = self._later, self._asked, None
+        later, asked = self._later, self._asked
+        self._later = self._asked = None
         if later is None or asked is None:
             return
         later.then = None

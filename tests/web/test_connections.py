@@ -34,6 +34,7 @@ from processes import (
 
 from broker.config.settings import Settings
 from broker.telemetry.cells import Gauge
+from broker.web import body as bodies
 from broker.web import server
 from broker.web.connection import DataConnection
 from broker.web.head_bounds import MAX_FIELD, MAX_FIELDS, MAX_HEAD
@@ -906,6 +907,29 @@ class TestDrain:
             may_end.set()
             assert (await line.answer()).status == 200
             assert await ended(line) == b""
+            await draining
+
+    async def test_O6_who_is_idle_is_closed_while_others_are_answered(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Not kept, unread, until the last one is answered: a request on it would wait for that."""
+        monkeypatch.setattr(bodies, "BODY_TIMEOUT", 2 * PATIENCE)
+        async with serving() as edge:
+            listening, asked = edge.app.parts.server, edge.asking()
+            idle, busy = await edge.connect(), await edge.connect()
+            for line in (idle, busy):
+                line.send(asked)
+                assert (await line.answer()).status == 200
+            busy.send(asked[:-1])
+            await until(lambda: any(each.is_busy for each in connections(listening)))
+            edge.app.parts.readiness.draining = True
+            draining = asyncio.ensure_future(listening.drain(2 * PATIENCE))
+            assert await ended(idle) == b""
+            assert not draining.done()
+            busy.send(asked[-1:])
+            answer = await busy.answer()
+            assert (answer.status, answer.header("Connection")) == (200, "close")
+            assert await ended(busy) == b""
             await draining
 
     async def test_O6_nobody_is_awaited_for_longer_than_that(

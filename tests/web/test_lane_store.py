@@ -165,6 +165,28 @@ async def test_one_who_leaves_meanwhile_is_forgotten(server: StoreServer, end: s
         assert reply.header("X-RateLimit-Remaining") == "16"  # the 4th request of 20
 
 
+async def test_an_idle_connection_holds_no_request(server: StoreServer) -> None:
+    """Neither one that was answered in time, nor one that aiohttp was given, nor a lost one."""
+    async with served(server) as (edge, line, ours):
+        assert ours._asked is None
+        line.send(edge.asking(VISITOR, headers=[("X-Number", "1")]))  # a head that is not known
+        assert is_hit(await line.answer())
+        assert ours._asked is None
+        async with pending(server, edge, line, ours):
+            line.send(request("GET", "/livez"))
+            await until(lambda: ours._later is None)
+            assert ours._asked is None
+        assert [(await line.answer()).status for _ in range(2)] == [200] * 2
+        other = await edge.connect()
+        other.send(edge.asking(VISITOR))
+        assert is_hit(await other.answer())
+        (theirs,) = (each for each in _connections(edge) if each is not ours)
+        async with pending(server, edge, other, theirs):
+            other.writer.transport.abort()
+            await until(lambda: theirs.transport is None)
+            assert theirs._asked is None
+
+
 async def test_a_connection_takes_any_number_of_heads(server: StoreServer) -> None:
     """The parser is told of each that was answered: it stops at a number that wait."""
     async with served(server) as (edge, line, _):
