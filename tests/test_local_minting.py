@@ -95,7 +95,7 @@ _STEPS = st.one_of(
 )
 
 PASSES = 7.3
-"""Seconds; no multiple is a mark of reuse, or three quarters of a second, where `_seconds` turns."""
+"""Seconds; no multiple is a mark of reuse, nor three quarters, where `_seconds` goes up."""
 
 
 @given(st.lists(_STEPS, max_size=30), st.booleans(), st.booleans())
