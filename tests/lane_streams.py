@@ -221,6 +221,7 @@ class World:
         return seen
 
     async def _send(self, stream: Stream, connection: DataConnection, wire: Wire) -> None:
+        buffers = False  # what follows an upgrade is one packet until that is answered: who is when
         for number, piece in enumerate(stream.pieces):
             if number in stream.settled or number in stream.changes or number == stream.drains:
                 await settle()
@@ -228,12 +229,14 @@ class World:
                 self.know(second=stream.changes[number])
             if number == stream.drains:
                 self.readiness.draining = True
-            if connection._body.is_eof():  # else who is faster answers before the body is there
+            # else who is faster answers before the body is there
+            if connection._body.is_eof() and not buffers:
                 for _ in range(stream.turns.get(number, 0)):
                     await asyncio.sleep(0)
             if wire.closed:
                 break
             connection.data_received(piece)
+            buffers = buffers or b"upgrade" in piece.lower()
 
     async def _leave(self, stream: Stream, connection: DataConnection, wire: Wire) -> None:
         if stream.leaves == "gone":
