@@ -133,6 +133,27 @@ def test_N2_work_whose_cleaning_up_fails_ends_with_its_owner(failure: type[BaseE
     assert [json.loads(line)["event"] for line in out.getvalue().splitlines()] == ["broker.defect"]
 
 
+def test_close_waits_until_all_are_gone() -> None:
+    """What they clean up is done when it returns: what comes next may close what they use."""
+    gone = list[int]()
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(3)
+            gone.append(1)
+
+    async def main(_: FakeClock) -> None:
+        background = Background()
+        background.start(BackgroundTask.SHARE, work)
+        await asyncio.sleep(1)
+        await background.close()
+        assert gone == [1]
+
+    run_virtual(main)
+
+
 def test_N2_a_failure_after_a_good_life_is_told_again() -> None:
     """One a day is a line a day, and the pause is short again."""
     out, begun = io.StringIO(), list[float]()

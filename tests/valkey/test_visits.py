@@ -8,14 +8,16 @@ import pytest
 from service import limits
 
 from broker.model import LimitName, Secret, TokenRequest
+from broker.rules.bucket import Limit
 from broker.sealing import Seal
 from broker.stores.epochs import KnownEnds
 from broker.stores.token_cache import TokenCache
 from broker.telemetry.counts import BucketCounts
 from broker.testing import FakeClock
+from broker.valkey.client.errors import StoreFailed
 from broker.valkey.key_names import Names
 from broker.valkey.near_cache import NearCache
-from broker.valkey.visits import Visits
+from broker.valkey.visits import Visits, verdict_of
 
 ASK = TokenRequest("web", "A78WKV4515", "9f86d081")
 
@@ -91,3 +93,12 @@ def test_a_limit_of_clients_is_a_second_question(made: Made) -> None:
     made.visits.limits = limits(client=(7, 7))
     assert not made.visits.ask(ASK, 0, nobody, nobody)
     assert made.server.asked == []
+
+
+def test_no_bucket_refuses_who_could_be_served() -> None:
+    """S1: a refusal with room for one more is none that the script would say."""
+    limit = Limit(burst=5, interval=1_000_000)
+    with pytest.raises(StoreFailed):
+        verdict_of(4_000_000, limit, allowed=0)
+    assert verdict_of(4_000_001, limit, allowed=0).retry_after == 1
+    assert verdict_of(4_000_000, limit, allowed=1).remaining == 1
