@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import PATIENCE
+from typing_extensions import override
 from web.edge import logging_to
 
 from broker.config import load as config
 from broker.config.settings import Settings
 from broker.rules import restarts
-from broker.tasks import Background, Begun, TaskSet, aside
+from broker.tasks import Background, Begun, Later, TaskSet, aside
 from broker.telemetry.cells import Counter
 from broker.telemetry.labels import BackgroundTask
 from broker.testing.clock import FakeClock, run_virtual
@@ -327,6 +328,26 @@ class TestGoingOn:
         rest.send(None)
         rest.close()
         assert closed == [True, True]
+
+
+class Word(Later[int]):
+    """Seven."""
+
+    @override
+    def outcome(self) -> int:
+        return 7
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+async def test_what_is_told_before_anybody_waits_is_there(*, is_early: bool) -> None:
+    """Whoever comes to it late does not wait for what has been."""
+    word = Word()
+    if is_early:
+        word.tell()
+    else:
+        asyncio.get_running_loop().call_soon(word.tell)
+    async with asyncio.timeout(PATIENCE):
+        assert await word == 7
 
 
 class TestTaskSet:

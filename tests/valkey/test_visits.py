@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from service import limits
 
+from broker.limits.policy import LimitRule
 from broker.model import LimitName, Secret, TokenRequest
 from broker.rules.bucket import Limit
 from broker.sealing import Seal
@@ -102,3 +103,19 @@ def test_no_bucket_refuses_who_could_be_served() -> None:
         verdict_of(4_000_000, limit, allowed=0)
     assert verdict_of(4_000_001, limit, allowed=0).retry_after == 1
     assert verdict_of(4_000_000, limit, allowed=1).remaining == 1
+
+
+def test_what_is_near_its_limit_or_would_be_refused_is_counted() -> None:
+    """L12: as in memory: less than a fifth of the burst left, and refusals that only rehearse."""
+    made = Made()
+    limit = Limit(burst=10, interval=1_000_000)
+    rule, counts = LimitRule(limit, dry_run=True), made.visits._counts
+    for wait, allowed, near, denied in (
+        (8_000_000, 1, 0, 0),
+        (9_000_000, 1, 1, 0),
+        (9_000_001, 0, 1, 1),
+        (0, 1, 1, 1),
+    ):
+        visit = made.visits.read(ASK, rule, None, [allowed, wait, b"-1"])
+        assert visit.denial is None
+        assert (counts.near.value, counts.dry_run_denied.value) == (near, denied)
