@@ -568,6 +568,22 @@ def test_T3_the_held_one_is_also_given_below_its_floor() -> None:
     run_virtual(main)
 
 
+def test_T3_below_the_last_floor_the_held_one_is_no_answer() -> None:
+    """A vendor that has nothing newer is one without a token then: what is handed out lives."""
+
+    async def main(clock: FakeClock) -> None:
+        service = Service(clock)
+        held = await service.hand_out(visitor())
+        service.issuer.same = True
+        clock.advance((held.left - 65 * SECOND) / SECOND)
+        service.issuer.delay = 5.0 + A_BIT
+        with pytest.raises(errors.UpstreamUnavailable):
+            await service.issue(visitor(fresh=True))
+        await service.settled()
+
+    run_virtual(main)
+
+
 @pytest.mark.parametrize(
     "clocks", ["both", "wall ahead", "wall back", "wall far back", "mono stalls"]
 )

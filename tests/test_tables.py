@@ -107,6 +107,14 @@ def test_generations_keep_what_was_asked_for_lately(asked: Sequence[int]) -> Non
     assert [kept.find(key) for key in asked] == [None] * len(asked)
 
 
+def test_the_generation_before_is_whole_until_the_next_one() -> None:
+    """What is freed meanwhile is of the one that was given up."""
+    kept = Generations[int, str](100)
+    for key in range(250):
+        kept[key] = str(key)
+        assert len(kept) == min(key + 1, 100 + key % 100 + 1)
+
+
 def test_a_generation_is_given_up_a_few_values_at_a_time() -> None:
     """No step frees a whole one, and what waits to be freed is never more than one."""
     kept, most, alive = Generations[int, str](1000), 1000, list[int]()

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import PATIENCE
+from typing_extensions import override
 from web.edge import logging_to
 
 from broker.config import load as config
 from broker.config.settings import Settings
 from broker.rules import restarts
-from broker.tasks import Background, Begun, TaskSet, aside
+from broker.tasks import Background, Begun, Later, TaskSet, aside
 from broker.telemetry.cells import Counter
 from broker.telemetry.labels import BackgroundTask
 from broker.testing.clock import FakeClock, run_virtual
@@ -131,6 +132,27 @@ def test_N2_work_whose_cleaning_up_fails_ends_with_its_owner(failure: type[BaseE
     with logging_to(out, settings()):
         run_virtual(main)
     assert [json.loads(line)["event"] for line in out.getvalue().splitlines()] == ["broker.defect"]
+
+
+def test_close_waits_until_all_are_gone() -> None:
+    """What they clean up is done when it returns: what comes next may close what they use."""
+    gone = list[int]()
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(3)
+            gone.append(1)
+
+    async def main(_: FakeClock) -> None:
+        background = Background()
+        background.start(BackgroundTask.SHARE, work)
+        await asyncio.sleep(1)
+        await background.close()
+        assert gone == [1]
+
+    run_virtual(main)
 
 
 def test_N2_a_failure_after_a_good_life_is_told_again() -> None:
@@ -306,6 +328,26 @@ class TestGoingOn:
         rest.send(None)
         rest.close()
         assert closed == [True, True]
+
+
+class Word(Later[int]):
+    """Seven."""
+
+    @override
+    def outcome(self) -> int:
+        return 7
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+async def test_what_is_told_before_anybody_waits_is_there(*, is_early: bool) -> None:
+    """Whoever comes to it late does not wait for what has been."""
+    word = Word()
+    if is_early:
+        word.tell()
+    else:
+        asyncio.get_running_loop().call_soon(word.tell)
+    async with asyncio.timeout(PATIENCE):
+        assert await word == 7
 
 
 class TestTaskSet:

@@ -502,3 +502,15 @@ def test_D7_a_state_file_is_sealed_for_the_keys_that_the_issuer_has(
     (own,), also = credentials.state_file_keys(known, keys)
     assert own.reveal() == (revealed if kind == "upstream" else revealed.encode().hex())
     assert also == ()
+
+
+def test_D7_a_key_of_its_own_is_the_only_one_that_a_state_file_is_sealed_for(
+    tmp_path: Path,
+) -> None:
+    """The issuer's open what they sealed before, and nothing that is written from then on."""
+    sealing = secrets.token_urlsafe(48)
+    known = settings(merged(good(tmp_path), {"store.encryption_key": sealing}))
+    keys = credentials.issuer_keys(known, NOTHING)
+    now, also = credentials.state_file_keys(known, keys)
+    assert [key.reveal() for key in now] == [sealing]
+    assert len(also) == 1

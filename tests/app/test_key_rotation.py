@@ -22,6 +22,7 @@ from processes import (
     until_true,
     write,
 )
+from web.edge import serving, visitor
 
 
 @pytest.fixture
@@ -209,3 +210,11 @@ async def verified(caller: Caller, token: str) -> int:
     async with caller.http.get(url, headers={"X-Embed-Token": token}) as answer:
         assert isinstance(answer, aiohttp.ClientResponse)
         return answer.status
+
+
+async def test_O7_a_reload_that_changes_no_key_keeps_what_is_cached() -> None:
+    """Or each of them, and each secret that is rotated, would be a flood of mints."""
+    async with serving() as edge:
+        minted = await edge.ask(who := visitor())
+        assert await edge.app.reloader.reload()
+        assert (await edge.ask(who)).token == minted.token

@@ -110,6 +110,15 @@ def test_N11_what_was_frozen_is_given_back_at_the_end() -> None:
     assert (gc.get_threshold(), gc.get_freeze_count()) == before
 
 
+def test_N11_what_was_given_back_is_left_alone(keeper: GcTuner, watch: Watch) -> None:
+    """A round that comes after the end collects nothing: the collector is somebody else's."""
+    keeper.stop()
+    watch.time += 60
+    before = gc.get_stats()[2]["collections"]
+    keeper.tidy()
+    assert gc.get_stats()[2]["collections"] == before
+
+
 def test_N11_housekeeping_spends_a_small_share_on_full_collections(
     keeper: GcTuner, watch: Watch
 ) -> None:

@@ -201,3 +201,9 @@ def test_a_socket_of_somebody_else(tmp_path: Path) -> None:
 def test_whatever_else_happens_has_a_line(kind: Callable[[], Exception]) -> None:
     """No empty text, no traceback."""
     assert "http://b" in explained("http://b", kind(), 1.0)
+
+
+def test_an_answer_that_is_no_text_is_no_matter_of_names() -> None:
+    """Though Python's error is of the family of those for names that cannot be written."""
+    error = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    assert "answers, but not in JSON" in explained("http://broker.example", error, 1.0)

@@ -299,6 +299,8 @@ class TestWhileTheServerIsAway:
             async with opened_on(server) as opened, opened_on(server) as other:
                 server.kill()
                 made = [await recorded(opened, token=str(n)) for n in range(3 * BATCH)]
+                opened.session_store.purge_expired()  # none of them has
+                assert f"unwritten={len(made)}" in repr(opened.session_store)
                 await opened.session_store.catch_up()
                 server.start()
                 await back(opened, other)

@@ -146,6 +146,25 @@ async def test_G6_a_client_leaves_ends_to_others() -> None:
         await opened.end(await recorded(opened, client="one"), by_client=True)
 
 
+async def test_G6_ends_of_the_time_before_are_a_client_s_still() -> None:
+    """As long as they are remembered they count, whichever generation they are in."""
+    opened = OpenedMemoryBook(most_ended=8)
+
+    async def ends() -> int:
+        granted = 0
+        for _ in range(8):
+            with suppress(BookFull):
+                await opened.end(await recorded(opened, client="one"), by_client=True)
+                granted += 1
+        return granted
+
+    for _ in range(2):
+        await opened.end(await recorded(opened, client="one"), by_client=True)
+    opened.clock.advance(MARK_LIFE / SECOND + 1)
+    opened.memory.purge_expired()
+    assert await ends() == 2  # as if it had ended all four by now
+
+
 async def test_M1_what_is_over_is_given_back() -> None:
     """Records when they expire; ends when no token of theirs can live, not a moment earlier."""
     opened = OpenedMemoryBook()

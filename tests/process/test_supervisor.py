@@ -3,6 +3,7 @@
 import asyncio
 import io
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -23,7 +24,7 @@ from processes import PATIENCE, good, put, secret_file, secret_in, until, until_
 from test_config import alone, candidates, keys
 from web.edge import logging_to
 
-from broker.app import factory
+from broker.app import factory, session_admin
 from broker.app.reload import in_force, needs_restart
 from broker.app.worker_context import PeerLoad, WorkerContext
 from broker.config import load as config
@@ -50,6 +51,8 @@ from broker.rules import restarts
 from broker.tasks import TaskSet
 from broker.telemetry.cells import share, shared
 from broker.telemetry.metrics import Metrics
+from broker.testing import FakeClock
+from broker.web.auth import FAILED_AUTH_LIMIT
 
 EVERY_KEY = list(keys())
 
@@ -155,6 +158,30 @@ async def test_a_worker_hears_that_it_is_to_end_while_it_reads() -> None:
     obeying.cancel()
     await asyncio.gather(obeying, return_exceptions=True)
     await following.close()
+
+
+class HungUp:
+    """A channel on which a worker said that it is ready, and nothing more."""
+
+    def __init__(self) -> None:
+        self._reports: list[Report] = [Ready()]
+
+    async def receive(self) -> Report | None:
+        """Return what was said."""
+        return self._reports.pop() if self._reports else None
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+async def test_a_worker_that_has_hung_up_serves_nobody() -> None:
+    """Though the kernel still holds its process: nobody waits for it, or counts on it."""
+    held: Any = None
+    channel: Any = HungUp()
+    child = worker_process.WorkerProcess(1, held, channel)
+    await child._listening
+    assert not child.serves
+    assert not await child.met()
 
 
 class TestRestarts:
@@ -515,3 +542,25 @@ class TestSupervisor:
 def _pid(supervisor: Supervisor, index: int) -> int | None:
     running = supervisor._children.get(index)
     return None if running is None else running.pid
+
+
+async def test_M1_guesses_at_the_supervisor_are_forgotten_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who has not failed for a while takes no room."""
+    clock = FakeClock()
+    monkeypatch.setattr(session_admin, "SystemClock", lambda: clock)
+    settings = config.from_tree(
+        {
+            "admin": {"secret": secrets.token_urlsafe(24)},
+            "store": {"url": "valkey://127.0.0.1:1", "encryption_key": secrets.token_urlsafe(48)},
+        }
+    )
+    api = session_admin.SessionAdminApi(settings, Metrics("local", shared_store=True))
+    failures = api._authenticator.failures
+    failures.take("192.0.2.1", FAILED_AUTH_LIMIT, clock.mono())
+    assert len(failures) == 1
+    clock.advance(120)
+    api.tidy()
+    assert len(failures) == 0
+    await api.close()

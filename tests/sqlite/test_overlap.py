@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,9 @@ from processes import (
     until,
     write,
 )
+from web.edge import serving
+
+from broker.web.listener import CannotListen
 
 
 @pytest.fixture
@@ -102,3 +106,16 @@ def test_N9_one_that_waits_for_the_file_can_be_stopped(tmp_path: Path, tree: Tre
             second.send_signal(signal.SIGTERM)
             assert second.wait(30) == 0
             assert second.stderr.read() == b""
+
+
+async def test_D2_a_start_that_cannot_listen_gives_the_file_up(tmp_path: Path) -> None:
+    """At once, and in the same process: whoever starts next finds nobody in its way."""
+    store = {"store": {"url": f"sqlite://{tmp_path / 'state.db'}"}}
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = {"server": {"listen": f"127.0.0.1:{other.getsockname()[1]}"}}
+        with pytest.raises(CannotListen):
+            async with serving({**store, **taken}):
+                pass
+    async with serving(store) as edge:
+        assert edge.events("broker.state_file_in_use") == []
+        assert (await edge.ask()).status == 200

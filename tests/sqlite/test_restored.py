@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from broker.model import EmbedToken, Session, token_key, visitor_of
 from broker.rules.durable import Moment, age
+from broker.sessions.base import MARK_LIFE
 from broker.sqlite.records import (
     Batch,
     BucketsRow,
@@ -15,7 +16,7 @@ from broker.sqlite.records import (
     VisitorEnded,
     WrittenRecord,
 )
-from broker.sqlite.restored import Fold, State, Terms
+from broker.sqlite.restored import Fold, State, Terms, Worth
 from broker.units import SECOND
 
 NAMES = st.sampled_from("abc")
@@ -144,3 +145,17 @@ def test_G11_the_newest_first_comes_to_the_same(history: list[Batch]) -> None:
     assert here.marks == there.marks
     assert here.buckets == there.buckets
     assert all(isinstance(session, Session) for session in here.sessions.values())
+
+
+def test_G9_an_end_is_kept_its_whole_time_where_nobody_can_tell_its_age() -> None:
+    """Machines that restarted count from elsewhere: an end is not older for that, or younger."""
+    minute, day = 60 * SECOND, 24 * 3600 * SECOND
+    worth = Worth(Moment("a", day, day), 0, 0, has_end=True)
+    for boot, mono, left in (
+        ("a", day + minute, MARK_LIFE - minute),
+        ("b", day + minute, MARK_LIFE),
+        ("b", minute, MARK_LIFE),
+        ("", day + minute, MARK_LIFE),
+    ):
+        now = Moment(boot, mono, day + minute)
+        assert worth.still(now, worth.written) == left

@@ -32,7 +32,7 @@ from broker import errors
 from broker.config.settings import LogSettings, Settings
 from broker.model import LimitName
 from broker.process.serve import loop_factory
-from broker.telemetry.logs import SUMMARY_INTERVAL, RefusalLog, visitor_hash
+from broker.telemetry.logs import SUMMARY_INTERVAL, RefusalLog, Stamp, visitor_hash
 
 FORMS = ["json", "console"]
 
@@ -521,6 +521,17 @@ class TestEscaping:
                 write("broker.example")
         assert [record["level"] for record in records(stream)] == ["error"]
         assert log.getvalue() == ""
+
+
+def test_a_clock_that_is_set_back_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line tells the time at which it was written, though one before it was later."""
+    stamp = Stamp()
+    for moment, told in (
+        (86_400.5, "1970-01-02T00:00:00.500000Z"),
+        (3.25, "1970-01-01T00:00:03.250000Z"),
+    ):
+        monkeypatch.setattr("broker.telemetry.logs.time.time", lambda moment=moment: moment)
+        assert stamp.now() == told
 
 
 class TestVisitorHash:

@@ -2,12 +2,14 @@
 
 import re
 import secrets
+import time
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import until_true
 from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
 from prometheus_client.parser import text_string_to_metric_families as plain_text
@@ -265,6 +267,16 @@ class TestTruth:
             scraped = await edge.scrape()
             assert scraped['broker_tokens_evicted_total{cause="expired"}'] == 5
             assert scraped["broker_tokens_cached"] == 0
+
+    async def test_a_loop_that_stood_is_seen(self) -> None:
+        """By the time that a round of housekeeping came late."""
+        async with serving() as edge:
+            time.sleep(1)  # noqa: ASYNC251 - the loop stands
+
+            async def is_told() -> bool:
+                return (await edge.scrape())["broker_event_loop_lag_seconds_sum"] >= 0.4
+
+            await until_true(is_told)
 
     async def test_reloads_by_outcome(self) -> None:
         """A broken file is counted, and changes nothing."""

@@ -15,7 +15,7 @@ from broker.telemetry.metrics import STORE_ERRORS, Metrics
 from broker.testing import FakeClock
 from broker.valkey.client.connection import Target
 from broker.valkey.client.errors import NoScript, Reason, Redirect, StoreFailed, error_of
-from broker.valkey.client.guarded import Operation, StoreClient
+from broker.valkey.client.guarded import Operation, Question, StoreClient
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script
 from broker.valkey.client.shapes import ANYTHING, Shape
@@ -319,3 +319,84 @@ def counted(shop: Shop) -> float:
     registry = exposition.registry(sheet.families, SharedCells([sheet.cells]), lambda: None)
     name = "broker_store_duration_seconds_count"
     return registry.get_sample_value(name, {"operation": "visit"}) or 0.0
+
+
+class Line:
+    """A connection that takes questions and keeps them."""
+
+    def __init__(self) -> None:
+        self.asked: list[Question] = []
+
+    def ask(self, _packed: bytes, _shape: Shape, question: Question) -> None:
+        self.asked.append(question)
+
+
+class Asked(Question):
+    """Takes note of its end."""
+
+    __slots__ = ("ends",)
+
+    operation = Operation.VISIT
+
+    def __init__(self, ends: list[object]) -> None:
+        self.ends = ends
+
+    @override
+    def take(self, reply: Reply) -> None:
+        self.ends.append(reply)
+
+    @override
+    def fail(self, error: StoreFailed | None) -> None:
+        self.ends.append(error and error.reason)
+
+
+class Counter:
+    """Whoever asks questions of a shop."""
+
+    def __init__(self) -> None:
+        self.shop, self.line, self.ends = Shop(), Line(), list[object]()
+        self.shop.nodes.link = lambda _key: self.line  # type: ignore[assignment,return-value,method-assign]
+
+    def ask(self) -> bool:
+        """Ask one question; False where only a call can."""
+        return self.shop.server.ask(Asked(self.ends), b"key", b"packed", ANYTHING)
+
+    def lose(self) -> None:
+        """Ask, and get no answer, until the breaker stops it."""
+        for _ in range(5):
+            assert self.ask()
+            self.line.asked.pop().set_exception(StoreFailed(Reason.TIMEOUT))
+        assert self.shop.server.is_away
+
+
+async def test_S1_questions_that_fail_open_the_breaker_like_calls() -> None:
+    """Each is counted and told; after that none is sent."""
+    counter = Counter()
+    counter.lose()
+    assert counter.ends == [Reason.TIMEOUT] * 5
+    assert counter.shop.errors == {"timeout": 5}
+    assert not counter.ask()
+    assert counter.line.asked == []
+
+
+async def test_S3_no_question_goes_beside_a_probe() -> None:
+    """One call is let through; what else is asked meanwhile is left to the call, which waits."""
+    counter = Counter()
+    counter.lose()
+    counter.shop.clock.advance(0.5)
+    probe = asyncio.ensure_future(counter.shop.ask())
+    await asyncio.sleep(0)
+    assert len(counter.shop.nodes.asked) == 1
+    assert not counter.ask()
+    assert await probe == b"fine"
+    assert counter.ask()
+
+
+async def test_S3_questions_open_the_breaker_a_second_time() -> None:
+    """Their failures are those of the present: an outage before it hides none."""
+    counter = Counter()
+    counter.lose()
+    counter.shop.clock.advance(0.5)
+    assert await counter.shop.ask() == b"fine"
+    counter.shop.clock.advance(60)
+    counter.lose()

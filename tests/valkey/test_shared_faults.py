@@ -29,7 +29,7 @@ from sharing_cases import ask_of, limits_of
 from broker import errors
 from broker.config.addresses import Access, StoreAddress
 from broker.limits.policy import Limits
-from broker.model import Secret, TokenRequest
+from broker.model import EmbedToken, Secret, TokenRequest
 from broker.rules.bucket import Limit
 from broker.stores.base import Lease
 from broker.testing import FakeClock
@@ -500,6 +500,26 @@ async def test_S3_a_reload_while_the_server_is_away_gives_out_a_share_of_the_new
         assert await admitted(replica, 50) == 10
         replica.use_limits(limits_of(Limit(burst=60, interval=HOUR)))
         assert await admitted(replica, 50, ask_of("0002")) == 20
+
+
+async def test_M1_what_was_led_alone_is_forgotten_with_its_end(server: StoreServer) -> None:
+    """Cached, released or abandoned: an outage of any length leaves nothing behind."""
+    async with replica_of(server.address) as replica:
+        server.kill()
+        await lose(replica)
+        for number in range(3):
+            ask = ask_of(f"{number:04}")
+            lease = await replica.store.lead(ask, ask.key, lambda _token: False)
+            assert isinstance(lease, Lease)
+            if number == 0:
+                await replica.store.keep(
+                    ask, ask.key, EmbedToken(b"{}", HOUR, HOUR, HOUR, 0, origin="a key"), lease
+                )
+            elif number == 1:
+                await replica.store.release(ask, ask.key, lease)
+            else:
+                replica.store.abandon(ask, ask.key, lease, None)
+        assert replica.store._led_alone == set()
 
 
 async def test_S3_recovery_grants_no_second_burst(server: StoreServer) -> None:

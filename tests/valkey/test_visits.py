@@ -7,15 +7,18 @@ from typing import Any
 import pytest
 from service import limits
 
+from broker.limits.policy import LimitRule
 from broker.model import LimitName, Secret, TokenRequest
+from broker.rules.bucket import Limit
 from broker.sealing import Seal
 from broker.stores.epochs import KnownEnds
 from broker.stores.token_cache import TokenCache
 from broker.telemetry.counts import BucketCounts
 from broker.testing import FakeClock
+from broker.valkey.client.errors import StoreFailed
 from broker.valkey.key_names import Names
 from broker.valkey.near_cache import NearCache
-from broker.valkey.visits import Visits
+from broker.valkey.visits import Visits, verdict_of
 
 ASK = TokenRequest("web", "A78WKV4515", "9f86d081")
 
@@ -91,3 +94,28 @@ def test_a_limit_of_clients_is_a_second_question(made: Made) -> None:
     made.visits.limits = limits(client=(7, 7))
     assert not made.visits.ask(ASK, 0, nobody, nobody)
     assert made.server.asked == []
+
+
+def test_no_bucket_refuses_who_could_be_served() -> None:
+    """S1: a refusal with room for one more is none that the script would say."""
+    limit = Limit(burst=5, interval=1_000_000)
+    with pytest.raises(StoreFailed):
+        verdict_of(4_000_000, limit, allowed=0)
+    assert verdict_of(4_000_001, limit, allowed=0).retry_after == 1
+    assert verdict_of(4_000_000, limit, allowed=1).remaining == 1
+
+
+def test_what_is_near_its_limit_or_would_be_refused_is_counted() -> None:
+    """L12: as in memory: less than a fifth of the burst left, and refusals that only rehearse."""
+    made = Made()
+    limit = Limit(burst=10, interval=1_000_000)
+    rule, counts = LimitRule(limit, dry_run=True), made.visits._counts
+    for wait, allowed, near, denied in (
+        (8_000_000, 1, 0, 0),
+        (9_000_000, 1, 1, 0),
+        (9_000_001, 0, 1, 1),
+        (0, 1, 1, 1),
+    ):
+        visit = made.visits.read(ASK, rule, None, [allowed, wait, b"-1"])
+        assert visit.denial is None
+        assert (counts.near.value, counts.dry_run_denied.value) == (near, denied)

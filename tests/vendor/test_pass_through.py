@@ -816,6 +816,7 @@ class TestLimits:
             with vendor.fail(faults.hang(), path="/v1/agents"):
                 held = [asyncio.ensure_future(house.answered("GET", "/v1/agents")) for _ in "abc"]
                 await until(lambda: len(house.passed) == 3, "them to hang")
+                assert house.app.metrics.pass_through.in_flight.value == 3
                 async with house.call("GET", "/v1/agents") as refused:
                     assert refused.status == 503
                     assert int(refused.headers["Retry-After"]) >= 1

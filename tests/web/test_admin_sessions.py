@@ -69,6 +69,18 @@ class TestTheDoor:
         assert (await look(edge, agent_id=AGENT)).status == 200
         assert (await edge.fail_to_log_in()).status == 401
 
+    async def test_M1_guesses_are_forgotten_in_time(self, edge: Edge) -> None:
+        """An address that has not failed for a while takes no room, as on the data listener."""
+        await edge.admin(PATH, **{"api-secret": "x"})
+        await edge.fail_to_log_in()
+        parts = edge.app.parts
+        assert parts.admin_authenticator is not None
+        tables = [parts.admin_authenticator.failures, parts.authenticator.failures]
+        assert [len(table) for table in tables] == [1, 1]
+        edge.time.advance(120)
+        await edge.app.housekeeping.purge()
+        assert [len(table) for table in tables] == [0, 0]
+
     async def test_guesses_are_counted_and_a_leaked_secret_is_told(self, edge: Edge) -> None:
         """As on the data listener: an operator sees both; the leak once a minute."""
         for _ in range(33):

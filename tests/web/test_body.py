@@ -41,6 +41,11 @@ class TestSize:
         assert (await edge.raw(chunked(edge, body_of(LIMIT)))).status == 200
         assert (await edge.raw(chunked(edge, body_of(LIMIT + 1)))).code == "PAYLOAD_TOO_LARGE"
 
+    async def test_a_head_that_came_before_brings_no_more(self, edge: Edge) -> None:
+        """O3: however often one announces too much, what it announces is refused."""
+        for _ in range(5):
+            assert (await edge.post(body_of(LIMIT + 1))).code == "PAYLOAD_TOO_LARGE"
+
     async def test_many_small_chunks_are_counted_together(self, edge: Edge) -> None:
         """A chunk is no new allowance."""
         body = body_of(LIMIT)

@@ -756,6 +756,29 @@ def _fill(transport: asyncio.Transport) -> None:
         transport.write(b"x" * 512)
 
 
+async def test_N4_half_a_head_behind_a_long_answer_has_its_time_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While the answer is made nobody reads it; then it has to come like any other."""
+    monkeypatch.setattr("broker.web.connection.HEAD_TIMEOUT", 0.2)
+    async with serving({}) as edge:
+        gate, mint = asyncio.Event(), edge.app.parts.issuer.mint
+
+        async def slow(ask: Any, turn: Any) -> Any:
+            await gate.wait()
+            return await mint(ask, turn)
+
+        edge.mint_by(slow)
+        line = await connected(edge.port)
+        line.send(edge.asking(secrets.token_hex(16)))
+        await until(lambda: len(edge.app.parts.token_service.flights) == 1)
+        line.send(b"GET /livez HTTP/1.1\r\nHost: a\r\n")
+        await asyncio.sleep(0.5)  # longer than a head may take
+        gate.set()
+        assert (await line.answer()).status == 200
+        assert await ended(line) == b""
+
+
 class TestHalfClosed:
     """N3: a client that has sent its last byte is answered if that is soon, and not waited for.
 

@@ -197,6 +197,21 @@ class TestTaken:
             line.send(edge.asking(visitor(), headers=[(name, value) for value in values]))
             assert (await line.answer()).status == 200
         assert asked[6:] == ["", "", traces[0], traces[1], traces[0]]
+        for trace in traces[:3]:  # the first of two counts, whatever is wrong with it
+            twice = [(name, traces[0].upper()), (name, trace)]
+            line.send(edge.asking(visitor(), headers=twice))
+            assert (await line.answer()).status == 200
+        assert asked[11:] == [""] * 3
+        await line.close()
+
+    async def test_a_trace_in_a_body_is_none(self, edge: Edge) -> None:
+        """What is behind the head is looked at by nobody who looks for its headers."""
+        line = await idle(edge)
+        trace = f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
+        body = f"{{\r\ntraceparent: {trace}\r\n}}".encode()
+        for _ in range(3):
+            line.send(request("POST", TOKEN_PATH, [("api-secret", edge.secret)], body))
+            assert (await line.answer()).status == 400
         await line.close()
 
     @pytest.mark.parametrize("is_alone", [True, False])

@@ -121,6 +121,7 @@ class TestHeads:
         """Within one second: other moments, limits, depths, outcomes and names."""
         heads, date = Heads(), "a second"
         limits = [Limit(20, 1_000_000), Limit(20, 2_000_000), Limit(3, 5_000_000)]
+        limits += [Limit(1, 5_000_000), Limit(1, 7_000_000)]  # refused alike, but for their pace
         waits = (0, 600_000, 1_500_000, 3_600_000, 11_900_000, 12_900_000, 10**9)
         for limit, wait, part, line in product(
             limits, waits, (0, 500_000, 999_999), ("A\r\n", "B\r\n")

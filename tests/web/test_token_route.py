@@ -252,6 +252,15 @@ class TestConnections:
         assert (ready.status, ready.json) == (503, {"status": "draining"})
         assert (await edge.get("/livez")).status == 200
 
+    async def test_a_refusal_ends_its_connection_in_a_drain_too(self, edge: Edge) -> None:
+        """Who is told to wait comes back to another process."""
+        fingerprint = visitor()
+        while (await edge.ask(fingerprint)).status == 200:
+            pass
+        edge.app.parts.readiness.draining = True
+        reply = await edge.ask(fingerprint)
+        assert (reply.status, reply.header("Connection")) == (429, "close")
+
 
 class TestRequestId:
     @pytest.mark.parametrize("given", ["a", "Az09._-", "x" * 64, "9f86-d081.88_4c"])
