@@ -23,6 +23,10 @@ MAX_DEPTH = 2**63 - 1
 """Microseconds from empty to full that a 64-bit integer can express."""
 
 
+_ALLOWED, _REFUSED = True, False
+"""What a verdict begins with; by position, for each request makes one, and names cost as much."""
+
+
 class Limit(Struct, frozen=True, gc=False):
     """At most `burst` tokens at once, one more every `interval` microseconds.
 
@@ -96,17 +100,17 @@ def spend(full_at: int, limit: Limit, now: int) -> tuple[int, Verdict]:
         wait = depth
     spare = depth - wait - interval
     if spare < 0:
-        return now + wait, Verdict(False, 0, wait, -spare, limit)  # noqa: FBT003 - hot path: positional is half the cost
+        return now + wait, Verdict(_REFUSED, 0, wait, -spare, limit)
     wait += interval
-    return now + wait, Verdict(True, spare // interval, wait, 0, limit)  # noqa: FBT003 - hot path
+    return now + wait, Verdict(_ALLOWED, spare // interval, wait, 0, limit)
 
 
 def verdict_from_wait(wait: int, limit: Limit, *, allowed: bool) -> Verdict:
     """Return the verdict of a bucket elsewhere, which told only this; `wait` is us until full."""
     spare = limit.burst * limit.interval - wait  # no property: each hit on a shared store asks
     if allowed:
-        return Verdict(True, spare // limit.interval, wait, 0, limit)  # noqa: FBT003 - hot path
-    return Verdict(False, 0, wait, limit.interval - spare, limit)  # noqa: FBT003 - hot path
+        return Verdict(_ALLOWED, spare // limit.interval, wait, 0, limit)
+    return Verdict(_REFUSED, 0, wait, limit.interval - spare, limit)
 
 
 def peek(full_at: int, limit: Limit, now: int) -> Verdict:

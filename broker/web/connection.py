@@ -174,9 +174,13 @@ class DataConnection(web.RequestHandler):
         super().resume_writing()
         self._end_unsent()
 
+    def _hand_over(self) -> None:
+        """Give aiohttp a request that it has not been given yet, before it is told of an end."""
+
     @override
     def eof_received(self) -> bool:  # type: ignore[override]
         """Answer what has come whole, if that is soon; returns whether to keep the connection."""
+        self._hand_over()
         is_whole = self._is_full or self._body.is_eof()
         is_handled = self._waiter is None and self._request_count > 0  # taken, and not answered
         if self.transport is None or not (is_whole and (self._messages or is_handled)):
@@ -191,6 +195,7 @@ class DataConnection(web.RequestHandler):
 
         A request that came on it then would wait, unread, until all others are answered.
         """
+        self._hand_over()
         is_idle = self._waiter is not None and not self._waiter.done()
         super().close()
         if is_idle and self.transport is not None:
@@ -202,6 +207,7 @@ class DataConnection(web.RequestHandler):
 
         A close would wait for that client, and uvloop's own end for the close, without an end.
         """
+        self._hand_over()
         transport = self.transport
         await super().shutdown(timeout)
         if transport is not None:
@@ -244,9 +250,10 @@ class DataConnection(web.RequestHandler):
         is_last = self._is_full and not self._messages
         if is_last or self._close or not request.content.is_eof():
             resp.force_close()
-            if isinstance(request.content.exception(), web.RequestPayloadError):
+            content: Any = request.content  # its types do not know that an exception can go
+            if isinstance(content.exception(), web.RequestPayloadError):
                 # told; now aiohttp lingers, so that a client that still sends sees the answer
-                request.content.set_exception(None)  # type: ignore[arg-type]
+                content.set_exception(None)
         return super().finish_response(request, resp, start_time)
 
     @override
@@ -366,6 +373,7 @@ class DataConnection(web.RequestHandler):
             self._keepalive_handle = self._loop.call_later(LAST_LOOK, self._close_if_idle)
 
     def _close_if_idle(self) -> None:
+        self._hand_over()
         if self._head_timer is None:
             super()._process_keepalive()
         else:  # the next request began in time; its head has a time of its own

@@ -21,7 +21,7 @@ from aiohttp.web_request import BaseRequest
 from typing_extensions import override
 
 from broker.tasks import Begun, Later, TaskSet
-from broker.web.connection import LINGER, READ_BUFFER, DataConnection
+from broker.web.connection import READ_BUFFER, DataConnection
 from broker.web.head_bounds import MAX_HEAD, is_followed
 from broker.web.known_heads import TRACE, KnownHead, split
 from broker.web.lane import Lane, failed
@@ -94,26 +94,6 @@ class LaneConnection(DataConnection):
         super().connection_lost(exc)
         if begun is not None:
             self._leaving.cancel(begun)
-
-    @override
-    def eof_received(self) -> bool:  # type: ignore[override]
-        self._hand_over()
-        return super().eof_received()
-
-    @override
-    def close(self) -> None:
-        self._hand_over()
-        super().close()
-
-    @override
-    async def shutdown(self, timeout: float | None = LINGER) -> None:
-        self._hand_over()
-        await super().shutdown(timeout)
-
-    @override
-    def _close_if_idle(self) -> None:
-        self._hand_over()
-        super()._close_if_idle()
 
     @override
     def data_received(self, data: bytes) -> None:
@@ -223,6 +203,7 @@ class LaneConnection(DataConnection):
             return
         self._queue(asked)
 
+    @override
     def _hand_over(self) -> None:
         """Give a request that waits for a call to aiohttp, if there is one."""
         later, asked = self._later, self._asked
