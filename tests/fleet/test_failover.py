@@ -65,7 +65,8 @@ async def test_S1_S5_S7_a_primary_dies_and_its_replica_takes_over(tmp_path: Path
     assert set(crowd.statuses("new")) == {200}
     assert set(crowd.statuses("greedy")) <= {200, 429}
     assert max(crowd.slowest(kind) for kind in statuses) < SLOWEST
-    assert crowd.statuses("greedy")[200] <= BURST + RATE * took + ALONE * losses
+    alone = max(losses, errors > 0)  # a call that failed is decided here, also where few fail
+    assert crowd.statuses("greedy")[200] <= BURST + RATE * took + ALONE * alone
 
 
 async def _is_primary(node: StoreServer) -> bool:
