@@ -116,7 +116,7 @@ class Between:
             pass
         finally:
             writer.close()
-            back.close()
+            back.transport.abort()  # a server that stands still would take what is left, one day
             with suppress(ConnectionError):
                 await writer.wait_closed()
             self._tasks.discard(task)

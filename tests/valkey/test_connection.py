@@ -364,6 +364,44 @@ async def test_a_connection_that_ends_with_the_greeting_is_not_used(node: Node) 
     await link.close()
 
 
+async def test_one_that_closes_amid_its_greeting_leaves_no_connection(node: Node) -> None:
+    """The server does not say whether it lets us in: it is hung up on at once all the same."""
+    opened: list[RespProtocol] = []
+
+    class Kept(Target, frozen=True):
+        async def connect(self, make: "Callable[[], RespProtocol]", route: Route) -> RespProtocol:
+            opened.append(await super().connect(make, route))
+            return opened[-1]
+
+    link = PipelinedConnection(Kept("127.0.0.1", node.port, password=Secret("p")), 5.0)
+    node.answer = lambda _piece: b""
+    call = link.send(PING)
+    while not node.pieces:  # noqa: ASYNC110 - the node runs in this loop
+        await asyncio.sleep(0)
+    await link.close()
+    assert reasons(await told(call)) == {Reason.CONNECTION}
+    (talk,) = opened
+    assert talk._transport is not None
+    assert talk._transport.is_closing()
+
+
+@pytest.mark.parametrize("before", [True, False])
+async def test_a_call_at_the_end_opens_no_connection(node: Node, before: bool) -> None:
+    """In the same turn as the close, or after it: it fails, and nobody is called any more."""
+    link = PipelinedConnection(Target("127.0.0.1", node.port), 5.0)
+    if before:
+        call = link.send(PING)
+        await link.close()
+    else:
+        await link.close()
+        call = link.send(PING)
+    assert reasons(await told(call)) == {Reason.CONNECTION}
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert link._opening is None
+    assert node.connections == 0
+
+
 async def test_a_conversation_that_was_over_is_told_to_who_opens_it(node: Node) -> None:
     """Its end came before the link knew of it: it must not wait for ever behind a dead one."""
 

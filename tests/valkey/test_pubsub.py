@@ -60,7 +60,7 @@ class Wire:
             pass
         finally:
             writer.close()
-            back.close()
+            back.transport.abort()  # a server that stands still would take what is left, one day
 
     async def _forward(
         self, reader: asyncio.StreamReader, back: asyncio.StreamWriter, listens: asyncio.Event

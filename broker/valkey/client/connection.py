@@ -253,6 +253,7 @@ class PipelinedConnection:
         self._expiry: asyncio.TimerHandle | None = None
         self._talk: RespProtocol | None = None
         self._opening: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     def send(self, packed: bytes, shape: Shape = ANYTHING) -> "asyncio.Future[Reply]":
         """Send a packed command; a reply of this shape, or StoreFailed, Forgotten, Elsewhere."""
@@ -262,6 +263,9 @@ class PipelinedConnection:
 
     def ask(self, packed: bytes, shape: Shape, waiter: Waiter) -> None:
         """Send it as `send`, and tell `waiter`, where the reply arrives, what comes of it."""
+        if self._is_closed:
+            waiter.set_exception(StoreFailed(Reason.CONNECTION))
+            return
         if not self._waiting:
             self._loop.call_soon(self._leave)
         self._waiting.append((packed, (waiter, shape)))
@@ -273,7 +277,8 @@ class PipelinedConnection:
         return idle and self._opening is None and not self._waiting
 
     async def close(self) -> None:
-        """Close the connection; calls that are out fail."""
+        """Close the connection for good; calls that are out fail, and so do those that come yet."""
+        self._is_closed = True
         if self._opening is not None:
             self._opening.cancel()
             await asyncio.wait([self._opening])
@@ -283,8 +288,10 @@ class PipelinedConnection:
 
     def _leave(self) -> None:
         """Send what waits, or see to it that it can be sent."""
+        if not self._waiting:  # told meanwhile, by a close for one
+            return
         if self._talk is not None:
-            if self._waiting and self._talk.is_idle:
+            if self._talk.is_idle:
                 calls, self._waiting = self._waiting, []
                 self._talk.ask(calls, self._timeout)
             return
@@ -301,8 +308,6 @@ class PipelinedConnection:
                 await self._greet(talk)
         except (OSError, ValueError, OverflowError, StoreFailed) as error:
             # a name or a port may be a cluster's word: nobody can be reached there
-            if talk is not None:
-                talk.close()
             self._route.avoid()
             self._fail(error)
         else:
@@ -310,6 +315,8 @@ class PipelinedConnection:
             self._stop_expiry()
         finally:
             self._opening = None
+            if talk is not None and self._talk is None:  # cancelled amid its greeting, for one
+                talk.close()
         if self._waiting:
             self._leave()
 
