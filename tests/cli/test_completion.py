@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from processes import PATIENCE, environment, run
+from processes import TIMEOUT, environment, run
 
 from broker.cli.completion import SCRIPTS, bash, places
 from broker.cli.main import _parser
@@ -56,7 +56,7 @@ def offered(shell: str, folder: Path, line: str) -> set[str]:
         cwd=folder,
         env=environment(HOME=str(folder)),
         text=True,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         check=True,
     )
     assert asked.stderr == ""

@@ -17,7 +17,7 @@ from broker.valkey.client.topology import Topology, nodes_at
 
 pytestmark = pytest.mark.parts
 
-PATIENT = 20.0
+TIMEOUT = 20.0
 """Seconds for what should happen at once, on a machine that is busy."""
 
 
@@ -97,9 +97,9 @@ class Ears:
     async def hears(self, server: StoreServer) -> None:
         """Publish until something arrives."""
         word = secrets.token_hex(8).encode()
-        async with asyncio.timeout(PATIENT):
+        async with asyncio.timeout(TIMEOUT):
             while (self.channels[1], word) not in self.heard:
-                server.ask("PUBLISH", self.channels[1], word)
+                server.command("PUBLISH", self.channels[1], word)
                 await asyncio.sleep(0.02)
 
 
@@ -116,9 +116,9 @@ async def wire(valkey: StoreServer) -> AsyncIterator[Wire]:
 async def ears(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Ears]:
     """Somebody who listens by that way, and is impatient."""
     monkeypatch.setattr(pubsub, "SILENCE", 0.1)
-    monkeypatch.setattr(pubsub, "PATIENCE", 1.0)
+    monkeypatch.setattr(pubsub, "ECHO_TIMEOUT", 1.0)
     monkeypatch.setattr(pubsub, "RETRY", 0.05)
-    nodes = nodes_at(StoreAddress(hosts=(("127.0.0.1", wire.port),)), Access(), PATIENT)
+    nodes = nodes_at(StoreAddress(hosts=(("127.0.0.1", wire.port),)), Access(), TIMEOUT)
     await nodes.open()
     ears = Ears(nodes)
     task = asyncio.create_task(pubsub.listen(nodes, ears.channels, ears.hear))
@@ -130,7 +130,7 @@ async def ears(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Ear
 
 async def until(look: Callable[[], bool]) -> None:
     """Look every few milliseconds until it is so."""
-    ends = time.monotonic() + PATIENT
+    ends = time.monotonic() + TIMEOUT
     while not look():
         assert time.monotonic() < ends
         await asyncio.sleep(0.02)
@@ -138,7 +138,7 @@ async def until(look: Callable[[], bool]) -> None:
 
 def published(server: StoreServer) -> int:
     """Count the messages that were published there."""
-    told = server.ask("INFO", "commandstats")
+    told = server.command("INFO", "commandstats")
     count: int = told["cmdstat_publish"]["calls"]
     return count
 
@@ -151,7 +151,7 @@ async def test_N26_a_subscription_that_delivers_nothing_is_made_anew(
     with structlog.testing.capture_logs() as told:
         for round_ in range(2, 4):
             wire.is_deaf = True
-            valkey.ask("PUBLISH", ears.channels[1], b"lost")
+            valkey.command("PUBLISH", ears.channels[1], b"lost")
             await until(lambda: any(e["event"] == "broker.news_silent" for e in told))
             wire.is_deaf = False
             await ears.hears(valkey)
@@ -192,7 +192,7 @@ async def test_S1_whatever_a_subscription_is_told_it_hears_again(
 ) -> None:
     """Instead of its confirmation; and nothing but that is heard."""
     monkeypatch.setattr(pubsub, "SILENCE", 0.2)
-    monkeypatch.setattr(pubsub, "PATIENCE", 0.5)
+    monkeypatch.setattr(pubsub, "ECHO_TIMEOUT", 0.5)
     monkeypatch.setattr(pubsub, "CONNECT_TIMEOUT", 0.5)
     monkeypatch.setattr(pubsub, "RETRY", 0.05)
     between = Between(valkey.address.path)

@@ -20,7 +20,7 @@ from broker.valkey.key_names import Names
 from broker.valkey.near_cache import NearCache
 from broker.valkey.visits import Visits, verdict_of
 
-ASK = TokenRequest("web", "A78WKV4515", "9f86d081")
+REQUEST = TokenRequest("web", "A78WKV4515", "9f86d081")
 
 
 class Server:
@@ -29,7 +29,7 @@ class Server:
     def __init__(self) -> None:
         self.asked: list[bytes] = []
 
-    def ask(self, _question: object, _key: bytes, packed: bytes, _shape: object) -> bool:
+    def send(self, _question: object, _key: bytes, packed: bytes, _shape: object) -> bool:
         self.asked.append(packed)
         return True
 
@@ -56,7 +56,7 @@ class Made:
     def asked(self) -> bytes:
         """Ask, and return what the server is sent."""
         nobody: Any = None
-        assert self.visits.ask(ASK, 0, nobody, nobody)
+        assert self.visits.start_visit(REQUEST, 0, nobody, nobody)
         return self.server.asked[-1]
 
 
@@ -92,7 +92,7 @@ def test_a_limit_of_clients_is_a_second_question(made: Made) -> None:
     """Which only `admit` asks."""
     nobody: Any = None
     made.visits.limits = limits(client=(7, 7))
-    assert not made.visits.ask(ASK, 0, nobody, nobody)
+    assert not made.visits.start_visit(REQUEST, 0, nobody, nobody)
     assert made.server.asked == []
 
 
@@ -116,6 +116,6 @@ def test_what_is_near_its_limit_or_would_be_refused_is_counted() -> None:
         (9_000_001, 0, 1, 1),
         (0, 1, 1, 1),
     ):
-        visit = made.visits.read(ASK, rule, None, [allowed, wait, b"-1"])
-        assert visit.denial is None
+        visit = made.visits.read(REQUEST, rule, None, [allowed, wait, b"-1"])
+        assert visit.rejection is None
         assert (counts.near.value, counts.dry_run_denied.value) == (near, denied)

@@ -32,7 +32,7 @@ RETRY = 1.0
 SILENCE = 5.0
 """Seconds without a message after which a replica sends itself one."""
 
-PATIENCE = 2.0
+ECHO_TIMEOUT = 2.0
 """Seconds in which that has to arrive: nodes of a cluster pass it on."""
 
 AT_A_TIME = 100
@@ -54,7 +54,7 @@ class Subscription(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         self._channels = channels
         self._opening = opening
-        self._heard = heard
+        self._on_message = heard
         self._loop = loop
         self._reader = Reader()
         self._echo = b""
@@ -137,7 +137,7 @@ class Subscription(asyncio.Protocol):
 
     def _hand_on(self, channel: bytes, message: bytes) -> None:
         try:
-            self._heard(channel, message)
+            self._on_message(channel, message)
         except BaseException as error:  # noqa: BLE001 - raised where the subscription is awaited
             if not self.ended.done():
                 self.ended.set_exception(error)
@@ -190,7 +190,7 @@ async def _stay(nodes: Topology, channel: bytes, subscription: Subscription) -> 
             _ = await nodes.command(channel, command(b"PUBLISH", channel, word), shapes.COUNTED)
         except StoreFailed:
             continue  # nobody can say anything: no word about this connection
-        await asyncio.wait([echoed, subscription.ended], timeout=PATIENCE)
+        await asyncio.wait([echoed, subscription.ended], timeout=ECHO_TIMEOUT)
         if not echoed.done():
             log.warning("broker.news_silent")
             return None
