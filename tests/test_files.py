@@ -29,7 +29,7 @@ from broker.config.settings import Settings
 from broker.issuers import keyfile
 from broker.sqlite import location
 
-Made = Callable[[Path], object]
+Maker = Callable[[Path], object]
 
 
 def _socket(path: Path) -> None:
@@ -42,7 +42,7 @@ def _unreadable(path: Path) -> None:
     path.touch(mode=0)
 
 
-KINDS: dict[str, tuple[Made, str]] = {
+KINDS: dict[str, tuple[Maker, str]] = {
     "pipe": (os.mkfifo, "a pipe; name a regular file"),
     "folder": (Path.mkdir, "a directory; name a file in it"),
     "endless": (lambda path: path.symlink_to("/dev/zero"), "a device; name a regular file"),

@@ -403,7 +403,7 @@ async def finished(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, r
     return answer.startswith(b"HTTP/1.1 200 OK\r\n")
 
 
-class TestSharing:
+class TestOneBroker:
     async def test_serves_on_a_unix_socket(self, tmp_path: Path, tree: Tree) -> None:
         """Both workers take connections there, too; a live socket is left alone."""
         path = tmp_path / "s"

@@ -30,7 +30,7 @@ def shown(metrics: Metrics, shared_cells: SharedCells) -> CollectorRegistry:
     return exposition.registry(metrics.layout.families, shared_cells, lambda: None)
 
 
-class TestSheet:
+class TestMetricLayout:
     def test_every_cell_is_handed_out_once(self) -> None:
         """Two metrics in one cell would count each other; a histogram's cells are its own, too."""
         layout = Metrics("upstream", budget=True, shared_store=True, workers=3).layout

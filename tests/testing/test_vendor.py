@@ -257,7 +257,7 @@ class TestLimits:
             Allowance(count, per)
 
 
-class TestAsk:
+class TestMintRequest:
     @pytest.mark.parametrize(
         "body",
         [

@@ -90,7 +90,7 @@ async def pair(valkey: StoreServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIte
     valkey.flush()
     pair = Pair(valkey)
     async with opened(pair.one, beside=True), opened(pair.other, beside=True):
-        await hear(valkey, 2)
+        await subscribed(valkey, 2)
         yield pair
         await pair.one.settled()
         assert pair.one.errors == pair.other.errors == {}
@@ -106,7 +106,7 @@ async def deaf_pair(valkey: StoreServer) -> AsyncIterator[Pair]:
         assert pair.one.errors == pair.other.errors == {}
 
 
-async def hear(server: StoreServer, replicas: int) -> None:
+async def subscribed(server: StoreServer, replicas: int) -> None:
     """Wait until this many replicas are subscribed."""
     await eventually(lambda: len(server.command("PUBSUB", "CHANNELS", "etb:wake:*")) >= replicas)
 
@@ -567,7 +567,7 @@ async def test_G9_an_end_holds_also_when_the_server_goes_away_after_it() -> None
     with store_server(valkey_binary()) as server:
         pair = [Replica(server.address, limits_of(), timeout=0.2) for _ in range(2)]
         async with opened(pair[0], beside=True), opened(pair[1], beside=True):
-            await hear(server, 2)
+            await subscribed(server, 2)
             for each in (request, stranger):
                 await keep(pair[0], each, await lead(pair[0], each))
                 assert await found(pair[1], each) == await found(pair[0], each) is not None

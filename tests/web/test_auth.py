@@ -336,11 +336,11 @@ class TestForwardedFor:
         self, forwarded: list[str], peer: str
     ) -> None:
         """What names the bucket is an address, a network or a short name, or there is none."""
-        door = ClientAuthenticator(
+        authenticator = ClientAuthenticator(
             [], [ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0")], 0
         )
         headers = CIMultiDict([("X-Forwarded-For", value) for value in forwarded])
-        named = door.address_of(CIMultiDictProxy(headers), peer)
+        named = authenticator.address_of(CIMultiDictProxy(headers), peer)
         said_by, _, name = (named or "local").partition(" ")
         assert said_by == "local" or str(ipaddress.ip_network(said_by.partition("%")[0]))
         assert len(name) <= 65

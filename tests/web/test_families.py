@@ -34,7 +34,7 @@ THERE = {"both": [V4, V6], "no IPv6": [V4], "no IPv4": [V6]}
 HOSTS = "127.0.0.1 localhost\n::1 localhost\n::1 v6.test\n"
 """What a distribution ships, and a name of IPv6 alone."""
 
-ASK = """
+PROGRAM = """
 import http.client, json, sys
 answers = {}
 for host in ("127.0.0.1", "::1"):
@@ -84,7 +84,7 @@ def inside(broker: Broker, *command: str) -> subprocess.CompletedProcess[bytes]:
 
 def reached(broker: Broker) -> list[str]:
     """Return the addresses at which both listeners answer; neither may answer alone."""
-    told = inside(broker, sys.executable, "-c", ASK)
+    told = inside(broker, sys.executable, "-c", PROGRAM)
     answers = json.loads(told.stdout)
     assert all(statuses in ([200, 200], [0, 0]) for statuses in answers.values()), answers
     return [host for host, statuses in answers.items() if statuses == [200, 200]]

@@ -50,11 +50,11 @@ class Subscription(asyncio.Protocol):
     It ends with what a listener raised: the loop would take that for a fault of the connection.
     """
 
-    def __init__(self, channels: Sequence[bytes], opening: bytes, heard: Listener) -> None:
+    def __init__(self, channels: Sequence[bytes], opening: bytes, on_message: Listener) -> None:
         loop = asyncio.get_running_loop()
         self._channels = channels
         self._opening = opening
-        self._on_message = heard
+        self._on_message = on_message
         self._loop = loop
         self._reader = Reader()
         self._echo = b""
@@ -149,12 +149,12 @@ class Subscription(asyncio.Protocol):
             self.ready.set_exception(error)
 
 
-async def listen(nodes: Topology, channels: Sequence[bytes], heard: Listener) -> None:
-    """Call `heard` for each message on the channels, until cancelled; the first is one's own."""
+async def listen(nodes: Topology, channels: Sequence[bytes], on_message: Listener) -> None:
+    """Call `on_message` for each message on the channels, until cancelled; the first is one's own."""
     route = Route()
     while True:
         target = nodes.anywhere()
-        subscription = Subscription(channels, b"".join(target.greeting()), heard)
+        subscription = Subscription(channels, b"".join(target.greeting()), on_message)
         try:
             await subscribe(target, subscription, route)
             await _stay(nodes, channels[0], subscription)
