@@ -115,7 +115,7 @@ async def start_and_size(folder: Path, tokens: int) -> None:
     broker.body = BODY
     async with broker.opened() as backend:
         for number in range(tokens):
-            await mint(broker, backend, broker.request_token(), origin=origin)
+            await mint(broker, backend, broker.new_request(), origin=origin)
             if number % 50 == 0:
                 await asyncio.sleep(0)
         await backend._slot.writer.end_written()

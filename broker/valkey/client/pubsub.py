@@ -150,7 +150,7 @@ class Subscription(asyncio.Protocol):
 
 
 async def listen(nodes: Topology, channels: Sequence[bytes], on_message: Listener) -> None:
-    """Call `on_message` for each message on the channels, until cancelled; the first is one's own."""
+    """Call `on_message` for each message on the channels, until cancelled; the first is our own."""
     route = Route()
     while True:
         target = nodes.anywhere()
