@@ -244,7 +244,7 @@ async def test_N13_calls_that_are_swallowed_are_given_up_when_the_vendor_answers
         await relay.request_token()
         assert owed_by(relay) == 0
         assert relay.statuses == {"200": 2 - after_start, "none": count}
-        await until(lambda: not len(relay.issuer._calls._asking), "the end of the watch")
+        await until(lambda: not len(relay.issuer._calls._probing), "the end of the watch")
 
 
 @pytest.mark.usefixtures("soon")
@@ -335,7 +335,7 @@ async def test_N13_a_question_under_way_ends_with_the_process() -> None:
         await failures(relay, 4)
         await until(lambda: questions(relay), "a question")
         await relay.issuer.close()
-        assert not len(relay.issuer._calls._asking)
+        assert not len(relay.issuer._calls._probing)
 
 
 async def test_N13_who_is_refused_in_a_stall_is_told_why() -> None:
