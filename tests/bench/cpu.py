@@ -189,7 +189,7 @@ def main() -> None:
         if options.shared:
             store = stack.enter_context(run_store(folder))
             shared = stack.enter_context(run_broker(folder, secret, "shared", store))
-            ask(shared, secret, "tight")
+            request_token(shared, secret, "tight")
             meet_crowd(shared, secret)
             servers.append(shared)
         numbers = count(1)
@@ -278,7 +278,9 @@ def run_printing(name: str, script: str, *arguments: str) -> Iterator[Server]:
 def keep_answers(broker: Server, secret: str, folder: Path) -> None:
     """Ask the broker once for each case and keep the bodies, for the plain handlers."""
     folder.mkdir()
-    ask(broker, secret, "tight")  # uses up the one request that this agent's visitors have
+    request_token(
+        broker, secret, "tight"
+    )  # uses up the one request that this agent's visitors have
     for case, agent, status in (
         ("mint", "other", 200),
         ("hit", "other", 200),
@@ -287,7 +289,7 @@ def keep_answers(broker: Server, secret: str, folder: Path) -> None:
         ("429", "tight", 429),
         ("invalid", "not an agent", 400),
     ):
-        got, body = ask(broker, secret, agent)
+        got, body = request_token(broker, secret, agent)
         if got != status:
             sys.exit(f"{case}: {got} instead of {status}: {body!r}")
         (folder / f"{case}.{status}").write_bytes(body)
@@ -319,11 +321,11 @@ def token_of(server: Server, secret: str) -> str:
     """Return a token that this server finds good; for a plain one, something as long."""
     if server.name.startswith("plain"):
         return "x" * 480
-    token: str = json.loads(ask(server, secret, "other")[1])["data"]["token"]
+    token: str = json.loads(request_token(server, secret, "other")[1])["data"]["token"]
     return token
 
 
-def ask(broker: Server, secret: str, agent: str) -> tuple[int, bytes]:
+def request_token(broker: Server, secret: str, agent: str) -> tuple[int, bytes]:
     """Ask for one token; returns status and body."""
     body = json.dumps({"agent_id": agent, "fingerprint": "9f86d081884c7d659a2feaa0c55ad015"})
     return call(broker, "POST", PATH, body, {"api-secret": secret})
