@@ -56,7 +56,7 @@ class TokenService:
 
     def __init__(self, store: Store, minter: Minter, policy: ReusePolicy, clock: Clock) -> None:
         self._store = store
-        self.start_visit = store.start_visit
+        self._visit, self.start_visit = store.visit, store.start_visit
         self._minter = minter
         self._policy = policy
         self._clock = clock
@@ -76,13 +76,9 @@ class TokenService:
         whoever started the visit (`start_visit`).
         """
         if visit is None:
-            visit = self._store.visit(request, now)
-        return None if visit is None else self._judge(request, visit, now)
-
-    def _judge(
-        self, request: TokenRequest, visit: Visit, now: int
-    ) -> IssuedToken | Rejection | Visit:
-        """Answer by what the store knows; the visit itself if that is no answer."""
+            visit = self._visit(request, now)
+            if visit is None:
+                return None
         if visit.rejection is not None:
             return visit.rejection
         cached = visit.token
@@ -99,12 +95,10 @@ class TokenService:
     ) -> IssuedToken | Rejection:
         """Answer what was begun and had to wait, as `issue` does."""
         if visit is None:
-            begun = self._judge(
-                request, await self._store.admit(request, request.key), self._clock.mono()
-            )
+            visit = await self._store.admit(request, request.key)
+            begun = self.begin(request, self._clock.mono(), visit)
             if isinstance(begun, Answered):
                 return begun
-            visit = begun
         key = request.key
         cached = visit.token if self._policy.enabled else None
         if cached is None or request.fresh:

@@ -82,7 +82,11 @@ class MemoryStore(Store):
         verdict = self._fingerprint.take(key, rule.limit, now, dry_run=rule.dry_run)
         if not verdict.allowed and not rule.dry_run:
             return Visit(verdict, Rejection(_FINGERPRINT, verdict), None)
-        return Visit(verdict, None, self._find_at(request.visitor, request.key, now))
+        token = self.tokens.find_at(request.key, now)
+        if token is None or self._epochs.holds(request.visitor, token.epoch):
+            return Visit(verdict, None, token)
+        self.tokens.discard(request.key)
+        return Visit(verdict, None, None)
 
     @override
     async def admit(self, request: TokenRequest, key: str) -> Visit:
@@ -97,10 +101,7 @@ class MemoryStore(Store):
 
     def find(self, visitor: str, key: str) -> EmbedToken | None:
         """Return what is held under `key`, unless its visitor was ended since."""
-        return self._find_at(visitor, key, self._clock.mono())
-
-    def _find_at(self, visitor: str, key: str, now: int) -> EmbedToken | None:
-        token = self.tokens.find_at(key, now)
+        token = self.tokens.find_at(key, self._clock.mono())
         if token is None or self._epochs.holds(visitor, token.epoch):
             return token
         self.tokens.discard(key)

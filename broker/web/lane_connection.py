@@ -226,16 +226,17 @@ class LaneConnection(DataConnection):
 
     def _write(self, answer: Answer) -> bool:
         """Write an answer; False if aiohttp has to do that, or to wait until it is sent."""
-        if answer.closes or self.transport is None or self._manager is None:
+        transport, manager = self.transport, self._manager
+        if answer.closes or transport is None or manager is None:
             self._begun = outcome_of(answer)
             return False
-        self.transport.write(answer.whole())
+        transport.write(b"%b\r\n%b" % (answer.head, answer.body))
         if self._paused:  # whoever waits until it is sent takes no other request meanwhile
             self._written = answer
             self._begun = outcome_of(answer)
             return False
         # what aiohttp's loop does after an answer: it is counted, and the idle time begins
-        self._manager.requests_count += 1
+        manager.requests_count += 1
         closes = self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
         if self._keepalive_handle is None:
             self._keepalive_handle = self._loop.call_at(closes, self._process_keepalive)

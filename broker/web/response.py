@@ -9,6 +9,7 @@ response (`ReadyAnswer`), which costs more than all the rest of a refusal.
 """
 
 from collections.abc import Awaitable
+from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
 
@@ -128,26 +129,39 @@ class Heads:
     """Heads of answers, put together from two pieces and a request id.
 
     What is before the id differs with status, type and length, what is behind it with what a limit
-    says, and many requests of one second are told the same: both are kept until the next.
+    says, and many requests of one second are told the same: both are kept until the next.  `wall`
+    is now, in Unix us.
     """
 
     def __init__(self) -> None:
         self._date = ""
+        self._until = 0  # Unix us at which the next second begins
         self._openings: dict[tuple[int, int, str, str], bytes] = {}
         self._of_tokens: dict[int, bytes] = {}
         self._of_refusals: dict[int, bytes] = {}
-        self._tails: dict[tuple[str, int, int, int, int, int], bytes] = {}
+        self._tails: dict[_Said, bytes] = {}
+
+    def date(self, wall: int) -> str:
+        """Return the date as a header has it."""
+        if not 0 < self._until - wall <= SECOND:
+            self._begin(wall)
+        return self._date
 
     def plain(
-        self, status: int, length: int, content_type: str, request_id: str, date: str, cache: str
+        self,
+        status: int,
+        length: int,
+        content_type: str,
+        request_id: str,
+        wall: int,
+        cache: str = "no-store",
     ) -> bytes:
         """Return what `head` does, as bytes."""
-        return self._opening(status, length, content_type, date, cache) + request_id.encode() + CRLF
+        opening = self._opening(status, length, content_type, self.date(wall), cache)
+        return opening + request_id.encode() + CRLF
 
     def _opening(self, status: int, length: int, content_type: str, date: str, cache: str) -> bytes:
         """Return what is before the request id."""
-        if date is not self._date:
-            self._begin(date)
         said = status, length, content_type, cache
         known = self._openings.get(said)
         if known is None:
@@ -157,9 +171,11 @@ class Heads:
             known = self._openings[said] = text.encode("latin-1")
         return known
 
-    def _begin(self, date: str) -> None:
+    def _begin(self, wall: int) -> None:
         """Forget what was told in another second."""
-        self._date = date
+        second = wall // SECOND
+        self._date = formatdate(second, usegmt=True)
+        self._until = (second + 1) * SECOND
         for kept in (self._openings, self._of_tokens, self._of_refusals, self._tails):
             kept.clear()
 
@@ -175,32 +191,29 @@ class Heads:
         name: LimitName,
         length: int,
         request_id: str,
-        date: str,
         verdict: Verdict,
         wall: int,
     ) -> bytes:
         """Return `head` of a 429, `limit_headers` and `Retry-After` of the limit that refused."""
-        if date is not self._date:
-            self._begin(date)
+        if not 0 < self._until - wall <= SECOND:
+            self._begin(wall)
         opening = self._of_refusals.get(length) or self._open(self._of_refusals, 429, length)
         limit, retry = verdict.limit, retry_after_seconds(verdict.retry_after)
         full_at = -(-(wall + verdict.full_in) // SECOND)
-        said = LIMIT_LABELS[name], limit.burst, limit.interval, verdict.remaining, full_at, retry
+        said = LIMIT_LABELS[name], limit, verdict.remaining, full_at, retry
         known = self._tails.get(said)
         if known is None:
             text = f"\r\n{limit_headers(name, verdict, wall)}Retry-After: {retry}\r\n"
             known = self._keep(said, text)
         return b"%b%b%b" % (opening, request_id.encode(), known)
 
-    def write(
-        self, line: str, length: int, request_id: str, date: str, verdict: Verdict, wall: int
-    ) -> bytes:
+    def write(self, line: str, length: int, request_id: str, verdict: Verdict, wall: int) -> bytes:
         """Return `head` of a 200, `line` and `limit_headers`, as those would be one by one.
 
-        The verdict is that of the fingerprint limit; `wall` is now, in Unix us.
+        The verdict is that of the fingerprint limit.
         """
-        if date is not self._date:
-            self._begin(date)
+        if not 0 < self._until - wall <= SECOND:
+            self._begin(wall)
         opening = self._of_tokens.get(length) or self._open(self._of_tokens, 200, length)
         full_in, limit = verdict.full_in, verdict.limit
         if not verdict.allowed or not full_in:
@@ -208,19 +221,22 @@ class Heads:
             return b"%b%b\r\n%b" % (opening, request_id.encode(), tail.encode())
         interval = limit.interval
         full_at, next_in = (wall + full_in - 1) // SECOND, (full_in - 1) % interval // SECOND
-        said = line, limit.burst, interval, verdict.remaining, full_at, next_in
+        said = line, limit, verdict.remaining, full_at, next_in
         known = self._tails.get(said)
         if known is None:
             text = f"\r\n{line}{limit_headers(LimitName.FINGERPRINT, verdict, wall)}"
             known = self._keep(said, text)
         return b"%b%b%b" % (opening, request_id.encode(), known)
 
-    def _keep(self, said: tuple[str, int, int, int, int, int], text: str) -> bytes:
+    def _keep(self, said: "_Said", text: str) -> bytes:
         if len(self._tails) >= MOST_KEPT:
             self._tails.clear()
         known = self._tails[said] = text.encode("latin-1")
         return known
 
+
+_Said = tuple[str, Limit, int, int, int]
+"""What a limit says in one second: to a hit or by its name, and in seconds."""
 
 MOST_KEPT = 1024
 """Pieces of a kind that are kept within a second, 400 bytes each.  Of one limit there are as many

@@ -5,7 +5,6 @@ What answers a request for a token is in `token_route`.
 
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
-from email.utils import formatdate
 from http import HTTPStatus
 from itertools import chain, count
 from typing import Any, TypeVar
@@ -21,7 +20,6 @@ from broker.stores.base import Rejection
 from broker.telemetry.logs import RefusalLog
 from broker.telemetry.metrics import Metrics
 from broker.telemetry.readiness import Readiness
-from broker.units import SECOND
 from broker.web.auth import ClientAuthenticator
 from broker.web.lane import ANY_METHOD
 from broker.web.response import (
@@ -100,8 +98,6 @@ class Routes:
         self.refusals = RefusalLog()
         self.heads = Heads()
         self.new_id = new_ids(secrets.token_hex(4)).__next__
-        self._date = ""
-        self._date_until = 0
         self._elsewhere: Handler | None = None
         self.tokens = TokenRoute(
             self,
@@ -195,7 +191,7 @@ class Routes:
 
     def error_head(self) -> tuple[str, str]:
         """Return a request id and the date, for requests that could not be parsed."""
-        return self.new_id(), self.http_date(self._clock.wall())
+        return self.new_id(), self.heads.date(self._clock.wall())
 
     def tell_of_leak(
         self, error: errors.SecretInBrowser, request_id: str, *, anyway: bool = False
@@ -261,8 +257,8 @@ class Routes:
     def rejected(self, rejection: Rejection, request_id: str) -> Answer:
         """Return the 429 of a limit that refused."""
         name, wall = rejection.limit, self._clock.wall()
-        content, date = _REJECTED[name], self.http_date(wall)
-        start = self.heads.refusal(name, len(content), request_id, date, rejection.verdict, wall)
+        content = _REJECTED[name]
+        start = self.heads.refusal(name, len(content), request_id, rejection.verdict, wall)
         return Answer(429, start, content, self._health.draining)
 
     def answer(
@@ -288,8 +284,7 @@ class Routes:
         content_type: str = JSON_TYPE,
         cache: str = "no-store",
     ) -> Answer:
-        date = self.http_date(wall)
-        start = self.heads.plain(status, len(content), content_type, request_id, date, cache)
+        start = self.heads.plain(status, len(content), content_type, request_id, wall, cache)
         close = self._health.draining or status in _CLOSING
         return Answer(status, start + headers, content, close)
 
@@ -299,11 +294,3 @@ class Routes:
         if given and len(given) <= _ID_MAX and _ID_ALPHABET.issuperset(given):
             return given
         return ""
-
-    def http_date(self, wall: int) -> str:
-        """The date, formatted once a second."""
-        if not 0 < self._date_until - wall <= SECOND:
-            second = wall // 1_000_000
-            self._date = formatdate(second, usegmt=True)
-            self._date_until = (second + 1) * SECOND
-        return self._date

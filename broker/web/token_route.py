@@ -26,7 +26,7 @@ from broker.units import SECOND
 from broker.web import body
 from broker.web.auth import Client, ClientAuthenticator
 from broker.web.caller import Caller, caller_of
-from broker.web.response import JSON_TYPE, LIMIT_LABELS, Answer, Heads, head
+from broker.web.response import JSON_TYPE, LIMIT_LABELS, Answer, Heads
 from broker.web.whole_request import Request, WholeRequest, Work
 from broker.wire import request as wire
 from broker.wire.known_bodies import KnownBodies
@@ -63,10 +63,6 @@ class Frame(Protocol):
     refusals: RefusalLog
     heads: Heads
 
-    def http_date(self, wall: int) -> str:
-        """Return the date as a header has it; `wall` is Unix us."""
-        ...
-
     def error(self, error: errors.BrokerError, request_id: str) -> Answer:
         """Return the answer of a failure."""
         ...
@@ -98,12 +94,16 @@ class TokenRoute:
         any_fingerprint: bool,
     ) -> None:
         self._frame = frame
+        self._heads = frame.heads
         self._authenticator = authenticator
         self._token_service = token_service
         self._metrics = metrics
         self._note_left = metrics.remaining.observe
         self._note_ended = {outcome: each.observe for outcome, each in metrics.requests.items()}
-        self._clock = clock
+        self._handed_out = {
+            outcome: (line, self._note_ended[outcome]) for outcome, line in _CACHE_STATUS.items()
+        }
+        self._mono = clock.mono
         self._health = health
         self._deadline = deadline
         self.any_fingerprint = any_fingerprint
@@ -118,7 +118,7 @@ class TokenRoute:
 
     def __call__(self, request: Request, request_id: str) -> Answer | Later[Answer] | Work:
         """Answer, or return what is to be waited for; what goes wrong is answered, never raised."""
-        started = self._clock.mono()
+        started = self._mono()
         if type(request) is WholeRequest:
             caller, whole = request.facts, request.body
             if type(caller) is Caller and len(whole) <= wire.MAX_BODY:
@@ -143,7 +143,7 @@ class TokenRoute:
             content = await body.read(request, wire.MAX_BODY)
         except Exception as error:  # noqa: BLE001 - as above
             return self._failed(error, request_id, started, client, None)
-        now = self._clock.mono()
+        now = self._mono()
         answer = self._issue(content, request_id, started, now, client, trace)
         return answer if isinstance(answer, Answer) else await answer
 
@@ -160,8 +160,9 @@ class TokenRoute:
         request: TokenRequest | None = None
         try:
             read = self._bodies.read(content, client.name, any_fingerprint=self.any_fingerprint)
-            if isinstance(read, errors.BrokerError):
-                return self._refuse(read, request_id, started, client, None)
+            if type(read) is not TokenRequest:
+                error = cast("errors.BrokerError", read)
+                return self._refuse(error, request_id, started, client, None)
             request = read
             if client.agents is not None:
                 client.require_agent(request.agent)
@@ -180,7 +181,7 @@ class TokenRoute:
 
     def answer_to(self, waiting: "_WaitingRequest") -> Answer | Work:
         """Answer with what the store has said to who has asked it."""
-        request, said, now = waiting.request, waiting.said, self._clock.mono()
+        request, said, now = waiting.request, waiting.said, self._mono()
         if isinstance(said, Exception):
             return self._failed(said, waiting.request_id, waiting.started, waiting.client, request)
         result: IssuedToken | Rejection | Visit | None = None
@@ -213,17 +214,15 @@ class TokenRoute:
     def _issued(
         self, issued: IssuedToken, request_id: str, started: int, request: TokenRequest
     ) -> Answer:
-        outcome, verdict, wall = issued.outcome, issued.verdict, issued.wall
-        date = self._frame.http_date(wall)
-        content, line = issued.token.body, _CACHE_STATUS[outcome]
+        outcome, verdict, content = issued.outcome, issued.verdict, issued.token.body
+        (line, note_ended), size, wall = self._handed_out[outcome], len(content), issued.wall
         if verdict is None:
-            text = head(200, len(content), JSON_TYPE, request_id, date) + line
-            start = text.encode("latin-1")
+            start = self._heads.plain(200, size, JSON_TYPE, request_id, wall) + line.encode()
         else:
-            start = self._frame.heads.write(line, len(content), request_id, date, verdict, wall)
+            start = self._heads.write(line, size, request_id, verdict, wall)
         self._note_left(issued.left / 1_000_000)
-        seconds = (self._clock.mono() - started) / 1_000_000
-        self._note_ended[outcome](seconds)
+        seconds = (self._mono() - started) / 1_000_000
+        note_ended(seconds)
         if outcome is _MINTED or self.debug:
             self._log_issued(issued, request_id, seconds, request)
         return Answer(200, start, content, self._health.draining)
@@ -251,7 +250,7 @@ class TokenRoute:
         request: TokenRequest | None,
     ) -> Answer:
         """Answer and count what a limit refused: no exception, for there may be a flood of them."""
-        now = self._clock.mono()
+        now = self._mono()
         seconds = (now - started) / SECOND
         kind = LIMIT_LABELS[rejection.limit]
         self._note_ended[_LIMITED](seconds)
@@ -272,7 +271,7 @@ class TokenRoute:
         if isinstance(error, errors.RateLimited):
             rejection = Rejection(error.limit, error.verdict)
             return self._reject(rejection, request_id, started, client, request)
-        now = self._clock.mono()
+        now = self._mono()
         seconds = (now - started) / SECOND
         self._note_ended[error.outcome](seconds)
         kind = error.code

@@ -211,11 +211,11 @@ def steps_of(bench: Bench) -> dict[str, Callable[[], object]]:
     read = routes.tokens._bodies.read
     issued = service.begin(token_request, now)
     assert isinstance(issued, IssuedToken)
-    verdict, body, date = issued.verdict, issued.token.body, routes.http_date(wall)
+    verdict, body = issued.verdict, issued.token.body
     assert verdict is not None
     line = "Cache-Status: embed-token-broker; hit\r\n"
     seconds, reused = metrics.requests[Outcome.REUSED].observe, metrics.remaining.observe
-    start = routes.heads.write(line, len(body), "id", date, verdict, wall)
+    start = routes.heads.write(line, len(body), "id", verdict, wall)
     answer = Answer(200, start, body)
     return {
         "nothing": lambda: None,
@@ -234,7 +234,7 @@ def steps_of(bench: Bench) -> dict[str, Callable[[], object]]:
         "    answer of what the story says": lambda: routes.tokens._issued(
             issued, "id", now, token_request
         ),
-        "      head": lambda: routes.heads.write(line, len(body), "id", date, verdict, wall),
+        "      head": lambda: routes.heads.write(line, len(body), "id", verdict, wall),
         "      two histograms": lambda: (reused(3594.0), seconds(0.00001)),
         "      answer object": lambda: Answer(200, start, body, False),
         "  bytes put together": answer.whole,

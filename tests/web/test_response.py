@@ -3,6 +3,7 @@
 import asyncio
 import re
 import socket
+from email.utils import formatdate
 from itertools import product
 
 import pytest
@@ -100,26 +101,27 @@ class TestHeads:
         self, draws: list[tuple[Limit, int, str, int, int, bool]]
     ) -> None:
         """Byte for byte, whatever limit, line and second came before; full buckets, too."""
-        heads, dates = Heads(), [f"second {number}" for number in range(4)]
+        heads = Heads()
         for limit, wait, line, length, second, is_peeked in draws:
             verdict = (
                 peek(NOW + wait, limit, NOW) if is_peeked else spend(NOW + wait, limit, NOW)[1]
             )
-            wall, date = NOW + second * 1_000_000 + wait % 999_999, dates[second]
+            wall = NOW + second * 1_000_000 + wait % 999_999
+            date = formatdate(wall // 1_000_000, usegmt=True)
             start = head(200, length, JSON_TYPE, f"id-{length}", date)
             expected = start + line + limit_headers(LimitName.FINGERPRINT, verdict, wall)
-            written = heads.write(line, length, f"id-{length}", date, verdict, wall)
+            written = heads.write(line, length, f"id-{length}", verdict, wall)
             assert written == expected.encode()
             if not verdict.allowed:
                 start = head(429, length, JSON_TYPE, "id", date)
                 told = start + limit_headers(LimitName.AGENT, verdict, wall)
                 told += f"Retry-After: {retry_after_seconds(verdict.retry_after)}\r\n"
-                refusal = heads.refusal(LimitName.AGENT, length, "id", date, verdict, wall)
+                refusal = heads.refusal(LimitName.AGENT, length, "id", verdict, wall)
                 assert refusal == told.encode()
 
     def test_what_is_kept_holds_for_what_is_told_alike_only(self) -> None:
         """Within one second: other moments, limits, depths, outcomes and names."""
-        heads, date = Heads(), "a second"
+        heads, date = Heads(), formatdate(NOW // 1_000_000, usegmt=True)
         limits = [Limit(20, 1_000_000), Limit(20, 2_000_000), Limit(3, 5_000_000)]
         limits += [Limit(1, 5_000_000), Limit(1, 7_000_000)]  # refused alike, but for their pace
         waits = (0, 600_000, 1_500_000, 3_600_000, 11_900_000, 12_900_000, 10**9)
@@ -129,11 +131,11 @@ class TestHeads:
             verdict, wall = spend(NOW + wait, limit, NOW)[1], NOW + part
             start = head(200, wait, JSON_TYPE, "id", date) + line
             told = limit_headers(LimitName.FINGERPRINT, verdict, wall)
-            assert heads.write(line, wait, "id", date, verdict, wall) == (start + told).encode()
+            assert heads.write(line, wait, "id", verdict, wall) == (start + told).encode()
             for name in (LimitName.AGENT, LimitName.CLIENT):
                 told = head(429, 90, JSON_TYPE, "id", date) + limit_headers(name, verdict, wall)
                 told += f"Retry-After: {retry_after_seconds(verdict.retry_after)}\r\n"
-                refusal = heads.refusal(name, 90, "id", date, verdict, wall)
+                refusal = heads.refusal(name, 90, "id", verdict, wall)
                 assert verdict.allowed or refusal == told.encode()
 
 
