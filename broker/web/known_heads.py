@@ -119,6 +119,7 @@ class KnownHeads(Generations[bytes, KnownHead]):
         super().clear()
         self._once.clear()
         self._last: KnownHead | None = None  # which most requests have again
+        self.is_traced = False  # and each with another trace
 
     def known_in(self, data: bytes) -> KnownHead | None:
         """Return what is known of the head of this request, if it is and the body is all there.
@@ -139,7 +140,7 @@ class KnownHeads(Generations[bytes, KnownHead]):
             known = self.find(head.compared) if head.at else None
         if known is None or known.size != len(data):
             return None
-        self._last = known
+        self._last, self.is_traced = known, known.head.at > 0
         return known
 
     def came_before(self, head: bytes) -> bool:

@@ -20,10 +20,12 @@ from typing import Protocol
 
 from aiohttp.hdrs import METH_HEAD
 from aiohttp.http import HttpVersion11, RawRequestMessage
+from msgspec import Struct
 
-from broker.web.known_heads import KnownHeads
+from broker.tables import Generations
+from broker.web.known_heads import LONGEST, KnownHead, KnownHeads
 from broker.web.response import Answer
-from broker.web.whole_request import LaneHandler
+from broker.web.whole_request import Again, LaneHandler
 
 ANY_METHOD = "*"
 """Stands for whatever method a request has."""
@@ -46,20 +48,44 @@ class Identifies(Protocol):
         ...
 
 
+MAX_REQUESTS = 16384
+"""Whole requests of a generation: at 0.5 KB each both take 16 MB, four times that if all are as
+long as can be.  Of more visitors than one holds, some have head and body looked up one by one."""
+
+
+class KnownRequest(Struct, frozen=True):
+    """A whole request that came before: as it was parsed, and what answers it."""
+
+    message: RawRequestMessage
+    again: Again
+
+
 class Lane:
     """Which requests may take it: plain ones for these handlers, by path and method.
 
-    And the heads that it has read before (`known_heads`); `forget` them when what a handler makes
-    of a head may have changed.
+    And what it has read before, heads (`known_heads`) and whole requests: `forget` it when what a
+    handler makes of it may have changed.
     """
 
     def __init__(self, handlers: Mapping[str, Mapping[str, LaneHandler]], ids: Identifies) -> None:
         self._handlers = handlers
         self.given_id = ids.given_id
         self.new_id = ids.new_id
-        heads = self._heads = KnownHeads()
-        self.known_in, self.forget = heads.known_in, heads.clear
+        heads = self.heads = KnownHeads()
+        self.known_in = heads.known_in
         self.came_before, self.keep = heads.came_before, heads.keep
+        self._requests: Generations[bytes, KnownRequest] = Generations(MAX_REQUESTS)
+        self.find_request = self._requests.find
+
+    def keep_request(self, data: bytes, known: KnownHead, again: Again) -> None:
+        """Keep what answers these bytes; `known` is their head."""
+        if not known.given_id and len(data) <= LONGEST:
+            self._requests[data] = KnownRequest(known.message, again)
+
+    def forget(self) -> None:
+        """Forget all that was read."""
+        self.heads.clear()
+        self._requests.clear()
 
     def handler_of(self, message: RawRequestMessage) -> LaneHandler | None:
         """Return what answers this request, if it is a plain one."""

@@ -12,7 +12,7 @@ then it is aiohttp's, as any other that waits.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from aiohttp import web
 from aiohttp.http import HttpProcessingError, RawRequestMessage
@@ -26,10 +26,12 @@ from broker.web.head_bounds import MAX_HEAD, is_followed
 from broker.web.known_heads import TRACE, KnownHead, split
 from broker.web.lane import Lane, failed
 from broker.web.response import Answer, ReadyAnswer, outcome_of
-from broker.web.whole_request import LaneHandler, WholeRequest, Work
+from broker.web.whole_request import FirstStep, LaneHandler, WholeRequest, Work
 
 if TYPE_CHECKING:
     from aiohttp.http_parser import HttpParser
+
+_R = TypeVar("_R")
 
 
 class LaneConnection(DataConnection):
@@ -103,17 +105,27 @@ class LaneConnection(DataConnection):
         if waiter is None or waiter.done() or not self._is_between or not data:
             self._read_on(data)
             return
-        known = self._lane.known_in(data)
+        lane = self._lane
+        same = None if lane.heads.is_traced else lane.find_request(data)
+        if same is not None:
+            if not self._run(same.again, None, lane.new_id()):
+                self._queue((same.message, EMPTY_PAYLOAD))
+            elif self._later is not None:
+                self._asked = same.message, EMPTY_PAYLOAD
+            return
+        known = lane.known_in(data)
         if known is None:
             self._read_first(data, data.find(b"\r\n\r\n") + 4)
             return
         at, end = known.head.at, known.head.end
         trace = data[at : at + TRACE].decode() if at else ""
         request = WholeRequest(known.message, data[end:], self, known.facts, trace)
-        if not self._run(known.handler, request, known.given_id or self._lane.new_id()):
+        if not self._run(known.handler, request, known.given_id or lane.new_id()):
             self._queue((known.message, EMPTY_PAYLOAD))
         elif self._later is not None:
             self._asked = known.message, EMPTY_PAYLOAD
+        if request.again is not None:
+            lane.keep_request(data, known, request.again)
 
     def _read_first(self, data: bytes, end: int) -> None:
         """Parse, and answer what came if it is one whole request for the lane, and nothing else.
@@ -160,7 +172,7 @@ class LaneConnection(DataConnection):
             lane.keep(head.compared, known)
         return is_over
 
-    def _run(self, run: LaneHandler, request: WholeRequest, request_id: str) -> bool:
+    def _run(self, run: Callable[[_R, str], FirstStep], request: _R, request_id: str) -> bool:
         """Answer, if the first step is the last; else have it gone on with, and return False.
 
         True, too, for an answer that a call will tell: then it is in `_later`.

@@ -8,6 +8,7 @@ that goes on where the calls ended. Each step is written once: the same calls an
 for.
 """
 
+from functools import partial
 from typing import Protocol, TypedDict, cast
 
 import structlog
@@ -120,61 +121,83 @@ class TokenRoute:
         """Answer, or return what is to be waited for; what goes wrong is answered, never raised."""
         started = self._mono()
         if type(request) is WholeRequest:
-            caller, whole = request.facts, request.body
-            if type(caller) is Caller and len(whole) <= wire.MAX_BODY:
-                trace = request.trace or caller.traceparent
-                return self._issue(whole, request_id, started, started, caller.client, trace)
+            known, content = request.facts, request.body
+            if type(known) is Caller and len(content) <= wire.MAX_BODY:
+                return self._issue(content, known, request, request_id, started)
         client: Client | None = None
         try:
             client = self._authenticator.identify(request, started)
-            trace = caller_of(request, client).traceparent
-            content = body.arrived(request, wire.MAX_BODY)
+            caller = caller_of(request, client)
+            arrived = body.arrived(request, wire.MAX_BODY)
         except Exception as error:  # noqa: BLE001 - answered and told
             return self._failed(error, request_id, started, client, None)
-        if content is None:
-            return self._read(request, request_id, started, client, trace)
-        return self._issue(content, request_id, started, started, client, trace)
+        if arrived is None:
+            return self._read(request, caller, request_id, started)
+        return self._issue(arrived, caller, None, request_id, started)
 
     async def _read(
-        self, request: Request, request_id: str, started: int, client: Client, trace: str
+        self, request: Request, caller: Caller, request_id: str, started: int
     ) -> Answer:
         """Wait for the body."""
         try:
             content = await body.read(request, wire.MAX_BODY)
         except Exception as error:  # noqa: BLE001 - as above
-            return self._failed(error, request_id, started, client, None)
-        now = self._mono()
-        answer = self._issue(content, request_id, started, now, client, trace)
+            return self._failed(error, request_id, started, caller.client, None)
+        answer = self._issue(content, caller, None, request_id, started)
         return answer if isinstance(answer, Answer) else await answer
 
     def _issue(
         self,
         content: bytes,
+        caller: Caller,
+        whole: WholeRequest | None,
         request_id: str,
         started: int,
-        now: int,
-        client: Client,
-        trace: str,
     ) -> Answer | Later[Answer] | Work:
-        """Read the body, and answer with the token that is there."""
-        request: TokenRequest | None = None
+        """Read the body, and answer; `whole` is a request whose head was known."""
+        client, request = caller.client, self._bodies.find(content)
+        agents = client.agents
+        if (
+            request is not None
+            and request.client == client.name
+            and (agents is None or request.agent in agents)
+        ):
+            if whole is not None and not whole.trace:
+                whole.again = partial(self._begin, caller, request)
+            return self._begin(caller, request, whole, request_id, started)
+        request = None
         try:
             read = self._bodies.read(content, client.name, any_fingerprint=self.any_fingerprint)
-            if type(read) is not TokenRequest:
-                error = cast("errors.BrokerError", read)
-                return self._refuse(error, request_id, started, client, None)
+            if isinstance(read, errors.BrokerError):
+                return self._refuse(read, request_id, started, client, None)
             request = read
-            if client.agents is not None:
-                client.require_agent(request.agent)
-            result = self._token_service.begin(request, now)
+            client.require_agent(request.agent)
         except Exception as error:  # noqa: BLE001 - as above
             return self._failed(error, request_id, started, client, request)
+        return self._begin(caller, request, whole, request_id, started)
+
+    def _begin(
+        self,
+        caller: Caller,
+        request: TokenRequest,
+        whole: WholeRequest | None,
+        request_id: str,
+        started: int = 0,
+    ) -> Answer | Later[Answer] | Work:
+        """Answer with the token that is there; `started` is now for who does not say it."""
+        now = self._mono()
+        started = started or now
+        try:
+            result = self._token_service.begin(request, now)
+        except Exception as error:  # noqa: BLE001 - as above
+            return self._failed(error, request_id, started, caller.client, request)
         if type(result) is IssuedToken:
             return self._issued(result, request_id, started, request)
         if type(result) is Rejection:
-            return self._reject(result, request_id, started, client, request)
+            return self._reject(result, request_id, started, caller.client, request)
         begun = cast("Visit | None", result)
-        waiting = _WaitingRequest(self, request, request_id, started, client, trace)
+        trace = (whole.trace if whole is not None else "") or caller.traceparent
+        waiting = _WaitingRequest(self, request, request_id, started, caller.client, trace)
         if begun is None and self._token_service.start_visit(request, now, waiting):
             return waiting
         return self._wait(waiting, begun, now)

@@ -22,7 +22,8 @@ class WholeRequest(Struct, gc=False):
 
     `facts` is what a handler found out from the head alone, if the same bytes will always mean the
     same: it is given back with the next head of the same bytes.  `trace` is the one of this request
-    where that is told apart from the head.
+    where that is told apart from the head.  `again` is set by a handler that would answer the same
+    bytes, head and body, by this call alone.
     """
 
     message: RawRequestMessage
@@ -30,6 +31,7 @@ class WholeRequest(Struct, gc=False):
     connection: web.RequestHandler
     facts: object = None
     trace: str = ""
+    again: "Again | None" = None
 
     @property
     def headers(self) -> "CIMultiDictProxy[str]":
@@ -55,6 +57,11 @@ Request = BaseRequest | WholeRequest
 
 Work = Coroutine[Any, Any, Answer]
 
-LaneHandler = Callable[[Request, str], Answer | Later[Answer] | Work]
-"""Answers a request: at once, by what one call will tell, or by work that is to be done; the second
-argument is its id."""
+FirstStep = Answer | Later[Answer] | Work
+"""An answer, one that a call will tell, or work that is to be done for it."""
+
+LaneHandler = Callable[[Request, str], FirstStep]
+"""Answers a request; the second argument is its id."""
+
+Again = Callable[[None, str], FirstStep]
+"""Answers the request that it was made for once more, under another id."""

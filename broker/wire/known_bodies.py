@@ -13,10 +13,10 @@ from broker.model import TokenRequest
 from broker.tables import Generations
 from broker.wire.request import parse
 
-MAX_KNOWN = 16384
-"""Bodies of a generation.  At 0.6 KB each both take 20 MB, and twice that if all are as long as can
-be; half as much again for a while after one was given up.  With fewer, a site of ten thousand
-visitors would have a fifth of its bodies decoded anew: a microsecond for each request."""
+MAX_KNOWN = 8192
+"""Bodies of a generation.  At 0.6 KB each both take 10 MB, and twice that if all are as long as can
+be; half as much again for a while after one was given up.  Of more visitors than both hold, some
+have their bodies decoded anew: a microsecond for each request."""
 
 MAX_WRONG = 64
 """Wrong bodies of a generation."""

@@ -157,7 +157,7 @@ class TestTaken:
             assert (await line.answer()).status in (200, 403)
             await line.close()
         assert edge.app.parts.server._lane is not None
-        assert not edge.app.parts.server._lane._heads
+        assert not edge.app.parts.server._lane.heads
 
     async def test_a_head_that_names_a_forwarded_uri_is_read_each_time(
         self, parsed: list[bytes], edge: Edge
@@ -254,6 +254,48 @@ class TestTaken:
         edge.app.parts.authenticator.use_clients([])
         line.send(edge.asking(fingerprint))
         assert (await line.answer()).code == "UNAUTHORIZED"
+        await line.close()
+
+    async def test_a_request_that_came_before_is_looked_up_whole(
+        self, monkeypatch: pytest.MonkeyPatch, edge: Edge
+    ) -> None:
+        """By all of its bytes: with its own id and charge, and for as long as heads are known."""
+        looked: list[bytes] = []
+        lane = edge.app.parts.server._lane
+        assert lane is not None
+        known_in = lane.known_in
+        monkeypatch.setattr(lane, "known_in", lambda data: looked.append(data) or known_in(data))
+        line, fingerprint = await idle(edge), visitor()
+        looked.clear()
+        replies = []
+        for _ in range(6):
+            line.send(edge.asking(fingerprint))
+            replies.append(await line.answer())
+        assert {reply.status for reply in replies} == {200}
+        assert len({reply.header("X-Request-Id") for reply in replies}) == 6
+        remaining = [int(reply.header("X-RateLimit-Remaining") or "") for reply in replies]
+        assert remaining == [*range(remaining[0], remaining[0] - 6, -1)]
+        assert len({reply.token for reply in replies}) == 1
+        assert looked == [edge.asking(fingerprint)] * 3  # read, read again and kept, known
+        line.send(edge.asking(visitor()))
+        assert (await line.answer()).token != replies[0].token
+        lane.forget()
+        line.send(edge.asking(fingerprint))
+        assert (await line.answer()).token == replies[0].token
+        assert looked[-1] == edge.asking(fingerprint)
+        await line.close()
+
+    async def test_a_request_with_an_id_or_a_trace_of_its_own_is_not_kept_whole(
+        self, edge: Edge
+    ) -> None:
+        """None like it comes again: its place is for another."""
+        lane, line = edge.app.parts.server._lane, await idle(edge)
+        assert lane is not None
+        for header in (("X-Request-Id", "mine"), ("traceparent", f"00-{'7' * 32}-{'b' * 16}-01")):
+            for _ in range(5):
+                line.send(edge.asking("beef", headers=[header]))
+                assert (await line.answer()).status == 200
+        assert not lane._requests
         await line.close()
 
     async def test_known_heads_do_not_cross_routes_peers_or_bodies(self, edge: Edge) -> None:
