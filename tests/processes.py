@@ -20,7 +20,7 @@ import forked
 from broker.config.settings import LimitsSettings
 
 AGENT = "A78WKV4515"
-TIMEOUT = 30.0
+TIMEOUT = 120.0
 """Seconds after which something that should happen is taken not to: generous, machines are busy."""
 
 ABSENT = Path(__file__).with_name("absent")

@@ -29,7 +29,7 @@ from redis.retry import Retry
 from broker.config.addresses import Access, StoreAddress, parse_store_url
 from broker.model import Secret
 
-START = 30.0
+START = 120.0
 """Seconds that a server may take, on a machine that is busy with other tests."""
 
 NODE_TIMEOUT = 1000

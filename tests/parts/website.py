@@ -15,7 +15,7 @@ from typing_extensions import override
 
 AGENT = "A78WKV4515"
 
-TIMEOUT = 20.0
+TIMEOUT = 120.0
 """Seconds that the broker may take to answer the site."""
 
 CORS = {"access-control-allow-origin": "*"}

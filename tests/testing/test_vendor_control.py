@@ -27,7 +27,7 @@ from broker.testing.vendor.named import NAMED, BadFault, fault_named
 AGENT = "A78WKV4515"
 MINT = "/v1/embed-tokens/request"
 ROOT = Path(__file__).parents[2]
-START = 30.0
+START = 120.0
 
 GOOD = {"=BYTES": "=3", "=SPAN": "=500ms", "=URL": "=http://a.example/", "=CODE": "=PLAN_REQUIRED"}
 """An argument for each form."""

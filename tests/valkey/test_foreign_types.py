@@ -20,7 +20,7 @@ from broker.stores.base import Lease
 
 pytestmark = pytest.mark.parts
 
-TIMEOUT = 30.0
+TIMEOUT = 120.0
 
 Names = Callable[[Replica, TokenRequest], bytes]
 

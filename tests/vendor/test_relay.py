@@ -22,7 +22,7 @@ from broker.testing.vendor import faults
 from broker.testing.vendor.faults import Fault
 from broker.testing.vendor.replies import Answer, json_answer
 
-START = 30.0
+START = 120.0
 """Seconds that a process may take until it answers, on a machine that is busy with other tests."""
 
 
