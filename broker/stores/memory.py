@@ -82,7 +82,7 @@ class MemoryStore(Store):
         verdict = self._fingerprint.take(key, rule.limit, now, dry_run=rule.dry_run)
         if not verdict.allowed and not rule.dry_run:
             return Visit(verdict, Rejection(_FINGERPRINT, verdict), None)
-        token = self.tokens.find_at(request.key, now)
+        token = self.tokens.find_at(request.key, now)  # as `find` does
         if token is None or self._epochs.holds(request.visitor, token.epoch):
             return Visit(verdict, None, token)
         self.tokens.discard(request.key)

@@ -3,6 +3,7 @@
 from msgspec import Struct
 from multidict import istr
 
+from broker.model import TokenRequest
 from broker.web import body
 from broker.web.auth import Client
 from broker.web.whole_request import Request, WholeRequest
@@ -11,11 +12,18 @@ from broker.wire.request import well_formed
 _TRACEPARENT = istr("traceparent")
 
 
-class Caller(Struct, frozen=True):
+class Caller(Struct, frozen=True, gc=False):
     """Who asks, and in which trace: a well-formed `traceparent`, or an empty string."""
 
     client: Client
     traceparent: str
+
+
+class KnownCall(Struct, frozen=True, gc=False):
+    """All that is read of a token request; nothing of it is decided by anything else."""
+
+    caller: Caller
+    request: TokenRequest
 
 
 def caller_of(request: Request, client: Client) -> Caller:

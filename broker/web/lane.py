@@ -10,6 +10,10 @@ which spares a coroutine and the exception that ends it: two microseconds of ten
 call will tell (`tasks.Later`), as a visit of a shared store does: the connection keeps it, and
 writes the answer in that call.
 
+What came before is not read again: a whole request is looked up by its bytes and leads to what its
+handler read of it, or else its head is (`known_heads`).  While each request has a trace of its own,
+none comes again as a whole, and only heads are looked up.
+
 The story is written once, and the lane knows nothing of it.  What it asks of a handler is that
 nothing before its first wait needs to know the task that it runs in, as `asyncio.timeout` does.
 Whether a connection is idle, `connection` knows.
@@ -20,12 +24,11 @@ from typing import Protocol
 
 from aiohttp.hdrs import METH_HEAD
 from aiohttp.http import HttpVersion11, RawRequestMessage
-from msgspec import Struct
 
 from broker.tables import Generations
-from broker.web.known_heads import LONGEST, KnownHead, KnownHeads
+from broker.web.known_heads import KnownHead, KnownHeads
 from broker.web.response import Answer
-from broker.web.whole_request import Again, LaneHandler
+from broker.web.whole_request import KnownRequest, LaneHandler
 
 ANY_METHOD = "*"
 """Stands for whatever method a request has."""
@@ -49,15 +52,12 @@ class Identifies(Protocol):
 
 
 MAX_REQUESTS = 16384
-"""Whole requests of a generation: at 0.5 KB each both take 16 MB, four times that if all are as
-long as can be.  Of more visitors than one holds, some have head and body looked up one by one."""
+"""Whole requests of a generation: at 0.7 KB each both take 23 MB, and twice that if all are as long
+as can be; half as much again for a while after one was given up.  Of more visitors than both hold,
+some have head and body looked up one by one."""
 
-
-class KnownRequest(Struct, frozen=True):
-    """A whole request that came before: as it was parsed, and what answers it."""
-
-    message: RawRequestMessage
-    again: Again
+LONGEST_REQUEST = 1024
+"""Bytes of a whole request that is kept: plain ones have 300 to 600."""
 
 
 class Lane:
@@ -71,19 +71,20 @@ class Lane:
         self._handlers = handlers
         self.given_id = ids.given_id
         self.new_id = ids.new_id
-        heads = self.heads = KnownHeads()
-        self.known_in = heads.known_in
-        self.came_before, self.keep = heads.came_before, heads.keep
+        self.heads = KnownHeads()
         self._requests: Generations[bytes, KnownRequest] = Generations(MAX_REQUESTS)
         self.find_request = self._requests.find
 
-    def keep_request(self, data: bytes, known: KnownHead, again: Again) -> None:
-        """Keep what answers these bytes; `known` is their head."""
-        if not known.given_id and len(data) <= LONGEST:
-            self._requests[data] = KnownRequest(known.message, again)
+    def keep_request(self, data: bytes, head: KnownHead, known: KnownRequest) -> None:
+        """Keep what answers these bytes, which begin with this head.
+
+        One with an id of its own does not come again.
+        """
+        if not head.given_id and len(data) <= LONGEST_REQUEST:
+            self._requests[data] = known
 
     def forget(self) -> None:
-        """Forget all that was read."""
+        """Forget all that was read; at once, for there are secrets in it."""
         self.heads.clear()
         self._requests.clear()
 

@@ -12,7 +12,7 @@ then it is aiohttp's, as any other that waits.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from aiohttp import web
 from aiohttp.http import HttpProcessingError, RawRequestMessage
@@ -30,8 +30,6 @@ from broker.web.whole_request import FirstStep, LaneHandler, WholeRequest, Work
 
 if TYPE_CHECKING:
     from aiohttp.http_parser import HttpParser
-
-_R = TypeVar("_R")
 
 
 class LaneConnection(DataConnection):
@@ -60,7 +58,7 @@ class LaneConnection(DataConnection):
         self._lane = lane
         self._leaving = leaving
         self._later: Later[Answer] | None = None  # the answer to `_asked`; nothing else is there
-        self._asked: tuple[RawRequestMessage, StreamReader] | None = None
+        self._asked: _Asked | None = None
         self._begun: Work | None = None  # of the message that is first in the queue
         self._written: Answer | None = None  # what it was answered with
         self._is_between = True  # the parser has read whole requests, and nothing of the next one
@@ -108,12 +106,12 @@ class LaneConnection(DataConnection):
         lane = self._lane
         same = None if lane.heads.is_traced else lane.find_request(data)
         if same is not None:
-            if not self._run(same.again, None, lane.new_id()):
-                self._queue((same.message, EMPTY_PAYLOAD))
+            if not self._run(same.handler, same.read, lane.new_id()):
+                self._queue(data)
             elif self._later is not None:
-                self._asked = same.message, EMPTY_PAYLOAD
+                self._asked = data
             return
-        known = lane.known_in(data)
+        known = lane.heads.known_in(data)
         if known is None:
             self._read_first(data, data.find(b"\r\n\r\n") + 4)
             return
@@ -167,12 +165,12 @@ class LaneConnection(DataConnection):
         head = split(data)
         if head.at and message.headers.getall("traceparent") != [head.trace_in(data)]:
             return is_over  # more than one: it is not this one that counts
-        if request.facts is not None and lane.came_before(head.compared):
+        if request.facts is not None and lane.heads.came_before(head.compared):
             known = KnownHead(head, len(data), message, run, given_id, request.facts)
-            lane.keep(head.compared, known)
+            lane.heads.keep(head.compared, known)
         return is_over
 
-    def _run(self, run: Callable[[_R, str], FirstStep], request: _R, request_id: str) -> bool:
+    def _run(self, run: Callable[[Any, str], FirstStep], request: object, request_id: str) -> bool:
         """Answer, if the first step is the last; else have it gone on with, and return False.
 
         True, too, for an answer that a call will tell: then it is in `_later`.
@@ -227,14 +225,23 @@ class LaneConnection(DataConnection):
         self._begun = later.wait()
         self._queue(asked)
 
-    def _queue(self, asked: tuple[RawRequestMessage, StreamReader]) -> None:
+    def _queue(self, asked: "_Asked") -> None:
         """Have aiohttp's loop take this request; what it is answered with is in `_begun`."""
         waiter, begun = self._waiter, self._begun
         if waiter is not None and not waiter.done():
-            self._messages.append(asked)
+            self._messages.append(self._parsed(asked) if isinstance(asked, bytes) else asked)
             waiter.set_result(None)
         elif begun is not None:  # that loop was ended while the answer waited for a call
             self._begun = begun.close()
+
+    def _parsed(self, data: bytes) -> tuple[RawRequestMessage, StreamReader]:
+        """Return what aiohttp makes of a request that came before; its head may be known."""
+        known = self._lane.heads.known_in(data)
+        if known is not None:
+            return known.message, EMPTY_PAYLOAD
+        assert self._parser is not None  # the connection is not lost
+        (parsed,) = self._parser.feed_data(data)[0]
+        return parsed
 
     def _write(self, answer: Answer) -> bool:
         """Write an answer; False if aiohttp has to do that, or to wait until it is sent."""
@@ -288,6 +295,9 @@ class LaneConnection(DataConnection):
         is_written, self._written = answer is self._written, None
         return ReadyAnswer(answer, is_written=is_written)
 
+
+_Asked = tuple[RawRequestMessage, StreamReader] | bytes
+"""A request as it was parsed, or one that came before as it came."""
 
 _Outcome = tuple[Sequence[Any], bool, bytes] | HttpProcessingError
 """What a parser returns, or raises."""

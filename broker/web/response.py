@@ -42,10 +42,6 @@ class Answer(Struct, gc=False):
     closes: bool = False
     is_written: bool = False
 
-    def whole(self) -> bytes:
-        """Return all of it, for a plain request whose connection is kept."""
-        return b"%b\r\n%b" % (self.head, self.body)
-
 
 async def outcome_of(answer: Answer | Awaitable[Answer]) -> Answer:
     """Return an answer that a handler gives now, or later."""
@@ -157,17 +153,19 @@ class Heads:
         cache: str = "no-store",
     ) -> bytes:
         """Return what `head` does, as bytes."""
-        opening = self._opening(status, length, content_type, self.date(wall), cache)
+        if not 0 < self._until - wall <= SECOND:
+            self._begin(wall)
+        opening = self._opening(status, length, content_type, cache)
         return opening + request_id.encode() + CRLF
 
-    def _opening(self, status: int, length: int, content_type: str, date: str, cache: str) -> bytes:
-        """Return what is before the request id."""
+    def _opening(self, status: int, length: int, content_type: str, cache: str) -> bytes:
+        """Return what is before the request id, in this second."""
         said = status, length, content_type, cache
         known = self._openings.get(said)
         if known is None:
             if len(self._openings) >= MOST_KEPT:
                 self._openings.clear()
-            text = head(status, length, content_type, _ID, date, cache).partition(_ID)[0]
+            text = head(status, length, content_type, _ID, self._date, cache).partition(_ID)[0]
             known = self._openings[said] = text.encode("latin-1")
         return known
 
@@ -183,7 +181,7 @@ class Heads:
         """Return the opening of an answer that many have, and keep it by its length."""
         if len(openings) >= MOST_KEPT:
             openings.clear()
-        known = openings[length] = self._opening(status, length, JSON_TYPE, self._date, "no-store")
+        known = openings[length] = self._opening(status, length, JSON_TYPE, "no-store")
         return known
 
     def refusal(

@@ -271,22 +271,10 @@ class Routes:
         cache: str = "no-store",
     ) -> Answer:
         """Return an answer; `headers` are ready lines with their CRLF."""
-        told, wall = headers.encode("latin-1"), self._clock.wall()
-        return self._answer(status, content, request_id, told, wall, content_type, cache)
-
-    def _answer(
-        self,
-        status: int,
-        content: bytes,
-        request_id: str,
-        headers: bytes,
-        wall: int,
-        content_type: str = JSON_TYPE,
-        cache: str = "no-store",
-    ) -> Answer:
+        wall = self._clock.wall()
         start = self.heads.plain(status, len(content), content_type, request_id, wall, cache)
         close = self._health.draining or status in _CLOSING
-        return Answer(status, start + headers, content, close)
+        return Answer(status, start + headers.encode("latin-1"), content, close)
 
     def given_id(self, headers: Mapping[str, str]) -> str:
         """Return a well-formed id that the caller sent, which is kept; empty if there is none."""

@@ -2,13 +2,11 @@
 
 Theory of operation.  What can be answered at once is answered by plain calls, from the head that
 was read before to the bytes that go out: nearly all requests are.  What a store elsewhere has to be
-asked for first is answered by the same calls, from where its word arrives
-(`_WaitingRequest`).  What has to wait, for its body or for its token, comes back as a coroutine
-that goes on where the calls ended. Each step is written once: the same calls answer what was waited
-for.
+asked for first is answered by the same calls, from where its word arrives (`_WaitingRequest`).
+What has to wait, for its body or for its token, comes back as a coroutine that goes on where the
+calls ended.  Each step is written once: the same calls answer what was waited for.
 """
 
-from functools import partial
 from typing import Protocol, TypedDict, cast
 
 import structlog
@@ -26,9 +24,9 @@ from broker.telemetry.readiness import Readiness
 from broker.units import SECOND
 from broker.web import body
 from broker.web.auth import Client, ClientAuthenticator
-from broker.web.caller import Caller, caller_of
+from broker.web.caller import Caller, KnownCall, caller_of
 from broker.web.response import JSON_TYPE, LIMIT_LABELS, Answer, Heads
-from broker.web.whole_request import Request, WholeRequest, Work
+from broker.web.whole_request import KnownRequest, Request, WholeRequest, Work
 from broker.wire import request as wire
 from broker.wire.known_bodies import KnownBodies
 from broker.wire.responses import data_in
@@ -110,6 +108,7 @@ class TokenRoute:
         self.any_fingerprint = any_fingerprint
         self._bodies = KnownBodies()
         self._mint_line = MintLine()
+        self._again = self._begin  # one object for all that is kept
         self.debug = False
 
     def use_log(self, *, debug: bool) -> None:
@@ -155,38 +154,33 @@ class TokenRoute:
         started: int,
     ) -> Answer | Later[Answer] | Work:
         """Read the body, and answer; `whole` is a request whose head was known."""
-        client, request = caller.client, self._bodies.find(content)
-        agents = client.agents
-        if (
-            request is not None
-            and request.client == client.name
-            and (agents is None or request.agent in agents)
-        ):
-            if whole is not None and not whole.trace:
-                whole.again = partial(self._begin, caller, request)
-            return self._begin(caller, request, whole, request_id, started)
-        request = None
+        client, request = caller.client, self._bodies.known(content, caller.client.name)
+        is_known = request is not None
         try:
-            read = self._bodies.read(content, client.name, any_fingerprint=self.any_fingerprint)
-            if isinstance(read, errors.BrokerError):
-                return self._refuse(read, request_id, started, client, None)
-            request = read
-            client.require_agent(request.agent)
+            if request is None:
+                read = self._bodies.read(content, client.name, any_fingerprint=self.any_fingerprint)
+                if isinstance(read, errors.BrokerError):
+                    return self._refuse(read, request_id, started, client, None)
+                request = read
+            if client.agents is not None:
+                client.require_agent(request.agent)
         except Exception as error:  # noqa: BLE001 - as above
             return self._failed(error, request_id, started, client, request)
-        return self._begin(caller, request, whole, request_id, started)
+        known = KnownCall(caller, request)
+        if whole is None:
+            return self._begin(known, request_id, started)
+        if is_known and not whole.trace:  # what is known is good by any rule of fingerprints
+            whole.again = KnownRequest(self._again, known)
+        return self._begin(known, request_id, started, whole.trace)
 
     def _begin(
-        self,
-        caller: Caller,
-        request: TokenRequest,
-        whole: WholeRequest | None,
-        request_id: str,
-        started: int = 0,
+        self, known: KnownCall, request_id: str, started: int | None = None, trace: str = ""
     ) -> Answer | Later[Answer] | Work:
-        """Answer with the token that is there; `started` is now for who does not say it."""
+        """Answer with the token that is there; `started` is now where it is not said."""
         now = self._mono()
-        started = started or now
+        if started is None:
+            started = now
+        caller, request = known.caller, known.request
         try:
             result = self._token_service.begin(request, now)
         except Exception as error:  # noqa: BLE001 - as above
@@ -196,7 +190,7 @@ class TokenRoute:
         if type(result) is Rejection:
             return self._reject(result, request_id, started, caller.client, request)
         begun = cast("Visit | None", result)
-        trace = (whole.trace if whole is not None else "") or caller.traceparent
+        trace = trace or caller.traceparent
         waiting = _WaitingRequest(self, request, request_id, started, caller.client, trace)
         if begun is None and self._token_service.start_visit(request, now, waiting):
             return waiting
@@ -361,7 +355,7 @@ class _WaitingRequest(Later[Answer]):
         self.said: Visit | Exception | None = None
 
     def visited(self, said: Visit | Exception | None) -> None:
-        """Take the store's word; see `Asker`."""
+        """Take the store's word; see `VisitListener`."""
         self.said = said
         self.tell()
 

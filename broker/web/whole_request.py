@@ -22,8 +22,8 @@ class WholeRequest(Struct, gc=False):
 
     `facts` is what a handler found out from the head alone, if the same bytes will always mean the
     same: it is given back with the next head of the same bytes.  `trace` is the one of this request
-    where that is told apart from the head.  `again` is set by a handler that would answer the same
-    bytes, head and body, by this call alone.
+    where that is told apart from the head.  `again` is set by a handler that needs to read nothing
+    to answer the same bytes, head and body, once more.
     """
 
     message: RawRequestMessage
@@ -31,7 +31,7 @@ class WholeRequest(Struct, gc=False):
     connection: web.RequestHandler
     facts: object = None
     trace: str = ""
-    again: "Again | None" = None
+    again: "KnownRequest | None" = None
 
     @property
     def headers(self) -> "CIMultiDictProxy[str]":
@@ -63,5 +63,12 @@ FirstStep = Answer | Later[Answer] | Work
 LaneHandler = Callable[[Request, str], FirstStep]
 """Answers a request; the second argument is its id."""
 
-Again = Callable[[None, str], FirstStep]
-"""Answers the request that it was made for once more, under another id."""
+
+class KnownRequest(Struct, frozen=True, gc=False):
+    """What answers a request that comes again, to the byte: `handler`, with what it read of it.
+
+    Nothing that the collector visits, for there are many; and no head, which is large.
+    """
+
+    handler: Callable[[Any, str], FirstStep]
+    read: object

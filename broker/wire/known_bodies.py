@@ -32,21 +32,20 @@ class KnownBodies(Generations[bytes, TokenRequest]):
         super().__init__(MAX_KNOWN)
         self._wrong: Generations[bytes, BrokerError] = Generations(MAX_WRONG)
 
+    def known(self, body: bytes, client: str) -> TokenRequest | None:
+        """Return what this client was found to ask for by this body: good by any rule."""
+        known = self.find(body)
+        if known is None or known.client != client:  # two clients seldom have one visitor
+            return None
+        return known
+
     def read(
         self, body: bytes, client: str, *, any_fingerprint: bool
     ) -> TokenRequest | BrokerError:
-        """Return what `parse` returns or raises."""
-        known = self._young.get(body) or self.find(body)
-        if known is not None and known.client == client:  # two clients seldom have one visitor
-            return known
+        """Return what `parse` returns or raises, and keep it: for a body that is not `known`."""
         wrong = None if any_fingerprint else self._wrong.find(body)
         if wrong is not None:
             return wrong
-        return self._parse(body, client, any_fingerprint=any_fingerprint)
-
-    def _parse(
-        self, body: bytes, client: str, *, any_fingerprint: bool
-    ) -> TokenRequest | BrokerError:
         # what is good by the strict rule is good by any, whatever is configured later; what is
         # wrong by it may be good by any
         is_kept = not any_fingerprint and len(body) <= LONGEST

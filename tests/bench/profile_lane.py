@@ -41,7 +41,7 @@ from broker.model import Outcome
 from broker.stores.memory import MemoryStore
 from broker.telemetry import logs
 from broker.web.response import JSON_TYPE, Answer, head
-from broker.web.whole_request import Request, WholeRequest
+from broker.web.whole_request import Request
 
 CASES = ("fixed", "hit", "crowd", "traced", "429", "invalid", "verify", "introspect", "mint")
 
@@ -197,18 +197,15 @@ STATUS = {"429": b"429", "invalid": b"400"}
 def steps_of(bench: Bench) -> dict[str, Callable[[], object]]:
     """Return the parts of a hit, each by itself; what is indented is within what stands above."""
     (data,) = set(bench.requests("hit", 3))
-    for _ in range(3):
-        bench.send(data)  # by now head and body are known
+    for _ in range(4):
+        bench.send(data)  # by now it is known as a whole
     routes, clock, store = bench.parts.routes, bench.parts.clock, bench.parts.store
     service, metrics, lane = bench.parts.token_service, bench.parts.metrics, bench.connection._lane
     assert isinstance(store, MemoryStore)
-    known = lane.known_in(data)
-    end = known.head.end
-    request = WholeRequest(known.message, data[end:], bench.connection, known.facts, "")
-    token_request = routes.tokens._bodies.read(data[end:], "bench", any_fingerprint=False)
+    known = lane.find_request(data)
+    token_request = known.read.request
     now, wall = clock.mono(), clock.wall()
     rule, key = store._limits.fingerprint.met_by(token_request)
-    read = routes.tokens._bodies.read
     issued = service.begin(token_request, now)
     assert isinstance(issued, IssuedToken)
     verdict, body = issued.verdict, issued.token.body
@@ -216,16 +213,13 @@ def steps_of(bench: Bench) -> dict[str, Callable[[], object]]:
     line = "Cache-Status: embed-token-broker; hit\r\n"
     seconds, reused = metrics.requests[Outcome.REUSED].observe, metrics.remaining.observe
     start = routes.heads.write(line, len(body), "id", verdict, wall)
-    answer = Answer(200, start, body)
     return {
         "nothing": lambda: None,
         "all of it": lambda: bench.connection.data_received(data),
-        "  head known": lambda: lane.known_in(data),
-        "  request object": lambda: WholeRequest(known.message, data[end:], None, known.facts, ""),  # type: ignore[arg-type]
+        "  request known": lambda: lane.find_request(data),
         "  request id": lane.new_id,
-        "  route": lambda: routes.tokens(request, "id"),
+        "  route": lambda: known.handler(known.read, "id"),
         "    clock, one reading of three": clock.mono,
-        "    body known": lambda: read(data[end:], "bench", any_fingerprint=False),
         "    story, with a reading of the clock": lambda: service.begin(
             token_request, clock.mono()
         ),
@@ -237,7 +231,7 @@ def steps_of(bench: Bench) -> dict[str, Callable[[], object]]:
         "      head": lambda: routes.heads.write(line, len(body), "id", verdict, wall),
         "      two histograms": lambda: (reused(3594.0), seconds(0.00001)),
         "      answer object": lambda: Answer(200, start, body, False),
-        "  bytes put together": answer.whole,
+        "  bytes put together": lambda: b"%b\r\n%b" % (start, body),
     }
 
 

@@ -385,6 +385,31 @@ async def test_one_that_closes_amid_its_greeting_leaves_no_connection(node: Node
     assert talk._transport.is_closing()
 
 
+@pytest.mark.parametrize("turns", range(12))
+async def test_a_close_at_any_moment_of_the_greeting_is_the_last(node: Node, turns: int) -> None:
+    """With calls that wait: all are told, nothing is opened after it, nothing stays open."""
+    opened: list[RespProtocol] = []
+
+    class Kept(Target, frozen=True):
+        async def connect(self, make: "Callable[[], RespProtocol]", route: Route) -> RespProtocol:
+            opened.append(await super().connect(make, route))
+            return opened[-1]
+
+    link = PipelinedConnection(Kept("127.0.0.1", node.port, password=Secret("p"), db=3), 5.0)
+    calls = [link.send(PING)]
+    while not node.pieces:  # noqa: ASYNC110 - the node runs in this loop
+        await asyncio.sleep(0)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+        calls.append(link.send(PING))
+    await link.close()
+    await told(*calls)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert all(talk._transport is not None and talk._transport.is_closing() for talk in opened)
+    assert (node.connections, link._opening) == (1, None)
+
+
 @pytest.mark.parametrize("before", [True, False])
 async def test_a_call_at_the_end_opens_no_connection(node: Node, before: bool) -> None:
     """In the same turn as the close, or after it: it fails, and nobody is called any more."""

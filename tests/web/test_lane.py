@@ -2,7 +2,9 @@
 
 import ast
 import asyncio
+import gc
 import inspect
+import json
 import re
 import secrets
 from collections.abc import Callable
@@ -12,8 +14,10 @@ from typing import Any
 import aiohttp.web_protocol
 import pytest
 import structlog
-from edge import TOKEN_PATH, Edge, Line, request, serving, visitor
+from aiohttp.http import RawRequestMessage
+from edge import AGENT, TOKEN_PATH, Edge, Line, request, serving, visitor
 from lane_streams import Worlds
+from msgspec import structs
 
 from broker import errors
 from broker.app.wiring import NO_LANE
@@ -263,8 +267,8 @@ class TestTaken:
         looked: list[bytes] = []
         lane = edge.app.parts.server._lane
         assert lane is not None
-        known_in = lane.known_in
-        monkeypatch.setattr(lane, "known_in", lambda data: looked.append(data) or known_in(data))
+        known_in, heads = lane.heads.known_in, lane.heads
+        monkeypatch.setattr(heads, "known_in", lambda data: looked.append(data) or known_in(data))
         line, fingerprint = await idle(edge), visitor()
         looked.clear()
         replies = []
@@ -283,6 +287,47 @@ class TestTaken:
         line.send(edge.asking(fingerprint))
         assert (await line.answer()).token == replies[0].token
         assert looked[-1] == edge.asking(fingerprint)
+        await line.close()
+
+    async def test_a_client_that_may_do_less_is_not_known_any_more(self, edge: Edge) -> None:
+        """G7: nor its requests as they came: a drain and another set of agents count at once."""
+        line, fingerprint, parts = await idle(edge), visitor(), edge.app.parts
+        for _ in range(4):
+            line.send(edge.asking(fingerprint))
+            assert (await line.answer()).status == 200
+        assert parts.server._lane is not None
+        assert parts.server._lane.find_request(edge.asking(fingerprint)) is not None
+        (client,) = {each.name: each for each in parts.authenticator._clients.values()}.values()
+        parts.authenticator.use_clients([structs.replace(client, agents=frozenset({"other"}))])
+        for _ in range(3):
+            line.send(edge.asking(fingerprint))
+            assert (await line.answer()).status == 403
+        parts.authenticator.use_clients([client])
+        for _ in range(4):
+            line.send(edge.asking(fingerprint))
+            assert (await line.answer()).status == 200
+        parts.readiness.draining = True
+        line.send(edge.asking(fingerprint))
+        assert (await line.answer()).header("Connection") == "close"
+        await line.close()
+
+    async def test_G6_whole_requests_hold_no_heads(self, edge: Edge) -> None:
+        """One body under more heads than are known: what aiohttp parsed goes with the head."""
+        line, body = await idle(edge), json.dumps({"agent_id": AGENT, "fingerprint": visitor()})
+        lane = edge.app.parts.server._lane
+        assert lane is not None
+        lane.heads._most = 30
+        gc.collect()
+        before = sum(isinstance(each, RawRequestMessage) for each in gc.get_objects())
+        for number in range(300):
+            for _ in range(3):
+                line.send(edge.posting(body.encode(), headers=[("X-Backend", str(number))]))
+                assert (await line.answer()).status in (200, 429)
+        assert len(lane._requests) >= 299
+        gc.collect()
+        alive = sum(isinstance(each, RawRequestMessage) for each in gc.get_objects())
+        assert alive - before <= 3 * 30 + 10  # the third generation is being freed
+        assert not any(map(gc.is_tracked, lane._requests._young.values()))
         await line.close()
 
     async def test_a_request_with_an_id_or_a_trace_of_its_own_is_not_kept_whole(
@@ -484,7 +529,7 @@ def _twice(self: LaneConnection, run: Any, *asked: Any) -> bool:
     except StopIteration as end:
         assert self.transport is not None
         for _ in range(2):
-            self.transport.write(end.value.whole())
+            self.transport.write(end.value.head + b"\r\n" + end.value.body)
     else:
         work.close()
     return True

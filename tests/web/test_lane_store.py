@@ -235,6 +235,30 @@ async def test_who_asks_on_is_answered_in_order(server: StoreServer, queued: lis
         assert queued == [True]
 
 
+@pytest.mark.parametrize("is_head_known", [True, False])
+async def test_one_that_came_before_is_given_to_aiohttp_as_it_came(
+    server: StoreServer, queued: list[bool], *, is_head_known: bool
+) -> None:
+    """Also where its head is not known any more: it is parsed then."""
+    async with served(server) as (edge, line, ours):
+        for _ in range(4):
+            line.send(edge.asking(VISITOR))
+            assert is_hit(await line.answer())
+        lane = edge.app.parts.server._lane
+        assert lane is not None
+        assert lane.find_request(edge.asking(VISITOR)) is not None
+        queued.clear()
+        async with pending(server, edge, line, ours):
+            if not is_head_known:
+                lane.heads.clear()
+            line.send(request("GET", "/livez"))  # what is behind it
+            await until(lambda: queued != [])
+        assert is_hit(await line.answer())
+        assert (await line.answer()).json == {"status": "ok"}
+        line.send(edge.asking(VISITOR))
+        assert is_hit(await line.answer())
+
+
 async def test_half_a_request_behind_it_is_read_on(server: StoreServer) -> None:
     """The parser gets what comes, byte for byte."""
     async with served(server) as (edge, line, ours):

@@ -263,9 +263,6 @@ class PipelinedConnection:
 
     def send_for(self, packed: bytes, shape: Shape, waiter: Waiter) -> None:
         """Send it as `send`, and tell `waiter`, where the reply arrives, what comes of it."""
-        if self._is_closed:
-            waiter.set_exception(StoreFailed(Reason.CONNECTION))
-            return
         if not self._waiting:
             self._loop.call_soon(self._leave)
         self._waiting.append((packed, (waiter, shape)))
@@ -288,7 +285,9 @@ class PipelinedConnection:
 
     def _leave(self) -> None:
         """Send what waits, or see to it that it can be sent."""
-        if not self._waiting:  # told meanwhile, by a close for one
+        if self._is_closed:
+            self._fail(StoreFailed(Reason.CONNECTION))
+        if not self._waiting:
             return
         if self._talk is not None:
             if self._talk.is_idle:

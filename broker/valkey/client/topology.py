@@ -69,7 +69,7 @@ class Topology(Protocol):
     async def command(self, key: bytes, packed: bytes, shape: Shape = ANYTHING) -> Reply:
         """Send a packed command to where `key` is; a reply of this shape.
 
-        Raises StoreFailed, and Forgotten for a script.
+        Raises StoreFailed, and NoScript for a script.
         """
         ...
 
