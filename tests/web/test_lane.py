@@ -311,6 +311,20 @@ class TestTaken:
         assert (await line.answer()).header("Connection") == "close"
         await line.close()
 
+    async def test_a_stricter_rule_of_fingerprints_counts_for_what_came_before(
+        self, edge: Edge
+    ) -> None:
+        """A request that is good by a looser rule only is not kept whole: a reload may end it."""
+        line, tokens = await idle(edge), edge.app.parts.routes.tokens
+        tokens.any_fingerprint = True
+        for _ in range(5):
+            line.send(edge.asking("no hex"))
+            assert (await line.answer()).status == 200
+        tokens.any_fingerprint = False
+        line.send(edge.asking("no hex"))
+        assert (await line.answer()).status == 400
+        await line.close()
+
     async def test_G6_whole_requests_hold_no_heads(self, edge: Edge) -> None:
         """One body under more heads than are known: what aiohttp parsed goes with the head."""
         line, body = await idle(edge), json.dumps({"agent_id": AGENT, "fingerprint": visitor()})
