@@ -290,3 +290,13 @@ async def test_G9_an_end_is_in_the_file_soon_and_not_in_its_log_alone(
         await mint(broker, backend, broker.ask())
         await end(backend, session)
         await until(lambda: not writer._is_dirty)
+
+
+async def test_each_failure_is_counted_once(broker: Broker) -> None:
+    """However often the metrics are brought up to date in between."""
+    async with broker.opened() as backend:
+        counter = broker.metrics.state_file.errors[FileError.FULL]
+        for failures in (2, 2, 5):
+            backend._slot.writer.failures[FileError.FULL] = failures
+            backend.publish()
+            assert counter.value == failures

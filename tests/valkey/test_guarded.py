@@ -2,13 +2,17 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sharing_cases import limits_of
 from typing_extensions import override
 
 from broker.rules.breaker import Outcome, StoreBreaker
+from broker.stores.memory import MemoryStore
+from broker.stores.token_cache import TokenCache
 from broker.telemetry import exposition
 from broker.telemetry.cells import SharedCells
 from broker.telemetry.metrics import STORE_ERRORS, Metrics
@@ -20,6 +24,7 @@ from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script
 from broker.valkey.client.shapes import ANYTHING, Shape
 from broker.valkey.client.topology import Topology
+from broker.valkey.fallback import SharedStore
 
 SECOND = 1_000_000
 Answer = Callable[[bytes], Reply]
@@ -167,6 +172,23 @@ async def test_successes_are_tallied_and_outweigh_single_failures(shop: Shop) ->
         shop.clock.advance(0.1)
     assert not shop.server.is_away
     assert shop.errors == {"script": 20}
+
+
+async def test_S1_a_round_of_housekeeping_tallies_successes(shop: Shop) -> None:
+    """They count for the second in which they were: they hide no failure of the next one."""
+    tokens = TokenCache(9, keep_until=lambda token: token.dies_mono, mono=shop.clock.mono)
+    limits = limits_of()
+    alone = MemoryStore(limits, tokens, shop.clock)
+    remote: Any = None  # it has nothing to be tidied
+    store = SharedStore(shop.server, remote, alone, limits, lambda: 1, closed=False)
+    for _ in range(100):
+        await shop.ask()
+    store.purge_expired()
+    shop.clock.advance(5)
+    for number in range(6):
+        shop.nodes.answer = error if number % 2 else lambda _packed: b"fine"
+        await shop.ask()
+    assert shop.server.is_away
 
 
 def error(_packed: bytes) -> Reply:
