@@ -855,3 +855,23 @@ def test_V10_a_slot_that_comes_in_a_pause_is_given_back_by_a_renewal() -> None:
         await pacer.close()
 
     run_virtual(scenario)
+
+
+def test_V1_a_pause_that_nobody_waits_out_is_over_at_its_end() -> None:
+    """From then on slots come as after a start: whoever comes later finds a burst."""
+
+    async def main(_: FakeClock) -> None:
+        pacer = await filled()
+        pacer.pause(5)
+        await asyncio.sleep(5 - A_BIT)
+        assert pacer.remaining == 0
+        await asyncio.sleep(SLOW.burst * SLOW.interval + 1)
+        assert pacer.remaining == SLOW.burst
+        crowd, came = Crowd(pacer), now()
+        for number in range(SLOW.burst):
+            crowd.comes(f"{number}")
+        await crowd.done()
+        assert crowd.times == pytest.approx([came] * SLOW.burst, abs=A_BIT)
+        await pacer.close()
+
+    run_virtual(main)
