@@ -292,11 +292,15 @@ async def test_G9_an_end_is_in_the_file_soon_and_not_in_its_log_alone(
         await until(lambda: not writer._is_dirty)
 
 
-async def test_each_failure_is_counted_once(broker: Broker) -> None:
-    """However often the metrics are brought up to date in between."""
+async def test_the_metrics_of_the_file_say_how_it_is(broker: Broker) -> None:
+    """Each failure is counted once, however often they are brought up to date in between."""
     async with broker.opened() as backend:
         counter = broker.metrics.state_file.errors[FileError.FULL]
         for failures in (2, 2, 5):
             backend._slot.writer.failures[FileError.FULL] = failures
             backend.publish()
             assert counter.value == failures
+        backend._slot.writer.add_all([SessionMade(broker.session(broker.ask()))])
+        assert await backend._slot.writer.end_written()
+        backend.publish()
+        assert broker.metrics.state_file.bytes.value == backend._slot.writer.size > 0
