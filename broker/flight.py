@@ -1,16 +1,16 @@
-"""Single-flight: many askers, one mint.
+"""Single-flight: many callers, one mint.
 
-Theory of operation.  The first asker of a key starts a task that belongs to this module, not to
-the asker; everybody, the first one included, waits on a future of their own.  So one asker's
+Theory of operation.  The first caller of a key starts a task that belongs to this module, not to
+the caller; everybody, the first one included, waits on a future of their own.  So one caller's
 cancellation or deadline ends their own wait and nothing else.
 
-- Between the look-up and the insert nothing is awaited, so two askers cannot both start.
-- The task runs in an empty context: the first asker's context variables (log fields, traces)
+- Between the look-up and the insert nothing is awaited, so two callers cannot both start.
+- The task runs in an empty context: the first caller's context variables (log fields, traces)
   would otherwise stick to everybody's mint.
 - The entry is removed by identity: the end of an old flight cannot remove a newer one.
-- A flight that all askers left is cancelled while it only queues (its place goes to the next),
+- A flight that all callers left is cancelled while it only queues (its place goes to the next),
   and finished once its request is out, for then the token is paid for and belongs in the cache.
-- A deserted flight is forgotten at the moment it is cancelled, so a new asker starts afresh
+- A deserted flight is forgotten at the moment it is cancelled, so a new caller starts afresh
   instead of inheriting a cancellation.
 """
 

@@ -56,7 +56,7 @@ class TokenService:
 
     def __init__(self, store: Store, minter: Minter, policy: ReusePolicy, clock: Clock) -> None:
         self._store = store
-        self.ask = store.ask
+        self.start_visit = store.start_visit
         self._minter = minter
         self._policy = policy
         self._clock = clock
@@ -73,7 +73,7 @@ class TokenService:
         """Answer at once, if that can be; what is returned else is for `finish`.
 
         `now` is the monotonic clock in microseconds; `visit` is what the store has said already, to
-        who has asked it (`ask`).
+        whoever started the visit (`start_visit`).
         """
         if visit is None:
             visit = self._store.visit(request, now)
@@ -83,8 +83,8 @@ class TokenService:
         self, request: TokenRequest, visit: Visit, now: int
     ) -> IssuedToken | Rejection | Visit:
         """Answer by what the store knows; the visit itself if that is no answer."""
-        if visit.denial is not None:
-            return visit.denial
+        if visit.rejection is not None:
+            return visit.rejection
         cached = visit.token
         if cached is None or request.fresh or not self._policy.enabled:
             return self._mint_at_once(request, visit, now)

@@ -254,7 +254,7 @@ class Minter:
         return token
 
     def _better_than(self, cached: EmbedToken | None) -> Callable[[EmbedToken], bool]:
-        """Tell a good token that arrived since this flight's first asker looked."""
+        """Tell a good token that arrived since this flight's first caller looked."""
 
         def better(found: EmbedToken) -> bool:
             if not self._policy.enabled or (cached is not None and found.version == cached.version):

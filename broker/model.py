@@ -79,7 +79,7 @@ class TokenRequest(Struct, frozen=True, gc=False):
     visitor: str = ""
     """Key of what is counted for one visitor of one client."""
     key: str = ""
-    """Key under which this ask's token is reused: client, agent, fingerprint, model."""
+    """Key under which this request's token is reused: client, agent, fingerprint, model."""
 
     def __post_init__(self) -> None:
         force_setattr(self, "visitor", visitor_of(self.client, self.fingerprint))

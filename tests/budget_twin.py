@@ -118,8 +118,8 @@ class Twin:
         wait = max(taken + step - depth, paused, 0)
         if all_out >= most:
             wait = max(wait, step)
-        plenty = not wait and not others and (depth - taken) / step * 2 >= burst
-        reserved = what == b"reserve" or (what == b"modest" and plenty)
+        has_headroom = not wait and not others and (depth - taken) / step * 2 >= burst
+        reserved = what == b"reserve" or (what == b"modest" and has_headroom)
         reserved = reserved and self.withheld < SECOND and wait <= ahead and all_out < most
         reserved = reserved and (all_out + 1) * step <= depth
         if self.reserved_at is None:

@@ -213,7 +213,7 @@ def _become(request: Mapping[str, Any], descriptors: Sequence[int]) -> NoReturn:
     os.environ.update(coerced | request["environment"])
     logs._hash_key[:] = os.urandom(len(logs._hash_key))  # what a process draws as it starts
     option, *rest = request["arguments"]
-    if "--workers" in rest or Path(option).name == "crew.py":
+    if "--workers" in rest or Path(option).name == "memory_workers.py":
         _fork_workers()
     if option == "-m":
         sys.argv, sys.path[0] = rest, request["folder"]

@@ -19,7 +19,7 @@ from typing_extensions import override
 from broker.errors import StoreAway
 from broker.model import Outcome, Secret, TokenRequest
 from broker.sessions.admin import TokenIntrospector
-from broker.stores.base import Asker, Visit
+from broker.stores.base import Visit, VisitListener
 from broker.stores.memory import MemoryStore
 from broker.telemetry.metrics import Metrics
 from broker.telemetry.readiness import Readiness
@@ -76,31 +76,33 @@ class WaitingStore(MemoryStore):
     asked = 0
 
     @override
-    def visit(self, ask: TokenRequest, now: int) -> Visit:
+    def visit(self, request: TokenRequest, now: int) -> Visit:
         return None  # type: ignore[return-value]  # as the base of all stores does
 
     @override
-    def ask(self, ask: TokenRequest, now: int, asker: Asker) -> bool:
+    def start_visit(self, request: TokenRequest, now: int, listener: VisitListener) -> bool:
         self.asked += 1
         if not self.asked % 11:
             return False
-        self._answer_after(self.asked % 7 + 1, self.asked, ask, asker)
+        self._answer_after(self.asked % 7 + 1, self.asked, request, listener)
         return True
 
-    def _answer_after(self, turns: int, number: int, ask: TokenRequest, asker: Asker) -> None:
+    def _answer_after(
+        self, turns: int, number: int, request: TokenRequest, listener: VisitListener
+    ) -> None:
         if turns:
             loop = asyncio.get_running_loop()
-            loop.call_soon(self._answer_after, turns - 1, number, ask, asker)
+            loop.call_soon(self._answer_after, turns - 1, number, request, listener)
         elif not number % 13:
-            asker.hear(StoreAway() if number % 2 else None)
+            listener.visited(StoreAway() if number % 2 else None)
         else:
-            asker.hear(super().visit(ask, self._clock.mono()))
+            listener.visited(super().visit(request, self._clock.mono()))
 
     @override
-    async def admit(self, ask: TokenRequest, key: str) -> Visit:
+    async def admit(self, request: TokenRequest, key: str) -> Visit:
         for _ in range(3):
             await asyncio.sleep(0)
-        return super().visit(ask, self._clock.mono())
+        return super().visit(request, self._clock.mono())
 
 
 class Wire(asyncio.Transport):
@@ -200,14 +202,14 @@ class World:
 
     async def run(self, stream: Stream) -> Seen:
         """Send a stream on a connection of its own."""
-        wire, before = Wire(stream.pauses), len(self.service.issuer.asks)
+        wire, before = Wire(stream.pauses), len(self.service.issuer.requests)
         connection = self.server()
         assert isinstance(connection, DataConnection)
         wire.connection = connection
         connection.connection_made(wire)
         await self._send(stream, connection, wire)
         await self._leave(stream, connection, wire)
-        asked = [(it.request_id, it.traceparent) for it in self.service.issuer.asks[before:]]
+        asked = [(it.request_id, it.traceparent) for it in self.service.issuer.requests[before:]]
         seen = Seen(b"".join(wire.written), asked, wire.closed, self._counted())
         task = connection._task_handler
         connection.connection_lost(None)
@@ -254,7 +256,7 @@ class World:
             await settle()
 
     def _counted(self) -> list[float]:
-        cells = self.metrics.sheet.cells
+        cells = self.metrics.layout.cells
         requests = self.metrics.requests
         ends = [requests[outcome]._sum for outcome in Outcome]
         firsts = [requests[outcome]._first for outcome in Outcome]

@@ -20,7 +20,7 @@ import forked
 from broker.config.settings import LimitsSettings
 
 AGENT = "A78WKV4515"
-PATIENCE = 30.0
+TIMEOUT = 30.0
 """Seconds after which something that should happen is taken not to: generous, machines are busy."""
 
 ABSENT = Path(__file__).with_name("absent")
@@ -48,7 +48,7 @@ def run(
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with started("-m", "broker", *arguments, env=given, **pipes) as process:
         try:
-            out, told = process.communicate(stdin, PATIENCE)
+            out, told = process.communicate(stdin, TIMEOUT)
         except BaseException:
             process.kill()
             raise
@@ -228,7 +228,7 @@ class Broker:
         return self.wait()
 
     def wait(self) -> int:
-        return self.process.wait(PATIENCE)
+        return self.process.wait(TIMEOUT)
 
     def __enter__(self) -> Self:
         return self
@@ -281,7 +281,7 @@ def children_of(pid: int) -> set[int]:
 
 def wait_for(look: Callable[[], T], explain: Callable[[], str] = str) -> T:
     """Poll until `look` returns something; for processes, whose time is not ours."""
-    ends = time.monotonic() + PATIENCE
+    ends = time.monotonic() + TIMEOUT
     while time.monotonic() < ends:
         found = look()
         if found:
@@ -292,14 +292,14 @@ def wait_for(look: Callable[[], T], explain: Callable[[], str] = str) -> T:
 
 async def until_true(look: Callable[[], Awaitable[bool]]) -> None:
     """Wait for something that has to be asked for."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while not await look():  # noqa: ASYNC110 - as below
             await asyncio.sleep(0.01)
 
 
 async def until(look: Callable[[], bool]) -> None:
     """Wait for something that other tasks bring about."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while not look():  # noqa: ASYNC110 - what is looked at is in another process
             await asyncio.sleep(0.005)
 
@@ -320,10 +320,10 @@ class Caller:
         self.secret = secret
         connector = aiohttp.UnixConnector(socket) if socket else aiohttp.TCPConnector(limit=0)
         self.http = aiohttp.ClientSession(
-            connector=connector, timeout=aiohttp.ClientTimeout(total=PATIENCE)
+            connector=connector, timeout=aiohttp.ClientTimeout(total=TIMEOUT)
         )
 
-    async def ask(
+    async def request_token(
         self,
         fingerprint: str,
         *,
@@ -341,7 +341,7 @@ class Caller:
 
     async def token(self, fingerprint: str, *, agent: str = AGENT, fresh: bool = False) -> str:
         """Ask for a token and require one."""
-        status, body, _ = await self.ask(fingerprint, agent=agent, fresh=fresh)
+        status, body, _ = await self.request_token(fingerprint, agent=agent, fresh=fresh)
         assert status == 200, body
         token: str = body["data"]["token"]
         return token

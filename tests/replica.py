@@ -38,7 +38,7 @@ from broker.valkey.store import ValkeyStore
 SECOND = 1_000_000
 HOUR = 3600 * SECOND
 
-PATIENT = 10.0
+TIMEOUT = 10.0
 """Seconds for a call where a test is about outcomes, not about the timeout: machines are noisy."""
 
 KEY = Secret(secrets.token_urlsafe(48))
@@ -105,20 +105,20 @@ class Replica:
         access: Access | None = None,
         clock: FakeClock | None = None,
         now: Callable[[], int] | None = None,
-        timeout: float = PATIENT,
+        timeout: float = TIMEOUT,
         key: Secret = KEY,
         vendor: str = VENDOR,
         place: str = "",
         on_error: str = "local",
         replicas: int | str = "auto",
         origins: Sequence[str] = ("a key",),
-        front: int = 10_000,
+        cache_size: int = 10_000,
         most_sessions: int = 1000,
         is_first: bool = True,
     ) -> None:
         self.clock = clock or FakeClock()
         self.metrics = Metrics("upstream", budget=True, shared_store=True)
-        self.front = TokenCache(front, keep_until=_death, mono=self.clock.mono)
+        self.token_cache = TokenCache(cache_size, keep_until=_death, mono=self.clock.mono)
         connection = StoreConnection(
             Settings(
                 issuer=IssuerSettings(kind="upstream", upstream=UpstreamSettings(base_url=vendor)),
@@ -131,19 +131,21 @@ class Replica:
             place or secrets.token_hex(4),
             is_first=is_first,
         )
-        self.sharing = connection.backend(limits, self.front, lambda: frozenset(origins))
-        self.server = self.sharing.server
-        self.store: SharedStore = self.sharing.store
-        self.remote: ValkeyStore = self.sharing._remote
-        self.names = self.sharing.names
-        self.fleet = self.sharing.fleet
+        self.shared_backend = connection.backend(
+            limits, self.token_cache, lambda: frozenset(origins)
+        )
+        self.server = self.shared_backend.server
+        self.store: SharedStore = self.shared_backend.store
+        self.remote: ValkeyStore = self.shared_backend._remote
+        self.names = self.shared_backend.names
+        self.fleet = self.shared_backend.fleet
         if now is not None:
             self._go_by(now)
             self.fleet.time.mono = self.clock.mono
 
     def slots(self, budget: Budget) -> SharedSlots:
         """Return the budget's slots."""
-        return self.sharing.connection.slots(budget)
+        return self.shared_backend.connection.slots(budget)
 
     @property
     def errors(self) -> dict[str, float]:
@@ -166,12 +168,12 @@ class Replica:
             await self.server._tasks.finish()
 
     def _go_by(self, now: Callable[[], int]) -> None:
-        run, ask = self.server.run, self.server.ask
+        run, send = self.server.run, self.server.send
 
         def asked(question: Question, key: bytes, packed: bytes, shape: Shape) -> bool:
             name, _, *rest = packed.split(b"\r\n")[2::2]  # of a visit, in which there is no CRLF
             sha = timed(Script.VISIT)._sha
-            return ask(question, key, command(name, sha, *rest, b"%d" % now()), shape)
+            return send(question, key, command(name, sha, *rest, b"%d" % now()), shape)
 
         async def told(
             operation: Operation, script: Script, keys: Sequence[bytes], *arguments: bytes
@@ -179,21 +181,21 @@ class Replica:
             return await run(operation, timed(script), keys, *arguments, b"%d" % now())
 
         self.server.run = told
-        self.server.ask = asked
+        self.server.send = asked
 
 
 @asynccontextmanager
 async def opened(replica: Replica, *, beside: bool = False) -> AsyncIterator[Replica]:
     """Open a replica's connections; with `beside` also heartbeats, renewals and news."""
     if beside:
-        await replica.sharing.open()
+        await replica.shared_backend.open()
     else:
         await replica.server.nodes.open()
     try:
         yield replica
     finally:
         await replica.settled()
-        await (replica.sharing.close() if beside else replica.server.close())
+        await (replica.shared_backend.close() if beside else replica.server.close())
 
 
 def counts(metrics: Mapping[str, object]) -> dict[str, object]:

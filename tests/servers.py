@@ -132,14 +132,14 @@ class StoreServer:
         host, port = address.hosts[0]
         return Redis(host=host, port=port, **options)
 
-    def ask(self, *command: object) -> Any:
+    def command(self, *command: object) -> Any:
         """Send one command as an administrator."""
         with self.client() as client:
             return client.execute_command(*command)
 
     def flush(self) -> None:
         """Forget every key."""
-        self.ask("FLUSHALL")
+        self.command("FLUSHALL")
 
     def all_keys(self) -> list[bytes]:
         """Return the name of every key."""
@@ -150,7 +150,7 @@ class StoreServer:
         assert self._process is not None
         assert self._process.poll() is None, f"the server ended: {self.log}"
         try:
-            return bool(self.ask("PING"))
+            return bool(self.command("PING"))
         except (RedisError, OSError):
             return False
 
@@ -176,7 +176,7 @@ class StoreCluster:
     def flush(self) -> None:
         """Forget every key."""
         for node in self.nodes:
-            if b"role:master" in _bytes(node.ask("INFO", "replication")):
+            if b"role:master" in _bytes(node.command("INFO", "replication")):
                 node.flush()
 
     def all_keys(self) -> list[bytes]:
@@ -185,12 +185,12 @@ class StoreCluster:
 
     def node_id(self, node: StoreServer) -> str:
         """Return the name that the cluster gave to a node."""
-        return _bytes(node.ask("CLUSTER", "MYID")).decode()
+        return _bytes(node.command("CLUSTER", "MYID")).decode()
 
     def is_well(self) -> bool:
         """Whether every node sees every slot served."""
         return all(
-            b"cluster_state:ok" in (told := _bytes(node.ask("CLUSTER", "INFO")))
+            b"cluster_state:ok" in (told := _bytes(node.command("CLUSTER", "INFO")))
             and f"cluster_known_nodes:{len(self.nodes)}".encode() in told
             for node in self.nodes
         )
@@ -227,7 +227,7 @@ def store_cluster(binary: str, masters: int = 3, replicas: int = 0) -> Iterator[
         first = nodes[0]
         for node in nodes[1:]:
             host, port = node.address.hosts[0]
-            first.ask("CLUSTER", "MEET", host, port, _bus_port(node))
+            first.command("CLUSTER", "MEET", host, port, _bus_port(node))
         until(lambda: _all_met(cluster), "the nodes to meet")
         for place, node in enumerate(nodes[masters:]):
             owner = cluster.node_id(cluster.masters[place % masters])
@@ -332,11 +332,11 @@ def free_port() -> int:
         return port
 
 
-def until(condition: Callable[[], bool], what: str, patience: float = START) -> None:
-    """Ask every 20 ms until it is true; fails after `patience` seconds."""
-    ends = time.monotonic() + patience
+def until(condition: Callable[[], bool], what: str, timeout: float = START) -> None:
+    """Ask every 20 ms until it is true; fails after `timeout` seconds."""
+    ends = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < ends, f"waited {patience:g} s for {what}"
+        assert time.monotonic() < ends, f"waited {timeout:g} s for {what}"
         time.sleep(0.02)
 
 
@@ -370,23 +370,23 @@ def _give_slots(masters: list[StoreServer]) -> None:
     share = -(-SLOTS // len(masters))
     for place, node in enumerate(masters):
         last = min((place + 1) * share, SLOTS) - 1
-        node.ask("CLUSTER", "ADDSLOTSRANGE", place * share, last)
-        node.ask("CLUSTER", "SET-CONFIG-EPOCH", place + 1)
+        node.command("CLUSTER", "ADDSLOTSRANGE", place * share, last)
+        node.command("CLUSTER", "SET-CONFIG-EPOCH", place + 1)
 
 
 def _bus_port(node: StoreServer) -> int:
-    return int(_bytes(node.ask("CONFIG", "GET", "cluster-port")).split()[-1])
+    return int(_bytes(node.command("CONFIG", "GET", "cluster-port")).split()[-1])
 
 
 def _all_met(cluster: StoreCluster) -> bool:
     known = f"cluster_known_nodes:{len(cluster.nodes)}".encode()
-    return all(known in _bytes(node.ask("CLUSTER", "INFO")) for node in cluster.nodes)
+    return all(known in _bytes(node.command("CLUSTER", "INFO")) for node in cluster.nodes)
 
 
 def _follows(node: StoreServer, owner: str) -> bool:
     with suppress(RedisError):
-        node.ask("CLUSTER", "REPLICATE", owner)
-        return "master_link_status:up" in _bytes(node.ask("INFO", "replication")).decode()
+        node.command("CLUSTER", "REPLICATE", owner)
+        return "master_link_status:up" in _bytes(node.command("INFO", "replication")).decode()
     return False
 
 

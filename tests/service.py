@@ -33,7 +33,7 @@ POLICY = ReusePolicy(enabled=True, ahead=15 * MINUTE, floor=5 * MINUTE, outage=M
 
 AGENT = "A78WKV4515"
 VISITOR = "d3adbeef"
-PATIENCE = 12.0
+TIMEOUT = 12.0
 """Seconds: the deadline that ships."""
 
 Numbers = tuple[float, int]
@@ -103,26 +103,24 @@ class Service:
         self.service = TokenService(self.store, self.minter, policy, clock)
 
     async def issue(
-        self, request: TokenRequest, patience: float = PATIENCE
+        self, request: TokenRequest, timeout: float = TIMEOUT
     ) -> IssuedToken | Rejection:
-        return await self.service.issue(request, patience)
+        return await self.service.issue(request, timeout)
 
-    async def hand_out(self, request: TokenRequest, patience: float = PATIENCE) -> IssuedToken:
+    async def hand_out(self, request: TokenRequest, timeout: float = TIMEOUT) -> IssuedToken:
         """Issue a token that no limit refuses."""
-        answer = await self.service.issue(request, patience)
+        answer = await self.service.issue(request, timeout)
         assert isinstance(answer, IssuedToken)
         return answer
 
-    def begin(
-        self, request: TokenRequest, patience: float = PATIENCE
-    ) -> "asyncio.Task[IssuedToken]":
+    def begin(self, request: TokenRequest, timeout: float = TIMEOUT) -> "asyncio.Task[IssuedToken]":
         """Let somebody ask, and go on."""
-        return asyncio.get_running_loop().create_task(self.hand_out(request, patience))
+        return asyncio.get_running_loop().create_task(self.hand_out(request, timeout))
 
     @property
     def mints(self) -> int:
         """Calls of the issuer so far."""
-        return len(self.issuer.asks)
+        return len(self.issuer.requests)
 
     def charged(self, name: LimitName, key: str) -> int:
         """Tokens that this bucket has given and not yet got back."""
@@ -141,7 +139,7 @@ class Service:
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-def visitor(  # noqa: D103 - an ask of which only the interesting part needs to be said
+def visitor(  # noqa: D103 - a request of which only the interesting part needs to be said
     fingerprint: str = VISITOR,
     *,
     agent: str = AGENT,

@@ -313,7 +313,7 @@ class Talk:
             self._socket = socket.create_connection(address.hosts[0])
         self._reader = Reader()
 
-    def ask(self, commands: list[bytes]) -> list[Reply]:
+    def send(self, commands: list[bytes]) -> list[Reply]:
         """Return a reply a command; an error is one, too."""
         self._socket.sendall(b"".join(commands))
         replies: list[Reply] = []
@@ -327,7 +327,7 @@ class Talk:
 
     def load(self, source: str) -> bytes:
         """Give the server a script; returns its name."""
-        (name,) = self.ask([command(b"SCRIPT", b"LOAD", source.encode())])
+        (name,) = self.send([command(b"SCRIPT", b"LOAD", source.encode())])
         assert isinstance(name, bytes), name
         return name
 
@@ -348,7 +348,7 @@ def compare(server: StoreServer, count: int, seed: int) -> Counter[str]:
         names = {script: talk.load(at_given_time(script.source)) for script in Script}
         for first in range(0, count, BATCH):
             batch = [next(trace) for _ in range(min(BATCH, count - first))]
-            replies = talk.ask([_packed(names, step, now) for step, now in batch])
+            replies = talk.send([_packed(names, step, now) for step, now in batch])
             for (step, now), reply in zip(batch, replies, strict=True):
                 assert _same(step, reply), f"after {kinds.total()} steps, at {now}: {step}, {reply}"
                 kinds[f"{step[0].value} {_kind(reply)}" if step[0] else "spoiled"] += 1
@@ -411,7 +411,7 @@ def compare_by_server_clock(server: StoreServer, count: int, seed: int) -> Count
         name = talk.load(telling_time(Script.SPEND.source))
         for _ in range(0, count, 20):
             charges = [_charge(draw) for _ in range(20)]
-            replies = talk.ask([_packed_charge(name, *charge) for charge in charges])
+            replies = talk.send([_packed_charge(name, *charge) for charge in charges])
             for (bucket, limit, carried), reply in zip(charges, replies, strict=True):
                 assert isinstance(reply, list), reply
                 now, (allowed, wait) = int(reply[0]), reply[1]

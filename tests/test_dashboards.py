@@ -78,7 +78,7 @@ def reported() -> dict[str, list[dict[str, str]]]:
     """Every series that a query can ask for, with all parts of the broker in place."""
     layout = Metrics(
         "upstream", budget=True, shared_store=True, state_file=True, pass_through=True, workers=2
-    ).sheet
+    ).layout
     registry = exposition.registry(layout.families, SharedCells([layout.cells]), lambda: None)
     series: dict[str, list[dict[str, str]]] = {}
     for family in registry.collect():

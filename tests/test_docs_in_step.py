@@ -170,7 +170,7 @@ def metric_names() -> set[str]:
     counted = (Kind.COUNTER, Kind.COUNT)
     return {
         f"{family.name}_total" if family.kind in counted else family.name
-        for family in Metrics("upstream").sheet.families
+        for family in Metrics("upstream").layout.families
         if family.kind is not Kind.PRIVATE
     }
 

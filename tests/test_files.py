@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin
 
 import pytest
 from msgspec import Struct
-from processes import AGENT, PATIENCE, Tree, environment, good, merged, put, run, toml, write
+from processes import AGENT, TIMEOUT, Tree, environment, good, merged, put, run, toml, write
 from servers import write_certificates
 
 from broker.app import factory
@@ -29,7 +29,7 @@ from broker.config.settings import Settings
 from broker.issuers import keyfile
 from broker.sqlite import location
 
-Made = Callable[[Path], object]
+Maker = Callable[[Path], object]
 
 
 def _socket(path: Path) -> None:
@@ -42,7 +42,7 @@ def _unreadable(path: Path) -> None:
     path.touch(mode=0)
 
 
-KINDS: dict[str, tuple[Made, str]] = {
+KINDS: dict[str, tuple[Maker, str]] = {
     "pipe": (os.mkfifo, "a pipe; name a regular file"),
     "folder": (Path.mkdir, "a directory; name a file in it"),
     "endless": (lambda path: path.symlink_to("/dev/zero"), "a device; name a regular file"),
@@ -120,7 +120,7 @@ def in_time() -> Iterator[None]:
         raise TimeoutError
 
     before = signal.signal(signal.SIGALRM, fail)
-    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+    signal.setitimer(signal.ITIMER_REAL, TIMEOUT)
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
@@ -345,7 +345,7 @@ def test_a_token_without_an_end_is_none(tmp_path: Path) -> None:
             stdin=endless,
             capture_output=True,
             env=environment(),
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             check=False,
         )
     assert (done.returncode, done.stdout) == (1, b"")

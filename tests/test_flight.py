@@ -63,10 +63,10 @@ async def test_F1_a_thousand_askers_share_one_mint_and_one_of_them_leads() -> No
     """However many ask for a key at once, its mint is started once and all get its outcome."""
     flights: SingleFlight[str] = SingleFlight()
     mint = Mint()
-    askers = join_all(flights, 1000, mint)
+    callers = join_all(flights, 1000, mint)
     await ticks()
     mint.end.set_result("token")
-    assert await asyncio.gather(*askers) == [("token", True)] + [("token", False)] * 999
+    assert await asyncio.gather(*callers) == [("token", True)] + [("token", False)] * 999
     assert (mint.runs, len(flights), flights._by_key) == (1, 0, {})
 
 
@@ -88,10 +88,10 @@ async def test_F3_a_deserted_flight_that_only_queues_is_cancelled_and_nothing_st
     """Once all have left, a mint that costs nothing yet ends at once."""
     flights: SingleFlight[str] = SingleFlight()
     mint = Mint()
-    askers = join_all(flights, 3, mint)
+    callers = join_all(flights, 3, mint)
     await ticks()
-    for asker in askers:
-        asker.cancel()
+    for caller in callers:
+        caller.cancel()
     await ticks()
     assert (mint.runs, mint.cancelled, len(flights), flights._by_key) == (1, 1, 0, {})
 
@@ -114,9 +114,9 @@ async def test_F3_a_deserted_flight_whose_request_is_out_finishes() -> None:
     """What is paid for is brought home, though nobody waits for it any more."""
     flights: SingleFlight[str] = SingleFlight()
     mint = Mint(sent=True)
-    (asker,) = join_all(flights, 1, mint)
+    (caller,) = join_all(flights, 1, mint)
     await ticks()
-    asker.cancel()
+    caller.cancel()
     await ticks()
     assert (mint.cancelled, len(flights)) == (0, 1)
     late = join_all(flights, 1, mint)[0]
@@ -144,11 +144,11 @@ async def test_F4_a_failed_mint_fails_everybody_once() -> None:
     """All waiters get that one error: no retry for each, and nobody gets None."""
     flights: SingleFlight[str] = SingleFlight()
     mint = Mint()
-    askers = join_all(flights, 100, mint)
+    callers = join_all(flights, 100, mint)
     await ticks()
     error = UpstreamUnavailable("down")
     mint.end.set_exception(error)
-    outcomes = await asyncio.gather(*askers, return_exceptions=True)
+    outcomes = await asyncio.gather(*callers, return_exceptions=True)
     assert all(outcome is error for outcome in outcomes)
     assert (mint.runs, len(flights)) == (1, 0)
 
@@ -205,18 +205,18 @@ async def test_F6_a_mint_that_is_cancelled_is_told_as_unavailable_and_not_kept()
     """Waiters of a flight that was cancelled under them get an error of ours; the next works."""
     flights: SingleFlight[str] = SingleFlight()
     mint = Mint()
-    askers = join_all(flights, 2, mint)
+    callers = join_all(flights, 2, mint)
     await ticks()
     await flights.close()
-    outcomes = await asyncio.gather(*askers, return_exceptions=True)
+    outcomes = await asyncio.gather(*callers, return_exceptions=True)
     assert [(type(error), error.retry_after) for error in outcomes] == [
         (ServiceUnavailable, 1_000_000)
     ] * 2
     again = Mint()
-    (asker,) = join_all(flights, 1, again)
+    (caller,) = join_all(flights, 1, again)
     await ticks()
     again.end.set_result("token")
-    assert await asker == ("token", True)
+    assert await caller == ("token", True)
 
 
 @pytest.mark.parametrize("leaver_first", [True, False])
@@ -224,16 +224,16 @@ async def test_F9_leaving_in_the_tick_of_the_landing_hurts_nobody(leaver_first: 
     """Half leave in the very turn in which the token arrives; the other half have it."""
     flights: SingleFlight[str] = SingleFlight()
     mint = Mint()
-    askers = join_all(flights, 100, mint)
+    callers = join_all(flights, 100, mint)
     await ticks()
     if leaver_first:
-        for asker in askers[::2]:
-            asker.cancel()
+        for caller in callers[::2]:
+            caller.cancel()
     mint.end.set_result("token")
     await asyncio.sleep(0)
-    for asker in askers[::2]:
-        asker.cancel()
-    outcomes = await asyncio.gather(*askers, return_exceptions=True)
+    for caller in callers[::2]:
+        caller.cancel()
+    outcomes = await asyncio.gather(*callers, return_exceptions=True)
     assert outcomes[1::2] == [("token", False)] * 50
     assert all(
         isinstance(outcome, asyncio.CancelledError) or outcome[0] == "token"
@@ -267,10 +267,10 @@ async def test_the_first_asker_s_context_does_not_leak_into_the_mint() -> None:
     flights: SingleFlight[str] = SingleFlight()
     mint = Mint()
     TRACE.set("the first asker's")
-    (asker,) = join_all(flights, 1, mint)
+    (caller,) = join_all(flights, 1, mint)
     await ticks()
     mint.end.set_result("token")
-    await asker
+    await caller
     assert mint.trace == "nobody's"
 
 
@@ -300,7 +300,7 @@ KEYS = st.sampled_from(["red", "blue"])
 PICKS = st.integers(0, 20)
 
 
-class Askers(RuleBasedStateMachine):
+class CallerMachine(RuleBasedStateMachine):
     """Random histories: who asks, who leaves, what lands, and how often the loop turns between.
 
     A rule without a `tick` after it happens in the same turn of the loop as the next one: so
@@ -314,7 +314,7 @@ class Askers(RuleBasedStateMachine):
         self.loop.set_exception_handler(lambda _loop, about: self.complaints.append(about))
         self.flights: SingleFlight[str] = SingleFlight()
         self.mints: list[Started] = []
-        self.askers: list[tuple[str, asyncio.Task[tuple[str, bool]]]] = []
+        self.callers: list[tuple[str, asyncio.Task[tuple[str, bool]]]] = []
         self.left: set[asyncio.Task[tuple[str, bool]]] = set()
         self.landed: set[str] = set()
         self.failed: set[str] = set()
@@ -345,10 +345,10 @@ class Askers(RuleBasedStateMachine):
             self.loop.run_forever()
 
     @rule(key=KEYS, count=st.integers(1, 3))
-    def ask(self, key: str, count: int) -> None:
+    def join(self, key: str, count: int) -> None:
         for _ in range(count):
             task = self.loop.create_task(self.flights.join(key, self.mint_of(key)))
-            self.askers.append((key, task))
+            self.callers.append((key, task))
 
     @rule(key=KEYS)
     def renew_in_background(self, key: str) -> None:
@@ -357,17 +357,17 @@ class Askers(RuleBasedStateMachine):
 
         self.loop.run_until_complete(start())
 
-    @precondition(lambda self: self.askers)
+    @precondition(lambda self: self.callers)
     @rule(pick=PICKS)
     def leave(self, pick: int) -> None:
-        _, task = self.askers[pick % len(self.askers)]
+        _, task = self.callers[pick % len(self.callers)]
         if task.cancel():
             self.left.add(task)
 
-    @precondition(lambda self: self.askers)
+    @precondition(lambda self: self.callers)
     @rule(key=KEYS)
     def leave_together(self, key: str) -> None:
-        for asked, task in self.askers:
+        for asked, task in self.callers:
             if asked == key and task.cancel():
                 self.left.add(task)
 
@@ -407,7 +407,7 @@ class Askers(RuleBasedStateMachine):
 
     @invariant()
     def each_got_what_was_theirs(self) -> None:
-        for key, task in self.askers:
+        for key, task in self.callers:
             if not task.done():
                 continue
             if task.cancelled():
@@ -426,7 +426,7 @@ class Askers(RuleBasedStateMachine):
         if self.closes:
             self.loop.run_until_complete(self.flights.close())
         else:
-            while not all(task.done() for _, task in self.askers) or len(self.flights):
+            while not all(task.done() for _, task in self.callers) or len(self.flights):
                 self.turn_loop(3)
                 for mint in self.mints:
                     if not mint.end.done():
@@ -434,15 +434,15 @@ class Askers(RuleBasedStateMachine):
                         mint.end.set_result(mint.token)
             self.each_got_what_was_theirs()
         self.turn_loop(5)
-        assert all(task.done() for _, task in self.askers), "an asker was forgotten"
-        for _, task in self.askers:
+        assert all(task.done() for _, task in self.callers), "an asker was forgotten"
+        for _, task in self.callers:
             if not task.cancelled():
                 task.exception()
         assert (len(self.flights), self.flights._by_key) == (0, {})
         assert asyncio.all_tasks(self.loop) == set()
         assert all(mint.over and not mint.flight._waiters for mint in self.mints)
         self.mints.clear()
-        self.askers.clear()
+        self.callers.clear()
         self.left.clear()
         gc.collect(0)
         self.turn_loop(1)
@@ -453,7 +453,7 @@ class Askers(RuleBasedStateMachine):
 def test_F2_F3_F5_F6_F9_every_interleaving_of_asking_leaving_landing_and_failing() -> None:
     """At most one living mint a key, everybody gets their own key's outcome, nothing is left."""
     run_state_machine_as_test(
-        Askers,
+        CallerMachine,
         settings=settings(
             max_examples=150,
             stateful_step_count=30,
@@ -479,8 +479,8 @@ async def test_G6_nothing_of_an_ended_flight_is_left_to_the_collector(ending: st
         await gate.wait()
         raise UpstreamUnavailable("no token")
 
-    patience = 0.0 if ending == "outlasts its waiters" else None
-    waiting = [asyncio.create_task(flights.join(f"{n}", mint, patience)) for n in range(50)]
+    timeout = 0.0 if ending == "outlasts its waiters" else None
+    waiting = [asyncio.create_task(flights.join(f"{n}", mint, timeout)) for n in range(50)]
     await asyncio.sleep(0)
     gc.collect()
     gc.disable()

@@ -7,16 +7,23 @@ from pathlib import Path
 
 import pytest
 
-BROKER = Path(__file__).resolve().parents[1] / "broker"
+ROOT = Path(__file__).resolve().parents[1]
+BROKER = ROOT / "broker"
+TESTS = ROOT / "tests"
 
 RETIRED = {
     "Ask",
+    "Asker",
+    "Askers",
     "Board",
     "Book",
+    "BookFull",
+    "CREW",
     "Carried",
     "Child",
     "Conversation",
     "Credentials",
+    "Crew",
     "Denial",
     "Door",
     "Elsewhere",
@@ -33,6 +40,8 @@ RETIRED = {
     "LocalRefusals",
     "Made",
     "MemoryBook",
+    "PATIENCE",
+    "PATIENT",
     "PROBING",
     "Paced",
     "Patience",
@@ -55,15 +64,32 @@ RETIRED = {
     "Unpaced",
     "Urgency",
     "ValkeyBook",
+    "_Asked",
     "_board",
+    "_front",
     "_roll",
+    "ask",
+    "ask_of",
+    "asker",
+    "askers",
+    "asks",
     "board",
+    "book",
+    "crew",
+    "denial",
     "door",
     "end_visitor",
+    "front",
     "handout",
+    "hear",
+    "heard_news",
     "make_up",
+    "patience",
+    "patient",
     "plenty",
     "seat",
+    "sharing",
+    "sheet",
     "take_if_plenty",
 }
 """Names of what the field has another word for; the glossary of CONTRIBUTING has both."""
@@ -76,7 +102,9 @@ def names_in(source: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "file", sorted(BROKER.rglob("*.py")), ids=lambda file: str(file.relative_to(BROKER))
+    "file",
+    sorted([*BROKER.rglob("*.py"), *TESTS.rglob("*.py")]),
+    ids=lambda file: str(file.relative_to(ROOT)),
 )
 def test_no_retired_word_is_an_identifier(file: Path) -> None:
     """Neither a class nor a variable, an argument or an attribute."""

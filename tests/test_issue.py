@@ -44,7 +44,7 @@ def failing(error: Exception, times: int = 1_000_000) -> Callable[[TokenRequest]
     """Fail so many mints, then none."""
     left = iter(range(times))
 
-    def fail(_ask: TokenRequest) -> None:
+    def fail(_request: TokenRequest) -> None:
         if next(left, None) is not None:
             raise error
 
@@ -121,7 +121,7 @@ def test_F3_all_leave_while_the_mint_queues_and_its_place_goes_on() -> None:
         answer = await stayer
         assert asyncio.get_running_loop().time() - began == pytest.approx(0.5, abs=A_BIT)
         assert answer.outcome is Outcome.MINTED
-        assert [request.fingerprint for request in service.issuer.asks] == ["bbbb"]
+        assert [request.fingerprint for request in service.issuer.requests] == ["bbbb"]
         assert (len(service.tokens), len(service.minter.backoff), pacer.depth) == (1, 0, 0)
         await pacer.close()
         await service.settled()
@@ -149,7 +149,7 @@ def test_F3_all_leave_around_the_tick_of_the_slot_and_it_is_not_wasted() -> None
             await asyncio.sleep(0)
         assert loop.time() - due < 100e-6
         await stayer
-        minted = [request.fingerprint for request in service.issuer.asks]
+        minted = [request.fingerprint for request in service.issuer.requests]
         assert minted in (["bbbb"], ["aaaa", "bbbb"])
         await pacer.close()
         await service.settled()
@@ -188,7 +188,7 @@ def test_F3_a_short_patience_while_queued_gives_the_place_up() -> None:
         service = Service(clock, pacer=pacer)
         began = asyncio.get_running_loop().time()
         with pytest.raises(errors.UpstreamTimeout):
-            await service.issue(visitor(), patience=3)
+            await service.issue(visitor(), timeout=3)
         assert asyncio.get_running_loop().time() - began == pytest.approx(3, abs=A_BIT)
         await asyncio.sleep(0)
         assert (pacer.depth, service.mints) == (0, 0)
@@ -341,7 +341,7 @@ def test_F7_equal_keys_mean_equal_parts(
 
 EVENTS = st.lists(
     st.one_of(
-        st.tuples(st.just("ask"), st.integers(0, 3), st.booleans()),
+        st.tuples(st.just("request"), st.integers(0, 3), st.booleans()),
         st.tuples(st.just("leave"), st.integers(0, 30), st.booleans()),
         st.tuples(st.just("wait"), st.sampled_from([0, 1, 700, 3000]), st.booleans()),
         st.tuples(st.just("break"), st.integers(0, 1), st.booleans()),
@@ -365,7 +365,7 @@ def test_F8_no_interleaving_hands_a_token_to_somebody_else(
         asked: list[tuple[TokenRequest, asyncio.Task[IssuedToken]]] = []
         for what, number, flag in events:
             match what:
-                case "ask":
+                case "request":
                     request = visitor("abab", model=f"{number}", fresh=flag)
                     asked.append((request, service.begin(request)))
                 case "leave" if asked:
@@ -436,8 +436,8 @@ def test_T1_tokens_of_one_second_are_renewed_evenly(count: int, every: float) ->
 
     async def main(clock: FakeClock) -> list[int]:
         service = Service(clock)
-        asks = [visitor(f"{number:08x}") for number in range(count)]
-        for request in asks:
+        requests = [visitor(f"{number:08x}") for number in range(count)]
+        for request in requests:
             await service.hand_out(request)
             clock.advance(1 / count)
         clock.advance(HOUR - 15 * 60)
@@ -445,7 +445,7 @@ def test_T1_tokens_of_one_second_are_renewed_evenly(count: int, every: float) ->
         for _ in range(8):
             for _ in range(round(60 / every)):
                 clock.advance(every)
-                for request in asks:
+                for request in requests:
                     assert (await service.hand_out(request)).outcome is Outcome.REUSED
                 await service.service.flights.drained()
             renewals.append(service.mints - count - sum(renewals))
@@ -728,7 +728,7 @@ def test_T9_a_failed_renewal_is_tried_again_backed_off_and_callers_do_not_notice
         tries: list[float] = []
         loop = asyncio.get_running_loop()
 
-        def fail(_ask: TokenRequest) -> None:
+        def fail(_request: TokenRequest) -> None:
             tries.append(loop.time())
             if len(tries) < 20:
                 raise errors.UpstreamUnavailable("down")
@@ -787,7 +787,7 @@ def test_F4_a_renewal_that_yields_the_budget_is_nobody_elses_failure() -> None:
 
     async def main(clock: FakeClock) -> None:
         service, told = Service(clock), list[BaseException | None]()
-        service.store.abandon = lambda _ask, _key, _lease, error: told.append(error)  # type: ignore[method-assign]
+        service.store.abandon = lambda _request, _key, _lease, error: told.append(error)  # type: ignore[method-assign]
         await service.hand_out(visitor())
         yields, late = errors.BudgetExhausted("elsewhere", SECOND), errors.UpstreamTimeout("slow")
         for failure in (yields, late):
@@ -845,7 +845,7 @@ def test_T9_renewals_without_plenty_charge_nothing() -> None:
     async def main(clock: FakeClock) -> None:
         pacer = await queueing(Budget(rate=1, per=600, burst=1, max_wait=1000))
         service = Service(clock, pacer=pacer, mint_timeout=1000)
-        await service.hand_out(visitor(), patience=1000)
+        await service.hand_out(visitor(), timeout=1000)
         clock.advance(HOUR - 7 * 60)
         for _ in range(10):
             await service.hand_out(visitor())
@@ -990,7 +990,7 @@ def test_M2_a_key_in_flight_is_not_evicted() -> None:
         answers = await asyncio.gather(*waiting)
         assert len({answer.token for answer in answers}) == 1
         assert all(belongs_to(answer.token, visitor("aaaa")) for answer in answers)
-        assert [request.fingerprint for request in service.issuer.asks].count("aaaa") == 1
+        assert [request.fingerprint for request in service.issuer.requests].count("aaaa") == 1
         assert (await service.hand_out(visitor("aaaa"))).outcome is Outcome.REUSED
         assert (len(service.tokens), service.tokens.counts.evicted.value) == (1, 20)
         await service.hand_out(visitor("aaaa", fresh=True))
@@ -1013,7 +1013,7 @@ def test_M4_a_cancelled_or_timed_out_mint_is_never_remembered_as_a_refusal() -> 
         leaver.cancel()
         await asyncio.sleep(0)
         with pytest.raises(errors.UpstreamTimeout):
-            await service.issue(visitor(), patience=0.2)
+            await service.issue(visitor(), timeout=0.2)
         assert len(service.minter.backoff) == 0
         assert (await service.hand_out(visitor())).outcome is Outcome.MINTED
         service.issuer.delay = 100
@@ -1059,10 +1059,10 @@ def test_a_back_off_longer_than_the_caller_s_patience_ends_all_the_same() -> Non
         began = asyncio.get_running_loop().time()
         for _ in range(9):
             with pytest.raises(errors.UpstreamTimeout):
-                await service.issue(visitor(), patience=0.5)
+                await service.issue(visitor(), timeout=0.5)
             assert service.mints == 6
             assert len(service.service.flights._by_key) == 0
-        await service.hand_out(visitor(), patience=0.5)
+        await service.hand_out(visitor(), timeout=0.5)
         assert asyncio.get_running_loop().time() - began == pytest.approx(4.95, abs=A_BIT)
         await service.settled()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from service import AGENT, MINUTE, PATIENCE, POLICY, limits, visitor
+from service import AGENT, MINUTE, POLICY, TIMEOUT, limits, visitor
 
 from broker.app import wiring
 from broker.clock import SystemClock
@@ -89,7 +89,7 @@ def _seconds(span: int) -> int:
 _VISITORS = st.sampled_from(["d3adbeef", "0badcafe", "feedf00d"])
 
 _STEPS = st.one_of(
-    st.tuples(st.just("ask"), _VISITORS, st.booleans()),
+    st.tuples(st.just("request"), _VISITORS, st.booleans()),
     st.tuples(st.just("end"), _VISITORS, st.just(False)),
     st.tuples(st.just("pass"), st.integers(0, 300).map(str), st.just(False)),
 )
@@ -119,7 +119,7 @@ def test_at_once_a_mint_is_what_it_is_in_a_flight(
             else:
                 result: IssuedToken | Rejection | RateLimited
                 try:
-                    result = await signer.service.issue(visitor(what, fresh=fresh), PATIENCE)
+                    result = await signer.service.issue(visitor(what, fresh=fresh), TIMEOUT)
                 except RateLimited as error:
                     result = error
                 await signer.service.flights.drained()
@@ -160,10 +160,10 @@ def test_a_flight_that_is_under_way_is_joined() -> None:
         made = signer.begin(visitor())
         assert isinstance(made, IssuedToken)
         clock.advance((made.left - 6 * MINUTE) / SECOND)
-        ahead = asyncio.create_task(signer.service.issue(visitor(), PATIENCE))
+        ahead = asyncio.create_task(signer.service.issue(visitor(), TIMEOUT))
         await asyncio.sleep(0)
         assert visitor().key in signer.service.flights
-        fresh = await signer.service.issue(visitor(fresh=True), PATIENCE)
+        fresh = await signer.service.issue(visitor(fresh=True), TIMEOUT)
         assert isinstance(fresh, IssuedToken)
         assert fresh.outcome is Outcome.COALESCED
         assert isinstance(await ahead, IssuedToken)
@@ -184,7 +184,7 @@ def test_a_key_whose_mint_met_a_defect_backs_off(monkeypatch: pytest.MonkeyPatch
         assert signer.minter.backoff.failures(visitor().key) == 1
         signer.minter.backoff._failing[visitor().key].not_before = clock.mono() + SECOND
         before = clock.mono()
-        made = await signer.service.issue(visitor(), PATIENCE)
+        made = await signer.service.issue(visitor(), TIMEOUT)
         assert isinstance(made, IssuedToken)
         assert clock.mono() - before >= SECOND
         assert isinstance(signer.begin(visitor(fresh=True)), IssuedToken)

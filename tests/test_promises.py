@@ -65,11 +65,11 @@ class Weather:
         self.service.issuer = self.service.minter._issuer = self.issuer
         self.outcomes: list[tuple[TokenRequest, object, int]] = []
 
-    async def visit(self, request: TokenRequest, patience: float) -> None:
+    async def visit(self, request: TokenRequest, timeout: float) -> None:
         """Ask once; note what came of it, and the moment."""
         outcome: object
         try:
-            outcome = await self.service.issue(request, patience)
+            outcome = await self.service.issue(request, timeout)
         except (errors.BrokerError, asyncio.CancelledError) as error:
             outcome = error
         self.outcomes.append((request, outcome, self.clock.mono()))
@@ -79,8 +79,8 @@ class Weather:
         tasks = []
         for _ in range(visits):
             request = visitor(f"{self.chance.randrange(4):04x}", fresh=self.chance.random() < 0.2)
-            patience = self.chance.choice([0.0, 0.5, 3.0, 12.0, 12.0])
-            task = loop.create_task(self.visit(request, patience))
+            timeout = self.chance.choice([0.0, 0.5, 3.0, 12.0, 12.0])
+            task = loop.create_task(self.visit(request, timeout))
             if self.chance.random() < 0.2:
                 loop.call_later(self.chance.expovariate(1), task.cancel)
             tasks.append(task)
@@ -147,7 +147,7 @@ def test_G2_one_caller_s_end_is_no_other_caller_s(how: str, when: str) -> None:
         service.issuer.delay = 2.0
         loop = asyncio.get_running_loop()
         began = loop.time()
-        first = service.begin(visitor(), patience=moment if how == "out of patience" else 12.0)
+        first = service.begin(visitor(), timeout=moment if how == "out of patience" else 12.0)
         others = [service.begin(visitor()) for _ in range(20)]
         if how == "cancelled":
             loop.call_later(moment, first.cancel)
@@ -188,7 +188,7 @@ def test_G3_over_a_whole_outage_no_token_is_handed_out_below_a_minute() -> None:
         service = Service(clock)
         held = await service.hand_out(visitor())
 
-        def down(_ask: TokenRequest) -> None:
+        def down(_request: TokenRequest) -> None:
             raise errors.UpstreamUnavailable("down")
 
         service.issuer.fail = down
@@ -196,7 +196,7 @@ def test_G3_over_a_whole_outage_no_token_is_handed_out_below_a_minute() -> None:
         for _ in range(HOUR + 60):
             await asyncio.sleep(1)
             try:
-                answer = await service.hand_out(visitor(), patience=A_BIT)
+                answer = await service.hand_out(visitor(), timeout=A_BIT)
             except errors.BrokerError:
                 assert held.token.left(clock.mono(), clock.wall()) <= 61 * SECOND
             else:
@@ -248,7 +248,7 @@ def test_G5_who_has_a_valid_token_in_the_cache_waits_for_nobody(
 
 
 def _raise(error: Exception):  # noqa: ANN202 - what FakeIssuer.fail wants
-    def fail(_ask: TokenRequest) -> None:
+    def fail(_request: TokenRequest) -> None:
         raise error
 
     return fail
@@ -279,7 +279,7 @@ def test_G8_visitors_who_differ_in_one_part_never_meet() -> None:
     async def main(clock: FakeClock) -> None:
         service = Service(clock)
         service.issuer.delay = 0.2
-        asks = [
+        requests = [
             visitor(fingerprint, agent=agent, model=model, client=client)
             for fingerprint in ("aaaa", "AAAA")
             for agent in ("A1", "a1")
@@ -287,14 +287,14 @@ def test_G8_visitors_who_differ_in_one_part_never_meet() -> None:
             for client in ("web", "app")
         ]
         for _ in range(12):
-            crowd = asks * 5
+            crowd = requests * 5
             random.Random(7).shuffle(crowd)
             answers = await asyncio.gather(*(service.hand_out(request) for request in crowd))
             for request, answer in zip(crowd, answers, strict=True):
                 assert belongs_to(answer.token, request)
-            assert len({answer.token for answer in answers}) == len(asks)
+            assert len({answer.token for answer in answers}) == len(requests)
             await asyncio.sleep(500)
-        assert service.mints > len(asks)
+        assert service.mints > len(requests)
         await service.settled()
 
     run_virtual(main)

@@ -71,7 +71,7 @@ README_LINES = 250
 FLAT = " ".join(TEXT.split())
 """All pages without line ends, for sentences."""
 
-PATIENCE = 60.0
+TIMEOUT = 60.0
 """Seconds after which a process is taken to hang, on a machine that is busy with other tests."""
 
 
@@ -158,7 +158,7 @@ def test_every_flag_of_a_load_test_exists(program: str) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         check=True,
     )
     flags = [word for word in words if word.startswith("--")]
@@ -274,7 +274,7 @@ def test_every_python_block_runs(number: int) -> None:
         [sys.executable, "-W", "error", "-c", PROGRAMS[number].text],
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -406,7 +406,7 @@ def all_metrics() -> list[Metric]:
     """Metrics of a relay with all parts that can report: what Prometheus sees."""
     layout = Metrics(
         "upstream", budget=True, shared_store=True, state_file=True, pass_through=True, workers=2
-    ).sheet
+    ).layout
     return list(
         exposition.registry(layout.families, SharedCells([layout.cells]), lambda: None).collect()
     )
@@ -666,7 +666,7 @@ def development_broker(folder: Path) -> Iterator[Dev]:
             first = json.loads(lines[0])
             yield Dev(first["url"], first["api_secret"], lines)
             process.send_signal(signal.SIGTERM)
-            assert process.wait(PATIENCE) == 0
+            assert process.wait(TIMEOUT) == 0
         finally:
             process.kill()
 
@@ -680,7 +680,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dev]:
 
 def post(running: Dev, body: bytes) -> tuple[str, dict[str, Any]]:
     """Ask for a token; returns `Cache-Status` and the answer."""
-    connection = HTTPConnection(urlsplit(running.url).netloc, timeout=PATIENCE)
+    connection = HTTPConnection(urlsplit(running.url).netloc, timeout=TIMEOUT)
     try:
         connection.request("POST", "/v1/embed-tokens/request", body, {"api-secret": running.secret})
         answer = connection.getresponse()
@@ -725,7 +725,7 @@ def test_the_iframe_command_prints_the_shown_iframe(running: Dev) -> None:
         env={**os.environ, "BROKER_API_SECRET": running.secret},
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         check=True,
     )
     block = under("The iframe", "html")
@@ -763,7 +763,7 @@ class TestJavaScript:
 
     def node(self, script: str) -> str:
         return subprocess.run(
-            ["node", "-e", script], capture_output=True, text=True, timeout=PATIENCE, check=True
+            ["node", "-e", script], capture_output=True, text=True, timeout=TIMEOUT, check=True
         ).stdout
 
 
@@ -774,7 +774,7 @@ def test_the_printed_curl_line_works_in_a_shell(running: Dev) -> None:
         ["bash", "-c", running.lines[1]],
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         check=True,
     )
     assert json.loads(done.stdout)["success"] is True
@@ -792,7 +792,7 @@ def test_the_log_s_commands_read_what_a_broker_writes(tmp_path: Path) -> None:
             ["bash", "-c", f"journalctl() {{ cat {journal}; }}; {line} -c"],
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             check=True,
         ).stdout
         for line in block.text.splitlines()
@@ -815,7 +815,7 @@ def test_the_curl_lines_of_a_session_s_life_work_in_a_shell(running: Dev) -> Non
 
     def said(line: str) -> str:
         return subprocess.run(
-            ["bash", "-c", line], capture_output=True, text=True, timeout=PATIENCE, check=True
+            ["bash", "-c", line], capture_output=True, text=True, timeout=TIMEOUT, check=True
         ).stdout
 
     assert said(verify).startswith("HTTP/1.1 200 ")
@@ -836,7 +836,7 @@ def test_the_relay_s_commands_relay(tmp_path: Path) -> None:
         arguments = [*fake[1:], "--listen", "127.0.0.1:0"]  # the last one counts
         vendor = await start(*arguments, environment=environment)
         try:
-            line = await asyncio.wait_for(vendor.stdout.readline(), PATIENCE)
+            line = await asyncio.wait_for(vendor.stdout.readline(), TIMEOUT)
             url = json.loads(line)["url"]
             environment["BROKER_ISSUER__UPSTREAM__BASE_URL"] = url
             socket = tmp_path / "s"
@@ -849,11 +849,11 @@ def test_the_relay_s_commands_relay(tmp_path: Path) -> None:
                 environment=environment,
             )
             try:
-                line = await asyncio.wait_for(broker.stderr.readline(), PATIENCE)
+                line = await asyncio.wait_for(broker.stderr.readline(), TIMEOUT)
                 opened = json.loads(line)
                 assert opened["event"] == "broker.state_file_opened"
                 assert opened["path"] == str(tmp_path / "state.db")
-                line = await asyncio.wait_for(broker.stderr.readline(), PATIENCE)
+                line = await asyncio.wait_for(broker.stderr.readline(), TIMEOUT)
                 assert json.loads(line)["event"] == "broker.started"
                 status, answer = await over_socket(socket, key)
                 assert status == b"200"
@@ -915,7 +915,7 @@ def test_G11_the_production_steps_survive_a_kill(tmp_path: Path) -> None:
                 broker = await start("serve", "--config", str(file), environment=environment)
                 try:
                     for event in ("broker.state_file_opened", "broker.started"):
-                        line = await asyncio.wait_for(broker.stderr.readline(), PATIENCE)
+                        line = await asyncio.wait_for(broker.stderr.readline(), TIMEOUT)
                         assert json.loads(line)["event"] == event
                     status, answer = await over_socket(tmp_path / "s", web)
                     assert status == b"200"
@@ -948,7 +948,7 @@ def test_the_production_steps_make_a_configuration_that_passes(tmp_path: Path) -
         env={**kept, **at_free_ports},
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "configuration ok\n"), done.stderr
@@ -977,7 +977,7 @@ async def over_socket(path: Path, secret: str) -> tuple[bytes, dict[str, Any]]:
             b"POST /v1/embed-tokens/request HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
             b"api-secret: %b\r\nContent-Length: %d\r\n\r\n%b" % (secret.encode(), len(body), body)
         )
-        head, _, text = (await asyncio.wait_for(reader.read(), PATIENCE)).partition(b"\r\n\r\n")
+        head, _, text = (await asyncio.wait_for(reader.read(), TIMEOUT)).partition(b"\r\n\r\n")
         return head.split()[1], json.loads(text)
     finally:
         writer.close()

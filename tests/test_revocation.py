@@ -41,7 +41,7 @@ class Ended:
         self.ended: dict[str, int] = {}
         self.handed: list[tuple[str, int]] = []
 
-    async def ask(self, fingerprint: str = "beef", *, fresh: bool = False) -> None:
+    async def request_token(self, fingerprint: str = "beef", *, fresh: bool = False) -> None:
         """Ask, and note which session came when."""
         try:
             answer = await self.service.issue(visitor(fingerprint, fresh=fresh))
@@ -80,7 +80,7 @@ def test_G9_after_an_end_is_answered_nobody_gets_that_session(seed: int, *, reus
         for _ in range(80):
             story.service.issuer.same = chance.random() < 0.2
             fingerprint = f"{chance.randrange(3):04x}"
-            asking = story.ask(fingerprint, fresh=chance.random() < 0.3)
+            asking = story.request_token(fingerprint, fresh=chance.random() < 0.3)
             tasks.append(asyncio.get_running_loop().create_task(asking))
             if chance.random() < 0.3 and story.live():
                 session = chance.choice(story.live())
@@ -107,7 +107,7 @@ def test_G9_an_end_wins_over_the_mint_that_is_in_flight(*, reuse: bool) -> None:
 
     async def main(clock: FakeClock) -> None:
         story = Ended(clock, reuse=reuse)
-        await story.ask()
+        await story.request_token()
         held = story.live()[0]
         crowd = [story.service.begin(visitor("beef", fresh=True)) for _ in range(20)]
         await asyncio.sleep(0.5)
@@ -128,10 +128,10 @@ def test_G9_an_ended_token_is_no_way_out_of_an_outage() -> None:
 
     async def main(clock: FakeClock) -> None:
         story = Ended(clock)
-        await story.ask()
+        await story.request_token()
         held = story.live()[0]
 
-        def down(_ask: object) -> None:
+        def down(_request: object) -> None:
             raise errors.UpstreamUnavailable("down")
 
         story.service.issuer.fail = down
@@ -155,7 +155,7 @@ def test_G9_a_session_that_the_vendor_opens_again_stays_ended() -> None:
 
     async def main(clock: FakeClock) -> None:
         story = Ended(clock)
-        await story.ask()
+        await story.request_token()
         held = story.live()[0]
         await story.end(held.session_id)
         story.service.issuer.same = True
@@ -193,7 +193,7 @@ def test_a_session_is_on_record_before_its_token_is_handed_out() -> None:
         story = Ended(clock)
         began = clock.wall() // SECOND
         for _ in range(3):
-            await story.ask("beef")
+            await story.request_token("beef")
         (session,) = story.live()
         assert (session.client, session.agent, session.fingerprint) == ("web", "A78WKV4515", "beef")
         assert (session.issued, session.expires) == (began, began + 3600)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import PATIENCE
+from processes import TIMEOUT
 from typing_extensions import override
 from web.edge import logging_to
 
@@ -208,7 +208,7 @@ async def test_N2_whatever_ends_work_aside_is_raised_where_it_was_asked_for() ->
         raise Odd
 
     with pytest.raises(Odd):
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             await aside(work)
 
 
@@ -349,7 +349,7 @@ async def test_what_is_told_before_anybody_waits_is_there(*, is_early: bool) -> 
         word.tell()
     else:
         asyncio.get_running_loop().call_soon(word.tell)
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         assert await word == 7
 
 

@@ -65,7 +65,7 @@ class App:
         self.metrics = self.parts.metrics
         self.housekeeping = Housekeeping(self.parts, self._tuner)
         self.reloader = Reloader(self.parts, settings, environ, load, self.watch)
-        layout = self.metrics.sheet
+        layout = self.metrics.layout
         shared_cells = SharedCells([layout.cells]) if worker is None else worker.shared_cells
         self._registry = exposition.registry(
             layout.families, shared_cells, self.housekeeping.publish

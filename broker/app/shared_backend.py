@@ -99,29 +99,29 @@ class StoreConnection:
         return self._slots
 
     def backend(
-        self, limits: Limits, front: TokenCache, origins: Callable[[], frozenset[str]]
+        self, limits: Limits, token_cache: TokenCache, origins: Callable[[], frozenset[str]]
     ) -> "SharedBackend":
         """Put the store of this server together; `origins` are the issuer's."""
-        return SharedBackend(self, limits, front, origins)
+        return SharedBackend(self, limits, token_cache, origins)
 
-    def heard(self, news: bytes) -> None:
+    def on_message(self, news: bytes) -> None:
         """Take note of news of the budget."""
         if self._slots is not None:
-            self._slots.heard(news)
+            self._slots.on_message(news)
 
 
 class SharedBackend:
     """The store on a server, and everything that needs the same server.
 
-    `front` is where tokens are held; `origins` are the issuer's.  Made in the event loop's thread;
-    `open` before the first request.
+    `token_cache` is where tokens are held; `origins` are the issuer's.  Made in the event loop's
+    thread; `open` before the first request.
     """
 
     def __init__(
         self,
         connection: StoreConnection,
         limits: Limits,
-        front: TokenCache,
+        token_cache: TokenCache,
         origins: Callable[[], frozenset[str]],
     ) -> None:
         self.connection = connection
@@ -134,12 +134,14 @@ class SharedBackend:
         self._closed = connection.closed
         clock, metrics = connection.clock, connection.metrics
         ends = KnownEnds(lambda visitor: self.names.visitor(visitor).epoch, clock.mono)
-        self.alone = MemoryStore(limits, front, clock, metrics.limits.counts, ends, clock.wall)
+        self.alone = MemoryStore(
+            limits, token_cache, clock, metrics.limits.counts, ends, clock.wall
+        )
         self._remote = ValkeyStore(
             ServerAccess(self.server, self.names, connection.replica),
             self.seal,
             origins,
-            front,
+            token_cache,
             limits,
             clock,
             metrics.limits.counts,
@@ -155,7 +157,7 @@ class SharedBackend:
         )
         most = connection.settings.sessions.max_recorded
         box = Box(connection.key, "sessions in a shared store")
-        self.book = SharedSessions(
+        self.sessions = SharedSessions(
             ValkeySessions(self.server, self.names, box, most, clock),
             MemorySessions(most, clock),
             self.store,
@@ -173,7 +175,7 @@ class SharedBackend:
         # A replica whose heart or ears stopped would be a danger to the others.
         self._background.start(BackgroundTask.HEARTBEATS, self.fleet.run)
         self._background.start(BackgroundTask.LEASES, self.store.keep_leases)
-        self._background.start(BackgroundTask.RECORDS, self.book.keep_written)
+        self._background.start(BackgroundTask.RECORDS, self.sessions.keep_written)
         self._background.start(BackgroundTask.SUBSCRIPTION, self._listen)
 
     def use_access(self, access: Access) -> None:
@@ -184,7 +186,7 @@ class SharedBackend:
         """Say farewell and close every connection."""
         await self._background.close()
         await self.store.close()
-        await self.book.close()
+        await self.sessions.close()
         await self.fleet.leave()
         await self.server.close()
 
@@ -205,14 +207,14 @@ class SharedBackend:
 
     async def _listen(self) -> None:
         channels = (self.names.wake(self.connection.replica.encode()), self.names.channel)
-        await listen(self.server.nodes, channels, self._heard)
+        await listen(self.server.nodes, channels, self._on_message)
 
-    def _heard(self, channel: bytes, message: bytes) -> None:
+    def _on_message(self, channel: bytes, message: bytes) -> None:
         if channel == self.names.channel:
-            self._remote.heard_news(message)
-            self.connection.heard(message)
+            self._remote.on_message(message)
+            self.connection.on_message(message)
         else:
-            self._remote.leases.heard(message)
+            self._remote.leases.on_message(message)
 
 
 def names_of(settings: Settings, key: Secret) -> Names:

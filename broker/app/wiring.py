@@ -294,7 +294,7 @@ def _stores(
     settings, clock, limits = given.settings, given.clock, factory.limits(given.settings)
     if connection is not None:
         shared = connection.backend(limits, cache, lambda: issuer.signer_ids)
-        return _Stores(shared.store, shared.book, shared)
+        return _Stores(shared.store, shared.sessions, shared)
     file = factory.state_file(settings)
     if file is not None:
         durable = _durable(given, credentials.state_file_keys(settings, keys), file, cache, issuer)

@@ -20,9 +20,9 @@ async def examine(settings: Settings) -> list[Finding]:
     findings = list(preflight.shown_password(settings, Level.PROBLEM))
     where = address.shown
     async with trial(address, factory.store_access(settings)) as witness:
-        told = await witness.ask(b"INFO")
+        told = await witness.call(b"INFO")
         fields = _fields(told)
-        role = await witness.ask(b"ROLE") if witness.failures and not fields else None
+        role = await witness.call(b"ROLE") if witness.failures and not fields else None
     if fields.get("redis_mode") == _SENTINEL or _is_sentinel(role):
         return [*findings, _problem(where, _IS_SENTINEL)]
     plain = [each for each in witness.failures if each.detail in _BY_WORD]

@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     from broker.config import load as config
 
     file = config.find_file(arguments.config, os.environ)
-    problem = probe.ask(where(arguments.admin_listen, os.environ, file))
+    problem = probe.check(where(arguments.admin_listen, os.environ, file))
     if problem:
         complain(f"broker: {one_line(problem)}")
         return EX_NO

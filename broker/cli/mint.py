@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.url:
             secret = os.environ.get("BROKER_API_SECRET", "")
-            token = ask(arguments.url, secret, arguments.agent, arguments.fingerprint)
+            token = request_token(arguments.url, secret, arguments.agent, arguments.fingerprint)
         else:
             token = sign(_settings(arguments), arguments.agent, arguments.fingerprint)
     except CannotMint as error:
@@ -125,7 +125,7 @@ def _checked(settings: Settings, agent: str, fingerprint: str) -> TokenRequest:
         raise Misused(error.message) from None
 
 
-def ask(url: str, secret: str, agent: str, fingerprint: str) -> str:
+def request_token(url: str, secret: str, agent: str, fingerprint: str) -> str:
     """Return a token from the broker at `url`; raises CannotMint, ConfigError without a secret."""
     import asyncio
 
@@ -133,7 +133,7 @@ def ask(url: str, secret: str, agent: str, fingerprint: str) -> str:
         raise Misused("--url must start with http:// or https://, or be unix:/path/of/a/socket")
     if not secret:
         raise ConfigError("BROKER_API_SECRET is not set: it must hold the client secret")
-    return asyncio.run(_ask(url, secret, {"agent_id": agent, "fingerprint": fingerprint}))
+    return asyncio.run(_request_token(url, secret, {"agent_id": agent, "fingerprint": fingerprint}))
 
 
 def _plain(error: Exception) -> Exception:
@@ -166,7 +166,7 @@ def _plain(error: Exception) -> Exception:
     return same
 
 
-async def _ask(url: str, secret: str, body: dict[str, str]) -> str:
+async def _request_token(url: str, secret: str, body: dict[str, str]) -> str:
     from http import HTTPStatus
 
     import aiohttp

@@ -34,7 +34,7 @@ class _UnixConnection(HTTPConnection):
         self.sock.connect(self._path)
 
 
-def ask(listen: str) -> str:
+def check(listen: str) -> str:
     """Return an empty text if the broker at this admin listener is ready, else why it is not."""
     failure = ""
     try:

@@ -84,7 +84,7 @@ class Witness(Topology):
     def use_access(self, access: Access) -> None:
         self._nodes.use_access(access)
 
-    async def ask(self, *words: bytes) -> Reply | StoreFailed:
+    async def call(self, *words: bytes) -> Reply | StoreFailed:
         """Send a command that a broker would not; what fails is told, not kept."""
         try:
             return await self._nodes.command(b"etb:", command(*words))
@@ -132,8 +132,8 @@ def _broker(address: StoreAddress, access: Access, fleet: str, key: Secret) -> S
         Metrics("local", budget=True, shared_store=True),
         f"doctor {secrets.token_hex(4)}",
     )
-    front = TokenCache(VISITORS, keep_until=lambda token: token.dies_mono, mono=clock.mono)
-    return connection.backend(factory.limits(settings), front, lambda: frozenset({fleet}))
+    token_cache = TokenCache(VISITORS, keep_until=lambda token: token.dies_mono, mono=clock.mono)
+    return connection.backend(factory.limits(settings), token_cache, lambda: frozenset({fleet}))
 
 
 async def _membership(first: SharedBackend, second: SharedBackend, witness: Witness) -> None:
@@ -180,18 +180,18 @@ async def _come_and_go(
     waiting = asyncio.create_task(second.store.lead(request, request.key, lambda _token: True))
     await asyncio.sleep(0.05)
     session = _session(request, number)
-    await first.book.record(session)
+    await first.sessions.record(session)
     _ = await store.keep(request, request.key, _token(first, lease), lease)
     await asyncio.wait([waiting], timeout=TIMEOUT)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
     _ = await second.store.peek(request, request.key)
-    _ = await first.book.find(session.session_id)
-    _ = await first.book.find_token(session.digest)
-    _ = await first.book.page(Query(agent=request.agent), Place(), 10)
-    await first.book.mark(session, by_client=False)
+    _ = await first.sessions.find(session.session_id)
+    _ = await first.sessions.find_token(session.digest)
+    _ = await first.sessions.page(Query(agent=request.agent), Place(), 10)
+    await first.sessions.mark(session, by_client=False)
     await store.revoke_visitor(request.client, request.fingerprint, request.key)
-    await first.book.forget(session)
+    await first.sessions.forget(session)
     store.abandon(request, request.key, await _lead(first, request), None)
     first.refusals.remember(request, Refused(404, "NOT_FOUND", "no", Scope.AGENT_MODEL))
     first.refusals.forget(request)

@@ -1,6 +1,6 @@
 """What every issuer promises.
 
-An issuer makes one token for one ask.  It knows nothing of reuse, limits or flights: whoever
+An issuer makes one token for one request.  It knows nothing of reuse, limits or flights: whoever
 calls it has already decided that a token must be made.
 """
 
@@ -35,11 +35,11 @@ class Issuer(Protocol):
         """Every `signer_id` whose tokens are still good."""
         ...
 
-    async def check(self, ask: TokenRequest) -> None:
-        """Raise at once if a mint for this ask is known to fail: before any limit is charged."""
+    async def check(self, request: TokenRequest) -> None:
+        """Raise at once if its mint is known to fail: before any limit is charged."""
         ...
 
-    async def mint(self, ask: TokenRequest, turn: Turn) -> Minted:
+    async def mint(self, request: TokenRequest, turn: Turn) -> Minted:
         """Make a token for this visitor.
 
         Raises `errors.VendorError` or `errors.ServiceUnavailable`, never a foreign exception.

@@ -58,38 +58,38 @@ class LocalIssuer(Issuer):
         return f"local {self._issuer} {self._audience} {self.keyring.name_of(kid)}"
 
     @override
-    async def check(self, ask: TokenRequest) -> None:
+    async def check(self, request: TokenRequest) -> None:
         """Nothing stops a signature."""
 
     @override
-    async def mint(self, ask: TokenRequest, turn: Turn) -> Minted:
+    async def mint(self, request: TokenRequest, turn: Turn) -> Minted:
         """Sign a token; never fails, and waits for nothing but its turn."""
         await turn()
-        return self.sign(ask, self._clock.wall())
+        return self.sign(request, self._clock.wall())
 
-    def sign(self, ask: TokenRequest, now: int) -> Minted:
+    def sign(self, request: TokenRequest, now: int) -> Minted:
         """Sign a token at this moment (Unix us), without a turn: a signature costs nobody."""
         issued = now // SECOND - BACKDATED_SECONDS
         expires = issued + LIFETIME_SECONDS
         session = os.urandom(16).hex()  # as `secrets` does it, by two calls less
         claims = _Claims(
-            sub=ask.agent,
-            agent_id=ask.agent,
-            fingerprint=ask.fingerprint,
+            sub=request.agent,
+            agent_id=request.agent,
+            fingerprint=request.fingerprint,
             sid=session,
             jti=session,
-            client_id=ask.client,
+            client_id=request.client,
             iat=issued,
             nbf=issued,
             exp=expires,
-            model=UNSET if ask.model is None else ask.model,
+            model=UNSET if request.model is None else request.model,
         )
         return Minted(
             token=self._template.sign(claims, now),
             session_id=session,
             expires_at=expires,
             lifetime=(LIFETIME_SECONDS - BACKDATED_SECONDS) * SECOND,
-            extra={} if ask.model is None else {"model": ask.model},
+            extra={} if request.model is None else {"model": request.model},
             origin=self._signer_ids[self.keyring.signing(now)],
         )
 

@@ -27,7 +27,7 @@ class NegativeCache(Protocol):
     """A memory of refusals."""
 
     async def find(self, request: TokenRequest) -> Refused | None:
-        """Return what the vendor would answer to this ask, as far as it is known."""
+        """Return what the vendor would answer to this request, as far as it is known."""
         ...
 
     def remember(self, request: TokenRequest, refused: Refused) -> None:

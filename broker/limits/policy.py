@@ -37,11 +37,11 @@ class LimitPolicy(Struct, frozen=True):
         return agent if self.overrides and agent in self.overrides else ""
 
     def visitor_key(self, request: TokenRequest) -> str:
-        """Return whose bucket this ask meets: its visitor's, or theirs on this agent."""
+        """Return whose bucket this request meets: its visitor's, or theirs on this agent."""
         return self.met_by(request)[1]
 
     def met_by(self, request: TokenRequest) -> tuple[LimitRule, str]:
-        """Return the rule that holds for this ask, and whose bucket it meets: see `own_bucket`."""
+        """Return the rule of this request, and whose bucket it meets: see `own_bucket`."""
         rule = self.overrides.get(request.agent)
         if rule is None:
             return self.rule, request.visitor

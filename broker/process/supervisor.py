@@ -106,7 +106,7 @@ class Supervisor:
         factory.check(settings, environ)
         self._sealing_key = credentials.sealing_key(settings)
         self._told = factory.with_store_secrets(settings, self._sealing_key)
-        count, width = settings.server.workers, factory.metrics(settings).sheet.width
+        count, width = settings.server.workers, factory.metrics(settings).layout.width
         self._memory = share(count + 1, width)
         self._shared_cells = shared(self._memory, width)
         self.metrics = factory.metrics(settings, self._shared_cells.rows[0])
@@ -204,7 +204,7 @@ class Supervisor:
 
     def registry(self) -> CollectorRegistry:
         """What a scrape shows: the sum of all."""
-        return exposition.registry(self.metrics.sheet.families, self._shared_cells, self._publish)
+        return exposition.registry(self.metrics.layout.families, self._shared_cells, self._publish)
 
     async def _keep(self, index: int) -> None:
         """Keep one worker alive until the end."""
@@ -245,7 +245,7 @@ class Supervisor:
         finally:
             child.kill()  # if it is not gone: its row of the shared cells is its successor's
             del self._children[child.index]
-            self.metrics.sheet.drop_gauges(self._shared_cells.rows[child.index])
+            self.metrics.layout.drop_gauges(self._shared_cells.rows[child.index])
         return reason_of(code)
 
     def _note_met(self) -> None:
@@ -265,7 +265,7 @@ class Supervisor:
             admin_url=self.admin_url,
             listeners=tuple(listener.fileno() for listener in self._listener.sockets),
             shared_cells=self._memory,
-            layout=self.metrics.layout,
+            layout=self.metrics.layout_id,
             log_key=logs.share_key(),
         )
 

@@ -83,11 +83,11 @@ def _build(begin: Start) -> App:
     settings = schema.build(begin.settings)
     logs.configure(settings.log)
     logs.share_key(begin.log_key)
-    width = factory.metrics(settings).sheet.width
+    width = factory.metrics(settings).layout.width
     shared_cells = shared(begin.shared_cells, width)
     os.close(begin.shared_cells)  # the mapping stays
     metrics = factory.metrics(settings, shared_cells.rows[begin.worker])
-    if metrics.layout != begin.layout:
+    if metrics.layout_id != begin.layout:
         raise ConfigError("this is another version than the one that runs: restart the broker")
     sockets = [socket.socket(fileno=listener) for listener in begin.listeners]
     siblings = _siblings(begin.worker, shared_cells, metrics)

@@ -144,7 +144,7 @@ class WorkerProcess:
         """Hear it to its end; one that cannot be understood is ended, because it cannot be led."""
         try:
             while (report := await self._channel.receive()) is not None:
-                self._hear(report)
+                self._take_report(report)
         except Exception:
             with contextlib.suppress(Exception):  # the log must not keep it alive
                 log.exception("broker.defect")
@@ -155,7 +155,7 @@ class WorkerProcess:
             self._answers.put_nowait(None)  # whoever waits for an answer waits in vain
             self._channel.close()
 
-    def _hear(self, report: Report) -> None:
+    def _take_report(self, report: Report) -> None:
         match report:
             case Ready():
                 self.is_ready = True

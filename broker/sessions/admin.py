@@ -20,7 +20,7 @@ from broker.issuers.base import Issuer
 from broker.issuers.keyring import BadToken
 from broker.issuers.vendor.token import MAX_TOKEN
 from broker.model import Session
-from broker.sessions.base import BookFull, Place, Query, SessionStore, place_of
+from broker.sessions.base import Place, Query, SessionsFull, SessionStore, place_of
 from broker.telemetry.metrics import SessionMetrics
 
 log = structlog.get_logger()
@@ -87,7 +87,7 @@ class SessionAdmin:
     async def _end(self, session: Session, *, by_client: bool = False) -> None:
         try:
             await self._session_store.mark(session, by_client=by_client)
-        except BookFull:
+        except SessionsFull:
             raise ServiceUnavailable(
                 "too many sessions were ended within an hour; try again later", FULL_WAIT
             ) from None
@@ -207,7 +207,7 @@ class TokenIntrospector(SessionAdmin):
     async def _disown(self, token: str, client: str) -> Session | None:
         try:
             return await self._session_store.disown(digest_of(token), client)
-        except BookFull:
+        except SessionsFull:
             raise ServiceUnavailable(
                 "too many tokens that are not on record were to be ended within an hour; end those"
                 " that were handed out, or try again later",

@@ -47,7 +47,7 @@ class Query(Struct, frozen=True):
         )
 
 
-class BookFull(Exception):
+class SessionsFull(Exception):
     """Nothing further can be ended: forgetting an earlier end would bring that one back."""
 
 

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from broker.errors import SessionTaken
 from broker.model import Clock, Session
-from broker.sessions.base import MARK_LIFE, BookFull, Place, Query, SessionStore, place_of
+from broker.sessions.base import MARK_LIFE, Place, Query, SessionsFull, SessionStore, place_of
 from broker.tables import BySecond, Leftovers, PartedDict
 from broker.units import SECOND
 
@@ -111,7 +111,7 @@ class MemorySessions(SessionStore):
         self._leftovers.free(FREED_AT_ONCE)
         theirs = self._young_of[session.client] + self._old_of[session.client]
         if self._most_ended - self.ended_count <= (theirs if by_client else 0):
-            raise BookFull
+            raise SessionsFull
         self._mark(session.session_id, session.client)
 
     @override

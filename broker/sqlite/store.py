@@ -86,20 +86,22 @@ class DurableStore(MemoryStore):
         self._ends_told: Generations[str, bool] = Generations(MOST_TOLD)
 
     @override
-    async def keep(self, ask: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
+    async def keep(self, request: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
         if not self.waits:
-            return self.keep_at_once(ask, key, token, lease)
-        if not self._epochs.holds(ask.visitor, lease.epoch):
+            return self.keep_at_once(request, key, token, lease)
+        if not self._epochs.holds(request.visitor, lease.epoch):
             return Kept.ENDED
-        self._tell_kept(ask.visitor, key, token)
+        self._tell_kept(request.visitor, key, token)
         await self._settle()
-        return super().keep_at_once(ask, key, token, lease)  # it may be over by now
+        return super().keep_at_once(request, key, token, lease)  # it may be over by now
 
     @override
-    def keep_at_once(self, ask: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
-        kept = super().keep_at_once(ask, key, token, lease)
+    def keep_at_once(
+        self, request: TokenRequest, key: str, token: EmbedToken, lease: Lease
+    ) -> Kept:
+        kept = super().keep_at_once(request, key, token, lease)
         if kept is Kept.KEPT:
-            self._tell_kept(ask.visitor, key, token)
+            self._tell_kept(request.visitor, key, token)
         return kept
 
     def _tell_kept(self, visitor: str, key: str, token: EmbedToken) -> None:
@@ -107,10 +109,10 @@ class DurableStore(MemoryStore):
         self._slot.writer.add(TokenKept(key, token))
 
     @override
-    async def release(self, ask: TokenRequest, key: str, lease: Lease) -> bool:
+    async def release(self, request: TokenRequest, key: str, lease: Lease) -> bool:
         if self.waits:
             await self._settle()  # its session is told already
-        return await super().release(ask, key, lease)
+        return await super().release(request, key, lease)
 
     @override
     async def revoke_visitor(self, client: str, fingerprint: str, *keys: str) -> None:

@@ -4,7 +4,8 @@ A store keeps what requests share: buckets, tokens, and who mints for a key.  It
 rules of `broker.rules` and counts what it decided; it does not know HTTP, issuers or flights.
 Methods are coroutines although memory needs none: a shared store answers `admit` with one round
 trip.  Nearly all requests end with it, so where it waits for nothing it can be had by a call
-(`visit`), and where it waits for one reply by a question (`ask`), which needs no task either.
+(`visit`), and where it waits for one reply by a listener (`start_visit`), which needs no task
+either.
 
 Theory of operation.  A mint for a key has one leader among all processes that share the store.
 `lead` makes its caller the leader, unless somebody else is: then it waits for their outcome.  What
@@ -39,13 +40,13 @@ class Rejection(Struct, frozen=True, gc=False):
 class Visit(Struct, frozen=True, gc=False):
     """What the store knows when a visitor asks.
 
-    `verdict` is the fingerprint limit's, for the headers of the answer; `denial` is set when a
+    `verdict` is the fingerprint limit's, for the headers of the answer; `rejection` is set when a
     limit refused, and then nothing was charged by it; `token` is what is held for this key, dead
     or alive: `rules.reuse` tells.
     """
 
     verdict: Verdict | None
-    denial: Rejection | None
+    rejection: Rejection | None
     token: EmbedToken | None
 
 
@@ -67,10 +68,10 @@ class Kept(Enum):
     """The visitor was ended while it was minted: it must not be handed out."""
 
 
-class Asker(Protocol):
-    """Who has asked a store that is elsewhere."""
+class VisitListener(Protocol):
+    """Who started a visit to a store that is elsewhere."""
 
-    def hear(self, said: Visit | Exception | None) -> None:
+    def visited(self, said: Visit | Exception | None) -> None:
         """Take what `Store.admit` returns or raises; None: nothing was done yet, call that."""
         ...
 
@@ -78,21 +79,21 @@ class Asker(Protocol):
 class Store(Protocol):
     """What requests share."""
 
-    def visit(self, _ask: TokenRequest, _now: int) -> Visit | None:
+    def visit(self, _request: TokenRequest, _now: int) -> Visit | None:
         """Do what `admit` does, if nothing of it waits; None where it does.
 
         `now` is the monotonic clock at this moment, in microseconds.
         """
         return None
 
-    def ask(self, _ask: TokenRequest, _now: int, _asker: Asker) -> bool:
-        """Begin what `admit` does, and tell `_asker` of its end; False where only `admit` can.
+    def start_visit(self, _request: TokenRequest, _now: int, _listener: VisitListener) -> bool:
+        """Begin what `admit` does, and tell `_listener` of its end; False where only `admit` can.
 
         It is told later, never within this call, and may have lost interest by then.
         """
         return False
 
-    async def admit(self, ask: TokenRequest, key: str) -> Visit:
+    async def admit(self, request: TokenRequest, key: str) -> Visit:
         """Charge the limits that every request meets, and look for a token under `key`."""
         ...
 
@@ -100,12 +101,12 @@ class Store(Protocol):
         """Charge the client's limit, where there is one, for a request that is not for a token."""
         ...
 
-    async def peek(self, ask: TokenRequest, key: str) -> EmbedToken | None:
+    async def peek(self, request: TokenRequest, key: str) -> EmbedToken | None:
         """Look for a token without charging anything."""
         ...
 
     async def lead(
-        self, ask: TokenRequest, key: str, good: Callable[[EmbedToken], bool]
+        self, request: TokenRequest, key: str, good: Callable[[EmbedToken], bool]
     ) -> Lease | EmbedToken | Rejection:
         """Become the one who mints for `key`, and charge the limits that only a mint meets.
 
@@ -114,11 +115,11 @@ class Store(Protocol):
         """
         ...
 
-    async def keep(self, ask: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
+    async def keep(self, request: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
         """Hold a token for reuse until it is dead; ends the lease."""
         ...
 
-    async def release(self, ask: TokenRequest, key: str, lease: Lease) -> bool:
+    async def release(self, request: TokenRequest, key: str, lease: Lease) -> bool:
         """End a lease whose token is not to be held for reuse, but handed out.
 
         False if its visitor was ended meanwhile: then it must not be handed out either.
@@ -126,7 +127,7 @@ class Store(Protocol):
         ...
 
     def abandon(
-        self, ask: TokenRequest, key: str, lease: Lease, error: BaseException | None
+        self, request: TokenRequest, key: str, lease: Lease, error: BaseException | None
     ) -> None:
         """End a lease without a token; those who wait elsewhere get `error` if it is an answer."""
         ...

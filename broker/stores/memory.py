@@ -72,21 +72,21 @@ class MemoryStore(Store):
         self._limits = limits
 
     @override
-    def visit(self, ask: TokenRequest, now: int) -> Visit:
+    def visit(self, request: TokenRequest, now: int) -> Visit:
         limits = self._limits
         if limits.client is not None:
-            denial = self._charge(limits.client, ask.client, ask.agent, now)
-            if denial is not None:
-                return Visit(None, denial, None)
-        rule, key = limits.fingerprint.met_by(ask)
+            rejection = self._charge(limits.client, request.client, request.agent, now)
+            if rejection is not None:
+                return Visit(None, rejection, None)
+        rule, key = limits.fingerprint.met_by(request)
         verdict = self._fingerprint.take(key, rule.limit, now, dry_run=rule.dry_run)
         if not verdict.allowed and not rule.dry_run:
             return Visit(verdict, Rejection(_FINGERPRINT, verdict), None)
-        return Visit(verdict, None, self._find_at(ask.visitor, ask.key, now))
+        return Visit(verdict, None, self._find_at(request.visitor, request.key, now))
 
     @override
-    async def admit(self, ask: TokenRequest, key: str) -> Visit:
-        return self.visit(ask, self._clock.mono())
+    async def admit(self, request: TokenRequest, key: str) -> Visit:
+        return self.visit(request, self._clock.mono())
 
     @override
     async def charge_client(self, client: str) -> Rejection | None:
@@ -107,51 +107,55 @@ class MemoryStore(Store):
         return None
 
     @override
-    async def peek(self, ask: TokenRequest, key: str) -> EmbedToken | None:
-        return self.find(ask.visitor, key)
+    async def peek(self, request: TokenRequest, key: str) -> EmbedToken | None:
+        return self.find(request.visitor, key)
 
     @override
     async def lead(
-        self, ask: TokenRequest, key: str, good: Callable[[EmbedToken], bool]
+        self, request: TokenRequest, key: str, good: Callable[[EmbedToken], bool]
     ) -> Lease | EmbedToken | Rejection:
-        token = self.find(ask.visitor, key)
+        token = self.find(request.visitor, key)
         if token is not None and good(token):
             return token
-        return self.lead_at_once(ask, self._clock.mono())
+        return self.lead_at_once(request, self._clock.mono())
 
-    def lead_at_once(self, ask: TokenRequest, now: int) -> Lease | Rejection:
+    def lead_at_once(self, request: TokenRequest, now: int) -> Lease | Rejection:
         """Lead without a look for a token, for who has just looked (`now`, monotonic us)."""
-        return self.charge_mint(ask, now) or Lease(self._next_fence(), self._epochs.of(ask.visitor))
+        return self.charge_mint(request, now) or Lease(
+            self._next_fence(), self._epochs.of(request.visitor)
+        )
 
     def _next_fence(self) -> int:
         self._fence = max(self._fence + 1, self._fence_floor())
         return self._fence
 
-    def charge_mint(self, ask: TokenRequest, now: int) -> Rejection | None:
+    def charge_mint(self, request: TokenRequest, now: int) -> Rejection | None:
         """Charge the limits that only a started mint meets; None means go ahead."""
         mints, agent = self._limits.fingerprint_mints, self._limits.agent
-        return self._charge(mints, mints.visitor_key(ask), ask.agent, now) or self._charge(
-            agent, ask.agent, ask.agent, now
+        return self._charge(mints, mints.visitor_key(request), request.agent, now) or self._charge(
+            agent, request.agent, request.agent, now
         )
 
     @override
-    async def keep(self, ask: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
-        return self.keep_at_once(ask, key, token, lease)
+    async def keep(self, request: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
+        return self.keep_at_once(request, key, token, lease)
 
-    def keep_at_once(self, ask: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
+    def keep_at_once(
+        self, request: TokenRequest, key: str, token: EmbedToken, lease: Lease
+    ) -> Kept:
         """Do what `keep` does, where nothing of it waits."""
-        if not self._epochs.holds(ask.visitor, lease.epoch):
+        if not self._epochs.holds(request.visitor, lease.epoch):
             return Kept.ENDED
         self.tokens[key] = token
         return Kept.KEPT
 
     @override
-    async def release(self, ask: TokenRequest, key: str, lease: Lease) -> bool:
-        return self._epochs.holds(ask.visitor, lease.epoch)
+    async def release(self, request: TokenRequest, key: str, lease: Lease) -> bool:
+        return self._epochs.holds(request.visitor, lease.epoch)
 
     @override
     def abandon(
-        self, ask: TokenRequest, key: str, lease: Lease, error: BaseException | None
+        self, request: TokenRequest, key: str, lease: Lease, error: BaseException | None
     ) -> None:
         """Nobody else waits for it."""
 

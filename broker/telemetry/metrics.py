@@ -87,7 +87,7 @@ class Metrics:
         workers: int = 0,
         cells: Row | None = None,
     ) -> None:
-        layout = self.sheet = MetricLayout(cells)
+        layout = self.layout = MetricLayout(cells)
         self.requests = _requests(layout)
         self.remaining = layout.histograms(
             "broker_token_remaining_seconds",
@@ -118,9 +118,9 @@ class Metrics:
         self.process = ProcessMetrics(layout, workers)
 
     @property
-    def layout(self) -> str:
+    def layout_id(self) -> str:
         """Names the meaning of every cell: processes that share cells must agree on it."""
-        meaning = repr([(f.name, f.kind, f.series, f.bounds) for f in self.sheet.families])
+        meaning = repr([(f.name, f.kind, f.series, f.bounds) for f in self.layout.families])
         return f"{VERSION} {crc32(meaning.encode()):08x}"
 
 

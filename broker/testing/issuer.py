@@ -15,9 +15,10 @@ from broker.units import SECOND
 class FakeIssuer(Issuer):
     """Makes unsigned tokens that name their visitor, so that one that crossed is noticed.
 
-    `delay` is seconds a mint takes; `fail` is called before each mint with the ask and may raise;
-    `lifetime` is microseconds; `same` makes it return the last token of that visitor again.
-    `closed` is raised by `check`, as by an open breaker.  `asks` lists every mint that was started.
+    `delay` is seconds a mint takes; `fail` is called before each mint with the request and may
+    raise; `lifetime` is microseconds; `same` makes it return the last token of that visitor again.
+    `closed` is raised by `check`, as by an open breaker.  `requests` lists every mint that was
+    started.
     """
 
     name = "local"
@@ -28,7 +29,7 @@ class FakeIssuer(Issuer):
         self.fail: Callable[[TokenRequest], None] | None = None
         self.closed: Exception | None = None
         self.same = False
-        self.asks: list[TokenRequest] = []
+        self.requests: list[TokenRequest] = []
         self._last: dict[str, Minted] = {}
 
     @property
@@ -49,8 +50,8 @@ class FakeIssuer(Issuer):
     @override
     async def mint(self, request: TokenRequest, turn: Turn) -> Minted:
         await turn()
-        self.asks.append(request)
-        number = len(self.asks)
+        self.requests.append(request)
+        number = len(self.requests)
         if self.delay:
             await asyncio.sleep(self.delay)
         if self.fail is not None:

@@ -1,7 +1,7 @@
 """What happens when the shared store does not answer: written here, once.
 
 `local`: this replica goes on by itself, with its share of every limit (rate and burst divided by
-the replicas seen last), the tokens it holds in front, and flights of its own.  No limit is
+the replicas seen last), the tokens in its near cache, and flights of its own.  No limit is
 multiplied; but at that moment buckets here are full, whatever was spent there: up to one burst
 more, divided like the rest.  A visitor may get a second token from another replica.  No session can
 be ended; those that were ended before stay so, as far as this replica has heard of it.  `closed`:
@@ -9,8 +9,8 @@ every request that needs the store is refused with 503.
 
 Coming back grants no second burst: for as long as any bucket takes to refill, each call carries
 what was charged here meanwhile, and the script takes the later of both.  A mint that began alone is
-kept in front only: at its next visit the server says whether its visitor was ended, and is told of
-the token if not.
+kept in the near cache only: at its next visit the server says whether its visitor was ended, and is
+told of the token if not.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from broker.errors import StoreAway
 from broker.limits.buckets import BucketTable
 from broker.limits.policy import Limits, share_of
 from broker.model import Clock, EmbedToken, LimitName, TokenRequest
-from broker.stores.base import Asker, Kept, Lease, Rejection, Store, Visit
+from broker.stores.base import Kept, Lease, Rejection, Store, Visit, VisitListener
 from broker.stores.memory import MemoryStore
 from broker.valkey.client.errors import StoreFailed
 from broker.valkey.client.guarded import StoreClient
@@ -33,8 +33,8 @@ from broker.valkey.store import ValkeyStore
 class SharedStore(Store):
     """The store on the server, and this replica's own while that is away.
 
-    `alone` is that store; its tokens are the front's.  `closed` refuses instead.  `replicas` tells
-    by how many a share is divided.
+    `alone` is that store; its tokens are the near cache's.  `closed` refuses instead.  `replicas`
+    tells by how many a share is divided.
     """
 
     def __init__(
@@ -68,21 +68,21 @@ class SharedStore(Store):
         self._alone.use_limits(share_of(limits, self._divided_by))
 
     @override
-    def ask(self, ask: TokenRequest, now: int, asker: Asker) -> bool:
-        return self._remote.visits.ask(ask, now, asker, self._instead)
+    def start_visit(self, request: TokenRequest, now: int, listener: VisitListener) -> bool:
+        return self._remote.visits.start_visit(request, now, listener, self._instead)
 
-    def _instead(self, ask: TokenRequest, now: int, failed: StoreFailed) -> Visit:
+    def _instead(self, request: TokenRequest, now: int, failed: StoreFailed) -> Visit:
         """Return what a visit meets here, because it failed there; raises StoreAway."""
         self._go_alone(failed)
-        return self._alone.visit(ask, now)
+        return self._alone.visit(request, now)
 
     @override
-    async def admit(self, ask: TokenRequest, key: str) -> Visit:
+    async def admit(self, request: TokenRequest, key: str) -> Visit:
         try:
-            return await self._remote.admit(ask, key)
+            return await self._remote.admit(request, key)
         except StoreFailed as failed:
             self._go_alone(failed)
-        return await self._alone.admit(ask, key)
+        return await self._alone.admit(request, key)
 
     @override
     async def charge_client(self, client: str) -> Rejection | None:
@@ -93,56 +93,56 @@ class SharedStore(Store):
         return await self._alone.charge_client(client)
 
     @override
-    async def peek(self, ask: TokenRequest, key: str) -> EmbedToken | None:
+    async def peek(self, request: TokenRequest, key: str) -> EmbedToken | None:
         try:
-            return await self._remote.peek(ask, key)
+            return await self._remote.peek(request, key)
         except StoreFailed as failed:
             self._go_alone(failed)
-        return await self._alone.peek(ask, key)
+        return await self._alone.peek(request, key)
 
     @override
     async def lead(
-        self, ask: TokenRequest, key: str, good: Callable[[EmbedToken], bool]
+        self, request: TokenRequest, key: str, good: Callable[[EmbedToken], bool]
     ) -> Lease | EmbedToken | Rejection:
         try:
-            return await self._remote.lead(ask, key, good)
+            return await self._remote.lead(request, key, good)
         except StoreFailed as failed:
             self._go_alone(failed)
-        lead = await self._alone.lead(ask, key, good)
+        lead = await self._alone.lead(request, key, good)
         if isinstance(lead, Lease):
             self._led_alone.add(lead.fence)
         return lead
 
     @override
-    async def keep(self, ask: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
+    async def keep(self, request: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
         if lease.fence in self._led_alone:
             self._led_alone.discard(lease.fence)
-            return await self._alone.keep(ask, key, token, lease)
+            return await self._alone.keep(request, key, token, lease)
         try:
-            return await self._remote.keep(ask, key, token, lease)
+            return await self._remote.keep(request, key, token, lease)
         except StoreFailed as failed:
             self._go_alone(failed)
-        return await self._alone.keep(ask, key, token, lease)
+        return await self._alone.keep(request, key, token, lease)
 
     @override
-    async def release(self, ask: TokenRequest, key: str, lease: Lease) -> bool:
+    async def release(self, request: TokenRequest, key: str, lease: Lease) -> bool:
         if lease.fence in self._led_alone:
             self._led_alone.discard(lease.fence)
-            return await self._alone.release(ask, key, lease)
+            return await self._alone.release(request, key, lease)
         try:
-            return await self._remote.release(ask, key, lease)
+            return await self._remote.release(request, key, lease)
         except StoreFailed as failed:
             self._go_alone(failed)
-        return await self._alone.release(ask, key, lease)
+        return await self._alone.release(request, key, lease)
 
     @override
     def abandon(
-        self, ask: TokenRequest, key: str, lease: Lease, error: BaseException | None
+        self, request: TokenRequest, key: str, lease: Lease, error: BaseException | None
     ) -> None:
         if lease.fence in self._led_alone:
             self._led_alone.discard(lease.fence)
         else:
-            self._remote.abandon(ask, key, lease, error)
+            self._remote.abandon(request, key, lease, error)
 
     @override
     async def revoke_visitor(self, client: str, fingerprint: str, *keys: str) -> None:

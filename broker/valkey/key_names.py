@@ -95,10 +95,10 @@ class Names:
         """The bucket of an agent's mints."""
         return self._of_agent(agent) + b"bucket"
 
-    def refused(self, ask: TokenRequest) -> bytes:
+    def refused(self, request: TokenRequest) -> bytes:
         """What the vendor said of an agent and model."""
-        model = "-" if ask.model is None else self._hash("model", ask.model)
-        return self._of_agent(ask.agent) + f"refused:{model}".encode()
+        model = "-" if request.model is None else self._hash("model", request.model)
+        return self._of_agent(request.agent) + f"refused:{model}".encode()
 
     def account(self, keys: Iterable[Secret]) -> bytes:
         """What the vendor said of the account that these keys are of."""

@@ -68,7 +68,7 @@ class Leases:
         self._sleepers.setdefault(name, set()).add(sleeper)
         moment = RECHECK + random.random() * RECHECK_JITTER  # noqa: S311 - spreads, guards nothing
         moment = min(moment, number(left, LEASE) / SECOND + 0.001)
-        timer = loop.call_later(moment, self.heard, name)
+        timer = loop.call_later(moment, self.on_message, name)
         try:
             await sleeper
         finally:
@@ -78,7 +78,7 @@ class Leases:
             if not sleepers:
                 del self._sleepers[name]
 
-    def heard(self, name: bytes) -> None:
+    def on_message(self, name: bytes) -> None:
         """Wake those who wait for this lease: its holder is done."""
         for sleeper in self._sleepers.get(name, ()):
             if not sleeper.done():

@@ -71,43 +71,49 @@ class NearCache:
 
     def read(
         self,
-        ask: TokenRequest,
+        request: TokenRequest,
         key: str,
         reply: Reply,
-        front: EmbedToken | None,
+        cached: EmbedToken | None,
     ) -> EmbedToken | None:
         """Read what a visit said about the token."""
-        if isinstance(reply, int) and front is not None:  # as held: in force, by the server
-            return front if self._ends.holds(ask.visitor, front.epoch) else None
+        if isinstance(reply, int) and cached is not None:  # as held: in force, by the server
+            return cached if self._ends.holds(request.visitor, cached.epoch) else None
         match reply:
             case [_, _, epoch]:
-                return self._only_here(ask, key, epoch, front)
+                return self._only_here(request, key, epoch, cached)
             case [_, _, epoch, _, _]:
-                return front if self._is_in_force(ask, epoch, front) else None
+                return cached if self._is_in_force(request, epoch, cached) else None
             case [_, _, epoch, version, left, sealed]:
-                return self.adopt(ask, key, version, left, epoch, sealed)
+                return self.adopt(request, key, version, left, epoch, sealed)
             case _:
                 raise StoreFailed(Reason.OTHER)
 
     def adopt(
-        self, ask: TokenRequest, key: str, version: Reply, left: Reply, epoch: Reply, sealed: Reply
+        self,
+        request: TokenRequest,
+        key: str,
+        version: Reply,
+        left: Reply,
+        epoch: Reply,
+        sealed: Reply,
     ) -> EmbedToken | None:
-        """Unseal a token and hold it in front; None for one that is not ours to give.
+        """Unseal a token and hold it; None for one that is not ours to give.
 
         Version and epoch are sealed with it: a writer of the store brings no ended token back by
-        giving it another epoch.  A younger one that is held in front stays, and is put back: it was
+        giving it another epoch.  A younger one that is held here stays, and is put back: it was
         minted here while the server was away, or lost there.
         """
         held = self._cache.find(key)
-        if held is not None and self._is_younger(ask, held, version, epoch):
-            self._put_back(ask, key, held)
+        if held is not None and self._is_younger(request, held, version, epoch):
+            self._put_back(request, key, held)
             return held
         content = self._seal.open(key, sealed) if isinstance(sealed, bytes) else None
         if content is None or content.origin not in self._origins():
             return None
         if (content.version, content.epoch) != (number(version), number(epoch)):
             return None
-        if not self._ends.holds(ask.visitor, content.epoch):
+        if not self._ends.holds(request.visitor, content.epoch):
             return None
         mono, wall = self._clock.mono(), self._clock.wall()
         remaining = min(number(left), content.lifetime)
@@ -125,30 +131,30 @@ class NearCache:
         return token
 
     def _only_here(
-        self, ask: TokenRequest, key: str, epoch: Reply, front: EmbedToken | None
+        self, request: TokenRequest, key: str, epoch: Reply, cached: EmbedToken | None
     ) -> EmbedToken | None:
-        """The server has no token: the front's counts if its visitor was not ended since."""
-        if front is None:
+        """The server has no token: the cached one counts if its visitor was not ended since."""
+        if cached is None:
             return None
-        if not self._is_in_force(ask, epoch, front):
+        if not self._is_in_force(request, epoch, cached):
             self._cache.discard(key)
             return None
-        self._put_back(ask, key, front)
-        return front
+        self._put_back(request, key, cached)
+        return cached
 
-    def _is_in_force(self, ask: TokenRequest, epoch: Reply, token: EmbedToken | None) -> bool:
+    def _is_in_force(self, request: TokenRequest, epoch: Reply, token: EmbedToken | None) -> bool:
         """Whether its visitor was not ended since, by the server's epoch and by what is known here.
 
         An epoch that is older than a known end: the server has forgotten it; who mints tells it.
         """
         if token is None or token.epoch != number(epoch):
             return False
-        return self._ends.holds(ask.visitor, token.epoch)
+        return self._ends.holds(request.visitor, token.epoch)
 
     def _is_younger(
-        self, ask: TokenRequest, held: EmbedToken, version: Reply, epoch: Reply
+        self, request: TokenRequest, held: EmbedToken, version: Reply, epoch: Reply
     ) -> bool:
-        return held.version > number(version) and self._is_in_force(ask, epoch, held)
+        return held.version > number(version) and self._is_in_force(request, epoch, held)
 
     @override
     def __repr__(self) -> str:

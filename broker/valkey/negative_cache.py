@@ -48,31 +48,31 @@ class SharedNegativeCache(NegativeCache):
         self._account = names.account(())
 
     @override
-    async def find(self, ask: TokenRequest) -> Refused | None:
+    async def find(self, request: TokenRequest) -> Refused | None:
         try:
             account, agent = await asyncio.gather(
-                self._said(self._account), self._said(self._names.refused(ask))
+                self._said(self._account), self._said(self._names.refused(request))
             )
         except StoreFailed:
-            return self._local.here(ask)
+            return self._local.here(request)
         return account or agent
 
     @override
-    def remember(self, ask: TokenRequest, refused: Refused) -> None:
-        self._local.remember(ask, refused)
+    def remember(self, request: TokenRequest, refused: Refused) -> None:
+        self._local.remember(request, refused)
         said = _Said(refused.status, refused.code, refused.message, refused.scope)  # type: ignore[arg-type]  # the vendor's passed its own table
         match refused.scope:
             case Scope.ACCOUNT:
                 self._tell(self._account, said, ACCOUNT_MEMORY)
             case Scope.AGENT_MODEL:
-                self._tell(self._names.refused(ask), said, AGENT_MEMORY)
+                self._tell(self._names.refused(request), said, AGENT_MEMORY)
             case Scope.NEVER:
                 pass
 
     @override
-    def forget(self, ask: TokenRequest) -> None:
-        self._local.forget(ask)
-        for key in (self._account, self._names.refused(ask)):
+    def forget(self, request: TokenRequest) -> None:
+        self._local.forget(request)
+        for key in (self._account, self._names.refused(request)):
             self._server.tell(Operation.REFUSAL, key, command(b"DEL", key), COUNTED)
 
     @override

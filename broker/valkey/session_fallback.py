@@ -26,7 +26,7 @@ from typing_extensions import override
 from broker.errors import ServiceUnavailable, SessionTaken, StoreAway
 from broker.model import Session
 from broker.sessions.admin import RevokesVisitors
-from broker.sessions.base import BookFull, Place, Query, SessionStore
+from broker.sessions.base import Place, Query, SessionsFull, SessionStore
 from broker.sessions.memory import SLICE, MemorySessions
 from broker.valkey.client.errors import StoreFailed
 from broker.valkey.sessions import ValkeySessions
@@ -43,7 +43,7 @@ LAST_WORDS = 2.0
 
 
 class SharedSessions(SessionStore):
-    """The book on the server, and this replica's own while that is away.
+    """The sessions on the server, and this replica's own while that is away.
 
     `alone` has what this replica handed out; `store` ends visitors on the same server.
     """
@@ -110,7 +110,7 @@ class SharedSessions(SessionStore):
             await self._remote.mark(session)
         except StoreFailed as failed:
             raise StoreAway from failed
-        with contextlib.suppress(BookFull):  # ended for all; only an outage would miss it here
+        with contextlib.suppress(SessionsFull):  # ended for all; only an outage would miss it here
             await self._alone.mark(session, by_client=by_client)
 
     @override

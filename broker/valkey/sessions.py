@@ -1,4 +1,4 @@
-"""The book that replicas share, on a server of the Redis protocol.
+"""The sessions that replicas share, on a server of the Redis protocol.
 
 A record lies, sealed, under a name made of its session's id, and one that is looked for by its
 token also under a name made of the token's digest.  Each name has a slot of its own, so a cluster
@@ -18,7 +18,7 @@ from typing_extensions import override
 from broker.errors import SessionTaken
 from broker.model import Clock, Session
 from broker.sealing import Box
-from broker.sessions.base import MARK_LIFE, MOST_DISOWNED, BookFull, Place, Query, place_of
+from broker.sessions.base import MARK_LIFE, MOST_DISOWNED, Place, Query, SessionsFull, place_of
 from broker.units import SECOND
 from broker.valkey.client.errors import Reason, StoreFailed, number
 from broker.valkey.client.guarded import Operation, StoreClient
@@ -105,7 +105,7 @@ class ValkeySessions:
             b"%d" % MARK_LIFE,
         )
         if noted != 1:
-            raise BookFull
+            raise SessionsFull
 
     async def disowned(self, session: Session) -> bool:
         """Whether its client wanted its token ended before it was written down."""

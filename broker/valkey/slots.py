@@ -383,7 +383,7 @@ class SharedSlots(SlotSource):
     def on_pause(self, hold: Callable[[float], None]) -> None:
         self._told_of_pause = hold
 
-    def heard(self, news: bytes) -> None:
+    def on_message(self, news: bytes) -> None:
         """Look for a pause that another replica was told of: channels are open to more than we."""
         if news == PAUSED and not self._asking:
             self._asking = True

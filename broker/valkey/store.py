@@ -5,10 +5,10 @@ makes a second one to its agent's slot.  Decisions are the scripts' (`lua/`); he
 for and read.  Times that come back are spans, because the server's clock is not ours.  Every method
 raises StoreFailed: what happens then is `shared`'s affair.
 
-Theory of operation.  What was read or minted here is held in `front`, and counts as long as the
-script says so.  Ends of visitors are the server's to know.  Those that this replica has caused or
-heard of it knows, too (`ends`): while the server is away they hold here all the same, and a server
-that has forgotten one is told of it before anybody mints under an older epoch.
+Theory of operation.  What was read or minted here is held in `token_cache`, and counts as long as
+the script says so.  Ends of visitors are the server's to know.  Those that this replica has caused
+or heard of it knows, too (`ends`): while the server is away they hold here all the same, and a
+server that has forgotten one is told of it before anybody mints under an older epoch.
 
 Who leads is `leases`' affair.
 """
@@ -71,8 +71,8 @@ class KnownHere(Struct, frozen=True):
 class ValkeyStore:
     """Buckets, tokens and leases on a server that replicas share.
 
-    `front` holds what was read; `counts` are told of decisions; `origins` are those whose tokens
-    are good.
+    `token_cache` holds what was read; `counts` are told of decisions; `origins` are those whose
+    tokens are good.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class ValkeyStore:
         access: ServerAccess,
         seal: Seal,
         origins: Callable[[], frozenset[str]],
-        front: TokenCache,
+        token_cache: TokenCache,
         limits: Limits,
         clock: Clock,
         counts: Mapping[LimitName, BucketCounts],
@@ -88,12 +88,14 @@ class ValkeyStore:
     ) -> None:
         self._server = access.server
         self._names = access.names
-        self._front = NearCache(front, seal, clock, known_here.ends, origins, self._put_back)
+        self._near_cache = NearCache(
+            token_cache, seal, clock, known_here.ends, origins, self._put_back
+        )
         self._limits = limits
         self.visits = Visits(
             access.server,
             access.names,
-            self._front,
+            self._near_cache,
             limits,
             clock,
             counts,
@@ -112,17 +114,19 @@ class ValkeyStore:
         """Put other limits in force, for the next request on."""
         self._limits = self.visits.limits = limits
 
-    async def admit(self, ask: TokenRequest, key: str) -> Visit:
+    async def admit(self, request: TokenRequest, key: str) -> Visit:
         """Charge what every request meets, and look for a token.
 
         One round trip, and one before it where clients have a limit.
         """
         limit = self._limits.client
         if limit is not None:  # a slot of its own; off by default
-            denial = await self._charge(limit, ask.client, self._names.client(ask.client))
-            if denial is not None:
-                return Visit(None, denial, None)
-        return await self.visits.make(ask, key)
+            rejection = await self._charge(
+                limit, request.client, self._names.client(request.client)
+            )
+            if rejection is not None:
+                return Visit(None, rejection, None)
+        return await self.visits.make(request, key)
 
     async def charge_client(self, client: str) -> Rejection | None:
         """Charge the client's limit, where there is one."""
@@ -131,23 +135,23 @@ class ValkeyStore:
             return None
         return await self._charge(limit_set, client, self._names.client(client))
 
-    async def peek(self, ask: TokenRequest, key: str) -> EmbedToken | None:
+    async def peek(self, request: TokenRequest, key: str) -> EmbedToken | None:
         """Look for a token, charging nothing."""
-        return await self.visits.peek(ask, key)
+        return await self.visits.peek(request, key)
 
     async def lead(
-        self, ask: TokenRequest, key: str, good: Callable[[EmbedToken], bool]
+        self, request: TokenRequest, key: str, good: Callable[[EmbedToken], bool]
     ) -> Lease | EmbedToken | Rejection:
         """Become the one who mints, or wait for whoever is; see `base.Store`."""
-        names, name = self._names.visitor(ask.visitor), self._names.token_name(key)
+        names, name = self._names.visitor(request.visitor), self._names.token_name(key)
         mints = self._limits.fingerprint_mints
-        rule = mints.for_agent(ask.agent)
+        rule = mints.for_agent(request.agent)
         known, waited_for = _NOTHING, _NOTHING
         while True:
-            reply = await self._ask_to_lead(ask, names, name, known, waited_for)
+            reply = await self._request_lease(request, names, name, known, waited_for)
             match reply:
                 case [b"token", bytes(version), left, epoch, sealed]:
-                    token = self._front.adopt(ask, key, version, left, epoch, sealed)
+                    token = self._near_cache.adopt(request, key, version, left, epoch, sealed)
                     if token is not None and good(token):
                         return token
                     known = version
@@ -159,37 +163,39 @@ class ValkeyStore:
                 case [b"denied", int(wait)]:
                     verdict = verdict_of(wait, rule.limit, allowed=0)
                     return Rejection(mints.name, verdict)
-                case [b"lead", _, bytes(epoch), *_] if number(epoch) < self._ends.of(ask.visitor):
-                    await self._tell_end(names.epoch, self._ends.of(ask.visitor))
+                case [b"lead", _, bytes(epoch), *_] if number(epoch) < self._ends.of(
+                    request.visitor
+                ):
+                    await self._tell_end(names.epoch, self._ends.of(request.visitor))
                 case [b"lead", bytes(fence), bytes(epoch), int(allowed), int(wait)]:
                     verdict = verdict_of(wait, rule.limit, allowed=allowed)
                     self._counts[mints.name].note(verdict, dry_run=rule.dry_run)
-                    return await self._begin(ask, key, Lease(number(fence), number(epoch)))
+                    return await self._begin(request, key, Lease(number(fence), number(epoch)))
                 case _:
                     raise StoreFailed(Reason.OTHER)
 
-    async def keep(self, ask: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
+    async def keep(self, request: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
         """Hold a token for everybody; ends the lease and wakes who waits."""
-        lease_name = self._names.visitor(ask.visitor).lease(self._names.token_name(key))
+        lease_name = self._names.visitor(request.visitor).lease(self._names.token_name(key))
         self.leases.drop(lease_name)
-        kept = await self._write(ask, key, token, lease)
+        kept = await self._write(request, key, token, lease)
         if kept is Kept.KEPT:
-            self._front.hold(key, token)
+            self._near_cache.hold(key, token)
         return kept
 
-    async def release(self, ask: TokenRequest, key: str, lease: Lease) -> bool:
+    async def release(self, request: TokenRequest, key: str, lease: Lease) -> bool:
         """End a lease whose token is handed out and not held; False if its visitor was ended."""
-        self.abandon(ask, key, lease, None)  # apart from the question: nobody waits for it
-        name = self._names.visitor(ask.visitor).epoch
+        self.abandon(request, key, lease, None)  # apart from the question: nobody waits for it
+        name = self._names.visitor(request.visitor).epoch
         epoch = await self._server.command(Operation.RELEASE, name, command(b"GET", name), GET)
         in_force = 0 if epoch is None else number(epoch)
-        return lease.epoch == in_force and self._ends.holds(ask.visitor, lease.epoch)
+        return lease.epoch == in_force and self._ends.holds(request.visitor, lease.epoch)
 
     def abandon(
-        self, ask: TokenRequest, key: str, lease: Lease, error: BaseException | None
+        self, request: TokenRequest, key: str, lease: Lease, error: BaseException | None
     ) -> None:
         """End a lease without a token, in the background; those who wait are told `error`."""
-        names, name = self._names.visitor(ask.visitor), self._names.token_name(key)
+        names, name = self._names.visitor(request.visitor), self._names.token_name(key)
         self.leases.drop(names.lease(name))
         self._tasks.start(
             self.leases.release(names.lease(name), lease.fence, mint_errors.encode(error))
@@ -200,7 +206,7 @@ class ValkeyStore:
         epoch = await revoke_visitor(self._server, self._names, client, fingerprint, keys)
         self._ends.note(self._names.visitor(visitor_of(client, fingerprint)).epoch, epoch)
 
-    def heard_news(self, news: bytes) -> None:
+    def on_message(self, news: bytes) -> None:
         """Ask the server for an end that somebody tells of: channels are open to more than we."""
         name = news.removeprefix(ENDED)
         if not news.startswith(ENDED) or not is_epoch(name) or len(self._asked) >= MOST_ASKED:
@@ -229,8 +235,10 @@ class ValkeyStore:
             Operation.KEEP, Script.REVOKE, (name,), b"%d" % ENDS_LAST, b"%d" % epoch
         )
 
-    async def _write(self, ask: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
-        names, name = self._names.visitor(ask.visitor), self._names.token_name(key)
+    async def _write(
+        self, request: TokenRequest, key: str, token: EmbedToken, lease: Lease
+    ) -> Kept:
+        names, name = self._names.visitor(request.visitor), self._names.token_name(key)
         left = token.left(self._clock.mono(), self._clock.wall())
         reply = await self._server.run(
             Operation.KEEP,
@@ -239,7 +247,7 @@ class ValkeyStore:
             b"%d" % lease.fence,
             b"%d" % lease.epoch,
             b"%d" % max(left, 1),
-            self._front.sealed(key, token, lease),
+            self._near_cache.sealed(key, token, lease),
             b"%d" % ENDS_LAST,
         )
         said_, *waiting = texts(reply) or [b""]
@@ -249,31 +257,36 @@ class ValkeyStore:
         self.leases.wake(waiting, names.lease(name))
         return kept
 
-    def _put_back(self, ask: TokenRequest, key: str, token: EmbedToken) -> None:
-        self._tasks.start(self._write_again(ask, key, token))
+    def _put_back(self, request: TokenRequest, key: str, token: EmbedToken) -> None:
+        self._tasks.start(self._write_again(request, key, token))
 
-    async def _write_again(self, ask: TokenRequest, key: str, token: EmbedToken) -> None:
+    async def _write_again(self, request: TokenRequest, key: str, token: EmbedToken) -> None:
         with contextlib.suppress(StoreFailed):  # counted; the next visit tries again
-            _ = await self._write(ask, key, token, Lease(token.version, token.epoch))
+            _ = await self._write(request, key, token, Lease(token.version, token.epoch))
 
-    async def _ask_to_lead(
-        self, ask: TokenRequest, names: VisitorKeys, name: bytes, known: bytes, waited_for: bytes
+    async def _request_lease(
+        self,
+        request: TokenRequest,
+        names: VisitorKeys,
+        name: bytes,
+        known: bytes,
+        waited_for: bytes,
     ) -> list[Reply]:
         kind = self._limits.fingerprint_mints
-        rule = kind.for_agent(ask.agent)
+        rule = kind.for_agent(request.agent)
         burst, interval = numbers_of(rule.limit)
         reply = await self._server.run(
             Operation.LEAD,
             Script.LEAD,
             (
-                names.bucket("mints", kind.own_bucket(ask.agent)),
+                names.bucket("mints", kind.own_bucket(request.agent)),
                 names.token(name),
                 names.epoch,
                 names.lease(name),
             ),
             burst,
             interval,
-            b"%d" % self._carried(kind.name, kind.visitor_key(ask)),
+            b"%d" % self._carried(kind.name, kind.visitor_key(request)),
             b"1" if rule.dry_run else b"0",
             known,
             self._replica,
@@ -286,20 +299,22 @@ class ValkeyStore:
             raise StoreFailed(Reason.OTHER)
         return reply
 
-    async def _begin(self, ask: TokenRequest, key: str, lease: Lease) -> Lease | Rejection:
+    async def _begin(self, request: TokenRequest, key: str, lease: Lease) -> Lease | Rejection:
         """Meet the agent's limit, and hold on to the lease; ends it if that fails."""
-        names, name = self._names.visitor(ask.visitor), self._names.token_name(key)
+        names, name = self._names.visitor(request.visitor), self._names.token_name(key)
         self.leases.hold(names.lease(name), lease.fence)
         agent = self._limits.agent
         try:
-            denial = await self._charge(agent, ask.agent, self._names.agent(ask.agent), ask.agent)
+            rejection = await self._charge(
+                agent, request.agent, self._names.agent(request.agent), request.agent
+            )
         except BaseException:
-            self.abandon(ask, key, lease, None)
+            self.abandon(request, key, lease, None)
             raise
-        if denial is None:
+        if rejection is None:
             return lease
-        self.abandon(ask, key, lease, denial.error())
-        return denial
+        self.abandon(request, key, lease, rejection.error())
+        return rejection
 
     async def _charge(
         self, kind: LimitPolicy, local_key: str, name: bytes, agent: str = ""

@@ -16,7 +16,7 @@ from typing_extensions import override
 from broker.limits.policy import LimitRule, Limits
 from broker.model import Clock, EmbedToken, LimitName, TokenRequest
 from broker.rules.bucket import Limit, Verdict, verdict_from_wait
-from broker.stores.base import Asker, Rejection, Visit
+from broker.stores.base import Rejection, Visit, VisitListener
 from broker.telemetry.counts import BucketCounts
 from broker.valkey.client import shapes
 from broker.valkey.client.errors import Reason, StoreFailed
@@ -36,15 +36,15 @@ Instead = Callable[[TokenRequest, int, StoreFailed], Visit]
 class Visits:
     """Asks and reads; `limits` are those in force.
 
-    `front` holds what was read; `counts` are told of decisions; `carried` tells the microseconds
-    that a bucket was charged while the server was away.
+    `near_cache` holds what was read; `counts` are told of decisions; `carried` tells the
+    microseconds that a bucket was charged while the server was away.
     """
 
     def __init__(
         self,
         server: StoreClient,
         names: Names,
-        front: NearCache,
+        near_cache: NearCache,
         limits: Limits,
         clock: Clock,
         counts: Mapping[LimitName, BucketCounts],
@@ -52,60 +52,62 @@ class Visits:
     ) -> None:
         self._server = server
         self._names = names
-        self._front = front
+        self._near_cache = near_cache
         self.limits = limits
         self._clock = clock
         self._counts = counts[LimitName.FINGERPRINT]
         self._carried = carried
 
-    async def make(self, ask: TokenRequest, key: str) -> Visit:
+    async def make(self, request: TokenRequest, key: str) -> Visit:
         """Charge what every request of a visitor meets, and look for a token."""
         kind = self.limits.fingerprint
-        rule, bucket = kind.met_by(ask)
-        front = self._front.find(key)
+        rule, bucket = kind.met_by(request)
+        cached = self._near_cache.find(key)
         numbers = _numbers(rule.limit, self._carried(kind.name, bucket), rule.dry_run)
-        return self.read(ask, rule, front, await self._run(ask, key, front, numbers))
+        return self.read(request, rule, cached, await self._run(request, key, cached, numbers))
 
-    async def peek(self, ask: TokenRequest, key: str) -> EmbedToken | None:
+    async def peek(self, request: TokenRequest, key: str) -> EmbedToken | None:
         """Look for a token, charging nothing."""
-        front = self._front.find(key)
-        reply = await self._run(ask, key, front, _numbers(None))
-        return self._front.read(ask, key, reply, front)
+        cached = self._near_cache.find(key)
+        reply = await self._run(request, key, cached, _numbers(None))
+        return self._near_cache.read(request, key, reply, cached)
 
-    def ask(self, ask: TokenRequest, now: int, asker: Asker, instead: Instead) -> bool:
-        """Do what `make` does, and tell `asker`: see `Store.ask`."""
+    def start_visit(
+        self, request: TokenRequest, now: int, listener: VisitListener, instead: Instead
+    ) -> bool:
+        """Do what `make` does, and tell `listener`: see `Store.start_visit`."""
         limits = self.limits
         if limits.client is not None:  # a second question
             return False
         kind = limits.fingerprint
-        rule, bucket = kind.met_by(ask)
-        front = self._front.find_at(ask.key, now)
-        names, carried = self._names.visitor(ask.visitor), self._carried(kind.name, bucket)
-        version, epoch = (0, 0) if front is None else (front.version, front.epoch)
+        rule, bucket = kind.met_by(request)
+        cached = self._near_cache.find_at(request.key, now)
+        names, carried = self._names.visitor(request.visitor), self._carried(kind.name, bucket)
+        version, epoch = (0, 0) if cached is None else (cached.version, cached.epoch)
         call = names.last_call
         if (
             call is None
             or carried
-            or call.key != ask.key
+            or call.key != request.key
             or call.rule is not rule
             or call.version != version
             or call.epoch != epoch
         ):
             numbers = _numbers(rule.limit, carried, rule.dry_run)
-            keys = self._keys(ask, ask.key, names)
-            packed = Script.VISIT.by_name(keys, (numbers, *_known(front)))
-            call = ReadyCall(ask.key, rule, version, epoch, packed)
+            keys = self._keys(request, request.key, names)
+            packed = Script.VISIT.by_name(keys, (numbers, *_known(cached)))
+            call = ReadyCall(request.key, rule, version, epoch, packed)
             if not carried:
                 names.last_call = call
-        question = _Visit(self, ask, rule, front, asker, instead)
-        return self._server.ask(question, names.epoch, call.packed, shapes.VISIT)
+        question = _Visit(self, request, rule, cached, listener, instead)
+        return self._server.send(question, names.epoch, call.packed, shapes.VISIT)
 
     def visit_without(self, question: "_Visit", failed: StoreFailed) -> Visit:
         """Return what a failure means; raises what is answered."""
-        return question.instead(question.ask, self._clock.mono(), failed)
+        return question.instead(question.request, self._clock.mono(), failed)
 
     def read(
-        self, ask: TokenRequest, rule: LimitRule, front: EmbedToken | None, reply: Reply
+        self, request: TokenRequest, rule: LimitRule, cached: EmbedToken | None, reply: Reply
     ) -> Visit:
         """Return what the script said of a visit; raises StoreFailed for what it would not say."""
         if isinstance(reply, int):
@@ -120,55 +122,57 @@ class Visits:
             self._counts.note(verdict, dry_run=rule.dry_run)
         if not verdict.allowed and not rule.dry_run:
             return Visit(verdict, Rejection(LimitName.FINGERPRINT, verdict), None)
-        return Visit(verdict, None, self._front.read(ask, ask.key, reply, front))
+        return Visit(verdict, None, self._near_cache.read(request, request.key, reply, cached))
 
     async def _run(
-        self, ask: TokenRequest, key: str, front: EmbedToken | None, numbers: Packed
+        self, request: TokenRequest, key: str, cached: EmbedToken | None, numbers: Packed
     ) -> Reply:
-        keys = self._keys(ask, key, self._names.visitor(ask.visitor))
-        known = _known(front)
+        keys = self._keys(request, key, self._names.visitor(request.visitor))
+        known = _known(cached)
         return await self._server.run(Operation.VISIT, Script.VISIT, keys, numbers, *known)
 
-    def _keys(self, ask: TokenRequest, key: str, names: VisitorKeys) -> tuple[bytes, bytes, bytes]:
-        bucket = names.bucket("requests", self.limits.fingerprint.own_bucket(ask.agent))
+    def _keys(
+        self, request: TokenRequest, key: str, names: VisitorKeys
+    ) -> tuple[bytes, bytes, bytes]:
+        bucket = names.bucket("requests", self.limits.fingerprint.own_bucket(request.agent))
         return bucket, names.token(self._names.token_name(key)), names.epoch
 
 
 class _Visit(Question):
     """A visit that was asked for by a call."""
 
-    __slots__ = ("_asker", "_visits", "ask", "front", "instead", "rule")
+    __slots__ = ("_listener", "_visits", "cached", "instead", "request", "rule")
 
     operation = Operation.VISIT
 
     def __init__(
         self,
         visits: Visits,
-        ask: TokenRequest,
+        request: TokenRequest,
         rule: LimitRule,
-        front: EmbedToken | None,
-        asker: Asker,
+        cached: EmbedToken | None,
+        listener: VisitListener,
         instead: Instead,
     ) -> None:
         self._visits = visits
-        self.ask = ask
+        self.request = request
         self.rule = rule
-        self.front = front
-        self._asker = asker
+        self.cached = cached
+        self._listener = listener
         self.instead = instead
 
     @override
     def take(self, reply: Reply) -> None:
         said: Visit | Exception
         try:
-            said = self._visits.read(self.ask, self.rule, self.front, reply)
+            said = self._visits.read(self.request, self.rule, self.cached, reply)
         except StoreFailed as failed:
             self.fail(failed)
             return
         except Exception as error:  # noqa: BLE001 - raised where it is answered
             said = error
         try:
-            self._asker.hear(said)
+            self._listener.visited(said)
         except Exception as error:  # others' replies are behind it
             log.error("broker.defect", exc_info=error)
 
@@ -181,7 +185,7 @@ class _Visit(Question):
         except Exception as answered:  # noqa: BLE001 - as in `take`
             said = answered
         try:
-            self._asker.hear(said)
+            self._listener.visited(said)
         except Exception as defect:  # as in `take`
             log.error("broker.defect", exc_info=defect)
 
@@ -201,9 +205,9 @@ def verdict_of(wait: int, limit: Limit, *, allowed: int) -> Verdict:
     return verdict_from_wait(wait, limit, allowed=bool(allowed))
 
 
-def _known(front: EmbedToken | None) -> tuple[bytes, bytes]:
+def _known(cached: EmbedToken | None) -> tuple[bytes, bytes]:
     """Return version and epoch of what is held here, as the script takes them."""
-    return (b"", b"") if front is None else (b"%d" % front.version, b"%d" % front.epoch)
+    return (b"", b"") if cached is None else (b"%d" % cached.version, b"%d" % cached.epoch)
 
 
 @lru_cache(maxsize=1024)

@@ -2,9 +2,10 @@
 
 Theory of operation.  What can be answered at once is answered by plain calls, from the head that
 was read before to the bytes that go out: nearly all requests are.  What a store elsewhere has to be
-asked for first is answered by the same calls, from where its word arrives (`_Asked`).  What has to
-wait, for its body or for its token, comes back as a coroutine that goes on where the calls ended.
-Each step is written once: the same calls answer what was waited for.
+asked for first is answered by the same calls, from where its word arrives
+(`_WaitingRequest`).  What has to wait, for its body or for its token, comes back as a coroutine
+that goes on where the calls ended. Each step is written once: the same calls answer what was waited
+for.
 """
 
 from typing import Protocol, TypedDict, cast
@@ -156,59 +157,61 @@ class TokenRoute:
         trace: str,
     ) -> Answer | Later[Answer] | Work:
         """Read the body, and answer with the token that is there."""
-        ask: TokenRequest | None = None
+        request: TokenRequest | None = None
         try:
             read = self._bodies.read(content, client.name, any_fingerprint=self.any_fingerprint)
             if isinstance(read, errors.BrokerError):
                 return self._refuse(read, request_id, started, client, None)
-            ask = read
+            request = read
             if client.agents is not None:
-                client.require_agent(ask.agent)
-            result = self._token_service.begin(ask, now)
+                client.require_agent(request.agent)
+            result = self._token_service.begin(request, now)
         except Exception as error:  # noqa: BLE001 - as above
-            return self._failed(error, request_id, started, client, ask)
+            return self._failed(error, request_id, started, client, request)
         if type(result) is IssuedToken:
-            return self._issued(result, request_id, started, ask)
+            return self._issued(result, request_id, started, request)
         if type(result) is Rejection:
-            return self._reject(result, request_id, started, client, ask)
+            return self._reject(result, request_id, started, client, request)
         begun = cast("Visit | None", result)
-        asked = _Asked(self, ask, request_id, started, client, trace)
-        if begun is None and self._token_service.ask(ask, now, asked):
-            return asked
-        return self._wait(asked, begun, now)
+        waiting = _WaitingRequest(self, request, request_id, started, client, trace)
+        if begun is None and self._token_service.start_visit(request, now, waiting):
+            return waiting
+        return self._wait(waiting, begun, now)
 
-    def answer_to(self, asked: "_Asked") -> Answer | Work:
+    def answer_to(self, waiting: "_WaitingRequest") -> Answer | Work:
         """Answer with what the store has said to who has asked it."""
-        ask, said, now = asked.ask, asked.said, self._clock.mono()
+        request, said, now = waiting.request, waiting.said, self._clock.mono()
         if isinstance(said, Exception):
-            return self._failed(said, asked.request_id, asked.started, asked.client, ask)
+            return self._failed(said, waiting.request_id, waiting.started, waiting.client, request)
         result: IssuedToken | Rejection | Visit | None = None
         try:
             if said is not None:
-                result = self._token_service.begin(ask, now, said)
+                result = self._token_service.begin(request, now, said)
         except Exception as error:  # noqa: BLE001 - as above
-            return self._failed(error, asked.request_id, asked.started, asked.client, ask)
+            return self._failed(error, waiting.request_id, waiting.started, waiting.client, request)
         if type(result) is IssuedToken:
-            return self._issued(result, asked.request_id, asked.started, ask)
+            return self._issued(result, waiting.request_id, waiting.started, request)
         if type(result) is Rejection:
-            return self._reject(result, asked.request_id, asked.started, asked.client, ask)
-        return self._wait(asked, cast("Visit | None", result), now)
+            return self._reject(
+                result, waiting.request_id, waiting.started, waiting.client, request
+            )
+        return self._wait(waiting, cast("Visit | None", result), now)
 
-    async def _wait(self, asked: "_Asked", begun: Visit | None, now: int) -> Answer:
+    async def _wait(self, waiting: "_WaitingRequest", begun: Visit | None, now: int) -> Answer:
         """Wait for the token, or for the store."""
-        started, client = asked.started, asked.client
-        ask = asked.ask.sent_with(asked.request_id, asked.trace)
+        started, client = waiting.started, waiting.client
+        request = waiting.request.sent_with(waiting.request_id, waiting.trace)
         timeout = self._deadline - (now - started) / SECOND
         try:
-            result = await self._token_service.finish(ask, begun, timeout)
+            result = await self._token_service.finish(request, begun, timeout)
         except Exception as error:  # noqa: BLE001 - as above
-            return self._failed(error, ask.request_id, started, client, ask)
+            return self._failed(error, request.request_id, started, client, request)
         if isinstance(result, Rejection):
-            return self._reject(result, ask.request_id, started, client, ask)
-        return self._issued(result, ask.request_id, started, ask)
+            return self._reject(result, request.request_id, started, client, request)
+        return self._issued(result, request.request_id, started, request)
 
     def _issued(
-        self, issued: IssuedToken, request_id: str, started: int, ask: TokenRequest
+        self, issued: IssuedToken, request_id: str, started: int, request: TokenRequest
     ) -> Answer:
         outcome, verdict, wall = issued.outcome, issued.verdict, issued.wall
         date = self._frame.http_date(wall)
@@ -222,7 +225,7 @@ class TokenRoute:
         seconds = (self._clock.mono() - started) / 1_000_000
         self._note_ended[outcome](seconds)
         if outcome is _MINTED or self.debug:
-            self._log_issued(issued, request_id, seconds, ask)
+            self._log_issued(issued, request_id, seconds, request)
         return Answer(200, start, content, self._health.draining)
 
     def _failed(
@@ -231,13 +234,13 @@ class TokenRoute:
         request_id: str,
         started: int,
         client: Client | None,
-        ask: TokenRequest | None,
+        request: TokenRequest | None,
     ) -> Answer:
         """Answer whatever went wrong; what nobody has foreseen is written as a defect."""
         if not isinstance(error, errors.BrokerError):
             log.error("broker.defect", request_id=request_id, exc_info=error)
             error = errors.Internal()
-        return self._refuse(error, request_id, started, client, ask)
+        return self._refuse(error, request_id, started, client, request)
 
     def _reject(
         self,
@@ -245,7 +248,7 @@ class TokenRoute:
         request_id: str,
         started: int,
         client: Client | None,
-        ask: TokenRequest | None,
+        request: TokenRequest | None,
     ) -> Answer:
         """Answer and count what a limit refused: no exception, for there may be a flood of them."""
         now = self._clock.mono()
@@ -254,7 +257,7 @@ class TokenRoute:
         self._note_ended[_LIMITED](seconds)
         self._metrics.rejections[kind].inc()
         if self._frame.refusals.first(kind, now, anyway=self.debug) or self.debug:
-            _log_failure(rejection.error(), kind, request_id, seconds, client, ask)
+            _log_failure(rejection.error(), kind, request_id, seconds, client, request)
         return self._frame.rejected(rejection, request_id)
 
     def _refuse(
@@ -263,12 +266,12 @@ class TokenRoute:
         request_id: str,
         started: int,
         client: Client | None,
-        ask: TokenRequest | None,
+        request: TokenRequest | None,
     ) -> Answer:
         """Answer and count a token request that failed."""
         if isinstance(error, errors.RateLimited):
             rejection = Rejection(error.limit, error.verdict)
-            return self._reject(rejection, request_id, started, client, ask)
+            return self._reject(rejection, request_id, started, client, request)
         now = self._clock.mono()
         seconds = (now - started) / SECOND
         self._note_ended[error.outcome](seconds)
@@ -288,18 +291,18 @@ class TokenRoute:
         else:
             worth_a_line = True
         if worth_a_line:
-            _log_failure(error, kind, request_id, seconds, client, ask)
+            _log_failure(error, kind, request_id, seconds, client, request)
         return self._frame.error(error, request_id)
 
     def _log_issued(
-        self, issued: IssuedToken, request_id: str, seconds: float, ask: TokenRequest
+        self, issued: IssuedToken, request_id: str, seconds: float, request: TokenRequest
     ) -> None:
         data = data_in(issued.token.body)
         fields: _IssuedFields = {
             "request_id": request_id,
-            "client": ask.client,
-            "agent": ask.agent,
-            "visitor": visitor_hash(ask.fingerprint),
+            "client": request.client,
+            "agent": request.agent,
+            "visitor": visitor_hash(request.fingerprint),
             "session": data.session_id,
             "token": name_of(data.token),
             "left_s": issued.left // 1_000_000,
@@ -311,15 +314,15 @@ class TokenRoute:
             log.debug("broker.embed_token", outcome=issued.outcome.value, **fields)
 
 
-class _Asked(Later[Answer]):
+class _WaitingRequest(Later[Answer]):
     """A request for a token that waits: for the store's word at first."""
 
-    __slots__ = ("ask", "client", "request_id", "route", "said", "started", "trace")
+    __slots__ = ("client", "request", "request_id", "route", "said", "started", "trace")
 
     def __init__(
         self,
         route: TokenRoute,
-        ask: TokenRequest,
+        request: TokenRequest,
         request_id: str,
         started: int,
         client: Client,
@@ -328,14 +331,14 @@ class _Asked(Later[Answer]):
         self.then = None  # as Later's own: each hit on a shared store makes one
         self.is_told = False
         self.route = route
-        self.ask = ask
+        self.request = request
         self.request_id = request_id
         self.started = started
         self.client = client
         self.trace = trace
         self.said: Visit | Exception | None = None
 
-    def hear(self, said: Visit | Exception | None) -> None:
+    def visited(self, said: Visit | Exception | None) -> None:
         """Take the store's word; see `Asker`."""
         self.said = said
         self.tell()
@@ -351,7 +354,7 @@ def _log_failure(
     request_id: str,
     seconds: float,
     client: Client | None,
-    ask: TokenRequest | None,
+    request: TokenRequest | None,
 ) -> None:
     fields: dict[str, object] = {
         "request_id": request_id,
@@ -364,8 +367,8 @@ def _log_failure(
         fields["reason"] = error.reason
     if client is not None:
         fields["client"] = client.name
-    if ask is not None:
-        fields |= {"agent": ask.agent, "visitor": visitor_hash(ask.fingerprint)}
+    if request is not None:
+        fields |= {"agent": request.agent, "visitor": visitor_hash(request.fingerprint)}
     log.warning(
         "broker.embed_token",
         outcome=error.outcome.value,

@@ -98,9 +98,9 @@ def add(
     async def revoke(request: Request, request_id: str) -> Answer:
         client = _identified(request, authenticator, clock)
         token = _token_field(await body.read(request, wire.MAX_BODY))
-        denial = await charge(client.name)
-        if denial is not None:
-            raise denial.error()
+        rejection = await charge(client.name)
+        if rejection is not None:
+            raise rejection.error()
         await introspector.revoke(token, client.name)
         return routes.answer(200, b"", request_id, content_type="text/plain")
 
@@ -117,7 +117,7 @@ def _verifier(
 
     def verify(request: Request, request_id: str) -> Answer | Work:
         asked = request.facts if type(request) is WholeRequest else None
-        if type(asked) is not Asked:
+        if type(asked) is not VerifyRequest:
             asked = _read_head(request, trusted=authenticator.trusts(request.remote))
         try:
             session = introspector.check_at_once(asked.token)
@@ -127,14 +127,14 @@ def _verifier(
             verify_later(asked, request_id) if session is None else good(asked, session, request_id)
         )
 
-    async def verify_later(asked: Asked, request_id: str) -> Answer:
+    async def verify_later(asked: VerifyRequest, request_id: str) -> Answer:
         try:
             session = await introspector.check(asked.token)
         except BadToken as error:
             raise _refused(error) from None
         return good(asked, session, request_id)
 
-    def good(asked: Asked, session: Session, request_id: str) -> Answer:
+    def good(asked: VerifyRequest, session: Session, request_id: str) -> Answer:
         for agent in asked.agents:
             if agent != session.agent:
                 raise AgentNotAllowed(
@@ -157,17 +157,19 @@ def _identified(request: Request, authenticator: ClientAuthenticator, clock: Clo
     return client
 
 
-class Asked(Struct, frozen=True):
+class VerifyRequest(Struct, frozen=True):
     """What the head of a proxy's question says: the token, and for which agents it must be."""
 
     token: str
     agents: tuple[str, ...]
 
 
-def _read_head(request: Request, *, trusted: bool) -> Asked:
+def _read_head(request: Request, *, trusted: bool) -> VerifyRequest:
     """Read what is asked; a head whose meaning depends on the peer is read each time."""
     headers = request.headers
-    asked = Asked(presented(request, trusted=trusted), tuple(headers.getall(_REQUIRED_AGENT, ())))
+    asked = VerifyRequest(
+        presented(request, trusted=trusted), tuple(headers.getall(_REQUIRED_AGENT, ()))
+    )
     if isinstance(request, WholeRequest) and not any(name in headers for name in _FORWARDED_URIS):
         request.facts = asked
     return asked

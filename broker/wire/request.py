@@ -101,7 +101,7 @@ def parse(
 ) -> TokenRequest:
     """Read one request body; raises MissingParam or Invalid.
 
-    `request_id` and `traceparent` accompany the ask; a malformed traceparent is dropped, as W3C
+    `request_id` and `traceparent` accompany the request; a malformed traceparent is dropped, as W3C
     Trace Context asks.
     """
     body = body.removeprefix(BOM_UTF8)  # RFC 8259 section 8.1: a parser may ignore it

@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 from processes import good, put, secret_file, secret_in, until, wait_for
 from servers import StoreServer
-from test_supervisor import crew_of, supervised
+from test_supervisor import supervised, worker_settings
 from web.edge import Edge, request, serving
 
 from broker.config.files import open_regular
@@ -51,17 +51,17 @@ PLACES: dict[BackgroundTask, Callable[[Edge], tuple[Any, str]]] = {
     BackgroundTask.BEAT: lambda edge: (edge.app.metrics.process, "beat"),
     BackgroundTask.PACING: lambda edge: (edge.app.parts.pacer, "_serve_next"),
     BackgroundTask.SHARE: lambda edge: (edge.app.parts.pacer._slots, "_look"),
-    BackgroundTask.HEARTBEATS: lambda edge: (_sharing(edge).fleet, "beat"),
-    BackgroundTask.LEASES: lambda edge: (_sharing(edge)._remote.leases, "renew"),
-    BackgroundTask.RECORDS: lambda edge: (_sharing(edge).book, "catch_up"),
-    BackgroundTask.SUBSCRIPTION: lambda edge: (_sharing(edge)._remote, "heard_news"),
+    BackgroundTask.HEARTBEATS: lambda edge: (_shared_backend(edge).fleet, "beat"),
+    BackgroundTask.LEASES: lambda edge: (_shared_backend(edge)._remote.leases, "renew"),
+    BackgroundTask.RECORDS: lambda edge: (_shared_backend(edge).sessions, "catch_up"),
+    BackgroundTask.SUBSCRIPTION: lambda edge: (_shared_backend(edge)._remote, "on_message"),
     BackgroundTask.WATCHED_FILES: lambda edge: (edge.app.watch.files, "changed"),
     BackgroundTask.RELOADS: lambda edge: (edge.app.reloader, "reload"),
 }
 """In which function each task of a process with a shared store and a budget is hit."""
 
 
-def _sharing(edge: Edge) -> Any:
+def _shared_backend(edge: Edge) -> Any:
     assert edge.app.parts.shared_backend is not None
     return edge.app.parts.shared_backend
 
@@ -70,13 +70,13 @@ async def _cause(edge: Edge, name: BackgroundTask) -> None:
     """Bring about what a task waits for, over and over."""
     while True:
         if name is BackgroundTask.SUBSCRIPTION:
-            channel = _sharing(edge).names.channel
+            channel = _shared_backend(edge).names.channel
             packed = b"*3\r\n$7\r\nPUBLISH\r\n$%d\r\n%s\r\n$1\r\nx\r\n" % (len(channel), channel)
-            await _sharing(edge).server.nodes.command(channel, packed)
+            await _shared_backend(edge).server.nodes.command(channel, packed)
         elif name is BackgroundTask.RELOADS:
             edge.app.want_reload()
         elif name is BackgroundTask.PACING:
-            await edge.ask(fresh=True)
+            await edge.request_token(fresh=True)
         await asyncio.sleep(0.05)
 
 
@@ -148,7 +148,7 @@ async def test_N2_the_supervisor_goes_on(
     tmp_path: Path, name: BackgroundTask, failure: type[BaseException]
 ) -> None:
     """Workers are replaced and watched, reloads are heard, whatever happened before."""
-    async with supervised(crew_of(tmp_path, 1)) as supervisor:
+    async with supervised(worker_settings(tmp_path, 1)) as supervisor:
         hit = supervisor._watch if name is BackgroundTask.WORKER_WATCH else supervisor
         bomb = Bomb(hit, SUPERVISED[name], failure)
         if name is BackgroundTask.WORKERS:
@@ -171,7 +171,7 @@ def _is_served(supervisor: Supervisor) -> bool:
 
 async def test_N2_a_worker_obeys_after_an_order_that_it_cannot_read(tmp_path: Path) -> None:
     """Counted in its row, and the next order is followed."""
-    async with supervised(crew_of(tmp_path, 1)) as supervisor:
+    async with supervised(worker_settings(tmp_path, 1)) as supervisor:
         child = supervisor._children[1]
         orders = supervisor.metrics.process.background[BackgroundTask.ORDERS]
         mine = Counter(supervisor._shared_cells.rows[1], orders._index)
@@ -184,7 +184,7 @@ async def test_N2_a_worker_obeys_after_an_order_that_it_cannot_read(tmp_path: Pa
 
 async def test_N2_a_worker_that_talks_nonsense_is_replaced(tmp_path: Path) -> None:
     """It cannot be led any more; nobody waits for its answers for ever."""
-    async with supervised(crew_of(tmp_path, 1)) as supervisor:
+    async with supervised(worker_settings(tmp_path, 1)) as supervisor:
         child = supervisor._children[1]
         child._channel._reader.feed_data(b"nonsense\n")
         await until(lambda: 1 in supervisor._children and supervisor._children[1] is not child)
@@ -223,7 +223,7 @@ class TestMountThatHangs:
             rounds = Bomb(edge.app.housekeeping, "do_round", ValueError)
             edge.defects_expected = True
             await until(lambda: rounds.calls >= 3)
-            assert (await edge.ask()).status == 200
+            assert (await edge.request_token()).status == 200
         held.set()
 
     async def test_N2_a_reload_that_hangs_is_a_failed_one(
@@ -245,7 +245,7 @@ class TestMountThatHangs:
             held.set()
             edge.app.want_reload()
             await until(lambda: reloads["success"].value == 1)
-            assert (await edge.ask()).status == 200
+            assert (await edge.request_token()).status == 200
 
     @pytest.mark.parametrize("passes", range(4))
     async def test_N2_whichever_read_of_a_reload_hangs_the_loop_serves(
@@ -263,7 +263,7 @@ class TestMountThatHangs:
             reloads = edge.app.metrics.process.reloads
             await until(lambda: mount.stands.is_set() or reloads["success"].value == 1)
             assert (await edge.raw(request("GET", "/livez"))).status == 200
-            assert (await edge.ask(secret=secret_in(str(tmp_path / "web")))).status == 200
+            assert (await edge.request_token(secret=secret_in(str(tmp_path / "web")))).status == 200
             mount.released.set()
             await until(lambda: reloads["success"].value == 1)
             assert mount.on_loop == []
@@ -286,7 +286,7 @@ class TestMountThatHangs:
             assert not edge.app.watch.files.changed()
             secret_file(tmp_path / "new")
             await until(lambda: reloads["success"].value == 2)
-            assert (await edge.ask(secret=secret_in(files["new"]))).status == 200
+            assert (await edge.request_token(secret=secret_in(files["new"]))).status == 200
 
     async def test_N2_what_is_done_aside_tells_how_it_went(self, tmp_path: Path) -> None:
         """A value, an error, or nothing at all to somebody who has gone."""

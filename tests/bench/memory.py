@@ -73,7 +73,7 @@ def resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def some_ask(number: int) -> TokenRequest:
+def some_request(number: int) -> TokenRequest:
     """Make a visitor with a fingerprint as long as a UUID's."""
     return TokenRequest(
         client="web", agent=f"A78WKV{number % 50:04}", fingerprint=secrets.token_hex(16)
@@ -107,7 +107,7 @@ def bytes_per_token(count: int) -> dict[str, float]:
     tracemalloc.start()
     answers = 0
     for number in range(count):
-        request = some_ask(number)
+        request = some_request(number)
         token = some_token(clock, request)
         answers += token.body.__sizeof__()
         cache[request.key] = token
@@ -127,7 +127,7 @@ def resident_per_token(count: int) -> dict[str, float]:
     cache = cache_of(clock, count)
     answers = 0
     for number in range(count):
-        request = some_ask(number)
+        request = some_request(number)
         token = some_token(clock, request)
         answers += token.body.__sizeof__()
         cache[request.key] = token
@@ -142,11 +142,11 @@ def resident_after_churn(held: int = 1000, count: int = 100_000) -> dict[str, fl
         clock = SystemClock()
         cache = cache_of(clock, held)
         for number in range(held):
-            cache[f"{name}{number}"] = some_token(clock, some_ask(0))
+            cache[f"{name}{number}"] = some_token(clock, some_request(0))
         gc.collect()
         before = resident()
         for number in range(count):
-            cache[f"{name}{number % keys}"] = some_token(clock, some_ask(0))
+            cache[f"{name}{number % keys}"] = some_token(clock, some_request(0))
         grown[name] = round((resident() - before) / count, 1)
     return {f"rss_{name}": each for name, each in grown.items()}
 
@@ -159,7 +159,7 @@ def pauses(count: int, batch: int) -> dict[str, object]:
     told: dict[str, object] = {}
 
     def insert(number: int) -> None:
-        request = some_ask(number)
+        request = some_request(number)
         cache[request.key] = some_token(clock, request)
         keys.append(request.key)
 
@@ -172,10 +172,12 @@ def pauses(count: int, batch: int) -> dict[str, object]:
 
     def renew(_: int) -> None:
         key = random.choice(keys)[:-1]
-        cache[f"{key}{SEPARATOR}"] = some_token(clock, some_ask(0))  # an ask makes its key anew
+        cache[f"{key}{SEPARATOR}"] = some_token(
+            clock, some_request(0)
+        )  # a request makes its key anew
 
     def insert_over(number: int) -> None:
-        request = some_ask(number)
+        request = some_request(number)
         cache[request.key] = some_token(clock, request)
 
     keeper = GcTuner()
@@ -219,7 +221,7 @@ def cost_of_a_hit(count: int, rounds: int = 7) -> dict[str, float]:
     for size in (1000, count):
         cache, keys = cache_of(clock, size), []
         for number in range(size):
-            request = some_ask(number)
+            request = some_request(number)
             cache[request.key] = some_token(clock, request)
             keys.append(request.key)
         caches[size] = (cache, keys)

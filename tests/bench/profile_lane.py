@@ -205,11 +205,11 @@ def steps_of(bench: Bench) -> dict[str, Callable[[], object]]:
     known = lane.known_in(data)
     end = known.head.end
     request = WholeRequest(known.message, data[end:], bench.connection, known.facts, "")
-    ask = routes.tokens._bodies.read(data[end:], "bench", any_fingerprint=False)
+    token_request = routes.tokens._bodies.read(data[end:], "bench", any_fingerprint=False)
     now, wall = clock.mono(), clock.wall()
-    rule, key = store._limits.fingerprint.met_by(ask)
+    rule, key = store._limits.fingerprint.met_by(token_request)
     read = routes.tokens._bodies.read
-    issued = service.begin(ask, now)
+    issued = service.begin(token_request, now)
     assert isinstance(issued, IssuedToken)
     verdict, body, date = issued.verdict, issued.token.body, routes.http_date(wall)
     assert verdict is not None
@@ -226,10 +226,14 @@ def steps_of(bench: Bench) -> dict[str, Callable[[], object]]:
         "  route": lambda: routes.tokens(request, "id"),
         "    clock, one reading of three": clock.mono,
         "    body known": lambda: read(data[end:], "bench", any_fingerprint=False),
-        "    story, with a reading of the clock": lambda: service.begin(ask, clock.mono()),
+        "    story, with a reading of the clock": lambda: service.begin(
+            token_request, clock.mono()
+        ),
         "      bucket, likewise": lambda: store._fingerprint.take(key, rule.limit, clock.mono()),
-        "      token": lambda: store.tokens.find_at(ask.key, now),
-        "    answer of what the story says": lambda: routes.tokens._issued(issued, "id", now, ask),
+        "      token": lambda: store.tokens.find_at(token_request.key, now),
+        "    answer of what the story says": lambda: routes.tokens._issued(
+            issued, "id", now, token_request
+        ),
         "      head": lambda: routes.heads.write(line, len(body), "id", date, verdict, wall),
         "      two histograms": lambda: (reused(3594.0), seconds(0.00001)),
         "      answer object": lambda: Answer(200, start, body, False),

@@ -146,15 +146,15 @@ async def bare(bench: Bench, wave: Wave, options: argparse.Namespace) -> float:
     assert isinstance(nodes, SingleServer)
     sent: list[Any] = []
     link: Any = nodes._link
-    ask = PipelinedConnection.ask
+    send_for = PipelinedConnection.send_for
 
     def noted(self: Any, packed: bytes, shape: Any, waiter: Any) -> None:
         sent.append((packed, shape))
-        ask(self, packed, shape, waiter)
+        send_for(self, packed, shape, waiter)
 
-    PipelinedConnection.ask = noted  # type: ignore[method-assign]
+    PipelinedConnection.send_for = noted  # type: ignore[method-assign]
     await wave.send(cycle(bench.requests("hit", 1)))
-    PipelinedConnection.ask = ask  # type: ignore[method-assign]
+    PipelinedConnection.send_for = send_for  # type: ignore[method-assign]
     (packed, shape), send = sent[0], PipelinedConnection.send
     loop = asyncio.get_running_loop()
     began = time.thread_time_ns()

@@ -105,11 +105,11 @@ class Target:
         self.hits: list[float] = []
         self.misses: list[float] = []
 
-    async def ask(self, fingerprint: str) -> None:
+    async def request_token(self, fingerprint: str) -> None:
         """Ask once and note how many milliseconds it took."""
-        ask = {"agent_id": "A78WKV4515", "fingerprint": fingerprint}
+        request = {"agent_id": "A78WKV4515", "fingerprint": fingerprint}
         began = time.perf_counter()
-        async with self._http.post(self._url, json=ask, headers=self._headers) as response:
+        async with self._http.post(self._url, json=request, headers=self._headers) as response:
             await response.read()
             took = (time.perf_counter() - began) * 1000
             if response.status != 200:
@@ -151,15 +151,17 @@ async def _read_away(stream: asyncio.StreamReader) -> None:
         pass
 
 
-async def at_rate(rate: float, seconds: float, ask: "list[tuple[Target, list[str]]]") -> None:
+async def at_rate(rate: float, seconds: float, both: "list[tuple[Target, list[str]]]") -> None:
     """Ask these targets in turn, at a constant rate in all; an empty list means new visitors."""
     count = int(rate * seconds)
     due = time.perf_counter()
     async with asyncio.TaskGroup() as group:
         for number in range(count):
-            target, known = ask[number % len(ask)]
-            fingerprint = known[number // len(ask) % len(known)] if known else secrets.token_hex(16)
-            group.create_task(target.ask(fingerprint))
+            target, known = both[number % len(both)]
+            fingerprint = (
+                known[number // len(both) % len(known)] if known else secrets.token_hex(16)
+            )
+            group.create_task(target.request_token(fingerprint))
             due += 1 / rate
             await asyncio.sleep(max(due - time.perf_counter(), 0))
 
@@ -192,7 +194,7 @@ async def slowdown(folder: Path, rate: float) -> float:
     ):
         known = [secrets.token_hex(16) for _ in range(KNOWN)]
         both = [(fast, known), (slow, known)]
-        await asyncio.gather(*(target.ask(each) for target, _ in both for each in known))
+        await asyncio.gather(*(target.request_token(each) for target, _ in both for each in known))
         await at_rate(rate, LIFETIME / 2, both)
         for target, _ in both:
             target.hits.clear()

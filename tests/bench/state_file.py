@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 
-from cpu import TICK, VISITORS, Sample, ask, measure, print_medians, run_broker, ticks_of
+from cpu import TICK, VISITORS, Sample, measure, print_medians, request_token, run_broker, ticks_of
 
 HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE.parent), str(HERE.parent / "sqlite")]
@@ -79,7 +79,7 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
             stack.enter_context(run_broker(folder, secret, name, url)) for name, url in urls.items()
         ]
         for server in servers:
-            ask(server, secret, "A78WKV4515")
+            request_token(server, secret, "A78WKV4515")
         for case in TARGETS:  # hits first: a mint leaves work for the seconds after it
             for number in range(options.rounds + 1):
                 for server in servers[:: 1 if number % 2 else -1]:
@@ -115,7 +115,7 @@ async def start_and_size(folder: Path, tokens: int) -> None:
     broker.body = BODY
     async with broker.opened() as backend:
         for number in range(tokens):
-            await mint(broker, backend, broker.ask(), origin=origin)
+            await mint(broker, backend, broker.new_request(), origin=origin)
             if number % 50 == 0:
                 await asyncio.sleep(0)
         await backend._slot.writer.end_written()

@@ -26,7 +26,7 @@ from cpu import CONFIGURATION, VISITORS, Sample, Server, measure, port_in, print
 from broker.telemetry.cells import Row, shared
 from broker.telemetry.metrics import Metrics
 
-CREW = Path(__file__).resolve().parents[1] / "crew.py"
+MEMORY_WORKERS = Path(__file__).resolve().parents[1] / "memory_workers.py"
 
 TARGET_RATIO, TARGET_SHARE = 1.10, 0.35
 
@@ -42,7 +42,7 @@ def main() -> None:
         secret = secrets.token_urlsafe(24)
         store = "memory://" if options.memory else stack.enter_context(run_store(folder))
         servers = {
-            number: stack.enter_context(run_crew(folder, secret, number, store))
+            number: stack.enter_context(run_workers(folder, secret, number, store))
             for number in samples
         }
         numbers = count(1)
@@ -73,12 +73,12 @@ def parse_options() -> argparse.Namespace:
 
 
 @contextmanager
-def run_crew(folder: Path, secret: str, workers: int, store: str) -> Iterator[Server]:
+def run_workers(folder: Path, secret: str, workers: int, store: str) -> Iterator[Server]:
     """Run a broker with so many workers; its log goes to a file."""
     config, log = folder / f"{workers}.toml", folder / f"{workers}.log"
     key = secrets.token_urlsafe(48)
     config.write_text(CONFIGURATION.format(secret=secret, key=key, store=store))
-    command = [sys.executable, str(CREW), str(workers), str(config)]
+    command = [sys.executable, str(MEMORY_WORKERS), str(workers), str(config)]
     with log.open("w") as errors, subprocess.Popen(command, stderr=errors) as process:
         try:
             yield Server(f"{workers} workers", process.pid, port_in(log))
@@ -91,13 +91,13 @@ def rows_of(pid: int) -> list[Row]:
     for link in sorted(Path(f"/proc/{pid}/fd").iterdir()):
         if str(link.readlink()).startswith("/memfd:embed-token-broker"):
             handle = os.open(link, os.O_RDWR)
-            return list(shared(handle, Metrics("local", workers=2).sheet.width).rows[1:])
+            return list(shared(handle, Metrics("local", workers=2).layout.width).rows[1:])
     sys.exit("the supervisor has no shared cells")
 
 
 def answered(rows: list[Row]) -> list[float]:
     """Return how many requests each worker has answered with a held token."""
-    families = Metrics("local", workers=2).sheet.families
+    families = Metrics("local", workers=2).layout.families
     family = next(family for family in families if family.name == "broker_requests")
     first = family.series["reused",]
     return [sum(row[first + n] for n in range(len(family.bounds) + 1)) for row in rows]

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Self
 
-from processes import PATIENCE, environment
+from processes import TIMEOUT, environment
 
 CONTROL_C, CONTROL_D = b"\x03", b"\x04"
 
@@ -43,7 +43,7 @@ class Terminal:
 
     def wait_for(self, text: str) -> None:
         """Read until this is shown."""
-        ends = time.monotonic() + PATIENCE
+        ends = time.monotonic() + TIMEOUT
         while text not in self.shown:
             assert self._read(ends), f"{text!r} is not in\n{self.shown}"
 
@@ -55,7 +55,7 @@ class Terminal:
 
     def wait(self) -> int:
         """Read to the end; returns the exit code, negative for a signal."""
-        ends = time.monotonic() + PATIENCE
+        ends = time.monotonic() + TIMEOUT
         while self._read(ends):
             pass
         if self._code is None:

@@ -545,8 +545,8 @@ class TestMintAndVerify:
         budget = {"rate": 1, "per": "60s", "burst": 1, "max_wait": "1s"}
         secret = secret_in(tree["clients"]["web"]["secret_file"])
         with Broker.configured(tmp_path, merged(tree, {"issuer.budget": budget})) as broker:
-            ask = ["mint", AGENT, "--fingerprint", VISITOR, "--url", broker.url]
-            done = run(*ask, BROKER_API_SECRET=secret)
+            command_line = ["mint", AGENT, "--fingerprint", VISITOR, "--url", broker.url]
+            done = run(*command_line, BROKER_API_SECRET=secret)
         assert (done.returncode, done.stdout) == (69, b"")
         assert b"the vendor's budget is used up" in done.stderr
 
@@ -558,14 +558,14 @@ class TestMintAndVerify:
         secret = secret_in(tree["clients"]["web"]["secret_file"])
         limited = merged(tree, {"limits.fingerprint": {"rate": 1, "per": "1h", "burst": 2}})
         with Broker.configured(tmp_path, limited) as broker:
-            ask = ["mint", AGENT, "--fingerprint", VISITOR, "--url"]
+            command_line = ["mint", AGENT, "--fingerprint", VISITOR, "--url"]
             first, second, third = (
-                run(*ask, broker.url, BROKER_API_SECRET=secret) for _ in range(3)
+                run(*command_line, broker.url, BROKER_API_SECRET=secret) for _ in range(3)
             )
-            stranger = run(*ask, broker.url, BROKER_API_SECRET=secrets.token_urlsafe(24))
-            nobody = run(*ask, broker.url)
-            elsewhere = run(*ask, broker.admin_url, BROKER_API_SECRET=secret)
-            nowhere = run(*ask, "localhost:8080", BROKER_API_SECRET=secret)
+            stranger = run(*command_line, broker.url, BROKER_API_SECRET=secrets.token_urlsafe(24))
+            nobody = run(*command_line, broker.url)
+            elsewhere = run(*command_line, broker.admin_url, BROKER_API_SECRET=secret)
+            nowhere = run(*command_line, "localhost:8080", BROKER_API_SECRET=secret)
         assert (first.returncode, first.stderr, second.stdout) == (0, b"", first.stdout)
         assert run("verify", "--config", path, stdin=first.stdout).returncode == 0
         assert third.returncode == stranger.returncode == elsewhere.returncode == 1
@@ -585,7 +585,7 @@ class TestMintAndVerify:
                 " /v1/sessions with admin.secret_file\n"
             ).encode()
         )
-        gone = run(*ask, broker.url, BROKER_API_SECRET=secret)
+        gone = run(*command_line, broker.url, BROKER_API_SECRET=secret)
         assert (gone.returncode, gone.stdout) == (69, b"")
         assert gone.stderr.startswith(f"broker: nobody listens at {broker.url}: ".encode())
 

@@ -4,12 +4,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from processes import PATIENCE, environment, run
+from processes import TIMEOUT, environment, run
 
 from broker.cli.completion import SCRIPTS, bash, places
 from broker.cli.main import _parser
 
-ASK = {
+PROGRAMS = {
     "bash": """\
 source {script}
 COMP_WORDS=({words}) COMP_CWORD=$((${{#COMP_WORDS[@]}}-1))
@@ -49,14 +49,14 @@ def offered(shell: str, folder: Path, line: str) -> set[str]:
     assert (done.returncode, done.stderr) == (0, b"")
     script.write_bytes(done.stdout)
     words = " ".join(f"'{word}'" for word in line.split(" "))
-    program = ASK[shell].format(script=script, words=words, line=f"'{line}'", folder=folder)
+    program = PROGRAMS[shell].format(script=script, words=words, line=f"'{line}'", folder=folder)
     asked = subprocess.run(
         [shell, "-c", program],
         capture_output=True,
         cwd=folder,
         env=environment(HOME=str(folder)),
         text=True,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         check=True,
     )
     assert asked.stderr == ""

@@ -70,7 +70,7 @@ def server(
 def told(url: str) -> str:
     """Return what `mint --url` says of it."""
     with pytest.raises(CannotMint) as caught:
-        mint.ask(url, SECRET, AGENT, VISITOR)
+        mint.request_token(url, SECRET, AGENT, VISITOR)
     assert type(caught.value) is CannotMint  # which is 69
     assert SECRET not in str(caught.value)
     return str(caught.value)
@@ -180,13 +180,13 @@ class TestHealthcheck:
         listens = "is this its [admin] listen?"
         path = f"unix:{tmp_path}/s"
         expected = "there is no such socket; is the broker running, and"
-        assert probe.ask(path) == f"nobody listens at {path}: {expected} {listens}"
+        assert probe.check(path) == f"nobody listens at {path}: {expected} {listens}"
         with server(None) as address:
-            assert probe.ask(address) == f"no answer from {address} within 200ms: {listens}"
+            assert probe.check(address) == f"no answer from {address} within 200ms: {listens}"
         with server(b"SSH-2.0-x\r\n") as address:
-            assert probe.ask(address) == f"{address} answers, but not in HTTP: {listens}"
+            assert probe.check(address) == f"{address} answers, but not in HTTP: {listens}"
         expected = "is not known (DNS): check its spelling and the resolver"
-        assert probe.ask("broker.invalid:9464") == f"the name in broker.invalid:9464 {expected}"
+        assert probe.check("broker.invalid:9464") == f"the name in broker.invalid:9464 {expected}"
 
 
 def test_a_socket_of_somebody_else(tmp_path: Path) -> None:

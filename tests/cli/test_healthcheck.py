@@ -71,7 +71,7 @@ def test_where_one_family_is_off_the_other_is_asked(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(probe, "ASKED_AT", {"::": ("127.0.0.2", "127.0.0.1")})
     with HTTPServer(("127.0.0.1", 0), Ready) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
-        assert probe.ask(f"[::]:{server.server_port}") == ""
+        assert probe.check(f"[::]:{server.server_port}") == ""
 
 
 def test_it_needs_to_know_no_more_than_where_to_ask(tmp_path: Path) -> None:

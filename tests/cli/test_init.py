@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from documents import PAGES
-from processes import AGENT, PATIENCE, Broker, environment, run
+from processes import AGENT, TIMEOUT, Broker, environment, run
 from terminal import CONTROL_C, CONTROL_D, Terminal
 
 from broker.cli import first_files
@@ -85,7 +85,7 @@ class TestFirstToken:
             capture_output=True,
             env=environment(),
             text=True,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             check=False,
         )
 

@@ -58,7 +58,7 @@ def test_a_redirect_is_not_followed(answers: Answers) -> None:
     """Whoever is at its end would be sent the client secret."""
     answers.status, answers.headers = 307, {"Location": f"{answers.url}/elsewhere"}
     with pytest.raises(mint.CannotMint):
-        mint.ask(answers.url, SECRET, AGENT, visitor())
+        mint.request_token(answers.url, SECRET, AGENT, visitor())
     assert answers.asked == [("/v1/embed-tokens/request", SECRET)]
 
 
@@ -67,7 +67,7 @@ def test_what_is_no_token_is_not_printed(answers: Answers, token: str) -> None:
     """A script puts the output into a page: 69, and one line."""
     answers.body = json.dumps({"data": {"token": token}}).encode()
     with pytest.raises(mint.CannotMint, match="answered something else than a token"):
-        mint.ask(answers.url, SECRET, AGENT, visitor())
+        mint.request_token(answers.url, SECRET, AGENT, visitor())
 
 
 @pytest.mark.parametrize(("status", "kind"), [(499, mint.Refused), (500, mint.CannotMint)])
@@ -77,5 +77,5 @@ def test_a_failure_of_the_server_is_no_refusal(
     """From 500 on the same command may do later."""
     answers.status, answers.body = status, b"{}"
     with pytest.raises(mint.CannotMint) as caught:
-        mint.ask(answers.url, SECRET, AGENT, visitor())
+        mint.request_token(answers.url, SECRET, AGENT, visitor())
     assert type(caught.value) is kind

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 from documents import table
-from processes import PATIENCE, Broker, environment, good, merged, run, toml, write
+from processes import TIMEOUT, Broker, environment, good, merged, run, toml, write
 from terminal import CONTROL_C, CONTROL_D, Terminal
 
 from broker.cli.base import Parser
@@ -176,7 +176,7 @@ class TestControlC:
             folder=tmp_path,
             BROKER_API_SECRET=secrets.token_urlsafe(24),
         ) as terminal:
-            assert silent.asked.wait(PATIENCE)
+            assert silent.asked.wait(TIMEOUT)
             terminal.type(CONTROL_C)
             assert terminal.wait() == -signal.SIGINT
         assert terminal.shown == "^C"
@@ -205,7 +205,7 @@ class TestControlC:
             stdin=subprocess.DEVNULL,
             cwd=tmp_path,
             env=environment(),
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             check=False,
         )
         assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from broker.errors import SessionTaken
 from broker.model import Session
-from broker.sessions.base import MARK_LIFE, BookFull, Place, Query, SessionStore, place_of
+from broker.sessions.base import MARK_LIFE, Place, Query, SessionsFull, SessionStore, place_of
 from broker.units import SECOND
 
 AGENT = "A78WKV4515"
@@ -147,7 +147,7 @@ class SessionStoreContract:
         before = await opened.size()
         digests = [secrets.token_bytes(32) for _ in range(4 * MOST_DISOWNED)]
         for digest in digests:
-            with suppress(BookFull):
+            with suppress(SessionsFull):
                 assert await opened.session_store.disown(digest, "web") is None
         assert await opened.size() <= before + MOST_DISOWNED + 1
         assert await opened.session_store.disown(digests[0], "web") is None, "it is noted already"

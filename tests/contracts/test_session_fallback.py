@@ -29,7 +29,7 @@ from broker.clock import SystemClock  # noqa: E402
 from broker.errors import ServiceUnavailable  # noqa: E402
 from broker.model import Secret  # noqa: E402
 from broker.sealing import Box, derive  # noqa: E402
-from broker.sessions.base import MARK_LIFE, BookFull, Place, place_of  # noqa: E402
+from broker.sessions.base import MARK_LIFE, Place, SessionsFull, place_of  # noqa: E402
 from broker.sessions.memory import MemorySessions  # noqa: E402
 from broker.telemetry.cells import MetricLayout  # noqa: E402
 from broker.telemetry.metrics import StoreMetrics  # noqa: E402
@@ -46,7 +46,7 @@ from broker.valkey.sessions import ValkeySessions  # noqa: E402
 pytestmark = pytest.mark.parts
 
 KEY = Secret(secrets.token_urlsafe(48))
-PATIENT = 5.0
+TIMEOUT = 5.0
 """Seconds for one call: these machines are busy, and no test here is about time-outs."""
 
 
@@ -90,7 +90,7 @@ async def opened_on(
     """Open the sessions of a replica."""
     clock = SystemClock()
     server = StoreClient(
-        nodes_at(on.address, on.access, PATIENT), clock, StoreMetrics(MetricLayout(), shown=True)
+        nodes_at(on.address, on.access, TIMEOUT), clock, StoreMetrics(MetricLayout(), shown=True)
     )
     await server.nodes.open()
     names = Names(derive(key, "key names"), "test")
@@ -200,7 +200,7 @@ async def test_G7_the_server_learns_nothing_of_a_visitor(valkey: StoreServer) ->
         async with opened_on(valkey, key=foreign) as other:
             assert await other.session_store.find(session.session_id) is None
         moved = opened.session_store._remote._names
-        valkey.ask("COPY", moved.session(session.session_id), moved.session("other"))
+        valkey.command("COPY", moved.session(session.session_id), moved.session("other"))
         assert await opened.session_store.find("other") is None, (
             "a record opens under its own name only"
         )
@@ -210,10 +210,10 @@ def contents(server: StoreServer) -> list[bytes]:
     """Return the value of every key, whatever its type."""
     values: list[Any] = []
     for key in server.all_keys():
-        if server.ask("TYPE", key) in (b"zset", "zset"):
-            values += server.ask("ZRANGE", key, 0, -1)
+        if server.command("TYPE", key) in (b"zset", "zset"):
+            values += server.command("ZRANGE", key, 0, -1)
         else:
-            values.append(server.ask("GET", key))
+            values.append(server.command("GET", key))
     return [value if isinstance(value, bytes) else str(value).encode() for value in values]
 
 
@@ -225,7 +225,7 @@ async def test_L3_every_key_ends_by_itself_in_time(valkey: StoreServer) -> None:
         await recorded(opened, life=50, agent="A1", fingerprint="beef")
         await opened.end(session_of(opened))
         names = opened.session_store._remote._names
-        lives = {key: int(valkey.ask("PTTL", key)) for key in valkey.all_keys()}
+        lives = {key: int(valkey.command("PTTL", key)) for key in valkey.all_keys()}
         assert all(life > 0 for life in lives.values())
         for listed in (names.of_agent("A1"), names.of_visitor("beef")):
             assert 98_000 < lives[listed] <= 100_000
@@ -243,9 +243,9 @@ async def test_G6_a_list_is_bounded_and_loses_what_expires_first(valkey: StoreSe
         assert await opened.session_store.find(made[0].session_id) == made[0]
         listed = opened.session_store._remote._names.of_agent(AGENT)
         long_ago = int(time.time()) - 100
-        valkey.ask("ZADD", listed, long_ago, "long-gone")
+        valkey.command("ZADD", listed, long_ago, "long-gone")
         await recorded(opened, life=200)
-        assert valkey.ask("ZSCORE", listed, "long-gone") is None
+        assert valkey.command("ZSCORE", listed, "long-gone") is None
 
 
 async def test_an_expired_session_is_not_found_though_the_server_has_it(
@@ -361,16 +361,16 @@ class TestWhileTheServerIsAway:
                 digests = [secrets.token_bytes(32) for _ in range(MOST_DISOWNED + 1)]
                 for digest in digests[:-1]:
                     assert await opened.session_store.disown(digest, "web") is None
-                with pytest.raises(BookFull):
+                with pytest.raises(SessionsFull):
                     await opened.session_store.disown(digests[-1], "web")
-                for key in server.ask("KEYS", "*disowned*"):
-                    left = server.ask("PTTL", key)
+                for key in server.command("KEYS", "*disowned*"):
+                    left = server.command("PTTL", key)
                     assert 0 < MARK_LIFE // 1000 - left < 60_000
-                (listed,) = server.ask("KEYS", "*:all")
-                for mark in server.ask("ZRANGE", listed, 0, 1):
-                    server.ask("ZADD", listed, 1, mark)  # as if they were of 1970
+                (listed,) = server.command("KEYS", "*:all")
+                for mark in server.command("ZRANGE", listed, 0, 1):
+                    server.command("ZADD", listed, 1, mark)  # as if they were of 1970
                 assert await opened.session_store.disown(digests[-1], "web") is None
-                assert server.ask("ZCARD", listed) == MOST_DISOWNED - 1
+                assert server.command("ZCARD", listed) == MOST_DISOWNED - 1
 
     async def test_N21_a_record_that_comes_while_it_is_missed_is_found(self) -> None:
         """The note is written before the second look: one of the two sees the other."""

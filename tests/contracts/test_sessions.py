@@ -22,13 +22,13 @@ from session_contract import (  # noqa: E402 - rewritten first
 )
 
 from broker.model import Session  # noqa: E402
-from broker.sessions.base import MARK_LIFE, BookFull, Place  # noqa: E402
+from broker.sessions.base import MARK_LIFE, Place, SessionsFull  # noqa: E402
 from broker.sessions.memory import FREED_AT_ONCE, SLICE, MemorySessions  # noqa: E402
 from broker.testing import FakeClock, run_virtual  # noqa: E402
 from broker.units import SECOND  # noqa: E402
 
 
-class OpenedMemoryBook(OpenedSessionStore):
+class OpenedMemorySessions(OpenedSessionStore):
     """The session store in memory, on a clock that stands still."""
 
     def __init__(self, most: int = 1000, most_ended: int = 1000) -> None:
@@ -45,18 +45,18 @@ class OpenedMemoryBook(OpenedSessionStore):
         return len(self.memory) + self.memory.ended_count
 
 
-class TestMemoryBook(SessionStoreContract):
+class TestMemorySessions(SessionStoreContract):
     """The contract, in memory."""
 
     @pytest.fixture
     def open_session_store(self) -> OpenSessionStore:
         async def opened() -> OpenedSessionStore:
-            return OpenedMemoryBook()
+            return OpenedMemorySessions()
 
         return opened
 
 
-class OpenedDurableBook(OpenedMemoryBook):
+class OpenedDurableSessions(OpenedMemorySessions):
     """The session store with a file behind it."""
 
     def __init__(self, broker: Broker, sessions: MemorySessions) -> None:
@@ -64,7 +64,7 @@ class OpenedDurableBook(OpenedMemoryBook):
         self.memory = self.session_store = sessions
 
 
-class TestDurableBook(SessionStoreContract):
+class TestDurableSessions(SessionStoreContract):
     """The contract, with a file."""
 
     @pytest.fixture
@@ -74,14 +74,14 @@ class TestDurableBook(SessionStoreContract):
             async def opened() -> OpenedSessionStore:
                 broker = Broker(tmp_path / f"{secrets.token_hex(4)}.db")
                 backend = await stack.enter_async_context(broker.opened())
-                return OpenedDurableBook(broker, backend.sessions)
+                return OpenedDurableSessions(broker, backend.sessions)
 
             yield opened
 
 
 async def test_G6_records_are_bounded_and_the_oldest_makes_room() -> None:
     """Counted; a record that comes again is young again."""
-    opened = OpenedMemoryBook(most=3)
+    opened = OpenedMemorySessions(most=3)
     first, *others = [await recorded(opened, token=f"t{n}") for n in range(3)]
     await opened.session_store.record(first)
     late = await recorded(opened)
@@ -94,7 +94,7 @@ async def test_G6_records_are_bounded_and_the_oldest_makes_room() -> None:
 
 async def test_G6_no_client_s_records_push_out_another_s() -> None:
     """The one that has most makes room, for itself and for others; all of it is given back."""
-    opened = OpenedMemoryBook(most=6)
+    opened = OpenedMemorySessions(most=6)
     quiet = [await recorded(opened, client="quiet") for _ in range(2)]
     loud = [await recorded(opened, client="loud") for _ in range(50)]
     assert [await opened.session_store.find(s.session_id) for s in quiet] == quiet
@@ -110,12 +110,12 @@ async def test_G6_no_client_s_records_push_out_another_s() -> None:
 
 async def test_G6_ends_are_bounded_and_none_is_forgotten_for_another() -> None:
     """At the bound nothing more can be ended; what was ended stays so, also if it comes again."""
-    opened = OpenedMemoryBook(most_ended=5)
+    opened = OpenedMemorySessions(most_ended=5)
     ended = [await recorded(opened) for _ in range(5)]
     for session in ended:
         await opened.end(session)
     live = await recorded(opened)
-    with pytest.raises(BookFull):
+    with pytest.raises(SessionsFull):
         await opened.end(live)
     await opened.end(ended[0])
     assert [await opened.session_store.ended(s.session_id) for s in ended] == [True] * 5
@@ -127,17 +127,17 @@ async def test_G6_a_client_leaves_ends_to_others() -> None:
 
     The operator may use all that is left; what has been forgotten counts no more.
     """
-    opened = OpenedMemoryBook(most_ended=8)
+    opened = OpenedMemorySessions(most_ended=8)
     granted = {}
     for client in ("one", "two", "three"):
         granted[client] = 0
         for _ in range(10):
-            with suppress(BookFull):
+            with suppress(SessionsFull):
                 await opened.end(await recorded(opened, client=client), by_client=True)
                 granted[client] += 1
     assert granted == {"one": 4, "two": 2, "three": 1}
     await opened.end(await recorded(opened, client="one"))
-    with pytest.raises(BookFull):
+    with pytest.raises(SessionsFull):
         await opened.end(await recorded(opened, client="one"))
     for _ in range(2):
         opened.clock.advance(MARK_LIFE / SECOND + 1)
@@ -148,12 +148,12 @@ async def test_G6_a_client_leaves_ends_to_others() -> None:
 
 async def test_G6_ends_of_the_time_before_are_a_client_s_still() -> None:
     """As long as they are remembered they count, whichever generation they are in."""
-    opened = OpenedMemoryBook(most_ended=8)
+    opened = OpenedMemorySessions(most_ended=8)
 
     async def ends() -> int:
         granted = 0
         for _ in range(8):
-            with suppress(BookFull):
+            with suppress(SessionsFull):
                 await opened.end(await recorded(opened, client="one"), by_client=True)
                 granted += 1
         return granted
@@ -167,7 +167,7 @@ async def test_G6_ends_of_the_time_before_are_a_client_s_still() -> None:
 
 async def test_M1_what_is_over_is_given_back() -> None:
     """Records when they expire; ends when no token of theirs can live, not a moment earlier."""
-    opened = OpenedMemoryBook()
+    opened = OpenedMemorySessions()
     for number in range(50):
         await recorded(opened, token=f"t{number}")
     gone = await recorded(opened)
@@ -200,7 +200,7 @@ def test_a_long_listing_lets_others_have_their_turn() -> None:
             nonlocal turns
             for _ in range(5):
                 turns += 1
-                await session_store.record(session_of(OpenedMemoryBook()))
+                await session_store.record(session_of(OpenedMemorySessions()))
                 await asyncio.sleep(0)
 
         task = asyncio.get_running_loop().create_task(others())
@@ -214,7 +214,7 @@ def test_a_long_listing_lets_others_have_their_turn() -> None:
 
 async def test_an_expired_session_is_not_found() -> None:
     """From the second of its expiry on, by its id and by its token, before anybody tidies up."""
-    opened = OpenedMemoryBook()
+    opened = OpenedMemorySessions()
     session = await recorded(opened, token="t", life=60)
     opened.clock.advance(59.9)
     assert await opened.session_store.find(session.session_id) == session
@@ -227,7 +227,7 @@ async def test_an_expired_session_is_not_found() -> None:
 
 async def test_M1_many_records_that_expire_together_go_a_slice_at_a_time() -> None:
     """And marks that were given up: no step of housekeeping stops the loop for long."""
-    opened = OpenedMemoryBook(most=10 * SLICE, most_ended=10 * SLICE)
+    opened = OpenedMemorySessions(most=10 * SLICE, most_ended=10 * SLICE)
     for _ in range(3 * SLICE):
         await opened.end(await recorded(opened))
         await recorded(opened)
@@ -250,7 +250,7 @@ async def test_M1_many_records_that_expire_together_go_a_slice_at_a_time() -> No
 
 async def test_G6_what_expires_first_goes_first_in_whatever_order_it_came() -> None:
     """A vendor gives an old token: its record is the first that makes room, and that expires."""
-    opened = OpenedMemoryBook(most=3)
+    opened = OpenedMemorySessions(most=3)
     late, soon, middle = [await recorded(opened, life=life) for life in (300, 100, 200)]
     await recorded(opened, life=300)
     assert await opened.session_store.find(soon.session_id) is None

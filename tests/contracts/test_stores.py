@@ -14,14 +14,14 @@ from state_files import Broker
 pytest.register_assert_rewrite("store_contract")
 
 from store_contract import (  # noqa: E402 - rewritten first
-    Asked,
+    AwaitedVisit,
     Opened,
     OpenStore,
     StoreContract,
-    ask_of,
     keep,
     limits_of,
     mint_denied,
+    request_of,
     token_at,
     visit,
 )
@@ -151,20 +151,20 @@ class TestValkey(SharedStoreContract):
 
     async def test_visits_are_asked_for_by_a_question(self, open_store: OpenStore) -> None:
         """So the contract above holds for those; what is told says that something was done."""
-        opened, ask = await open_store(limits_of()), ask_of()
-        await visit(opened, ask)  # the server has the script from then on
-        asked = Asked()
-        assert opened.store.ask(ask, opened.moments()[0], asked)
+        opened, request = await open_store(limits_of()), request_of()
+        await visit(opened, request)  # the server has the script from then on
+        asked = AwaitedVisit()
+        assert opened.store.start_visit(request, opened.moments()[0], asked)
         assert isinstance(await asked.said, Visit)
 
     async def test_two_tokens_of_a_visitor_are_asked_for_apart(self, open_store: OpenStore) -> None:
         """G8: by a process that holds neither, one after the other."""
         opened = await open_store(limits_of())
-        asks = [ask_of("9f86d081"), replace(ask_of("9f86d081"), model="m")]
-        tokens = [await keep(opened, ask, token_at(opened)) for ask in asks]
+        requests = [request_of("9f86d081"), replace(request_of("9f86d081"), model="m")]
+        tokens = [await keep(opened, request, token_at(opened)) for request in requests]
         assert isinstance(opened, OpenedShared)
-        opened.replica.front.clear()
-        found = [(await visit(opened, ask)).token for ask in asks]
+        opened.replica.token_cache.clear()
+        found = [(await visit(opened, request)).token for request in requests]
         assert [token and token.body for token in found] == [token.body for token in tokens]
 
 
@@ -190,7 +190,7 @@ async def test_M1_tidying_gives_back_what_is_over() -> None:
     """Tokens and buckets of visitors who left: an hour later nothing is tracked or held."""
     opened = OpenedMemory(limits_of(*[Limit(300, SECOND)] * 4))
     for _ in range(200):
-        request = ask_of()
+        request = request_of()
         await opened.store.admit(request, request.key)
         await keep(opened, request, token_at(opened, HOUR))
     sizes = {name: len(bucket) for name, bucket in opened.store.buckets.items()}
@@ -213,7 +213,7 @@ async def test_L12_a_dry_run_is_counted_by_limit() -> None:
     """Each refusal that was spared, under the limit that would have refused; the others stay 0."""
     limit = Limit(2, HOUR)
     opened = OpenedMemory(limits_of(limit, limit, dry_run=frozenset({LimitName.FINGERPRINT})))
-    request = ask_of()
+    request = request_of()
     for _ in range(7):
         await opened.store.admit(request, request.key)
         await mint_denied(opened, request)
@@ -235,15 +235,15 @@ async def test_L7_a_flood_over_the_bound_leaves_an_exhausted_visitor_exhausted()
     opened.use_limits(
         Limits(limits.fingerprint, limits.fingerprint_mints, limits.agent, None, max_tracked=1000)
     )
-    victim = ask_of()
+    victim = request_of()
     for _ in range(3):
         await opened.store.admit(victim, victim.key)
         await mint_denied(opened, victim)
     for _ in range(20_000):
-        request = ask_of()
+        request = request_of()
         await opened.store.admit(request, request.key)
         await mint_denied(opened, request)
-    assert (await opened.store.admit(victim, victim.key)).denial is not None
+    assert (await opened.store.admit(victim, victim.key)).rejection is not None
     assert await mint_denied(opened, victim) is not None
     visitors = opened.store.buckets[LimitName.FINGERPRINT]
     assert (len(visitors), visitors.counts.overflowed.value) == (1000, 19_001)

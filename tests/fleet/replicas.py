@@ -40,10 +40,10 @@ UNLIMITED = VendorSettings(ip=None)
 WIDE = {"rate": 600_000, "per": "60s", "burst": 100_000}
 """A limit that no test meets."""
 
-PATIENT = {"store.timeout": "2s"}
+LONG_STORE_TIMEOUT = {"store.timeout": "2s"}
 """For replicas that must share: other tests may take the machine for longer than 50 ms."""
 
-PATIENCE = 30.0
+TIMEOUT = 30.0
 """Seconds for an asker; longer than any answer may take."""
 
 
@@ -107,10 +107,10 @@ class Replica:
         self.broker = broker
         self._secret = secret
         self.http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=PATIENCE)
+            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=TIMEOUT)
         )
 
-    async def ask(self, fingerprint: str | None = None, agent: str = AGENT) -> Reply:
+    async def request_token(self, fingerprint: str | None = None, agent: str = AGENT) -> Reply:
         """Ask for a token; a fingerprint left out is a new visitor's."""
         body = {"agent_id": agent, "fingerprint": fingerprint or visitor()}
         began = time.perf_counter()
@@ -233,22 +233,22 @@ class Crowd:
     def __init__(self) -> None:
         self.replies: list[tuple[float, str, Reply]] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._askers: list[asyncio.Task[None]] = []
+        self._callers: list[asyncio.Task[None]] = []
 
     def let(
         self, kind: str, replica: Replica, rate: float, fingerprints: Sequence[str] = ()
     ) -> None:
         """Let somebody ask `rate` times a second: these visitors in turn, or always a new one."""
-        self._askers.append(
-            asyncio.create_task(self._keep_asking(kind, replica, rate, fingerprints))
+        self._callers.append(
+            asyncio.create_task(self._keep_requesting(kind, replica, rate, fingerprints))
         )
 
     async def stop(self) -> None:
         """Let nobody ask any more, and wait for the answers."""
-        for asker in self._askers:
-            asker.cancel()
-        await asyncio.gather(*self._askers, *self._tasks, return_exceptions=True)
-        self._askers.clear()
+        for caller in self._callers:
+            caller.cancel()
+        await asyncio.gather(*self._callers, *self._tasks, return_exceptions=True)
+        self._callers.clear()
 
     def of(self, kind: str, since: float = 0.0, until: float = float("inf")) -> list[Reply]:
         """Return the replies to one kind of asker, asked between two moments."""
@@ -262,22 +262,22 @@ class Crowd:
         """Return the seconds that the slowest reply took."""
         return max(reply.seconds for reply in self.of(kind))
 
-    async def _keep_asking(
+    async def _keep_requesting(
         self, kind: str, replica: Replica, rate: float, fingerprints: Sequence[str]
     ) -> None:
         count = 0
         while True:
             fingerprint = fingerprints[count % len(fingerprints)] if fingerprints else visitor()
-            task = asyncio.create_task(self._ask(kind, replica, fingerprint))
+            task = asyncio.create_task(self._request_token(kind, replica, fingerprint))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             count += 1
             await asyncio.sleep(1 / rate)
 
-    async def _ask(self, kind: str, replica: Replica, fingerprint: str) -> None:
+    async def _request_token(self, kind: str, replica: Replica, fingerprint: str) -> None:
         asked = time.monotonic()
         try:
-            reply = await replica.ask(fingerprint)
+            reply = await replica.request_token(fingerprint)
         except (aiohttp.ClientError, TimeoutError) as error:
             reply = Reply(0, repr(error), {}, time.monotonic() - asked)
         self.replies.append((asked, kind, reply))
@@ -302,11 +302,11 @@ async def replica_here(tree: Tree) -> AsyncIterator[App]:
         await app.run()
 
 
-async def until(look: Any, what: str, patience: float = PATIENCE) -> float:
+async def until(look: Any, what: str, timeout: float = TIMEOUT) -> float:
     """Ask every 10 ms until `await look()` is true; returns the seconds that it took."""
     began = time.monotonic()
     while not await look():
-        assert time.monotonic() - began < patience, f"waited {patience:g} s for {what}"
+        assert time.monotonic() - began < timeout, f"waited {timeout:g} s for {what}"
         await asyncio.sleep(0.01)
     return time.monotonic() - began
 

@@ -76,16 +76,16 @@ class Place:
         """Ask until there is one: a call that takes 50 ms on a busy machine is an outage, too."""
         given: list[str] = []
 
-        async def ask() -> bool:
-            reply = await self.replica.ask(fingerprint)
+        async def request_token() -> bool:
+            reply = await self.replica.request_token(fingerprint)
             given.extend([reply.token] if reply.status == 200 else [])
             return bool(given)
 
-        await until(ask, "a token", GOOD_AGAIN)
+        await until(request_token, "a token", GOOD_AGAIN)
         return given[0]
 
     async def _is_well(self) -> bool:
-        reply = await self.replica.ask(visitor())
+        reply = await self.replica.request_token(visitor())
         await asyncio.sleep(0.1)
         return reply.status == 200 and not await self.replica.is_degraded()
 

@@ -59,7 +59,7 @@ async def test_N18_a_start_without_the_store_serves_somebody(
     replica.http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True))
     try:
         async with asyncio.timeout(150):
-            while (reply := await replica.ask()).status != 200:
+            while (reply := await replica.request_token()).status != 200:
                 assert reply.status == 503
                 assert int(reply.headers["Retry-After"]) >= 1
                 await asyncio.sleep(0.5)
@@ -75,11 +75,11 @@ async def test_N18_a_quiet_fleet_that_loses_its_store_serves_the_first_who_comes
     replica = await start(tmp_path, merged(tree, SHIPPED | {"server.workers": 2}))
     try:
         await back([replica])
-        assert (await replica.ask()).status == 200
+        assert (await replica.request_token()).status == 200
         await asyncio.sleep(3)
         store.kill()
         await asyncio.sleep(15)
-        reply = await replica.ask()
+        reply = await replica.request_token()
         assert reply.status == 200
         assert reply.seconds < 2
     finally:
@@ -170,10 +170,10 @@ async def test_N13_a_process_that_ends_in_a_stall_leaves_its_calls_owed(
         replica = await start(tmp_path, merged(tree_for(tmp_path, store, vendor), SMALL | here))
         try:
             await back([replica])
-            assert (await replica.ask()).status == 200
+            assert (await replica.request_token()).status == 200
             assert owed_in(store) == 0
             dam.flows.clear()
-            replies = await asyncio.gather(*(replica.ask() for _ in range(2)))
+            replies = await asyncio.gather(*(replica.request_token() for _ in range(2)))
             assert [reply.status for reply in replies] == [504, 504]
         finally:
             await replica.close()
@@ -184,7 +184,7 @@ async def test_N13_a_process_that_ends_in_a_stall_leaves_its_calls_owed(
 def owed_in(store: StoreServer) -> int:
     """Return how many calls may yet arrive that nobody sees the end of."""
     (name,) = (name for name in store.all_keys() if name.endswith(b"budget"))
-    return int(store.ask("HGET", name, "owed"))
+    return int(store.command("HGET", name, "owed"))
 
 
 @pytest.mark.parametrize(("replicas", "workers"), [(3, 1), (1, 2)])

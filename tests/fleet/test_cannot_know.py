@@ -29,7 +29,7 @@ class Answer(msgspec.Struct):
     body: bytes
 
 
-class Asker:
+class VisitListener:
     """A client of one replica, and its operator."""
 
     def __init__(self, replica: Replica, secret: str, admin: str) -> None:
@@ -72,14 +72,14 @@ def frail() -> Iterator[StoreServer]:
 @asynccontextmanager
 async def two(
     folder: Path, store: StoreServer, vendor: FakeVendor | None, on_error: str = "local"
-) -> AsyncIterator[tuple[Asker, Asker]]:
+) -> AsyncIterator[tuple[VisitListener, VisitListener]]:
     """Run two replicas and ask them as their client and their operator."""
     admin = secrets.token_urlsafe(24)
     tree = merged(
         tree_for(folder, store, vendor), {"admin.secret": admin, "store.on_error": on_error}
     )
     async with replicas(folder, tree) as fleet:
-        one, other = (Asker(replica, replica._secret, admin) for replica in fleet)
+        one, other = (VisitListener(replica, replica._secret, admin) for replica in fleet)
         try:
             yield one, other
         finally:
@@ -106,19 +106,19 @@ async def test_N21_nothing_is_unknown_while_the_store_is_away(
     async with two(tmp_path, frail, vendor, on_error) as (one, other):
         fleet = [one.replica, other.replica]
         fingerprint = visitor()
-        minted = await one.replica.ask(fingerprint)
+        minted = await one.replica.request_token(fingerprint)
         path = f"/{minted.session}"
         frail.pause()
         await away(fleet)
         assert cannot_know(await other.revoke(minted.token))
         assert cannot_know(await other.introspect(minted.token))
         assert cannot_know(await other.verify(minted.token))
-        for asker in (one, other):
-            assert cannot_know(await asker.revoke(minted.token))
-            assert cannot_know(await asker.session("GET", path))
-            assert cannot_know(await asker.session("DELETE", path))
-            assert cannot_know(await asker.session("DELETE", f"{path}?scope=visitor"))
-            assert cannot_know(await asker.session("GET", "?agent_id=A1"))
+        for caller in (one, other):
+            assert cannot_know(await caller.revoke(minted.token))
+            assert cannot_know(await caller.session("GET", path))
+            assert cannot_know(await caller.session("DELETE", path))
+            assert cannot_know(await caller.session("DELETE", f"{path}?scope=visitor"))
+            assert cannot_know(await caller.session("GET", "?agent_id=A1"))
         if on_error == "local":  # who handed it out goes by its own record
             assert (await one.verify(minted.token)).status == 200
             assert b'"active":true' in (await one.introspect(minted.token)).body.replace(b" ", b"")
@@ -127,13 +127,13 @@ async def test_N21_nothing_is_unknown_while_the_store_is_away(
             assert cannot_know(await one.introspect(minted.token))
         frail.resume()
         await back(fleet)
-        assert (await one.replica.ask(fingerprint)).token == minted.token
+        assert (await one.replica.request_token(fingerprint)).token == minted.token
         assert (await other.session("GET", path)).status == 200
         assert (await other.revoke(minted.token)).status == 200
-        for asker in (one, other):
-            assert (await asker.verify(minted.token)).status == 401
-            assert (await asker.session("GET", path)).status == 404
-        assert (await one.replica.ask(fingerprint)).session != minted.session
+        for caller in (one, other):
+            assert (await caller.verify(minted.token)).status == 401
+            assert (await caller.session("GET", path)).status == 404
+        assert (await one.replica.request_token(fingerprint)).session != minted.session
 
 
 @pytest.mark.parametrize("on_error", ["local", "closed"])
@@ -145,8 +145,8 @@ async def test_N21_a_signed_token_proves_itself_but_its_end_needs_the_store(
     What is no token of ours is known to be none without any store.
     """
     async with two(tmp_path, frail, None, on_error) as (one, other):
-        minted = await one.replica.ask()
-        ended = await other.replica.ask()
+        minted = await one.replica.request_token()
+        ended = await other.replica.request_token()
         assert (await other.revoke(ended.token)).status == 200
         frail.pause()
         await away([one.replica, other.replica])
@@ -179,7 +179,7 @@ async def test_N21_a_revoke_that_was_answered_holds_for_what_was_minted_alone(
         served = []
 
         async def is_served() -> bool:
-            served.append(await one.replica.ask(fingerprint))
+            served.append(await one.replica.request_token(fingerprint))
             return served[-1].status == 200
 
         await until(is_served, "a mint of its own share", 60)
@@ -198,5 +198,5 @@ async def test_N21_a_revoke_that_was_answered_holds_for_what_was_minted_alone(
             return [answer.status for answer in told] == [401, 401]
 
         await until(is_over, "the end to hold everywhere")
-        after = await one.replica.ask(fingerprint)
+        after = await one.replica.request_token(fingerprint)
         assert after.session != minted.session

@@ -21,28 +21,28 @@ async def test_G9_an_ended_visitor_is_given_nothing_of_before(
     tree = tree_for(tmp_path, store, vendor)
     async with replicas(tmp_path, tree) as fleet, replica_here(tree) as ender:
         fingerprint, stranger = visitor(), visitor()
-        before = [(await replica.ask(fingerprint)).token for replica in fleet]
-        strangers = [(await replica.ask(stranger)).token for replica in fleet]
+        before = [(await replica.request_token(fingerprint)).token for replica in fleet]
+        strangers = [(await replica.request_token(stranger)).token for replica in fleet]
         await ender.parts.store.revoke_visitor("web", fingerprint)
-        after = [(await replica.ask(fingerprint)).token for replica in fleet]
+        after = [(await replica.request_token(fingerprint)).token for replica in fleet]
         assert len(set(before)) == len(set(after)) == 1
         assert set(before).isdisjoint(after)
-        assert [(await replica.ask(stranger)).token for replica in fleet] == strangers
+        assert [(await replica.request_token(stranger)).token for replica in fleet] == strangers
 
         newcomer = visitor()
         with vendor.fail(faults.slow(1.0), times=1) as slow:
-            minting = asyncio.create_task(fleet[0].ask(newcomer))
+            minting = asyncio.create_task(fleet[0].request_token(newcomer))
             async with asyncio.timeout(20):
                 await vendor.journal.arrived(4)
             assert slow.met == 1
-            waiting = asyncio.create_task(fleet[1].ask(newcomer))
+            waiting = asyncio.create_task(fleet[1].request_token(newcomer))
             await asyncio.sleep(0.3)
             await ender.parts.store.revoke_visitor("web", newcomer)
             refused, waited = await minting, await waiting
         assert refused.status == 503, "its token was minted before the end"
         assert int(refused.headers["Retry-After"]) >= 1
         assert waited.status == 200, "whoever waited elsewhere mints anew"
-        sessions = [(await replica.ask(newcomer)).session for replica in fleet]
+        sessions = [(await replica.request_token(newcomer)).session for replica in fleet]
         assert sessions == [waited.session] * 2
         assert len(vendor.journal.calls) == 5
         print("ended while it was minted: 503 there, a token of another session on the other")

@@ -28,7 +28,7 @@ async def test_S1_S5_S7_a_primary_dies_and_its_replica_takes_over(tmp_path: Path
         tree = merged(tree_for(tmp_path, cluster), {"limits.fingerprint": limit})
         async with replicas(tmp_path, tree) as fleet, Crowd() as crowd:
             known = [visitor() for _ in range(30)]
-            held = [(await fleet[0].ask(fingerprint)).token for fingerprint in known]
+            held = [(await fleet[0].request_token(fingerprint)).token for fingerprint in known]
             greedy = visitor()
             began = time.monotonic()
             for replica in fleet:
@@ -47,7 +47,7 @@ async def test_S1_S5_S7_a_primary_dies_and_its_replica_takes_over(tmp_path: Path
             listening = await until(lambda: _listened(cluster, victim, 2), "both to be heard again")
             await asyncio.sleep(2)
             await crowd.stop()
-            after = [(await fleet[1].ask(fingerprint)).token for fingerprint in known]
+            after = [(await fleet[1].request_token(fingerprint)).token for fingerprint in known]
             took = time.monotonic() - began
             errors = await store_errors(fleet)
             losses = sum(len(replica.broker.events("broker.store_away")) for replica in fleet)
@@ -71,12 +71,12 @@ async def test_S1_S5_S7_a_primary_dies_and_its_replica_takes_over(tmp_path: Path
 
 async def _is_primary(node: StoreServer) -> bool:
     """Whether this node owns slots now."""
-    return "master" in str(await asyncio.to_thread(node.ask, "ROLE"))
+    return "master" in str(await asyncio.to_thread(node.command, "ROLE"))
 
 
 def _listeners(node: StoreServer) -> int:
     """Count the replicas that are subscribed there."""
-    return len(node.ask("PUBSUB", "CHANNELS", "etb:wake:*"))
+    return len(node.command("PUBSUB", "CHANNELS", "etb:wake:*"))
 
 
 async def _errors_end(fleet: list[Replica]) -> float:

@@ -178,7 +178,7 @@ class TestCutOff:
                         crowded(crowd, fleet)
                         known = visitor()
                         for replica in fleet:
-                            await replica.ask(known)
+                            await replica.request_token(known)
                         await asyncio.sleep(2)
                         places[2].cut_off_from(home.address)
                         cut = time.monotonic()

@@ -27,7 +27,7 @@ LOST = 0.3
 """Seconds of silence after which a member is lost, here."""
 
 
-class Crew:
+class Members:
     """Members of one fleet; those who are cut off fall silent."""
 
     def __init__(self, store: StoreServer) -> None:
@@ -76,110 +76,112 @@ class Crew:
 
 
 @pytest.fixture
-async def crew(store: StoreServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Crew]:
+async def members(store: StoreServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Members]:
     """A fleet in which a member is lost after a moment."""
     monkeypatch.setattr(membership, "LOST", int(LOST * 1_000_000))
-    crew = Crew(store)
-    await crew.open()
-    yield crew
-    await crew.close()
+    members = Members(store)
+    await members.open()
+    yield members
+    await members.close()
 
 
-async def test_G4_S5_shares_add_up_when_replicas_are_lost_one_after_the_other(crew: Crew) -> None:
+async def test_G4_S5_shares_add_up_when_replicas_are_lost_one_after_the_other(
+    members: Members,
+) -> None:
     """The later ones divide what the earlier ones left; the last one has no more than that."""
-    a, b, c = crew.join("a"), crew.join("b"), crew.join("c")
-    await crew.beat()
+    a, b, c = members.join("a"), members.join("b"), members.join("c")
+    await members.beat()
     assert [member.replicas for member in (a, b, c)] == [3, 3, 3]
     for member in (a, b, c):
-        crew.cut(member)
-        if crew.beating:
-            await crew.pass_time()
-        assert crew.spent() <= 1
-    assert crew.spent() == Fraction(3, 4)
+        members.cut(member)
+        if members.beating:
+            await members.pass_time()
+        assert members.spent() <= 1
+    assert members.spent() == Fraction(3, 4)
 
 
-async def test_G4_S5_a_newcomer_divides_what_those_who_are_lost_left(crew: Crew) -> None:
+async def test_G4_S5_a_newcomer_divides_what_those_who_are_lost_left(members: Members) -> None:
     """Three become four while one is cut off with a fourth; the others leave it that."""
-    a, b, c = crew.join("a"), crew.join("b"), crew.join("c")
-    await crew.beat()
-    crew.cut(a)
-    await crew.pass_time()
-    d = crew.join("d")
-    await crew.beat()
+    a, b, c = members.join("a"), members.join("b"), members.join("c")
+    await members.beat()
+    members.cut(a)
+    await members.pass_time()
+    d = members.join("d")
+    await members.beat()
     for member in (b, c, d):
-        crew.cut(member)
-    assert crew.spent() <= 1
+        members.cut(member)
+    assert members.spent() <= 1
 
 
-async def test_G4_S5_something_is_left_for_whoever_comes_later(crew: Crew) -> None:
+async def test_G4_S5_something_is_left_for_whoever_comes_later(members: Members) -> None:
     """Two have taken a third each and are lost: a newcomer has half of the last one."""
-    a, b = crew.join("a"), crew.join("b")
-    await crew.beat()
-    crew.cut(a)
-    crew.cut(b)
+    a, b = members.join("a"), members.join("b")
+    await members.beat()
+    members.cut(a)
+    members.cut(b)
     await asyncio.sleep(LOST + 0.05)
-    late = crew.join("late")
-    await crew.beat()
+    late = members.join("late")
+    await members.beat()
     assert late.withheld == pytest.approx(2 / 3, abs=1e-5)
     assert late.parts == 6
-    crew.cut_off.remove(a)
-    crew.beating.append(a)
-    await crew.beat()
+    members.cut_off.remove(a)
+    members.beating.append(a)
+    await members.beat()
     assert late.withheld == pytest.approx(1 / 3, abs=1e-5)
     assert late.parts == 5
 
 
 async def test_G4_a_store_that_lost_its_memory_is_told_who_was_lost(
-    crew: Crew, store: StoreServer
+    members: Members, store: StoreServer
 ) -> None:
     """By those who knew them: the share stays withheld."""
-    a, b = crew.join("a"), crew.join("b")
-    await crew.beat()
-    crew.cut(a)
-    await crew.pass_time()
+    a, b = members.join("a"), members.join("b")
+    await members.beat()
+    members.cut(a)
+    await members.pass_time()
     assert b.withheld == pytest.approx(1 / 3, abs=1e-5)
     store.flush()
-    await crew.beat()
+    await members.beat()
     assert b.withheld == pytest.approx(1 / 3, abs=1e-5)
     await a.leave()
-    await crew.beat()
+    await members.beat()
     assert b.withheld == 0
 
 
-async def test_two_processes_with_one_name_are_two_members(crew: Crew) -> None:
+async def test_two_processes_with_one_name_are_two_members(members: Members) -> None:
     """The one that was there before takes another name."""
-    first, second = crew.join("same"), crew.join("same")
-    await crew.beat()
-    await crew.beat()
+    first, second = members.join("same"), members.join("same")
+    await members.beat()
+    await members.beat()
     assert (first.replicas, second.replicas) == (2, 2)
 
 
 async def test_G4_a_second_loss_is_waited_out_like_the_first(
-    crew: Crew, store: StoreServer, monkeypatch: pytest.MonkeyPatch
+    members: Members, store: StoreServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody asked for a call while the server was back: the share is the others' again.
 
     What is measured is when a call may be made, from the moment at which the store was lost.
     """
     monkeypatch.setattr(budget, "ALONE_AFTER", 1.0)
-    member = crew.join("a")
+    member = members.join("a")
     slots = SharedSlots(
-        Budget(rate=6000, per=60, burst=2, max_wait=8), crew.server, crew.names, member, "a",
+        Budget(rate=6000, per=60, burst=2, max_wait=8), members.server, members.names, member, "a",
         closed=False,
     )  # fmt: skip
-    await crew.beat()
+    await members.beat()
     await slots.start()
     assert await slots.take(lambda: 1)
     slots.settle()
     waits = []
     for _ in range(2):
-        store.ask("CLIENT", "PAUSE", 2500)
+        store.command("CLIENT", "PAUSE", 2500)
         began = time.monotonic()
         assert await slots.take(lambda: 1)
         waits.append(time.monotonic() - began)
         slots.settle()
         await asyncio.sleep(max(2.6 - (time.monotonic() - began), 0))
-        await crew.beat()
+        await members.beat()
     await slots.close()
     print(f"a call after {waits[0]:.2f} s, and the second time after {waits[1]:.2f} s")
     assert min(waits) >= 1.0

@@ -46,11 +46,11 @@ async def away_and_back(store: StoreServer, app: App) -> list[Session]:
     for session in made:
         await app.parts.session_store.record(session)
     await asyncio.to_thread(store.start)
-    sharing = app.parts.shared_backend
-    assert sharing is not None
+    shared_backend = app.parts.shared_backend
+    assert shared_backend is not None
 
     async def is_back() -> bool:
-        return not sharing.is_degraded  # it sees that by itself: it has a heartbeat
+        return not shared_backend.is_degraded  # it sees that by itself: it has a heartbeat
 
     await until(is_back, "the replica to be back")
     return made

@@ -13,7 +13,7 @@ import pytest
 from processes import Broker, Tree, merged, secret_in
 from replicas import (
     AGENT,
-    PATIENT,
+    LONG_STORE_TIMEOUT,
     UNLIMITED,
     Replica,
     Reply,
@@ -54,7 +54,7 @@ def running(
         {
             f"limits.fingerprint.overrides.{FEW}": {"rate": 1, "per": "1h", "burst": 50},
             f"limits.agent.overrides.{TWICE}": {"rate": 1, "per": "1h", "burst": 2},
-            **PATIENT,
+            **LONG_STORE_TIMEOUT,
         },
     )
     with pair(folder, tree) as brokers:
@@ -88,7 +88,7 @@ async def fleet(
 
 def begin(replica: Replica, fingerprint: str) -> "asyncio.Task[Reply]":
     """Let somebody ask, and go on."""
-    return asyncio.get_running_loop().create_task(replica.ask(fingerprint))
+    return asyncio.get_running_loop().create_task(replica.request_token(fingerprint))
 
 
 async def called(vendor: FakeVendor, count: int) -> None:
@@ -122,7 +122,7 @@ class TestLimits:
         fingerprint = visitor()
         async with undisturbed(fleet):
             replies = await asyncio.gather(
-                *(fleet[turn % 2].ask(fingerprint, FEW) for turn in range(1000))
+                *(fleet[turn % 2].request_token(fingerprint, FEW) for turn in range(1000))
             )
         statuses = Counter(reply.status for reply in replies)
         print(f"1,000 at once on two replicas, burst 50: {dict(statuses)}")
@@ -135,16 +135,16 @@ class TestFlights:
         self, fleet: list[Replica], store: StoreServer, vendor: FakeVendor
     ) -> None:
         """One call, one token, one session, one charge of the agent."""
-        store.ask("DEL", f"etb:{{agent:{TWICE}}}:bucket")
+        store.command("DEL", f"etb:{{agent:{TWICE}}}:bucket")
         before = len(vendor.journal.calls)
         fingerprint = visitor()
         async with undisturbed(fleet):
             with vendor.fail(faults.slow(1.5)):
                 replies = await asyncio.gather(
-                    *(fleet[turn % 2].ask(fingerprint, TWICE) for turn in range(1000))
+                    *(fleet[turn % 2].request_token(fingerprint, TWICE) for turn in range(1000))
                 )
             calls = len(vendor.journal.calls) - before
-            later = [(await replica.ask(agent=TWICE)).status for replica in fleet]
+            later = [(await replica.request_token(agent=TWICE)).status for replica in fleet]
         assert {reply.status for reply in replies} == {200}
         assert len({(reply.token, reply.session) for reply in replies}) == 1
         assert calls == 1
@@ -183,7 +183,7 @@ class TestFlights:
             first.cancel()
             reply = await second
         assert reply.status == 200
-        assert (await fleet[0].ask(fingerprint)).token == reply.token
+        assert (await fleet[0].request_token(fingerprint)).token == reply.token
         assert len(vendor.journal.calls) == 1
 
     async def test_F3_all_callers_of_both_replicas_leave(
@@ -192,15 +192,15 @@ class TestFlights:
         """What was sent is finished and held for both; nothing is left under way."""
         fingerprint = visitor()
         with vendor.fail(faults.slow(0.5)):
-            askers = [begin(fleet[turn % 2], fingerprint) for turn in range(10)]
+            callers = [begin(fleet[turn % 2], fingerprint) for turn in range(10)]
             await called(vendor, 1)
             await waits(store, 1)
-            for asker in askers:
-                asker.cancel()
-            await asyncio.gather(*askers, return_exceptions=True)
+            for caller in callers:
+                caller.cancel()
+            await asyncio.gather(*callers, return_exceptions=True)
             await until(lambda: _is(leases(store), 0), "the mint to end")
         for replica in fleet:
-            assert (await replica.ask(fingerprint)).reused
+            assert (await replica.request_token(fingerprint)).reused
             assert await replica.metric("broker_mints_in_flight") == 0
         assert len(vendor.journal.calls) == 1
 
@@ -224,16 +224,16 @@ class TestFlights:
         """On both replicas, after one call; whoever comes later may try again."""
         fingerprint = visitor()
         with vendor.fail(faults.combined(fault, faults.slow(1.0))):
-            askers = [begin(fleet[turn % 2], fingerprint) for turn in range(100)]
+            callers = [begin(fleet[turn % 2], fingerprint) for turn in range(100)]
             await called(vendor, 1)
             await waits(store, 1)
-            replies = await asyncio.gather(*askers)
+            replies = await asyncio.gather(*callers)
         assert len(vendor.journal.calls) == 1
         assert {reply.status for reply in replies} == {status}
         assert len({str(reply.body) for reply in replies}) == 1
         assert replies[0].body["error"]["code"] == code
         print(f"100 who waited on two replicas: {status} {code} for all, 1 call")
-        assert (await fleet[1].ask(fingerprint)).status == 200
+        assert (await fleet[1].request_token(fingerprint)).status == 200
 
     async def test_F9_half_of_those_who_wait_on_two_replicas_leave(
         self, fleet: list[Replica], vendor: FakeVendor
@@ -242,13 +242,13 @@ class TestFlights:
         chance = random.Random(9)
         fingerprint = visitor()
         with vendor.fail(faults.slow(1.0)):
-            askers = [begin(fleet[turn % 2], fingerprint) for turn in range(100)]
-            chance.shuffle(askers)
+            callers = [begin(fleet[turn % 2], fingerprint) for turn in range(100)]
+            chance.shuffle(callers)
             await called(vendor, 1)
-            for asker in askers[:50]:
+            for caller in callers[:50]:
                 await asyncio.sleep(chance.uniform(0, 0.02))
-                asker.cancel()
-            replies = await asyncio.gather(*askers[50:])
+                caller.cancel()
+            replies = await asyncio.gather(*callers[50:])
         assert len({reply.token for reply in replies}) == 1
         assert len(vendor.journal.calls) == 1
 
@@ -281,7 +281,7 @@ class TestFlights:
         """Renewed every second: a mint of one and a half leases is one call for both replicas."""
         fingerprint = visitor()
         with vendor.fail(faults.slow(1.5 * LEASE)):
-            replies = await asyncio.gather(*(each.ask(fingerprint) for each in fleet))
+            replies = await asyncio.gather(*(each.request_token(fingerprint) for each in fleet))
         assert len({reply.token for reply in replies}) == 1
         assert len(vendor.journal.calls) == 1
 
@@ -294,12 +294,12 @@ class TestNobodyElse:
         chance = random.Random(8)
         statuses: Counter[int] = Counter()
 
-        async def ask(replica: Replica, fingerprint: str) -> tuple[str, str] | None:
+        async def request_token(replica: Replica, fingerprint: str) -> tuple[str, str] | None:
             agent = chance.choice([AGENT, "B12ABC0001"])
             await asyncio.sleep(chance.uniform(0, 3))
             try:
                 async with asyncio.timeout(chance.choice([0.02, 0.2, 20, 20])):
-                    reply = await replica.ask(fingerprint, agent)
+                    reply = await replica.request_token(fingerprint, agent)
             except TimeoutError:
                 statuses[0] += 1
                 return None
@@ -315,7 +315,7 @@ class TestNobodyElse:
         visitors = [visitor() for _ in range(60)]
         async with undisturbed(fleet):
             answers = await asyncio.gather(
-                *(ask(chance.choice(fleet), chance.choice(visitors)) for _ in range(2000))
+                *(request_token(chance.choice(fleet), chance.choice(visitors)) for _ in range(2000))
             )
         got = {each for each in answers if each is not None}
         print(f"2,000 requests: {dict(statuses)}, {len(got)} tokens")

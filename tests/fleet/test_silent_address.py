@@ -103,11 +103,11 @@ async def test_N16_the_second_address_is_found(
         replica = await start(tmp_path, tree, with_name(tmp_path))
         try:
             await connected(replica, servers)
-            assert (await replica.ask()).status == 200
+            assert (await replica.request_token()).status == 200
             assert any(b":token:" in key for key in server.all_keys())
             for each in servers:
-                each.ask("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-                each.ask("CLIENT", "KILL", "TYPE", "pubsub")
+                each.command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+                each.command("CLIENT", "KILL", "TYPE", "pubsub")
             await connected(replica, servers)
         finally:
             await replica.close()
@@ -117,7 +117,9 @@ async def connected(replica: Replica, servers: list[StoreServer]) -> None:
     """Wait until it works with the store and hears it."""
 
     async def is_well() -> bool:
-        heard = [name for each in servers for name in each.ask("PUBSUB", "CHANNELS", "etb:wake:*")]
+        heard = [
+            name for each in servers for name in each.command("PUBSUB", "CHANNELS", "etb:wake:*")
+        ]
         return len(heard) == 1 and not await replica.is_degraded()
 
     await until(is_well, "the store's second address")

@@ -61,7 +61,7 @@ async def scene(running: Running) -> AsyncIterator["Scene"]:
         known = [visitor() for _ in range(20)]
         for fingerprint in known:
             for replica in fleet:
-                assert (await replica.ask(fingerprint)).status == 200
+                assert (await replica.request_token(fingerprint)).status == 200
         greedy = visitor()
         scene = Scene(server, fleet, crowd)
         for replica in fleet:
@@ -163,7 +163,7 @@ class TestOnItsOwn:
         self, scene: Scene
     ) -> None:
         """What was spent at the store and here is both remembered: no burst after recovery."""
-        scene.store.ask("SAVE")
+        scene.store.command("SAVE")
         scene.store.kill()
         noticed = await away(scene.fleet)
         await asyncio.sleep(1.5)
@@ -193,7 +193,7 @@ class TestOnItsOwn:
         script = 'broker_store_errors_total{reason="script"}'
         before = [await replica.metric(script) for replica in scene.fleet]
         for _ in range(20):
-            await asyncio.to_thread(scene.store.ask, "SCRIPT", "FLUSH")
+            await asyncio.to_thread(scene.store.command, "SCRIPT", "FLUSH")
             await asyncio.sleep(0.1)
         await scene.crowd.stop()
         scene.report("SCRIPT FLUSH, 20 times")
@@ -251,14 +251,14 @@ class TestStart:
                 await says(replica, 200, "degraded")
                 assert await replica.is_degraded()
             fingerprint = visitor()
-            asked = [await fleet[turn % 2].ask(fingerprint) for turn in range(3 * BURST)]
+            asked = [await fleet[turn % 2].request_token(fingerprint) for turn in range(3 * BURST)]
             alone = Counter(reply.status for reply in asked)
             assert alone[200] == BURST, "half of it on each"
             with store_server(
                 valkey_binary(), "--port", str(port), "--bind", "127.0.0.1"
             ) as server:
                 recovered = await back(fleet)
-                after = [await fleet[turn % 2].ask(fingerprint) for turn in range(BURST)]
+                after = [await fleet[turn % 2].request_token(fingerprint) for turn in range(BURST)]
                 assert {reply.status for reply in after} == {429}
                 await says(fleet[0], 200, "ok")
                 assert server.all_keys()
@@ -278,12 +278,12 @@ class TestStart:
         try:
             await says(replica, 503, "no_store")
             assert (await replica.probe("/livez"))[0] == 200
-            refused = await replica.ask()
+            refused = await replica.request_token()
             assert refused.status == 503
             assert int(refused.headers["Retry-After"]) >= 1
             with store_server(valkey_binary(), "--port", str(port), "--bind", "127.0.0.1"):
                 recovered = await back([replica])
-                assert (await replica.ask()).status == 200
+                assert (await replica.request_token()).status == 200
             print(f"closed, started without the store: well {recovered:.2f} s after it was there")
         finally:
             await replica.close()

@@ -12,7 +12,7 @@ import faked_time
 import pytest
 from processes import merged
 from replicas import (
-    PATIENT,
+    LONG_STORE_TIMEOUT,
     Crowd,
     Replica,
     Reply,
@@ -52,7 +52,7 @@ class TestReplicas:
     ) -> None:
         """A burst at once and then the rate, as if it were one clock: it is, the store's."""
         limit = {"rate": RATE, "per": "1s", "burst": BURST}
-        tree = merged(tree_for(tmp_path, store), {"limits.fingerprint": limit} | PATIENT)
+        tree = merged(tree_for(tmp_path, store), {"limits.fingerprint": limit} | LONG_STORE_TIMEOUT)
         ahead = faked_time.environment("+5s")
         fleet = [await start(tmp_path, tree), await start(tmp_path, tree, **ahead)]
         try:
@@ -60,12 +60,14 @@ class TestReplicas:
             async with undisturbed(fleet):
                 fingerprint, replies = visitor(), list[Reply]()
                 began = time.monotonic()
-                replies += await asyncio.gather(*(each.ask(fingerprint) for each in fleet))
+                replies += await asyncio.gather(
+                    *(each.request_token(fingerprint) for each in fleet)
+                )
                 spent, last = time.monotonic(), 0.0
                 while last < spent + 3:
                     last = time.monotonic()
-                    asks = [each.ask(fingerprint) for each in fleet * BURST]
-                    replies += await asyncio.gather(*asks)
+                    requests = [each.request_token(fingerprint) for each in fleet * BURST]
+                    replies += await asyncio.gather(*requests)
                 took = time.monotonic() - began
             dates = [
                 parsedate_to_datetime(reply.headers["Date"]).timestamp() for reply in replies[:2]
@@ -102,7 +104,9 @@ class TestReplicas:
                 began = time.monotonic()
                 await asyncio.sleep(6)
                 beside = _calls(vendor, began)
-                date = parsedate_to_datetime((await off.ask()).headers["Date"]).timestamp()
+                date = parsedate_to_datetime(
+                    (await off.request_token()).headers["Date"]
+                ).timestamp()
                 assert abs(date - time.time()) > 86_000, "its date is off"
                 assert not await off.is_degraded()
                 await off.kill()
@@ -152,7 +156,7 @@ class TestStore:
             await _admitted(fleet, fingerprint, 1.0)
             clock.set("+0")
             locked = time.monotonic()
-            while (await fleet[0].ask(fingerprint)).status != 200:  # noqa: ASYNC110 - a process
+            while (await fleet[0].request_token(fingerprint)).status != 200:  # noqa: ASYNC110 - a process
                 await asyncio.sleep(0.05)
             locked = time.monotonic() - locked
             await back(fleet)
@@ -160,10 +164,10 @@ class TestStore:
             clock.set("+1d")
             spender = visitor()
             for replica in fleet:
-                assert (await replica.ask(spender)).status == 200
+                assert (await replica.request_token(spender)).status == 200
             clock.set("+0")
             started = time.monotonic()
-            while (await fleet[1].ask(spender)).status != 200:  # noqa: ASYNC110 - a process
+            while (await fleet[1].request_token(spender)).status != 200:  # noqa: ASYNC110 - a process
                 await asyncio.sleep(0.05)
             spent = time.monotonic() - started
             took = time.monotonic() - began
@@ -180,7 +184,9 @@ class TestStore:
         """And not one for each jump's direction: what was spent meanwhile stays spent."""
         server, clock = moved
         limit = {"rate": 1, "per": "1h", "burst": BURST}
-        tree = merged(tree_for(tmp_path, server), {"limits.fingerprint": limit} | PATIENT)
+        tree = merged(
+            tree_for(tmp_path, server), {"limits.fingerprint": limit} | LONG_STORE_TIMEOUT
+        )
         async with replicas(tmp_path, tree) as fleet, undisturbed(fleet):
             fingerprint = visitor()
             admitted = []
@@ -222,7 +228,7 @@ class TestStore:
 
 async def _served(replica: Replica, fingerprint: str) -> Reply:
     """Ask until there is a token: a clock that steps back leaves every bucket drained."""
-    while (reply := await replica.ask(fingerprint)).status == 429:  # noqa: ASYNC110 - a process
+    while (reply := await replica.request_token(fingerprint)).status == 429:  # noqa: ASYNC110 - a process
         await asyncio.sleep(0.01)
     return reply
 
@@ -232,7 +238,7 @@ async def _admitted(fleet: list[Replica], fingerprint: str, seconds: float = 0.0
     ends, count = time.monotonic() + seconds, 0
     while True:
         replies = await asyncio.gather(
-            *(fleet[turn % 2].ask(fingerprint) for turn in range(2 * BURST))
+            *(fleet[turn % 2].request_token(fingerprint) for turn in range(2 * BURST))
         )
         passed = sum(reply.status == 200 for reply in replies)
         count += passed

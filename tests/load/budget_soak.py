@@ -161,7 +161,7 @@ def main() -> int:
     """Read the arguments and run."""
     parser = argparse.ArgumentParser(description="Does the vendor see more than it allows?")
     parser.add_argument("--seconds", type=float, default=180.0)
-    parser.add_argument("--rate", type=float, default=20.0, help="askers a second")
+    parser.add_argument("--rate", type=float, default=20.0, help="callers a second")
     arguments = parser.parse_args()
     return 0 if asyncio.run(soak(arguments.seconds, arguments.rate)) else 1
 

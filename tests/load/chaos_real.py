@@ -201,7 +201,7 @@ class Checker:
         self.memory: list[tuple[float, dict[str, int]]] = []
         self.objects: list[tuple[float, dict[int, Counter[str]]]] = []
 
-    async def ask_for_ever(self) -> None:
+    async def request_for_ever(self) -> None:
         """Let one visitor after the other ask, whatever became of those before."""
         timeout = aiohttp.ClientTimeout(total=25)
         connector = aiohttp.TCPConnector(limit=0)
@@ -216,11 +216,11 @@ class Checker:
     def _send_next(self, http: aiohttp.ClientSession) -> None:
         newcomer = self._chance.random() < NEWCOMERS
         visitor = secrets.token_hex(16) if newcomer else self._chance.choice(self._known)
-        task = asyncio.create_task(self._ask(http, visitor))
+        task = asyncio.create_task(self._request_token(http, visitor))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _ask(self, http: aiohttp.ClientSession, visitor: str) -> None:
+    async def _request_token(self, http: aiohttp.ClientSession, visitor: str) -> None:
         asked = time.monotonic()
         body = {"agent_id": AGENT, "fingerprint": visitor}
         headers = {"api-secret": self._broker.secret}
@@ -412,7 +412,7 @@ async def run(folder: Path, seconds: float, seed: int) -> list[str]:
             work = [
                 asyncio.create_task(coroutine)
                 for coroutine in (
-                    checker.ask_for_ever(),
+                    checker.request_for_ever(),
                     checker.look_for_ever(),
                     harms.harm_for_ever(),
                 )

@@ -50,7 +50,7 @@ KNOWN, NEWCOMERS, RATE = 5000, 0.05, 2.5
 """Visitors who come back, the share of requests of somebody new, requests a second: as much as the
 budget can just serve."""
 
-PATIENCE = 12.0
+TIMEOUT = 12.0
 """Seconds of a caller."""
 
 STALLS = (1.0, 5.0, 30.0, 90.0)
@@ -211,7 +211,7 @@ class Run:
         while loop.time() < ends and not any(task.done() for task in beside):
             newcomer = self._chance.random() < NEWCOMERS
             visitor = self._chance.randbytes(16).hex() if newcomer else self._familiar()
-            task = loop.create_task(self._ask(visitor))
+            task = loop.create_task(self._request_token(visitor))
             self._tasks.add(task)
             task.add_done_callback(self._answered)
             await asyncio.sleep(self._chance.expovariate(RATE))
@@ -233,10 +233,10 @@ class Run:
     def _familiar(self) -> str:
         return self._chance.choice(self._known)
 
-    async def _ask(self, visitor: str) -> None:
+    async def _request_token(self, visitor: str) -> None:
         request = TokenRequest("web", AGENT, visitor, fresh=self._chance.random() < 0.02)
         try:
-            said = await self._site.service.issue(request, PATIENCE)
+            said = await self._site.service.issue(request, TIMEOUT)
         except BrokerError as error:
             self.answers[type(error).__name__] += 1
             return

@@ -58,7 +58,7 @@ BOUNDED = {
 }
 """Types that something with a bound fills: they may grow up to it."""
 
-PATIENCE = 60.0
+TIMEOUT = 60.0
 """Seconds for something that should happen at once, on a machine that is busy."""
 
 AGENT, LIMITED = "A78WKV4515", "A78WKV4516"
@@ -163,7 +163,7 @@ class Broker:
         self._wait_until_ready()
 
     def _wait_until_ready(self) -> None:
-        ends = time.monotonic() + PATIENCE
+        ends = time.monotonic() + TIMEOUT
         while time.monotonic() < ends and self._process.poll() is None:
             with suppress(OSError), urllib.request.urlopen(f"{self.admin}/readyz"):
                 return
@@ -172,13 +172,13 @@ class Broker:
 
     async def measure(self) -> dict[str, Any]:
         """Wait until nobody is connected, then ask what is alive."""
-        ends = time.monotonic() + PATIENCE
+        ends = time.monotonic() + TIMEOUT
         while await asyncio.to_thread(self._connections):
             if time.monotonic() > ends:
                 raise SystemExit("connections stay open")
             await asyncio.sleep(0.2)
         await asyncio.sleep(1.2)  # two rounds of housekeeping
-        return await asyncio.to_thread(self._ask)
+        return await asyncio.to_thread(self._request_token)
 
     def _connections(self) -> float:
         with urllib.request.urlopen(f"{self.admin}/metrics") as answer:
@@ -186,7 +186,7 @@ class Broker:
         lines = (line.split() for line in text.splitlines())
         return next(float(it[1]) for it in lines if it[0] == "broker_connections")
 
-    def _ask(self) -> dict[str, Any]:
+    def _request_token(self) -> dict[str, Any]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(b"\n")
@@ -197,7 +197,7 @@ class Broker:
     def close(self) -> None:
         """End it."""
         self._process.send_signal(signal.SIGTERM)
-        self._process.wait(PATIENCE)
+        self._process.wait(TIMEOUT)
 
 
 class Talk(asyncio.Protocol):
@@ -232,7 +232,7 @@ class Talk(asyncio.Protocol):
         self._want = count
         if self.answers < count and not self.closed.is_set():
             self._wanted.clear()
-            await asyncio.wait_for(self._wanted.wait(), PATIENCE)
+            await asyncio.wait_for(self._wanted.wait(), TIMEOUT)
 
     def reset(self) -> None:
         """Close with RST."""

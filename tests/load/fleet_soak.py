@@ -51,11 +51,11 @@ async def soak(seconds: float, rate: float) -> bool:
                 await joined(fleet)
                 began = time.monotonic()
                 for replica in fleet:
-                    crowd.let("asker", replica, rate)
+                    crowd.let("caller", replica, rate)
                 await asyncio.sleep(seconds / 2)
                 await fleet[0].kill()
                 fleet.append(await start(folder, trees[0]))
-                crowd.let("asker", fleet[-1], rate)
+                crowd.let("caller", fleet[-1], rate)
                 await asyncio.sleep(seconds / 4)
                 vendor.fail(faults.error(Refusal.RATE_LIMITED, retry_after=f"{PAUSE}"), times=1)
                 await asyncio.sleep(max(seconds - (time.monotonic() - began), 0))
@@ -98,7 +98,7 @@ def main() -> int:
     """Read the arguments and run."""
     parser = argparse.ArgumentParser(description="Do three replicas keep one budget?")
     parser.add_argument("--seconds", type=float, default=180.0)
-    parser.add_argument("--rate", type=float, default=7.0, help="askers a second at each replica")
+    parser.add_argument("--rate", type=float, default=7.0, help="callers a second at each replica")
     arguments = parser.parse_args()
     return 0 if asyncio.run(soak(arguments.seconds, arguments.rate)) else 1
 

@@ -47,7 +47,7 @@ def fingerprint(number: int) -> str:
 
 
 def key_of(number: int) -> str:
-    """Join client and fingerprint as an ask does."""
+    """Join client and fingerprint as a request does."""
     return f"web{SEPARATOR}{fingerprint(number)}"
 
 

@@ -77,13 +77,13 @@ class Crowd:
 
     def comes(self, name: str, urgency: Priority = Priority.FIRST, client: str = "web") -> None:
         """Let somebody ask for a slot, and go on."""
-        task = asyncio.get_running_loop().create_task(self._ask(name, urgency, client))
+        task = asyncio.get_running_loop().create_task(self._request_token(name, urgency, client))
         self._tasks[name] = task
 
     def leaves(self, name: str) -> None:
         self._tasks[name].cancel()
 
-    async def _ask(self, name: str, urgency: Priority, client: str) -> None:
+    async def _request_token(self, name: str, urgency: Priority, client: str) -> None:
         try:
             slot = await self.pacer.acquire(urgency, client)
         except BudgetExhausted as error:

@@ -140,11 +140,11 @@ def free_port() -> int:
         return port
 
 
-def until(condition: Any, what: str, patience: float = START) -> None:
-    """Ask every 50 ms until `condition()` is true; fails after `patience` seconds."""
-    ends = time.monotonic() + patience
+def until(condition: Any, what: str, timeout: float = START) -> None:
+    """Ask every 50 ms until `condition()` is true; fails after `timeout` seconds."""
+    ends = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < ends, f"waited {patience:g} s for {what}"
+        assert time.monotonic() < ends, f"waited {timeout:g} s for {what}"
         time.sleep(0.05)
 
 

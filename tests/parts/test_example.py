@@ -45,9 +45,9 @@ class Example:
     def output(self) -> str:
         return "".join(self.lines)
 
-    def found(self, pattern: str, patience: float = START) -> str:
+    def found(self, pattern: str, timeout: float = START) -> str:
         """Wait for a line, and return its first group."""
-        until(lambda: re.search(pattern, self.output), f"{pattern!r} in {self.output}", patience)
+        until(lambda: re.search(pattern, self.output), f"{pattern!r} in {self.output}", timeout)
         match = re.search(pattern, self.output)
         assert match is not None
         return match[1]
@@ -98,14 +98,14 @@ def test_one_line_shows_it_all(example: Example, browser: Browser) -> None:
         r"vendor \| POST   /v1/embed-tokens/request  200  [0-9.]+ ms\n", example.output
     )
 
-    def ask() -> int:
+    def request_token() -> int:
         body = {"fingerprint": os.urandom(8).hex()}
         return plain.post(f"{shop}avatar-token", json=body, timeout=START).status_code
 
-    assert ask() == 200
+    assert request_token() == 200
     told = plain.post(control, content=json.dumps({"fault": "refuse=PLAN_REQUIRED"})).json()
     assert [fault["fault"] for fault in told["set"]] == ["403 PLAN_REQUIRED"]
-    assert ask() == 403
+    assert request_token() == 403
     ports = {int(port) for port in re.findall(r"127\.0\.0\.1:(\d+)", example.output)}
     example.process.send_signal(signal.SIGINT)
     assert example.process.wait(START) == 0

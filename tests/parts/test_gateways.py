@@ -24,7 +24,7 @@ class Behind(NamedTuple):
     url: str
     broker: Broker
 
-    def ask(self, fingerprint: str, **headers: str) -> httpx.Response:
+    def request_token(self, fingerprint: str, **headers: str) -> httpx.Response:
         """Ask for a token over a connection of its own."""
         return plain.post(
             f"{self.url}/v1/embed-tokens/request",
@@ -50,19 +50,19 @@ def behind(
 def test_answers_arrive_as_they_are(behind: Behind) -> None:
     """Tokens, refusals of the broker's own with all their headers, a body that is too large."""
     visitor = secrets.token_hex(16)
-    first, second = behind.ask(visitor), behind.ask(visitor)
+    first, second = behind.request_token(visitor), behind.request_token(visitor)
     assert first.json() == second.json()
     assert second.headers["Cache-Status"] == "embed-token-broker; hit"
-    behind.ask(visitor)
-    refused = behind.ask(visitor)
+    behind.request_token(visitor)
+    refused = behind.request_token(visitor)
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "RATE_LIMITED")
     assert 1 <= int(refused.headers["Retry-After"]) <= 60
     assert refused.headers["X-RateLimit-Remaining"] == "0"
-    wrong = behind.ask(visitor, **{"api-secret": "wrong"})
+    wrong = behind.request_token(visitor, **{"api-secret": "wrong"})
     assert (wrong.status_code, wrong.headers["WWW-Authenticate"]) == (401, "Bearer")
-    large = behind.ask("a" * 20_000)
+    large = behind.request_token("a" * 20_000)
     assert (large.status_code, large.json()["error"]["code"]) == (413, "PAYLOAD_TOO_LARGE")
-    named = behind.ask(secrets.token_hex(16), **{"X-Request-Id": "my-request-1"})
+    named = behind.request_token(secrets.token_hex(16), **{"X-Request-Id": "my-request-1"})
     assert named.headers["X-Request-Id"] == "my-request-1"
 
 
@@ -78,9 +78,9 @@ def test_O5_failures_are_throttled_by_the_real_address(behind: Behind) -> None:
     statuses = set()
     for number in range(40):
         forged = {"X-Forwarded-For": f"203.0.113.{number}", "api-secret": "wrong"}
-        statuses.add(behind.ask("beefbeef", **forged).status_code)
+        statuses.add(behind.request_token("beefbeef", **forged).status_code)
     assert statuses == {401, 429}
-    assert behind.ask(secrets.token_hex(16)).status_code == 200
+    assert behind.request_token(secrets.token_hex(16)).status_code == 200
     elsewhere = {"X-Forwarded-For": "203.0.113.99", "api-secret": "wrong"}
     direct = plain.post(f"{behind.broker.url}/v1/validate", headers=elsewhere)
     assert direct.status_code == 200, "another address, told by the trusted peer, is not throttled"
@@ -90,7 +90,7 @@ def test_connections_to_the_broker_are_kept(behind: Behind) -> None:
     """100 requests over 100 connections of clients take a handful of the gateway's."""
     before = connections_made(behind.broker.port)
     for _ in range(100):
-        assert behind.ask(secrets.token_hex(16)).status_code == 200
+        assert behind.request_token(secrets.token_hex(16)).status_code == 200
     assert connections_made(behind.broker.port) - before <= 8
 
 

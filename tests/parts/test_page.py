@@ -355,7 +355,7 @@ class TestSessions:
         """The broker under the site's origin, the secret in the page: 403, and an error event."""
         page = visit.page
         page.goto(site.show("<h1>A mistake</h1>"))
-        ask = """async ([url, secret]) => {
+        script = """async ([url, secret]) => {
           const headers = { "api-secret": secret, "Content-Type": "application/json" };
           const body = JSON.stringify({ agent_id: "A78WKV4515", fingerprint: "beefbeef" });
           try {
@@ -366,14 +366,14 @@ class TestSessions:
           }
         }"""
         path, secret = "/v1/embed-tokens/request", site.broker.secret
-        assert page.evaluate(ask, [path, secret]) == [403, "SECRET_IN_BROWSER"]
+        assert page.evaluate(script, [path, secret]) == [403, "SECRET_IN_BROWSER"]
         until(lambda: "secret_in_browser" in site.broker.log, "the event")
         (line,) = [s for s in site.broker.log.splitlines() if "secret_in_browser" in s]
         event = json.loads(line)
         assert (event["event"], event["level"]) == ("broker.secret_in_browser", "error")
         assert event["client"] == "dev"
         # straight to the broker it is not even sent: there is no CORS
-        assert page.evaluate(ask, [site.broker.token_url, secret]) == [0, "TypeError"]
+        assert page.evaluate(script, [site.broker.token_url, secret]) == [0, "TypeError"]
 
 
 class TestTrouble:

@@ -57,18 +57,18 @@ class Client:
         async with aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=64), headers={"api-secret": self._broker.secret}
         ) as self._session:
-            await self._ask(known)
+            await self._request_token(known)
             await asyncio.gather(
-                *(self._ask(secrets.token_hex(8)) for _ in range(120)),
-                *(self._ask(known) for _ in range(20)),
-                *(self._ask(secrets.token_hex(8), agent="tight") for _ in range(20)),
-                *(self._ask("not hex") for _ in range(5)),
+                *(self._request_token(secrets.token_hex(8)) for _ in range(120)),
+                *(self._request_token(known) for _ in range(20)),
+                *(self._request_token(secrets.token_hex(8), agent="tight") for _ in range(20)),
+                *(self._request_token("not hex") for _ in range(5)),
             )
             visitor = secrets.token_hex(8)
             for _ in range(5):
-                await self._ask(visitor, fresh=True)
+                await self._request_token(visitor, fresh=True)
             await asyncio.gather(
-                *(self._ask(known, secret=secrets.token_hex(16)) for _ in range(40))
+                *(self._request_token(known, secret=secrets.token_hex(16)) for _ in range(40))
             )
 
     async def exhaust_the_client(self) -> None:
@@ -78,11 +78,11 @@ class Client:
         ) as self._session:
             known = secrets.token_hex(8)
             for _ in range(20):  # a busy machine may ask more slowly than the bucket refills
-                await asyncio.gather(*(self._ask(known) for _ in range(2000)))
+                await asyncio.gather(*(self._request_token(known) for _ in range(2000)))
                 if self.refusals["client"]:
                     return
 
-    async def _ask(
+    async def _request_token(
         self, visitor: str, *, agent: str = AGENT, fresh: bool = False, secret: str = ""
     ) -> None:
         body = {"agent_id": agent, "fingerprint": visitor, "fresh": fresh}
@@ -186,7 +186,7 @@ def test_m3_the_number_of_series_is_constant_under_20_000_visitors(tmp_path: Pat
             tracked = samples(scrape(started), "broker_buckets_tracked")
             return tracked["fingerprint"] >= VISITORS
 
-        until(enough, f"{VISITORS} visitors", patience=400)
+        until(enough, f"{VISITORS} visitors", timeout=400)
         after = scrape(started)
         statuses = samples(after, "broker_requests_total")
     assert series_of(parse_text(after)) == before

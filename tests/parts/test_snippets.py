@@ -195,7 +195,7 @@ def _listens(url: str) -> bool:
     return True
 
 
-def ask(url: str, fingerprint: object) -> httpx.Response:
+def request_token(url: str, fingerprint: object) -> httpx.Response:
     """Ask as embed.js does."""
     body = {"agent_id": "IGNORED", "fingerprint": fingerprint}
     return plain.post(url, json=body, timeout=60)
@@ -210,7 +210,7 @@ def test_a_route_hands_out_tokens_and_passes_refusals_on(
     command = BACKENDS[name](tmp_path, **needs)
     visitor = secrets.token_hex(16)
     with serving(command, tmp_path, running.url, running.secret) as url:
-        first, again = ask(url, visitor), ask(url, visitor)
+        first, again = request_token(url, visitor), request_token(url, visitor)
         assert first.status_code == 200, first.text
         data: dict[str, Any] = first.json()["data"]
         assert again.json()["data"] == data
@@ -219,7 +219,7 @@ def test_a_route_hands_out_tokens_and_passes_refusals_on(
         assert first.headers["Cache-Control"] == "no-store"
         assert first.headers["Content-Type"].startswith("application/json")
 
-        wrong = ask(url, "anonymous")
+        wrong = request_token(url, "anonymous")
         assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "VALIDATION_ERROR")
         for body in (b"", b"{", b"[]", b'"text"', b"{}", b'{"fingerprint": 7}'):
             broken = plain.post(url, content=body, headers={"Content-Type": "application/json"})
@@ -227,7 +227,7 @@ def test_a_route_hands_out_tokens_and_passes_refusals_on(
             assert running.secret not in broken.text
             assert 'success":true' not in broken.text
 
-        refused = [ask(url, visitor) for _ in range(4)][-1]
+        refused = [request_token(url, visitor) for _ in range(4)][-1]
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "RATE_LIMITED")
         assert int(refused.headers["Retry-After"]) >= 1
 
@@ -285,13 +285,13 @@ def test_a_route_is_502_where_the_broker_is_down_or_slow(
     needs = {"packages": request.getfixturevalue("packages")} if name == "Express" else {}
     command = BACKENDS[name](tmp_path, **needs)
     with serving(command, tmp_path, f"http://127.0.0.1:{free_port()}", "x") as url:
-        told = [ask(url, "beefbeef")]
+        told = [request_token(url, "beefbeef")]
     with (
         Unwell() as unwell,
         serving(command, tmp_path, unwell.url, "x") as url,
         ThreadPoolExecutor() as threads,
     ):
-        told += threads.map(lambda way: ask(url, way), (GONE, SILENT, HALF))
+        told += threads.map(lambda way: request_token(url, way), (GONE, SILENT, HALF))
     for way, answer in zip(("down", GONE, SILENT, HALF), told, strict=True):
         assert answer.status_code == 502, (way, answer.text)
         assert answer.headers["Retry-After"] == "2", way

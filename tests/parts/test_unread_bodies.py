@@ -79,8 +79,10 @@ def test_N3_nobody_passes_by_what_another_one_had_announced(guarded: Guarded, re
     Whatever part of the next check it swallows, what is left must not pass as a request.
     """
     token = guarded.broker.token()["token"]
-    front = "GET /v1/embed-tokens/verify HTTP/1.1\r\nX-Original-URI: /secret\r\nHost: broker\r\nX: "
-    for length in (len(front) + reach, max(len(front) - reach, 1)):
+    head_start = (
+        "GET /v1/embed-tokens/verify HTTP/1.1\r\nX-Original-URI: /secret\r\nHost: broker\r\nX: "
+    )
+    for length in (len(head_start) + reach, max(len(head_start) - reach, 1)):
         holder = plain.post(guarded.url(f"/x?token={token}"), content=b"y" * length)
         assert holder.status_code == 200
         seen = len(guarded.viewer.seen)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 from documents import under
-from processes import AGENT, PATIENCE, Caller, Executed, environment
+from processes import AGENT, TIMEOUT, Caller, Executed, environment
 
 pytestmark = pytest.mark.parts
 
@@ -212,7 +212,7 @@ async def test_from_the_wheel_to_a_first_token(installed: Artefacts, tmp_path: P
     )
     try:
         assert vendor.stdout is not None
-        line = await asyncio.wait_for(vendor.stdout.readline(), PATIENCE)
+        line = await asyncio.wait_for(vendor.stdout.readline(), TIMEOUT)
         init = ("init", "--kind", "relay", "--agent", AGENT, "--vendor-key-file", "-")
         listens = ("--listen", f"unix:{tmp_path}/s", "--admin-listen", f"unix:{tmp_path}/a")
         where = ("--folder", tmp_path / "made", "--base-url", json.loads(line)["url"])
@@ -250,7 +250,7 @@ async def test_the_zipapp_serves(installed: Artefacts, tmp_path: Path) -> None:
         )
     try:
         assert running.stdout is not None
-        told = json.loads(await asyncio.wait_for(running.stdout.readline(), 2 * PATIENCE))
+        told = json.loads(await asyncio.wait_for(running.stdout.readline(), 2 * TIMEOUT))
         took = time.perf_counter() - began
         assert told["api_secret"] == secret
         token = await asyncio.to_thread(
@@ -262,7 +262,7 @@ async def test_the_zipapp_serves(installed: Artefacts, tmp_path: Path) -> None:
         )
         assert token.count(".") == 2
         running.terminate()
-        assert await asyncio.wait_for(running.wait(), PATIENCE) == 0
+        assert await asyncio.wait_for(running.wait(), TIMEOUT) == 0
     finally:
         if running.returncode is None:
             running.kill()

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 AGENT = "A78WKV4515"
 
-PATIENCE = 20.0
+TIMEOUT = 20.0
 """Seconds that the broker may take to answer the site."""
 
 CORS = {"access-control-allow-origin": "*"}
@@ -101,7 +101,7 @@ class Website(ThreadingHTTPServer):
             self.broker.token_url,
             content=body,
             headers={"api-secret": self.broker.secret},
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
         )
         if got.is_success:
             self.sessions.append(got.json()["data"]["session_id"])

@@ -18,8 +18,8 @@ from processes import (
     until_true,
 )
 from test_serve import client_secret
-from test_supervisor import crew_of, supervised
-from test_workers import WORKERS, Crew, ask_all
+from test_supervisor import supervised, worker_settings
+from test_workers import WORKERS, Workers, request_tokens
 
 from broker.app.reload import UNREADABLE
 from broker.process import supervisor as supervisor_module
@@ -47,77 +47,80 @@ async def counts(caller: Caller, name: str, value: float) -> bool:
 
 async def test_N10_a_stopped_worker_is_seen_killed_and_replaced(tmp_path: Path, tree: Tree) -> None:
     """SIGSTOP: not counted on after a few seconds, gone after ten; each is told, once."""
-    with Crew.on(tmp_path, tree) as crew:
-        async with Caller(crew, client_secret(tree)) as caller:
+    with Workers.on(tmp_path, tree) as workers:
+        async with Caller(workers, client_secret(tree)) as caller:
             assert await says(caller, 200, "ok")
-            hung, began = crew.pids()[1], time.monotonic()
+            hung, began = workers.pids()[1], time.monotonic()
             os.kill(hung, signal.SIGSTOP)
             await until_true(lambda: says(caller, 200, "worker_hung"))
             assert await counts(caller, "broker_workers", WORKERS - 1)
             assert await counts(caller, HANGS, 0)
             await until_true(lambda: counts(caller, HANGS, 1))
             seen = time.monotonic() - began
-            await until(lambda: crew.pids()[1] != hung)
+            await until(lambda: workers.pids()[1] != hung)
             assert not is_alive(hung)
             await until_true(lambda: says(caller, 200, "ok"))
             await until_true(lambda: counts(caller, "broker_workers", WORKERS))
             assert await caller.metric(RESTARTS) == 1
-            await ask_all(crew, caller)
+            await request_tokens(workers, caller)
         print(f"\nkilled {seen:.1f} s after it stood")
-        (silent,), (told,) = crew.events("broker.worker_silent"), crew.events("broker.worker_hung")
+        (silent,), (told,) = (
+            workers.events("broker.worker_silent"),
+            workers.events("broker.worker_hung"),
+        )
         assert (silent["worker"], silent["pid"]) == (1, hung)
         assert (told["worker"], told["pid"], told["reason"]) == (1, hung, "silent")
-        assert [e["reason"] for e in crew.events("broker.worker_died")] == ["SIGKILL"]
-        assert crew.end() == 0
+        assert [e["reason"] for e in workers.events("broker.worker_died")] == ["SIGKILL"]
+        assert workers.end() == 0
 
 
 async def test_N10_nobody_is_left_to_serve_when_all_hang(tmp_path: Path, tree: Tree) -> None:
     """The instance is not ready, says why, and serves again by itself."""
-    with Crew.on(tmp_path, tree) as crew:
-        async with Caller(crew, client_secret(tree)) as caller:
-            before = crew.pids()
+    with Workers.on(tmp_path, tree) as workers:
+        async with Caller(workers, client_secret(tree)) as caller:
+            before = workers.pids()
             for pid in before.values():
                 os.kill(pid, signal.SIGSTOP)
             await until_true(lambda: says(caller, 503, "no_worker"))
             assert await counts(caller, "broker_workers", 0)
-            await until(lambda: not set(before.values()) & set(crew.pids().values()))
+            await until(lambda: not set(before.values()) & set(workers.pids().values()))
             await until_true(lambda: says(caller, 200, "ok"))
             assert await caller.metric(HANGS) == WORKERS
-            await ask_all(crew, caller)
+            await request_tokens(workers, caller)
 
 
 async def test_N10_a_worker_that_goes_on_in_time_lives(tmp_path: Path, tree: Tree) -> None:
     """It stood for longer than it is counted on, and comes back: nothing is lost."""
-    with Crew.on(tmp_path, tree) as crew:
-        async with Caller(crew, client_secret(tree)) as caller:
-            before = crew.pids()
+    with Workers.on(tmp_path, tree) as workers:
+        async with Caller(workers, client_secret(tree)) as caller:
+            before = workers.pids()
             os.kill(before[1], signal.SIGSTOP)
             await until_true(lambda: says(caller, 200, "worker_hung"))
             os.kill(before[1], signal.SIGCONT)
             await until_true(lambda: says(caller, 200, "ok"))
             await until_true(lambda: counts(caller, "broker_workers", WORKERS))
-            assert crew.pids() == before
+            assert workers.pids() == before
             assert await caller.metric(HANGS) == 0
 
 
 async def test_N10_a_suspended_machine_kills_nobody(tmp_path: Path, tree: Tree) -> None:
     """All processes stand for longer than a hang; the supervisor wakes first."""
-    with Crew.on(tmp_path, tree) as crew:
-        async with Caller(crew, client_secret(tree)) as caller:
-            before = crew.pids()
-            everybody = [crew.process.pid, *before.values()]
+    with Workers.on(tmp_path, tree) as workers:
+        async with Caller(workers, client_secret(tree)) as caller:
+            before = workers.pids()
+            everybody = [workers.process.pid, *before.values()]
             for pid in everybody:
                 os.kill(pid, signal.SIGSTOP)
             await asyncio.sleep(hangs.HUNG + 2)  # the clocks go on, and nothing else
-            os.kill(crew.process.pid, signal.SIGCONT)
+            os.kill(workers.process.pid, signal.SIGCONT)
             await until_true(lambda: says(caller, 200, "ok"))
             await asyncio.sleep(hangs.LONGEST_LOOK)  # it looks at those who still sleep
             for pid in everybody:
                 os.kill(pid, signal.SIGCONT)
-            await ask_all(crew, caller)
-            assert crew.pids() == before
+            await request_tokens(workers, caller)
+            assert workers.pids() == before
             assert [await caller.metric(name) for name in (HANGS, RESTARTS)] == [0, 0]
-            assert crew.events("broker.worker_died") == []
+            assert workers.events("broker.worker_died") == []
 
 
 @pytest.mark.parametrize("stands", ["while True: pass", "import time; time.sleep(3600)"])
@@ -139,13 +142,13 @@ async def test_N10_a_loop_that_stands_is_seen(
         "    Housekeeping.do_round = lambda self: (do_round(self), stand())\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hook"))
-    with Crew.on(tmp_path, tree) as crew:
-        async with Caller(crew, client_secret(tree)) as caller:
-            before = set(crew.pids().values())
+    with Workers.on(tmp_path, tree) as workers:
+        async with Caller(workers, client_secret(tree)) as caller:
+            before = set(workers.pids().values())
             (tmp_path / "trap").touch()
             await until_true(lambda: counts(caller, HANGS, 1))
-            await until(lambda: len(set(crew.pids().values()) - before) == 1)
-            await ask_all(crew, caller)
+            await until(lambda: len(set(workers.pids().values()) - before) == 1)
+            await request_tokens(workers, caller)
 
 
 class TestSupervisor:
@@ -154,7 +157,7 @@ class TestSupervisor:
     ) -> None:
         """A replacement that never becomes ready: killed, counted, and tried again."""
         start, pids = supervisor_module.WorkerProcess.start, list[int]()
-        async with supervised(crew_of(tmp_path, 1)) as supervisor:
+        async with supervised(worker_settings(tmp_path, 1)) as supervisor:
 
             async def start_and_stand(
                 begin: supervisor_module.Start,
@@ -176,7 +179,7 @@ class TestSupervisor:
 
     async def test_N10_one_worker_that_drains_by_itself_is_let_end(self, tmp_path: Path) -> None:
         """SIGTERM to a worker alone: its beat ends, and it is no hang."""
-        settings = crew_of(tmp_path, 2, server__drain_lead="4s")
+        settings = worker_settings(tmp_path, 2, server__drain_lead="4s")
         async with supervised(settings) as supervisor:
             pid = supervisor._children[1].pid
             os.kill(pid, signal.SIGTERM)
@@ -188,7 +191,7 @@ class TestSupervisor:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """They are apart, so that a defect in one does not leave hung workers alone."""
-        async with supervised(crew_of(tmp_path, 1)) as supervisor:
+        async with supervised(worker_settings(tmp_path, 1)) as supervisor:
 
             def fail() -> None:
                 raise ValueError
@@ -227,21 +230,21 @@ async def test_N2_workers_whose_files_hang_say_so_and_serve(
         "    files.open_regular = stand\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hook"))
-    with Crew.on(tmp_path, tree) as crew:
-        async with Caller(crew, client_secret(tree)) as caller:
-            before = crew.pids()
+    with Workers.on(tmp_path, tree) as workers:
+        async with Caller(workers, client_secret(tree)) as caller:
+            before = workers.pids()
             (tmp_path / "trap").touch()
-            told = asyncio.create_task(asyncio.to_thread(crew.reload))
+            told = asyncio.create_task(asyncio.to_thread(workers.reload))
             while not told.done():
-                await ask_all(crew, caller)
+                await request_tokens(workers, caller)
                 assert await says(caller, 200, "ok")
             assert (await told)["event"] == "broker.reload_failed"
             assert (await told)["error"] == UNREADABLE
             (tmp_path / "trap").unlink()
-            assert (await asyncio.to_thread(crew.reload))["event"] == "broker.reloaded"
-            assert crew.pids() == before
+            assert (await asyncio.to_thread(workers.reload))["event"] == "broker.reloaded"
+            assert workers.pids() == before
             assert [await caller.metric(name) for name in (HANGS, RESTARTS)] == [0, 0]
         (tmp_path / "trap").touch()
-        crew.send(signal.SIGHUP)
-        assert crew.end() == 0
-        assert crew.events("broker.worker_died") == []
+        workers.send(signal.SIGHUP)
+        assert workers.end() == 0
+        assert workers.events("broker.worker_died") == []

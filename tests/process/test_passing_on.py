@@ -9,8 +9,8 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from processes import PATIENCE, Caller, Tree, secret_file, secret_in
-from test_workers import WORKERS, Crew
+from processes import TIMEOUT, Caller, Tree, secret_file, secret_in
+from test_workers import WORKERS, Workers
 
 from broker.testing import FakeVendor, VendorSettings, faults
 
@@ -47,9 +47,9 @@ def tree(vendor: FakeVendor, tmp_path: Path) -> Tree:
 
 
 @pytest.fixture
-def crew(tmp_path: Path, tree: Tree) -> Iterator[Crew]:
+def workers(tmp_path: Path, tree: Tree) -> Iterator[Workers]:
     """Run two workers."""
-    with Crew.on(tmp_path, tree) as running:
+    with Workers.on(tmp_path, tree) as running:
         yield running
 
 
@@ -63,7 +63,7 @@ def peak(pid: int) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 async def test_two_workers_pass_on_and_count_as_one_broker(
-    vendor: FakeVendor, crew: Crew, tree: Tree
+    vendor: FakeVendor, workers: Workers, tree: Tree
 ) -> None:
     """Both take part; each answer is whole; neither grows with what goes through it."""
     secret = secret_in(tree["clients"]["web"]["secret_file"])
@@ -76,7 +76,7 @@ async def test_two_workers_pass_on_and_count_as_one_broker(
         got = 0
         async with (
             aiohttp.ClientSession(headers=headers) as http,
-            http.get(crew.url + target) as response,
+            http.get(workers.url + target) as response,
         ):
             assert response.status == 200
             async for chunk in response.content.iter_any():
@@ -88,17 +88,17 @@ async def test_two_workers_pass_on_and_count_as_one_broker(
         return {each.partition("-")[0] for each in ids}
 
     asked = 0
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while len(workers_seen()) < WORKERS:
             await asyncio.gather(*(fetch("/v1/agents") for _ in range(8)))
             asked += 8
-    before = {number: peak(pid) for number, pid in crew.pids().items()}
+    before = {number: peak(pid) for number, pid in workers.pids().items()}
     sizes = await asyncio.gather(*(fetch(f"/v1/{n}") for n in ("large", "chunked") * 2))
     assert sizes == [LARGE] * 4
-    grown = {number: peak(pid) - before[number] for number, pid in crew.pids().items()}
+    grown = {number: peak(pid) - before[number] for number, pid in workers.pids().items()}
     print("grew by", {number: f"{size / MEBIBYTE:.1f} MiB" for number, size in grown.items()})
     assert max(grown.values()) < SPARE
-    async with Caller(crew, secret) as caller:
+    async with Caller(workers, secret) as caller:
         done = await caller.metric('broker_pass_through_requests_total{outcome="2xx"}')
         assert done == asked + 4
         assert await caller.metric("broker_pass_through_in_flight") == 0

@@ -23,7 +23,7 @@ import jwt
 import pytest
 from processes import (
     AGENT,
-    PATIENCE,
+    TIMEOUT,
     Broker,
     Caller,
     Executed,
@@ -81,8 +81,8 @@ def introduction(broker: Broker) -> tuple[dict[str, str], str]:
 class Load:
     """Visitors who ask over and over; what did not go well is kept."""
 
-    def __init__(self, ask: Callable[[int], Any], visitors: int = 8) -> None:
-        self._ask = ask
+    def __init__(self, request_token: Callable[[int], Any], visitors: int = 8) -> None:
+        self._request_token = request_token
         self.answered = [0] * visitors
         self.failed: list[str] = []
         self.stopping = False
@@ -90,7 +90,7 @@ class Load:
     async def _visit(self, number: int) -> None:
         while not self.stopping:
             try:
-                status = await self._ask(number)
+                status = await self._request_token(number)
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
                 self.failed.append(repr(error))
                 return
@@ -130,9 +130,9 @@ class Polite:
         self._caller = caller
         self.looked_away = 0
 
-    async def ask(self, number: int) -> int | None:
+    async def request_token(self, number: int) -> int | None:
         """Ask once; None is a good answer, and the last one."""
-        status, _, answer = await self._caller.ask(visitor(number), fresh=number % 2 == 0)
+        status, _, answer = await self._caller.request_token(visitor(number), fresh=number % 2 == 0)
         if answer.headers.get("Connection") == "close" and status == 200:
             self.looked_away += 1
             return None
@@ -237,20 +237,20 @@ class TestDrain:
         with Broker.configured(tmp_path, slow) as broker:
             async with Caller(broker, secret) as caller:
                 polite = Polite(caller)
-                load = Load(polite.ask)
+                load = Load(polite.request_token)
                 async with load.running():
                     await load.more()
                     assert await caller.ready() == 200
                     reader, writer, rest = await connect_and_stop_half_way(broker, secret)
                     broker.send(signal.SIGTERM)
                     await until_true(lambda: turned(caller))
-                    status, _, answer = await caller.ask(visitor(78))
+                    status, _, answer = await caller.request_token(visitor(78))
                     assert (status, answer.headers.get("Connection")) == (200, "close")
                     await until(lambda: polite.looked_away + len(load.failed) == 8)
                 assert load.failed == []
                 await until(lambda: not accepts(broker))
                 writer.write(rest)
-                answer_bytes = await asyncio.wait_for(reader.read(), PATIENCE)
+                answer_bytes = await asyncio.wait_for(reader.read(), TIMEOUT)
                 assert answer_bytes.startswith(b"HTTP/1.1 200 OK\r\n")
                 assert b"Connection: close\r\n" in answer_bytes
                 writer.close()
@@ -350,15 +350,15 @@ class TestReload:
         with Broker.configured(tmp_path, current) as broker:
             async with Caller(broker, "") as caller:
 
-                async def ask(number: int) -> int:
-                    status, body, _ = await caller.ask(
+                async def request_token(number: int) -> int:
+                    status, body, _ = await caller.request_token(
                         visitor(number), secret=in_use[0], fresh=True
                     )
                     if status == 200:
                         tokens.add(body["data"]["token"])
                     return status
 
-                load = Load(ask)
+                load = Load(request_token)
                 async with load.running():
                     await load.more()
                     current = put(current, "clients.second", second)
@@ -392,10 +392,10 @@ class TestReload:
         with Broker.configured(tmp_path, tree) as broker:
             async with Caller(broker, secret) as caller:
 
-                async def ask(number: int) -> int:
-                    return (await caller.ask(visitor(number), fresh=True))[0]
+                async def request_token(number: int) -> int:
+                    return (await caller.request_token(visitor(number), fresh=True))[0]
 
-                load = Load(ask)
+                load = Load(request_token)
                 bad = put(put(tree, "clients", {"other": other}), "limits.agent.rate", 0)
                 weak = put(put(tree, "clients", {"other": other}), "issuer.local.keys", {})
                 async with load.running():
@@ -427,29 +427,29 @@ class TestReload:
         with Broker("--config", with_burst(2), logs=tmp_path) as broker:
             async with Caller(broker, client_secret(tree)) as caller:
 
-                async def ask() -> tuple[int, str, str]:
-                    status, _, answer = await caller.ask(visitor(1))
+                async def request_token() -> tuple[int, str, str]:
+                    status, _, answer = await caller.request_token(visitor(1))
                     head = answer.headers
                     return status, head["X-RateLimit-Limit"], head["X-RateLimit-Remaining"]
 
-                assert [await ask() for _ in range(3)] == [
+                assert [await request_token() for _ in range(3)] == [
                     (200, "2", "1"),
                     (200, "2", "0"),
                     (429, "2", "0"),
                 ]
                 with_burst(4)
                 broker.reload()
-                assert [await ask() for _ in range(3)] == [
+                assert [await request_token() for _ in range(3)] == [
                     (200, "4", "1"),
                     (200, "4", "0"),
                     (429, "4", "0"),
                 ]
                 with_burst(0)
                 assert broker.reload()["event"] == "broker.reload_failed"
-                assert await ask() == (429, "4", "0")
+                assert await request_token() == (429, "4", "0")
                 with_burst(1)
                 broker.reload()
-                status, _, answer = await caller.ask(visitor(1))
+                status, _, answer = await caller.request_token(visitor(1))
                 assert (status, answer.headers["X-RateLimit-Limit"]) == (429, "1")
                 assert 3500 < int(answer.headers["Retry-After"]) <= 3600
 
@@ -457,11 +457,11 @@ class TestReload:
         """It is among the limits, so it follows a reload, too."""
         with Broker.configured(tmp_path, tree) as broker:
             async with Caller(broker, client_secret(tree)) as caller:
-                assert (await caller.ask("alice"))[0] == 400
+                assert (await caller.request_token("alice"))[0] == 400
                 loose = put(tree, "limits.fingerprint_format", "any")
                 write(tmp_path / "broker.toml", toml(loose))
                 broker.reload()
-                assert (await caller.ask("alice"))[0] == 200
+                assert (await caller.request_token("alice"))[0] == 200
 
     async def test_names_what_needs_a_restart(self, tmp_path: Path, tree: Tree) -> None:
         """Sections that a running process cannot follow are in the event, and left as they were."""
@@ -619,15 +619,15 @@ class TestStateFile:
                 for number in range(visitors):
                     held[number] = await caller.token(visitor(number))
                 for expected in (200, 200, 429):
-                    assert (await caller.ask(visitor(1), agent="SCARCE"))[0] == expected
+                    assert (await caller.request_token(visitor(1), agent="SCARCE"))[0] == expected
 
-                async def ask(number: int) -> int | None:
-                    status, body, answer = await caller.ask(visitor(number))
+                async def request_token(number: int) -> int | None:
+                    status, body, answer = await caller.request_token(visitor(number))
                     if status == 200 and body["data"]["token"] != held[number]:
                         changed.append(number)
                     return None if answer.headers.get("Connection") == "close" else status
 
-                load = Load(ask)
+                load = Load(request_token)
                 async with load.running():
                     await load.more()
                     assert await asyncio.to_thread(before.end) == 0
@@ -638,8 +638,8 @@ class TestStateFile:
             async with Caller(after, secret) as caller:
                 for number in range(visitors):
                     assert await caller.token(visitor(number)) == held[number]
-                assert (await caller.ask(visitor(1), agent="SCARCE"))[0] == 429
-                assert (await caller.ask(visitor(2), agent="SCARCE"))[0] == 200
+                assert (await caller.request_token(visitor(1), agent="SCARCE"))[0] == 429
+                assert (await caller.request_token(visitor(2), agent="SCARCE"))[0] == 200
                 assert await caller.metric(MINTED) == 1
             assert after.events("broker.state_file_opened")[0]["tokens"] == visitors + 1
         assert changed == []
@@ -660,7 +660,7 @@ class TestStateFile:
             tree = put(lasting, "issuer", relay)
             with Broker.configured(tmp_path, tree) as before:
                 async with Caller(before, client_secret(tree)) as caller:
-                    asking = asyncio.ensure_future(caller.ask(visitor(1)))
+                    asking = asyncio.ensure_future(caller.request_token(visitor(1)))
                     await until(lambda: len(vendor.journal.calls) == 1)
                     asking.cancel()
                     await asyncio.wait([asking])

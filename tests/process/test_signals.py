@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from processes import (
-    PATIENCE,
+    TIMEOUT,
     Broker,
     Tree,
     children_of,
@@ -25,7 +25,7 @@ from processes import (
     wait_for,
     write,
 )
-from test_workers import Crew
+from test_workers import Workers
 
 MOMENTS = 24
 SPREAD = 1.6
@@ -86,7 +86,7 @@ def test_N9_sigterm_ends_it_at_any_moment_of_the_start(tmp_path: Path) -> None:
         with started(sys.executable, "-m", "broker", "serve", "--config", path) as process:
             time.sleep(SPREAD * number / MOMENTS)  # the moment is what is tested
             process.send_signal(signal.SIGTERM)
-            codes.append(process.wait(PATIENCE))
+            codes.append(process.wait(TIMEOUT))
             assert b"Traceback" not in process.stderr.read() if process.stderr else False
     assert set(codes) <= ENDED, codes
 
@@ -108,7 +108,7 @@ def test_N9_a_signal_during_the_imports_leaves_no_traceback(
         "main()\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, timeout=PATIENCE, check=False
+        [sys.executable, "-c", code], capture_output=True, timeout=TIMEOUT, check=False
     )
     assert (done.returncode, done.stderr) == (-number, b"")
 
@@ -127,12 +127,12 @@ def test_N9_sigterm_ends_process_1_at_any_moment_of_the_start(tmp_path: Path) ->
             wait_for(lambda pid=pid: has_begun(pid) and code_of_first_lines(pid))
             time.sleep(SPREAD * number / MOMENTS)
             os.kill(pid, signal.SIGTERM)
-            codes.append(process.wait(PATIENCE))
+            codes.append(process.wait(TIMEOUT))
     assert set(codes) <= {0, 128 + signal.SIGTERM}, codes
     with started(*command) as process:
         read_until_started(process)
         os.kill(first_child(process.pid), signal.SIGTERM)
-        assert process.wait(PATIENCE) == 0
+        assert process.wait(TIMEOUT) == 0
 
 
 @pytest.mark.parts
@@ -152,19 +152,19 @@ def test_N9_process_1_obeys_from_its_first_line_on(number: signal.Signals) -> No
         "main.main()\n"
     )
     with started(*IN_A_NAMESPACE, sys.executable, "-c", code) as process:
-        assert process.wait(PATIENCE) == 128 + number
+        assert process.wait(TIMEOUT) == 128 + number
 
 
 @pytest.mark.parts
 def test_N9_workers_end_with_process_1(tmp_path: Path) -> None:
     """SIGTERM to the supervisor of a container: all of them drain, exit code 0."""
     path = source(tmp_path)
-    command = (*IN_A_NAMESPACE, sys.executable, *Crew.program, path)
+    command = (*IN_A_NAMESPACE, sys.executable, *Workers.program, path)
     with started(*command) as process:
         read_until_started(process)
         assert process.stderr is not None
         os.kill(first_child(process.pid), signal.SIGTERM)
-        assert process.wait(PATIENCE) == 0
+        assert process.wait(TIMEOUT) == 0
         assert b"broker.stopped" in process.stderr.read()
 
 
@@ -172,11 +172,11 @@ def test_N9_sigterm_ends_workers_at_any_moment_of_the_start(tmp_path: Path) -> N
     """Also those that are just being started: none is left behind."""
     path, codes = source(tmp_path), []
     for number in range(MOMENTS // 4):
-        with started(sys.executable, *Crew.program, path) as process:
+        with started(sys.executable, *Workers.program, path) as process:
             time.sleep(2 * SPREAD * number / (MOMENTS // 4))
             pids = children_of(process.pid)
             process.send_signal(signal.SIGTERM)
-            codes.append(process.wait(PATIENCE))
+            codes.append(process.wait(TIMEOUT))
             wait_for(lambda pids=pids: not any(map(is_alive, pids)))
     assert set(codes) <= ENDED, codes
 
@@ -215,7 +215,7 @@ def test_N9_a_signal_after_the_end_changes_no_exit_code() -> None:
         "raise SystemExit(code)\n"
     )
     with started(sys.executable, "-c", program) as process:
-        assert process.wait(PATIENCE) == 0
+        assert process.wait(TIMEOUT) == 0
 
 
 def test_N9_timeout_of_a_shell_drains(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_N9_timeout_of_a_shell_drains(tmp_path: Path) -> None:
     path = source(tmp_path)
     command = ("timeout", "4", sys.executable, "-m", "broker", "serve", "--config", path)
     with started(*command) as process:
-        assert process.wait(PATIENCE) == 124
+        assert process.wait(TIMEOUT) == 124
         told = process.stderr.read() if process.stderr else b""
     assert b"broker.aborted" not in told
     assert b"broker.stopped" in told or b"broker.started" not in told
@@ -271,7 +271,7 @@ def test_N9_a_loop_that_stands_is_ended(tmp_path: Path, how: str, asked: int) ->
                 time.sleep(3)  # what comes within a second of the first is the same wish
                 process.send_signal(signal.SIGINT)
             expected = 128 + (signal.SIGINT if asked == 2 else signal.SIGTERM)
-            assert process.wait(PATIENCE) == expected
+            assert process.wait(TIMEOUT) == expected
         finally:
             process.kill()
 
@@ -296,4 +296,4 @@ def test_N9_a_hang_up_during_the_start_is_a_reload_after_it(tmp_path: Path) -> N
         told = [process.stderr.readline() for _ in range(2)]
         assert [b"broker.started" in told[0], b"broker.reloaded" in told[1]] == [True, True], told
         process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE) == 0
+        assert process.wait(TIMEOUT) == 0

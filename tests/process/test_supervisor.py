@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from processes import PATIENCE, good, put, secret_file, secret_in, until, until_true
+from processes import TIMEOUT, good, put, secret_file, secret_in, until, until_true
 from test_config import alone, candidates, keys
 from web.edge import logging_to
 
@@ -220,7 +220,7 @@ def test_ends_have_a_name(code: int, reason: str) -> None:
     assert reason_of(code) == reason
 
 
-def crew_of(folder: Path, count: int = 2, **changes: object) -> Settings:
+def worker_settings(folder: Path, count: int = 2, **changes: object) -> Settings:
     """Settings of several workers on the memory store."""
     tree = good(folder)
     for dotted, value in changes.items():
@@ -257,7 +257,7 @@ async def _take(
 class TestSeat:
     def test_knows_who_has_fewer_connections(self) -> None:
         """Somebody who is gone has none, and somebody who is hung would not take one."""
-        width = Metrics("local").sheet.width
+        width = Metrics("local").layout.width
         handle = share(3, width)
         shared_cells = shared(handle, width)
         os.close(handle)
@@ -273,7 +273,7 @@ class TestSeat:
         assert context.ahead() == 5
         third.process.connections.set(9)
         assert context.ahead() == 2
-        other.sheet.drop_gauges(shared_cells.rows[1])
+        other.layout.drop_gauges(shared_cells.rows[1])
         assert context.ahead() == -4
         third.process.beat.set(time.monotonic() - 60)
         assert context.ahead() == 0
@@ -284,7 +284,7 @@ class TestSupervisor:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Another try would end alike: the operator reads the worker's line, not a thousand."""
-        settings = crew_of(tmp_path)
+        settings = worker_settings(tmp_path)
         (tmp_path / "one").unlink()
         monkeypatch.setattr(factory, "check", lambda *_: None)  # it vanishes after the check
         supervisor = Supervisor(settings, lambda: settings, {})
@@ -298,7 +298,7 @@ class TestSupervisor:
     ) -> None:
         """The package was replaced under a running broker: its cells may mean something else."""
         monkeypatch.setattr("broker.telemetry.metrics.VERSION", "0.0.1")
-        settings = crew_of(tmp_path)
+        settings = worker_settings(tmp_path)
         supervisor = Supervisor(settings, lambda: settings, {})
         with pytest.raises(CannotStart) as caught:
             await supervisor.start()
@@ -308,7 +308,7 @@ class TestSupervisor:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Hung for whatever reason: its replacement begins with the new settings."""
-        first = crew_of(tmp_path)
+        first = worker_settings(tmp_path)
         later = replace(first, limits=replace(first.limits, fingerprint_format="any"))
         monkeypatch.setattr(worker_process, "ANSWER_TIME", 0.3)
         async with supervised(first, lambda: later) as supervisor:
@@ -326,16 +326,16 @@ class TestSupervisor:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It will not answer, and has not refused: the reload goes on, its successor begins so."""
-        first = crew_of(tmp_path)
+        first = worker_settings(tmp_path)
         later = replace(first, limits=replace(first.limits, fingerprint_format="any"))
-        monkeypatch.setattr(worker_process, "ANSWER_TIME", 10 * PATIENCE)
+        monkeypatch.setattr(worker_process, "ANSWER_TIME", 10 * TIMEOUT)
         async with supervised(first, lambda: later) as supervisor:
             dying = supervisor._children[1].pid
             os.kill(dying, signal.SIGSTOP)
             led = asyncio.ensure_future(supervisor.rolling_reload())
             await until(lambda: supervisor._settings == later)
             os.kill(dying, signal.SIGKILL)
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 await led
             await until(lambda: _pid(supervisor, 1) not in (dying, None))
             await until(lambda: supervisor._children[1].is_ready)
@@ -344,7 +344,7 @@ class TestSupervisor:
 
     async def test_what_workers_take_of_the_machine_is_counted_once(self, tmp_path: Path) -> None:
         """However often it is looked at; a successor's comes on top of what the dead one took."""
-        settings = crew_of(tmp_path)
+        settings = worker_settings(tmp_path)
         async with supervised(settings) as supervisor:
             taken = supervisor.metrics.process.cpu["1"]
             first = supervisor._children[1]
@@ -364,7 +364,7 @@ class TestSupervisor:
 
     async def test_files_of_new_settings_are_watched_after_a_reload(self, tmp_path: Path) -> None:
         """And those that no setting names any more are not."""
-        first = crew_of(tmp_path)
+        first = worker_settings(tmp_path)
         other = secret_file(tmp_path / "other")
         later = replace(first, clients={"web": replace(first.clients["web"], secret_file=other)})
         async with supervised(first, lambda: later) as supervisor:
@@ -380,7 +380,7 @@ class TestSupervisor:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A secret that vanished between check and use: told, counted, and the worker goes on."""
-        first = crew_of(tmp_path)
+        first = worker_settings(tmp_path)
         other = secret_file(tmp_path / "other")
         web = replace(first.clients["web"], secret_file=other)
         later = replace(first, clients={"web": web})
@@ -396,7 +396,7 @@ class TestSupervisor:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It was given the old settings, and was not there when the others were told."""
-        first = crew_of(tmp_path, 1)
+        first = worker_settings(tmp_path, 1)
         new = replace(first.clients["web"], secret_file=secret_file(tmp_path / "new"))
         later = replace(first, clients={"web": new})
         start = supervisor_module.WorkerProcess.start
@@ -430,7 +430,7 @@ class TestSupervisor:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It was not there when all were ended, and it hangs: ended as soon as it is there."""
-        settings = crew_of(tmp_path, 1)
+        settings = worker_settings(tmp_path, 1)
         start, pids = supervisor_module.WorkerProcess.start, list[int]()
         async with supervised(settings) as supervisor:
 
@@ -454,7 +454,7 @@ class TestSupervisor:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Also if somebody that was killed is not gone: the kernel may hold on to them."""
-        settings = crew_of(tmp_path, 1, server__drain="1s")
+        settings = worker_settings(tmp_path, 1, server__drain="1s")
         monkeypatch.setattr(supervisor_module, "GRACE", 0.1)
         supervisor = Supervisor(settings, lambda: settings, {})
         with logging_to(io.StringIO(), settings):
@@ -472,7 +472,7 @@ class TestSupervisor:
     async def test_is_ready_while_anybody_is(self, tmp_path: Path) -> None:
         """And says `no_worker` when nobody is."""
         async with (
-            supervised(crew_of(tmp_path)) as supervisor,
+            supervised(worker_settings(tmp_path)) as supervisor,
             aiohttp.ClientSession(supervisor.admin_url) as http,
         ):
 
@@ -500,7 +500,7 @@ class TestSupervisor:
 
         Sees `all` becoming `any` where the workers' rows are put together.
         """
-        async with supervised(crew_of(tmp_path, 2, store__on_error="closed")) as supervisor:
+        async with supervised(worker_settings(tmp_path, 2, store__on_error="closed")) as supervisor:
             degraded = supervisor.metrics.store.degraded
             states = []
             for without in ((), (1,), (2,), (1, 2)):
@@ -522,14 +522,14 @@ class TestSupervisor:
         (tmp_path / "broker").mkdir()
         (tmp_path / "broker" / "__init__.py").write_text("raise SystemExit(78)")
         monkeypatch.chdir(tmp_path)
-        async with supervised(crew_of(tmp_path, 1)) as supervisor:
+        async with supervised(worker_settings(tmp_path, 1)) as supervisor:
             assert supervisor._children[1].is_ready
 
     async def test_a_machine_without_room_for_a_process_is_asked_again(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A failed start is a death like any other: counted, and tried again after a while."""
-        async with supervised(crew_of(tmp_path)) as supervisor:
+        async with supervised(worker_settings(tmp_path)) as supervisor:
             python = sys.executable
             monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
             running = supervisor._children[1]

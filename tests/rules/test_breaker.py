@@ -40,7 +40,7 @@ def full_pause() -> float:
     return 0.0
 
 
-def ask(breaker: KeyBreaker, now: int) -> tuple[KeyBreaker, Permit]:
+def permitted(breaker: KeyBreaker, now: int) -> tuple[KeyBreaker, Permit]:
     """Ask for leave that must be given."""
     breaker, permit = breaker.allow(now)
     assert permit is not None
@@ -299,7 +299,7 @@ def test_V8_calls_from_before_the_outage_do_not_disturb_the_probe() -> None:
 GOOD = KeyBreaker()
 DOUBTED = GOOD.settle(Permit(0), KeyOutcome.ROTATED, T0)
 SHUT = GOOD.settle(Permit(0), KeyOutcome.REJECTED, T0)
-TRIED, TRIAL = ask(SHUT, T0 + KEY_PAUSE)
+TRIED, TRIAL = permitted(SHUT, T0 + KEY_PAUSE)
 THEN = T0 + KEY_PAUSE + SECOND
 
 _KeyCase: TypeAlias = tuple[KeyBreaker, int, KeyOutcome, KeyBreaker]
@@ -379,13 +379,13 @@ def test_V3_a_throttle_after_a_bad_key_is_about_the_key() -> None:
     """401, then 429 on each probe: shut until a key is accepted, then 429 is pace again."""
     breaker = SHUT
     for n in range(1, 5):
-        breaker, permit = ask(breaker, T0 + n * KEY_PAUSE)
+        breaker, permit = permitted(breaker, T0 + n * KEY_PAUSE)
         breaker = breaker.settle(permit, KeyOutcome.THROTTLED, T0 + n * KEY_PAUSE)
         assert breaker.rejected
         assert breaker.wait(T0 + n * KEY_PAUSE) == KEY_PAUSE
-    breaker, permit = ask(breaker, T0 + 5 * KEY_PAUSE)
+    breaker, permit = permitted(breaker, T0 + 5 * KEY_PAUSE)
     breaker = breaker.settle(permit, KeyOutcome.ACCEPTED, T0 + 5 * KEY_PAUSE)
-    breaker, permit = ask(breaker, T0 + 5 * KEY_PAUSE)
+    breaker, permit = permitted(breaker, T0 + 5 * KEY_PAUSE)
     assert breaker.settle(permit, KeyOutcome.THROTTLED, T0 + 5 * KEY_PAUSE) == breaker
     assert not breaker.rejected
 
@@ -393,7 +393,7 @@ def test_V3_a_throttle_after_a_bad_key_is_about_the_key() -> None:
 def test_V3_new_keys_are_tried_at_once_and_by_one_call() -> None:
     """A second after the file changed the site is back; until then one call, not a burst."""
     breaker = SHUT.keys_changed(T0 + SECOND)
-    breaker, permit = ask(breaker, T0 + SECOND)
+    breaker, permit = permitted(breaker, T0 + SECOND)
     assert breaker.allow(T0 + SECOND)[1] is None
     assert not breaker.settle(permit, KeyOutcome.ACCEPTED, T0 + SECOND).is_open
 
@@ -407,7 +407,7 @@ def test_V3_a_probe_of_the_old_key_says_nothing_about_the_new_one() -> None:
 
 def test_V3_a_call_with_the_old_key_does_not_shut_out_the_new_one() -> None:
     """The same while all was well: calls under way end with 401 after the keys were changed."""
-    breaker, permit = ask(KeyBreaker(), T0)
+    breaker, permit = permitted(KeyBreaker(), T0)
     changed = breaker.keys_changed(T0)
     assert not changed.settle(permit, KeyOutcome.REJECTED, T0).is_open
 
@@ -416,7 +416,7 @@ def test_V3_a_burst_under_way_when_the_key_dies_counts_once() -> None:
     """Eight calls end with 401 together: shut once, thirty seconds from the first."""
     breaker, tickets = KeyBreaker(), []
     for _ in range(8):
-        breaker, permit = ask(breaker, T0)
+        breaker, permit = permitted(breaker, T0)
         tickets.append(permit)
     for n, permit in enumerate(tickets):
         breaker = breaker.settle(permit, KeyOutcome.REJECTED, T0 + n)
@@ -425,9 +425,9 @@ def test_V3_a_burst_under_way_when_the_key_dies_counts_once() -> None:
 
 def test_V3_with_a_second_key_nobody_is_stopped() -> None:
     """The first of two keys dies under load: calls go on, and the late 401s change nothing."""
-    breaker, old = ask(KeyBreaker(), T0)
+    breaker, old = permitted(KeyBreaker(), T0)
     breaker = breaker.settle(old, KeyOutcome.ROTATED, T0)
-    breaker, new = ask(breaker, T0)
+    breaker, new = permitted(breaker, T0)
     breaker = breaker.settle(new, KeyOutcome.ACCEPTED, T0)
     assert breaker.settle(old, KeyOutcome.REJECTED, T0) is breaker
     assert (breaker.is_open, breaker.rejected) == (False, False)

@@ -92,7 +92,7 @@ class Broker:
         finally:
             await backend.close()
 
-    def ask(self, fingerprint: str = "", **how: Any) -> TokenRequest:
+    def new_request(self, fingerprint: str = "", **how: Any) -> TokenRequest:
         return TokenRequest("web", AGENT, fingerprint or secrets.token_hex(8), **how)
 
     def token(self, *, life: int = HOUR, origin: str = SIGNER) -> EmbedToken:

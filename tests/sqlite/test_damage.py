@@ -24,10 +24,10 @@ async def test_D4_a_process_without_memory_moves_no_good_file_aside(
 ) -> None:
     """It does not start; with memory it does, and has everything."""
     broker = Broker(tmp_path / "state.db")
-    request = broker.ask()
+    request = broker.new_request()
     async with broker.opened() as backend:
         token, session = await mint(broker, backend, request)
-        _, ended = await mint(broker, backend, broker.ask())
+        _, ended = await mint(broker, backend, broker.new_request())
         await end(backend, ended)
 
     class Short(sqlite3.Connection):
@@ -61,7 +61,7 @@ class Written:
         """Mint for visitors, and end some of them in between."""
         async with self.broker.opened() as backend:
             for number in range(visitors):
-                request = self.broker.ask()
+                request = self.broker.new_request()
                 token, session = await mint(self.broker, backend, request)
                 self.history.append((request, token.body))
                 if number % 10 == 5:

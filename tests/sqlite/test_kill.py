@@ -117,7 +117,7 @@ class Crowd:
         before = len(vendor.journal.calls)
         known = list(self.tokens.items())
         for visitor, token in random.sample(known, min(len(known), most)):
-            status, body, answer = await caller.ask(visitor)
+            status, body, answer = await caller.request_token(visitor)
             assert status == 200, body
             assert body["data"]["token"] == token
             assert answer.headers["Cache-Status"].endswith("hit")

@@ -118,4 +118,4 @@ async def test_D2_a_start_that_cannot_listen_gives_the_file_up(tmp_path: Path) -
                 pass
     async with serving(store) as edge:
         assert edge.events("broker.state_file_in_use") == []
-        assert (await edge.ask()).status == 200
+        assert (await edge.request_token()).status == 200

@@ -119,7 +119,7 @@ async def test_D5_a_file_that_is_taken_away_while_it_is_used(
 ) -> None:
     """What is written into it is lost with the process: degraded, and no end is confirmed."""
     async with broker.opened() as backend:
-        request = broker.ask()
+        request = broker.new_request()
         _, session = await mint(broker, backend, request)
         broker.path.rename(broker.path.with_name("elsewhere"))
         if instead:
@@ -195,13 +195,13 @@ def filled(folder: Path) -> Path:
 async def test_D1_full_while_it_runs(small_disk: Path) -> None:
     """Served and counted; an end is 503 and holds; all of it is written when there is room."""
     broker = Broker(small_disk / "state.db")
-    before, during, ended = broker.ask(), broker.ask(), broker.ask()
+    before, during, ended = broker.new_request(), broker.new_request(), broker.new_request()
     async with broker.opened() as backend:
         await mint(broker, backend, before)
         _, session = await mint(broker, backend, ended)
         filler = filled(small_disk)
-        asks = [broker.ask() for _ in range(30)]
-        for request in asks:
+        requests = [broker.new_request() for _ in range(30)]
+        for request in requests:
             await mint(broker, backend, request)
         token, _ = await mint(broker, backend, during)
         assert await held(backend, during) == token.body
@@ -219,7 +219,7 @@ async def test_D1_full_while_it_runs(small_disk: Path) -> None:
         await end(backend, session)
     async with broker.opened() as backend:
         assert await held(backend, during) == token.body
-        assert [await held(backend, request) is not None for request in asks] == [True] * 30
+        assert [await held(backend, request) is not None for request in requests] == [True] * 30
         assert await held(backend, ended) is None
         assert await backend.sessions.ended(session.session_id)
 
@@ -234,7 +234,7 @@ async def test_D1_read_only_at_the_start(small_disk: Path, tmp_path: Path) -> No
     """A file system that is mounted read-only, with a file of before on it."""
     broker = Broker(small_disk / "state.db")
     async with broker.opened() as backend:
-        await mint(broker, backend, broker.ask())
+        await mint(broker, backend, broker.new_request())
     remount(small_disk, "ro")
     assert "Read-only file system; mount it for writing" in await refused(broker)
     path = tree(tmp_path, broker.path)

@@ -34,7 +34,7 @@ def broker(tmp_path: Path) -> Broker:
 
 async def test_G11_tokens_and_sessions_are_there_again(broker: Broker) -> None:
     """The same bytes, the life that is left, and the record."""
-    request = broker.ask()
+    request = broker.new_request()
     async with broker.opened() as backend:
         token, session = await mint(broker, backend, request)
     broker.clock.advance(600)
@@ -50,7 +50,7 @@ async def test_G11_tokens_and_sessions_are_there_again(broker: Broker) -> None:
 
 async def test_G11_a_token_is_in_the_file_before_it_is_handed_out(broker: Broker) -> None:
     """With its session, and an end before it is answered: a copy of that moment has them."""
-    request, other = broker.ask(), broker.ask()
+    request, other = broker.new_request(), broker.new_request()
     async with broker.opened() as backend:
         token, session = await mint(broker, backend, request)
         minted = copied(broker, "minted")
@@ -72,7 +72,7 @@ async def test_G11_an_end_is_on_the_disk_a_mint_need_not_be(broker: Broker) -> N
     async with broker.opened() as backend:
         said: list[str] = []
         backend._slot.writer._file._connection.set_trace_callback(said.append)
-        _, session = await mint(broker, backend, broker.ask())
+        _, session = await mint(broker, backend, broker.new_request())
         assert "PRAGMA synchronous = FULL" not in said
         said.clear()
         await backend.sessions.mark(session, by_client=True)
@@ -82,7 +82,7 @@ async def test_G11_an_end_is_on_the_disk_a_mint_need_not_be(broker: Broker) -> N
 
 async def test_G11_of_a_key_the_latest_token_counts(broker: Broker) -> None:
     """A renewal stays a renewal; both sessions are on record."""
-    request = broker.ask()
+    request = broker.new_request()
     async with broker.opened() as backend:
         _, first = await mint(broker, backend, request)
         latest, second = await mint(broker, backend, request)
@@ -94,7 +94,7 @@ async def test_G11_of_a_key_the_latest_token_counts(broker: Broker) -> None:
 
 async def test_G9_an_end_stays_an_end(broker: Broker) -> None:
     """Of the token, of the record, of what was minted before it; what came after it lives."""
-    request, other = broker.ask(), broker.ask()
+    request, other = broker.new_request(), broker.new_request()
     async with broker.opened() as backend:
         _, session = await mint(broker, backend, request)
         kept, _ = await mint(broker, backend, other)
@@ -112,7 +112,7 @@ async def test_G9_an_end_stays_an_end(broker: Broker) -> None:
 
 async def test_G9_an_end_ends_a_token_that_is_on_its_way_into_the_file(broker: Broker) -> None:
     """Its record is there before the end's: neither this process nor the next hands it out."""
-    request = broker.ask()
+    request = broker.new_request()
     async with broker.opened() as backend:
         lease = await backend.store.lead(request, request.key, lambda _: False)
         assert isinstance(lease, Lease)
@@ -130,7 +130,7 @@ async def test_G9_an_end_ends_a_token_that_is_on_its_way_into_the_file(broker: B
 async def test_N20_what_a_dropped_key_signed_stays_out(broker: Broker) -> None:
     """Also when the key was dropped while the broker was down; the others come back."""
     broker.signers = frozenset({"old", "new"})
-    by_old, by_new = broker.ask(), broker.ask()
+    by_old, by_new = broker.new_request(), broker.new_request()
     async with broker.opened() as backend:
         await mint(broker, backend, by_old, origin="old")
         kept, _ = await mint(broker, backend, by_new, origin="new")
@@ -142,7 +142,7 @@ async def test_N20_what_a_dropped_key_signed_stays_out(broker: Broker) -> None:
 
 async def test_G3_a_floor_that_was_raised_meanwhile_holds(broker: Broker) -> None:
     """A mark that was drawn before lies below the new floor: it is raised with it."""
-    request = broker.ask()
+    request = broker.new_request()
     async with broker.opened() as backend:
         token, _ = await mint(broker, backend, request)
     broker.floor = token.mark + 7
@@ -154,13 +154,13 @@ async def test_G3_a_floor_that_was_raised_meanwhile_holds(broker: Broker) -> Non
 
 async def test_G6_of_more_than_fit_the_latest_come_back(broker: Broker) -> None:
     """A smaller bound after the restart: nobody is evicted for somebody older."""
-    asks = [broker.ask() for _ in range(20)]
+    requests = [broker.new_request() for _ in range(20)]
     async with broker.opened() as backend:
-        for request in asks:
+        for request in requests:
             await mint(broker, backend, request)
     broker.most = 5
     async with broker.opened() as backend:
-        found = [await held(backend, request) is not None for request in asks]
+        found = [await held(backend, request) is not None for request in requests]
         assert found == [False] * 15 + [True] * 5
         assert backend.store.tokens.counts.evicted.value == 0
 
@@ -169,12 +169,12 @@ async def test_G6_of_more_sessions_than_fit_the_latest_come_back(broker: Broker)
     """Those that memory held before; what has expired takes nobody's place."""
     broker.most = 10
     async with broker.opened() as backend:
-        lasting = [(await mint(broker, backend, broker.ask()))[1] for _ in range(16)]
-        brief = [broker.session(broker.ask(), life=60 * SECOND) for _ in range(3)]
+        lasting = [(await mint(broker, backend, broker.new_request()))[1] for _ in range(16)]
+        brief = [broker.session(broker.new_request(), life=60 * SECOND) for _ in range(3)]
         for session in brief:
             await backend.sessions.record(session)
         broker.clock.advance(61)
-        minted = await mint(broker, backend, broker.ask())
+        minted = await mint(broker, backend, broker.new_request())
         lasting.append(minted[1])
     async with broker.opened() as backend:
         found = [await backend.sessions.find(each.session_id) is not None for each in lasting]
@@ -185,7 +185,7 @@ async def test_G6_of_more_sessions_than_fit_the_latest_come_back(broker: Broker)
 
 async def test_G9_a_session_that_is_recorded_for_nobody_is_forgotten(broker: Broker) -> None:
     """Its visitor was ended while it was minted: no record of it comes back."""
-    request = broker.ask()
+    request = broker.new_request()
     async with broker.opened() as backend:
         session = broker.session(request)
         await backend.sessions.record(session)
@@ -199,7 +199,7 @@ async def test_G9_a_session_that_is_recorded_for_nobody_is_forgotten(broker: Bro
 async def test_V12_a_spent_bucket_stays_spent(broker: Broker, stop: str) -> None:
     """If it is more than half spent: told once a second and at the end; time goes on refilling."""
     broker.limits = wide_limits(Limit(burst=4, interval=60 * SECOND))
-    spent, fresh = broker.ask(), broker.ask()
+    spent, fresh = broker.new_request(), broker.new_request()
     async with broker.opened() as backend:
         for _ in range(4):
             await backend.store.admit(spent, spent.key)
@@ -212,11 +212,11 @@ async def test_V12_a_spent_bucket_stays_spent(broker: Broker, stop: str) -> None
         broker.path = crashed
     broker.clock.advance(60)
     async with broker.opened() as backend:
-        verdicts = [(await backend.store.admit(spent, spent.key)).denial for _ in range(2)]
+        verdicts = [(await backend.store.admit(spent, spent.key)).rejection for _ in range(2)]
         assert verdicts[0] is None
         assert verdicts[1] is not None
         assert verdicts[1].limit is LimitName.FINGERPRINT
-        again = [(await backend.store.admit(fresh, fresh.key)).denial for _ in range(4)]
+        again = [(await backend.store.admit(fresh, fresh.key)).rejection for _ in range(4)]
         assert again == [None] * 4, "less than half spent: full after a restart"
 
 
@@ -246,11 +246,11 @@ async def test_a_spent_bucket_is_told_a_few_times_only(
     monkeypatch.setattr("broker.sqlite.spent_buckets.SLACK", 10)
     told = min(most, 100)
     broker.limits = wide_limits(Limit(burst=2, interval=10 * SECOND))
-    asks = [broker.ask() for _ in range(100)]
+    requests = [broker.new_request() for _ in range(100)]
     sizes = []
     async with broker.opened() as backend:
         for _ in range(60):
-            for request in asks:
+            for request in requests:
                 await backend.store.admit(request, request.key)
             broker.clock.advance(1)
             looked(backend)
@@ -269,7 +269,7 @@ async def test_V12_a_full_list_of_spent_buckets_takes_others_when_they_are_full_
     """Beyond the bound of those that are told: what is full again makes room, at once."""
     monkeypatch.setattr("broker.sqlite.spent_buckets.MOST", 3)
     broker.limits = wide_limits(Limit(burst=4, interval=60 * SECOND))
-    before, after = [broker.ask() for _ in range(5)], broker.ask()
+    before, after = [broker.new_request() for _ in range(5)], broker.new_request()
     async with broker.opened() as backend:
         for request in before:
             for _ in range(4):
@@ -284,7 +284,7 @@ async def test_V12_a_full_list_of_spent_buckets_takes_others_when_they_are_full_
         crashed = copied(broker)
     broker.path = crashed
     async with broker.opened() as backend:
-        assert (await backend.store.admit(after, after.key)).denial is not None
+        assert (await backend.store.admit(after, after.key)).rejection is not None
 
 
 async def test_V12_what_was_spent_while_the_disk_hung_is_told_afterwards(
@@ -292,7 +292,7 @@ async def test_V12_what_was_spent_while_the_disk_hung_is_told_afterwards(
 ) -> None:
     """Noted ones are drained meanwhile, so that nothing grows, and told all at once then."""
     broker.limits = wide_limits(Limit(burst=4, interval=60 * SECOND))
-    request = broker.ask()
+    request = broker.new_request()
     async with broker.opened() as backend:
         with monkeypatch.context() as patch:
             patch.setattr(type(backend), "is_degraded", True)
@@ -306,7 +306,7 @@ async def test_V12_what_was_spent_while_the_disk_hung_is_told_afterwards(
         crashed = copied(broker)
     broker.path = crashed
     async with broker.opened() as backend:
-        assert (await backend.store.admit(request, request.key)).denial is not None
+        assert (await backend.store.admit(request, request.key)).rejection is not None
 
 
 async def test_a_round_of_spent_buckets_is_cut_into_steps(broker: Broker) -> None:
@@ -335,7 +335,7 @@ async def test_a_round_of_spent_buckets_is_cut_into_steps(broker: Broker) -> Non
 async def test_D8_a_clock_a_day_ahead_or_behind(broker: Broker) -> None:
     """Nothing lives longer than it would have; an end holds; no bucket locks anybody out."""
     broker.limits = wide_limits(Limit(burst=4, interval=60 * SECOND))
-    request, ended, spent = broker.ask(), broker.ask(), broker.ask()
+    request, ended, spent = broker.new_request(), broker.new_request(), broker.new_request()
     async with broker.opened() as backend:
         await mint(broker, backend, request)
         _, session = await mint(broker, backend, ended)
@@ -362,12 +362,12 @@ async def test_D8_a_machine_that_restarts_with_its_clock_behind(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No monotonic clock tells then: what is on record does, and a token never gains life."""
-    request = broker.ask()
+    request = broker.new_request()
     monkeypatch.setattr("broker.sqlite.backend._boot_id", lambda: "before")
     async with broker.opened() as backend:
         await mint(broker, backend, request)
         broker.clock.advance(1800)
-        await mint(broker, backend, broker.ask())
+        await mint(broker, backend, broker.new_request())
     monkeypatch.setattr("broker.sqlite.backend._boot_id", lambda: "after")
     broker.clock.step_mono(-broker.clock.mono() / SECOND + 5)
     broker.clock.step_wall(-86_400)
@@ -379,7 +379,7 @@ async def test_D8_a_machine_that_restarts_with_its_clock_behind(
 
 async def test_D7_keys_rotate_and_nothing_is_lost(broker: Broker) -> None:
     """[a] -> [b, a] -> [b] with a start after each step; then keys that nobody has seen."""
-    request, (first,) = broker.ask(), broker.keys
+    request, (first,) = broker.new_request(), broker.keys
     second = a_key()
     async with broker.opened() as backend:
         token, _ = await mint(broker, backend, request)
@@ -397,7 +397,7 @@ async def test_D7_keys_rotate_and_nothing_is_lost(broker: Broker) -> None:
 
 async def test_D7_keys_that_change_while_it_runs(broker: Broker) -> None:
     """A reload wraps the data key anew: at once, not at the next start."""
-    request, second = broker.ask(), a_key()
+    request, second = broker.new_request(), a_key()
     async with broker.opened() as backend:
         token, _ = await mint(broker, backend, request)
         backend.use_keys([second])
@@ -412,7 +412,7 @@ async def test_D7_keys_that_change_twice_while_nothing_can_be_written(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Said as soon as no key of now opens the file, once; degraded until one does."""
-    request, (first,), second, third = broker.ask(), broker.keys, a_key(), a_key()
+    request, (first,), second, third = broker.new_request(), broker.keys, a_key(), a_key()
     said = "broker.state_file_keys_unwritten"
     async with broker.opened() as backend:
         token, _ = await mint(broker, backend, request)
@@ -451,7 +451,7 @@ async def test_D7_keys_that_change_while_others_are_written(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last ones count, and are written next."""
-    request, last = broker.ask(), a_key()
+    request, last = broker.new_request(), a_key()
     async with broker.opened() as backend:
         token, _ = await mint(broker, backend, request)
         writer = backend._slot.writer
@@ -473,14 +473,14 @@ async def test_D7_keys_that_change_while_others_are_written(
 async def test_G11_the_oldest_that_come_back_are_the_first_to_go(broker: Broker) -> None:
     """As they would have been without a restart."""
     broker.most = 5
-    asks = [broker.ask() for _ in range(5)]
+    requests = [broker.new_request() for _ in range(5)]
     async with broker.opened() as backend:
-        for request in asks:
+        for request in requests:
             await mint(broker, backend, request)
     async with broker.opened() as backend:
         for _ in range(2):
-            await mint(broker, backend, broker.ask())
-        found = [await held(backend, request) is not None for request in asks]
+            await mint(broker, backend, broker.new_request())
+        found = [await held(backend, request) is not None for request in requests]
         assert found == [False] * 2 + [True] * 3
 
 
@@ -488,12 +488,12 @@ async def test_D8_a_clock_that_was_set_back_while_it_ran(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The latest moment on record counts, wherever it stands in the file."""
-    request, later = broker.ask(), broker.ask()
+    request, later = broker.new_request(), broker.new_request()
     monkeypatch.setattr("broker.sqlite.backend._boot_id", lambda: "")
     async with broker.opened() as backend:
         await mint(broker, backend, request)
         broker.clock.advance(1800)
-        await mint(broker, backend, broker.ask())
+        await mint(broker, backend, broker.new_request())
         broker.clock.step_wall(-1200)
         await mint(broker, backend, later)
     async with broker.opened() as backend:
@@ -505,7 +505,7 @@ async def test_D8_a_clock_that_was_set_back_while_it_ran(
 
 async def test_D7_a_sealing_key_that_is_set_later_takes_over(broker: Broker) -> None:
     """The issuer's key opens what was sealed for it; from then on the sealing key alone does."""
-    request, issuer_keys = broker.ask(), broker.keys
+    request, issuer_keys = broker.new_request(), broker.keys
     async with broker.opened() as backend:
         token, _ = await mint(broker, backend, request)
     broker.keys, broker.also = (a_key(),), issuer_keys
@@ -520,7 +520,7 @@ async def test_D2_one_process_uses_a_file(broker: Broker) -> None:
     """The second one is told who has it, and disturbs nothing; afterwards it may."""
     from broker.sqlite.location import StateFileInUse, owner_of
 
-    request = broker.ask()
+    request = broker.new_request()
     async with broker.opened() as backend:
         token, _ = await mint(broker, backend, request)
         with pytest.raises(StateFileInUse, match=r"in use by process \d+; stop it"):
@@ -535,7 +535,7 @@ async def test_D2_one_process_uses_a_file(broker: Broker) -> None:
 
 async def test_D9_a_new_process_waits_for_the_old_one(broker: Broker) -> None:
     """And has everything that the old one wrote until its end."""
-    request = broker.ask()
+    request = broker.new_request()
     broker.timeout = 30.0
     async with broker.opened() as old:
         new = broker.made()
@@ -555,7 +555,7 @@ async def test_G6_the_file_is_bounded_and_shrinks_again(broker: Broker) -> None:
         empty = backend._slot.writer.size
         for _ in range(40):
             for _ in range(20):
-                await mint(broker, backend, broker.ask())
+                await mint(broker, backend, broker.new_request())
             assert await backend._slot.writer.end_written()
         ledger = backend._slot.writer._ledger
         await until(lambda: ledger._counts[0] <= 200)
@@ -586,7 +586,7 @@ async def test_a_newer_schema_is_left_alone(broker: Broker) -> None:
 
 async def test_O1_nothing_of_it_can_be_read(broker: Broker) -> None:
     """Neither token, fingerprint, client nor agent, in any file of the folder."""
-    request = broker.ask("feedfacecafebeef" * 2)
+    request = broker.new_request("feedfacecafebeef" * 2)
     async with broker.opened() as backend:
         token, session = await mint(broker, backend, request)
         await end(backend, session)
@@ -607,8 +607,8 @@ async def test_G6_what_waits_for_a_disk_that_hangs_is_bounded(broker: Broker) ->
         writer._most = 10
         with hanging(writer):
             for _ in range(30):
-                await mint(broker, backend, broker.ask())
-            ended = broker.session(broker.ask())
+                await mint(broker, backend, broker.new_request())
+            ended = broker.session(broker.new_request())
             await backend.sessions.mark(ended, by_client=True)
             assert len(writer._pending) <= 10 + 1
             assert writer.lost >= 60 - 10 - 2

@@ -45,7 +45,7 @@ def broken() -> Exception:
 
 async def test_G6_an_end_counts_as_an_end_and_a_mint_as_a_mint(broker: Broker) -> None:
     """However they come together: neither takes the room of the other, nor pushes it out."""
-    request, ended = broker.ask(), broker.ask()
+    request, ended = broker.new_request(), broker.new_request()
     async with broker.opened() as backend:
         writer = backend._slot.writer
         sessions = [broker.session(request) for _ in range(300)]
@@ -68,7 +68,7 @@ async def test_D1_a_retry_seals_a_part_only(
 ) -> None:
     """As long as the disk fails; then everything is written, in the order of its coming."""
     broker.most = 10_000
-    request = broker.ask()
+    request = broker.new_request()
     sessions = [broker.session(request) for _ in range(3 * PROBE)]
     async with broker.opened() as backend:
         writer = backend._slot.writer
@@ -91,7 +91,7 @@ async def test_D1_who_waits_for_what_is_behind_the_part_is_told_when_it_is_writt
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The part alone makes no end durable."""
-    request = broker.ask()
+    request = broker.new_request()
     broker.most = 10_000
     async with broker.opened() as backend:
         writer = backend._slot.writer
@@ -152,7 +152,7 @@ def made(broker: Broker, count: int) -> list[TokenRequest]:
     """Requests of visitors whose ends are told apart in memory: cells of epochs are shared."""
     found: dict[int, TokenRequest] = {}
     while len(found) < count:
-        request = broker.ask()
+        request = broker.new_request()
         found[hash(request.visitor) % CELLS] = request
     return list(found.values())
 
@@ -161,7 +161,7 @@ async def test_G6_what_the_thread_has_in_hand_counts_as_waiting(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However often it is tried: as much as fits is kept, those that came first; no end is lost."""
-    sessions = [broker.session(broker.ask()) for _ in range(50)]
+    sessions = [broker.session(broker.new_request()) for _ in range(50)]
     async with broker.opened() as backend:
         writer = backend._slot.writer
         writer._most = 20
@@ -186,7 +186,7 @@ async def test_N2_a_defect_loses_nothing_and_is_told(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The end is answered with 503 and pending, the broker degraded until it is written."""
-    request = broker.ask()
+    request = broker.new_request()
     async with broker.opened() as backend:
         await mint(broker, backend, request)
         writer = backend._slot.writer
@@ -221,7 +221,7 @@ async def test_D1_who_waits_is_told_when_the_state_says_so(
         assert await writer.end_written()
         with monkeypatch.context() as patch:
             _ = failing(writer, patch, error)
-            writer.add(SessionMade(broker.session(broker.ask())))
+            writer.add(SessionMade(broker.session(broker.new_request())))
             assert not await writer.end_written()
         assert told == [(True, False), (False, True)]
 
@@ -230,7 +230,7 @@ async def test_N2_what_a_defect_keeps_out_for_ever_is_given_up(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After some tries, counted as lost: what comes later is written."""
-    request = broker.ask()
+    request = broker.new_request()
     async with broker.opened() as backend:
         writer = backend._slot.writer
         with monkeypatch.context() as patch:
@@ -258,7 +258,7 @@ async def test_a_store_says_whether_it_waits(broker: Broker, *, waits: bool) -> 
 
 async def test_G9_what_is_ended_again_takes_no_room(broker: Broker) -> None:
     """A client that repeats itself must not push out what others have ended; a new token counts."""
-    request = broker.ask()
+    request = broker.new_request()
     async with broker.opened() as backend:
         counts = backend._slot.writer._ledger._counts
         _, session = await mint(broker, backend, request)
@@ -285,9 +285,9 @@ async def test_G9_an_end_is_in_the_file_soon_and_not_in_its_log_alone(
     monkeypatch.setattr("broker.sqlite.writer.CHECKPOINT", 3600.0)
     async with broker.opened() as backend:
         writer = backend._slot.writer
-        _, session = await mint(broker, backend, broker.ask())
+        _, session = await mint(broker, backend, broker.new_request())
         await until(lambda: not writer._is_dirty and writer._checkpoint_at > 0)
-        await mint(broker, backend, broker.ask())
+        await mint(broker, backend, broker.new_request())
         await end(backend, session)
         await until(lambda: not writer._is_dirty)
 

@@ -20,20 +20,20 @@ ROWS = 3
 @pytest.fixture
 def handle() -> Iterator[int]:
     """Shared memory for three processes."""
-    handle = share(ROWS, Metrics("local").sheet.width)
+    handle = share(ROWS, Metrics("local").layout.width)
     yield handle
     os.close(handle)
 
 
 def shown(metrics: Metrics, shared_cells: SharedCells) -> CollectorRegistry:
     """What a scrape of all rows shows."""
-    return exposition.registry(metrics.sheet.families, shared_cells, lambda: None)
+    return exposition.registry(metrics.layout.families, shared_cells, lambda: None)
 
 
-class TestSheet:
+class TestMetricLayout:
     def test_every_cell_is_handed_out_once(self) -> None:
         """Two metrics in one cell would count each other; a histogram's cells are its own, too."""
-        layout = Metrics("upstream", budget=True, shared_store=True, workers=3).sheet
+        layout = Metrics("upstream", budget=True, shared_store=True, workers=3).layout
         taken: list[int] = []
         for family in layout.families:
             if family.kind.value != "count":
@@ -45,19 +45,22 @@ class TestSheet:
     def test_the_layout_is_the_same_in_every_process(self) -> None:
         """Whatever parts a process has: what is not shown has its cells all the same."""
         code = (
-            "from broker.telemetry.metrics import Metrics;print(Metrics('local', workers=2).layout)"
+            "from broker.telemetry.metrics import Metrics;"
+            "print(Metrics('local', workers=2).layout_id)"
         )
         command = [sys.executable, "-W", "error", "-c", code]
         other = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-        assert Metrics("local", workers=2, budget=True, shared_store=True).layout == other
-        assert Metrics("local", workers=3).layout != other
-        assert Metrics("upstream", workers=2).sheet.width == Metrics("local", workers=2).sheet.width
+        assert Metrics("local", workers=2, budget=True, shared_store=True).layout_id == other
+        assert Metrics("local", workers=3).layout_id != other
+        assert (
+            Metrics("upstream", workers=2).layout.width == Metrics("local", workers=2).layout.width
+        )
 
     def test_families_of_absent_parts_are_hidden(self) -> None:
         """An empty panel is better than one that promises a store that is not there."""
         bare, full = Metrics("local"), Metrics("local", budget=True, shared_store=True, workers=2)
-        names = {f.name for f in full.sheet.families if f.shown}
-        assert names - {f.name for f in bare.sheet.families if f.shown} == {
+        names = {f.name for f in full.layout.families if f.shown}
+        assert names - {f.name for f in bare.layout.families if f.shown} == {
             "broker_upstream_budget_remaining",
             "broker_upstream_queue_depth",
             "broker_upstream_calls_outstanding",
@@ -73,7 +76,7 @@ class TestSheet:
 class TestSharedRows:
     def test_counters_and_histograms_add_up(self, handle: int) -> None:
         """A scrape shows what all processes counted, as if it had been one."""
-        width = Metrics("local").sheet.width
+        width = Metrics("local").layout.width
         rows = shared(handle, width).rows
         processes = [Metrics("local", shared_store=True, cells=row) for row in rows]
         for number, process in enumerate(processes, start=1):
@@ -93,7 +96,7 @@ class TestSharedRows:
 
     def test_gauges_follow_their_rule(self, handle: int) -> None:
         """Tokens add up; a breaker that one process has opened is open; of one budget the most."""
-        width = Metrics("upstream").sheet.width
+        width = Metrics("upstream").layout.width
         rows = shared(handle, width).rows
         first, second, _ = (Metrics("upstream", budget=True, cells=row) for row in rows)
         for process, number in ((first, 1), (second, 4)):
@@ -110,7 +113,7 @@ class TestSharedRows:
 
     def test_what_is_true_of_several_is_true_once(self, handle: int) -> None:
         """Gauges that are 1 while something is so: alerts and dashboards look for the 1."""
-        width = Metrics("upstream").sheet.width
+        width = Metrics("upstream").layout.width
         for row in shared(handle, width).rows:
             process = Metrics("upstream", shared_store=True, cells=row)
             process.store.degraded.set(True)
@@ -130,13 +133,13 @@ class TestSharedRows:
 
     def test_O8_what_a_dead_process_counted_stays_and_what_it_held_goes(self, handle: int) -> None:
         """Its replacement counts on in the same row."""
-        width = Metrics("local").sheet.width
+        width = Metrics("local").layout.width
         rows = shared(handle, width).rows
         dead = Metrics("local", cells=rows[1])
         dead.rejections["agent"] += 5
         dead.remaining.observe(3000)
         dead.tokens.cached.set(7)
-        dead.sheet.drop_gauges(rows[1])
+        dead.layout.drop_gauges(rows[1])
         value = shown(dead, shared(handle, width)).get_sample_value
         assert value("broker_tokens_cached") == 0
         replacement = Metrics("local", cells=rows[1])
@@ -153,7 +156,7 @@ class TestSharedRows:
             "row = shared(int(sys.argv[1]), int(sys.argv[2])).rows[2];"
             "m = Metrics('local', cells=row); m.mints.refreshes['ahead', 'same'] += 1"
         )
-        width = Metrics("local").sheet.width
+        width = Metrics("local").layout.width
         command = [sys.executable, "-W", "error", "-c", code, str(handle), str(width)]
         subprocess.run(command, check=True, pass_fds=(handle,))
         value = shown(Metrics("local"), shared(handle, width)).get_sample_value

@@ -24,7 +24,7 @@ from typing import Any, Self
 import pytest
 from processes import (
     AGENT,
-    PATIENCE,
+    TIMEOUT,
     Tree,
     children_of,
     environment,
@@ -46,7 +46,7 @@ RELOADED = 'broker_config_reloads_total{outcome="success"}'
 ROUNDS = "broker_event_loop_lag_seconds_count"
 RESTARTS = "broker_worker_restarts_total"
 
-CREW = Path(__file__).parents[1] / "crew.py"
+MEMORY_WORKERS = Path(__file__).parents[1] / "memory_workers.py"
 
 DEVELOPMENT = (sys.executable, "-m", "broker", "serve", "--dev")
 
@@ -58,7 +58,7 @@ class Line(http.client.HTTPConnection):
     """HTTP over a Unix socket."""
 
     def __init__(self, path: str) -> None:
-        super().__init__("broker", timeout=PATIENCE)
+        super().__init__("broker", timeout=TIMEOUT)
         self._path = path
 
     def connect(self) -> None:
@@ -86,7 +86,7 @@ class Deaf:
         path = write(folder / "broker.toml", toml(merged(tree, sockets)))
         program = ["-m", "broker", "serve", "--config", path]
         if workers > 1:
-            program = [str(CREW), str(workers), path]
+            program = [str(MEMORY_WORKERS), str(workers), path]
         self.process = subprocess.Popen(
             [*prefix, sys.executable, "-W", "error", *program],
             stdin=subprocess.DEVNULL,
@@ -145,7 +145,7 @@ class Deaf:
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         self.process.send_signal(number)
-        return self.process.wait(PATIENCE)
+        return self.process.wait(TIMEOUT)
 
     def __enter__(self) -> Self:
         try:
@@ -345,7 +345,7 @@ class TestWhatIsLost:
             reading = threading.Thread(target=lambda: told.extend(read_all(reader)))
             reading.start()
             assert broker.end() == 0
-            reading.join(PATIENCE)
+            reading.join(TIMEOUT)
         names = [event["event"] for event in told]
         assert names[-2:] == ["broker.draining", "broker.stopped"]
         notices = [event for event in told if event["event"] == "broker.log_lines_dropped"]
@@ -399,7 +399,7 @@ class TestWhatIsLost:
             broker.mint(300)
             assert broker.metric(LOST) == 0
             assert broker.end() == 0
-            reading.join(PATIENCE)
+            reading.join(TIMEOUT)
         events = [json.loads(line) for line in told.decode().splitlines()]
         names = [event["event"] for event in events]
         minted = ["broker.embed_token"] * 300
@@ -433,7 +433,7 @@ class TestWhatIsLost:
             reading = threading.Thread(target=read)
             reading.start()
             assert broker.end() == 0
-            reading.join(PATIENCE)
+            reading.join(TIMEOUT)
         lines = told.decode().splitlines()
         assert [line.startswith("{") for line in lines] == [True] * 61 + [False] * (len(lines) - 61)
         assert sum(" minted " in line for line in lines[61:]) == 60
@@ -471,7 +471,7 @@ class TestDevelopment:
                 wait_for(lambda: process.poll() is not None or answers(str(tmp_path / "data")))
                 assert process.poll() is None
                 process.send_signal(signal.SIGTERM)
-                assert process.wait(PATIENCE) == 0
+                assert process.wait(TIMEOUT) == 0
             finally:
                 process.kill()
                 process.wait()
@@ -497,7 +497,7 @@ def ends(command: Sequence[str], *, stdout: int, stderr: int, **variables: str) 
         stdout=stdout,
         stderr=stderr,
         env=environment(**variables),
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         check=False,
     )
     return done.returncode
@@ -544,7 +544,7 @@ class TestCommands:
             [*shell, sys.executable, "-m", "broker", "keys", "generate"],
             stderr=subprocess.PIPE,
             env=environment(),
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             check=False,
         )
         assert done.returncode == 74
@@ -600,7 +600,7 @@ def test_G12_N25_what_python_itself_would_print_is_logged_without_values() -> No
         [sys.executable, "-W", "always", "-c", ENDS_BADLY, canary, "1"],
         capture_output=True,
         env=environment(),
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         check=False,
     )
     assert done.returncode == 1

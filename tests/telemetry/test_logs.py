@@ -68,7 +68,7 @@ class TestCanonicalEvents:
         """Token and visitor by name, life left, duration; written at `info`."""
         async with serving(level="info") as edge:
             fingerprint = visitor()
-            reply = await edge.ask(fingerprint, headers=[("X-Request-Id", "req-1")])
+            reply = await edge.request_token(fingerprint, headers=[("X-Request-Id", "req-1")])
             (event,) = edge.events("broker.embed_token")
             assert event.pop("timestamp").endswith("Z")
             assert 0 <= event.pop("duration_ms") < 60_000
@@ -90,8 +90,8 @@ class TestCanonicalEvents:
         for level, outcomes in (("info", ["minted"]), ("debug", ["minted", "reused"])):
             async with serving(level=level) as edge:
                 fingerprint = visitor()
-                await edge.ask(fingerprint)
-                await edge.ask(fingerprint)
+                await edge.request_token(fingerprint)
+                await edge.request_token(fingerprint)
                 events = edge.events("broker.embed_token")
                 assert [event["outcome"] for event in events] == outcomes
                 assert {e["visitor"] for e in events} == {visitor_hash(fingerprint)}
@@ -102,8 +102,8 @@ class TestCanonicalEvents:
         limits = {"fingerprint": {"rate": 1, "per": "1h", "burst": 1}}
         async with serving({"limits": limits}, level="info") as edge:
             fingerprint = visitor()
-            await edge.ask(fingerprint)
-            await edge.ask(fingerprint, headers=[("X-Request-Id", "req-2")])
+            await edge.request_token(fingerprint)
+            await edge.request_token(fingerprint, headers=[("X-Request-Id", "req-2")])
             event = edge.events("broker.embed_token")[-1]
             del event["timestamp"], event["duration_ms"]
             assert event == {
@@ -142,7 +142,7 @@ class TestCanonicalEvents:
 
             edge.mint_by(fail)
             for _ in range(5):
-                await edge.ask()
+                await edge.request_token()
             events = edge.events("broker.embed_token")
             assert [(e["outcome"], e["status"], e["code"]) for e in events] == [
                 ("failed", 402, "NO_CREDIT")
@@ -155,13 +155,13 @@ class TestRefusals:
         limits = {"fingerprint": {"rate": 1, "per": "1h", "burst": 1}}
         async with serving({"limits": limits}, level="info") as edge:
             fingerprint = visitor()
-            await edge.ask(fingerprint)
+            await edge.request_token(fingerprint)
             before = len(edge.events())
             replies = await edge.all_at_once([edge.asking(fingerprint)] * 1000)
             assert {reply.status for reply in replies} == {429}
             assert len(edge.events()) == before + 1
             edge.time.advance(60)
-            await edge.ask(fingerprint)
+            await edge.request_token(fingerprint)
             summary, first = edge.events()[before + 1 :]
             del summary["timestamp"]
             assert summary == {
@@ -208,7 +208,7 @@ class TestRefusals:
         async with serving(level="debug") as edge:
             for _ in range(4):
                 await edge.post(b"")
-                await edge.ask(headers=origin)
+                await edge.request_token(headers=origin)
             edge.time.advance(61)
             await edge.post(b"")
         codes = [event["code"] for event in edge.events("broker.embed_token")]
@@ -246,7 +246,7 @@ class TestRefusals:
         """The visitor gets the held token; whoever operates this is told of the bug."""
         async with serving(level="info") as edge:
             fingerprint = visitor()
-            held = await edge.ask(fingerprint)
+            held = await edge.request_token(fingerprint)
             edge.time.advance(3595 - 360)
 
             async def fail(*_args: object) -> Any:
@@ -254,7 +254,7 @@ class TestRefusals:
 
             edge.mint_by(fail)
             edge.defects_expected = True
-            assert (await edge.ask(fingerprint)).token == held.token
+            assert (await edge.request_token(fingerprint)).token == held.token
             await edge.app.parts.token_service.flights.drained()
             (defect,) = edge.events("broker.defect")
         assert defect["level"] == "error"
@@ -588,34 +588,34 @@ async def _exercise(edge: Edge, canaries: _Canaries) -> str:
     fingerprint = canaries.fingerprint
     replies = []
     for fields in ({}, {}, {"fresh": True}, {"model": "essence"}):
-        reply = await edge.ask(fingerprint, **own, **fields)
+        reply = await edge.request_token(fingerprint, **own, **fields)
         canaries.tokens.add(reply.token)
-    canaries.tokens.add((await edge.ask(fingerprint, secret=canaries.other_secret)).token)
+    canaries.tokens.add((await edge.request_token(fingerprint, secret=canaries.other_secret)).token)
     known = [*canaries.tokens, canaries.secret, canaries.key, fingerprint]
     for value in known:
         field = value[:200]
         replies += [
-            await edge.ask(fingerprint, secret=canaries.wrong_secret),
-            await edge.ask(fingerprint, agent=f"{field}/", **own),
-            await edge.ask(f"{field}-", **own),
-            await edge.ask(fingerprint, fresh=value, **own),
-            await edge.ask(model=f"{field}\n", **own),
+            await edge.request_token(fingerprint, secret=canaries.wrong_secret),
+            await edge.request_token(fingerprint, agent=f"{field}/", **own),
+            await edge.request_token(f"{field}-", **own),
+            await edge.request_token(fingerprint, fresh=value, **own),
+            await edge.request_token(model=f"{field}\n", **own),
             await edge.post(f'{{"agent_id":"{value}'.encode(), **own),
             await edge.get(f"/{value}"),
             await edge.get(f"/livez?{value}", "POST"),
-            await edge.ask(fingerprint, secret=value[:-1]),
-            await edge.ask(fingerprint, headers=[("Origin", value)], **own),
-            await edge.ask(fingerprint, headers=[("api-secret", value)], **own),
-            await edge.ask(fingerprint, headers=[("X-Request-Id", f"{value}!")], **own),
+            await edge.request_token(fingerprint, secret=value[:-1]),
+            await edge.request_token(fingerprint, headers=[("Origin", value)], **own),
+            await edge.request_token(fingerprint, headers=[("api-secret", value)], **own),
+            await edge.request_token(fingerprint, headers=[("X-Request-Id", f"{value}!")], **own),
             await edge.raw(b"GET /\x1b" + value.encode() + b" HTTP/1.1\r\nHost: a\r\n\r\n"),
             await edge.raw(request("GET", "/livez", [("X-\x1b", value)])),
             await edge.admin(f"/{value}"),
         ]
     for _ in range(12):
-        reply = await edge.ask(fingerprint, **own)
+        reply = await edge.request_token(fingerprint, **own)
         replies += [reply] if reply.status == 429 else []
     replies += [await edge.post(b"", path="/v1/validate", secret=v[:-1]) for v in known]
-    replies += [await edge.ask(agent="other", secret=canaries.other_secret)]
+    replies += [await edge.request_token(agent="other", secret=canaries.other_secret)]
     await _cause_a_defect(edge, own)
     assert await edge.app.reloader.reload() is True
     assert {reply.status for reply in replies} >= {400, 401, 403, 404, 405, 429}
@@ -625,14 +625,14 @@ async def _exercise(edge: Edge, canaries: _Canaries) -> str:
 async def _cause_a_defect(edge: Edge, own: dict[str, Any]) -> None:
     """Let a mint fail in a way that nobody foresaw, with secrets in its local variables."""
 
-    async def fail(ask: object, *_args: object) -> Any:
-        local = {"ask": ask, "own": own, "key": edge.key}
+    async def fail(request: object, *_args: object) -> Any:
+        local = {"request": request, "own": own, "key": edge.key}
         raise RuntimeError(f"out of {len(local)} ideas")
 
     edge.defects_expected = True
     kept = edge.app.parts.issuer.mint
     edge.mint_by(fail)
-    assert (await edge.ask(**own)).status == 500
+    assert (await edge.request_token(**own)).status == 500
     edge.mint_by(kept)
 
 
@@ -656,7 +656,7 @@ async def test_O1_G7_no_canary_is_seen_anywhere(
         ]
         reprs = list(_reprs_of_ours(edge.app))
     async with serving(tree, form=form) as again:
-        reused = await again.ask(canaries.fingerprint, secret=canaries.other_secret)
+        reused = await again.request_token(canaries.fingerprint, secret=canaries.other_secret)
         assert reused.token in canaries.tokens
     after_reload = capsys.readouterr()
     written = edge.log.getvalue() + after_reload.err + after_reload.out + again.log.getvalue()

@@ -168,14 +168,14 @@ async def _one_of_each(edge: Edge, secrets_of: dict[str, str]) -> None:
     """Cause each outcome that a caller can cause, in different numbers."""
     fingerprint = visitor()
     for _ in range(3):
-        await edge.ask(fingerprint)  # minted, reused, reused
-    await edge.ask(fingerprint, fresh=True)
+        await edge.request_token(fingerprint)  # minted, reused, reused
+    await edge.request_token(fingerprint, fresh=True)
     for _ in range(2):
         await edge.post(b"{")
     for _ in range(4):
         await edge.fail_to_log_in()
-    await edge.ask(headers=[("Origin", "null")])
-    await edge.ask(agent=OTHER_AGENT, secret=secrets_of["narrow"])
+    await edge.request_token(headers=[("Origin", "null")])
+    await edge.request_token(agent=OTHER_AGENT, secret=secrets_of["narrow"])
 
 
 class TestTruth:
@@ -249,7 +249,7 @@ class TestTruth:
             fingerprint = visitor()
             counts = []
             for _ in range(11):
-                await edge.ask(fingerprint)
+                await edge.request_token(fingerprint)
                 scraped = await edge.scrape()
                 counts.append(scraped['broker_near_limit_total{limit="fingerprint"}'])
         assert counts == [0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 2]
@@ -258,7 +258,7 @@ class TestTruth:
         """Alive to make room, or dead: two different worries."""
         async with serving({"reuse": {"max_tokens": 5}}) as edge:
             for _ in range(8):
-                await edge.ask()
+                await edge.request_token()
             scraped = await edge.scrape()
             assert scraped['broker_tokens_evicted_total{cause="capacity"}'] == 3
             assert scraped["broker_tokens_cached"] == 5
@@ -293,7 +293,7 @@ class TestTruth:
             scraped = await edge.scrape()
             assert scraped['broker_config_reloads_total{outcome="success"}'] == 1
             assert scraped['broker_config_reloads_total{outcome="failure"}'] == 1
-            assert (await edge.ask()).status == 200
+            assert (await edge.request_token()).status == 200
 
     async def test_the_budget_is_visible(self) -> None:
         """A pacer starts empty, so that a restart adds no burst."""
@@ -323,14 +323,14 @@ class TestSeries:
             for n in range(100_000):
                 request = TokenRequest("web", f"agent{n}", f"{n:032x}")
                 visit = await edge.app.parts.store.admit(request, request.key)
-                assert visit.denial is None
+                assert visit.rejection is None
                 assert edge.app.parts.store.charge_mint(request, now) is None
             for n in range(2_000):
                 await edge.app.parts.token_service.issue(
                     TokenRequest("web", f"agent{n}", f"{n:016x}", f"m{n}"), 10
                 )
             for n in range(20):
-                await edge.ask(agent=f"a{n}", model=f"m{n}")
+                await edge.request_token(agent=f"a{n}", model=f"m{n}")
                 await edge.get(f"/{n}", method=["GET", "PUT", "OPTIONS"][n % 3])
                 await edge.fail_to_log_in()
             scraped = await edge.scrape()
@@ -345,7 +345,7 @@ class TestSeries:
             last: dict[str, float] = {}
             fingerprint = visitor()
             for n in range(30):
-                await edge.ask(fingerprint if n % 2 else None, fresh=n % 3 == 0)
+                await edge.request_token(fingerprint if n % 2 else None, fresh=n % 3 == 0)
                 scraped = await edge.scrape()
                 for name, value in last.items():
                     if re.search(r"_total|_count|_bucket", name):

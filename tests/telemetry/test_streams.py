@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import PATIENCE, environment
+from processes import TIMEOUT, environment
 
 from broker.telemetry.streams import LONGEST, ROOM, LineWriter
 
@@ -124,9 +124,9 @@ def drain(reader: int, writer: LineWriter, end: int) -> str:
 
     reading = threading.Thread(target=read)
     reading.start()
-    assert writer.flush(PATIENCE)
+    assert writer.flush(TIMEOUT)
     os.close(end)
-    reading.join(PATIENCE)
+    reading.join(TIMEOUT)
     os.close(reader)
     return b"".join(pieces).decode()
 
@@ -177,7 +177,7 @@ def test_G12_an_end_waits_for_what_can_be_written_and_not_longer(tmp_path: Path)
     with (tmp_path / "log").open("wb") as file:
         writer = writer_to(file.fileno())
         writer.write("last\n")
-        assert writer.flush(PATIENCE)
+        assert writer.flush(TIMEOUT)
     assert (tmp_path / "log").read_text() == "last\n"
     reader, end = os.pipe()
     stuck = writer_to(end)
@@ -185,7 +185,7 @@ def test_G12_an_end_waits_for_what_can_be_written_and_not_longer(tmp_path: Path)
         stuck.write("." * 100 + "\n")
     started = time.monotonic()
     assert not stuck.flush(0.1)
-    assert time.monotonic() - started < PATIENCE
+    assert time.monotonic() - started < TIMEOUT
     drain(reader, stuck, end)
 
 
@@ -200,11 +200,11 @@ def test_N1_a_socket_is_a_log_like_any_other() -> None:
             writer.write(f"{number} {'.' * 1000}\n")
         assert not writer.flush(0.05)
         ours.close()
-        assert writer.flush(PATIENCE)
+        assert writer.flush(TIMEOUT)
         assert writer.lost > ROOM / 2
         before = writer.lost
         writer.write("last\n")
-        assert writer.flush(PATIENCE)
+        assert writer.flush(TIMEOUT)
         assert writer.lost == before + 1
 
 
@@ -246,7 +246,7 @@ def test_G12_a_line_may_be_written_in_the_middle_of_another() -> None:
         [sys.executable, "-c", INTERRUPTED],
         capture_output=True,
         env=environment(),
-        timeout=PATIENCE * 2,
+        timeout=TIMEOUT * 2,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-500:]
@@ -285,5 +285,5 @@ def test_G12_a_clock_that_refuses_a_pause_ends_no_thread(
         writer = LineWriter(file.fileno())
         for line in ("first", "second", "third"):
             writer.write(f"{line}\n")
-            assert writer.flush(PATIENCE)
+            assert writer.flush(TIMEOUT)
     assert path.read_text() == "first\nsecond\nthird\n"

@@ -61,7 +61,7 @@ class Caller:
             headers={"Accept-Encoding": "identity"},  # or the vendor compresses
         )
 
-    def ask(
+    def request_token(
         self,
         agent: object = AGENT,
         fingerprint: object = "f1",
@@ -84,7 +84,7 @@ class Caller:
         return self.http.post(url, data=data, headers=headers, allow_redirects=False, **options)
 
     async def mint(self, *args: object, **options: object) -> Reply:
-        async with self.ask(*args, **options) as response:
+        async with self.request_token(*args, **options) as response:
             return Reply(response.status, response.headers, await response.read())
 
     async def __aenter__(self) -> Self:

@@ -10,7 +10,7 @@ import forked
 import pytest
 from processes import Broker, Executed, environment, good, is_alive, read_of, run, started
 
-ASKS = """
+PROGRAM = """
 import json, os, resource, signal, sys, threading
 descriptors = [int(n) for n in os.listdir("/proc/self/fd")]
 json.dump({
@@ -32,7 +32,7 @@ def test_a_process_is_what_was_asked_for(tmp_path: Path, kind: str) -> None:
     import json
 
     program = tmp_path / "asks.py"
-    program.write_text(ASKS)
+    program.write_text(PROGRAM)
     given = environment(BROKER_A="b") | ({"OTHER": "c"} if kind == "exec" else {})
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with started(str(program), "one", "two", env=given, cwd=str(tmp_path), **pipes) as process:

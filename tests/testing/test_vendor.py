@@ -69,7 +69,7 @@ class TestAnswer:
         assert (await caller.mint()).json["data"]["model"] == "fake-model"
 
     async def test_token_is_a_jwt_of_the_set_lifetime(self, vendor, caller):
-        """HS256, exp - iat as configured, the session and the ask among the claims."""
+        """HS256, exp - iat as configured, the session and the request among the claims."""
         reply = await caller.mint(model="m")
         claims = vendor.claims_of(reply.token)
         assert jwt.get_unverified_header(reply.token)["alg"] == "HS256"
@@ -91,8 +91,15 @@ class TestAnswer:
 
     def test_marks_differ_at_every_boundary(self):
         """Neither parts that run into each other nor an absent model share a mark."""
-        asks = [("ab", "c"), ("a", "bc"), ("a", "b", "c"), ("a", "b", ""), ("a", "b"), ("A", "b")]
-        assert len({visitor_mark(*request) for request in asks}) == len(asks)
+        requests = [
+            ("ab", "c"),
+            ("a", "bc"),
+            ("a", "b", "c"),
+            ("a", "b", ""),
+            ("a", "b"),
+            ("A", "b"),
+        ]
+        assert len({visitor_mark(*request) for request in requests}) == len(requests)
 
     async def test_carries_the_vendors_headers(self, vendor, caller, ticks):
         """Date, request id and rate-limit headers; the id differs from answer to answer."""
@@ -250,7 +257,7 @@ class TestLimits:
             Allowance(count, per)
 
 
-class TestAsk:
+class TestMintRequest:
     @pytest.mark.parametrize(
         "body",
         [
@@ -340,12 +347,12 @@ class TestJournal:
     async def test_can_be_waited_for(self, vendor, caller):
         """`arrived` returns once so many mints were read, whether or not they are answered."""
         vendor.fail(faults.hang())
-        asks = [asyncio.create_task(caller.mint(fingerprint=str(n))) for n in range(3)]
+        requests = [asyncio.create_task(caller.mint(fingerprint=str(n))) for n in range(3)]
         await vendor.journal.arrived(3)
         assert {call.fingerprint for call in vendor.journal.calls} == {"0", "1", "2"}
         assert {call.status for call in vendor.journal.calls} == {None}
         await vendor.close()
-        results = await asyncio.gather(*asks, return_exceptions=True)
+        results = await asyncio.gather(*requests, return_exceptions=True)
         assert all(isinstance(it, aiohttp.ServerDisconnectedError) for it in results)
 
 
@@ -398,14 +405,14 @@ class TestLife:
             vendor.fail(faults.cut(1, hold=True), fingerprint="hold")
             vendor.fail(faults.huge(), fingerprint="huge")
             prints = ("hang", "drip", "slow", "hold")
-            asks = [asyncio.create_task(caller.mint(fingerprint=it)) for it in prints]
-            async with caller.ask(fingerprint="huge") as unread:
+            requests = [asyncio.create_task(caller.mint(fingerprint=it)) for it in prints]
+            async with caller.request_token(fingerprint="huge") as unread:
                 await vendor.journal.arrived(6)
                 started = loop.time()
                 await vendor.close()
                 assert loop.time() - started < 5
                 assert unread.status == 200
-            results = await asyncio.gather(*asks, return_exceptions=True)
+            results = await asyncio.gather(*requests, return_exceptions=True)
             assert all(isinstance(it, aiohttp.ClientError) for it in results)
         assert asyncio.all_tasks() <= before
         await vendor.close()

@@ -75,7 +75,7 @@ def test_a_refusal_is_named_by_code_or_status(text: str, status: int) -> None:
     assert answer.status == status
 
 
-async def ask(vendor, method, content=None, headers=None):
+async def control(vendor, method, content=None, headers=None):
     async with (
         aiohttp.ClientSession() as http,
         http.request(method, vendor.url + CONTROL_PATH, data=content, headers=headers) as response,
@@ -95,19 +95,19 @@ class TestControl:
         """For so many calls, on the mint's path unless another one is named."""
         async with new_caller(open_vendor) as caller:
             order = json.dumps({"fault": "rate-limited=7s", "times": 1})
-            status, told = await ask(open_vendor, "POST", order)
+            status, told = await control(open_vendor, "POST", order)
             assert status == 200
             assert told["set"] == [{"fault": "429 RATE_LIMITED", "left": 1, "met": 0}]
             refused = await caller.mint()
             assert (refused.status, refused.headers["Retry-After"]) == (429, "7")
             assert (await caller.mint()).status == 200
             order = json.dumps({"fault": "refuse=500", "path": "*"})
-            assert (await ask(open_vendor, "POST", order))[0] == 200
+            assert (await control(open_vendor, "POST", order))[0] == 200
             assert (await caller.mint(path="/v1/agent/generate")).status == 500
-            status, told = await ask(open_vendor, "GET")
+            status, told = await control(open_vendor, "GET")
             assert told["set"] == [{"fault": "500 INTERNAL_ERROR", "left": None, "met": 1}]
             assert set(told["known"]) == {name + form for name, (form, _, _) in NAMED.items()}
-            assert (await ask(open_vendor, "DELETE"))[1]["set"] == []
+            assert (await control(open_vendor, "DELETE"))[1]["set"] == []
             assert (await caller.mint(path="/v1/agent/generate")).status == 200
         assert CONTROL_PATH not in {call.path for call in open_vendor.journal.records}
 
@@ -119,21 +119,21 @@ class TestControl:
         ],
     )
     async def test_bad_orders_change_nothing(self, open_vendor, content):
-        status, told = await ask(open_vendor, "POST", content)
+        status, told = await control(open_vendor, "POST", content)
         assert (status, told["error"]["code"]) == (400, "VALIDATION_ERROR")
         assert told["status_code"] == told["error"]["httpStatus"] == 400
-        assert (await ask(open_vendor, "GET"))[1]["set"] == []
+        assert (await control(open_vendor, "GET"))[1]["set"] == []
 
     async def test_no_page_may_and_no_other_method(self, open_vendor):
         page = {"Origin": "http://shop.example"}
-        assert (await ask(open_vendor, "DELETE", headers=page))[0] == 403
-        status, told = await ask(open_vendor, "PUT")
+        assert (await control(open_vendor, "DELETE", headers=page))[0] == 403
+        status, told = await control(open_vendor, "PUT")
         assert (status, told["error"]["code"]) == (405, "METHOD_NOT_ALLOWED")
         assert "takes GET, POST, DELETE" in told["error"]["message"]
 
     async def test_a_large_order_is_refused_without_a_traceback(self, open_vendor, caplog):
         """One of more than aiohttp reads at a time."""
-        status, told = await ask(open_vendor, "POST", io.BytesIO(bytes(1024**2 + 1)))
+        status, told = await control(open_vendor, "POST", io.BytesIO(bytes(1024**2 + 1)))
         assert (status, told["error"]["code"]) == (413, "PAYLOAD_TOO_LARGE")
         assert caplog.records == []
 
@@ -163,7 +163,7 @@ class TestControl:
         assert answer.status == status
 
     async def test_is_not_there_unless_it_was_opened(self, vendor):
-        status, told = await ask(vendor, "GET")
+        status, told = await control(vendor, "GET")
         assert (status, told["error"]["code"]) == (404, "NOT_FOUND")
 
 

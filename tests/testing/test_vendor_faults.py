@@ -195,7 +195,7 @@ class TestDelivery:
     async def test_resets_in_mid_body(self, vendor, caller):
         """Status, headers and the first bytes arrive; then the RST."""
         vendor.fail(faults.reset(after=10))
-        async with caller.ask() as response:
+        async with caller.request_token() as response:
             assert response.status == 200
             assert await response.content.read(10) == b'{"status":'
             with pytest.raises(aiohttp.ClientPayloadError, match="ConnectionResetError"):
@@ -206,7 +206,7 @@ class TestDelivery:
     async def test_ends_in_mid_body(self, vendor, caller, after):
         """The connection is closed in good order, short of its Content-Length."""
         vendor.fail(faults.cut(after))
-        async with caller.ask() as response:
+        async with caller.request_token() as response:
             assert response.content_length > 100
             if after:
                 assert await response.content.read(after) == b'{"status":'
@@ -217,7 +217,7 @@ class TestDelivery:
     async def test_stalls_in_mid_body(self, vendor, caller):
         """Some bytes, and then nothing on an open connection."""
         vendor.fail(faults.cut(10, hold=True))
-        async with caller.ask() as response:
+        async with caller.request_token() as response:
             assert await response.content.read(10) == b'{"status":'
             assert await silent(response.content.read(1))
 
@@ -225,10 +225,10 @@ class TestDelivery:
         """The whole body under a Content-Length that is too long."""
         vendor.fail(faults.overlong(100), times=1)
         vendor.fail(faults.overlong(100, hold=True))
-        async with caller.ask() as response:
+        async with caller.request_token() as response:
             with pytest.raises(aiohttp.ClientPayloadError):
                 await response.read()
-        async with caller.ask() as response:
+        async with caller.request_token() as response:
             whole = await response.content.readexactly(response.content_length - 100)
             assert vendor.claims_of(msgspec.json.decode(whole)["data"]["token"])
             assert await silent(response.content.read(1))
@@ -236,7 +236,7 @@ class TestDelivery:
     async def test_drips(self, vendor, caller):
         """One byte, and the next only after the interval; in the end it is a good answer."""
         with vendor.fail(faults.drip(interval=3600)):
-            async with caller.ask() as response:
+            async with caller.request_token() as response:
                 assert await response.content.read(100) == b"{"
                 assert await silent(response.content.read(1))
         vendor.fail(faults.drip(interval=0, chunk=50))
@@ -408,7 +408,7 @@ class TestAim:
             faults.cut(3),
         )
         vendor.fail(both)
-        async with caller.ask() as response:
+        async with caller.request_token() as response:
             assert response.status == 504
             assert await response.content.read(3) == b"<!D"
             with pytest.raises(aiohttp.ClientPayloadError):

@@ -20,7 +20,7 @@ from servers import (
     store_with_tls,
     valkey_binary,
 )
-from sharing_cases import ask_of, limits_of
+from shared_store_cases import limits_of, request_of
 from test_leases import always, eventually, keep, lead, never
 
 from broker import errors
@@ -49,63 +49,67 @@ LONG, SHORT = 20.0, 0.5
 
 
 async def everything(
-    server: AnyServer, replica: Replica, asking: Callable[[], None], patience: float = LONG
+    server: AnyServer, replica: Replica, asking: Callable[[], None], timeout: float = LONG
 ) -> bool:
     """Do all that a broker does with its store; returns whether all of it went well.
 
-    `asking` is called once in the middle, for what a cluster does behind our back.  `patience` is
+    `asking` is called once in the middle, for what a cluster does behind our back.  `timeout` is
     seconds for what comes by itself.
     """
     try:
-        await _everything(server, replica, asking, patience)
+        await _everything(server, replica, asking, timeout)
     except (AssertionError, TimeoutError, errors.BrokerError, StoreFailed):
         return False
     return replica.errors == {}
 
 
 async def _everything(
-    server: AnyServer, replica: Replica, asking: Callable[[], None], patience: float
+    server: AnyServer, replica: Replica, asking: Callable[[], None], timeout: float
 ) -> None:
-    ask, store = ask_of(), replica.store
+    request, store = request_of(), replica.store
     limit = Limit(20, HOUR)
     replica.use_limits(limits_of(limit, limit, limit, limit))
     slots = replica.slots(Budget(rate=6000, per=60, burst=1000, max_wait=5))
     async with opened(replica, beside=True):
         await replica.fleet.beat()
         nodes = server.nodes if isinstance(server, StoreCluster) else [server]
-        async with asyncio.timeout(patience):
+        async with asyncio.timeout(timeout):
             await eventually(
-                lambda: any(node.ask("PUBSUB", "CHANNELS", "etb:wake:*") for node in nodes)
+                lambda: any(node.command("PUBSUB", "CHANNELS", "etb:wake:*") for node in nodes)
             )
-        assert (await store.admit(ask, ask.key)).denial is None
-        lease = await lead(replica, ask)
+        assert (await store.admit(request, request.key)).rejection is None
+        lease = await lead(replica, request)
         await replica.remote.leases.renew()
-        kept, token = await keep(replica, ask, lease)
+        kept, token = await keep(replica, request, lease)
         assert kept is Kept.KEPT
-        assert (await store.admit(ask, ask.key)).token == token
-        assert await store.peek(ask, ask.key) == token
-        await store.revoke_visitor(ask.client, ask.fingerprint)
-        lease = await lead(replica, ask)
-        kept, token = await keep(replica, ask, lease)
-        replica.front.clear()
-        assert await store.lead(ask, ask.key, always) is not None
-        store.abandon(ask, ask.key, await lead(replica, ask), errors.UpstreamTimeout("late"))
+        assert (await store.admit(request, request.key)).token == token
+        assert await store.peek(request, request.key) == token
+        await store.revoke_visitor(request.client, request.fingerprint)
+        lease = await lead(replica, request)
+        kept, token = await keep(replica, request, lease)
+        replica.token_cache.clear()
+        assert await store.lead(request, request.key, always) is not None
+        store.abandon(
+            request, request.key, await lead(replica, request), errors.UpstreamTimeout("late")
+        )
         await replica.settled()
         asking()
         for _ in range(3):
-            await lead(replica, ask_of())
+            await lead(replica, request_of())
         await slots.start()
-        await asyncio.wait_for(slots._reserve(2), patience)
-        await asyncio.wait_for(slots._reserve(0), patience)
+        await asyncio.wait_for(slots._reserve(2), timeout)
+        await asyncio.wait_for(slots._reserve(0), timeout)
         slots.pause(1.0)
         await slots._tasks.finish()
         for scope in Scope:
-            replica.sharing.refusals.remember(ask, Refused(404, "NOT_FOUND", "no", scope))
+            replica.shared_backend.refusals.remember(
+                request, Refused(404, "NOT_FOUND", "no", scope)
+            )
         await replica.settled()
-        assert await replica.sharing.refusals.find(ask) is not None
-        replica.sharing.refusals.forget(ask)
+        assert await replica.shared_backend.refusals.find(request) is not None
+        replica.shared_backend.refusals.forget(request)
         await replica.settled()
-        assert await replica.sharing.refusals.find(ask) is None
+        assert await replica.shared_backend.refusals.find(request) is None
         await sessions_come_and_go(replica)
         await someone_waits(replica)
         await replica.fleet.leave()
@@ -116,33 +120,33 @@ async def _everything(
 
 async def sessions_come_and_go(replica: Replica) -> None:
     """Write down more sessions than a list may have, read them page by page, end one."""
-    book = replica.sharing.book
-    book._remote._most = 2
+    session_store = replica.shared_backend.sessions
+    session_store._remote._most = 2
     expires = replica.clock.wall() // 1_000_000 + 600
     sessions = [
         Session(f"s-{number}", "web", "A1", "abcd", "", expires - 600, expires + number, b"d" * 32)
         for number in range(4)
     ]
     for session in sessions:
-        await book.record(session)
+        await session_store.record(session)
     query = Query(agent="A1")
-    assert await book.page(query, Place(0, ""), 1) == sessions[2:3]
-    assert await book.page(query, place_of(sessions[2]), 1) == sessions[3:]
-    assert await book.find_token(b"d" * 32) == sessions[3]
-    await book.mark(sessions[3], by_client=True)
-    await book.forget(sessions[3])
-    assert await book.ended("s-3")
+    assert await session_store.page(query, Place(0, ""), 1) == sessions[2:3]
+    assert await session_store.page(query, place_of(sessions[2]), 1) == sessions[3:]
+    assert await session_store.find_token(b"d" * 32) == sessions[3]
+    await session_store.mark(sessions[3], by_client=True)
+    await session_store.forget(sessions[3])
+    assert await session_store.ended("s-3")
 
 
 async def someone_waits(replica: Replica) -> None:
     """Mint for a waiter, who is this replica itself under another name."""
-    ask = ask_of()
-    lease = await lead(replica, ask)
+    request = request_of()
+    lease = await lead(replica, request)
     own, replica.remote._replica = replica.remote._replica, b"other"
-    task = asyncio.create_task(replica.remote.lead(ask, ask.key, never))
+    task = asyncio.create_task(replica.remote.lead(request, request.key, never))
     await eventually(lambda: bool(replica.remote.leases._sleepers) or task.done())
     replica.remote._replica = own
-    replica.store.abandon(ask, ask.key, lease, errors.UpstreamTimeout("late"))
+    replica.store.abandon(request, request.key, lease, errors.UpstreamTimeout("late"))
     await replica.settled()
     (told,) = await asyncio.gather(task, return_exceptions=True)
     assert isinstance(told, errors.UpstreamTimeout)
@@ -156,8 +160,8 @@ def with_a_lost_member(replica: Replica) -> None:
 def set_user(server: AnyServer, line: str) -> None:
     """Give the user exactly these rights, and none of the scripts."""
     for node in server.nodes if isinstance(server, StoreCluster) else [server]:
-        node.ask("ACL", "SETUSER", USER, "reset", *line.split()[2:])
-        node.ask("SCRIPT", "FLUSH")
+        node.command("ACL", "SETUSER", USER, "reset", *line.split()[2:])
+        node.command("SCRIPT", "FLUSH")
     server.flush()
 
 
@@ -223,8 +227,8 @@ async def test_a_server_that_asks_for_a_certificate_is_given_one() -> None:
         tls = ssl.create_default_context(cafile=authority)
         access = Access(server.access.username, server.access.password, tls)
         async with opened(Replica(server.address, limits_of(), access=access)) as replica:
-            ask = ask_of()
-            assert (await replica.store.admit(ask, ask.key)).denial is None
+            request = request_of()
+            assert (await replica.store.admit(request, request.key)).rejection is None
             assert set(replica.errors) <= {"connection", "other"}
             assert replica.errors != {}
 
@@ -234,8 +238,8 @@ async def test_a_server_whose_certificate_is_not_trusted_is_not_spoken_to() -> N
     with store_with_tls(redis_binary(), acl_line) as server:
         access = Access(server.access.username, server.access.password)
         async with opened(Replica(server.address, limits_of(), access=access)) as replica:
-            ask = ask_of()
-            assert (await replica.store.admit(ask, ask.key)).denial is None
+            request = request_of()
+            assert (await replica.store.admit(request, request.key)).rejection is None
             assert set(replica.errors) == {"connection"}
 
 
@@ -251,7 +255,7 @@ async def test_S7_the_line_on_a_cluster(guarded_cluster: StoreCluster, missing: 
         line.remove(f"+{missing}")
     set_user(cluster, " ".join(line))
     replica = broker_of(cluster)
-    slot, source, target = owner_of(cluster, replica.names.agent(ask_of().agent))
+    slot, source, target = owner_of(cluster, replica.names.agent(request_of().agent))
     went_well = await everything(cluster, replica, lambda: migrate(cluster, slot, source, target))
     finish_migration(cluster, slot, source, target)
     assert went_well == (missing is None)

@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 from replica import HOUR, Replica, opened
 from servers import StoreServer
-from sharing_cases import ask_of, limits_of
+from shared_store_cases import limits_of, request_of
 from test_leases import always, keep, lead, never
 
 from broker import errors
@@ -34,7 +34,7 @@ CLIENT, AGENT = "client-canary", "AGENT-CANARY"
 
 
 def visitor() -> TokenRequest:
-    """Make an ask of a visitor with the canary."""
+    """Make a request of a visitor with the canary."""
     return TokenRequest(CLIENT, AGENT, CANARY + secrets.token_hex(8), MODEL)
 
 
@@ -50,41 +50,45 @@ async def used(server: StoreServer) -> AsyncIterator[None]:
     async with opened(Replica(server.address, limits), beside=True) as replica:
         slots = replica.slots(Budget(rate=106, per=60, burst=8, max_wait=5))
         await slots.start()
-        asks = [visitor() for _ in range(20)]
+        requests = [visitor() for _ in range(20)]
         for _ in range(600):
-            await anything(replica, chance, chance.choice(asks))
+            await anything(replica, chance, chance.choice(requests))
         await slots._reserve(3)
         slots.pause(0.5)
         await slots._tasks.finish()
         for scope in Scope:
-            replica.sharing.refusals.remember(visitor(), Refused(404, "NOT_FOUND", "no", scope))
+            replica.shared_backend.refusals.remember(
+                visitor(), Refused(404, "NOT_FOUND", "no", scope)
+            )
         await replica.settled()
         yield
         await slots.close()
         assert replica.errors == {}
 
 
-async def anything(replica: Replica, chance: random.Random, ask: TokenRequest) -> None:
+async def anything(replica: Replica, chance: random.Random, request: TokenRequest) -> None:
     """Do one of the things that the story does."""
     match chance.randrange(5):
         case 0 | 1:
-            await replica.store.admit(ask, ask.key)
+            await replica.store.admit(request, request.key)
         case 2:
-            if isinstance(lease := await replica.store.lead(ask, ask.key, always), Lease):
+            if isinstance(lease := await replica.store.lead(request, request.key, always), Lease):
                 mono, wall = replica.moments()
                 lifetime = chance.choice([1, 999, 1_000_000, HOUR])
-                _, token = await keep(replica, ask, lease)
+                _, token = await keep(replica, request, lease)
                 body = f"{{'token': 'secret-{CANARY}'}}".encode()
                 token = replace(token, body=body, dies_mono=mono + lifetime)
-                await replica.store.keep(ask, ask.key, replace(token, dies_wall=wall + HOUR), lease)
+                await replica.store.keep(
+                    request, request.key, replace(token, dies_wall=wall + HOUR), lease
+                )
         case 3:
-            lease = await replica.store.lead(ask, ask.key, never)
+            lease = await replica.store.lead(request, request.key, never)
             if isinstance(lease, Lease) and chance.random() < 0.8:
                 failure = chance.choice([None, errors.UpstreamTimeout("late")])
-                replica.store.abandon(ask, ask.key, lease, failure)
+                replica.store.abandon(request, request.key, lease, failure)
         case _:
             if chance.random() < 0.1:
-                await replica.store.revoke_visitor(ask.client, ask.fingerprint)
+                await replica.store.revoke_visitor(request.client, request.fingerprint)
 
 
 async def test_L3_every_key_has_an_end(valkey: StoreServer) -> None:
@@ -105,13 +109,13 @@ async def test_S4_a_lease_that_was_renewed_is_remembered_as_long_as_before(
 ) -> None:
     """Its fence stays while its holder may still be under way, also after the lease has ended."""
     valkey.flush()
-    ask = visitor()
+    request = visitor()
     async with opened(Replica(valkey.address, limits_of())) as replica:
-        await lead(replica, ask)
+        await lead(replica, request)
         await replica.remote.leases.renew()
         names = replica.names
-        name = names.visitor(ask.visitor).lease(names.token_name(ask.key))
-        assert LEASE_MEMORY // 2 < valkey.ask("PTTL", name) * 1000 <= LEASE_MEMORY
+        name = names.visitor(request.visitor).lease(names.token_name(request.key))
+        assert LEASE_MEMORY // 2 < valkey.command("PTTL", name) * 1000 <= LEASE_MEMORY
 
 
 async def test_G7_nothing_in_the_store_tells_a_visitor_or_a_token(valkey: StoreServer) -> None:
@@ -132,16 +136,16 @@ async def test_G7_nothing_in_the_store_tells_a_visitor_or_a_token(valkey: StoreS
 async def test_G7_a_token_is_ciphertext(valkey: StoreServer) -> None:
     """No byte of the answer's text survives, and two copies of one token look different."""
     valkey.flush()
-    ask, sealed = visitor(), []
+    request, sealed = visitor(), []
     async with opened(Replica(valkey.address, limits_of())) as replica:
         body = b'{"data": {"token": "' + b"A" * 400 + b'"}}'
         for _ in range(2):
-            lease = await lead(replica, ask)
-            _, token = await keep(replica, ask, lease)
-            await replica.store.keep(ask, ask.key, replace(token, body=body), lease)
+            lease = await lead(replica, request)
+            _, token = await keep(replica, request, lease)
+            await replica.store.keep(request, request.key, replace(token, body=body), lease)
             names = replica.names
-            name = names.visitor(ask.visitor).token(names.token_name(ask.key))
-            sealed.append(valkey.ask("HGET", name, "sealed"))
+            name = names.visitor(request.visitor).token(names.token_name(request.key))
+            sealed.append(valkey.command("HGET", name, "sealed"))
     assert all(len(each) < len(body) + 100 for each in sealed)
     assert all(b"AAAA" not in each and b"token" not in each for each in sealed)
     assert sealed[0][16:] != sealed[1][16:]
@@ -157,13 +161,13 @@ async def test_L2_a_quick_bucket_limits_by_the_servers_own_clock(
 ) -> None:
     """Sixty in a row: no more than the burst and what refilled in the time they took."""
     valkey.flush()
-    rule, ask = limit(rate, 1_000_000, burst), ask_of()
+    rule, request = limit(rate, 1_000_000, burst), request_of()
     async with opened(Replica(valkey.address, limits_of(rule))) as replica:
         loop = asyncio.get_running_loop()
         began = loop.time()
-        visits = [await replica.store.admit(ask, ask.key) for _ in range(asked)]
+        visits = [await replica.store.admit(request, request.key) for _ in range(asked)]
         took = (loop.time() - began) * 1_000_000
-        admitted = sum(visit.denial is None for visit in visits)
+        admitted = sum(visit.rejection is None for visit in visits)
     assert admitted <= min(burst + took // rule.interval, passed)
     assert admitted >= burst
 
@@ -171,20 +175,20 @@ async def test_L2_a_quick_bucket_limits_by_the_servers_own_clock(
 async def test_L1_and_L9_on_the_servers_own_clock(valkey: StoreServer) -> None:
     """Real time, no tricks: waiting as told succeeds; no window admits more than it may."""
     valkey.flush()
-    rule, ask = Limit(burst=3, interval=40_000), ask_of()
+    rule, request = Limit(burst=3, interval=40_000), request_of()
     async with opened(Replica(valkey.address, limits_of(rule))) as replica:
         loop = asyncio.get_running_loop()
         times = []
         for _ in range(60):
             before = loop.time()
-            visit = await replica.store.admit(ask, ask.key)
-            if visit.denial is None:
+            visit = await replica.store.admit(request, request.key)
+            if visit.rejection is None:
                 times.append((before, loop.time()))
             else:
-                wait = visit.denial.verdict.retry_after
+                wait = visit.rejection.verdict.retry_after
                 assert 0 < wait <= rule.interval
                 await asyncio.sleep(wait / 1_000_000)
-                assert (await replica.store.admit(ask, ask.key)).denial is None
+                assert (await replica.store.admit(request, request.key)).rejection is None
                 times.append((loop.time(), loop.time()))
     for first, (start, _) in enumerate(times):
         for last in range(first, len(times)):
@@ -199,29 +203,29 @@ async def test_L4_and_L6_two_replicas_whose_clocks_differ_admit_one_burst(
     valkey.flush()
     clocks = FakeClock(), FakeClock()
     clocks[1].advance(5)
-    ask, limits = ask_of(), limits_of(Limit(20, HOUR))
+    request, limits = request_of(), limits_of(Limit(20, HOUR))
     async with (
         opened(Replica(valkey.address, limits, clock=clocks[0])) as one,
         opened(Replica(valkey.address, limits, clock=clocks[1])) as other,
     ):
         visits = await asyncio.gather(
-            *(each.store.admit(ask, ask.key) for each in [one, other] * 500)
+            *(each.store.admit(request, request.key) for each in [one, other] * 500)
         )
-        assert sum(visit.denial is None for visit in visits) == 20
+        assert sum(visit.rejection is None for visit in visits) == 20
         assert one.errors == other.errors == {}
 
 
 async def test_a_hit_is_one_script_and_one_round_trip(valkey: StoreServer) -> None:
     """By the server's own count: a hundred hits, a hundred EVALSHA, and nothing else from us."""
     valkey.flush()
-    ask = ask_of()
+    request = request_of()
     async with opened(Replica(valkey.address, limits_of())) as replica:
-        await keep(replica, ask, await lead(replica, ask))
-        await replica.store.admit(ask, ask.key)  # loads the script
-        valkey.ask("CONFIG", "RESETSTAT")
+        await keep(replica, request, await lead(replica, request))
+        await replica.store.admit(request, request.key)  # loads the script
+        valkey.command("CONFIG", "RESETSTAT")
         for _ in range(100):
-            assert (await replica.store.admit(ask, ask.key)).token is not None
-    commands = valkey.ask("INFO", "commandstats")
+            assert (await replica.store.admit(request, request.key)).token is not None
+    commands = valkey.command("INFO", "commandstats")
     called = {name.removeprefix("cmdstat_"): told["calls"] for name, told in commands.items()}
     assert called.pop("evalsha") == 100
     inside = {"get": 200, "hmget": 100, "set": 100, "time": 100}
@@ -236,19 +240,19 @@ async def test_what_a_bucket_and_a_token_weigh(
     """Printed for sizing; a token costs its answer and some 500 bytes more, a bucket under 200."""
     server: StoreServer = request.getfixturevalue(engine)
     server.flush()
-    ask, limits = ask_of(), limits_of(Limit(20, HOUR), Limit(6, HOUR))
+    token_request, limits = request_of(), limits_of(Limit(20, HOUR), Limit(6, HOUR))
     async with opened(Replica(server.address, limits)) as replica:
-        await replica.store.admit(ask, ask.key)
-        lease = await lead(replica, ask)
-        _, token = await keep(replica, ask, lease)
+        await replica.store.admit(token_request, token_request.key)
+        lease = await lead(replica, token_request)
+        _, token = await keep(replica, token_request, lease)
         body = secrets.token_bytes(900)
-        await replica.store.keep(ask, ask.key, replace(token, body=body), lease)
-        names = replica.names.visitor(ask.visitor)
+        await replica.store.keep(token_request, token_request.key, replace(token, body=body), lease)
+        names = replica.names.visitor(token_request.visitor)
         keys = {
             "a bucket": names.bucket("requests"),
-            "a token of 900": names.token(replica.names.token_name(ask.key)),
+            "a token of 900": names.token(replica.names.token_name(token_request.key)),
         }
-        weights = {what: server.ask("MEMORY", "USAGE", key) for what, key in keys.items()}
+        weights = {what: server.command("MEMORY", "USAGE", key) for what, key in keys.items()}
     with capsys.disabled():
         print(f"\n    {engine}, bytes: {weights}")
     assert weights["a bucket"] < 200

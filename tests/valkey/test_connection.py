@@ -151,11 +151,11 @@ async def test_an_error_is_one_callers_affair(node: Node, link: PipelinedConnect
     assert (results[0], results[6]) == (b"OK", 1)
     assert reasons([results[1], results[5]]) == {Reason.SCRIPT}
     assert isinstance(results[2], NoScript)
-    moved, ask = results[3], results[4]
+    moved, redirect = results[3], results[4]
     assert isinstance(moved, Redirect)
-    assert isinstance(ask, Redirect)
+    assert isinstance(redirect, Redirect)
     assert (moved.slot, moved.host, moved.port, moved.asking) == (7, "host", 1, False)
-    assert (ask.slot, ask.host, ask.port, ask.asking) == (8, "", 2, True)
+    assert (redirect.slot, redirect.host, redirect.port, redirect.asking) == (8, "", 2, True)
     node.answer = lambda _piece: b"+OK\r\n"
     assert await told(link.send(PING)) == [b"OK"]
     assert node.connections == 1

@@ -12,7 +12,7 @@ from budget_twin import Store
 from foreign import FOREIGN
 from replica import Replica, opened
 from servers import StoreServer
-from sharing_cases import ask_of, limits_of
+from shared_store_cases import limits_of, request_of
 from store_trace import Talk
 from test_membership import House, everybody
 from test_shared_budget import (
@@ -110,7 +110,7 @@ def put(scene: Scene, place: str, value: str) -> None:
     """Write it there."""
     written = value.encode("latin-1")
     key, field = place.split()
-    scene.talk.ask([command(b"HSET", key.encode(), field.encode(), written)])
+    scene.talk.send([command(b"HSET", key.encode(), field.encode(), written)])
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -126,7 +126,7 @@ def test_N26_a_foreign_number_neither_stops_a_budget_nor_unbounds_it(
         scene.run(5 * SECOND)
         assert scene.run(10 * SECOND) >= 10 * SECOND // INTERVAL * 3 // 4 - 1, value
         _check_windows(scene.calls, scene.till.now)
-        talk.ask([command(b"FLUSHALL")])
+        talk.send([command(b"FLUSHALL")])
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -159,7 +159,7 @@ def test_N26_one_foreign_number_among_others(talk: Talk, key: str, name: str) ->
             scene.run(2 * SECOND)
             written = form.format(now=scene.till.now)
             if name == "a":
-                (known,) = talk.ask([command(b"HGET", key.encode(), b"a")])
+                (known,) = talk.send([command(b"HGET", key.encode(), b"a")])
                 written = known.decode()
             words = written.split()
             words[place] = value
@@ -168,7 +168,7 @@ def test_N26_one_foreign_number_among_others(talk: Talk, key: str, name: str) ->
             scene.run(5 * SECOND)
             assert scene.run(10 * SECOND) >= 5, words
             _check_windows(scene.calls, scene.till.now)
-            talk.ask([command(b"FLUSHALL")])
+            talk.send([command(b"FLUSHALL")])
 
 
 def test_N26_a_replica_by_itself_goes_on_beyond_a_foreign_number_of_a_message(talk: Talk) -> None:
@@ -290,20 +290,20 @@ async def test_N26_a_list_with_places_that_nobody_has(valkey: StoreServer) -> No
     """Sessions that expire never or before all time: what is ours is listed around them."""
     valkey.flush()
     async with opened(Replica(valkey.address, limits_of())) as replica:
-        book, names = replica.sharing.book, replica.names
+        session_store, names = replica.shared_backend.sessions, replica.names
         now = replica.clock.wall() // SECOND
         made = [
             Session(f"s-{n}", "web", "A1", "beef", "", now, now + 600 + n, bytes([n]) * 32)
             for n in range(3)
         ]
         for session in made[:2]:
-            await book.record(session)
+            await session_store.record(session)
         for score in ("inf", "-inf", "1e300", "-1", "1e18", "0.5"):
-            valkey.ask("ZADD", names.of_agent("A1"), score, f"x{score}")
-        assert await book.page(Query(agent="A1"), Place(), 10) == made[:2]
-        await book.record(made[2])
-        assert await book.page(Query(agent="A1"), Place(), 10) == made
-        assert valkey.ask("ZCOUNT", names.of_agent("A1"), "1e17", "+inf") == 0
+            valkey.command("ZADD", names.of_agent("A1"), score, f"x{score}")
+        assert await session_store.page(Query(agent="A1"), Place(), 10) == made[:2]
+        await session_store.record(made[2])
+        assert await session_store.page(Query(agent="A1"), Place(), 10) == made
+        assert valkey.command("ZCOUNT", names.of_agent("A1"), "1e17", "+inf") == 0
         assert replica.errors == {}
 
 
@@ -311,16 +311,16 @@ async def test_G9_an_end_over_a_foreign_epoch_ends(valkey: StoreServer) -> None:
     """Also over the largest number that is one of ours; whoever mints for that visitor goes on."""
     for value in [*FOREIGN, str(2**53 - 1), str(2**53), str(2**63 - 1)]:
         valkey.flush()
-        ask = ask_of()
+        request = request_of()
         async with opened(Replica(valkey.address, limits_of())) as replica:
-            name = replica.names.visitor(ask.visitor).epoch
-            valkey.ask("SET", name, value.encode("latin-1"))
+            name = replica.names.visitor(request.visitor).epoch
+            valkey.command("SET", name, value.encode("latin-1"))
             for _ in range(3):
-                before = valkey.ask("GET", name)
-                await replica.store.revoke_visitor(ask.client, ask.fingerprint)
-                assert valkey.ask("GET", name) != before
+                before = valkey.command("GET", name)
+                await replica.store.revoke_visitor(request.client, request.fingerprint)
+                assert valkey.command("GET", name) != before
                 lease = await asyncio.wait_for(
-                    replica.store.lead(ask, ask.key, lambda _token: False), 30
+                    replica.store.lead(request, request.key, lambda _token: False), 30
                 )
-                await replica.store.release(ask, ask.key, lease)
+                await replica.store.release(request, request.key, lease)
             assert replica.errors == {}

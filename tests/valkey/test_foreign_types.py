@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from replica import Replica, opened
 from servers import StoreServer
-from sharing_cases import ask_of, limits_of
+from shared_store_cases import limits_of, request_of
 
 from broker.errors import StoreAway
 from broker.model import Session, TokenRequest
@@ -20,35 +20,35 @@ from broker.stores.base import Lease
 
 pytestmark = pytest.mark.parts
 
-PATIENT = 30.0
+TIMEOUT = 30.0
 
 Names = Callable[[Replica, TokenRequest], bytes]
 
 
 def put_something(server: StoreServer, key: bytes) -> None:
     """Let somebody write what none of ours would: neither text, hash nor sorted set."""
-    server.ask("DEL", key)
-    server.ask("RPUSH", key, "something")
+    server.command("DEL", key)
+    server.command("RPUSH", key, "something")
 
 
-def token(replica: Replica, ask: TokenRequest) -> bytes:
+def token(replica: Replica, request: TokenRequest) -> bytes:
     """Name the visitor's token."""
-    return replica.names.visitor(ask.visitor).token(replica.names.token_name(ask.key))
+    return replica.names.visitor(request.visitor).token(replica.names.token_name(request.key))
 
 
-def lease(replica: Replica, ask: TokenRequest) -> bytes:
+def lease(replica: Replica, request: TokenRequest) -> bytes:
     """Name its lease."""
-    return replica.names.visitor(ask.visitor).lease(replica.names.token_name(ask.key))
+    return replica.names.visitor(request.visitor).lease(replica.names.token_name(request.key))
 
 
 KEYS: dict[str, Names] = {
-    "requests": lambda r, ask: r.names.visitor(ask.visitor).bucket("requests"),
-    "mints": lambda r, ask: r.names.visitor(ask.visitor).bucket("mints"),
-    "epoch": lambda r, ask: r.names.visitor(ask.visitor).epoch,
+    "requests": lambda r, request: r.names.visitor(request.visitor).bucket("requests"),
+    "mints": lambda r, request: r.names.visitor(request.visitor).bucket("mints"),
+    "epoch": lambda r, request: r.names.visitor(request.visitor).epoch,
     "token": token,
     "lease": lease,
-    "agent": lambda r, ask: r.names.agent(ask.agent),
-    "refused": lambda r, ask: r.names.refused(ask),
+    "agent": lambda r, request: r.names.agent(request.agent),
+    "refused": lambda r, request: r.names.refused(request),
 }
 
 
@@ -58,21 +58,21 @@ async def test_N26_a_visitor_is_served_by_this_replica_s_share(
 ) -> None:
     """Whichever of their keys it is; others are served by the server as before."""
     valkey.flush()
-    ask, other = ask_of(), TokenRequest("web", "B1", secrets.token_hex(16))
+    request, other = request_of(), TokenRequest("web", "B1", secrets.token_hex(16))
     async with opened(Replica(valkey.address, limits_of())) as replica:
-        put_something(valkey, KEYS[kind](replica, ask))
+        put_something(valkey, KEYS[kind](replica, request))
         for _ in range(20):
-            assert (await replica.store.admit(ask, ask.key)).denial is None
-            lead = await replica.store.lead(ask, ask.key, lambda _token: False)
+            assert (await replica.store.admit(request, request.key)).rejection is None
+            lead = await replica.store.lead(request, request.key, lambda _token: False)
             assert isinstance(lead, Lease)
-            await replica.store.release(ask, ask.key, lead)
-            assert await replica.sharing.refusals.find(ask) is None
+            await replica.store.release(request, request.key, lead)
+            assert await replica.shared_backend.refusals.find(request) is None
         await replica.remote.leases.renew()
         await replica.settled()
         assert replica.errors.keys() == {"script"}
         counted = replica.errors["script"]
         assert not replica.server.is_away
-        assert (await replica.store.admit(other, other.key)).denial is None
+        assert (await replica.store.admit(other, other.key)).rejection is None
         assert replica.errors["script"] == counted
 
 
@@ -81,14 +81,14 @@ async def test_N26_a_visitor_whose_epoch_is_foreign_is_not_said_to_be_ended(
 ) -> None:
     """503: nothing was ended.  Once it is taken away, the same request ends them."""
     valkey.flush()
-    ask = ask_of()
+    request = request_of()
     async with opened(Replica(valkey.address, limits_of())) as replica:
-        key = replica.names.visitor(ask.visitor).epoch
+        key = replica.names.visitor(request.visitor).epoch
         put_something(valkey, key)
         with pytest.raises(StoreAway):
-            await replica.store.revoke_visitor(ask.client, ask.fingerprint)
-        valkey.ask("DEL", key)
-        await replica.store.revoke_visitor(ask.client, ask.fingerprint)
+            await replica.store.revoke_visitor(request.client, request.fingerprint)
+        valkey.command("DEL", key)
+        await replica.store.revoke_visitor(request.client, request.fingerprint)
 
 
 @pytest.mark.parametrize("kind", ["members", "budget", "queues"])
@@ -101,39 +101,41 @@ async def test_N26_a_fleet_goes_on_by_shares(valkey: StoreServer, kind: str) -> 
         put_something(valkey, getattr(replica.names, kind))
         for _ in range(10):
             await replica.fleet.beat()
-        assert await asyncio.wait_for(slots.take(lambda: 1), PATIENT)
+        assert await asyncio.wait_for(slots.take(lambda: 1), TIMEOUT)
         await slots.close()
         assert replica.errors.keys() <= {"script"}
         assert not replica.server.is_away
-        ask = ask_of()
-        assert (await replica.store.admit(ask, ask.key)).denial is None
+        request = request_of()
+        assert (await replica.store.admit(request, request.key)).rejection is None
 
 
 async def test_N26_sessions_are_found_and_listed_around_it(valkey: StoreServer) -> None:
     """A record is none, a mark is one, a list that cannot be read is 503 and not empty."""
     valkey.flush()
     async with opened(Replica(valkey.address, limits_of())) as replica:
-        book, names = replica.sharing.book, replica.names
+        session_store, names = replica.shared_backend.sessions, replica.names
         now = replica.clock.wall() // 1_000_000
         made = [
             Session(f"s-{n}", "web", "A1", "beef", "", now, now + 600 + n, secrets.token_bytes(32))
             for n in range(3)
         ]
         for session in made:
-            await book.record(session)
+            await session_store.record(session)
         first, second, third = made
         put_something(valkey, names.session(first.session_id))
-        assert await book.find(first.session_id) is None
-        assert await book.page(Query(agent="A1"), Place(), 10) == [second, third]
-        assert await book.page(Query(agent="A1"), place_of(second), 10) == [third]
+        assert await session_store.find(first.session_id) is None
+        assert await session_store.page(Query(agent="A1"), Place(), 10) == [second, third]
+        assert await session_store.page(Query(agent="A1"), place_of(second), 10) == [third]
         put_something(valkey, names.handed_out(second.digest))
-        assert await book.find_token(second.digest) is None
+        assert await session_store.find_token(second.digest) is None
         put_something(valkey, names.ended(third.session_id))
-        assert await book.ended(third.session_id)
+        assert await session_store.ended(third.session_id)
         put_something(valkey, names.of_agent("A1"))
-        await refused(book.page(Query(agent="A1"), Place(), 10))
-        await book.record(Session("s-9", "web", "A1", "beef", "", now, now + 600, b"d" * 32))
-        assert await book.find_token(b"d" * 32) is not None
+        await refused(session_store.page(Query(agent="A1"), Place(), 10))
+        await session_store.record(
+            Session("s-9", "web", "A1", "beef", "", now, now + 600, b"d" * 32)
+        )
+        assert await session_store.find_token(b"d" * 32) is not None
         assert not replica.server.is_away
         assert replica.errors.keys() == {"script"}
 

@@ -74,7 +74,7 @@ class Shop:
         self.metrics = Metrics("local", shared_store=True)
         self.server = StoreClient(self.nodes, self.clock, self.metrics.store, draw=lambda: 0.0)
 
-    async def ask(self) -> Reply | Reason:
+    async def call(self) -> Reply | Reason:
         """Call; returns the reply or why there is none."""
         try:
             if self.scripts:
@@ -98,7 +98,7 @@ def shop(request: pytest.FixtureRequest) -> Shop:
 
 async def test_a_call_is_answered_and_timed(shop: Shop) -> None:
     """Its reply, and one observation under its operation."""
-    assert await shop.ask() == b"fine"
+    assert await shop.call() == b"fine"
     assert (shop.errors, shop.server.is_away) == ({}, False)
 
 
@@ -107,12 +107,12 @@ async def test_S1_five_failures_in_a_row_open_the_breaker(shop: Shop, reason: Re
     """Each is counted under its reason; the calls that are then not made are not counted."""
     shop.nodes.fail(reason)
     for _ in range(4):
-        assert await shop.ask() is reason
+        assert await shop.call() is reason
         assert not shop.server.is_away
-    assert await shop.ask() is reason
+    assert await shop.call() is reason
     assert shop.server.is_away
     asked = len(shop.nodes.asked)
-    assert await shop.ask() is Reason.CONNECTION
+    assert await shop.call() is Reason.CONNECTION
     assert len(shop.nodes.asked) == asked == 5
     assert shop.errors == {reason.value: 5}
 
@@ -121,28 +121,28 @@ async def test_S3_a_probe_that_succeeds_closes_it(shop: Shop) -> None:
     """After half a second one call is let through; the others wait for what it tells."""
     shop.nodes.fail(Reason.TIMEOUT)
     for _ in range(5):
-        await shop.ask()
+        await shop.call()
     shop.clock.advance(0.499_999)
-    assert await shop.ask() is Reason.CONNECTION
+    assert await shop.call() is Reason.CONNECTION
     shop.clock.advance(0.000_001)
     shop.nodes.answer = lambda _packed: b"back"
-    replies = await asyncio.gather(*(shop.ask() for _ in range(10)))
+    replies = await asyncio.gather(*(shop.call() for _ in range(10)))
     assert replies == [b"back", *[Reason.CONNECTION] * 9]
     assert not shop.server.is_away
-    assert await shop.ask() == b"back"
+    assert await shop.call() == b"back"
 
 
 async def test_S3_probes_that_fail_wait_longer_up_to_five_seconds(shop: Shop) -> None:
     """0.5, 1, 2, 4, 5, 5: a store that is back is found within five seconds."""
     shop.nodes.fail(Reason.TIMEOUT)
     for _ in range(5):
-        await shop.ask()
+        await shop.call()
     pauses = []
     for _ in range(6):
         began, asked = shop.clock.mono(), len(shop.nodes.asked)
         while len(shop.nodes.asked) == asked:
             shop.clock.advance(0.1)
-            await shop.ask()
+            await shop.call()
         pauses.append((shop.clock.mono() - began) / SECOND)
     assert pauses == [0.5, 1, 2, 4, 5, 5]
 
@@ -151,23 +151,23 @@ async def test_a_probe_that_is_cancelled_does_not_wedge_it(shop: Shop) -> None:
     """Its caller left: the next one is the probe."""
     shop.nodes.fail(Reason.TIMEOUT)
     for _ in range(5):
-        await shop.ask()
+        await shop.call()
     shop.clock.advance(0.5)
     shop.nodes.answer = lambda _packed: b"back"
-    probe = asyncio.create_task(shop.ask())
+    probe = asyncio.create_task(shop.call())
     await asyncio.sleep(0)
     probe.cancel()
     await asyncio.wait([probe])
-    assert await shop.ask() == b"back"
+    assert await shop.call() == b"back"
 
 
 async def test_successes_are_tallied_and_outweigh_single_failures(shop: Shop) -> None:
     """One failure in a thousand calls, again and again, opens nothing."""
     for _ in range(20):
         for _ in range(50):
-            await shop.ask()
+            await shop.call()
         answer, shop.nodes.answer = shop.nodes.answer, error
-        await shop.ask()
+        await shop.call()
         shop.nodes.answer = answer
         shop.clock.advance(0.1)
     assert not shop.server.is_away
@@ -200,7 +200,7 @@ async def test_S1_half_of_the_calls_failing_is_a_store_that_is_away(shop: Shop) 
     """Though successes come between: a node of a cluster that is gone, a server that flaps."""
     for number in range(40):
         shop.nodes.answer = error if number % 2 else lambda _packed: b"fine"
-        await shop.ask()
+        await shop.call()
         if shop.server.is_away:
             break
     assert shop.server.is_away
@@ -324,21 +324,21 @@ def test_a_single_failure_after_successes_never_opens(
 async def test_the_duration_counts_what_failed(reason: Reason) -> None:
     """To the answer or the failure, as its help says.  A call that is not made has none."""
     shop = Shop()
-    await shop.ask()
+    await shop.call()
     shop.nodes.fail(reason)
-    await shop.ask()
+    await shop.call()
     assert counted(shop) == 2
     while not shop.server.is_away:
-        await shop.ask()
+        await shop.call()
     before = counted(shop)
-    assert await shop.ask() is Reason.CONNECTION
+    assert await shop.call() is Reason.CONNECTION
     assert counted(shop) == before
 
 
 def counted(shop: Shop) -> float:
     """Return how many calls were timed."""
-    sheet = shop.metrics.sheet
-    registry = exposition.registry(sheet.families, SharedCells([sheet.cells]), lambda: None)
+    layout = shop.metrics.layout
+    registry = exposition.registry(layout.families, SharedCells([layout.cells]), lambda: None)
     name = "broker_store_duration_seconds_count"
     return registry.get_sample_value(name, {"operation": "visit"}) or 0.0
 
@@ -349,11 +349,11 @@ class Line:
     def __init__(self) -> None:
         self.asked: list[Question] = []
 
-    def ask(self, _packed: bytes, _shape: Shape, question: Question) -> None:
+    def send_for(self, _packed: bytes, _shape: Shape, question: Question) -> None:
         self.asked.append(question)
 
 
-class Asked(Question):
+class NotedQuestion(Question):
     """Takes note of its end."""
 
     __slots__ = ("ends",)
@@ -379,14 +379,14 @@ class Counter:
         self.shop, self.line, self.ends = Shop(), Line(), list[object]()
         self.shop.nodes.link = lambda _key: self.line  # type: ignore[assignment,return-value,method-assign]
 
-    def ask(self) -> bool:
+    def send(self) -> bool:
         """Ask one question; False where only a call can."""
-        return self.shop.server.ask(Asked(self.ends), b"key", b"packed", ANYTHING)
+        return self.shop.server.send(NotedQuestion(self.ends), b"key", b"packed", ANYTHING)
 
     def lose(self) -> None:
         """Ask, and get no answer, until the breaker stops it."""
         for _ in range(5):
-            assert self.ask()
+            assert self.send()
             self.line.asked.pop().set_exception(StoreFailed(Reason.TIMEOUT))
         assert self.shop.server.is_away
 
@@ -397,7 +397,7 @@ async def test_S1_questions_that_fail_open_the_breaker_like_calls() -> None:
     counter.lose()
     assert counter.ends == [Reason.TIMEOUT] * 5
     assert counter.shop.errors == {"timeout": 5}
-    assert not counter.ask()
+    assert not counter.send()
     assert counter.line.asked == []
 
 
@@ -406,12 +406,12 @@ async def test_S3_no_question_goes_beside_a_probe() -> None:
     counter = Counter()
     counter.lose()
     counter.shop.clock.advance(0.5)
-    probe = asyncio.ensure_future(counter.shop.ask())
+    probe = asyncio.ensure_future(counter.shop.call())
     await asyncio.sleep(0)
     assert len(counter.shop.nodes.asked) == 1
-    assert not counter.ask()
+    assert not counter.send()
     assert await probe == b"fine"
-    assert counter.ask()
+    assert counter.send()
 
 
 async def test_S3_questions_open_the_breaker_a_second_time() -> None:
@@ -419,6 +419,6 @@ async def test_S3_questions_open_the_breaker_a_second_time() -> None:
     counter = Counter()
     counter.lose()
     counter.shop.clock.advance(0.5)
-    assert await counter.shop.ask() == b"fine"
+    assert await counter.shop.call() == b"fine"
     counter.shop.clock.advance(60)
     counter.lose()

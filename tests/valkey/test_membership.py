@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from replica import Replica, at_given_time, opened
 from servers import StoreServer
-from sharing_cases import limits_of
+from shared_store_cases import limits_of
 from store_trace import Talk
 
 from broker.testing import FakeClock
@@ -43,7 +43,7 @@ class House:
         arguments = [name, drawn or f"of-{name}", str(int(said)), str(LOST), str(FORGOTTEN)]
         arguments += [str(fixed), era, str(self.now if vouched is None else vouched)]
         arguments += [str(int(unheard)), *parts, str(self.clock)]
-        (reply,) = self._talk.ask(
+        (reply,) = self._talk.send(
             [
                 command(
                     b"EVALSHA", self._script, b"2", b"members", b"budget",
@@ -63,30 +63,30 @@ class House:
 
     def withheld(self) -> int:
         """Return what the budget knows of it."""
-        (told,) = self._talk.ask([command(b"HGET", b"budget", b"withheld")])
+        (told,) = self._talk.send([command(b"HGET", b"budget", b"withheld")])
         return int(told)
 
     def leave(self, name: str) -> None:
         """Say farewell."""
-        self._talk.ask([command(b"HDEL", b"members", name.encode())])
+        self._talk.send([command(b"HDEL", b"members", name.encode())])
 
     def forget_time(self) -> None:
         """Lose the fleet's time."""
-        self._talk.ask([command(b"HDEL", b"budget", b"era", b"time")])
+        self._talk.send([command(b"HDEL", b"budget", b"era", b"time")])
 
     def entry(self, name: bytes) -> bytes | None:
         """Return what is written of a member."""
-        (written,) = self._talk.ask([command(b"HGET", b"members", name)])
+        (written,) = self._talk.send([command(b"HGET", b"members", name)])
         assert written is None or isinstance(written, bytes)
         return written
 
     def write(self, name: bytes, value: bytes) -> None:
         """Write what no replica writes."""
-        self._talk.ask([command(b"HSET", b"members", name, value)])
+        self._talk.send([command(b"HSET", b"members", name, value)])
 
     def lose_memory(self) -> None:
         """Forget everything but the scripts."""
-        self._talk.ask([command(b"FLUSHALL")])
+        self._talk.send([command(b"FLUSHALL")])
 
 
 @pytest.fixture
@@ -438,10 +438,10 @@ async def test_S3_who_is_not_heard_is_degraded_whatever_the_breaker_says(
     """Other calls may go well: without heartbeats the others take it for lost, and withhold."""
     valkey.flush()
     async with opened(Replica(valkey.address, limits_of())) as replica:
-        assert replica.sharing.is_degraded
+        assert replica.shared_backend.is_degraded
         await replica.fleet.beat()
-        assert not replica.sharing.is_degraded
+        assert not replica.shared_backend.is_degraded
         later = time.monotonic() + LOST / SECOND
         monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: later)
-        assert replica.sharing.is_degraded
+        assert replica.shared_backend.is_degraded
         assert not replica.server.is_away

@@ -45,41 +45,41 @@ hostile = st.one_of(
     st.text(max_size=20),
     st.text(alphabet="{}:ab|", max_size=6),
 )
-asks = st.builds(TokenRequest, hostile, hostile, hostile, st.none() | hostile)
+requests = st.builds(TokenRequest, hostile, hostile, hostile, st.none() | hostile)
 
 
-def every_name(names: Names, ask: TokenRequest) -> list[bytes]:
-    """Return each name that an ask leads to."""
-    visitor, token = names.visitor(ask.visitor), names.token_name(ask.key)
+def every_name(names: Names, request: TokenRequest) -> list[bytes]:
+    """Return each name that a request leads to."""
+    visitor, token = names.visitor(request.visitor), names.token_name(request.key)
     return [
         visitor.bucket("requests"),
-        visitor.bucket("mints", ask.agent),
+        visitor.bucket("mints", request.agent),
         visitor.epoch,
         visitor.token(token),
         visitor.lease(token),
     ]
 
 
-@given(ask=asks)
-def test_L13_hostile_names_never_change_slot(ask: TokenRequest) -> None:
+@given(request=requests)
+def test_L13_hostile_names_never_change_slot(request: TokenRequest) -> None:
     """All of a visitor's keys lie in one slot, whatever agent, model or fingerprint are called."""
-    names = every_name(NAMES, ask)
+    names = every_name(NAMES, request)
     assert len({key_slot(name) for name in names}) == 1
     assert len(set(names)) == len(names)
     assert all(name.startswith(PREFIX.encode()) for name in names)
 
 
-@given(ask=asks)
-def test_L13_agents_and_clients_stay_within_their_braces(ask: TokenRequest) -> None:
+@given(request=requests)
+def test_L13_agents_and_clients_stay_within_their_braces(request: TokenRequest) -> None:
     """The bucket of an agent and what the vendor said of it share a slot: its own."""
-    agent, refused = NAMES.agent(ask.agent), NAMES.refused(ask)
+    agent, refused = NAMES.agent(request.agent), NAMES.refused(request)
     assert key_slot(agent) == key_slot(refused)
-    for name in (agent, refused, NAMES.client(ask.client)):
+    for name in (agent, refused, NAMES.client(request.client)):
         assert name.startswith(PREFIX.encode())
         assert name.count(b"{") == name.count(b"}") == 1
 
 
-@given(one=asks, other=asks)
+@given(one=requests, other=requests)
 def test_G8_two_names_are_equal_only_for_one_key(one: TokenRequest, other: TokenRequest) -> None:
     """F7: boundaries, case, Unicode forms, model set or not."""
     same_visitor = (one.client, one.fingerprint) == (other.client, other.fingerprint)
@@ -95,9 +95,9 @@ def test_G8_two_names_are_equal_only_for_one_key(one: TokenRequest, other: Token
 @given(fingerprint=st.text(alphabet="0123456789abcdef", min_size=6, max_size=32))
 def test_G7_a_name_holds_no_fingerprint(fingerprint: str) -> None:
     """Neither as it is nor as a hash without the key."""
-    ask = TokenRequest("web", "A", fingerprint)
-    others = every_name(Names(secrets.token_bytes(32), "https://vendor.example"), ask)
-    for name, other in zip(every_name(NAMES, ask), others, strict=True):
+    request = TokenRequest("web", "A", fingerprint)
+    others = every_name(Names(secrets.token_bytes(32), "https://vendor.example"), request)
+    for name, other in zip(every_name(NAMES, request), others, strict=True):
         assert name != other
         assert fingerprint.encode() not in name
 
@@ -114,11 +114,11 @@ def test_all_else_is_of_one_vendor_and_one_key() -> None:
     """So two deployments on one server do not refuse for each other, nor count together."""
     rotated = Names(secrets.token_bytes(32), "https://vendor.example")
     other = Names(KEY, "https://other.example")
-    ask, keys = TokenRequest("web", "A", "abcd", "m"), [Secret("one"), Secret("two")]
+    request, keys = TokenRequest("web", "A", "abcd", "m"), [Secret("one"), Secret("two")]
     made = [
         {
-            *every_name(names, ask),
-            *(names.agent("A"), names.client("web"), names.refused(ask), names.account(keys)),
+            *every_name(names, request),
+            *(names.agent("A"), names.client("web"), names.refused(request), names.account(keys)),
             *(names.of_agent("A"), names.of_visitor("abcd"), names.session("s"), names.ended("s")),
             names.handed_out(b"digest"),
         }

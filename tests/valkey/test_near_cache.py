@@ -16,7 +16,7 @@ from broker.valkey.client.errors import StoreFailed
 from broker.valkey.near_cache import NearCache
 
 HOUR = 3600 * 1_000_000
-ASK = TokenRequest("web", "A78WKV4515", "9f86d081")
+REQUEST = TokenRequest("web", "A78WKV4515", "9f86d081")
 ORIGIN = "a key"
 
 
@@ -39,20 +39,20 @@ def test_a_token_never_lives_longer_than_it_was_made_for(lifetime: int, more: in
     near, left = near_cache(clock), max(lifetime + more, 1)
     mono, wall = clock.mono(), clock.wall()
     held = EmbedToken(b"{}", mono + lifetime, wall + lifetime, lifetime, 0, origin=ORIGIN)
-    sealed = near.sealed(ASK.key, held, Lease(7, 3))
-    token = near.adopt(ASK, ASK.key, b"7", left, b"3", sealed)
+    sealed = near.sealed(REQUEST.key, held, Lease(7, 3))
+    token = near.adopt(REQUEST, REQUEST.key, b"7", left, b"3", sealed)
     assert token is not None
     assert (token.version, token.epoch, token.lifetime) == (7, 3, lifetime)
     assert token.dies_mono == mono + min(left, lifetime)
     assert token.dies_wall == wall + min(left, lifetime)
-    assert near.find(ASK.key) is token
+    assert near.find(REQUEST.key) is token
 
 
 def test_one_number_stands_for_what_is_held_and_nothing_else() -> None:
     """G9: a server that says "as you have it" to who has nothing is not believed."""
     near = near_cache(FakeClock())
     with pytest.raises(StoreFailed):
-        near.read(ASK, ASK.key, 0, None)
+        near.read(REQUEST, REQUEST.key, 0, None)
 
 
 def test_an_end_that_is_known_here_counts_beside_the_number() -> None:
@@ -62,6 +62,6 @@ def test_an_end_that_is_known_here_counts_beside_the_number() -> None:
     near = near_cache(clock)
     near._ends = ends
     held = EmbedToken(b"{}", HOUR, HOUR, HOUR, 0, version=7, epoch=3, origin=ORIGIN)
-    assert near.read(ASK, ASK.key, 0, held) is held
-    ends.note(ASK.visitor.encode(), 4)
-    assert near.read(ASK, ASK.key, 0, held) is None
+    assert near.read(REQUEST, REQUEST.key, 0, held) is held
+    ends.note(REQUEST.visitor.encode(), 4)
+    assert near.read(REQUEST, REQUEST.key, 0, held) is None

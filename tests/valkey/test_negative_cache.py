@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 from replica import Replica, opened
 from servers import StoreServer, store_server, valkey_binary
-from sharing_cases import ask_of, limits_of
+from shared_store_cases import limits_of, request_of
 
 from broker.issuers.negative_cache import ACCOUNT_MEMORY, AGENT_MEMORY, LocalNegativeCache
 from broker.issuers.upstream import UpstreamIssuer
@@ -34,19 +34,19 @@ async def test_what_one_was_told_the_other_knows(valkey: StoreServer) -> None:
         opened(Replica(valkey.address, limits_of())) as one,
         opened(Replica(valkey.address, limits_of())) as other,
     ):
-        ask = ask_of()
-        one.sharing.refusals.remember(ask, NOT_FOUND)
-        one.sharing.refusals.remember(ask_of(), BAD)
+        request = request_of()
+        one.shared_backend.refusals.remember(request, NOT_FOUND)
+        one.shared_backend.refusals.remember(request_of(), BAD)
         await one.settled()
-        find = other.sharing.refusals.find
-        assert await find(ask_of()) == NOT_FOUND
+        find = other.shared_backend.refusals.find
+        assert await find(request_of()) == NOT_FOUND
         for different in (
             TokenRequest("web", "B", "abcd"),
-            TokenRequest("web", ask.agent, "abcd", "m"),
-            TokenRequest("web", ask.agent, "abcd", "-"),
+            TokenRequest("web", request.agent, "abcd", "m"),
+            TokenRequest("web", request.agent, "abcd", "-"),
         ):
             assert await find(different) is None
-        one.sharing.refusals.remember(ask, UNPAID)
+        one.shared_backend.refusals.remember(request, UNPAID)
         await one.settled()
         assert await find(TokenRequest("web", "B", "abcd")) == UNPAID
         assert one.errors == other.errors == {}
@@ -60,11 +60,11 @@ async def test_M4_a_success_anywhere_puts_it_right_everywhere(valkey: StoreServe
         opened(Replica(valkey.address, limits_of())) as other,
     ):
         for refused in (NOT_FOUND, UNPAID):
-            one.sharing.refusals.remember(ask_of(), refused)
+            one.shared_backend.refusals.remember(request_of(), refused)
         await one.settled()
-        other.sharing.refusals.forget(ask_of())
+        other.shared_backend.refusals.forget(request_of())
         await other.settled()
-        assert await one.sharing.refusals.find(ask_of()) is None
+        assert await one.shared_backend.refusals.find(request_of()) is None
 
 
 async def test_V3_another_account_is_not_refused_for_this_ones_bill(valkey: StoreServer) -> None:
@@ -76,16 +76,16 @@ async def test_V3_another_account_is_not_refused_for_this_ones_bill(valkey: Stor
         opened(Replica(valkey.address, limits_of())) as other,
     ):
         for replica in (one, other):
-            replica.sharing.refusals.use_keys(old)
-        one.sharing.refusals.remember(ask_of(), UNPAID)
+            replica.shared_backend.refusals.use_keys(old)
+        one.shared_backend.refusals.remember(request_of(), UNPAID)
         await one.settled()
-        assert await other.sharing.refusals.find(ask_of()) == UNPAID
-        one.sharing.refusals.use_keys(new)
+        assert await other.shared_backend.refusals.find(request_of()) == UNPAID
+        one.shared_backend.refusals.use_keys(new)
         await one.settled()
-        assert await one.sharing.refusals.find(ask_of()) is None
-        assert await other.sharing.refusals.find(ask_of()) == UNPAID
-        other.sharing.refusals.use_keys(new)
-        assert await other.sharing.refusals.find(ask_of()) is None
+        assert await one.shared_backend.refusals.find(request_of()) is None
+        assert await other.shared_backend.refusals.find(request_of()) == UNPAID
+        other.shared_backend.refusals.use_keys(new)
+        assert await other.shared_backend.refusals.find(request_of()) is None
 
 
 async def test_V3_an_issuers_refusals_are_of_its_keys() -> None:
@@ -116,14 +116,14 @@ async def test_M4_they_end_by_themselves(valkey: StoreServer) -> None:
     valkey.flush()
     async with opened(Replica(valkey.address, limits_of())) as replica:
         for refused in (NOT_FOUND, UNPAID):
-            replica.sharing.refusals.remember(ask_of(), refused)
+            replica.shared_backend.refusals.remember(request_of(), refused)
         await replica.settled()
         names = replica.names
         for key, seconds in (
-            (names.refused(ask_of()), AGENT_MEMORY),
+            (names.refused(request_of()), AGENT_MEMORY),
             (names.account(()), ACCOUNT_MEMORY),
         ):
-            assert (seconds - 5) * 1000 < valkey.ask("PTTL", key) <= seconds * 1000
+            assert (seconds - 5) * 1000 < valkey.command("PTTL", key) <= seconds * 1000
 
 
 async def test_noise_in_the_store_refuses_nobody(valkey: StoreServer) -> None:
@@ -136,8 +136,8 @@ async def test_noise_in_the_store_refuses_nobody(valkey: StoreServer) -> None:
             *(f'[404,"{code}","b","account"]' for code in ("", "a", "A\\n", "A" * 65)),
             *(f'[404,"A","{text}","account"]' for text in ("\\u202e", "\\n", "b" * 1025)),
         ):
-            valkey.ask("SET", replica.names.account(()), noise)
-            assert await replica.sharing.refusals.find(ask_of()) is None
+            valkey.command("SET", replica.names.account(()), noise)
+            assert await replica.shared_backend.refusals.find(request_of()) is None
         assert replica.errors == {}
 
 
@@ -145,13 +145,13 @@ async def test_S1_while_the_server_is_away_each_goes_by_its_own() -> None:
     """What this one was told still holds here, in time; what it forgot is forgotten."""
     with store_server(valkey_binary()) as server:
         async with opened(Replica(server.address, limits_of(), timeout=0.2)) as replica:
-            replica.sharing.refusals.remember(ask_of(), NOT_FOUND)
+            replica.shared_backend.refusals.remember(request_of(), NOT_FOUND)
             await replica.settled()
             server.pause()
             began = time.monotonic()
-            assert await replica.sharing.refusals.find(ask_of()) == NOT_FOUND
+            assert await replica.shared_backend.refusals.find(request_of()) == NOT_FOUND
             assert time.monotonic() - began < 1
-            replica.sharing.refusals.forget(ask_of())
-            assert await replica.sharing.refusals.find(ask_of()) is None
+            replica.shared_backend.refusals.forget(request_of())
+            assert await replica.shared_backend.refusals.find(request_of()) is None
             await replica.settled()
             server.resume()

@@ -17,7 +17,7 @@ from broker.valkey.client.topology import Topology, nodes_at
 
 pytestmark = pytest.mark.parts
 
-PATIENT = 20.0
+TIMEOUT = 20.0
 """Seconds for what should happen at once, on a machine that is busy."""
 
 
@@ -82,24 +82,24 @@ class Wire:
                 writer.write(data)
 
 
-class Ears:
+class Subscriber:
     """A subscriber on two channels, and what it heard."""
 
     def __init__(self, nodes: Topology) -> None:
         self.nodes = nodes
         self.channels = [b"etb:wake:" + secrets.token_hex(8).encode(), b"etb:{x}:news"]
-        self.heard: list[tuple[bytes, bytes]] = []
+        self.received: list[tuple[bytes, bytes]] = []
 
-    def hear(self, channel: bytes, message: bytes) -> None:
+    def take(self, channel: bytes, message: bytes) -> None:
         """Keep it."""
-        self.heard.append((channel, message))
+        self.received.append((channel, message))
 
-    async def hears(self, server: StoreServer) -> None:
+    async def receives(self, server: StoreServer) -> None:
         """Publish until something arrives."""
         word = secrets.token_hex(8).encode()
-        async with asyncio.timeout(PATIENT):
-            while (self.channels[1], word) not in self.heard:
-                server.ask("PUBLISH", self.channels[1], word)
+        async with asyncio.timeout(TIMEOUT):
+            while (self.channels[1], word) not in self.received:
+                server.command("PUBLISH", self.channels[1], word)
                 await asyncio.sleep(0.02)
 
 
@@ -113,16 +113,16 @@ async def wire(valkey: StoreServer) -> AsyncIterator[Wire]:
 
 
 @pytest.fixture
-async def ears(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Ears]:
+async def subscriber(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Subscriber]:
     """Somebody who listens by that way, and is impatient."""
     monkeypatch.setattr(pubsub, "SILENCE", 0.1)
-    monkeypatch.setattr(pubsub, "PATIENCE", 1.0)
+    monkeypatch.setattr(pubsub, "ECHO_TIMEOUT", 1.0)
     monkeypatch.setattr(pubsub, "RETRY", 0.05)
-    nodes = nodes_at(StoreAddress(hosts=(("127.0.0.1", wire.port),)), Access(), PATIENT)
+    nodes = nodes_at(StoreAddress(hosts=(("127.0.0.1", wire.port),)), Access(), TIMEOUT)
     await nodes.open()
-    ears = Ears(nodes)
-    task = asyncio.create_task(pubsub.listen(nodes, ears.channels, ears.hear))
-    yield ears
+    subscriber = Subscriber(nodes)
+    task = asyncio.create_task(pubsub.listen(nodes, subscriber.channels, subscriber.take))
+    yield subscriber
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     await nodes.close()
@@ -130,7 +130,7 @@ async def ears(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Ear
 
 async def until(look: Callable[[], bool]) -> None:
     """Look every few milliseconds until it is so."""
-    ends = time.monotonic() + PATIENT
+    ends = time.monotonic() + TIMEOUT
     while not look():
         assert time.monotonic() < ends
         await asyncio.sleep(0.02)
@@ -138,51 +138,51 @@ async def until(look: Callable[[], bool]) -> None:
 
 def published(server: StoreServer) -> int:
     """Count the messages that were published there."""
-    told = server.ask("INFO", "commandstats")
+    told = server.command("INFO", "commandstats")
     count: int = told["cmdstat_publish"]["calls"]
     return count
 
 
 async def test_N26_a_subscription_that_delivers_nothing_is_made_anew(
-    ears: Ears, wire: Wire, valkey: StoreServer
+    subscriber: Subscriber, wire: Wire, valkey: StoreServer
 ) -> None:
     """Its connection lives and says nothing any more, while calls are answered as before."""
-    await ears.hears(valkey)
+    await subscriber.receives(valkey)
     with structlog.testing.capture_logs() as told:
         for round_ in range(2, 4):
             wire.is_deaf = True
-            valkey.ask("PUBLISH", ears.channels[1], b"lost")
+            valkey.command("PUBLISH", subscriber.channels[1], b"lost")
             await until(lambda: any(e["event"] == "broker.news_silent" for e in told))
             wire.is_deaf = False
-            await ears.hears(valkey)
+            await subscriber.receives(valkey)
             assert wire.subscriptions >= round_
             told.clear()
 
 
 async def test_N26_a_quiet_subscription_that_delivers_stays(
-    ears: Ears, wire: Wire, valkey: StoreServer
+    subscriber: Subscriber, wire: Wire, valkey: StoreServer
 ) -> None:
     """Its own words come back to it, and are no news to anybody."""
-    await ears.hears(valkey)
-    count = len(ears.heard)
+    await subscriber.receives(valkey)
+    count = len(subscriber.received)
     before = published(valkey)
     await until(lambda: published(valkey) >= before + 5)
     assert wire.subscriptions == 1
-    assert len(ears.heard) == count
+    assert len(subscriber.received) == count
 
 
 async def test_N26_a_store_that_is_away_is_no_word_about_the_subscription(
-    ears: Ears, wire: Wire, valkey: StoreServer
+    subscriber: Subscriber, wire: Wire, valkey: StoreServer
 ) -> None:
     """Calls fail as well: the connection is left alone, and delivers again by itself."""
-    ears.nodes._link._timeout = 0.1  # type: ignore[attr-defined]
-    await ears.hears(valkey)
+    subscriber.nodes._link._timeout = 0.1  # type: ignore[attr-defined]
+    await subscriber.receives(valkey)
     valkey.pause()
     try:
         await asyncio.sleep(1.0)
     finally:
         valkey.resume()
-    await ears.hears(valkey)
+    await subscriber.receives(valkey)
     assert wire.subscriptions == 1
 
 
@@ -192,7 +192,7 @@ async def test_S1_whatever_a_subscription_is_told_it_hears_again(
 ) -> None:
     """Instead of its confirmation; and nothing but that is heard."""
     monkeypatch.setattr(pubsub, "SILENCE", 0.2)
-    monkeypatch.setattr(pubsub, "PATIENCE", 0.5)
+    monkeypatch.setattr(pubsub, "ECHO_TIMEOUT", 0.5)
     monkeypatch.setattr(pubsub, "CONNECT_TIMEOUT", 0.5)
     monkeypatch.setattr(pubsub, "RETRY", 0.05)
     between = Between(valkey.address.path)
@@ -200,13 +200,13 @@ async def test_S1_whatever_a_subscription_is_told_it_hears_again(
     await between.open()
     nodes = nodes_at(StoreAddress(hosts=(("127.0.0.1", between.port),)), Access(), 1.0)
     await nodes.open()
-    ears = Ears(nodes)
-    task = asyncio.create_task(pubsub.listen(nodes, ears.channels, ears.hear))
+    subscriber = Subscriber(nodes)
+    task = asyncio.create_task(pubsub.listen(nodes, subscriber.channels, subscriber.take))
     try:
         await until(lambda: between.said >= 2 or task.done())
         between.ill = None
-        await ears.hears(valkey)
-        assert {channel for channel, _ in ears.heard} == {ears.channels[1]}
+        await subscriber.receives(valkey)
+        assert {channel for channel, _ in subscriber.received} == {subscriber.channels[1]}
         assert not task.done()
     finally:
         task.cancel()
@@ -215,27 +215,29 @@ async def test_S1_whatever_a_subscription_is_told_it_hears_again(
         await between.close()
 
 
-async def test_a_flood_is_heard_in_full_and_in_order(ears: Ears, valkey: StoreServer) -> None:
+async def test_a_flood_is_heard_in_full_and_in_order(
+    subscriber: Subscriber, valkey: StoreServer
+) -> None:
     """Ten thousand in one piece; others get their turn meanwhile."""
-    await ears.hears(valkey)
-    ears.heard.clear()
+    await subscriber.receives(valkey)
+    subscriber.received.clear()
     words = [b"%d" % number for number in range(10_000)]
     longest, stop = 0, asyncio.Event()
 
     async def tick() -> None:
         nonlocal longest
         while not stop.is_set():
-            before = len(ears.heard)
+            before = len(subscriber.received)
             await asyncio.sleep(0)
-            longest = max(longest, len(ears.heard) - before)
+            longest = max(longest, len(subscriber.received) - before)
 
     ticking = asyncio.create_task(tick())
-    flood = b"".join(command(b"PUBLISH", ears.channels[1], word) for word in words)
+    flood = b"".join(command(b"PUBLISH", subscriber.channels[1], word) for word in words)
     _, writer = await asyncio.open_unix_connection(valkey.address.path)
     writer.write(flood)
-    await until(lambda: len(ears.heard) >= len(words))
+    await until(lambda: len(subscriber.received) >= len(words))
     stop.set()
     await ticking
-    assert [message for _, message in ears.heard] == words
+    assert [message for _, message in subscriber.received] == words
     assert longest <= 2 * pubsub.AT_A_TIME
     writer.close()

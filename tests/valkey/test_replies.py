@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from replica import SECOND, Replica
-from sharing_cases import ask_of, limits_of
+from shared_store_cases import limits_of, request_of
 from typing_extensions import override
 
 from broker.config.addresses import StoreAddress
@@ -23,7 +23,7 @@ from broker.issuers.vendor.replies import Scope
 from broker.model import EmbedToken, Session
 from broker.pacing.slots import Budget
 from broker.rules.bucket import Limit
-from broker.sessions.base import BookFull, Place, Query
+from broker.sessions.base import Place, Query, SessionsFull
 from broker.stores.base import Lease, Rejection
 from broker.testing import FakeClock, run_virtual
 from broker.valkey import mint_errors
@@ -133,41 +133,41 @@ def session_of(replica: Replica) -> Session:
 
 async def visits(replica: Replica) -> None:
     """A visit's verdict has numbers that an answer can say; a held token changes nothing."""
-    ask = ask_of("0a")
+    request = request_of("0a")
     for _ in range(2):
-        visit = await replica.store.admit(ask, ask.key)
-        for verdict in (visit.verdict, visit.denial.verdict if visit.denial else None):
+        visit = await replica.store.admit(request, request.key)
+        for verdict in (visit.verdict, visit.rejection.verdict if visit.rejection else None):
             if verdict is not None:
                 assert 0 <= verdict.remaining <= verdict.limit.burst
                 assert 0 <= verdict.retry_after <= verdict.limit.depth
                 assert 0 <= verdict.full_in <= verdict.limit.depth
                 assert verdict.allowed or verdict.retry_after > 0
-        replica.front[ask.key] = token_of(replica)
-    _ = await replica.store.peek(ask, ask.key)
+        replica.token_cache[request.key] = token_of(replica)
+    _ = await replica.store.peek(request, request.key)
 
 
 async def leads(replica: Replica) -> None:
     """From the first question to what becomes of a token."""
-    ask = ask_of("0a")
-    lead = await replica.store.lead(ask, ask.key, lambda _token: False)
+    request = request_of("0a")
+    lead = await replica.store.lead(request, request.key, lambda _token: False)
     if isinstance(lead, Lease):
         await replica.store.renew_leases()
-        await replica.store.keep(ask, ask.key, token_of(replica), lead)
+        await replica.store.keep(request, request.key, token_of(replica), lead)
     elif isinstance(lead, Rejection):
         assert 0 < lead.verdict.retry_after <= lead.verdict.limit.depth
 
 
 async def keeps(replica: Replica) -> None:
     """A lease that is kept, released, abandoned."""
-    ask, lease = ask_of("0a"), Lease(1, 0)
-    await replica.store.keep(ask, ask.key, token_of(replica), lease)
-    await replica.store.release(ask, ask.key, lease)
-    replica.store.abandon(ask, ask.key, lease, None)
+    request, lease = request_of("0a"), Lease(1, 0)
+    await replica.store.keep(request, request.key, token_of(replica), lease)
+    await replica.store.release(request, request.key, lease)
+    replica.store.abandon(request, request.key, lease, None)
 
 
 async def ends(replica: Replica) -> None:
     """An end, and news of one."""
-    replica.remote.heard_news(b"ended " + replica.names.visitor("x").epoch)
+    replica.remote.on_message(b"ended " + replica.names.visitor("x").epoch)
     await replica.store.revoke_visitor("web", "0a", "key")
 
 
@@ -202,7 +202,7 @@ async def reserves(replica: Replica) -> None:
             slots.abandon()
         assert slots.predict(3, loop.time(), drained=False) >= loop.time()
         assert isinstance(slots.remaining, int)
-        slots.heard(b"paused")
+        slots.on_message(b"paused")
         slots.pause(1)
         await slots.sync_remaining(0)
         await slots.resume()
@@ -216,35 +216,35 @@ def _is_a_time(seconds: float) -> None:
 
 async def remembers(replica: Replica) -> None:
     """Refusals of the vendor."""
-    refused = await replica.sharing.refusals.find(ask_of("0a"))
+    refused = await replica.shared_backend.refusals.find(request_of("0a"))
     assert refused is None or refused.status in range(400, 430)
-    replica.sharing.refusals.forget(ask_of("0a"))
+    replica.shared_backend.refusals.forget(request_of("0a"))
 
 
 async def writes(replica: Replica) -> None:
     """Sessions are written, and written again."""
-    book = replica.sharing.book
+    session_store = replica.shared_backend.sessions
     session = session_of(replica)
-    await book.record(session)
-    await book.catch_up()
-    await book.find_token(session.digest)
-    await book.ended(session.session_id)
+    await session_store.record(session)
+    await session_store.catch_up()
+    await session_store.find_token(session.digest)
+    await session_store.ended(session.session_id)
 
 
 async def reads(replica: Replica) -> None:
     """A list has an end."""
-    book = replica.sharing.book
-    assert await book.page(Query(agent="agent"), Place(), 3) == []
+    session_store = replica.shared_backend.sessions
+    assert await session_store.page(Query(agent="agent"), Place(), 3) == []
 
 
 async def forgets(replica: Replica) -> None:
     """A session is ended and forgotten; a note is left."""
-    book, session = replica.sharing.book, session_of(replica)
-    with suppress(BookFull):  # what the script says of one note too many
-        await book.disown(session.digest, "web")
-    await book.mark(session, by_client=True)
-    await book.forget(session)
-    await book.find(session.session_id)
+    session_store, session = replica.shared_backend.sessions, session_of(replica)
+    with suppress(SessionsFull):  # what the script says of one note too many
+        await session_store.disown(session.digest, "web")
+    await session_store.mark(session, by_client=True)
+    await session_store.forget(session)
+    await session_store.find(session.session_id)
 
 
 ACTS: Mapping[str, Callable[[Replica], Awaitable[None]]] = {

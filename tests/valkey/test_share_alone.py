@@ -53,7 +53,7 @@ class Running:
         self._beating.cancel()
         await self.paced.close()
 
-    async def ask(self, took: float = 0.3) -> bool:
+    async def take_slot(self, took: float = 0.3) -> bool:
         """Be a first visitor, whose call takes a while; returns whether it was made."""
         try:
             slot = await self.paced.acquire(Priority.FIRST, "web")
@@ -65,10 +65,10 @@ class Running:
         slot.answered()
         return True
 
-    async def ask_for_ever(self) -> None:
+    async def request_for_ever(self) -> None:
         """Ask as a crowd does: whoever is refused is followed by another one at once."""
         while True:
-            if not await self.ask():
+            if not await self.take_slot():
                 await asyncio.sleep(0.5)
 
 
@@ -110,7 +110,7 @@ def test_N18_the_share_begins_with_the_loss_whoever_asks(parts: int, quiet: floa
         await asyncio.sleep(quiet)
         filled = (quiet - ALONE_AFTER - HEARTBEAT - 0.6) / share.interval
         began = asyncio.get_running_loop().time()
-        while await replica.ask() and asyncio.get_running_loop().time() - began < 0.5:
+        while await replica.take_slot() and asyncio.get_running_loop().time() - began < 0.5:
             pass
         at_once = sum(call - began < 0.5 for call in replica.calls)
         assert at_once >= min(int(filled), 1)
@@ -129,7 +129,7 @@ def test_N18_going_alone_begins_without_a_burst() -> None:
         (replica,) = await opened(store.replica("a"))
         share = SHIPPED.share(2)
         assert share is not None
-        crowd = asyncio.ensure_future(replica.ask_for_ever())
+        crowd = asyncio.ensure_future(replica.request_for_ever())
         await asyncio.sleep(20)
         store.away = True
         lost = asyncio.get_running_loop().time()
@@ -156,7 +156,7 @@ def test_N18_a_share_slower_than_anybody_waits_serves_at_its_rate() -> None:
         assert share.interval > 2 * SHIPPED.max_wait
         served = 0
         for _ in range(600):
-            served += await replica.ask(0)
+            served += await replica.take_slot(0)
             await asyncio.sleep(1)
         assert served >= int(0.9 * 600 / share.interval)
         assert min(replica.told) >= 1
@@ -176,13 +176,13 @@ def test_N18_who_comes_back_when_told_is_served() -> None:
         share = SHIPPED.share(UNSEEN_PARTS)
         assert share is not None
         for _ in range(5):
-            assert not await replica.ask()
+            assert not await replica.take_slot()
         apart = [after - before for before, after in itertools.pairwise(replica.told)]
         assert min(apart) > share.interval / 2, "the share's interval, less what is drawn"
         began = asyncio.get_running_loop().time()
         for told in list(replica.told):
             await asyncio.sleep(max(began + told - asyncio.get_running_loop().time(), 0))
-            assert await replica.ask(0)
+            assert await replica.take_slot(0)
         await closed([replica])
 
     virtual(scene)
@@ -203,7 +203,7 @@ def test_N24_instances_that_never_saw_the_store_fit_the_window(
             for worker in range(workers)
         ]
         replicas = await opened(*members)
-        crowd = [asyncio.ensure_future(replica.ask_for_ever()) for replica in replicas]
+        crowd = [asyncio.ensure_future(replica.request_for_ever()) for replica in replicas]
         await asyncio.sleep(300)
         calls = [call for replica in replicas for call in replica.calls]
         assert worst(calls) <= SHIPPED.rate + SHIPPED.burst
@@ -225,7 +225,7 @@ def test_N24_a_configured_number_fits_the_window_however_large(count: int) -> No
         store = Store()
         store.away = True
         replicas = await opened(*(store.replica(str(n), fixed=count) for n in range(count)))
-        crowd = [asyncio.ensure_future(replica.ask_for_ever()) for replica in replicas]
+        crowd = [asyncio.ensure_future(replica.request_for_ever()) for replica in replicas]
         await asyncio.sleep(150)
         calls = [call for replica in replicas for call in replica.calls]
         assert worst(calls) <= SHIPPED.rate + SHIPPED.burst
@@ -241,13 +241,13 @@ def test_N13_calls_that_are_out_at_the_loss_hold_the_share_back() -> None:
     async def scene() -> None:
         store = Store(2)
         (replica,) = await opened(store.replica("a"))
-        assert await replica.ask()
+        assert await replica.take_slot()
         await asyncio.sleep(10)
-        stalled = [asyncio.ensure_future(replica.ask(100)) for _ in range(3)]
+        stalled = [asyncio.ensure_future(replica.take_slot(100)) for _ in range(3)]
         await asyncio.sleep(3)
         assert len(replica.calls) == 4
         store.away = True
-        crowd = asyncio.ensure_future(replica.ask_for_ever())
+        crowd = asyncio.ensure_future(replica.request_for_ever())
         await asyncio.sleep(90)
         assert len(replica.calls) == 4
         await asyncio.gather(*stalled)
@@ -268,18 +268,18 @@ def test_N13_calls_that_are_out_alone_count_when_the_store_is_back() -> None:
     async def scene() -> None:
         store = Store(2)
         one, other = await opened(store.replica("a"), store.replica("b"))
-        assert await other.ask()
+        assert await other.take_slot()
         one.member.cut_off = True
         await asyncio.sleep(30)
-        stalled = [asyncio.ensure_future(one.ask(100)) for _ in range(3)]
+        stalled = [asyncio.ensure_future(one.take_slot(100)) for _ in range(3)]
         await asyncio.sleep(10)
         assert len(one.calls) == 3
         one.member.cut_off = False
-        back = asyncio.ensure_future(one.ask(0.1))
+        back = asyncio.ensure_future(one.take_slot(0.1))
         await asyncio.sleep(1)
         assert store.twin.calls[b"a"][1] >= 3
         await asyncio.sleep(20)
-        hung = [asyncio.ensure_future(other.ask(100)) for _ in range(8)]
+        hung = [asyncio.ensure_future(other.take_slot(100)) for _ in range(8)]
         await asyncio.sleep(7)
         assert len(other.calls) == 6, "three of eight are out elsewhere"
         for each in [*stalled, *hung, back]:
@@ -419,7 +419,7 @@ def test_S3_no_share_is_spent_while_heartbeats_are_answered() -> None:
         store.away = False
         await asyncio.sleep(2)
         assert replica.slots._share.slots is None
-        assert await replica.ask()
+        assert await replica.take_slot()
         assert store.twin.full_at is not None
         await closed([replica])
 

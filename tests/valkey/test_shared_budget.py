@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from replica import Replica, at_given_time, opened
 from servers import StoreServer, store_server, valkey_binary
-from sharing_cases import limits_of
+from shared_store_cases import limits_of
 from store_trace import Talk
 from test_leases import eventually
 
@@ -88,7 +88,7 @@ class Till:
     @property
     def owed(self) -> int:
         """How many calls are owed."""
-        (owed,) = self._talk.ask([command(b"HGET", b"budget", b"owed")])
+        (owed,) = self._talk.send([command(b"HGET", b"budget", b"owed")])
         assert isinstance(owed, bytes | None)
         return int(owed or 0)
 
@@ -126,53 +126,53 @@ class Till:
     @property
     def ghosts_out(self) -> bool:
         """Whether replicas that died are still taken to live, with calls out."""
-        reply = self._talk.ask([command(b"HGETALL", b"calls")])[0]
+        reply = self._talk.send([command(b"HGETALL", b"calls")])[0]
         assert isinstance(reply, list)
         pairs = zip(reply[::2], reply[1::2], strict=True)
         return any(n.startswith(b"ghost") and int(v.split()[1]) for n, v in pairs)
 
     def dies(self, who: str) -> None:
         """Let a replica die, and another one come with its letter."""
-        (known,) = self._talk.ask([command(b"HGET", b"calls", who.encode())])
+        (known,) = self._talk.send([command(b"HGET", b"calls", who.encode())])
         if known:
             ghost = b"ghost %d" % self.ghosts
             self.ghosts += 1
-            self._talk.ask([command(b"HDEL", b"calls", who.encode())])
-            self._talk.ask([command(b"HSET", b"calls", ghost, known)])
+            self._talk.send([command(b"HDEL", b"calls", who.encode())])
+            self._talk.send([command(b"HSET", b"calls", ghost, known)])
         for counted in (self.out, self.settled, self.abandoned, self.messages):
             counted[who] = 0
 
     def begin_anew(self, now: int) -> None:
         """Let the fleet's time be lost, and begin at this moment."""
-        self._talk.ask([command(b"HDEL", b"budget", b"era", b"time")])
+        self._talk.send([command(b"HDEL", b"budget", b"era", b"time")])
         self.now = now
 
     def write_call(self, name: bytes, value: bytes) -> None:
         """Write what no replica writes."""
-        self._talk.ask([command(b"HSET", b"calls", name, value)])
+        self._talk.send([command(b"HSET", b"calls", name, value)])
 
     def spoil(self, field: str, value: str) -> bool:
         """Write over a field of the budget, if it is there."""
         packed = command(b"HEXISTS", b"budget", field.encode())
-        if not self._talk.ask([packed])[0]:
+        if not self._talk.send([packed])[0]:
             return False
         written = value.encode("latin-1")
-        self._talk.ask([command(b"HSET", b"budget", field.encode(), written)])
+        self._talk.send([command(b"HSET", b"budget", field.encode(), written)])
         return True
 
     def read_call(self, name: bytes) -> bytes | None:
         """Return what is known of the calls of a replica."""
-        (known,) = self._talk.ask([command(b"HGET", b"calls", name)])
+        (known,) = self._talk.send([command(b"HGET", b"calls", name)])
         assert known is None or isinstance(known, bytes)
         return known
 
     def withhold(self, millionths: int) -> None:
         """Keep a share back, as the heartbeat does."""
-        self._talk.ask([command(b"HSET", b"budget", b"withheld", b"%d" % millionths)])
+        self._talk.send([command(b"HSET", b"budget", b"withheld", b"%d" % millionths)])
 
     def forget(self) -> None:
         """Lose the budget, and all who use it."""
-        self._talk.ask([command(b"DEL", b"budget", b"queues", b"calls")])
+        self._talk.send([command(b"DEL", b"budget", b"queues", b"calls")])
         self.out, self.settled, self.abandoned = Counter[str](), Counter[str](), Counter[str]()
         self.messages = Counter[str]()
 
@@ -186,7 +186,7 @@ class Till:
         self, script: bytes, keys: list[str], arguments: list[int | str]
     ) -> "list[int] | int":
         parts = [str(part).encode("latin-1") for part in (*keys, *arguments)]
-        (reply,) = self._talk.ask([command(b"EVALSHA", script, b"%d" % len(keys), *parts)])
+        (reply,) = self._talk.send([command(b"EVALSHA", script, b"%d" % len(keys), *parts)])
         assert isinstance(reply, list | int), reply
         return reply
 
@@ -727,8 +727,8 @@ async def pair(engine: StoreServer) -> AsyncIterator[tuple[SharedSlots, SharedSl
         slots = one.slots(quick), other.slots(quick)
         for each in slots:
             await each.start()
-        await eventually(lambda: len(engine.ask("PUBSUB", "CHANNELS", "etb:*news")) == 1)
-        await eventually(lambda: engine.ask("PUBSUB", "NUMSUB", one.names.channel)[1] == 2)
+        await eventually(lambda: len(engine.command("PUBSUB", "CHANNELS", "etb:*news")) == 1)
+        await eventually(lambda: engine.command("PUBSUB", "NUMSUB", one.names.channel)[1] == 2)
         yield slots
         for each in slots:
             await each.close()
@@ -790,9 +790,9 @@ async def test_noise_is_no_news(pair: tuple[SharedSlots, SharedSlots]) -> None:
     held: list[float] = []
     pair[0].on_pause(held.append)
     for noise in (b"", b"paused ", b"paused 999", b"paused " + b"9" * 400, b"resumed 1", b"\xff"):
-        pair[0].heard(noise)
+        pair[0].on_message(noise)
         assert not len(pair[0]._tasks)
-    pair[0].heard(b"paused")
+    pair[0].on_message(b"paused")
     await eventually(lambda: not len(pair[0]._tasks))
     assert held == []
 

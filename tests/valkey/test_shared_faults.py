@@ -24,7 +24,7 @@ from servers import (
     until,
     valkey_binary,
 )
-from sharing_cases import ask_of, limits_of
+from shared_store_cases import limits_of, request_of
 
 from broker import errors
 from broker.config.addresses import Access, StoreAddress
@@ -39,10 +39,10 @@ pytestmark = pytest.mark.parts
 TIMEOUT = 0.2
 """Seconds for a call: four times the default, because test machines are noisy."""
 
-PATIENCE = TIMEOUT + 0.3
+ANSWERED_WITHIN = TIMEOUT + 0.3
 """Seconds within which every caller must have an answer."""
 
-VISITOR = ask_of("abcd")
+VISITOR = request_of("abcd")
 
 
 @pytest.fixture
@@ -52,27 +52,27 @@ def server() -> Iterator[StoreServer]:
         yield server
 
 
-async def admitted(replica: Replica, times: int, ask: TokenRequest | None = None) -> int:
+async def admitted(replica: Replica, times: int, request: TokenRequest | None = None) -> int:
     """Count the visits that pass; each is answered within patience, and none fails."""
     passed = 0
     for _ in range(times):
         began = time.monotonic()
-        visit = await replica.store.admit(ask or VISITOR, (ask or VISITOR).key)
-        assert time.monotonic() - began < PATIENCE
-        passed += visit.denial is None
+        visit = await replica.store.admit(request or VISITOR, (request or VISITOR).key)
+        assert time.monotonic() - began < ANSWERED_WITHIN
+        passed += visit.rejection is None
     return passed
 
 
 async def served_alone(replica: Replica, reason: str) -> None:
     """Every part of the story is answered here, in time; failures bear this reason only."""
-    ask = ask_of("0001")
-    async with asyncio.timeout(4 * PATIENCE):
-        visit = await replica.store.admit(ask, ask.key)
-        assert (visit.denial, visit.token) == (None, None)
-        assert await replica.store.peek(ask, ask.key) is None
-        lease = await replica.store.lead(ask, ask.key, lambda _token: False)
+    request = request_of("0001")
+    async with asyncio.timeout(4 * ANSWERED_WITHIN):
+        visit = await replica.store.admit(request, request.key)
+        assert (visit.rejection, visit.token) == (None, None)
+        assert await replica.store.peek(request, request.key) is None
+        lease = await replica.store.lead(request, request.key, lambda _token: False)
         assert isinstance(lease, Lease)
-        replica.store.abandon(ask, ask.key, lease, None)
+        replica.store.abandon(request, request.key, lease, None)
         await replica.settled()
     assert set(replica.errors) == {reason}
 
@@ -102,7 +102,7 @@ async def replica_of(
 
 async def lose(replica: Replica) -> None:
     """Visit until the breaker knows that the server is away."""
-    await admitted(replica, 5, ask_of("ffff"))
+    await admitted(replica, 5, request_of("ffff"))
     assert replica.server.is_away
 
 
@@ -181,8 +181,8 @@ async def test_S1_something_that_is_no_store() -> None:
     other = await asyncio.start_server(http, "127.0.0.1", 0)
     port = other.sockets[0].getsockname()[1]
     async with replica_of(StoreAddress(hosts=(("127.0.0.1", port),))) as replica:
-        ask = VISITOR
-        assert (await replica.store.admit(ask, ask.key)).denial is None
+        request = VISITOR
+        assert (await replica.store.admit(request, request.key)).rejection is None
         assert sum(replica.errors.values()) == 1
         assert set(replica.errors) <= {"connection", "other"}
     other.close()
@@ -194,18 +194,18 @@ async def test_S1_readonly(server: StoreServer) -> None:
         host, port = master.address.hosts[0]
         async with replica_of(server.address) as replica:
             await admitted(replica, 1)
-            server.ask("CONFIG", "SET", "replica-serve-stale-data", "yes")
-            server.ask("REPLICAOF", host, port)
+            server.command("CONFIG", "SET", "replica-serve-stale-data", "yes")
+            server.command("REPLICAOF", host, port)
             await served_alone(replica, "readonly")
-            server.ask("REPLICAOF", "NO", "ONE")
+            server.command("REPLICAOF", "NO", "ONE")
             await back_at_the_server(replica)
 
 
 async def test_S1_a_replica_whose_master_is_gone(server: StoreServer) -> None:
     """MASTERDOWN is what it says then, and that is a store that is away."""
     async with replica_of(server.address) as replica:
-        server.ask("CONFIG", "SET", "replica-serve-stale-data", "no")
-        server.ask("REPLICAOF", "127.0.0.1", free_port())
+        server.command("CONFIG", "SET", "replica-serve-stale-data", "no")
+        server.command("REPLICAOF", "127.0.0.1", free_port())
         await served_alone(replica, "cluster_down")
 
 
@@ -217,12 +217,12 @@ async def test_S1_loading(tmp_path: Path) -> None:
             for key in range(4_000):
                 pipe.set(f"other:{key}", "x" * 500)
             pipe.execute()
-        reloading = asyncio.create_task(asyncio.to_thread(server.ask, "DEBUG", "RELOAD"))
+        reloading = asyncio.create_task(asyncio.to_thread(server.command, "DEBUG", "RELOAD"))
         async with replica_of(server.address) as replica:
             await asyncio.sleep(0)
             until_loading(server)
             await served_alone(replica, "loading")
-            server.ask("CONFIG", "SET", "key-load-delay", "0")
+            server.command("CONFIG", "SET", "key-load-delay", "0")
             await reloading
             await back_at_the_server(replica)
 
@@ -232,7 +232,7 @@ def until_loading(server: StoreServer) -> None:
 
     def says_so() -> bool:
         try:
-            server.ask("GET", "x")
+            server.command("GET", "x")
         except RedisError as error:
             return "loading" in str(error).lower()
         return False
@@ -244,10 +244,10 @@ async def test_S1_out_of_memory(server: StoreServer) -> None:
     """No room, and told to evict nothing: scripts that would write are refused."""
     async with replica_of(server.address) as replica:
         await admitted(replica, 1)
-        server.ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
-        server.ask("CONFIG", "SET", "maxmemory", "1")
+        server.command("CONFIG", "SET", "maxmemory-policy", "noeviction")
+        server.command("CONFIG", "SET", "maxmemory", "1")
         await served_alone(replica, "out_of_memory")
-        server.ask("CONFIG", "SET", "maxmemory", "0")
+        server.command("CONFIG", "SET", "maxmemory", "0")
         await back_at_the_server(replica)
 
 
@@ -255,19 +255,19 @@ async def test_S1_noscript_is_no_failure(server: StoreServer) -> None:
     """A script that the server does not have is sent in full: the caller notices nothing."""
     limit = Limit(burst=3, interval=HOUR)
     async with replica_of(server.address, limits_of(limit)) as replica:
-        server.ask("SCRIPT", "FLUSH")
+        server.command("SCRIPT", "FLUSH")
         assert await admitted(replica, 2) == 2
-        server.ask("SCRIPT", "FLUSH")
+        server.command("SCRIPT", "FLUSH")
         assert await admitted(replica, 3) == 1
         assert replica.errors == {}
 
 
 async def test_S1_a_wrong_password(server: StoreServer) -> None:
     """It is let in nowhere: on its own, and the operator sees why it cannot connect."""
-    server.ask("CONFIG", "SET", "requirepass", "other")
+    server.command("CONFIG", "SET", "requirepass", "other")
     async with replica_of(server.address) as replica:
-        ask = VISITOR
-        assert (await replica.store.admit(ask, ask.key)).denial is None
+        request = VISITOR
+        assert (await replica.store.admit(request, request.key)).rejection is None
         assert sum(replica.errors.values()) == 1
 
 
@@ -276,10 +276,10 @@ async def test_S1_a_value_of_another_type(server: StoreServer) -> None:
     limit = Limit(burst=3, interval=HOUR)
     async with replica_of(server.address, limits_of(limit)) as replica:
         bucket = replica.names.visitor(VISITOR.visitor).bucket("requests")
-        server.ask("LPUSH", bucket, "x")
+        server.command("LPUSH", bucket, "x")
         assert await admitted(replica, 1) == 1
         assert set(replica.errors) == {"script"}
-        assert await admitted(replica, 3, ask_of("other")) == 3
+        assert await admitted(replica, 3, request_of("other")) == 3
 
 
 async def test_S1_closed_refuses_with_503(server: StoreServer) -> None:
@@ -287,12 +287,12 @@ async def test_S1_closed_refuses_with_503(server: StoreServer) -> None:
     async with replica_of(server.address, on_error="closed") as replica:
         await admitted(replica, 1)
         server.kill()
-        ask = VISITOR
+        request = VISITOR
         for _ in range(12):  # before and after the breaker opens
             for call in (
-                lambda: replica.store.admit(ask, ask.key),
-                lambda: replica.store.peek(ask, ask.key),
-                lambda: replica.store.lead(ask, ask.key, lambda _token: False),
+                lambda: replica.store.admit(request, request.key),
+                lambda: replica.store.peek(request, request.key),
+                lambda: replica.store.lead(request, request.key, lambda _token: False),
             ):
                 with pytest.raises(errors.ServiceUnavailable) as caught:
                     await call()
@@ -325,7 +325,7 @@ def owner_of(cluster: StoreCluster, key: bytes) -> tuple[int, StoreServer, Store
 
     slot = key_slot(key)
     for node in cluster.nodes:
-        for low, high, (_host, port, *_), *_rest in node.ask("CLUSTER", "SLOTS"):
+        for low, high, (_host, port, *_), *_rest in node.command("CLUSTER", "SLOTS"):
             if low <= slot <= high:
                 mine = [n for n in cluster.nodes if n.address.hosts[0][1] == port]
                 other = [n for n in cluster.nodes if n.address.hosts[0][1] != port]
@@ -341,19 +341,19 @@ async def test_S1_moved_and_ask(cluster: StoreCluster) -> None:
 
         async def passed(times: int) -> int:
             leads = [
-                await replica.store.lead(ask, ask.key, lambda _token: False)
-                for ask in (ask_of(secrets.token_hex(8)) for _ in range(times))
+                await replica.store.lead(request, request.key, lambda _token: False)
+                for request in (request_of(secrets.token_hex(8)) for _ in range(times))
             ]
             return sum(isinstance(lead, Lease) for lead in leads)
 
         assert await passed(10) == 10
         migrate(cluster, slot, source, target)
         assert await passed(10) == 10  # ASK
-        asked = target.ask("INFO", "commandstats")["cmdstat_asking"]["calls"]
+        asked = target.command("INFO", "commandstats")["cmdstat_asking"]["calls"]
         assert asked >= 10
         finish_migration(cluster, slot, source, target)
         assert await passed(30) == 20  # MOVED
-        assert target.ask("INFO", "commandstats")["cmdstat_asking"]["calls"] == asked
+        assert target.command("INFO", "commandstats")["cmdstat_asking"]["calls"] == asked
         assert replica.errors == {}
 
 
@@ -365,9 +365,9 @@ async def test_S1_tryagain(cluster: StoreCluster) -> None:
     async with replica_of(cluster.address, limits_of(Limit(50, HOUR))) as replica:
         slot, source, target = owner_of(cluster, replica.names.visitor(VISITOR.visitor).epoch)
         elsewhere = next(
-            ask
-            for ask in (ask_of(f"{number:04}") for number in range(100))
-            if owner_of(cluster, replica.names.visitor(ask.visitor).epoch)[0] != slot
+            request
+            for request in (request_of(f"{number:04}") for number in range(100))
+            if owner_of(cluster, replica.names.visitor(request.visitor).epoch)[0] != slot
         )
         await admitted(replica, 1)
         migrate(cluster, slot, source, target)
@@ -383,12 +383,12 @@ async def test_S1_tryagain(cluster: StoreCluster) -> None:
 
 def migrate(cluster: StoreCluster, slot: int, source: StoreServer, target: StoreServer) -> None:
     """Move the keys of a slot, as a resharding does, but do not tell anybody yet."""
-    target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", cluster.node_id(source))
-    source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", cluster.node_id(target))
-    keys = source.ask("CLUSTER", "GETKEYSINSLOT", slot, 100)
+    target.command("CLUSTER", "SETSLOT", slot, "IMPORTING", cluster.node_id(source))
+    source.command("CLUSTER", "SETSLOT", slot, "MIGRATING", cluster.node_id(target))
+    keys = source.command("CLUSTER", "GETKEYSINSLOT", slot, 100)
     assert keys
     host, port = target.address.hosts[0]
-    source.ask("MIGRATE", host, port, "", 0, 5000, "KEYS", *keys)
+    source.command("MIGRATE", host, port, "", 0, 5000, "KEYS", *keys)
 
 
 def finish_migration(
@@ -396,19 +396,19 @@ def finish_migration(
 ) -> None:
     """Tell every node whose the slot is now."""
     for node in (target, source, *cluster.nodes):
-        node.ask("CLUSTER", "SETSLOT", slot, "NODE", cluster.node_id(target))
+        node.command("CLUSTER", "SETSLOT", slot, "NODE", cluster.node_id(target))
 
 
 async def test_S1_clusterdown(cluster: StoreCluster) -> None:
     """A third of the slots is nobody's: with full coverage asked for, the whole cluster is down."""
     async with replica_of(cluster.address) as replica:
         await admitted(replica, 1)
-        _, owner, _ = owner_of(cluster, replica.names.visitor(ask_of("0001").visitor).epoch)
+        _, owner, _ = owner_of(cluster, replica.names.visitor(request_of("0001").visitor).epoch)
         for node in cluster.nodes:
             if node is not owner:
                 node.kill()
         until(
-            lambda: b"cluster_state:fail" in owner.ask("CLUSTER", "INFO"),
+            lambda: b"cluster_state:fail" in owner.command("CLUSTER", "INFO"),
             "the node to see that it is alone",
         )
         await served_alone(replica, "cluster_down")
@@ -417,13 +417,13 @@ async def test_S1_clusterdown(cluster: StoreCluster) -> None:
 async def test_S1_a_node_that_dies_takes_its_own_slots_only(cluster: StoreCluster) -> None:
     """Partial coverage: visitors of other nodes are still shared until the breaker says no."""
     for node in cluster.nodes:
-        node.ask("CONFIG", "SET", "cluster-require-full-coverage", "no")
+        node.command("CONFIG", "SET", "cluster-require-full-coverage", "no")
     async with replica_of(cluster.address, limits_of(Limit(3, HOUR))) as replica:
         _, dead, _ = owner_of(cluster, replica.names.visitor(VISITOR.visitor).epoch)
         elsewhere = next(
-            ask
-            for ask in (ask_of(f"{number:04}") for number in range(100))
-            if owner_of(cluster, replica.names.visitor(ask.visitor).epoch)[1] is not dead
+            request
+            for request in (request_of(f"{number:04}") for number in range(100))
+            if owner_of(cluster, replica.names.visitor(request.visitor).epoch)[1] is not dead
         )
         await admitted(replica, 1)
         dead.kill()
@@ -455,12 +455,14 @@ async def test_S2_script_flush_under_load_fails_no_request(
         asked, passed = [0] * 20, [0] * 20
 
         async def caller(number: int) -> None:
-            ask = ask_of(f"{number:04}")
+            token_request = request_of(f"{number:04}")
             while not done.is_set():
-                visit = await replica.store.admit(ask, ask.key)
+                visit = await replica.store.admit(token_request, token_request.key)
                 asked[number] += 1
-                passed[number] += visit.denial is None
-                lease = await replica.store.lead(ask, ask.key, lambda _token: False)
+                passed[number] += visit.rejection is None
+                lease = await replica.store.lead(
+                    token_request, token_request.key, lambda _token: False
+                )
                 assert isinstance(lease, Lease)
 
         async with asyncio.TaskGroup() as group:
@@ -469,7 +471,7 @@ async def test_S2_script_flush_under_load_fails_no_request(
             flushes = 0
             while flushes < 25 or min(asked) < 60:
                 for node in nodes:
-                    await asyncio.to_thread(node.ask, "SCRIPT", "FLUSH")
+                    await asyncio.to_thread(node.command, "SCRIPT", "FLUSH")
                 await asyncio.sleep(0.02)
                 flushes += 1
             done.set()
@@ -499,7 +501,7 @@ async def test_S3_a_reload_while_the_server_is_away_gives_out_a_share_of_the_new
         server.kill()
         assert await admitted(replica, 50) == 10
         replica.use_limits(limits_of(Limit(burst=60, interval=HOUR)))
-        assert await admitted(replica, 50, ask_of("0002")) == 20
+        assert await admitted(replica, 50, request_of("0002")) == 20
 
 
 async def test_M1_what_was_led_alone_is_forgotten_with_its_end(server: StoreServer) -> None:
@@ -508,17 +510,20 @@ async def test_M1_what_was_led_alone_is_forgotten_with_its_end(server: StoreServ
         server.kill()
         await lose(replica)
         for number in range(3):
-            ask = ask_of(f"{number:04}")
-            lease = await replica.store.lead(ask, ask.key, lambda _token: False)
+            request = request_of(f"{number:04}")
+            lease = await replica.store.lead(request, request.key, lambda _token: False)
             assert isinstance(lease, Lease)
             if number == 0:
                 await replica.store.keep(
-                    ask, ask.key, EmbedToken(b"{}", HOUR, HOUR, HOUR, 0, origin="a key"), lease
+                    request,
+                    request.key,
+                    EmbedToken(b"{}", HOUR, HOUR, HOUR, 0, origin="a key"),
+                    lease,
                 )
             elif number == 1:
-                await replica.store.release(ask, ask.key, lease)
+                await replica.store.release(request, request.key, lease)
             else:
-                replica.store.abandon(ask, ask.key, lease, None)
+                replica.store.abandon(request, request.key, lease, None)
         assert replica.store._led_alone == set()
 
 
@@ -565,7 +570,7 @@ async def reach(replica: Replica) -> None:
     async with asyncio.timeout(10):
         while True:
             before = replica.errors
-            await replica.store.peek(ask_of("eeee"), ask_of("eeee").key)
+            await replica.store.peek(request_of("eeee"), request_of("eeee").key)
             if replica.errors == before and not replica.server.is_away:
                 return
             replica.server._health = type(replica.server._health)()  # no patience: close it
@@ -597,7 +602,7 @@ async def test_S7_any_node_that_lives_is_enough(valkey_cluster: StoreCluster) ->
     address = StoreAddress((("127.0.0.1", free_port()), (host, port)), cluster=True)
     async with opened(Replica(address, limits_of(Limit(3, HOUR)))) as replica:
         for number in range(20):
-            assert await admitted(replica, 4, ask_of(f"{number:04}")) == 3
+            assert await admitted(replica, 4, request_of(f"{number:04}")) == 3
         assert replica.errors == {}
 
 
@@ -605,11 +610,11 @@ async def test_S7_a_node_that_hangs_does_not_hide_the_others(cluster: StoreClust
     """It is the first address: the topology is read at the second, within one call's time."""
     first = cluster.nodes[0]
     async with replica_of(cluster.address, limits_of(Limit(3, HOUR))) as replica:
-        asks = (ask_of(f"{number:04}") for number in range(100))
+        requests = (request_of(f"{number:04}") for number in range(100))
         elsewhere, another = [
-            ask
-            for ask in asks
-            if owner_of(cluster, replica.names.visitor(ask.visitor).epoch)[1] is not first
+            request
+            for request in requests
+            if owner_of(cluster, replica.names.visitor(request.visitor).epoch)[1] is not first
         ][:2]
         first.pause()
         await admitted(replica, 1, elsewhere)  # may be over before the second was asked
@@ -625,7 +630,7 @@ async def test_S1_a_cluster_that_is_called_a_server() -> None:
     with store_cluster(valkey_binary()) as cluster:
         async with replica_of(cluster.nodes[0].address) as replica:
             for number in range(20):
-                await admitted(replica, 1, ask_of(f"{number:04}"))
+                await admitted(replica, 1, request_of(f"{number:04}"))
             assert set(replica.errors) == {"cluster_down"}
 
 
@@ -656,17 +661,17 @@ async def test_O7_a_new_password_counts_from_the_next_connection_on(
         on.address, limits_of(), access=Access("broker", Secret(old)), timeout=TIMEOUT
     )
     async with opened(replica):
-        asks = [ask_of(f"{number:04}") for number in range(20)]
-        for ask in asks:
-            await admitted(replica, 1, ask)
+        requests = [request_of(f"{number:04}") for number in range(20)]
+        for token_request in requests:
+            await admitted(replica, 1, token_request)
         for client in clients:
             client.execute_command("ACL", "SETUSER", "broker", f"<{old}", f">{new}")
-        replica.sharing.use_access(Access("broker", Secret(new)))
+        replica.shared_backend.use_access(Access("broker", Secret(new)))
         for client in clients:
             client.execute_command("CLIENT", "KILL", "USER", "broker")
         await asyncio.sleep(0.05)
-        for ask in asks:
-            await admitted(replica, 1, ask)
+        for token_request in requests:
+            await admitted(replica, 1, token_request)
         assert replica.errors == {}
     for client in clients:
         client.close()
@@ -680,12 +685,12 @@ async def test_S1_a_poisoned_key_does_not_part_us_from_the_server(server: StoreS
     """
     limit = Limit(burst=3, interval=HOUR)
     async with replica_of(server.address, limits_of(limit)) as replica:
-        listed, noise = ask_of("0001"), ask_of("0002")
-        server.ask("LPUSH", replica.names.visitor(listed.visitor).bucket("requests"), "x")
-        server.ask("SET", replica.names.visitor(noise.visitor).bucket("requests"), "noise")
+        listed, noise = request_of("0001"), request_of("0002")
+        server.command("LPUSH", replica.names.visitor(listed.visitor).bucket("requests"), "x")
+        server.command("SET", replica.names.visitor(noise.visitor).bucket("requests"), "noise")
         assert await admitted(replica, 20, listed) == 3
         assert replica.errors == {"script": 20}
         assert await admitted(replica, 20, noise) == 0
         assert not replica.server.is_away
-        assert await admitted(replica, 4, ask_of("0003")) == 3
+        assert await admitted(replica, 4, request_of("0003")) == 3
         assert replica.errors == {"script": 20}

@@ -20,7 +20,7 @@ from broker.valkey.key_names import Names
 from broker.valkey.near_cache import NearCache
 from broker.valkey.visits import Visits, verdict_of
 
-ASK = TokenRequest("web", "A78WKV4515", "9f86d081")
+REQUEST = TokenRequest("web", "A78WKV4515", "9f86d081")
 
 
 class Server:
@@ -29,12 +29,12 @@ class Server:
     def __init__(self) -> None:
         self.asked: list[bytes] = []
 
-    def ask(self, _question: object, _key: bytes, packed: bytes, _shape: object) -> bool:
+    def send(self, _question: object, _key: bytes, packed: bytes, _shape: object) -> bool:
         self.asked.append(packed)
         return True
 
 
-class Made:
+class Scene:
     """Visits to that server; `owed` is what was charged here while it was away."""
 
     def __init__(self) -> None:
@@ -56,44 +56,44 @@ class Made:
     def asked(self) -> bytes:
         """Ask, and return what the server is sent."""
         nobody: Any = None
-        assert self.visits.ask(ASK, 0, nobody, nobody)
+        assert self.visits.start_visit(REQUEST, 0, nobody, nobody)
         return self.server.asked[-1]
 
 
 @pytest.fixture
-def made() -> Made:
+def scene() -> Scene:
     """Make one."""
-    return Made()
+    return Scene()
 
 
-def test_the_same_visit_is_packed_once(made: Made) -> None:
+def test_the_same_visit_is_packed_once(scene: Scene) -> None:
     """By identity: that is what it is kept for."""
-    assert made.asked() is made.asked()
+    assert scene.asked() is scene.asked()
 
 
-def test_what_was_charged_meanwhile_is_carried_and_not_kept(made: Made) -> None:
+def test_what_was_charged_meanwhile_is_carried_and_not_kept(scene: Scene) -> None:
     """S3: each call carries what is owed at its moment; when nothing is, none does."""
-    before = made.asked()
+    before = scene.asked()
     for owed in (5_000_017, 4_000_013):
-        made.owed = owed
-        assert b"\r\n%d\r\n" % owed in made.asked()
-    made.owed = 0
-    assert made.asked() == before
+        scene.owed = owed
+        assert b"\r\n%d\r\n" % owed in scene.asked()
+    scene.owed = 0
+    assert scene.asked() == before
 
 
-def test_other_limits_are_asked_for_at_once(made: Made) -> None:
+def test_other_limits_are_asked_for_at_once(scene: Scene) -> None:
     """L11: what is kept belongs to the rule that it was made of."""
-    before = made.asked()
-    made.visits.limits = limits(fingerprint=(7, 7))
-    assert made.asked() != before
+    before = scene.asked()
+    scene.visits.limits = limits(fingerprint=(7, 7))
+    assert scene.asked() != before
 
 
-def test_a_limit_of_clients_is_a_second_question(made: Made) -> None:
+def test_a_limit_of_clients_is_a_second_question(scene: Scene) -> None:
     """Which only `admit` asks."""
     nobody: Any = None
-    made.visits.limits = limits(client=(7, 7))
-    assert not made.visits.ask(ASK, 0, nobody, nobody)
-    assert made.server.asked == []
+    scene.visits.limits = limits(client=(7, 7))
+    assert not scene.visits.start_visit(REQUEST, 0, nobody, nobody)
+    assert scene.server.asked == []
 
 
 def test_no_bucket_refuses_who_could_be_served() -> None:
@@ -107,15 +107,15 @@ def test_no_bucket_refuses_who_could_be_served() -> None:
 
 def test_what_is_near_its_limit_or_would_be_refused_is_counted() -> None:
     """L12: as in memory: less than a fifth of the burst left, and refusals that only rehearse."""
-    made = Made()
+    scene = Scene()
     limit = Limit(burst=10, interval=1_000_000)
-    rule, counts = LimitRule(limit, dry_run=True), made.visits._counts
+    rule, counts = LimitRule(limit, dry_run=True), scene.visits._counts
     for wait, allowed, near, denied in (
         (8_000_000, 1, 0, 0),
         (9_000_000, 1, 1, 0),
         (9_000_001, 0, 1, 1),
         (0, 1, 1, 1),
     ):
-        visit = made.visits.read(ASK, rule, None, [allowed, wait, b"-1"])
-        assert visit.denial is None
+        visit = scene.visits.read(REQUEST, rule, None, [allowed, wait, b"-1"])
+        assert visit.rejection is None
         assert (counts.near.value, counts.dry_run_denied.value) == (near, denied)

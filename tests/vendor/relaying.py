@@ -147,7 +147,7 @@ class Relay:
         await self.pacer.close()
         await self.issuer.close()
 
-    async def ask(
+    async def request_token(
         self,
         fingerprint: str | None = None,
         *,
@@ -155,22 +155,22 @@ class Relay:
         model: str | None = None,
         fresh: bool = False,
         client: str = "web",
-        patience: float = 12.0,
+        timeout: float = 12.0,
     ) -> IssuedToken:
         """Ask for a token; a fingerprint left out is a new visitor's."""
         request = TokenRequest(client, agent, fingerprint or visitor(), model, fresh)
-        answer = await self.service.issue(request, patience)
+        answer = await self.service.issue(request, timeout)
         assert isinstance(answer, IssuedToken)
         return answer
 
     def begin(self, fingerprint: str | None = None, **how: Any) -> "asyncio.Task[IssuedToken]":
         """Let somebody ask, and go on."""
-        return asyncio.get_running_loop().create_task(self.ask(fingerprint, **how))
+        return asyncio.get_running_loop().create_task(self.request_token(fingerprint, **how))
 
     async def failure(self, fingerprint: str | None = None, **how: Any) -> BrokerError:
         """Ask in vain; returns what the caller is told."""
         try:
-            answer = await self.ask(fingerprint, **how)
+            answer = await self.request_token(fingerprint, **how)
         except BrokerError as error:
             return error
         raise AssertionError(f"a token: {answer!r}")
@@ -322,7 +322,7 @@ class House:
             connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=60)
         )
 
-    async def ask(
+    async def request_token(
         self,
         fingerprint: str | None = None,
         *,
@@ -431,9 +431,9 @@ def logging_to(stream: io.StringIO, settings: Settings) -> Iterator[None]:
         root.setLevel(level)
 
 
-async def until(condition: Callable[[], object], what: str, patience: float = 10.0) -> None:
-    """Ask every few milliseconds until `condition()` is true; fails after `patience` seconds."""
-    ends = time.monotonic() + patience
+async def until(condition: Callable[[], object], what: str, timeout: float = 10.0) -> None:
+    """Ask every few milliseconds until `condition()` is true; fails after `timeout` seconds."""
+    ends = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < ends, f"waited {patience:g} s for {what}"
+        assert time.monotonic() < ends, f"waited {timeout:g} s for {what}"
         await asyncio.sleep(0.005)

@@ -25,7 +25,7 @@ import aiohttp
 from broker.testing import FakeVendor, VendorSettings
 
 AGENT = "A78WKV4515"
-PATIENCE = 60.0
+TIMEOUT = 60.0
 """Seconds after which something that should happen is taken not to."""
 
 
@@ -65,7 +65,7 @@ class StandingVendor:
     def arrivals(self) -> list[float]:
         """End it; returns when calls arrived."""
         self._process.terminate()
-        out, _ = self._process.communicate(timeout=PATIENCE)
+        out, _ = self._process.communicate(timeout=TIMEOUT)
         times: list[float] = json.loads(out)
         return times
 
@@ -100,11 +100,11 @@ class Visitors:
     @asynccontextmanager
     async def asking(self) -> AsyncIterator[None]:
         """Let them ask until the end of the block."""
-        timeout = aiohttp.ClientTimeout(total=PATIENCE)
+        timeout = aiohttp.ClientTimeout(total=TIMEOUT)
         async with aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0), timeout=timeout
         ) as http:
-            task = asyncio.create_task(self._ask_on(http))
+            task = asyncio.create_task(self._request_tokens(http))
             try:
                 yield
             finally:
@@ -114,18 +114,18 @@ class Visitors:
     async def served(self, count: int) -> None:
         """Return when so many more have a token."""
         wanted = self.answers[200] + count
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             while self.answers[200] < wanted:  # noqa: ASYNC110 - others bring it about
                 await asyncio.sleep(0.01)
 
-    async def _ask_on(self, http: aiohttp.ClientSession) -> None:
+    async def _request_tokens(self, http: aiohttp.ClientSession) -> None:
         async with asyncio.TaskGroup() as group:
             while True:
                 for url in self._urls():
-                    group.create_task(self._ask(http, url))
+                    group.create_task(self._request_token(http, url))
                 await asyncio.sleep(1 / self._rate)
 
-    async def _ask(self, http: aiohttp.ClientSession, url: str) -> None:
+    async def _request_token(self, http: aiohttp.ClientSession, url: str) -> None:
         request = {"agent_id": AGENT, "fingerprint": secrets.token_hex(16)}
         try:
             async with http.post(

@@ -56,7 +56,7 @@ class TestVirtualTime:
             pacer = BudgetPacer(SHIPPED, lambda _seconds: None)
             await pacer.start()
 
-            async def ask(pacer: BudgetPacer) -> None:
+            async def request_token(pacer: BudgetPacer) -> None:
                 urgency = chance.choice([Priority.FIRST, Priority.FIRST, *Priority])
                 try:
                     slot = await pacer.acquire(urgency, f"client {chance.randrange(5)}")
@@ -69,7 +69,7 @@ class TestVirtualTime:
             refused: Counter[str] = Counter()
             while now() < ends:
                 for _ in range(chance.choice([0, 0, 1, 1, 2, 10, 60])):
-                    task = loop.create_task(ask(pacer))
+                    task = loop.create_task(request_token(pacer))
                     crowd.add(task)
                     task.add_done_callback(crowd.discard)
                 await asyncio.sleep(chance.expovariate(1 / chance.choice([0.2, 1, 5, 60])))
@@ -129,7 +129,7 @@ def _modest_waits(gap: float, *, noisy: bool) -> tuple[float, float]:
         await asyncio.sleep(60)
         waits: list[float] = []
 
-        async def ask(name: str, note: list[float]) -> None:
+        async def request_token(name: str, note: list[float]) -> None:
             began = now()
             try:
                 slot = await pacer.acquire(Priority.FIRST, name)
@@ -143,7 +143,7 @@ def _modest_waits(gap: float, *, noisy: bool) -> tuple[float, float]:
             ends = now() + 3600
             async with asyncio.TaskGroup() as group:
                 while now() < ends:
-                    group.create_task(ask(name, note))
+                    group.create_task(request_token(name, note))
                     await asyncio.sleep(chance.expovariate(1 / gap))
 
         async with asyncio.TaskGroup() as group:
@@ -167,7 +167,7 @@ def _grants_beside_a_noisy_one(gap: float) -> list[tuple[str, int, float]]:
         await pacer.start()
         grants: list[tuple[str, int, float]] = []
 
-        async def ask(name: str) -> None:
+        async def request_token(name: str) -> None:
             began, joined = now(), len(grants)
             with contextlib.suppress(BudgetExhausted):
                 slot = await pacer.acquire(Priority.FIRST, name)
@@ -178,7 +178,7 @@ def _grants_beside_a_noisy_one(gap: float) -> list[tuple[str, int, float]]:
             ends = now() + 3600
             async with asyncio.TaskGroup() as group:
                 while now() < ends:
-                    group.create_task(ask(name))
+                    group.create_task(request_token(name))
                     await asyncio.sleep(chance.expovariate(1 / gap))
 
         async with asyncio.TaskGroup() as group:
@@ -206,7 +206,7 @@ class TestOverSockets:
         arrived: list[float] = []
         relay.vendor.fail(faults.HEALTHY, where=lambda _call: arrived.append(now()) or False)
         relay.vendor.fail(faults.error(Refusal.RATE_LIMITED, retry_after="1"), times=1)
-        await relay.failure(patience=0.5)
+        await relay.failure(timeout=0.5)
         crowd = [relay.begin() for _ in range(50)]
         await asyncio.gather(*crowd, return_exceptions=True)
         first, *rest = arrived
@@ -241,7 +241,7 @@ class TestOverSockets:
                 began = now()
                 for tries in range(4):
                     try:
-                        await relay.ask(fingerprint)
+                        await relay.request_token(fingerprint)
                     except BudgetExhausted as error:
                         if not tries:
                             told.append(now() - began)
@@ -282,7 +282,7 @@ async def _besiege(relay: Relay, seconds: float) -> list[float]:
     async def greedy() -> None:
         while True:
             try:
-                await relay.ask()
+                await relay.request_token()
             except BudgetExhausted as error:
                 await asyncio.sleep(min(error.retry_after / 1_000_000, 0.05))
 
@@ -301,7 +301,7 @@ async def test_the_journal_counts_what_the_budget_let_through(replicas: int) -> 
         relays = [Relay(vendor, FakeClock(), budget=TWENTIETH) for _ in range(replicas)]
         for relay in relays:
             await relay.open()
-            await asyncio.gather(*(relay.ask() for _ in range(5)))
+            await asyncio.gather(*(relay.request_token() for _ in range(5)))
         assert len(vendor.journal.calls) == 5 * replicas
         for relay in relays:
             assert relay.statuses == {"200": 5}

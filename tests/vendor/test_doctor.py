@@ -243,12 +243,12 @@ async def test_a_store_that_evicts(server: StoreServer) -> None:
     assert await of_store({"url": server.url}) == [
         f"ok       store: {where} answers, and evicts nothing"
     ]
-    server.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    server.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
     (told,) = await of_store({"url": server.url})
     assert told.startswith(
         f"ok       store: {where} answers; with a maxmemory it would evict (allkeys"
     )
-    server.ask("CONFIG", "SET", "maxmemory", "100mb")
+    server.command("CONFIG", "SET", "maxmemory", "100mb")
     (told,) = await of_store({"url": server.url})
     assert told == (
         f"problem  store: {where} evicts (allkeys-lru), limits and ends, too: set maxmemory-policy"
@@ -260,12 +260,12 @@ async def test_a_store_that_evicts(server: StoreServer) -> None:
 async def test_a_store_that_does_not_let_the_doctor_look(server: StoreServer) -> None:
     """The broker's own user may not: that is said, and is no problem."""
     password = secrets.token_urlsafe(16)
-    server.ask("ACL", "SETUSER", *acl_line("broker", f">{password}").split()[1:])
+    server.command("ACL", "SETUSER", *acl_line("broker", f">{password}").split()[1:])
     store = {"url": server.url, "username": "broker", "password": password}
     (told,) = await of_store(store)
     assert told.startswith("ok       store: ")
     assert "+info" in told
-    server.ask("ACL", "SETUSER", "broker", "+info")
+    server.command("ACL", "SETUSER", "broker", "+info")
     (told,) = await of_store(store)
     assert told.endswith("answers, and evicts nothing")
     (told,) = await of_store(store | {"password": "wrong-one"})
@@ -369,7 +369,7 @@ async def test_N17_a_server_without_a_connection_left() -> None:
 @pytest.mark.parts
 async def test_N17_a_server_that_cannot_save_or_has_too_few_replicas(server: StoreServer) -> None:
     """It refuses writes for a while, whoever asks."""
-    server.ask("CONFIG", "SET", "min-replicas-to-write", "1")
+    server.command("CONFIG", "SET", "min-replicas-to-write", "1")
     assert "too few replicas follow it" in await problem_of(server)
 
 
@@ -384,8 +384,8 @@ async def test_N17_every_missing_right_is_found(server: StoreServer) -> None:
     store = {"url": server.url, "username": "broker", "password": password}
 
     async def told(rights: list[str]) -> str:
-        server.ask("ACL", "SETUSER", "broker", "reset", *rights[1:])
-        server.ask("SCRIPT", "FLUSH")
+        server.command("ACL", "SETUSER", "broker", "reset", *rights[1:])
+        server.command("SCRIPT", "FLUSH")
         (said,) = await of_store(store)
         return said
 
@@ -407,9 +407,9 @@ async def test_N17_a_cluster(valkey_cluster: StoreCluster) -> None:
     node = valkey_cluster.masters[0]
     assert "write valkey+cluster://" in await problem_of(node)
     full = valkey_cluster.masters[-1]
-    full.ask("CONFIG", "SET", "maxmemory", "1")
+    full.command("CONFIG", "SET", "maxmemory", "1")
     try:
         (told,) = await of_store({"url": valkey_cluster.url})
         assert "is full and evicts nothing" in told
     finally:
-        full.ask("CONFIG", "SET", "maxmemory", "0")
+        full.command("CONFIG", "SET", "maxmemory", "0")

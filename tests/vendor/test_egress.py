@@ -53,10 +53,10 @@ class Site:
         tree = merged(good(self.folder), {"issuer": {"kind": "upstream", "upstream": section}})
         return write(self.folder / "broker.toml", toml(tree))
 
-    async def ask(self, broker: Broker) -> tuple[int, dict[str, Any]]:
+    async def request_token(self, broker: Broker) -> tuple[int, dict[str, Any]]:
         """Ask for one token."""
         async with Caller(broker, secret_in(str(self.folder / "web"))) as caller:
-            status, body, _ = await caller.ask(visitor())
+            status, body, _ = await caller.request_token(visitor())
             return status, body
 
     async def doctor(self, path: str, **environ: str) -> str:
@@ -117,7 +117,7 @@ async def test_N14_the_proxy_carries_every_call_and_reads_none(site: Site, way: 
                 environ["HTTPS_PROXY"] = url.removeprefix("http://")
         path = site.configured(**upstream)
         async with broker_at(site, path, **environ) as broker:
-            status, answer = await site.ask(broker)
+            status, answer = await site.request_token(broker)
         assert (status, len(site.vendor.journal.calls)) == (200, 1)
         assert proxy.asked == [f"CONNECT {VENDOR}:443 HTTP/1.1"]
         assert site.vendor.secret.reveal().encode() not in proxy.through
@@ -155,11 +155,11 @@ async def test_N14_tls_to_the_proxy_and_tls_inside_of_it(site: Site) -> None:
     async with ConnectProxy(site.ports, tls=site.tls) as proxy:
         path = site.configured(proxy=proxy.url)
         async with broker_at(site, path) as broker:
-            assert (await site.ask(broker))[0] == 200
+            assert (await site.request_token(broker))[0] == 200
         assert len(proxy.asked) == 1
         environ = {"SSL_CERT_FILE": "/dev/null"}
         async with broker_at(site, path, **environ) as broker:
-            assert (await site.ask(broker))[0] == 502
+            assert (await site.request_token(broker))[0] == 502
             assert await counted(broker) == {"tls": 1}
     assert len(site.vendor.journal.calls) == 1
 
@@ -178,7 +178,7 @@ async def test_N14_its_407_and_its_502_are_named(
     async with ConnectProxy(known, user=user) as proxy:
         path = site.configured(proxy=proxy.url)
         async with broker_at(site, path) as broker:
-            status, answer = await site.ask(broker)
+            status, answer = await site.request_token(broker)
             assert (status, answer["error"]["code"]) == (502, "UPSTREAM_UNAVAILABLE")
             assert answer["error"]["message"].endswith(f": {reason}")
             assert set(await counted(broker)) == {reason}
@@ -196,7 +196,7 @@ async def test_N14_a_proxy_that_never_ends_its_answer_to_connect(
     """It is hung up on, and named: the broker is not held up, the vendor is never reached."""
     async with FloodServer(flood, tls=site.tls if over == "https" else None) as proxy:
         async with broker_at(site, site.configured(proxy=proxy.url)) as broker:
-            status, answer = await site.ask(broker)
+            status, answer = await site.request_token(broker)
             assert status == 502
             assert answer["error"]["message"].endswith(": headers_too_large")
             assert await counted(broker) == {"headers_too_large": 1}
@@ -221,7 +221,7 @@ async def test_N14_a_proxy_that_talks_on_behind_its_answer_to_connect(
         FloodServer(Flood("", head, b"x" * 65_536, Reason.TLS)) as proxy,
         broker_at(site, site.configured(proxy=proxy.url)) as broker,
     ):
-        assert (await site.ask(broker))[0] == 502
+        assert (await site.request_token(broker))[0] == 502
         assert set(await counted(broker)) == {reason}
         await until(lambda: proxy.calls == proxy.over)
 
@@ -239,7 +239,7 @@ async def test_N14_a_vendor_that_never_ends_its_answer_behind_a_proxy(
         ) as proxy,
         broker_at(site, site.configured(proxy=proxy.url)) as broker,
     ):
-        assert (await site.ask(broker))[0] == 502
+        assert (await site.request_token(broker))[0] == 502
         assert await counted(broker) == {flood.reason.value: 1}
         await until(lambda: vendor.over == 1)
 
@@ -249,7 +249,7 @@ async def test_N14_a_proxy_that_is_not_there(site: Site, host: str) -> None:
     """No connection and no address are the proxy's fault, not the vendor's."""
     path = site.configured(proxy=f"http://{host}:{free_port()}")
     async with broker_at(site, path) as broker:
-        assert (await site.ask(broker))[0] == 502
+        assert (await site.request_token(broker))[0] == 502
         assert set(await counted(broker)) == {"proxy_connect"}
     assert "no connection to the egress proxy" in await site.doctor(path)
 
@@ -260,10 +260,10 @@ async def test_N14_a_reload_takes_over_another_proxy(site: Site) -> None:
     async with ConnectProxy(site.ports, user=user) as proxy:
         file = write(site.folder / "proxy", f"http://relay:old@{proxy.address}")
         async with broker_at(site, site.configured(proxy_file=file)) as broker:
-            assert (await site.ask(broker))[0] == 502
+            assert (await site.request_token(broker))[0] == 502
             write(Path(file), f"http://{user}@{proxy.address}")
             await asyncio.to_thread(broker.reload)
-            assert (await site.ask(broker))[0] == 200
+            assert (await site.request_token(broker))[0] == 200
 
 
 async def test_N14_a_reload_keeps_the_proxy(site: Site) -> None:
@@ -276,7 +276,7 @@ async def test_N14_a_reload_keeps_the_proxy(site: Site) -> None:
                 told = await asyncio.to_thread(broker.reload)
                 assert told["event"] == "broker.reloaded"
                 asked = len(proxy.asked)
-                assert (await site.ask(broker))[0] == 200
+                assert (await site.request_token(broker))[0] == 200
                 assert len(proxy.asked) == asked + 1, "a connection of its own, by the proxy"
             assert told["needs_restart"] == ["issuer.upstream.base_url"]
 

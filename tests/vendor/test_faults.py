@@ -65,7 +65,7 @@ async def test_a_refusal_that_is_remembered_is_one_line_a_minute(vendor: FakeVen
     async with broker_before(vendor, {"log": {"level": "info"}}) as house:
         vendor.fail(faults.error(Refusal.NOT_FOUND))
         for _ in range(12):
-            assert (await house.ask()).code == "NOT_FOUND"
+            assert (await house.request_token()).code == "NOT_FOUND"
         assert len(vendor.journal.calls) == 1
     assert len(house.events("broker.embed_token")) == 2  # the vendor's, the first from memory
     (summary,) = house.events("broker.refusals")
@@ -78,7 +78,7 @@ class TestVerdicts:
         self, relay: Relay, what: Refusal, remembered: int | None
     ) -> None:
         """Status and code are the vendor's; no retry, no breaker, no pause; then the right TTL."""
-        await relay.ask()
+        await relay.request_token()
         planned = relay.vendor.fail(faults.error(what))
         error = await relay.failure()
         assert told(error) == what.value
@@ -96,7 +96,7 @@ class TestVerdicts:
             relay.clock.advance(remembered - 0.001)
             assert told(await relay.failure()) == what.value
             relay.clock.advance(0.001)
-        await relay.ask()
+        await relay.request_token()
 
     @pytest.mark.parametrize("what", [what for what, ttl in VERDICTS if ttl is not None])
     async def test_V2_are_remembered_for_whom_they_hold(self, relay: Relay, what: Refusal) -> None:
@@ -107,7 +107,7 @@ class TestVerdicts:
             if what in ACCOUNT_WIDE:
                 assert told(await relay.failure(agent=agent, model=model)) == what.value
             else:
-                await relay.ask(agent=agent, model=model)
+                await relay.request_token(agent=agent, model=model)
 
     async def test_V2_one_bad_fingerprint_does_not_poison_an_agent(self, relay: Relay) -> None:
         """A 400 or a plain 422 is about one request: the next visitor is asked for."""
@@ -115,7 +115,7 @@ class TestVerdicts:
         relay.vendor.fail(faults.error(Refusal.UNPROCESSABLE), fingerprint=bad)
         for _ in range(3):
             assert told(await relay.failure(bad)) == Refusal.UNPROCESSABLE.value
-            await relay.ask()
+            await relay.request_token()
 
     async def test_M4_a_refusal_does_not_hide_a_later_success(self, relay: Relay) -> None:
         """A mint that was under way and succeeds proves that the refusal is over."""
@@ -126,7 +126,7 @@ class TestVerdicts:
         await relay.arrived(1)
         assert told(await relay.failure()) == Refusal.NOT_FOUND.value
         await late
-        await relay.ask()
+        await relay.request_token()
 
     async def test_M4_a_timeout_is_not_remembered(self) -> None:
         """Neither is a reset or a page of the edge: the next visitor is asked for at once."""
@@ -134,7 +134,7 @@ class TestVerdicts:
             for fault in (faults.hang(), faults.edge_denied(), faults.html()):
                 with relay.vendor.fail(fault):
                     await relay.failure()
-                await relay.ask()
+                await relay.request_token()
 
     async def test_V2_the_vendor_s_message_is_shown_only_where_it_is_harmless(
         self, relay: Relay
@@ -196,11 +196,11 @@ class TestPassingFaults:
         """The caller is told 502 or 504, once; all is counted; whoever is known is served."""
         async with relaying(timeout=1) as relay:
             known = visitor()
-            held = await relay.ask(known)
+            held = await relay.request_token(known)
             with relay.vendor.fail(fault):
                 new = relay.begin()
                 await relay.arrived(2)
-                answer = await relay.ask(known)
+                answer = await relay.request_token(known)
                 assert answer.token is held.token
                 with pytest.raises(BrokerError) as caught:
                     await new
@@ -213,7 +213,7 @@ class TestPassingFaults:
             assert relay.statuses == expected_statuses
             assert not relay.issuer.credentials.is_open
             assert relay.paused_for == 0
-            await relay.ask()
+            await relay.request_token()
 
     @pytest.mark.parametrize("fault", faults.tokenless(), ids=lambda fault: fault.name)
     async def test_V4_a_200_without_a_token_is_an_error(self, relay: Relay, fault: Fault) -> None:
@@ -229,10 +229,10 @@ class TestPassingFaults:
 
     async def test_V4_a_body_of_just_the_bound_is_read(self, relay: Relay) -> None:
         """The bound is not one byte lower than it says."""
-        await relay.ask()
+        await relay.request_token()
         reply = len(await _plain_answer(relay))
         relay.vendor.fail(faults.huge(MAX_BODY - reply))
-        await relay.ask()
+        await relay.request_token()
         relay.vendor.heal()
         relay.vendor.fail(faults.huge(MAX_BODY - reply + 1))
         assert told(await relay.failure()) == BROKEN
@@ -266,30 +266,30 @@ class TestPassingFaults:
     async def test_V5_refused_connections(self, relay: Relay) -> None:
         """Nobody listens: 502, one retry, each counted."""
         known = visitor()
-        held = await relay.ask(known)
+        held = await relay.request_token(known)
         await relay.vendor.refuse_connections()
         assert told(await relay.failure()) == BROKEN
-        assert (await relay.ask(known)).token is held.token
+        assert (await relay.request_token(known)).token is held.token
         assert relay.errors == {"connect": 2}
         assert relay.statuses == {"200": 1, "none": 2}
         await relay.vendor.accept_connections()
-        await relay.ask()
+        await relay.request_token()
 
     async def test_V5_connections_that_nobody_accepts(self) -> None:
         """A hang before the request is out: 504 within the timeout, and no retry."""
         async with relaying(timeout=0.3) as relay:
             known = visitor()
-            held = await relay.ask(known)
+            held = await relay.request_token(known)
             await relay.vendor.ignore_connections()
             new = relay.begin()
             await asyncio.sleep(0.02)
-            assert (await relay.ask(known)).token is held.token
+            assert (await relay.request_token(known)).token is held.token
             with pytest.raises(BrokerError) as caught:
                 await new
             assert told(caught.value) == LATE
             assert relay.errors == {"timeout": 1}
             await relay.vendor.accept_connections()
-            await relay.ask()
+            await relay.request_token()
 
     async def test_N13_a_call_without_a_connection_does_not_hold_its_slot_for_long(self) -> None:
         """It cannot arrive: its slot is for one that may get through, whatever a call may take."""
@@ -351,10 +351,10 @@ class TestPassingFaults:
 
     async def test_V5_a_connection_that_was_closed_while_it_was_idle(self, relay: Relay) -> None:
         """The pool's stale connections cost no caller a failure."""
-        await relay.ask()
+        await relay.request_token()
         await relay.vendor.refuse_connections()
         await relay.vendor.accept_connections()
-        await relay.ask()
+        await relay.request_token()
 
 
 class TestThrottling:
@@ -380,7 +380,7 @@ class TestThrottling:
         """Clamped to 1 s - 5 min, 5 s if it says nothing; the caller is told the same."""
         async with relaying(budget=IMPATIENT) as relay:
             known = visitor()
-            held = await relay.ask(known)
+            held = await relay.request_token(known)
             relay.vendor.fail(faults.error(Refusal.RATE_LIMITED, retry_after=value))
             error = await relay.failure()
             assert told(error) == SHED
@@ -392,7 +392,7 @@ class TestThrottling:
             assert told(other) == SHED
             assert relay.calls == 2
             assert relay.errors == {"rate_limited": 1}
-            assert (await relay.ask(known)).token is held.token
+            assert (await relay.request_token(known)).token is held.token
 
     @pytest.mark.parametrize("skew", [0, 300, -300])
     async def test_V1_a_date_is_held_against_the_vendor_s_clock(self, skew: int) -> None:
@@ -408,7 +408,7 @@ class TestThrottling:
     async def test_V1_who_can_outwait_a_short_pause_is_served_after_it(self, relay: Relay) -> None:
         """A 429 is waited out inside the caller's patience, with one more call."""
         relay.vendor.fail(faults.error(Refusal.RATE_LIMITED, retry_after="1"), times=1)
-        await relay.ask()
+        await relay.request_token()
         assert [call.status for call in relay.vendor.journal.calls] == [429, 200]
         first, second = relay.vendor.journal.calls
         assert first.mono == second.mono  # its clock stands still; ours waited
@@ -419,7 +419,7 @@ class TestThrottling:
         relay.vendor.fail(faults.error(Refusal.SESSION_LIMIT, retry_after="60"), times=1)
         assert told(await relay.failure()) == (429, "SESSION_LIMIT")
         assert relay.paused_for == 0
-        await relay.ask()
+        await relay.request_token()
 
     async def test_V1_a_hint_that_little_is_left_is_believed(self, relay: Relay) -> None:
         """X-RateLimit-Remaining below our own count: the budget shrinks to it."""
@@ -457,7 +457,7 @@ class TestRetriesAndBreaker:
         """One 5xx, one reset, one refused connection: the caller gets a token."""
         for fault in (faults.error(Refusal.INTERNAL_ERROR), faults.reset(), faults.html()):
             with relay.vendor.fail(fault, times=1):
-                await relay.ask()
+                await relay.request_token()
         assert relay.calls == 6
 
     async def test_V7_what_took_long_is_not_tried_again(self) -> None:
@@ -483,8 +483,8 @@ class TestRetriesAndBreaker:
             await asyncio.gather(*crowd, return_exceptions=True)
         assert relay.calls == before + 1
         relay.clock.advance(10)
-        await relay.ask()
-        await asyncio.gather(*(relay.ask() for _ in range(50)))
+        await relay.request_token()
+        await asyncio.gather(*(relay.request_token() for _ in range(50)))
 
     async def test_V8_a_probe_that_fails_doubles_the_pause(self, relay: Relay) -> None:
         """5, 10, 20, 40, 60, 60 s: in an hour of outage about sixty calls."""
@@ -505,7 +505,7 @@ class TestRetriesAndBreaker:
             assert told(await relay.failure()) == LATE
         relay.minter._timeout = 5
         relay.vendor.heal()
-        await relay.ask()
+        await relay.request_token()
         assert not relay.issuer.health.is_open
 
     async def test_V8_a_probe_deserted_by_its_callers_still_decides(self, relay: Relay) -> None:
@@ -540,11 +540,11 @@ class TestOverHttp:
         tree = {"issuer": {"upstream": {"timeout": "300ms"}}}
         async with broker_before(vendor, tree) as house:
             known = visitor()
-            first = await house.ask(known)
+            first = await house.request_token(known)
             for number, (fault, status, code) in enumerate(rows):
                 with vendor.fail(fault):
-                    reply = await house.ask(agent=f"agent-{number}")
-                    again = await house.ask(known)
+                    reply = await house.request_token(agent=f"agent-{number}")
+                    again = await house.request_token(known)
                 assert (reply.status, reply.code) == (status, code)
                 assert ("Retry-After" in reply.headers) == (status == 503)
                 assert reply.headers["Cache-Control"] == "no-store"
@@ -590,8 +590,8 @@ class TestOverHttp:
     async def test_who_we_are_and_which_request_this_is(self, house: House) -> None:
         """User-Agent, request id and a well-formed traceparent reach the vendor; others do not."""
         good = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-        await house.ask(headers={"X-Request-Id": "abc.1", "traceparent": good})
-        await house.ask(headers={"X-Request-Id": "b@d", "traceparent": "not one"})
+        await house.request_token(headers={"X-Request-Id": "abc.1", "traceparent": good})
+        await house.request_token(headers={"X-Request-Id": "b@d", "traceparent": "not one"})
         first, second = house.vendor.journal.calls
         assert (first.user_agent, first.request_id, first.traceparent) == (
             USER_AGENT,
@@ -619,7 +619,7 @@ async def _plain_answer(relay: Relay) -> bytes:
         return answer
 
     with relay.vendor.fail(Fault(name="look", edit=look)):
-        await relay.ask()
+        await relay.request_token()
     return seen[0]
 
 
@@ -670,7 +670,7 @@ async def test_M4_a_refusal_from_memory_says_so(relay: Relay) -> None:
     remembered = []
     for _ in range(2):
         with pytest.raises(BrokerError) as refused:
-            await relay.ask()
+            await relay.request_token()
         remembered.append(refused.value.remembered)
     assert remembered == [False, True]
     assert relay.calls == 1

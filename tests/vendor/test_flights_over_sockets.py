@@ -38,7 +38,7 @@ class TestFlights:
         """Over HTTP on both sides: one call, one token, one session, one charge of the agent."""
         fingerprint = visitor()
         with house.vendor.fail(faults.slow(0.2)):
-            replies = await asyncio.gather(*(house.ask(fingerprint) for _ in range(1000)))
+            replies = await asyncio.gather(*(house.request_token(fingerprint) for _ in range(1000)))
         assert len(house.vendor.journal.calls) == 1
         assert {reply.status for reply in replies} == {200}
         assert len({reply.body for reply in replies}) == 1
@@ -63,15 +63,15 @@ class TestFlights:
         fingerprint = visitor()
         loop = asyncio.get_running_loop()
         with house.vendor.fail(faults.slow(4.0)):
-            first = loop.create_task(house.ask(fingerprint))
+            first = loop.create_task(house.request_token(fingerprint))
             await house.arrived(1)
-            others = [loop.create_task(house.ask(fingerprint)) for _ in range(10)]
+            others = [loop.create_task(house.request_token(fingerprint)) for _ in range(10)]
             await until(lambda: _waiting(house) == 11, "everybody to wait")
             first.cancel()
             await until(lambda: _waiting(house) == 10, "the first one to be gone")
             replies = await asyncio.gather(*others)
         assert {reply.status for reply in replies} == {200}
-        assert (await house.ask(fingerprint)).reused
+        assert (await house.request_token(fingerprint)).reused
         assert len(house.vendor.journal.calls) == 1
 
     async def test_F2_G2_the_first_caller_leaves_the_queue_and_the_others_keep_the_place(
@@ -95,10 +95,10 @@ class TestFlights:
         """Each waits for their own time: one is told 504, the other gets the token."""
         fingerprint = visitor()
         relay.vendor.fail(faults.slow(0.2))
-        patient = relay.begin(fingerprint)
+        waiting = relay.begin(fingerprint)
         with pytest.raises(UpstreamTimeout):
-            await relay.ask(fingerprint, patience=0.01)
-        await patient
+            await relay.request_token(fingerprint, timeout=0.01)
+        await waiting
         assert relay.calls == 1
 
     async def test_F3_a_mint_that_everybody_left_is_finished_once_it_is_sent(
@@ -113,7 +113,7 @@ class TestFlights:
             caller.cancel()
         await asyncio.gather(*callers, return_exceptions=True)
         await relay.settled()
-        assert (await relay.ask(fingerprint)).outcome is Outcome.REUSED
+        assert (await relay.request_token(fingerprint)).outcome is Outcome.REUSED
         assert relay.calls == 1
 
     async def test_F3_a_mint_that_everybody_left_in_the_queue_never_goes_out(self) -> None:
@@ -176,7 +176,7 @@ class TestFlights:
             await relay.settled()
         gc.collect()
         assert complaints == []
-        assert (await relay.ask(fingerprint)).outcome is Outcome.MINTED
+        assert (await relay.request_token(fingerprint)).outcome is Outcome.MINTED
 
     async def test_F8_G8_no_interleaving_gives_a_visitor_another_s_token(
         self, vendor: FakeVendor
@@ -196,7 +196,7 @@ class TestFlights:
                 model = chance.choice(models)
                 fields = {} if model is None else {"model": model}
                 fresh = chance.random() < 0.1
-                reply = await house.ask(fingerprint, agent=agent, fresh=fresh, **fields)
+                reply = await house.request_token(fingerprint, agent=agent, fresh=fresh, **fields)
                 if reply.status != 200:
                     assert reply.code == "VALIDATION_ERROR"
                     return
@@ -220,7 +220,8 @@ class TestFlights:
         fingerprint = visitor()
         with house.vendor.fail(faults.slow(0.2)):
             callers = [
-                asyncio.get_running_loop().create_task(house.ask(fingerprint)) for _ in range(100)
+                asyncio.get_running_loop().create_task(house.request_token(fingerprint))
+                for _ in range(100)
             ]
             leavers = callers[::2]
             chance.shuffle(leavers)
@@ -241,14 +242,14 @@ class TestLifetimes:
         """A token lives for `exp - iat` from the start of its mint, whatever time it says."""
         async with relaying(msgspec.structs.replace(UNLIMITED, skew=float(skew))) as relay:
             fingerprint = visitor()
-            first = await relay.ask(fingerprint)
+            first = await relay.request_token(fingerprint)
             assert first.left == HOUR * SECOND
             relay.clock.advance(HOUR - 15 * 60 - 1)
-            assert (await relay.ask(fingerprint)).outcome is Outcome.REUSED
+            assert (await relay.request_token(fingerprint)).outcome is Outcome.REUSED
             await relay.settled()
             assert relay.calls == 1
             relay.clock.advance(10 * 60 + 2)
-            again = await relay.ask(fingerprint)
+            again = await relay.request_token(fingerprint)
             assert (again.outcome, relay.calls) == (Outcome.MINTED, 2)
 
     async def test_T8_the_time_that_the_mint_took_is_not_added_to_the_life(
@@ -282,18 +283,18 @@ class TestLifetimes:
         """Never cached for ever; after that time the vendor is asked again."""
         relay.vendor.fail(faults.claims(**claims))
         fingerprint = visitor()
-        issued = await relay.ask(fingerprint)
+        issued = await relay.request_token(fingerprint)
         assert issued.left == left
         relay.clock.advance(left / SECOND)
         relay.vendor.heal()
-        assert (await relay.ask(fingerprint)).outcome is Outcome.MINTED
+        assert (await relay.request_token(fingerprint)).outcome is Outcome.MINTED
         assert relay.calls == 2
 
     async def test_T4_a_token_without_expiry_lives_for_an_hour(self, relay: Relay) -> None:
         """`exp` missing; then both missing."""
         for without in (["exp"], ["exp", "iat"]):
             with relay.vendor.fail(faults.claims(without=without)):
-                assert (await relay.ask()).left == MAX_LIFETIME
+                assert (await relay.request_token()).left == MAX_LIFETIME
 
     @pytest.mark.parametrize("seconds", [0, -1, -3600])
     async def test_T2_a_token_that_had_expired_on_arrival_is_an_error(self, seconds: int) -> None:
@@ -315,7 +316,7 @@ class TestLifetimes:
         """Its life was an hour, so the floors are an hour's, however little is left of it."""
         fingerprint = visitor()
         relay.vendor.fail(faults.same_token())
-        await relay.ask(fingerprint)
+        await relay.request_token(fingerprint)
         relay.clock.advance(HOUR - left)
         relay.tokens.clear()  # as after a restart
         assert isinstance(await relay.failure(fingerprint), UpstreamUnavailable)
@@ -326,10 +327,10 @@ class TestLifetimes:
         """With the life that it has left, and asked for a successor at an hour's marks."""
         fingerprint = visitor()
         relay.vendor.fail(faults.same_token())
-        first = await relay.ask(fingerprint)
+        first = await relay.request_token(fingerprint)
         relay.clock.advance(1800)
         relay.tokens.clear()
-        again = await relay.ask(fingerprint)
+        again = await relay.request_token(fingerprint)
         assert (token_of(again), again.left) == (token_of(first), 1800 * SECOND)
         assert again.token.mark >= POLICY.floor
 
@@ -337,7 +338,7 @@ class TestLifetimes:
         """In the renewal window and below the floor: served, and the vendor hardly asked."""
         async with relaying(draw=lambda: 0.9) as relay:
             fingerprint = visitor()
-            first = await relay.ask(fingerprint)
+            first = await relay.request_token(fingerprint)
             relay.vendor.fail(faults.same_token())
             for left in (14 * 60, 4 * 60):
                 before = relay.calls
@@ -345,14 +346,14 @@ class TestLifetimes:
                     first.token.left(relay.clock.mono(), relay.clock.wall()) / SECOND - left
                 )
                 for _ in range(200):
-                    assert token_of(await relay.ask(fingerprint)) == token_of(first)
+                    assert token_of(await relay.request_token(fingerprint)) == token_of(first)
                     await relay.settled()
                 assert relay.calls == before + 1
             assert relay.refreshes("ahead", "same") == 1
             assert relay.refreshes("floor", "same") == 1
             relay.clock.advance(60)
             relay.vendor.heal()
-            again = await relay.ask(fingerprint)
+            again = await relay.request_token(fingerprint)
             assert token_of(again) != token_of(first)
             assert again.left == HOUR * SECOND
 
@@ -363,7 +364,7 @@ class TestLifetimes:
         async with relaying(settings) as relay:
             fingerprint = visitor()
             for _ in range(100):
-                issued = await relay.ask(fingerprint)
+                issued = await relay.request_token(fingerprint)
                 await relay.settled()
                 assert issued.left > 0
                 relay.clock.advance(seconds / 100)
@@ -384,10 +385,10 @@ class TestLifetimes:
         """Set forward, a token is renewed early; set back, it dies on the other clock."""
         async with relaying() as relay:
             fingerprint = visitor()
-            await relay.ask(fingerprint)
+            await relay.request_token(fingerprint)
             relay.clock.step_wall(step)
             relay.clock.advance(HOUR - 299)
-            assert (await relay.ask(fingerprint)).outcome is Outcome.MINTED
+            assert (await relay.request_token(fingerprint)).outcome is Outcome.MINTED
 
     @pytest.mark.parametrize(("left", "renewed"), [(300.0, 0), (299.999999, 1)])
     async def test_T8_at_the_floor_exactly_it_is_still_handed_out(
@@ -396,9 +397,9 @@ class TestLifetimes:
         """One microsecond less, and a new one is minted first."""
         async with relaying(draw=lambda: 0.0) as relay:
             fingerprint = visitor()
-            await relay.ask(fingerprint)
+            await relay.request_token(fingerprint)
             relay.clock.advance(HOUR - left)
-            issued = await relay.ask(fingerprint)
+            issued = await relay.request_token(fingerprint)
             assert (issued.outcome is Outcome.MINTED) == bool(renewed)
             await relay.settled()
 
@@ -408,19 +409,19 @@ class TestLifetimes:
         """Backed off, not latched: callers are served, and the vendor's recovery is used."""
         async with relaying(draw=lambda: 0.9) as relay:
             fingerprint = visitor()
-            first = await relay.ask(fingerprint)
+            first = await relay.request_token(fingerprint)
             relay.clock.advance(HOUR - 14 * 60)
             with relay.vendor.fail(faults.error(Refusal.CONCURRENCY_LIMIT_REACHED)):
                 for tries in range(1, 5):
                     for _ in range(50):
-                        issued = await relay.ask(fingerprint)
+                        issued = await relay.request_token(fingerprint)
                         assert issued.token is first.token
                         await relay.settled()
                     assert relay.calls == 1 + tries
                     relay.clock.advance(5)
-            await relay.ask(fingerprint)
+            await relay.request_token(fingerprint)
             await relay.settled()
-            renewed = await relay.ask(fingerprint)
+            renewed = await relay.request_token(fingerprint)
             assert token_of(renewed) != token_of(first)
             assert relay.refreshes("ahead", "failed") == 4
             assert relay.refreshes("ahead", "renewed") == 1
@@ -428,16 +429,16 @@ class TestLifetimes:
     async def test_G5_nobody_with_a_good_token_waits_for_a_renewal(self, relay: Relay) -> None:
         """The renewal hangs; a hundred requests are answered while it does, with the old token."""
         fingerprint = visitor()
-        first = await relay.ask(fingerprint)
+        first = await relay.request_token(fingerprint)
         await until(
             lambda: relay.pacer.has_headroom, "half a burst"
         )  # the first answer takes some back
         relay.clock.advance(HOUR - 6 * 60)
         with relay.vendor.fail(faults.hang()):
             for _ in range(100):
-                assert (await relay.ask(fingerprint)).token is first.token
+                assert (await relay.request_token(fingerprint)).token is first.token
             await relay.arrived(2)
-            assert (await relay.ask(fingerprint)).token is first.token
+            assert (await relay.request_token(fingerprint)).token is first.token
             assert len(relay.service.flights) == 1
             assert relay.calls == 2
             await relay.vendor.refuse_connections()
@@ -448,27 +449,27 @@ class TestLifetimes:
     ) -> None:
         """The caller is told the failure; later requests still reuse."""
         fingerprint = visitor()
-        first = await relay.ask(fingerprint)
+        first = await relay.request_token(fingerprint)
         with relay.vendor.fail(faults.html()):
             assert (await relay.failure(fingerprint, fresh=True)).status == 502
-        assert (await relay.ask(fingerprint)).token is first.token
-        second = await relay.ask(fingerprint, fresh=True)
+        assert (await relay.request_token(fingerprint)).token is first.token
+        second = await relay.request_token(fingerprint, fresh=True)
         assert session_of(second) != session_of(first)
-        assert (await relay.ask(fingerprint)).token is second.token
+        assert (await relay.request_token(fingerprint)).token is second.token
 
     async def test_F8_two_keys_two_tokens(self, relay: Relay) -> None:
         """Agent, visitor, model and client: whoever differs in one has a token of their own."""
         fingerprint = "ab" * 8
-        asks = [
+        requests = [
             {},
             {"agent": AGENT.lower()},
             {"model": "m"},
             {"model": "M"},
             {"client": "other"},
         ]
-        all_issued = [await relay.ask(fingerprint, **request) for request in asks]
-        assert len({token_of(issued) for issued in all_issued}) == len(asks)
-        for request, issued in zip(asks, all_issued, strict=True):
+        all_issued = [await relay.request_token(fingerprint, **request) for request in requests]
+        assert len({token_of(issued) for issued in all_issued}) == len(requests)
+        for request, issued in zip(requests, all_issued, strict=True):
             assert belongs_to(
                 issued, fingerprint, request.get("agent", AGENT), request.get("model")
             )
@@ -480,11 +481,11 @@ class TestStale:
     ) -> None:
         """Down to the floor in outage; then an honest failure."""
         fingerprint = visitor()
-        first = await relay.ask(fingerprint)
+        first = await relay.request_token(fingerprint)
         relay.vendor.fail(faults.html())
         relay.clock.advance(HOUR - 299)
         for _ in range(39):
-            issued = await relay.ask(fingerprint)
+            issued = await relay.request_token(fingerprint)
             assert issued.token is first.token
             assert issued.left >= POLICY.outage
             relay.clock.advance(6)

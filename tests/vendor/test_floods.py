@@ -29,7 +29,7 @@ from broker.telemetry.labels import Reason
 BUFFERS = 20_000_000
 """Bytes that the kernel takes from a sender whose receiver reads nothing more, and then some."""
 
-PATIENCE = 60.0
+TIMEOUT = 60.0
 """Seconds after which something that should happen is taken not to: machines are busy."""
 
 PROMPT = 5.0
@@ -43,9 +43,9 @@ async def test_V4_an_answer_without_end_is_a_failure_with_a_name(flood: Flood) -
     """The caller is told at once; the connection ends; the slot is free; no key is blamed."""
     async with (
         FloodServer(flood) as vendor,
-        relaying(base_url=vendor.url, timeout=PATIENCE) as relay,
+        relaying(base_url=vendor.url, timeout=TIMEOUT) as relay,
     ):
-        error = await relay.failure(patience=PATIENCE)
+        error = await relay.failure(timeout=TIMEOUT)
         assert (error.status, error.code) == (502, "UPSTREAM_UNAVAILABLE")
         assert set(relay.errors) == {flood.reason.value}
         assert relay.errors[flood.reason.value] == vendor.calls
@@ -63,7 +63,7 @@ async def test_N13_a_call_has_arrived_when_there_is_the_head_of_an_answer(flood:
     """An interim one is none: it says nothing of the call, and would free the slot too soon."""
     heads: list[int] = []
     async with FloodServer(flood) as vendor:
-        client = VendorClient(vendor.url, PATIENCE)
+        client = VendorClient(vendor.url, TIMEOUT)
         try:
             with pytest.raises(Exception, match=flood.reason.value):
                 await client.mint(KEY, b"{}", {}, lambda: heads.append(1))
@@ -77,9 +77,9 @@ async def test_V4_what_comes_before_there_is_a_request(flood: Flood) -> None:
     """A server that talks first, and does not stop."""
     async with (
         FloodServer(flood, at_once=True) as vendor,
-        relaying(base_url=vendor.url, timeout=PATIENCE) as relay,
+        relaying(base_url=vendor.url, timeout=TIMEOUT) as relay,
     ):
-        assert (await relay.failure(patience=PATIENCE)).status == 502
+        assert (await relay.failure(timeout=TIMEOUT)).status == 502
         assert set(relay.errors) <= {flood.reason.value, "reset"}
         await until(lambda: vendor.over == vendor.calls)
         assert vendor.most < BUFFERS
@@ -107,7 +107,7 @@ async def test_V4_a_body_that_trickles_on_when_nobody_waits_ends_with_its_call(
             assert (await relay.failure()).status == 504
             assert len(relay.issuer._calls) == 1
             told.set()
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 await over.wait()
             await until(lambda: len(relay.issuer._calls) == 0)
             assert relay.pacer._slots.outstanding == 0
@@ -124,9 +124,9 @@ async def test_V4_another_protocol_is_no_answer(more: str) -> None:
     flood = Flood("101", head, b"x" * 65_536, Reason.UNEXPECTED_STATUS)
     async with (
         FloodServer(flood) as vendor,
-        relaying(base_url=vendor.url, timeout=PATIENCE) as relay,
+        relaying(base_url=vendor.url, timeout=TIMEOUT) as relay,
     ):
-        assert (await relay.failure(patience=PATIENCE)).status == 502
+        assert (await relay.failure(timeout=TIMEOUT)).status == 502
         assert relay.errors == {"unexpected_status": 1}
         await until(lambda: vendor.over == 1)
 
@@ -139,7 +139,7 @@ async def test_V4_another_protocol_is_no_answer(more: str) -> None:
 async def test_V4_answers_that_nobody_asked_for(head: bytes) -> None:
     """The first one is the answer; of the others, however many, nothing is kept."""
     async with FloodServer(Flood("", b"", head * 1000, Reason.RESET)) as vendor:
-        client = VendorClient(vendor.url, PATIENCE)
+        client = VendorClient(vendor.url, TIMEOUT)
         try:
             answer = await client.mint(KEY, b"{}", {})
             assert answer.body == b""
@@ -174,7 +174,7 @@ async def test_V4_what_an_answer_may_have_is_read(before: bytes, body: bytes) ->
         writer.close()
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        client = VendorClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", PATIENCE)
+        client = VendorClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", TIMEOUT)
         try:
             answer = await client.mint(KEY, b"{}", {})
         finally:
@@ -192,7 +192,10 @@ async def test_V4_a_flood_touches_nobody_else(tmp_path: Path, flood: Flood) -> N
             async with Caller(broker, secret_in(str(tmp_path / "web"))) as caller:
                 await caller.ready()
                 before = _most_memory(broker)
-                asked = [asyncio.create_task(caller.ask(visitor(), agent=f"A{n}")) for n in (1, 2)]
+                asked = [
+                    asyncio.create_task(caller.request_token(visitor(), agent=f"A{n}"))
+                    for n in (1, 2)
+                ]
                 while not all(task.done() for task in asked):
                     async with asyncio.timeout(PROMPT):
                         async with caller.http.get(f"{broker.url}/livez") as answer:

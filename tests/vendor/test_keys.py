@@ -124,13 +124,13 @@ async def test_V3_a_revoked_first_key_of_two_no_caller_notices(relay: Relay) -> 
     """The call that meets the refusal goes on with the next key; the first is not asked again."""
     second = relay.vendor.add_secret()
     relay.issuer.use_keys([relay.vendor.secret, second])
-    await relay.ask()
+    await relay.request_token()
     relay.vendor.revoke_secret(relay.vendor.secret)
-    all_issued = await asyncio.gather(*(relay.ask() for _ in range(5)))
+    all_issued = await asyncio.gather(*(relay.request_token() for _ in range(5)))
     assert len(all_issued) == 5
     before = relay.calls
     for _ in range(20):
-        await relay.ask()
+        await relay.request_token()
     late = relay.vendor.journal.calls[before:]
     assert {call.secret for call in late} == {second.digest().hex()}
     assert not relay.issuer.credentials.is_open
@@ -144,7 +144,7 @@ async def test_V3_after_a_rotation_nobody_in_the_queue_tries_the_old_key() -> No
         second = relay.vendor.add_secret()
         relay.issuer.use_keys([relay.vendor.secret, second])
         relay.vendor.revoke_secret(relay.vendor.secret)
-        all_issued = await asyncio.gather(*(relay.ask() for _ in range(10)))
+        all_issued = await asyncio.gather(*(relay.request_token() for _ in range(10)))
         assert len(all_issued) == 10
         assert relay.vendor.journal.in_window(60, where=failed) == 1
 
@@ -166,7 +166,7 @@ async def test_V3_refusals_that_turn_into_429_stay_a_matter_of_the_key() -> None
 async def test_V3_a_429_with_a_good_key_is_not_a_matter_of_the_key() -> None:
     """The other way round: after an accepted key a 429 pauses the budget, and is a 503."""
     async with relaying(budget=IMPATIENT) as relay:
-        await relay.ask()
+        await relay.request_token()
         relay.vendor.fail(faults.error(Refusal.RATE_LIMITED, retry_after="7"))
         error = await relay.failure()
         assert (error.status, error.code) == (503, "SERVICE_UNAVAILABLE")
@@ -187,7 +187,7 @@ async def test_V3_an_answer_that_is_not_the_vendor_s_own_condemns_no_key(relay: 
             await relay.failure()
         assert not relay.issuer.credentials.is_open
         assert not relay.issuer.credentials.rejected
-    await relay.ask()
+    await relay.request_token()
 
 
 @pytest.mark.parametrize("fault", [faults.bare_unauthorized(), faults.bare_unauthorized(401)])
@@ -207,7 +207,7 @@ async def test_V3_new_keys_are_tried_at_once_and_a_good_one_opens_the_way(relay:
     await relay.failure()
     assert relay.calls == 1
     relay.issuer.use_keys([relay.vendor.add_secret()])
-    await relay.ask()
+    await relay.request_token()
     assert not relay.issuer.credentials.is_open
     assert not relay.issuer.credentials.rejected
 
@@ -222,7 +222,7 @@ async def test_V3_a_key_that_is_refused_again_is_told_of_again(relay: Relay) -> 
                 await relay.failure()
                 relay.clock.advance(KEY_PAUSE / SECOND)
             relay.vendor.add_secret(secret.reveal())
-            await relay.ask()
+            await relay.request_token()
     refused = [each["key"] for each in told if each["event"] == "broker.upstream_key_refused"]
     assert refused == [1, 1]
 
@@ -241,12 +241,12 @@ async def test_V3_T9_cached_tokens_are_answered_whatever_the_key() -> None:
     """In their renewal window too; attempts to renew are as rare as a failing key's are."""
     async with relaying(draw=lambda: 0.999) as relay:
         known = visitor()
-        held = await relay.ask(known)
+        held = await relay.request_token(known)
         relay.vendor.revoke_secret(relay.vendor.secret)
         relay.clock.advance(50 * 60)  # ten minutes left: past the mark
         for tries in range(1, 4):
             for _ in range(50):
-                assert (await relay.ask(known)).token is held.token
+                assert (await relay.request_token(known)).token is held.token
                 await relay.settled()
             assert relay.refreshes("ahead", "failed") == tries
             relay.clock.advance(6)  # past the longest back-off, not past the breaker's pause
@@ -285,7 +285,7 @@ class TestKeyFile:
             fresh.replace(key)
             changed = time.monotonic()
             async with asyncio.timeout(10):
-                while (reply := await house.ask()).status != 200:
+                while (reply := await house.request_token()).status != 200:
                     assert reply.status == 502
                     await asyncio.sleep(0.02)
             assert time.monotonic() - changed < 2  # half of it is the polling; on an idle machine
@@ -304,14 +304,14 @@ class TestKeyFile:
         async with broker_before(vendor, self.tree(key)) as house:
             key.write_text("")
             assert await house.app.reloader.reload() is False
-            assert (await house.ask()).status == 200
+            assert (await house.request_token()).status == 200
             (event,) = house.events("broker.reload_failed")
             assert "is empty" in event["error"]
 
 
 async def _besiege(house: House, rounds: int) -> None:
     for _ in range(rounds):
-        replies = await asyncio.gather(*(house.ask() for _ in range(10)))
+        replies = await asyncio.gather(*(house.request_token() for _ in range(10)))
         assert {(reply.status, reply.code) for reply in replies} == {(502, "UPSTREAM_UNAVAILABLE")}
 
 
@@ -348,6 +348,6 @@ async def test_V8_a_probe_of_the_key_that_is_cancelled_does_not_wedge_the_breake
             await relay.failure()
         assert relay.issuer.credentials.is_open
         clock.advance(10)
-        await relay.ask()
+        await relay.request_token()
         assert not relay.issuer.credentials.is_open
         await relay.close()

@@ -49,9 +49,9 @@ class Visitors:
         self.ends: dict[str, float] = {visitor(): 0.0 for _ in range(VISITORS)}
         self.seen: list[tuple[float, float, Reply]] = []
 
-    async def ask(self, fingerprint: str) -> None:
+    async def request_token(self, fingerprint: str) -> None:
         """Note when it was, the life left of what this visitor then has, and the answer."""
-        reply = await self.house.ask(fingerprint)
+        reply = await self.house.request_token(fingerprint)
         if reply.status == 200:
             claims = self.house.vendor.claims_of(reply.token)
             self.ends[fingerprint] = float(msgspec.convert(claims["exp"], int))
@@ -65,7 +65,7 @@ class Visitors:
         async with asyncio.TaskGroup() as group:
             due = time.monotonic()
             while due < ends:
-                group.create_task(self.ask(self.chance.choice(everybody)))
+                group.create_task(self.request_token(self.chance.choice(everybody)))
                 due += 1 / RATE
                 await asyncio.sleep(max(due - time.monotonic(), 0))
 
@@ -78,7 +78,9 @@ async def test_V6_G5_thirty_seconds_in_the_dark() -> None:
         crowd = Visitors(house)
         while not all(crowd.ends.values()):
             missing = [fingerprint for fingerprint, end in crowd.ends.items() if not end]
-            await asyncio.gather(*(crowd.ask(fingerprint) for fingerprint in missing[:40]))
+            await asyncio.gather(
+                *(crowd.request_token(fingerprint) for fingerprint in missing[:40])
+            )
             await asyncio.sleep(0.3)
         crowd.seen.clear()
         await crowd.come(34)  # their renewals begin about 45 s after the first of them came

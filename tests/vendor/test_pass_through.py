@@ -169,13 +169,13 @@ async def passing_to(wire: Wire, vendor: FakeVendor) -> AsyncIterator[Passing]:
         server.close()
 
 
-async def raw(house: House, data: bytes, *, patience: float = 10.0) -> bytes:
+async def raw(house: House, data: bytes, *, timeout: float = 10.0) -> bytes:
     """Send bytes over a connection of their own; returns all that comes until it ends."""
     where = urlsplit(house.app.url)
     reader, writer = await asyncio.open_connection(where.hostname, where.port)
     with closing(writer):
         writer.write(data)
-        async with asyncio.timeout(patience):
+        async with asyncio.timeout(timeout):
             try:
                 return await reader.read()
             except ConnectionError:
@@ -777,7 +777,7 @@ class TestLimits:
         for _ in range(20):
             assert await house.code("GET", "/v1/agents") == "UPSTREAM_UNAVAILABLE"
         await house.vendor.accept_connections()
-        assert (await house.ask()).status == 200
+        assert (await house.request_token()).status == 200
 
     async def test_nothing_moves_for_too_long(
         self, house: Passing, monkeypatch: pytest.MonkeyPatch
@@ -824,7 +824,7 @@ class TestLimits:
                 assert error["code"] == "SERVICE_UNAVAILABLE"
                 assert "3 of them for this client" in error["message"]
                 assert (await house.answered("GET", "/v1/voices", headers=theirs))[0] == 200
-                assert (await house.ask()).status == 200
+                assert (await house.request_token()).status == 200
                 for task in held:
                     task.cancel()
                 await asyncio.gather(*held, return_exceptions=True)

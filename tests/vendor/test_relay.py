@@ -209,7 +209,7 @@ class TestShapes:
         vendor = house.vendor
         vendor.settings = msgspec.structs.replace(UNLIMITED, shape=shape)
         fields = {} if model is None else {"model": model}
-        reply = await house.ask("ab" * 16, **fields)
+        reply = await house.request_token("ab" * 16, **fields)
         claims = vendor.claims_of(reply.token)
         extra: dict[str, object] = {}
         if shape in (Shape.MODELS, Shape.NEWEST):
@@ -230,7 +230,7 @@ class TestShapes:
         }
         (call,) = vendor.journal.calls
         assert (call.agent, call.fingerprint, call.model) == (AGENT, "ab" * 16, model)
-        assert (await house.ask("ab" * 16, **fields)).body == reply.body
+        assert (await house.request_token("ab" * 16, **fields)).body == reply.body
 
     @pytest.mark.parametrize(
         "fingerprint", ["ABCDEF", "abcdef", "00112233-4455-6677-8899-AABBCCDDEEFF"]
@@ -239,7 +239,7 @@ class TestShapes:
         self, house: House, fingerprint: str
     ) -> None:
         """The vendor keys a visitor's memory by it: no case is folded, no hyphen dropped."""
-        await house.ask(fingerprint)
+        await house.request_token(fingerprint)
         assert [call.fingerprint for call in house.vendor.journal.calls] == [fingerprint]
 
     async def test_new_fields_of_the_vendor_pass_through_and_ours_do_not_yield(
@@ -253,7 +253,7 @@ class TestShapes:
             return json_answer(said)
 
         with house.vendor.fail(Fault(name="new fields", edit=add)):
-            got = (await house.ask()).data
+            got = (await house.request_token()).data
         assert got["quota"] == {"left": 3}
         assert got["a"] == [1]
         assert (got["session_id"], got["sid"]) == ("s1", "s1")
@@ -268,7 +268,7 @@ class TestTheKeyStays:
             for target in (other.url + TOKEN_PATH, TOKEN_PATH):
                 with house.vendor.fail(faults.redirect(target, status)):
                     before = len(house.vendor.journal.calls)
-                    reply = await house.ask()
+                    reply = await house.request_token()
                 assert (reply.status, reply.code) == (502, "UPSTREAM_UNAVAILABLE")
                 assert len(house.vendor.journal.calls) == before + 1
             assert len(other.journal) == 0
@@ -296,15 +296,15 @@ class TestTheKeyStays:
                 fingerprint = visitor()
                 canaries[f"fingerprint {number}"] = fingerprint
                 with vendor.fail(fault):
-                    reply = await house.ask(fingerprint, agent=f"a{number}")
+                    reply = await house.request_token(fingerprint, agent=f"a{number}")
                 if reply.status != 200:
                     told.append(reply.body.decode() + str(dict(reply.headers)))
-                reply = await house.ask(fingerprint)
+                reply = await house.request_token(fingerprint)
                 if reply.status == 200:
                     canaries[f"token {number}"] = reply.token
             vendor.revoke_secret(vendor.secret)
-            told.append((await house.ask()).body.decode())
-            told.append((await house.ask(secret=spare)).body.decode())
+            told.append((await house.request_token()).body.decode())
+            told.append((await house.request_token(secret=spare)).body.decode())
             told.append(await house.scrape_text())
             told.append(
                 repr(house.app.parts.issuer)

@@ -28,14 +28,14 @@ async def test_V3_a_list_of_which_only_the_refused_key_is_left_still_mints() -> 
         second = relay.vendor.add_secret()
         relay.issuer.use_keys([first, second])
         relay.vendor.revoke_secret(first)
-        await relay.ask()
+        await relay.request_token()
         relay.issuer.use_keys([first])
         error = await relay.failure()
         assert isinstance(error, UpstreamUnavailable)
         assert relay.calls == 3
         relay.vendor.add_secret(first.reveal())
         relay.clock.advance(30)
-        await relay.ask()
+        await relay.request_token()
 
 
 async def test_V3_a_key_that_is_twice_in_the_list_is_one_key(relay: Relay) -> None:
@@ -66,7 +66,7 @@ async def test_V8_a_probe_that_another_breaker_stops_gives_its_leave_back() -> N
             await asking
         assert (relay.calls, relay.pacer.outstanding) == (1, 0)
         relay.issuer.health = well
-        await relay.ask()
+        await relay.request_token()
         assert not relay.issuer.credentials.is_open
 
 
@@ -114,7 +114,7 @@ async def test_the_time_of_a_mint_is_told_without_its_wait_in_the_queue() -> Non
     """`broker_mint_duration_seconds` is the vendor's; the queue has a histogram of its own."""
     async with relaying(budget=A_SLOT_A_SECOND) as relay:
         began = time.perf_counter()
-        await relay.ask()
+        await relay.request_token()
         took = time.perf_counter() - began
         histogram = relay.metrics.duration["minted"]
         duration = histogram._cells[histogram._sum]
@@ -136,8 +136,8 @@ async def test_M4_a_success_ends_an_account_wide_refusal(relay: Relay, what: Ref
     assert (await relay.failure(agent="B")).code == error.code
     assert relay.calls == 2
     await late
-    await relay.ask()
-    await relay.ask(agent="B")
+    await relay.request_token()
+    await relay.request_token(agent="B")
 
 
 async def test_M4_a_success_forgets_what_was_said_of_the_account_and_of_its_own_agent() -> None:

@@ -128,7 +128,7 @@ async def failures(relay: Relay, count: int) -> list[BrokerError]:
 async def test_N13_a_time_out_frees_the_caller_and_not_the_slot() -> None:
     """Four calls without an answer are all that may be out: then nobody is served, and told so."""
     async with relaying(budget=FEW, timeout=0.2) as relay:
-        await relay.ask()
+        await relay.request_token()
         hang = relay.vendor.fail(faults.hang())
         assert {type(error) for error in await failures(relay, 4)} == {UpstreamTimeout}
         hang.stop()
@@ -139,7 +139,7 @@ async def test_N13_a_time_out_frees_the_caller_and_not_the_slot() -> None:
         await relay.vendor.refuse_connections()
         await until(lambda: relay.pacer.outstanding == 0, "the connections to end")
         await relay.vendor.accept_connections()
-        await relay.ask()
+        await relay.request_token()
 
 
 async def test_N13_an_answer_that_comes_late_gives_the_slot_back() -> None:
@@ -197,16 +197,16 @@ async def test_N13_a_call_that_hangs_while_the_vendor_answers_others_is_not_wait
     """The vendor reads, so it has read that one: a few that hang do not use up the budget."""
     monkeypatch.setattr(calls, "SEEN", 0.3)
     async with relaying(budget=FEW, timeout=0.5) as relay:
-        await relay.ask()
+        await relay.request_token()
         relay.vendor.fail(faults.hang(), times=3)
         await failures(relay, 3)
         assert relay.pacer.outstanding == 3
         await asyncio.sleep(0.3)
-        await relay.ask()
+        await relay.request_token()
         await until(lambda: relay.pacer.outstanding == 0, "the slots")
         await until(lambda: len(relay.issuer._calls) == 0, "the calls")
         assert owed_by(relay) == 3  # one that a proxy holds has not arrived
-        await relay.ask()
+        await relay.request_token()
         assert owed_by(relay) == 0
 
 
@@ -231,7 +231,7 @@ async def test_N13_calls_that_are_swallowed_are_given_up_when_the_vendor_answers
     count = 2 if after_start else 4
     async with relaying(budget=FEW, timeout=0.5, owing=after_start) as relay:
         if not after_start:
-            await relay.ask()
+            await relay.request_token()
         with relay.vendor.fail(faults.hang()):
             await failures(relay, count)
         assert relay.pacer.outstanding == count
@@ -241,10 +241,10 @@ async def test_N13_calls_that_are_swallowed_are_given_up_when_the_vendor_answers
         await until(lambda: len(relay.issuer._calls) == 0, "the calls")
         assert questions(relay) == [client.VALIDATE_PATH]
         assert counted(relay.upstream.validations) == {"answered": 1}
-        await relay.ask()
+        await relay.request_token()
         assert owed_by(relay) == 0
         assert relay.statuses == {"200": 2 - after_start, "none": count}
-        await until(lambda: not len(relay.issuer._calls._asking), "the end of the watch")
+        await until(lambda: not len(relay.issuer._calls._probing), "the end of the watch")
 
 
 @pytest.mark.usefixtures("soon")
@@ -255,7 +255,7 @@ async def test_N13_what_the_answer_to_the_question_says_is_no_matter(
     """Any answer shows that the vendor reads; breakers, keys and pauses learn nothing from it."""
     fault = faults.html() if isinstance(answer, str) else faults.error(answer)
     async with relaying(budget=FEW, timeout=0.5) as relay:
-        await relay.ask()
+        await relay.request_token()
         relay.vendor.fail(fault, path=client.VALIDATE_PATH)
         before = relay.issuer.credentials, relay.issuer._passed_over.copy()
         hang = relay.vendor.fail(faults.hang())
@@ -266,7 +266,7 @@ async def test_N13_what_the_answer_to_the_question_says_is_no_matter(
         assert (relay.issuer.credentials, relay.issuer._passed_over) == before
         assert relay.issuer.health == health
         assert relay.errors == {"timeout": 4}
-        await relay.ask()
+        await relay.request_token()
 
 
 @pytest.mark.usefixtures("soon")
@@ -274,7 +274,7 @@ async def test_N13_what_the_answer_to_the_question_says_is_no_matter(
 async def test_N13_a_question_without_an_answer_changes_nothing(how: str) -> None:
     """The vendor stands still, or cannot be reached any more: what is out may yet arrive."""
     async with relaying(budget=FEW, timeout=0.5) as relay:
-        await relay.ask()
+        await relay.request_token()
         fault = faults.reset() if how == "reset" else faults.hang()
         relay.vendor.fail(fault, path=client.VALIDATE_PATH)
         hang = relay.vendor.fail(faults.hang())
@@ -293,7 +293,7 @@ async def test_N13_a_question_without_an_answer_changes_nothing(how: str) -> Non
 async def test_N13_an_edge_that_answers_all_but_mints_lets_few_of_them_out() -> None:
     """Two at a time, until two bursts are owed: then a call hangs for as long as one may."""
     async with relaying(budget=FEW, timeout=0.5) as relay:
-        await relay.ask()
+        await relay.request_token()
         relay.vendor.fail(faults.hang())
         asked = relay.upstream.validations["answered"]
         async with asyncio.timeout(20):
@@ -311,7 +311,7 @@ async def test_N13_an_edge_that_answers_all_but_mints_lets_few_of_them_out() -> 
 async def test_N13_nobody_is_asked_while_there_is_room_or_somebody_waits() -> None:
     """Three of four hang: the next mint shows all that there is to know.  Nor while it may."""
     async with relaying(budget=FEW, timeout=0.5) as relay:
-        await relay.ask()
+        await relay.request_token()
         relay.vendor.fail(faults.hang(), times=3)
         await failures(relay, 3)
         await asyncio.sleep(0.6)
@@ -330,18 +330,18 @@ async def test_N13_nobody_is_asked_while_there_is_room_or_somebody_waits() -> No
 async def test_N13_a_question_under_way_ends_with_the_process() -> None:
     """It is nobody's call: nothing is left of it."""
     async with relaying(budget=FEW, timeout=0.5) as relay:
-        await relay.ask()
+        await relay.request_token()
         relay.vendor.fail(faults.hang(), path=None)
         await failures(relay, 4)
         await until(lambda: questions(relay), "a question")
         await relay.issuer.close()
-        assert not len(relay.issuer._calls._asking)
+        assert not len(relay.issuer._calls._probing)
 
 
 async def test_N13_who_is_refused_in_a_stall_is_told_why() -> None:
     """Not that the budget is used up: that is a matter of demand, this one of the vendor."""
     async with relaying(budget=FEW, timeout=0.5) as relay:
-        await relay.ask()
+        await relay.request_token()
         relay.vendor.fail(faults.hang())
         await failures(relay, 4)
         error = await relay.failure()
@@ -354,7 +354,7 @@ async def test_N13_who_is_refused_in_a_stall_is_told_why() -> None:
 async def test_N13_calls_that_are_out_when_a_process_ends_are_owed() -> None:
     """They may lie unread before a vendor that stands still."""
     async with relaying(budget=FEW, timeout=0.5) as relay:
-        await relay.ask()
+        await relay.request_token()
         relay.vendor.fail(faults.hang(), times=3)
         await failures(relay, 3)
         assert (relay.pacer.outstanding, owed_by(relay)) == (3, 0)
@@ -368,7 +368,7 @@ async def test_N13_a_call_out_for_as_long_as_one_may_be_is_owed(
     """Its slot is free again for two calls at a time, until the vendor answers one."""
     monkeypatch.setattr(calls, "LONGEST", 0.5)
     async with relaying(budget=FEW, timeout=0.2) as relay:
-        await relay.ask()
+        await relay.request_token()
         hang = relay.vendor.fail(faults.hang())
         await failures(relay, 4)
         await until(lambda: relay.pacer.outstanding == 0, "the end of what is waited for")
@@ -380,8 +380,8 @@ async def test_N13_a_call_out_for_as_long_as_one_may_be_is_owed(
         assert relay.pacer.outstanding == 2
         hang.stop()
         await until(lambda: relay.pacer.outstanding == 0, "those two")
-        await relay.ask()
-        await asyncio.gather(*(relay.ask() for _ in range(4)))
+        await relay.request_token()
+        await asyncio.gather(*(relay.request_token() for _ in range(4)))
 
 
 async def test_N13_the_head_of_an_answer_settles_its_call() -> None:
@@ -415,9 +415,9 @@ async def test_N13_retries_and_second_keys_are_outstanding_each_in_their_turn() 
         relay.vendor.fail(
             faults.HEALTHY, where=lambda _call: most.append(relay.pacer.outstanding) or False
         )
-        await relay.ask()
+        await relay.request_token()
         relay.vendor.fail(faults.html(), times=1)
-        await relay.ask()
+        await relay.request_token()
         assert relay.calls == 4
         assert most == [1] * 4
         assert relay.pacer.outstanding == 0

@@ -108,11 +108,11 @@ async def test_G8_G9_an_answer_that_is_another_visitor_s_is_cached_for_nobody_el
     async with relaying() as relay:
         relay.vendor.fail(Fault(name="repeats", edit=repeat))
         mine, theirs = visitor(), visitor()
-        held = await relay.ask(mine)
+        held = await relay.request_token(mine)
         for calls in (2, 3):
-            assert (await relay.ask(theirs)).outcome is Outcome.MINTED
+            assert (await relay.request_token(theirs)).outcome is Outcome.MINTED
             assert relay.calls == calls
-        assert (await relay.ask(mine)).token == held.token
+        assert (await relay.request_token(mine)).token == held.token
         if kept == "sid":
             (session,) = await relay.session_store.page(Query(agent=AGENT), Place(), 10)
             admin = SessionAdmin(relay.session_store, relay.store, SessionMetrics(MetricLayout()))
@@ -139,6 +139,6 @@ async def test_G9_who_is_revoked_while_a_repeated_session_is_minted_gets_none() 
             return json_answer(said)
 
         relay.vendor.fail(Fault(name="repeats", edit=repeat))
-        await relay.ask(mine)
+        await relay.request_token(mine)
         assert isinstance(await relay.failure(theirs), SessionEnded)
         await asyncio.gather(*revoked)

@@ -35,7 +35,7 @@ def many(count: int) -> Headers:
 async def test_N5_headers_that_nobody_reads_cost_no_token(relay: Relay, headers: Headers) -> None:
     """A policy of 32 KB or 300 headers of an edge: the mint succeeds, at the first call."""
     relay.vendor.fail(adding(headers))
-    await relay.ask()
+    await relay.request_token()
     assert relay.errors == {}
     assert relay.calls == 1
 
@@ -55,7 +55,7 @@ async def test_N5_beyond_the_bound_the_error_says_so(relay: Relay, headers: Head
 
 async def test_N5_an_edge_that_compresses_for_whoever_lets_it(relay: Relay) -> None:
     """The broker does not let it: an answer that it asked to have compressed, it would refuse."""
-    await relay.ask()
+    await relay.request_token()
     assert relay.errors == {}
 
 
@@ -81,5 +81,5 @@ async def test_N5_no_cookie_of_an_edge_is_sent_back() -> None:
         base_url = vendor.url.replace("127.0.0.1", "localhost")
         async with relaying(base_url=base_url, keys=[vendor.secret]) as relay:
             for _ in range(3):
-                await relay.ask()
+                await relay.request_token()
         assert [call.cookie for call in vendor.journal.calls] == [None] * 3

@@ -232,7 +232,7 @@ class Edge:
         own = [("api-secret", self.secret if secret is None else secret)]
         return request("POST", path, [*own, *headers], body)
 
-    async def ask(self, fingerprint: str | None = None, **how: Any) -> Reply:
+    async def request_token(self, fingerprint: str | None = None, **how: Any) -> Reply:
         return await self.raw(self.asking(fingerprint, **how))
 
     async def post(self, body: bytes, **how: Any) -> Reply:

@@ -30,7 +30,7 @@ class TestMetrics:
     @pytest.mark.parametrize("accept", [OPEN, PROMETHEUS])
     async def test_open_metrics_where_it_is_asked_for(self, edge: Edge, accept: str) -> None:
         """As a Prometheus asks; strict parsing finds nothing wrong."""
-        await edge.ask()
+        await edge.request_token()
         reply = await edge.admin("/metrics", Accept=accept)
         assert (reply.header("Content-Type") or "").startswith("application/openmetrics-text")
         assert reply.body.endswith(b"# EOF\n")

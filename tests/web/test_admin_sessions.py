@@ -56,7 +56,7 @@ class TestTheDoor:
             assert (await edge.admin(path, method, **browser)).status == 403
         bearer = {"Authorization": f"Bearer {ADMIN}"}
         assert (await edge.admin(f"{PATH}?agent_id=A1", **bearer)).status == 200
-        asked = await edge.ask(secret=ADMIN)
+        asked = await edge.request_token(secret=ADMIN)
         assert asked.status == 401
 
     async def test_guesses_are_throttled_and_the_right_secret_passes(self, edge: Edge) -> None:
@@ -102,7 +102,7 @@ class TestListing:
     async def test_a_session_is_shown_whole(self, edge: Edge) -> None:
         """In the list and by its id, every field; not its token."""
         fingerprint = visitor()
-        minted = await edge.ask(fingerprint, model="essence")
+        minted = await edge.request_token(fingerprint, model="essence")
         shown = {
             "session_id": minted.session,
             "client": "web",
@@ -122,13 +122,13 @@ class TestListing:
         """However often it is handed out, and also when reuse has dropped it."""
         fingerprint = visitor()
         for _ in range(3):
-            await edge.ask(fingerprint)
+            await edge.request_token(fingerprint)
         edge.app.parts.token_cache.clear()
         assert len((await look(edge, agent_id=AGENT)).json["sessions"]) == 1
 
     async def test_pages_lead_to_each_other(self, edge: Edge) -> None:
         """Each session once; the last page says that it is the last."""
-        made = {(await edge.ask()).session for _ in range(7)}
+        made = {(await edge.request_token()).session for _ in range(7)}
         seen: list[str] = []
         query = {"agent_id": AGENT, "limit": "3"}
         after, pages = "", 0
@@ -146,9 +146,9 @@ class TestListing:
     async def test_by_agent_and_by_visitor(self, edge: Edge) -> None:
         """What an operator is asked about: an agent, or the fingerprint of somebody's device."""
         fingerprint = visitor()
-        mine = await edge.ask(fingerprint)
-        other = await edge.ask(fingerprint, agent=OTHER_AGENT)
-        await edge.ask()
+        mine = await edge.request_token(fingerprint)
+        other = await edge.request_token(fingerprint, agent=OTHER_AGENT)
+        await edge.request_token()
 
         async def ids(**query: str) -> list[str]:
             return [s["session_id"] for s in (await look(edge, **query)).json["sessions"]]
@@ -189,7 +189,7 @@ class TestEnding:
     async def test_G9_an_ended_session_is_over_once_the_answer_is_there(self, edge: Edge) -> None:
         """Not good, not listed, not handed out again; the second time it is unknown."""
         fingerprint = visitor()
-        minted = await edge.ask(fingerprint)
+        minted = await edge.request_token(fingerprint)
         path = f"{PATH}/{minted.session}"
         ended = await look(edge, path, "DELETE")
         assert (ended.status, ended.json) == (200, {"ended": 1})
@@ -198,11 +198,11 @@ class TestEnding:
         for method in ("GET", "DELETE"):
             gone = await look(edge, path, method)
             assert (gone.status, gone.code) == (404, "NOT_FOUND")
-        assert (await edge.ask(fingerprint)).session != minted.session
+        assert (await edge.request_token(fingerprint)).session != minted.session
 
     async def test_G9_an_end_that_failed_half_way_can_be_asked_for_again(self, edge: Edge) -> None:
         """503 while the store is away; the session is still found, and then it is over."""
-        minted = await edge.ask()
+        minted = await edge.request_token()
         path = f"{PATH}/{minted.session}"
         revoke_visitor = edge.app.parts.store.revoke_visitor
 
@@ -227,7 +227,9 @@ class TestEnding:
         """
         for broken_at in (1, 2, 3):
             fingerprint = visitor()
-            made = [await edge.ask(fingerprint, agent=agent) for agent in ("A1", "A2", "A3")]
+            made = [
+                await edge.request_token(fingerprint, agent=agent) for agent in ("A1", "A2", "A3")
+            ]
             path = f"{PATH}/{made[1].session}"
             revoke_visitor, calls = edge.app.parts.store.revoke_visitor, 0
 
@@ -251,9 +253,9 @@ class TestEnding:
         """`scope=visitor` ends what the visitor has with other agents, too; nobody else's."""
         fingerprint = visitor()
         first, second, third = [
-            await edge.ask(fingerprint, agent=agent) for agent in ("A1", "A2", "A3")
+            await edge.request_token(fingerprint, agent=agent) for agent in ("A1", "A2", "A3")
         ]
-        other = await edge.ask()
+        other = await edge.request_token()
         await look(edge, f"{PATH}/{first.session}", "DELETE", scope="session")
         assert [await good(edge, r.token) for r in (first, second, third)] == [False, True, True]
         ended = await look(edge, f"{PATH}/{second.session}", "DELETE", scope="visitor")
@@ -270,7 +272,10 @@ class TestEnding:
         }
         async with serving(tree) as edge:
             fingerprint = visitor()
-            mine, theirs = await edge.ask(fingerprint), await edge.ask(fingerprint, secret=shop)
+            mine, theirs = (
+                await edge.request_token(fingerprint),
+                await edge.request_token(fingerprint, secret=shop),
+            )
             ended = await look(edge, f"{PATH}/{mine.session}", "DELETE", scope="visitor")
             assert ended.json == {"ended": 1}
             assert await good(edge, theirs.token)
@@ -279,7 +284,7 @@ class TestEnding:
         """Unknown ids, another scope, another method."""
         for name in ("x", "..", "%00", "%C3%A9", "x" * 3000):
             assert (await look(edge, f"{PATH}/{name}", "DELETE")).status == 404
-        minted = await edge.ask()
+        minted = await edge.request_token()
         path = f"{PATH}/{minted.session}"
         assert (await look(edge, path, "DELETE", scope="all")).status == 400
         assert await good(edge, minted.token)
@@ -289,7 +294,7 @@ class TestEnding:
 
 async def test_M3_checks_and_ends_are_counted(edge: Edge) -> None:
     """Every question by its verdict, every end once, and what is on record now."""
-    kept, gone = await edge.ask(), await edge.ask()
+    kept, gone = await edge.request_token(), await edge.request_token()
     for token in (kept.token, gone.token, "bad"):
         await good(edge, token)
     await look(edge, f"{PATH}/{gone.session}", "DELETE")

@@ -16,7 +16,7 @@ from broker.web.auth import ClientAuthenticator, secret_of
 Headers = list[tuple[str, str]]
 
 
-async def ask_with(edge: Edge, *headers: tuple[str, str], source: str | None = None) -> Reply:
+async def request_with(edge: Edge, *headers: tuple[str, str], source: str | None = None) -> Reply:
     """Ask for a token with exactly these headers."""
     body = b'{"agent_id":"a","fingerprint":"%s"}' % visitor().encode()
     return await edge.raw(request("POST", TOKEN_PATH, headers, body), source=source)
@@ -28,7 +28,7 @@ class TestSecret:
     )
     async def test_bearer_is_the_same_as_api_secret(self, edge: Edge, form: str) -> None:
         """The scheme is read without regard to case (RFC 9110 section 11.1)."""
-        reply = await ask_with(edge, ("Authorization", form.format(edge.secret)))
+        reply = await request_with(edge, ("Authorization", form.format(edge.secret)))
         assert reply.status == 200
 
     @pytest.mark.parametrize("name", ["api-secret", "API-Secret", "Api-Secret"])
@@ -36,7 +36,7 @@ class TestSecret:
         self, edge: Edge, name: str
     ) -> None:
         """As HTTP demands."""
-        assert (await ask_with(edge, (name, edge.secret))).status == 200
+        assert (await request_with(edge, (name, edge.secret))).status == 200
 
     @pytest.mark.parametrize(
         ("headers", "status", "code"),
@@ -70,7 +70,7 @@ class TestSecret:
     ) -> None:
         """No secret, another's, two at once: each has its code, and none gets a token."""
         own = [(name, value.replace("SECRET", edge.secret)) for name, value in headers]
-        reply = await ask_with(edge, *own)
+        reply = await request_with(edge, *own)
         assert (reply.status, reply.code) == (status, code)
         assert edge.secret not in reply.text
 
@@ -108,7 +108,7 @@ class TestBrowsers:
         self, edge: Edge, headers: Headers, status: int
     ) -> None:
         """Node's own fetch sends `Sec-Fetch-Mode: cors` from a server and must work."""
-        reply = await edge.ask(headers=headers)
+        reply = await edge.request_token(headers=headers)
         assert reply.status == status
         if status == 403:
             assert reply.code == "SECRET_IN_BROWSER"
@@ -123,7 +123,7 @@ class TestBrowsers:
         ) as edge:
             headers = [("Origin", "https://site.example")]
             for _ in range(2):
-                await edge.ask(headers=headers)
+                await edge.request_token(headers=headers)
                 for path in ("/v1/introspect", "/v1/revoke", "/v1/validate"):
                     reply = await edge.post(b"", path=path, secret=shop, headers=headers)
                     assert reply.code == "SECRET_IN_BROWSER"
@@ -137,7 +137,7 @@ class TestBrowsers:
 
     async def test_an_origin_without_a_known_secret_is_only_unauthorized(self, edge: Edge) -> None:
         """Nothing has leaked: there is no secret to warn about."""
-        reply = await edge.ask(secret="x", headers=[("Origin", "https://site.example")])
+        reply = await edge.request_token(secret="x", headers=[("Origin", "https://site.example")])
         assert (reply.status, reply.code) == (401, "UNAUTHORIZED")
 
     async def test_allow_origin_header_is_for_that_client_alone(self) -> None:
@@ -146,10 +146,10 @@ class TestBrowsers:
         section = {"secret": proxy, "agents": ["*"], "allow_origin_header": True}
         async with serving({"clients": {"proxy": section}}) as edge:
             headers = [("Origin", "https://site.example")]
-            allowed = await edge.ask(secret=proxy, headers=headers)
+            allowed = await edge.request_token(secret=proxy, headers=headers)
             assert allowed.status == 200
             assert not [name for name, _ in allowed.headers if name.startswith("Access-Control")]
-            assert (await edge.ask(headers=headers)).status == 403
+            assert (await edge.request_token(headers=headers)).status == 403
             path = "/v1/validate"
             assert (await edge.post(b"", path=path, secret=proxy, headers=headers)).status == 200
             assert (await edge.post(b"", path=path, headers=headers)).status == 403
@@ -158,15 +158,17 @@ class TestBrowsers:
         """The docs page mints a token; a page elsewhere still may not."""
         async with serving({"server": {"docs": True}}, dev=True) as edge:
             own = [edge.app.url, f"http://localhost:{edge.port}"]
-            replies = [await edge.ask(headers=[("Origin", origin)]) for origin in own]
+            replies = [await edge.request_token(headers=[("Origin", origin)]) for origin in own]
             assert [reply.status for reply in replies] == [200, 200]
-            other = await edge.ask(headers=[("Origin", f"http://localhost:{edge.port + 1}")])
+            other = await edge.request_token(
+                headers=[("Origin", f"http://localhost:{edge.port + 1}")]
+            )
             assert other.code == "SECRET_IN_BROWSER"
 
     async def test_docs_without_development_exempt_no_origin(self) -> None:
         """In production the documentation is to be read, not to be fed with secrets."""
         async with serving({"server": {"docs": True}}) as edge:
-            reply = await edge.ask(headers=[("Origin", edge.app.url)])
+            reply = await edge.request_token(headers=[("Origin", edge.app.url)])
             assert reply.code == "SECRET_IN_BROWSER"
 
 
@@ -190,7 +192,7 @@ class TestThrottle:
             ("RateLimit", '"auth";r=0;t=2'),
             ("Retry-After", "2"),
         )
-        assert (await edge.ask()).status == 200
+        assert (await edge.request_token()).status == 200
         edge.time.advance(1.999)
         assert (await edge.fail_to_log_in()).status == 429
         edge.time.advance(0.001)
@@ -200,12 +202,12 @@ class TestThrottle:
         """There is no second door to guess at; every 429 of it is counted."""
         wrong = secrets.token_urlsafe(24)
         for _ in range(10):
-            assert (await ask_with(edge)).status == 401
+            assert (await request_with(edge)).status == 401
             assert (await edge.fail_to_log_in()).status == 401
             validated = await edge.post(b"", path="/v1/validate", secret=wrong)
             assert validated.json == {"valid": False}
         replies = [
-            await ask_with(edge),
+            await request_with(edge),
             await edge.fail_to_log_in(),
             await edge.post(b"", path="/v1/validate", secret=wrong),
             await edge.post(b"", path="/v1/validate", secret=wrong),
@@ -334,11 +336,11 @@ class TestForwardedFor:
         self, forwarded: list[str], peer: str
     ) -> None:
         """What names the bucket is an address, a network or a short name, or there is none."""
-        door = ClientAuthenticator(
+        authenticator = ClientAuthenticator(
             [], [ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0")], 0
         )
         headers = CIMultiDict([("X-Forwarded-For", value) for value in forwarded])
-        named = door.address_of(CIMultiDictProxy(headers), peer)
+        named = authenticator.address_of(CIMultiDictProxy(headers), peer)
         said_by, _, name = (named or "local").partition(" ")
         assert said_by == "local" or str(ipaddress.ip_network(said_by.partition("%")[0]))
         assert len(name) <= 65

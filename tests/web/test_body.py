@@ -156,7 +156,7 @@ class TestEncodings:
 
     async def test_identity_is_no_encoding(self, edge: Edge) -> None:
         """RFC 9110 section 8.4.1 reserves the word for "none"."""
-        assert (await edge.ask(headers=[("Content-Encoding", "Identity")])).status == 200
+        assert (await edge.request_token(headers=[("Content-Encoding", "Identity")])).status == 200
 
     async def test_O3_bytes_of_gzip_without_the_header_are_malformed_json(self, edge: Edge) -> None:
         """Nothing is guessed from the content."""

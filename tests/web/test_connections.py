@@ -42,7 +42,7 @@ from broker.web.head_bounds import MAX_FIELD, MAX_FIELDS, MAX_HEAD
 KEEP_ALIVE = 2.0
 """Seconds for which the broker of this module keeps an idle connection."""
 
-PATIENCE = 60.0
+TIMEOUT = 60.0
 """Seconds after which something that should happen is taken not to: machines are busy."""
 
 VERIFY = "/v1/embed-tokens/verify"
@@ -96,7 +96,7 @@ async def connected(port: int) -> Line:
 
 async def ended(line: Line) -> bytes:
     """Return what still comes until the broker ends the connection."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         rest = await line.rest()
     await line.close()
     return rest
@@ -243,8 +243,8 @@ class TestUnreadBodies:
         The parser drops what follows the first one in its packet; the rest of the second one
         must not be read as a request then.
         """
-        asks = [("Connection", "Upgrade"), ("Upgrade", upgrade)]
-        first = request("GET", "/livez", asks)
+        requests = [("Connection", "Upgrade"), ("Upgrade", upgrade)]
+        first = request("GET", "/livez", requests)
         second = b"GET /next-one HTTP/1.1\r\nX-A: GET /livez HTTP/1.1\r\nHost: broker\r\n\r\n"
         cut = second.index(b"GET /livez")
 
@@ -279,10 +279,10 @@ class TestUnreadBodies:
         self, running: Running
     ) -> None:
         """Java's client asks for h2c in every request, with a body or without."""
-        asks = [("Connection", "Upgrade, HTTP2-Settings"), ("Upgrade", "h2c")]
+        requests = [("Connection", "Upgrade, HTTP2-Settings"), ("Upgrade", "h2c")]
         line = await connected(running.port)
         for body in (None, b"{}", b"", b"x" * 5000):
-            line.send(request("POST", TOKEN_PATH, asks, body))
+            line.send(request("POST", TOKEN_PATH, requests, body))
             reply = await line.answer()
             assert (reply.status, reply.header("Connection")) == (401, None)
         await line.close()
@@ -335,7 +335,7 @@ class TestUnreadBodies:
     async def _final(self, line: Line, method: str) -> Reply:
         """Read an answer that is not 100."""
         while True:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 head = await line.reader.readuntil(b"\r\n\r\n")
             if not head.startswith(b"HTTP/1.1 100 "):
                 break
@@ -432,11 +432,11 @@ class TestHeads:
             (running.admin_port, request("GET", "/metrics", more)),
             (running.admin_port, request("GET", "/livez", more)),
         ]
-        for port, ask in asked:
+        for port, raw_request in asked:
             line = await connected(port)
-            for size in (len(ask), 1400):
-                for start in range(0, len(ask), size):
-                    line.send(ask[start : start + size])
+            for size in (len(raw_request), 1400):
+                for start in range(0, len(raw_request), size):
+                    line.send(raw_request[start : start + size])
                     await line.writer.drain()
                     await asyncio.sleep(0)
                 assert (await line.answer()).status == 200
@@ -447,16 +447,16 @@ class TestHeads:
     ) -> None:
         """Neither their bytes nor their time goes on once one is whole: a connection stays good."""
         monkeypatch.setattr("broker.web.connection.HEAD_TIMEOUT", 3.0)
-        ask = request("GET", "/livez", [("Cookie", "c" * (MAX_HEAD // 5))])
+        raw_request = request("GET", "/livez", [("Cookie", "c" * (MAX_HEAD // 5))])
         async with serving() as edge:
             line = await connected(int(edge.app.url.rpartition(":")[2]))
             for _ in range(8):
-                for piece in (ask[:9_000], ask[9_000:-2], ask[-2:]):
+                for piece in (raw_request[:9_000], raw_request[9_000:-2], raw_request[-2:]):
                     line.send(piece)
                     await asyncio.sleep(0.01)
                 assert (await line.answer()).status == 200
             await asyncio.sleep(4.0)
-            line.send(ask)
+            line.send(raw_request)
             assert (await line.answer()).status == 200
             await line.close()
 
@@ -464,12 +464,12 @@ class TestHeads:
         """Envoy appends the original URI to the check's path; nginx sends it in a header."""
         token = await _token(running)
         uri = f"/embed/A78WKV4515?state={'s' * 30_000}&token={token}"
-        for ask in (
+        for raw_request in (
             request("GET", f"{VERIFY}{uri}"),
             request("GET", VERIFY, [("X-Original-URI", uri)]),
         ):
             line = await connected(running.port)
-            line.send(ask)
+            line.send(raw_request)
             assert (await line.answer()).status == 200
             await line.close()
 
@@ -560,7 +560,7 @@ class TestHeads:
 
 
 async def _send_until_the_end(line: Line, piece: bytes) -> None:
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         with suppress(ConnectionError):
             while True:
                 line.send(piece)
@@ -593,9 +593,9 @@ class TestTime:
             client.connect(("127.0.0.1", running.port))
             client.setblocking(False)
             wanted = 2_300_000 + n * 40_000
-            ask = request("GET", "/embed.js") * max(wanted // answer, 1)
+            raw_request = request("GET", "/embed.js") * max(wanted // answer, 1)
             with suppress(BlockingIOError):
-                client.sendall(ask)
+                client.sendall(raw_request)
         lines = []
         for port in (running.port, running.admin_port):
             for begun in (b"", b"GE", b"GET /livez HTTP/1.1\r\nHost: b\r\nX-A"):
@@ -630,7 +630,7 @@ class TestTime:
         async with serving() as edge:
             port = edge.port if listener == "data" else edge.admin_port
             for ending in (b"", b"Connection: close\r\n"):
-                ask = b"GET /livez HTTP/1.1\r\nHost: b\r\n" + ending + b"\r\n"
+                request = b"GET /livez HTTP/1.1\r\nHost: b\r\n" + ending + b"\r\n"
                 client = await _deaf(port)
                 connection, transport = await _end_of(edge, listener, client)
                 transport.get_extra_info("socket").setsockopt(
@@ -639,7 +639,7 @@ class TestTime:
                 _fill(transport)
                 transport.write(b"x" * unread)
                 assert connection.writing_paused
-                await asyncio.get_running_loop().sock_sendall(client, ask)
+                await asyncio.get_running_loop().sock_sendall(client, request)
                 await until(transport.is_closing)
                 await until(partial(_is_gone, connection))
                 client.close()
@@ -648,7 +648,7 @@ class TestTime:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Late, but in time: 2,000 answers, in their order, on a connection that stays."""
-        monkeypatch.setattr("broker.web.connection.UNSENT_TIMEOUT", PATIENCE)
+        monkeypatch.setattr("broker.web.connection.UNSENT_TIMEOUT", TIMEOUT)
         async with serving() as edge:
             client = await _deaf(edge.port)
             connection, transport = await _end_of(edge, "data", client)
@@ -671,12 +671,12 @@ class TestTime:
     ) -> None:
         """With its first byte before the end of that time, and the others after it."""
         line = await connected(port_of(running, listener))
-        ask = request("GET", "/livez")
-        for cut in (1, len(ask) - 1, 20):
+        raw_request = request("GET", "/livez")
+        for cut in (1, len(raw_request) - 1, 20):
             await asyncio.sleep(KEEP_ALIVE / 2)
-            line.send(ask[:cut])
+            line.send(raw_request[:cut])
             await asyncio.sleep(KEEP_ALIVE)
-            line.send(ask[cut:])
+            line.send(raw_request[cut:])
             assert (await line.answer()).status == 200
         began = time.monotonic()
         assert await ended(line) == b""
@@ -780,9 +780,9 @@ async def test_N4_half_a_head_behind_a_long_answer_has_its_time_after_it(
     async with serving({}) as edge:
         gate, mint = asyncio.Event(), edge.app.parts.issuer.mint
 
-        async def slow(ask: Any, turn: Any) -> Any:
+        async def slow(request: Any, turn: Any) -> Any:
             await gate.wait()
-            return await mint(ask, turn)
+            return await mint(request, turn)
 
         edge.mint_by(slow)
         line = await connected(edge.port)
@@ -818,12 +818,14 @@ class TestHalfClosed:
         """The end may come with the body or behind it; a mint is soon enough."""
         for pause in (0.0, 0.05):
             body = json.dumps({"agent_id": "A78WKV4515", "fingerprint": secrets.token_hex(16)})
-            ask = request("POST", TOKEN_PATH, [("api-secret", running.secret)], body.encode())
+            raw_request = request(
+                "POST", TOKEN_PATH, [("api-secret", running.secret)], body.encode()
+            )
             line = await connected(running.port)
-            line.send(ask[:-5])
+            line.send(raw_request[:-5])
             await line.writer.drain()
             await asyncio.sleep(pause)
-            line.send(ask[-5:])
+            line.send(raw_request[-5:])
             line.writer.write_eof()
             assert (await line.answer()).status == 200
             assert await ended(line) == b""
@@ -863,7 +865,7 @@ class TestHalfClosed:
         async def wait(_request: BaseRequest) -> StreamResponse:
             begun.set()
             try:
-                await asyncio.sleep(10 * PATIENCE)
+                await asyncio.sleep(10 * TIMEOUT)
             except asyncio.CancelledError:
                 cancelled.set()
                 raise
@@ -880,7 +882,7 @@ class TestHalfClosed:
                 await line.close()
             else:
                 line.writer.write_eof()
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 await cancelled.wait()
             if not is_gone:
                 assert await ended(line) == b""
@@ -897,7 +899,7 @@ class TestDrain:
         self, monkeypatch: pytest.MonkeyPatch, came: int, *, has_asked: bool
     ) -> None:
         """With `came` bytes of its head at the broker; who has asked and is idle is not."""
-        monkeypatch.setattr(server, "ON_ITS_WAY", PATIENCE)
+        monkeypatch.setattr(server, "ON_ITS_WAY", TIMEOUT)
         asked, is_idle = request("GET", "/livez"), has_asked and not came
         async with serving() as edge:
             listening = edge.app.parts.server
@@ -908,7 +910,7 @@ class TestDrain:
             line.send(asked[:came])
             await until(lambda: [each.may_ask for each in connections(listening)] == [not is_idle])
             edge.app.parts.readiness.draining = True
-            draining = asyncio.ensure_future(listening.drain(PATIENCE))
+            draining = asyncio.ensure_future(listening.drain(TIMEOUT))
             await asyncio.sleep(0)
             if not is_idle:
                 line.send(asked[came:])
@@ -932,7 +934,7 @@ class TestDrain:
             async def drain() -> None:
                 for _ in range(turns):
                     await asyncio.sleep(0)
-                await listening.drain(PATIENCE)
+                await listening.drain(TIMEOUT)
 
             edge.mint_by(slow)
             line = await edge.connect()
@@ -952,7 +954,7 @@ class TestDrain:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Not kept, unread, until the last one is answered: a request on it would wait for that."""
-        monkeypatch.setattr(bodies, "BODY_TIMEOUT", 2 * PATIENCE)
+        monkeypatch.setattr(bodies, "BODY_TIMEOUT", 2 * TIMEOUT)
         async with serving() as edge:
             listening, asked = edge.app.parts.server, edge.asking()
             idle, busy = await edge.connect(), await edge.connect()
@@ -962,7 +964,7 @@ class TestDrain:
             busy.send(asked[:-1])
             await until(lambda: any(each.is_busy for each in connections(listening)))
             edge.app.parts.readiness.draining = True
-            draining = asyncio.ensure_future(listening.drain(2 * PATIENCE))
+            draining = asyncio.ensure_future(listening.drain(2 * TIMEOUT))
             assert await ended(idle) == b""
             assert not draining.done()
             busy.send(asked[-1:])
@@ -979,8 +981,8 @@ class TestDrain:
         async with serving() as edge:
             line = await edge.connect()
             await until(lambda: len(connections(edge.app.parts.server)) == 1)
-            async with asyncio.timeout(PATIENCE):
-                await edge.app.parts.server.drain(2 * PATIENCE)
+            async with asyncio.timeout(TIMEOUT):
+                await edge.app.parts.server.drain(2 * TIMEOUT)
             assert await ended(line) == b""
 
 
@@ -1056,9 +1058,9 @@ class TestKeepAlive:
             assert failed["error"].startswith("server.keep_alive: a duration needs a number")
 
 
-async def _answered_in_pieces(line: Line, ask: bytes, *, is_chunked: bool) -> None:
+async def _answered_in_pieces(line: Line, request: bytes, *, is_chunked: bool) -> None:
     """Send a head, and only when it has been read the body of it, in several packets."""
-    head, _, body = ask.partition(b"\r\n\r\n")
+    head, _, body = request.partition(b"\r\n\r\n")
     pieces = [body[:5], body[5:]]
     if is_chunked:
         head = re.sub(rb"Content-Length: \d+", b"Transfer-Encoding: chunked", head)
@@ -1117,12 +1119,12 @@ class TestAdminListener:
                 for pieces in (1, 2):
                     line = await connected(port_of(running, listener))
                     headers = [("Content-Encoding", encoding)]
-                    ask = request("POST", path, headers, content)
-                    half = len(ask) // pieces
-                    line.send(ask[:half])
+                    raw_request = request("POST", path, headers, content)
+                    half = len(raw_request) // pieces
+                    line.send(raw_request[:half])
                     reply = await line.answer()
                     with suppress(ConnectionError):
-                        line.send(ask[half:])
+                        line.send(raw_request[half:])
                         await line.writer.drain()
                     assert reply.status in (401, 404, 405)
                     assert reply.code

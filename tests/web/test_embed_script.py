@@ -121,7 +121,7 @@ async def test_nothing_else_may_be_cached_or_used_by_another_origin(edge: Edge) 
         await asked(edge, "/embed.json"),
         await asked(edge, "/livez"),
         await asked(edge, "/embed.0000000000000000.js"),
-        await edge.ask("beefbeef"),
+        await edge.request_token("beefbeef"),
         await edge.raw(request("OPTIONS", "/v1/embed-tokens/request", [("Origin", "http://x")])),
     ]
     for reply in others:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from processes import PATIENCE, Broker, Tree, environment, good, merged, run, toml, write
+from processes import TIMEOUT, Broker, Tree, environment, good, merged, run, toml, write
 
 from broker.config.validate import parse_address
 from broker.web.listener import CannotListen, Listener, listen
@@ -34,7 +34,7 @@ THERE = {"both": [V4, V6], "no IPv6": [V4], "no IPv4": [V6]}
 HOSTS = "127.0.0.1 localhost\n::1 localhost\n::1 v6.test\n"
 """What a distribution ships, and a name of IPv6 alone."""
 
-ASK = """
+PROGRAM = """
 import http.client, json, sys
 answers = {}
 for host in ("127.0.0.1", "::1"):
@@ -78,13 +78,13 @@ def inside(broker: Broker, *command: str) -> subprocess.CompletedProcess[bytes]:
     """Run a command where a broker runs."""
     entered = ("nsenter", "--net", "--mount", "--target", str(broker.process.pid), *command)
     return subprocess.run(
-        entered, capture_output=True, timeout=PATIENCE, check=False, env=environment()
+        entered, capture_output=True, timeout=TIMEOUT, check=False, env=environment()
     )
 
 
 def reached(broker: Broker) -> list[str]:
     """Return the addresses at which both listeners answer; neither may answer alone."""
-    told = inside(broker, sys.executable, "-c", ASK)
+    told = inside(broker, sys.executable, "-c", PROGRAM)
     answers = json.loads(told.stdout)
     assert all(statuses in ([200, 200], [0, 0]) for statuses in answers.values()), answers
     return [host for host, statuses in answers.items() if statuses == [200, 200]]
@@ -117,10 +117,10 @@ def test_N7_one_value_serves_the_families_that_there_are(
         assert broker.end(signal.SIGTERM) == 0
 
 
-class Crew(Broker):
+class Workers(Broker):
     """A running broker with two workers."""
 
-    program = (str(Path(__file__).parents[1] / "crew.py"), "2")
+    program = (str(Path(__file__).parents[1] / "memory_workers.py"), "2")
 
 
 @pytest.mark.parts
@@ -132,7 +132,7 @@ def test_N7_workers_serve_whatever_their_supervisor_bound(
     """One socket or two, and either family."""
     path = write(tmp_path / "broker.toml", toml(on(tmp_path, host)))
     prefix = Namespace(families, tmp_path).prefix
-    with Crew(path, logs=tmp_path, prefix=prefix) as broker:
+    with Workers(path, logs=tmp_path, prefix=prefix) as broker:
         for _ in range(4):
             assert reached(broker) == THERE[families]
         assert broker.end(signal.SIGTERM) == 0
@@ -151,7 +151,7 @@ def test_N7_an_address_that_is_not_there_is_said(tmp_path: Path, host: str, fami
         [*Namespace(families, tmp_path).prefix, *command],
         capture_output=True,
         env=environment(),
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         check=False,
     )
     assert done.returncode == 69
@@ -253,7 +253,7 @@ async def test_N7_an_ipv4_peer_of_a_socket_for_both_is_an_ipv4_peer(tmp_path: Pa
         port = int(broker.url.rpartition(":")[2])
 
         def status(forwarded: str) -> int:
-            line = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+            line = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
             headers = {"api-secret": secrets.token_urlsafe(24), "X-Forwarded-For": forwarded}
             line.request("POST", "/v1/embed-tokens/request", b"{}", headers)
             answer = line.getresponse().status

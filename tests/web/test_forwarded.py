@@ -53,7 +53,10 @@ ADDRESSES = rows("the proxy sends")
 async def test_N6_the_uri_that_a_client_asked_for(row: Row) -> None:
     """As the table says, from a trusted proxy; from anybody else, never."""
     async with serving(TRUSTING) as edge:
-        good, other = (await edge.ask(visitor())).token, (await edge.ask(visitor())).token
+        good, other = (
+            (await edge.request_token(visitor())).token,
+            (await edge.request_token(visitor())).token,
+        )
         sent = [line.replace("TOKEN", good).replace("OTHER", other) for line in row.sent]
         target = next((s.removeprefix("GET ") for s in sent if s.startswith("GET ")), VERIFY_PATH)
         asked = request("GET", target, headers_of(sent))
@@ -83,7 +86,7 @@ async def test_N6_the_address_that_a_client_has(row: Row) -> None:
             assert await fail(edge, [("X-Forwarded-For", same)]) == 429
         if row.outcome != "the proxy, `local` over a Unix socket":
             assert await fail(edge, []) == 401
-        assert (await edge.ask()).status == 200
+        assert (await edge.request_token()).status == 200
 
 
 def test_N6_the_tables_are_read_whole() -> None:

@@ -135,7 +135,7 @@ class TestMalformed:
         assert canary not in reply.text
         assert edge.secret not in reply.text
         assert edge.log.getvalue() == before
-        assert (await edge.ask()).status == 200
+        assert (await edge.request_token()).status == 200
 
     async def test_O3_a_bad_request_ends_a_connection_that_was_good_so_far(
         self, edge: Edge
@@ -216,7 +216,7 @@ class TestBodies:
         assert sent < 16384
         line.writer.transport.abort()
         assert _resident() - before < 64 * 2**20
-        assert (await edge.ask()).status == 200
+        assert (await edge.request_token()).status == 200
 
     async def test_O3_a_refused_stranger_cannot_make_us_read_for_long(
         self, edge: Edge, monkeypatch: pytest.MonkeyPatch

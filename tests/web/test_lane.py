@@ -23,7 +23,7 @@ from broker.web.known_heads import MAX_KNOWN, KnownHead, KnownHeads, split
 from broker.web.lane_connection import LaneConnection
 from broker.wire.request import well_formed
 
-PATIENCE = 60.0
+TIMEOUT = 60.0
 
 TRACES = ["", f"traceparent: 00-{'a' * 32}-{'b' * 16}-01\r\n"]
 
@@ -107,7 +107,7 @@ class TestTaken:
         verify = request("GET", "/v1/embed-tokens/verify", [("X-Embed-Token", minted.token)])
         own = [("api-secret", edge.secret)]
         introspect = request("POST", "/v1/introspect", own, f"token={minted.token}".encode())
-        for ask, status in (
+        for raw_request, status in (
             (edge.asking(fingerprint), 200),
             (edge.asking("no hex"), 400),
             (wrong, 401),
@@ -115,7 +115,7 @@ class TestTaken:
             (introspect, 200),
             (edge.asking(fingerprint), 200),
         ):
-            line.send(ask)
+            line.send(raw_request)
             assert (await line.answer()).status == status
         assert steps == [True] * 7
         await line.close()
@@ -125,11 +125,11 @@ class TestTaken:
     ) -> None:
         """Whatever differs by a byte is; bodies are always."""
         line, fingerprint = await idle(edge), visitor()
-        asks = [edge.asking(fingerprint)] * 2 + [edge.asking(visitor()) for _ in range(3)]
-        for ask in asks:
-            line.send(ask)
+        requests = [edge.asking(fingerprint)] * 2 + [edge.asking(visitor()) for _ in range(3)]
+        for sent in requests:
+            line.send(sent)
             assert (await line.answer()).status == 200
-        assert parsed[-2:] == asks[:2]
+        assert parsed[-2:] == requests[:2]
         other = edge.asking(visitor(), headers=[("X-A", "b")])
         line.send(other)
         assert (await line.answer()).status == 200
@@ -164,11 +164,11 @@ class TestTaken:
     ) -> None:
         """What it means depends on who sends it."""
         line, uri = await idle(edge), ("X-Original-URI", "/x?token=a")
-        ask = request("GET", "/v1/embed-tokens/verify", [uri, ("X-Embed-Token", "a")])
+        raw_request = request("GET", "/v1/embed-tokens/verify", [uri, ("X-Embed-Token", "a")])
         for _ in range(4):
-            line.send(ask)
+            line.send(raw_request)
             assert (await line.answer()).status == 401
-        assert parsed[-4:] == [ask] * 4
+        assert parsed[-4:] == [raw_request] * 4
         await line.close()
 
     @pytest.mark.parametrize("name", ["traceparent", "Traceparent"])
@@ -179,9 +179,9 @@ class TestTaken:
         asked: list[str] = []
         mint = edge.app.parts.issuer.mint
 
-        async def noted(ask: Any, turn: Any) -> Any:
-            asked.append(ask.traceparent)
-            return await mint(ask, turn)
+        async def noted(request: Any, turn: Any) -> Any:
+            asked.append(request.traceparent)
+            return await mint(request, turn)
 
         edge.mint_by(noted)
         line = await idle(edge)
@@ -241,7 +241,7 @@ class TestTaken:
             line.send(edge.posting(b"{}", headers=[("X-Number", str(number))]))
             assert (await line.answer()).code == "MISSING_PARAM"
         line.send(request("GET", "/livez") * 2)
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             assert [(await line.answer()).status for _ in range(2)] == [200] * 2
         await line.close()
 
@@ -372,7 +372,7 @@ class TestGivenUp:
         steps.clear()
         for line in lines:
             line.send(edge.asking())
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             await began.wait()
             for line in lines:
                 line.writer.transport.abort()
@@ -401,7 +401,7 @@ class TestGivenUp:
         assert ours.transport is not None
         ours.transport.abort()
         ours.connection_lost(None)
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             await edge.app.parts.server._leaving.finish()
             await edge.app.parts.token_service.flights.drained()
         assert ended == [asyncio.CancelledError]
@@ -490,7 +490,7 @@ class TestAiohttp:
         """The ordinary path serves; the log and a gauge say so."""
         monkeypatch.setattr(LaneConnection, "_run", broken)
         async with serving() as edge:
-            assert [(await edge.ask()).status for _ in range(3)] == [200] * 3
+            assert [(await edge.request_token()).status for _ in range(3)] == [200] * 3
             (event,) = edge.events("broker.fast_lane_off")
             assert event["aiohttp"] == aiohttp.__version__
             assert event["reason"]
@@ -513,7 +513,7 @@ class TestAiohttp:
         """By an environment variable; no setting."""
         monkeypatch.setenv(NO_LANE, "1")
         async with serving() as edge:
-            assert (await edge.ask()).status == 200
+            assert (await edge.request_token()).status == 200
             assert (await edge.scrape())["broker_fast_lane_off"] == 1
             assert edge.app.parts.server._lane is None
 

@@ -26,7 +26,7 @@ from broker.web.lane_connection import LaneConnection
 
 pytestmark = pytest.mark.parts
 
-PATIENCE = 60.0
+TIMEOUT = 60.0
 KEY = secrets.token_urlsafe(48)
 
 VISITS = 'broker_store_duration_seconds_count{operation="visit"}'
@@ -89,7 +89,7 @@ VISITOR = visitor()
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait until something is so."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while not condition():  # noqa: ASYNC110 - what is waited for has no event
             await asyncio.sleep(0.005)
 
@@ -161,7 +161,7 @@ async def test_one_who_leaves_meanwhile_is_forgotten(server: StoreServer, end: s
         assert not [each for each in gc.get_objects() if isinstance(each, Later)]
         assert await reused(edge) == before
         assert not edge.app.parts.server.connections
-        reply = await edge.ask(VISITOR)
+        reply = await edge.request_token(VISITOR)
         assert reply.header("X-RateLimit-Remaining") == "16"  # the 4th request of 20
 
 
@@ -194,7 +194,7 @@ async def test_a_connection_takes_any_number_of_heads(server: StoreServer) -> No
             line.send(edge.asking(VISITOR, headers=[("X-Number", str(number))]))
             assert (await line.answer()).status == (200 if number < 18 else 429)
         line.send(request("GET", "/livez") * 2)
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             assert [(await line.answer()).status for _ in range(2)] == [200] * 2
 
 
@@ -210,7 +210,7 @@ async def test_one_who_leaves_before_a_mint_has_none_made(server: StoreServer) -
         server.resume()
         await until(lambda: _rests(edge))
         await edge.app.parts.token_service.flights.drained()
-        reply = await edge.ask(stranger)
+        reply = await edge.request_token(stranger)
         assert reply.cache_status == "embed-token-broker; fwd=miss"
 
 
@@ -295,7 +295,7 @@ async def test_the_end_of_a_drain_gives_it_to_aiohttp(server: StoreServer) -> No
         async with pending(server, edge, line, ours):
             ours.close()
             assert ours._later is None
-            shutdown = asyncio.create_task(ours.shutdown(PATIENCE))
+            shutdown = asyncio.create_task(ours.shutdown(TIMEOUT))
             await asyncio.sleep(0)
         assert is_hit(await line.answer())
         await shutdown
@@ -346,7 +346,7 @@ async def test_a_server_without_the_script_gets_it(server: StoreServer, queued: 
     """A question that was not asked is asked the ordinary way; the next one is a question again."""
     async with served(server) as (edge, line, _):
         queued.clear()
-        server.ask("SCRIPT", "FLUSH")
+        server.command("SCRIPT", "FLUSH")
         for left in ("17", "16"):
             line.send(edge.asking(VISITOR))
             reply = await line.answer()
@@ -362,24 +362,24 @@ async def test_what_is_asked_for_is_what_is_held(
     sent: list[str] = []
     adopt = NearCache.adopt
 
-    def noted(self: NearCache, ask: TokenRequest, key: str, *told: Any) -> Any:
+    def noted(self: NearCache, request: TokenRequest, key: str, *told: Any) -> Any:
         sent.append(key)
-        return adopt(self, ask, key, *told)
+        return adopt(self, request, key, *told)
 
     async with served(server) as (edge, line, _):
         monkeypatch.setattr(NearCache, "adopt", noted)
 
-        async def ask(**fields: object) -> Reply:
+        async def request_token(**fields: object) -> Reply:
             line.send(edge.asking(VISITOR, **fields))
             return await line.answer()
 
-        first, other = await ask(), await ask(model="m")
-        second = await ask(fresh=True)
+        first, other = await request_token(), await request_token(model="m")
+        second = await request_token(fresh=True)
         assert len({first.token, other.token, second.token}) == 3
         sent.clear()
         for _ in range(3):
-            assert (await ask()).token == second.token
-            assert (await ask(model="m")).token == other.token
+            assert (await request_token()).token == second.token
+            assert (await request_token(model="m")).token == other.token
         assert sent == []
 
 
@@ -418,7 +418,7 @@ async def test_a_defect_of_what_hears_the_reply_is_told(
             reply = await each.answer()
             assert (reply.status, reply.code) == (500, "INTERNAL_ERROR")
         monkeypatch.undo()
-        assert is_hit(await edge.ask(VISITOR))
+        assert is_hit(await edge.request_token(VISITOR))
         await other.close()
 
 
@@ -435,7 +435,7 @@ async def test_a_loop_that_was_ended_meanwhile_gets_no_request(server: StoreServ
         server.resume()
         await until(lambda: ours._later is None)
         line.writer.transport.abort()
-        assert is_hit(await edge.ask(VISITOR))
+        assert is_hit(await edge.request_token(VISITOR))
 
 
 def _rests(edge: Edge) -> bool:

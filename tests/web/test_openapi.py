@@ -90,7 +90,7 @@ class TestAnswersAreAsDocumented:
         """Minted, reused, with a model."""
         fingerprint = visitor()
         for fields in ({}, {}, {"model": "essence"}, {"fresh": True}):
-            reply = await edge.ask(fingerprint, **fields)
+            reply = await edge.request_token(fingerprint, **fields)
             assert reply.status == 200
             require_documented(reply, TOKEN_PATH)
 

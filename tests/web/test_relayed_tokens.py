@@ -37,7 +37,7 @@ async def test_a_token_of_the_vendor_is_good_while_it_is_recorded() -> None:
     """Verified and introspected from the record; unknown ones, and real ones of others, are not."""
     async with FakeVendor() as vendor, relaying(vendor) as edge:
         fingerprint = visitor()
-        minted = await edge.ask(fingerprint)
+        minted = await edge.request_token(fingerprint)
         good = await edge.get(VERIFY, X_Embed_Token=minted.token)
         assert (good.status, good.body) == (200, b"")
         told = {name: value for name, value in good.headers if name.startswith("X-Embed-")}
@@ -62,13 +62,13 @@ async def test_G9_a_revoked_session_that_the_vendor_opens_again_is_not_handed_ou
     """The vendor returns the token it gave before: ended here is ended; another is welcome."""
     async with FakeVendor() as vendor, relaying(vendor) as edge:
         fingerprint = visitor()
-        minted = await edge.ask(fingerprint)
+        minted = await edge.request_token(fingerprint)
         assert (await form(edge, "/v1/revoke", minted.token)).status == 200
         assert (await edge.get(VERIFY, X_Embed_Token=minted.token)).status == 401
         vendor.fail(faults.same_token(), times=1)
-        again = await edge.ask(fingerprint)
+        again = await edge.request_token(fingerprint)
         assert (again.status, again.code) == (503, "SERVICE_UNAVAILABLE")
-        after = await edge.ask(fingerprint)
+        after = await edge.request_token(fingerprint)
         assert after.session != minted.session
 
 
@@ -89,6 +89,6 @@ async def test_N8_a_byte_order_mark_is_no_part_of_json_on_either_side() -> None:
             assert reply.token
         assert (await edge.post(BOM_UTF8 * 2 + body)).code == "VALIDATION_ERROR"
         with vendor.fail(marked(2)):
-            assert (await edge.ask(visitor())).status in {502, 503}
+            assert (await edge.request_token(visitor())).status in {502, 503}
         scraped = await edge.scrape()
         assert scraped['broker_upstream_errors_total{reason="not_json"}'] >= 1

@@ -1,4 +1,4 @@
-"""From bytes to an ask, or to an error that names field, rule and remedy and quotes nothing."""
+"""From bytes to a request, or to an error that names field, rule and remedy and quotes nothing."""
 
 import json
 import secrets
@@ -44,7 +44,7 @@ def refusal(body: bytes | str | dict[str, object], *, any_fingerprint: bool = Fa
 
 
 class TestGood:
-    def test_the_whole_ask(self) -> None:
+    def test_the_whole_request(self) -> None:
         """Every field arrives as it was sent; unknown ones are ignored."""
         body = {
             "agent_id": "A1_-z",
@@ -89,8 +89,8 @@ class TestGood:
         Sees a `match` where `fullmatch` stands: what follows would reach the vendor's header.
         """
         body = json.dumps({"agent_id": "a", "fingerprint": "abcd"}).encode()
-        ask = wire.parse(body, "web", any_fingerprint=False, traceparent=given)
-        assert ask.traceparent == (given if kept else "")
+        request = wire.parse(body, "web", any_fingerprint=False, traceparent=given)
+        assert request.traceparent == (given if kept else "")
 
     @pytest.mark.parametrize("agent", ["a", "A78WKV4515", "a-b_c", "x" * 64, "-", "_", "0"])
     def test_agents(self, agent: str) -> None:
@@ -237,7 +237,7 @@ class TestBad:
 
     @given(st.binary(max_size=300) | JSON.map(lambda value: json.dumps(value).encode()))
     def test_no_body_causes_anything_else(self, body: bytes) -> None:
-        """Any bytes at all: an ask, or one of the two errors."""
+        """Any bytes at all: a request, or one of the two errors."""
         with suppress(Invalid, MissingParam):
             parse(body)
 
@@ -279,10 +279,10 @@ def _error_of(body: str, *, any_fingerprint: bool) -> BrokerError | None:
 async def test_the_setting_reaches_the_route() -> None:
     """`[limits] fingerprint_format` decides which of the two rules is in force."""
     async with serving({"limits": {"fingerprint_format": "any"}}) as edge:
-        assert (await edge.ask("visitor 7")).status == 200
-        assert (await edge.ask("\u202e")).message == ANY_RULE.removeprefix("Invalid: ")
+        assert (await edge.request_token("visitor 7")).status == 200
+        assert (await edge.request_token("\u202e")).message == ANY_RULE.removeprefix("Invalid: ")
     async with serving({"limits": {"fingerprint_format": "hex"}}) as edge:
-        assert (await edge.ask("visitor 7")).message == HEX_RULE.removeprefix("Invalid: ")
+        assert (await edge.request_token("visitor 7")).message == HEX_RULE.removeprefix("Invalid: ")
 
 
 async def test_the_last_of_two_equal_keys_wins_on_the_wire(edge: Edge) -> None:
@@ -290,7 +290,7 @@ async def test_the_last_of_two_equal_keys_wins_on_the_wire(edge: Edge) -> None:
     fingerprint = visitor()
     body = f'{{"agent_id":"first","agent_id":"{AGENT}","fingerprint":"{fingerprint}","x":[{{}}]}}'
     reply = await edge.post(body.encode())
-    assert reply.body == (await edge.ask(fingerprint)).body
+    assert reply.body == (await edge.request_token(fingerprint)).body
 
 
 class TestKnownBodies:
@@ -311,12 +311,12 @@ class TestKnownBodies:
         """Its client is its own, and no id or trace of a request is kept."""
         bodies, body = KnownBodies(), b'{"agent_id":"A1","fingerprint":"abcd","fresh":true}'
         for client in ("web", "app", "app", "web"):
-            ask = self.read(bodies, body, client=client)
-            assert ask == TokenRequest(client, "A1", "abcd", None, True)
-        assert self.read(bodies, body, client="web") is ask
-        sent = ask.sent_with("id", TRACE)
+            request = self.read(bodies, body, client=client)
+            assert request == TokenRequest(client, "A1", "abcd", None, True)
+        assert self.read(bodies, body, client="web") is request
+        sent = request.sent_with("id", TRACE)
         assert sent == TokenRequest("web", "A1", "abcd", None, True, "id", TRACE)
-        assert (sent.key is ask.key, ask.request_id, ask.traceparent) == (True, "", "")
+        assert (sent.key is request.key, request.request_id, request.traceparent) == (True, "", "")
         assert len(bodies) == 1
 
     @given(

@@ -184,7 +184,7 @@ class TestReadyAnswer:
                 seen = server.requests_count
         assert seen < 2500
         assert 0 < transport.get_write_buffer_size() < 4096  # one answer, and no second one
-        assert (await edge.ask()).status == 200
+        assert (await edge.request_token()).status == 200
         async with asyncio.timeout(30):
             while server.connections:  # noqa: ASYNC110 - what is waited for has no event
                 await asyncio.sleep(0.002)

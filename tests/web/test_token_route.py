@@ -66,7 +66,7 @@ class TestSuccess:
     async def test_a_mint_is_answered_in_both_shapes_with_every_header(self, edge: Edge) -> None:
         """The vendor's documented shape and today's at once; every header, nothing else."""
         fingerprint = visitor()
-        reply = await edge.ask(fingerprint)
+        reply = await edge.request_token(fingerprint)
         now = edge.time.wall() // 1_000_000
         data = reply.json["data"]
         assert reply.json == {
@@ -109,8 +109,8 @@ class TestSuccess:
     async def test_reuse_answers_the_same_bytes_and_says_hit(self, edge: Edge) -> None:
         """One visitor, one token, one session: only the headers tell the second answer apart."""
         fingerprint = visitor()
-        first = await edge.ask(fingerprint)
-        second = await edge.ask(fingerprint)
+        first = await edge.request_token(fingerprint)
+        second = await edge.request_token(fingerprint)
         assert second.body == first.body
         now = edge.time.wall() // 1_000_000
         assert second.headers == (
@@ -127,9 +127,9 @@ class TestSuccess:
     async def test_fresh_mints_anew_and_is_reused_from_then_on(self, edge: Edge) -> None:
         """`fresh` asks for a new session; whoever comes after it gets that one."""
         fingerprint = visitor()
-        first = await edge.ask(fingerprint)
-        fresh = await edge.ask(fingerprint, fresh=True)
-        after = await edge.ask(fingerprint, fresh=False)
+        first = await edge.request_token(fingerprint)
+        fresh = await edge.request_token(fingerprint, fresh=True)
+        after = await edge.request_token(fingerprint, fresh=False)
         assert fresh.cache_status == "embed-token-broker; fwd=miss"
         assert fresh.session != first.session
         assert after.body == fresh.body
@@ -149,16 +149,18 @@ class TestSuccess:
     ) -> None:
         """Clients send no-cache on their own: if it counted, they would drain the budget."""
         fingerprint = visitor()
-        first = await edge.ask(fingerprint)
-        second = await edge.ask(fingerprint, headers=headers)
+        first = await edge.request_token(fingerprint)
+        second = await edge.request_token(fingerprint, headers=headers)
         assert second.body == first.body
         assert second.cache_status == "embed-token-broker; hit"
 
     async def test_a_model_is_passed_on_and_has_a_token_of_its_own(self, edge: Edge) -> None:
         """The model is in the claims and in `data`; leaving it out is yet another token."""
         fingerprint = visitor()
-        replies = [await edge.ask(fingerprint, model=m) for m in ("essence", "expression", None)]
-        plain = await edge.ask(fingerprint)
+        replies = [
+            await edge.request_token(fingerprint, model=m) for m in ("essence", "expression", None)
+        ]
+        plain = await edge.request_token(fingerprint)
         assert [claims_of(edge, reply).get("model") for reply in replies] == [
             "essence",
             "expression",
@@ -181,7 +183,7 @@ class TestSuccess:
     ) -> None:
         """`curl -d` sends a form's type, others none: the body is JSON all the same."""
         headers = [] if content_type is None else [("Content-Type", content_type)]
-        assert (await edge.ask(headers=headers)).status == 200
+        assert (await edge.request_token(headers=headers)).status == 200
 
     async def test_joiners_of_a_mint_are_told_so(self, edge: Edge) -> None:
         """Ten at once for one key: one miss, nine that collapsed into it (RFC 9211), one token."""
@@ -200,7 +202,7 @@ class TestSuccess:
 
     async def test_a_query_string_changes_nothing(self, edge: Edge) -> None:
         """Somebody's cache buster does not make a route unknown."""
-        assert (await edge.ask(path=f"{TOKEN_PATH}?t=1&t=2")).status == 200
+        assert (await edge.request_token(path=f"{TOKEN_PATH}?t=1&t=2")).status == 200
         assert (await edge.get("/livez?x")).status == 200
 
 
@@ -246,7 +248,7 @@ class TestConnections:
     async def test_draining_is_told_and_requests_are_still_taken(self, edge: Edge) -> None:
         """While a balancer looks away: /readyz 503, tokens as before, connections closed."""
         edge.app.parts.readiness.draining = True
-        reply = await edge.ask()
+        reply = await edge.request_token()
         assert (reply.status, reply.header("Connection")) == (200, "close")
         ready = await edge.get("/readyz")
         assert (ready.status, ready.json) == (503, {"status": "draining"})
@@ -255,10 +257,10 @@ class TestConnections:
     async def test_a_refusal_ends_its_connection_in_a_drain_too(self, edge: Edge) -> None:
         """Who is told to wait comes back to another process."""
         fingerprint = visitor()
-        while (await edge.ask(fingerprint)).status == 200:
+        while (await edge.request_token(fingerprint)).status == 200:
             pass
         edge.app.parts.readiness.draining = True
-        reply = await edge.ask(fingerprint)
+        reply = await edge.request_token(fingerprint)
         assert (reply.status, reply.header("Connection")) == (429, "close")
 
 
@@ -267,8 +269,8 @@ class TestRequestId:
     async def test_a_good_one_is_kept(self, edge: Edge, given: str) -> None:
         """On every kind of answer: 200, refusal, unknown route."""
         headers = [("X-Request-Id", given)]
-        assert (await edge.ask(headers=headers)).header("X-Request-Id") == given
-        assert (await edge.ask("zz", headers=headers)).header("X-Request-Id") == given
+        assert (await edge.request_token(headers=headers)).header("X-Request-Id") == given
+        assert (await edge.request_token("zz", headers=headers)).header("X-Request-Id") == given
         assert (await edge.get("/nowhere", X_Request_Id=given)).header("X-Request-Id") == given
 
     @pytest.mark.parametrize(
@@ -276,7 +278,7 @@ class TestRequestId:
     )
     async def test_any_other_is_replaced(self, edge: Edge, given: str) -> None:
         """What could break a log or a header is not repeated."""
-        reply = await edge.ask(headers=[("X-Request-Id", given)])
+        reply = await edge.request_token(headers=[("X-Request-Id", given)])
         assert reply.status == 200
         assert MINT_ID.fullmatch(reply.header("X-Request-Id") or "")
 
@@ -401,14 +403,14 @@ CASES: dict[str, Case] = {
         400,
         "VALIDATION_ERROR",
         "fresh: expected bool, got str",
-        lambda edge: edge.ask(fresh="yes"),
+        lambda edge: edge.request_token(fresh="yes"),
         {},
     ),
     "bad agent": (
         400,
         "VALIDATION_ERROR",
         f"agent_id: must be {AGENT_RULE}; send the agent's code as the vendor shows it",
-        lambda edge: edge.ask(agent="a/b"),
+        lambda edge: edge.request_token(agent="a/b"),
         {},
     ),
     "bad fingerprint": (
@@ -418,21 +420,21 @@ CASES: dict[str, Case] = {
             "fingerprint: must be 4 to 128 hex digits or a UUID, one stable value per device;"
             ' the broker\'s operator can set [limits] fingerprint_format = "any"'
         ),
-        lambda edge: edge.ask("anonymous"),
+        lambda edge: edge.request_token("anonymous"),
         {},
     ),
     "bad model": (
         400,
         "VALIDATION_ERROR",
         "model: must be 1 to 64 printable characters; leave it out for the default",
-        lambda edge: edge.ask(model=""),
+        lambda edge: edge.request_token(model=""),
         {},
     ),
     "secret twice": (
         400,
         "VALIDATION_ERROR",
         "api-secret: sent twice; send the header once",
-        lambda edge: edge.ask(headers=[("Api-Secret", edge.secret)]),
+        lambda edge: edge.request_token(headers=[("Api-Secret", edge.secret)]),
         {},
     ),
     "no secret": (
@@ -459,7 +461,7 @@ CASES: dict[str, Case] = {
             "a client secret came with an Origin header, so from a browser: it has leaked into"
             " a page; replace it, and request tokens from your backend"
         ),
-        lambda edge: edge.ask(headers=[("Origin", "https://site.example")]),
+        lambda edge: edge.request_token(headers=[("Origin", "https://site.example")]),
         {},
     ),
     "too large": (
@@ -473,7 +475,7 @@ CASES: dict[str, Case] = {
         415,
         "UNSUPPORTED_TYPE",
         "content-encoding: send the body as it is, without compression",
-        lambda edge: edge.ask(headers=[("Content-Encoding", "gzip")]),
+        lambda edge: edge.request_token(headers=[("Content-Encoding", "gzip")]),
         {},
     ),
     "not http": (
@@ -507,13 +509,13 @@ async def test_a_client_gets_no_agent_that_it_was_not_given() -> None:
     clients = {"narrow": {"secret": narrow, "agents": [AGENT]}}
     async with serving({"clients": clients}) as edge:
         fingerprint = visitor()
-        denied = await edge.ask(fingerprint, agent=OTHER_AGENT, secret=narrow)
+        denied = await edge.request_token(fingerprint, agent=OTHER_AGENT, secret=narrow)
         assert (denied.status, denied.code) == (403, "AGENT_NOT_ALLOWED")
         assert denied.message == "agent_id: this client may not use this agent; ask the operator"
         assert denied.headers == common(denied, edge)
-        allowed = await edge.ask(fingerprint, agent=AGENT, secret=narrow)
+        allowed = await edge.request_token(fingerprint, agent=AGENT, secret=narrow)
         assert (allowed.status, allowed.header("X-RateLimit-Remaining")) == (200, "19")
-        assert (await edge.ask(agent=OTHER_AGENT)).status == 200
+        assert (await edge.request_token(agent=OTHER_AGENT)).status == 200
 
 
 class TestWhatIsBehindFails:
@@ -536,7 +538,7 @@ class TestWhatIsBehindFails:
     ) -> None:
         """What the issuer reports is what the caller reads, in the one envelope."""
         _failing(edge, error)
-        reply = await edge.ask()
+        reply = await edge.request_token()
         assert (reply.status, reply.code) == (status, code)
         assert reply.message == error.message
         assert reply.headers == (*common(reply, edge), *headers.items())
@@ -545,7 +547,7 @@ class TestWhatIsBehindFails:
         """The caller gets a request id; the log has the traceback under it."""
         edge.defects_expected = True
         _failing(edge, RuntimeError("out of cheese"))
-        reply = await edge.ask()
+        reply = await edge.request_token()
         assert (reply.status, reply.code) == (500, "INTERNAL_ERROR")
         assert reply.message == "internal error: see the log for this X-Request-Id"
         defects = edge.events("broker.defect")
@@ -565,10 +567,10 @@ class TestWhatIsBehindFails:
             finish = edge.app.parts.token_service.finish
 
             async def recorded(
-                ask: TokenRequest, begun: Visit | None, patience: float
+                request: TokenRequest, begun: Visit | None, timeout: float
             ) -> IssuedToken | Rejection:
-                given.append(patience)
-                return await finish(ask, begun, patience)
+                given.append(timeout)
+                return await finish(request, begun, timeout)
 
             monkeypatch.setattr(edge.app.parts.token_service, "finish", recorded)
             line = await edge.connect()
@@ -587,18 +589,18 @@ class TestWhatIsBehindFails:
         async with serving({"server": {"deadline": "30ms"}}) as edge:
             hold, go = _slow(edge)
             fingerprint = visitor()
-            reply = await edge.ask(fingerprint)
+            reply = await edge.request_token(fingerprint)
             assert (reply.status, reply.code) == (504, "UPSTREAM_TIMEOUT")
             go.set()
             await edge.app.parts.token_service.flights.drained()
-            assert (await edge.ask(fingerprint)).cache_status == "embed-token-broker; hit"
+            assert (await edge.request_token(fingerprint)).cache_status == "embed-token-broker; hit"
             assert hold.calls == 1
 
     async def test_a_used_up_budget_is_503_with_the_time_to_come_back(self) -> None:
         """The first mint has to wait longer than max_wait: told at once, and counted."""
         budget = {"rate": 1, "per": "60s", "burst": 1, "max_wait": "1s"}
         async with serving({"issuer": {"budget": budget}}) as edge:
-            reply = await edge.ask()
+            reply = await edge.request_token()
             assert (reply.status, reply.code) == (503, "SERVICE_UNAVAILABLE")
             assert reply.message == "the vendor's budget is used up"
             wait = int(reply.header("Retry-After") or "")
@@ -623,8 +625,8 @@ class TestLimits:
         async with limited(name) as edge:
             fingerprint = visitor()
             for _ in range(3):
-                assert (await edge.ask(fingerprint, fresh=True)).status == 200
-            reply = await edge.ask(fingerprint, fresh=True)
+                assert (await edge.request_token(fingerprint, fresh=True)).status == 200
+            reply = await edge.request_token(fingerprint, fresh=True)
             assert (reply.status, reply.reason) == (429, "Too Many Requests")
             assert reply.code == "RATE_LIMITED"
             assert reply.message == f"limit {name} reached: retry after the time in Retry-After"
@@ -647,27 +649,27 @@ class TestLimits:
             fingerprint = visitor()
             promised = 5
             while promised:
-                reply = await edge.ask(fingerprint)
+                reply = await edge.request_token(fingerprint)
                 promised -= 1
                 assert reply.header("X-RateLimit-Remaining") == str(promised)
                 assert reply.header("RateLimit") == f'"fingerprint";r={promised};t=3600'
-            assert (await edge.ask(fingerprint)).status == 429
+            assert (await edge.request_token(fingerprint)).status == 429
             edge.time.advance(5 * 3600)
-            assert (await edge.ask(fingerprint)).header("X-RateLimit-Remaining") == "4"
+            assert (await edge.request_token(fingerprint)).header("X-RateLimit-Remaining") == "4"
 
     async def test_L9_a_second_less_than_retry_after_fails_and_retry_after_succeeds(self) -> None:
         """Whole seconds, rounded up, never 0: also when the refusal came in mid-second."""
         async with limited("fingerprint", burst=1) as edge:
             fingerprint = visitor()
-            assert (await edge.ask(fingerprint)).status == 200
+            assert (await edge.request_token(fingerprint)).status == 200
             edge.time.advance(0.75)
-            refused = await edge.ask(fingerprint)
+            refused = await edge.request_token(fingerprint)
             assert refused.header("Retry-After") == "3600"  # 3,599.25 s, rounded up
             edge.time.advance(3599)
-            again = await edge.ask(fingerprint)
+            again = await edge.request_token(fingerprint)
             assert (again.status, again.header("Retry-After")) == (429, "1")
             edge.time.advance(1)
-            assert (await edge.ask(fingerprint)).status == 200
+            assert (await edge.request_token(fingerprint)).status == 200
 
     async def test_L6_of_1000_simultaneous_requests_of_a_visitor_exactly_burst_pass(self) -> None:
         """At one an hour: 20 of 1,000; other visitors notice nothing.
@@ -687,11 +689,13 @@ class TestLimits:
             assert {reply.message for reply in refused} == {
                 "limit fingerprint reached: retry after the time in Retry-After"
             }
-            assert {reply.status for reply in [await edge.ask() for _ in range(5)]} == {200}
+            assert {reply.status for reply in [await edge.request_token() for _ in range(5)]} == {
+                200
+            }
             edge.time.advance(3599)
-            assert (await edge.ask(fingerprint)).status == 429
+            assert (await edge.request_token(fingerprint)).status == 429
             edge.time.advance(1)
-            assert (await edge.ask(fingerprint)).status == 200
+            assert (await edge.request_token(fingerprint)).status == 200
             scraped = await edge.scrape()
             assert scraped['broker_rejections_total{limit="fingerprint"}'] == 981
 
@@ -707,7 +711,7 @@ class TestLimits:
             assert {reply.header("RateLimit") for reply in refused} == {'"agent";r=0;t=3600'}
             again = await edge.all_at_once([edge.asking(one) for one in served] * 5)
             assert {reply.cache_status for reply in again} == {"embed-token-broker; hit"}
-            assert (await edge.ask(agent=OTHER_AGENT)).status == 200
+            assert (await edge.request_token(agent=OTHER_AGENT)).status == 200
             scraped = await edge.scrape()
             assert scraped['broker_requests_total{outcome="minted"}'] == 31
             assert scraped['broker_rejections_total{limit="agent"}'] == 970
@@ -729,8 +733,8 @@ class TestLimits:
             assert len({reply.body for reply in replies}) == 1
             assert hold.calls == 1
             assert sum(r.cache_status == "embed-token-broker; fwd=miss" for r in replies) == 1
-            assert (await edge.ask()).status == 200  # the second of two
-            assert (await edge.ask()).status == 429  # so the crowd was charged once
+            assert (await edge.request_token()).status == 200  # the second of two
+            assert (await edge.request_token()).status == 429  # so the crowd was charged once
             scraped = await edge.scrape()
             assert scraped['broker_requests_total{outcome="minted"}'] == 2
             assert scraped['broker_requests_total{outcome="coalesced"}'] == 999
@@ -740,7 +744,7 @@ class TestLimits:
         section = {"rate": 1, "per": "1h", "burst": 1, "dry_run": True}
         async with serving({"limits": {"fingerprint": section}}) as edge:
             fingerprint = visitor()
-            replies = [await edge.ask(fingerprint) for _ in range(3)]
+            replies = [await edge.request_token(fingerprint) for _ in range(3)]
             assert {reply.status for reply in replies} == {200}
             assert [reply.header("X-RateLimit-Remaining") for reply in replies] == ["0"] * 3
             scraped = await edge.scrape()
@@ -751,7 +755,7 @@ class TestLimits:
         """2^31 - 1 is a limit like any other, not "unlimited" and not an overflow."""
         section = {"rate": 1, "per": "1h", "burst": 2**31 - 1}
         async with serving({"limits": {"fingerprint": section}}) as edge:
-            reply = await edge.ask()
+            reply = await edge.request_token()
             assert reply.header("X-RateLimit-Limit") == "2147483647"
             assert reply.header("X-RateLimit-Remaining") == "2147483646"
             assert reply.header("RateLimit-Policy") == '"fingerprint";q=2147483647;w=7730941129200'
@@ -760,7 +764,7 @@ class TestLimits:
         """Unset never means unlimited: without a line about it, the visitor's limit is there."""
         async with serving() as edge:
             fingerprint = visitor()
-            statuses = [(await edge.ask(fingerprint)).status for _ in range(21)]
+            statuses = [(await edge.request_token(fingerprint)).status for _ in range(21)]
             assert statuses == [200] * 20 + [429]
 
 
@@ -783,7 +787,9 @@ class TestKeys:
             tokens: dict[str, tuple[object, ...]] = {}
             for key in keys * 2:
                 secret, agent, fingerprint, model = key
-                reply = await edge.ask(fingerprint, agent=agent, secret=secret, model=model)
+                reply = await edge.request_token(
+                    fingerprint, agent=agent, secret=secret, model=model
+                )
                 claims = claims_of(edge, reply)
                 assert claims["agent_id"] == claims["sub"] == agent
                 assert claims["fingerprint"] == fingerprint
@@ -801,14 +807,14 @@ class TestKeys:
         async with serving({"limits": limits}) as edge:
             tokens = set()
             for fingerprint in strange:
-                replies = [await edge.ask(fingerprint) for _ in range(3)]
+                replies = [await edge.request_token(fingerprint) for _ in range(3)]
                 assert [reply.status for reply in replies] == [200, 200, 429], fingerprint
                 assert claims_of(edge, replies[0])["fingerprint"] == fingerprint
                 tokens.add(replies[0].token)
             assert len(tokens) == len(strange)
             for hostile in ("\x00", "a\x1fb", "\u202eabc", "x" * 257, "\n", "\x1b[31m", "\u200b"):
-                assert (await edge.ask(hostile)).code == "VALIDATION_ERROR", hostile
-            huge = await edge.ask("a" * 65536)
+                assert (await edge.request_token(hostile)).code == "VALIDATION_ERROR", hostile
+            huge = await edge.request_token("a" * 65536)
             assert huge.code == "PAYLOAD_TOO_LARGE"
             empty = await edge.post(b'{"agent_id":"a","fingerprint":""}')
             assert empty.code == "VALIDATION_ERROR"
@@ -837,11 +843,11 @@ class _Hold:
         self._mint: Callable[..., Awaitable[Any]] = edge.app.parts.issuer.mint
         self._go = go
 
-    async def __call__(self, ask: TokenRequest, turn: Turn) -> Minted:
+    async def __call__(self, request: TokenRequest, turn: Turn) -> Minted:
         await turn()
         self.calls += 1
         await self._go.wait()
-        return await self._mint(ask, _at_once)
+        return await self._mint(request, _at_once)
 
 
 async def _at_once() -> None:

@@ -13,7 +13,7 @@ from edge import AGENT, Edge, Reply, request, serving, visitor
 from broker.errors import ServiceUnavailable
 from broker.model import Session
 from broker.sessions.admin import NotRecorded
-from broker.sessions.base import BookFull
+from broker.sessions.base import SessionsFull
 from broker.web.token_status import VERIFY_PATH
 
 INACTIVE = b'{"active":false}'
@@ -58,7 +58,7 @@ class TestIntrospection:
     async def test_a_good_token_of_the_client_s_own_is_told_whole(self, edge: Edge) -> None:
         """Every field, byte for byte where order counts; the model only where one was asked for."""
         fingerprint = visitor()
-        minted = await edge.ask(fingerprint)
+        minted = await edge.request_token(fingerprint)
         reply = await introspect(edge, minted.token)
         expires = minted.json["data"]["expires_at"]
         assert (reply.status, reply.header("Content-Type")) == (200, "application/json")
@@ -73,17 +73,23 @@ class TestIntrospection:
             "iat": expires - 3600,
             "exp": expires,
         }
-        with_model = await edge.ask(fingerprint, model="essence")
+        with_model = await edge.request_token(fingerprint, model="essence")
         assert (await introspect(edge, with_model.token)).json["model"] == "essence"
 
     async def test_anything_that_is_not_live_is_exactly_inactive(self) -> None:
         """Nonsense, foreign, damaged, expired, revoked, another client's: the same 16 bytes."""
         shop, tree = two_clients()
         async with serving(tree) as edge, serving() as foreign:
-            good = (await edge.ask()).token
-            gone = (await edge.ask()).token
+            good = (await edge.request_token()).token
+            gone = (await edge.request_token()).token
             await revoke(edge, gone)
-            for token in ("x", "a.b.c", good[:-3] + "AAA", (await foreign.ask()).token, gone):
+            for token in (
+                "x",
+                "a.b.c",
+                good[:-3] + "AAA",
+                (await foreign.request_token()).token,
+                gone,
+            ):
                 assert (await introspect(edge, token)).body == INACTIVE
             assert (await introspect(edge, good, secret=shop)).body == INACTIVE
             assert (await introspect(edge, good)).json["active"] is True
@@ -92,7 +98,7 @@ class TestIntrospection:
 
     async def test_a_form_is_read_as_forms_are(self, edge: Edge) -> None:
         """A hint and unknown fields are ignored, a content type is not asked for."""
-        token = (await edge.ask()).token
+        token = (await edge.request_token()).token
         for form in (
             {"token": token, "token_type_hint": "refresh_token"},
             {"foo": "bar", "token": token},
@@ -149,14 +155,14 @@ class TestRevocation:
     ) -> None:
         """From the answer on; the visitor's next request opens another session."""
         fingerprint = visitor()
-        minted = await edge.ask(fingerprint)
+        minted = await edge.request_token(fingerprint)
         assert await verified(edge, minted.token) == 200
         reply = await revoke(edge, minted.token)
         assert (reply.status, reply.body) == (200, b"")
         assert await verified(edge, minted.token) == 401
         told = await edge.get(VERIFY_PATH, X_Embed_Token=minted.token)
         assert told.message == "token: revoked"
-        after = await edge.ask(fingerprint)
+        after = await edge.request_token(fingerprint)
         assert after.cache_status == "embed-token-broker; fwd=miss"
         assert after.session != minted.session
         assert await verified(edge, after.token) == 200
@@ -165,7 +171,7 @@ class TestRevocation:
         """Unknown, again, another client's: 200, and nothing changes."""
         shop, tree = two_clients()
         async with serving(tree) as edge:
-            good = (await edge.ask()).token
+            good = (await edge.request_token()).token
             answers = [
                 await revoke(edge, "nonsense"),
                 await revoke(edge, good, secret=shop),
@@ -178,9 +184,9 @@ class TestRevocation:
     async def test_nobody_else_s_session_ends(self, edge: Edge) -> None:
         """Another visitor's, and another agent's of the same visitor: both are still good."""
         fingerprint = visitor()
-        mine = (await edge.ask(fingerprint)).token
-        same_visitor = (await edge.ask(fingerprint, agent="B2")).token
-        other = await edge.ask()
+        mine = (await edge.request_token(fingerprint)).token
+        same_visitor = (await edge.request_token(fingerprint, agent="B2")).token
+        other = await edge.request_token()
         await revoke(edge, mine)
         assert [await verified(edge, t) for t in (mine, same_visitor, other.token)] == [
             401,
@@ -190,7 +196,7 @@ class TestRevocation:
 
     async def test_G9_it_stays_revoked_for_as_long_as_clocks_are_forgiven(self, edge: Edge) -> None:
         """In the last second of the leeway, too, and although records have expired."""
-        minted = await edge.ask()
+        minted = await edge.request_token()
         await revoke(edge, minted.token)
         ends = minted.json["data"]["expires_at"] + 60
         while edge.time.wall() < (ends - 1) * 1_000_000:
@@ -202,17 +208,19 @@ class TestRevocation:
     async def test_G9_revoked_while_a_mint_is_in_flight(self, edge: Edge) -> None:
         """A renewal was under way: neither it nor the held token is handed out, to anybody."""
         fingerprint = visitor()
-        held = await edge.ask(fingerprint)
+        held = await edge.request_token(fingerprint)
         begun, go = asyncio.Event(), asyncio.Event()
         mint = edge.app.parts.issuer.mint
 
-        async def slow(ask: object, turn: object) -> object:
+        async def slow(request: object, turn: object) -> object:
             begun.set()
             await go.wait()
-            return await mint(ask, turn)  # type: ignore[arg-type]
+            return await mint(request, turn)  # type: ignore[arg-type]
 
         edge.mint_by(slow)
-        asking = [asyncio.ensure_future(edge.ask(fingerprint, fresh=True)) for _ in range(5)]
+        asking = [
+            asyncio.ensure_future(edge.request_token(fingerprint, fresh=True)) for _ in range(5)
+        ]
         await begun.wait()
         await revoke(edge, held.token)
         go.set()
@@ -221,27 +229,30 @@ class TestRevocation:
             (503, "SERVICE_UNAVAILABLE", "1")
         }
         assert (await edge.admin("/metrics")).status == 200
-        after = await edge.ask(fingerprint)
+        after = await edge.request_token(fingerprint)
         assert after.session != held.session
         assert await verified(edge, after.token) == 200
-        book = edge.app.parts.session_store
-        assert (len(book), await book.find(after.session) is not None) == (1, True)
+        session_store = edge.app.parts.session_store
+        assert (len(session_store), await session_store.find(after.session) is not None) == (
+            1,
+            True,
+        )
 
     async def test_G9_an_end_that_failed_half_way_is_completed_by_the_next(
         self, edge: Edge
     ) -> None:
         """The store is away for a moment: 503, no token is good, and the retry does the rest."""
         fingerprint = visitor()
-        first = await edge.ask(fingerprint)
-        second = await edge.ask(fingerprint, agent="B2")
+        first = await edge.request_token(fingerprint)
+        second = await edge.request_token(fingerprint, agent="B2")
         revoke_visitor = edge.app.parts.store.revoke_visitor
         edge.app.parts.store.revoke_visitor = away  # type: ignore[method-assign]
         refused = await revoke(edge, first.token)
         assert (refused.status, await verified(edge, first.token)) == (503, 401)
         edge.app.parts.store.revoke_visitor = revoke_visitor  # type: ignore[method-assign]
         assert (await revoke(edge, first.token)).status == 200
-        assert (await edge.ask(fingerprint)).session != first.session
-        assert (await edge.ask(fingerprint, agent="B2")).session != second.session
+        assert (await edge.request_token(fingerprint)).session != first.session
+        assert (await edge.request_token(fingerprint, agent="B2")).session != second.session
         assert first.session not in edge.app.parts.session_store
         assert edge.events("broker.session_ended") == [
             {
@@ -258,7 +269,7 @@ class TestRevocation:
         """Where there is one: a stolen secret ends no more sessions than it may ask for."""
         tight = {"limits": {"client": {"rate": 60, "burst": 3}}}
         async with serving(tight) as edge:
-            token = (await edge.ask()).token
+            token = (await edge.request_token()).token
             assert [(await revoke(edge, "x")).status for _ in range(3)] == [200, 200, 429]
             refused = await revoke(edge, token)
             assert (refused.code, refused.header("Retry-After")) == ("RATE_LIMITED", "1")
@@ -272,7 +283,7 @@ class TestRevocation:
     async def test_too_many_ends_are_refused_not_forgotten(self, edge: Edge) -> None:
         """503 and Retry-After; what was ended stays so."""
         edge.app.parts.session_store._most_ended = 2
-        first, second = (await edge.ask()).token, (await edge.ask()).token
+        first, second = (await edge.request_token()).token, (await edge.request_token()).token
         assert (await revoke(edge, first)).status == 200
         refused = await revoke(edge, second)
         assert (refused.status, refused.code) == (503, "SERVICE_UNAVAILABLE")
@@ -288,9 +299,9 @@ class TestRevocation:
             raise NotRecorded("not handed out here")
 
         async def disown(_digest: bytes, _client: str) -> None:
-            raise BookFull
+            raise SessionsFull
 
-        token = (await edge.ask()).token
+        token = (await edge.request_token()).token
         with monkeypatch.context() as patch:
             patch.setattr(edge.app.parts.introspector, "_session_of", full)
             patch.setattr(edge.app.parts.session_store, "disown", disown)
@@ -327,7 +338,7 @@ async def test_a_token_of_another_maker_with_the_key_is_good_but_nobody_s(edge: 
 async def test_G7_nothing_of_a_token_is_logged(edge: Edge) -> None:
     """Verified, introspected, revoked, refused, at debug level: no token, no visitor."""
     fingerprint = visitor()
-    token = (await edge.ask(fingerprint)).token
+    token = (await edge.request_token(fingerprint)).token
     for bad in (token, token[:-4] + "AAAA"):
         await verified(edge, bad)
         await introspect(edge, bad)

@@ -27,7 +27,7 @@ async def verify(
 
 async def token_of(edge: Edge, fingerprint: str | None = None, agent: str = AGENT) -> str:
     """Have a token minted."""
-    return (await edge.ask(fingerprint or visitor(), agent=agent)).token
+    return (await edge.request_token(fingerprint or visitor(), agent=agent)).token
 
 
 def told(reply: Reply) -> dict[str, str]:
@@ -41,7 +41,7 @@ class TestAnswers:
     ) -> None:
         """200, an empty body, every header."""
         fingerprint = visitor()
-        minted = await edge.ask(fingerprint)
+        minted = await edge.request_token(fingerprint)
         reply = await verify(edge, ("Authorization", f"Bearer {minted.token}"))
         assert (reply.status, reply.body) == (200, b"")
         assert [name for name, _ in reply.headers] == [
@@ -110,7 +110,7 @@ class TestAnswers:
     async def test_a_token_is_good_until_it_has_expired_and_a_minute_for_clocks(self) -> None:
         """The last moment of the leeway counts, the next does not."""
         async with serving() as edge:
-            minted = await edge.ask(visitor())
+            minted = await edge.request_token(visitor())
             good = ("X-Embed-Token", minted.token)
             ends = minted.json["data"]["expires_at"] + 60
             edge.time.advance((ends * 1_000_000 - 1 - edge.time.wall()) / 1_000_000)

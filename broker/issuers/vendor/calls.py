@@ -83,7 +83,7 @@ class Calls:
         self._late = late
         self._reads = reads
         self._out: set[_Call] = set()
-        self._asking = TaskSet()
+        self._probing = TaskSet()
 
     async def make(self, send: Send, slot: Slot) -> Answer:
         """Make one call; raises CallFailed, with TIMEOUT while it may still be under way."""
@@ -99,8 +99,8 @@ class Calls:
             call.awaited = False
             if slot.is_settled:
                 call.task.cancel()  # no effect on one that is done; the body of another is no use
-            elif not len(self._asking):
-                self._asking.start(self._ask())
+            elif not len(self._probing):
+                self._probing.start(self._probe())
         if not call.task.done() or call.task.cancelled():
             raise CallFailed(Reason.TIMEOUT)
         return call.task.result()
@@ -110,7 +110,7 @@ class Calls:
 
         What they have written may lie unread before a vendor that stands still.
         """
-        await self._asking.close()
+        await self._probing.close()
         for call in self._out:
             call.slot.abandon()
             call.task.cancel()
@@ -136,7 +136,7 @@ class Calls:
         call.slot.answered()
         self._give_up(min(call.began, now - SEEN))
 
-    async def _ask(self) -> None:
+    async def _probe(self) -> None:
         """Ask whether the vendor reads, as long as calls hang and keep all others back."""
         loop = asyncio.get_running_loop()
         asked = -SEEN

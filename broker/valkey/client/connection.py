@@ -165,7 +165,7 @@ class RespProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]  # uvloop's is no asyncio.Transport
 
-    def ask(self, calls: list[_Call], timeout: float) -> None:
+    def send(self, calls: list[_Call], timeout: float) -> None:
         """Write all of these; each is answered within `timeout` seconds, or fails."""
         self._due.extend([due for _, due in calls])
         if self._reader.is_amid:  # nobody had asked for that
@@ -256,12 +256,12 @@ class PipelinedConnection:
         self._is_closed = False
 
     def send(self, packed: bytes, shape: Shape = ANYTHING) -> "asyncio.Future[Reply]":
-        """Send a packed command; a reply of this shape, or StoreFailed, Forgotten, Elsewhere."""
+        """Send a packed command; a reply of this shape, or StoreFailed, NoScript, Redirect."""
         future: asyncio.Future[Reply] = self._loop.create_future()
-        self.ask(packed, shape, future)
+        self.send_for(packed, shape, future)
         return future
 
-    def ask(self, packed: bytes, shape: Shape, waiter: Waiter) -> None:
+    def send_for(self, packed: bytes, shape: Shape, waiter: Waiter) -> None:
         """Send it as `send`, and tell `waiter`, where the reply arrives, what comes of it."""
         if self._is_closed:
             waiter.set_exception(StoreFailed(Reason.CONNECTION))
@@ -293,7 +293,7 @@ class PipelinedConnection:
         if self._talk is not None:
             if self._talk.is_idle:
                 calls, self._waiting = self._waiting, []
-                self._talk.ask(calls, self._timeout)
+                self._talk.send(calls, self._timeout)
             return
         if self._expiry is None:
             self._expiry = self._loop.call_later(self._timeout, self._look_once_more)
@@ -332,7 +332,7 @@ class PipelinedConnection:
         """Authenticate and choose the database; raises StoreFailed."""
         for packed in self.target.greeting():
             future: asyncio.Future[Reply] = self._loop.create_future()
-            talk.ask([(packed, (future, ACCEPTED))], CONNECT_TIMEOUT)
+            talk.send([(packed, (future, ACCEPTED))], CONNECT_TIMEOUT)
             await future
         if talk.is_gone:  # its end was told before anybody listened
             raise StoreFailed(talk.reason, "hung up")

@@ -163,7 +163,7 @@ class StoreClient:
         self.note_success(permit, operation, began)
         return answer
 
-    def ask(self, question: Question, key: bytes, packed: bytes, shape: Shape) -> bool:
+    def send(self, question: Question, key: bytes, packed: bytes, shape: Shape) -> bool:
         """Send a packed script to where `key` is; `question` takes the reply.
 
         False, and nothing is sent, where `run` has more to do than that: where the server is away
@@ -173,7 +173,7 @@ class StoreClient:
         if link is None or health.phase is not Phase.CLOSED:
             return False
         question.begin(self, Permit(health.epoch))
-        link.ask(packed, shape, question)
+        link.send_for(packed, shape, question)
         return True
 
     async def command(

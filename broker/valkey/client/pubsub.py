@@ -32,7 +32,7 @@ RETRY = 1.0
 SILENCE = 5.0
 """Seconds without a message after which a replica sends itself one."""
 
-PATIENCE = 2.0
+ECHO_TIMEOUT = 2.0
 """Seconds in which that has to arrive: nodes of a cluster pass it on."""
 
 AT_A_TIME = 100
@@ -50,11 +50,11 @@ class Subscription(asyncio.Protocol):
     It ends with what a listener raised: the loop would take that for a fault of the connection.
     """
 
-    def __init__(self, channels: Sequence[bytes], opening: bytes, heard: Listener) -> None:
+    def __init__(self, channels: Sequence[bytes], opening: bytes, on_message: Listener) -> None:
         loop = asyncio.get_running_loop()
         self._channels = channels
         self._opening = opening
-        self._heard = heard
+        self._on_message = on_message
         self._loop = loop
         self._reader = Reader()
         self._echo = b""
@@ -137,7 +137,7 @@ class Subscription(asyncio.Protocol):
 
     def _hand_on(self, channel: bytes, message: bytes) -> None:
         try:
-            self._heard(channel, message)
+            self._on_message(channel, message)
         except BaseException as error:  # noqa: BLE001 - raised where the subscription is awaited
             if not self.ended.done():
                 self.ended.set_exception(error)
@@ -149,12 +149,12 @@ class Subscription(asyncio.Protocol):
             self.ready.set_exception(error)
 
 
-async def listen(nodes: Topology, channels: Sequence[bytes], heard: Listener) -> None:
-    """Call `heard` for each message on the channels, until cancelled; the first is one's own."""
+async def listen(nodes: Topology, channels: Sequence[bytes], on_message: Listener) -> None:
+    """Call `on_message` for each message on the channels, until cancelled; the first is our own."""
     route = Route()
     while True:
         target = nodes.anywhere()
-        subscription = Subscription(channels, b"".join(target.greeting()), heard)
+        subscription = Subscription(channels, b"".join(target.greeting()), on_message)
         try:
             await subscribe(target, subscription, route)
             await _stay(nodes, channels[0], subscription)
@@ -190,7 +190,7 @@ async def _stay(nodes: Topology, channel: bytes, subscription: Subscription) -> 
             _ = await nodes.command(channel, command(b"PUBLISH", channel, word), shapes.COUNTED)
         except StoreFailed:
             continue  # nobody can say anything: no word about this connection
-        await asyncio.wait([echoed, subscription.ended], timeout=PATIENCE)
+        await asyncio.wait([echoed, subscription.ended], timeout=ECHO_TIMEOUT)
         if not echoed.done():
             log.warning("broker.news_silent")
             return None

@@ -182,19 +182,19 @@ class Cluster(Topology):
         where = self._slots.get(slot)
         if where is None:
             where = await self._first_topology(slot)
-        patient = False
+        has_paused = False
         for _ in range(REDIRECTS):
             try:
                 return await self._link(where).send(packed, shape)
             except Redirect as moved:
                 where = (moved.host or where[0], moved.port)
                 if moved.asking:
-                    return await self._ask(where, packed, shape)
+                    return await self._send_redirected(where, packed, shape)
                 self._slots[slot] = where
                 self._refresh()
             except StoreFailed as failed:
-                if failed.detail == TRY_AGAIN and not patient:
-                    patient = True
+                if failed.detail == TRY_AGAIN and not has_paused:
+                    has_paused = True
                     await asyncio.sleep(SLOT_PAUSE)
                     continue
                 if failed.reason in _NODE_IS_GONE and not failed.of_key:
@@ -202,7 +202,7 @@ class Cluster(Topology):
                 raise
         raise StoreFailed(Reason.CLUSTER_DOWN)
 
-    async def _ask(self, where: Where, packed: bytes, shape: Shape) -> Reply:
+    async def _send_redirected(self, where: Where, packed: bytes, shape: Shape) -> Reply:
         """Ask the node that is about to take the slot over: for this call only.
 
         Both go in one piece, so they share a connection.

@@ -1,4 +1,4 @@
-"""Asks and limits that suites of the shared store have in common."""
+"""Requests and limits that suites of the shared store have in common."""
 
 import secrets
 
@@ -28,6 +28,6 @@ def limits_of(
     )
 
 
-def ask_of(fingerprint: str = "") -> TokenRequest:
-    """Make an ask, of a visitor never seen before unless one is named."""
+def request_of(fingerprint: str = "") -> TokenRequest:
+    """Make a request, of a visitor never seen before unless one is named."""
     return TokenRequest("web", AGENT, fingerprint or secrets.token_hex(16))

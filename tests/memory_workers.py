@@ -1,4 +1,4 @@
-"""`broker serve --workers N` on the memory store: `python crew.py N CONFIG|--dev [FLAGS]`.
+"""`broker serve --workers N` on the memory store: `memory_workers.py N CONFIG|--dev [FLAGS]`.
 
 The command line refuses that, because each worker would have limits and tokens of its own.  Tests
 and benchmarks of the workers themselves need no other process, and reach past that one rule.
