@@ -89,13 +89,13 @@ SIGNALS = st.sampled_from([signal.SIGTERM, signal.SIGINT])
     first=SIGNALS,
     second=SIGNALS,
     after=st.sampled_from([0.0, 0.2, TYPED_TWICE, 0.5, 0.99, ONE_WISH, 60.0]),
-    crew=st.booleans(),
+    workers=st.booleans(),
 )
 def test_N9_a_second_signal_ends_at_once_unless_it_is_the_same_wish(
-    watched: bool, first: int, second: int, after: float, crew: bool
+    watched: bool, first: int, second: int, after: float, workers: bool
 ) -> None:
     """The first drains under an alarm; the exit code is that of the signal that ended it."""
-    app = Told() if crew else One()
+    app = Told() if workers else One()
     with pytest.MonkeyPatch.context() as patch:
         process = Process(patch, watched=watched, app=app)
         try:
@@ -115,7 +115,7 @@ def test_N9_a_second_signal_ends_at_once_unless_it_is_the_same_wish(
         return
     assert process.alarms[1:] == [AT_ONCE]
     assert process.code == 128 + second
-    assert app.orders == (["stop", "abort", "abort"] if crew else ["stop"])
+    assert app.orders == (["stop", "abort", "abort"] if workers else ["stop"])
     assert process.written[-1] == f"{serve.LAST_WORDS}"
 
 

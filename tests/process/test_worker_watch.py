@@ -44,11 +44,11 @@ class Worker:
         return self.taken
 
 
-class Crew:
+class WatchedWorkers:
     """Two workers and who watches them."""
 
     def __init__(self) -> None:
-        width = Metrics("local", shared_store=True, workers=2).sheet.width
+        width = Metrics("local", shared_store=True, workers=2).layout.width
         handle = share(3, width)
         self.cells = shared(handle, width)
         os.close(handle)
@@ -76,9 +76,9 @@ class Crew:
 
 
 @pytest.fixture
-def crew() -> Iterator[Crew]:
-    """A crew whose log can be read."""
-    made = Crew()
+def watched() -> Iterator[WatchedWorkers]:
+    """Workers whose log can be read."""
+    made = WatchedWorkers()
     with _logging(made.out):
         yield made
 
@@ -89,97 +89,99 @@ def _logging(out: io.StringIO) -> Iterator[None]:
         yield
 
 
-def test_N10_a_worker_that_is_silent_counts_no_more_and_is_told_once(crew: Crew) -> None:
+def test_N10_a_worker_that_is_silent_counts_no_more_and_is_told_once(
+    watched: WatchedWorkers,
+) -> None:
     """The other one is left alone; a sign of life makes it count again, and be told anew."""
     for start in (1.0, 101.0):
-        crew.beat(1, start)
+        watched.beat(1, start)
         for look in range(int(QUIET) + 3):
-            crew.beat(2, start + look)
-            crew.watch.look(1.0, DRAIN)
-        assert (crew.counted(1), crew.counted(2)) == (0, 1)
-        assert crew.health.hung
-        crew.beat(1, start + 50)
-        crew.watch.look(1.0, DRAIN)
-        assert not crew.health.hung
-        assert crew.counted(1) == 1
-    assert crew.events() == [("broker.worker_silent", 1)] * 2
-    assert all(worker.kills == 0 for worker in crew.workers.values())
+            watched.beat(2, start + look)
+            watched.watch.look(1.0, DRAIN)
+        assert (watched.counted(1), watched.counted(2)) == (0, 1)
+        assert watched.health.hung
+        watched.beat(1, start + 50)
+        watched.watch.look(1.0, DRAIN)
+        assert not watched.health.hung
+        assert watched.counted(1) == 1
+    assert watched.events() == [("broker.worker_silent", 1)] * 2
+    assert all(worker.kills == 0 for worker in watched.workers.values())
 
 
 @pytest.mark.parametrize(("ready", "after", "reason"), [(True, HUNG, "silent"), (False, START, "")])
 def test_N10_a_worker_that_hangs_is_killed_once(
-    crew: Crew, *, ready: bool, after: float, reason: str
+    watched: WatchedWorkers, *, ready: bool, after: float, reason: str
 ) -> None:
     """It is counted and told once, however long the kernel holds it, and said by readiness."""
-    crew.workers[1].is_ready = ready
-    crew.beat(1, 1.0 if ready else 0.0)
+    watched.workers[1].is_ready = ready
+    watched.beat(1, 1.0 if ready else 0.0)
     looks = 0
-    while not crew.workers[1].is_hung:
-        crew.beat(2, 1.0 + looks)
-        crew.watch.look(1.0, DRAIN)
+    while not watched.workers[1].is_hung:
+        watched.beat(2, 1.0 + looks)
+        watched.watch.look(1.0, DRAIN)
         looks += 1
     assert looks == after + ready  # the first look hears what was written
     for more in range(5):
-        crew.beat(2, 100.0 + more)
-        crew.watch.look(1.0, DRAIN)
-    assert (crew.workers[1].kills, crew.workers[2].kills) == (1, 0)
-    assert crew.metrics.process.hangs.value == 1
-    assert crew.health.hung
-    hung = [json.loads(line) for line in crew.out.getvalue().splitlines()][-1]
+        watched.beat(2, 100.0 + more)
+        watched.watch.look(1.0, DRAIN)
+    assert (watched.workers[1].kills, watched.workers[2].kills) == (1, 0)
+    assert watched.metrics.process.hangs.value == 1
+    assert watched.health.hung
+    hung = [json.loads(line) for line in watched.out.getvalue().splitlines()][-1]
     told = (hung["event"], hung["worker"], hung["pid"], hung["reason"])
     assert told == ("broker.worker_hung", 1, 1001, reason or "never ready")
 
 
-def test_N10_a_worker_that_drains_has_its_time(crew: Crew) -> None:
+def test_N10_a_worker_that_drains_has_its_time(watched: WatchedWorkers) -> None:
     """Its last beat is 0; nobody calls it silent, and it is killed after the drain's time."""
-    crew.beat(1, 1.0)
-    crew.watch.look(1.0, DRAIN)
-    crew.beat(1, 0.0)
+    watched.beat(1, 1.0)
+    watched.watch.look(1.0, DRAIN)
+    watched.beat(1, 0.0)
     for look in range(int(DRAIN)):
-        crew.beat(2, 2.0 + look)
-        crew.watch.look(1.0, DRAIN)
-        assert not crew.health.hung
-    assert crew.workers[1].kills == 0
-    crew.watch.look(1.0, DRAIN)
-    assert (crew.workers[1].kills, crew.events()) == (1, [("broker.worker_hung", 1)])
+        watched.beat(2, 2.0 + look)
+        watched.watch.look(1.0, DRAIN)
+        assert not watched.health.hung
+    assert watched.workers[1].kills == 0
+    watched.watch.look(1.0, DRAIN)
+    assert (watched.workers[1].kills, watched.events()) == (1, [("broker.worker_hung", 1)])
 
 
-def test_memory_is_that_of_the_moment_and_time_is_added_up(crew: Crew) -> None:
+def test_memory_is_that_of_the_moment_and_time_is_added_up(watched: WatchedWorkers) -> None:
     """Who is gone takes no memory, and keeps what it has taken of the processor."""
-    memory, cpu = crew.metrics.process.memory, crew.metrics.process.cpu
-    crew.watch.publish(closed=False)
+    memory, cpu = watched.metrics.process.memory, watched.metrics.process.cpu
+    watched.watch.publish(closed=False)
     assert [(memory[n].value, cpu[n].value) for n in ("1", "2")] == [(4096, 1), (8192, 1)]
-    crew.workers[1].taken, crew.workers[2].taken = None, Usage(3.5, 5)
-    crew.watch.publish(closed=False)
+    watched.workers[1].taken, watched.workers[2].taken = None, Usage(3.5, 5)
+    watched.watch.publish(closed=False)
     assert [(memory[n].value, cpu[n].value) for n in ("1", "2")] == [(0, 1), (5, 3.5)]
-    del crew.workers[2]
-    crew.watch.publish(closed=False)
+    del watched.workers[2]
+    watched.watch.publish(closed=False)
     assert [(memory[n].value, cpu[n].value) for n in ("1", "2")] == [(0, 1), (0, 3.5)]
 
 
 def test_lines_that_the_supervisor_lost_are_counted(
-    crew: Crew, monkeypatch: pytest.MonkeyPatch
+    watched: WatchedWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each once."""
     lost = iter((3, 0, 4))
     monkeypatch.setattr("broker.process.worker_watch.stderr.take_lost", lambda: next(lost))
     for total in (3, 3, 7):
-        crew.watch.publish(closed=False)
-        assert crew.metrics.process.log_lines_dropped.value == total
+        watched.watch.publish(closed=False)
+        assert watched.metrics.process.log_lines_dropped.value == total
 
 
 @pytest.mark.parametrize("closed", [False, True])
 def test_S5_an_instance_refuses_when_none_of_its_workers_has_the_store(
-    crew: Crew, *, closed: bool
+    watched: WatchedWorkers, *, closed: bool
 ) -> None:
     """And only where they were told so; without any worker there is nobody to refuse."""
-    degraded = crew.metrics.store.degraded
+    degraded = watched.metrics.store.degraded
     for without in ((), (1,), (1, 2)):
         for index in (1, 2):
-            degraded.of(crew.cells.rows[index]).set(index in without)
-        crew.watch.publish(closed=closed)
-        assert crew.health.degraded is bool(without)
-        assert crew.health.refuses is (closed and len(without) == 2)
-    crew.workers.clear()
-    crew.watch.publish(closed=closed)
-    assert not crew.health.refuses
+            degraded.of(watched.cells.rows[index]).set(index in without)
+        watched.watch.publish(closed=closed)
+        assert watched.health.degraded is bool(without)
+        assert watched.health.refuses is (closed and len(without) == 2)
+    watched.workers.clear()
+    watched.watch.publish(closed=closed)
+    assert not watched.health.refuses

@@ -300,7 +300,7 @@ async def test_the_metrics_of_the_file_say_how_it_is(broker: Broker) -> None:
             backend._slot.writer.failures[FileError.FULL] = failures
             backend.publish()
             assert counter.value == failures
-        backend._slot.writer.add_all([SessionMade(broker.session(broker.ask()))])
+        backend._slot.writer.add_all([SessionMade(broker.session(broker.new_request()))])
         assert await backend._slot.writer.end_written()
         backend.publish()
         assert broker.metrics.state_file.bytes.value == backend._slot.writer.size > 0

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sharing_cases import limits_of
+from shared_store_cases import limits_of
 from typing_extensions import override
 
 from broker.rules.breaker import Outcome, StoreBreaker
@@ -182,12 +182,12 @@ async def test_S1_a_round_of_housekeeping_tallies_successes(shop: Shop) -> None:
     remote: Any = None  # it has nothing to be tidied
     store = SharedStore(shop.server, remote, alone, limits, lambda: 1, closed=False)
     for _ in range(100):
-        await shop.ask()
+        await shop.call()
     store.purge_expired()
     shop.clock.advance(5)
     for number in range(6):
         shop.nodes.answer = error if number % 2 else lambda _packed: b"fine"
-        await shop.ask()
+        await shop.call()
     assert shop.server.is_away
 
 
