@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -20,7 +21,7 @@ from broker.key_backoff import CAP as BACKOFF_CAP
 from broker.model import LimitName, Outcome, TokenRequest
 from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import Budget
-from broker.stores.base import Rejection
+from broker.stores.base import Kept, Rejection
 from broker.testing import FakeClock, run_virtual
 from broker.units import SECOND
 
@@ -711,6 +712,26 @@ def test_T8_what_expires_while_a_slow_answer_comes_is_not_sent() -> None:
         clock.advance((held.left - 65 * SECOND) / SECOND)
         service.issuer.delay = 5.0 + A_BIT
         service.issuer.fail = failing(errors.UpstreamUnavailable("down"))
+        with pytest.raises(errors.UpstreamUnavailable):
+            await service.issue(visitor())
+        await service.settled()
+
+    run_virtual(main)
+
+
+def test_T8_what_expires_while_it_is_written_down_is_not_sent() -> None:
+    """A store that takes its time, as a file on a slow disk does, hands out no dead token."""
+
+    async def main(clock: FakeClock) -> None:
+        service = Service(clock)
+        keep = service.store.keep
+
+        async def late(*given: Any) -> Kept:
+            kept = await keep(*given)
+            clock.advance(service.issuer.lifetime / SECOND - 60)
+            return kept
+
+        service.store.keep = late  # type: ignore[method-assign]
         with pytest.raises(errors.UpstreamUnavailable):
             await service.issue(visitor())
         await service.settled()
