@@ -17,8 +17,9 @@ from service import AGENT, Service, belongs_to, limits, session_of, visitor
 
 from broker import errors
 from broker.issue import IssuedToken
+from broker.issuers.base import Turn
 from broker.key_backoff import CAP as BACKOFF_CAP
-from broker.model import LimitName, Outcome, TokenRequest
+from broker.model import LimitName, Minted, Outcome, TokenRequest
 from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import Budget
 from broker.stores.base import Kept, Rejection
@@ -714,6 +715,30 @@ def test_T8_what_expires_while_a_slow_answer_comes_is_not_sent() -> None:
         service.issuer.fail = failing(errors.UpstreamUnavailable("down"))
         with pytest.raises(errors.UpstreamUnavailable):
             await service.issue(visitor())
+        await service.settled()
+
+    run_virtual(main)
+
+
+@pytest.mark.parametrize(
+    ("left", "delay", "lives"), [(3600, 0, 3600), (3600, 5, 3595), (3598, 5, 3595), (1000, 5, 1000)]
+)
+def test_T6_a_token_lives_as_long_by_both_clocks(left: int, delay: int, lives: int) -> None:
+    """A whole life from the start of its mint, or what it had left on arrival if that is less."""
+
+    async def main(clock: FakeClock) -> None:
+        service = Service(clock)
+
+        async def mint(_: TokenRequest, turn: Turn) -> Minted:
+            await turn()
+            await asyncio.sleep(delay)
+            return Minted("t", "s", 0, lifetime=left * SECOND, whole=3600 * SECOND)
+
+        service.issuer.mint = mint  # type: ignore[method-assign]
+        token = (await service.hand_out(visitor())).token
+        by_clock = token.dies_mono - clock.mono(), token.dies_wall - clock.wall()
+        assert by_clock == pytest.approx((lives * SECOND, lives * SECOND), abs=100)
+        assert token.lifetime == 3600 * SECOND
         await service.settled()
 
     run_virtual(main)
