@@ -1,0 +1,204 @@
+"""What is passed on, without a vendor: whose 429 counts, whose fault it is, what a head says."""
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from aiohttp.web import RequestPayloadError
+from hypothesis import given
+from hypothesis import strategies as st
+from multidict import CIMultiDict
+
+from broker import errors
+from broker.issuers.vendor.client import Answer, CallFailed
+from broker.rules.passing import BadTarget
+from broker.telemetry.labels import PassedOutcome, Reason
+from broker.telemetry.metrics import Metrics
+from broker.testing import FakeClock
+from broker.web.auth import Client
+from broker.web.pass_through import MAX_ACCEPTED, MAX_READ, SUSPECT, Access, PassThrough
+from broker.web.passage import Passage, head_of, verdict_on
+
+GOOD, BAD, NEW = (name.encode() for name in ("good", "bad", "new"))
+
+
+class Passed:
+    """An answer of the vendor's whose body comes in pieces."""
+
+    def __init__(self, status: int, pieces: tuple[bytes, ...] = (b"",)) -> None:
+        self.status, self.reason = status, "Whatever"
+        self.headers: CIMultiDict[str] = CIMultiDict()
+        self._pieces = list(pieces)
+        self.taken = 0
+
+    async def chunk(self) -> bytes:
+        self.taken += 1
+        return self._pieces.pop(0) if self._pieces else b""
+
+
+class Vendor:
+    """A pass-through whose answers the test gives; `heeded` are the 429s that pause mints."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.heeded: list[Answer] = []
+        self.metrics = Metrics("upstream", pass_through=True).pass_through
+        nothing: Any = None
+        issuer: Any = SimpleNamespace(heed_elsewhere=self.heeded.append)
+        access = Access(("/v1/*",), needs_switch=True)
+        self.passing = PassThrough(
+            nothing, access, nothing, nothing, issuer, self.metrics, self.clock
+        )
+        self.passage: Any = SimpleNamespace(moved=lambda: None)
+
+    def says(self, status: int, key: bytes, pieces: tuple[bytes, ...] = ()) -> bytes:
+        """Let an answer to this key arrive; returns what was read of it."""
+        if status == 429:
+            answer: Any = Passed(429, pieces)
+            return asyncio.run(self.passing._heeded(self.passage, answer, key))
+        self.passing._remember(key, is_refused=status == 401)
+        return b""
+
+
+class TestThrottled:
+    def test_V3_a_429_soon_after_a_refused_key_may_be_for_failed_logins(self) -> None:
+        """It pauses no mints, and each one begins the time anew in which the next may be, too."""
+        vendor = Vendor()
+        vendor.says(401, BAD)
+        for _ in range(3):
+            vendor.clock.advance(SUSPECT / 1_000_000 - 1)
+            vendor.says(429, NEW)
+        assert vendor.heeded == []
+        vendor.clock.advance(SUSPECT / 1_000_000)
+        vendor.says(429, NEW)
+        assert len(vendor.heeded) == 1
+
+    def test_V3_one_to_a_key_that_was_accepted_counts(self) -> None:
+        """Whoever failed: until the vendor refuses that key itself."""
+        vendor = Vendor()
+        vendor.says(200, GOOD)
+        vendor.says(401, BAD)
+        vendor.says(429, GOOD)
+        assert len(vendor.heeded) == 1
+        vendor.says(401, GOOD)
+        vendor.says(429, GOOD)
+        assert len(vendor.heeded) == 1
+
+    def test_V3_without_a_refusal_any_counts(self) -> None:
+        """A key that nobody knows is no reason to doubt."""
+        vendor = Vendor()
+        vendor.says(429, NEW)
+        assert [answer.status for answer in vendor.heeded] == [429]
+
+    def test_M1_accepted_keys_are_bounded(self) -> None:
+        """Callers have any number of them."""
+        vendor = Vendor()
+        for number in range(3 * MAX_ACCEPTED):
+            vendor.says(200, b"%d" % number)
+            assert len(vendor.passing._accepted) <= MAX_ACCEPTED
+        assert b"%d" % (3 * MAX_ACCEPTED - 1) in vendor.passing._accepted
+
+    def test_M1_a_429_is_read_as_far_as_its_code_can_be(self) -> None:
+        """All of a short one; of one without an end not much more than the bound."""
+        vendor = Vendor()
+        assert vendor.says(429, NEW, (b"a", b"b", b"")) == b"ab"
+        assert vendor.heeded[-1].body == b"ab"
+        piece = b"x" * 1000
+        read = vendor.says(429, NEW, (piece,) * 1000)
+        assert MAX_READ < len(read) <= MAX_READ + len(piece)
+
+
+def client(name: str) -> Client:
+    """Make a client of this name."""
+    return Client(name, secrets.token_bytes(32), None, allow_origin=False)
+
+
+@given(steps=st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=40))
+def test_places_are_counted_by_client_and_nobody_is_kept(steps: list[tuple[str, bool]]) -> None:
+    """Whatever comes and goes: the gauge is the sum, and who has none under way is forgotten."""
+    vendor, model = Vendor(), dict.fromkeys("abc", 0)
+    for name, comes in steps:
+        if not comes and not model[name]:
+            continue
+        change = 1 if comes else -1
+        model[name] += change
+        vendor.passing._hold(client(name), change)
+        assert dict(vendor.passing._under_way) == {n: count for n, count in model.items() if count}
+        assert vendor.metrics.in_flight.value == sum(model.values())
+
+
+def passage(**how: Any) -> Passage:
+    """Make a request on its way."""
+    nothing: Any = None
+    made = Passage(nothing, "id", client("web"), "/v1/*", nothing)
+    for name, value in how.items():
+        setattr(made, name, value)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "outcome", "kind"),
+    [
+        ({"broke_off": True}, ConnectionError(), PassedOutcome.REFUSED, errors.Invalid),
+        ({}, RequestPayloadError("x"), PassedOutcome.REFUSED, errors.Invalid),
+        ({"awaits_caller": True}, TimeoutError(), PassedOutcome.REFUSED, errors.RequestTimeout),
+        ({}, TimeoutError(), PassedOutcome.FAILED, errors.UpstreamTimeout),
+        (
+            {"awaits_caller": True, "status": 200, "is_begun": True},
+            TimeoutError(),
+            PassedOutcome.BROKEN,
+            errors.UpstreamTimeout,
+        ),
+        ({"is_begun": True}, ConnectionError(), PassedOutcome.LEFT, errors.Internal),
+        ({}, ConnectionError(), PassedOutcome.FAILED, errors.UpstreamTimeout),
+        ({}, BadTarget("it has two"), PassedOutcome.REFUSED, errors.Invalid),
+        ({}, CallFailed(Reason.TLS), PassedOutcome.FAILED, errors.UpstreamUnavailable),
+        ({}, CallFailed(Reason.TIMEOUT), PassedOutcome.FAILED, errors.UpstreamTimeout),
+        (
+            {"is_begun": True},
+            CallFailed(Reason.CONNECT),
+            PassedOutcome.BROKEN,
+            errors.UpstreamUnavailable,
+        ),
+    ],
+)
+def test_whose_fault_it_is(
+    how: dict[str, Any],
+    error: Exception,
+    outcome: PassedOutcome,
+    kind: type[errors.BrokerError],
+) -> None:
+    """The caller's, the vendor's, or nobody's; before the answer has begun and after."""
+    found, told = verdict_on(passage(**how), error)
+    assert (found, type(told)) == (outcome, kind)
+    if outcome in (PassedOutcome.FAILED, PassedOutcome.BROKEN):
+        reason = error.reason if isinstance(error, CallFailed) else Reason.TIMEOUT
+        assert told.reason == reason.value
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_head_is_the_vendor_s_with_what_it_lacks(*, chunked: bool, last: bool) -> None:
+    """An id and no storing where it says nothing of either; then what is between neighbours."""
+    answer: Any = Passed(203)
+    ending = ["Transfer-Encoding: chunked"] * chunked + ["Connection: close"] * last + ["", ""]
+    say: Callable[..., bytes] = head_of
+    given = say(answer, [("Content-Type", "a/b")], "id", chunked=chunked, last=last)
+    added = ["X-Request-Id: id", "Cache-Control: no-store"]
+    lines = ["HTTP/1.1 203 Whatever", "Content-Type: a/b", *added, *ending]
+    assert given.decode() == "\r\n".join(lines)
+    own = [("x-request-id", "theirs"), ("CACHE-CONTROL", "public")]
+    lines = ["HTTP/1.1 203 Whatever", "x-request-id: theirs", "CACHE-CONTROL: public", *ending]
+    assert say(answer, own, "id", chunked=chunked, last=last).decode() == "\r\n".join(lines)
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a\rb", "a\0b", "a\x7fb"])
+def test_a_head_with_a_control_character_is_none(text: str) -> None:
+    """It would be two heads for somebody behind us; a tab is text."""
+    answer: Any = Passed(200)
+    with pytest.raises(CallFailed):
+        head_of(answer, [("A", text)], "id", chunked=False, last=False)
+    assert b"a\tb" in head_of(answer, [("A", "a\tb")], "id", chunked=False, last=False)
