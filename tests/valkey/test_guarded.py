@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from broker.stores.token_cache import TokenCache
 from broker.telemetry import exposition
 from broker.telemetry.cells import SharedCells
 from broker.telemetry.metrics import STORE_ERRORS, Metrics
-from broker.testing import FakeClock
+from broker.testing import FakeClock, run_virtual
 from broker.valkey.client.connection import Target
 from broker.valkey.client.errors import NoScript, Reason, Redirect, StoreFailed, error_of
 from broker.valkey.client.guarded import Operation, Question, StoreClient
@@ -25,6 +26,7 @@ from broker.valkey.client.scripts import Script
 from broker.valkey.client.shapes import ANYTHING, Shape
 from broker.valkey.client.topology import Topology
 from broker.valkey.fallback import SharedStore
+from broker.valkey.leases import RENEWAL
 
 SECOND = 1_000_000
 Answer = Callable[[bytes], Reply]
@@ -189,6 +191,26 @@ async def test_S1_a_round_of_housekeeping_tallies_successes(shop: Shop) -> None:
         shop.nodes.answer = error if number % 2 else lambda _packed: b"fine"
         await shop.call()
     assert shop.server.is_away
+
+
+def test_S4_leases_are_renewed_every_second() -> None:
+    """For as long as the store is there; whoever owns the task ends it."""
+    renewed = list[float]()
+
+    async def renew() -> None:
+        renewed.append(asyncio.get_running_loop().time())
+
+    async def main(_: FakeClock) -> None:
+        nothing: Any = None
+        remote: Any = SimpleNamespace(leases=SimpleNamespace(renew=renew))
+        store = SharedStore(nothing, remote, nothing, limits_of(), lambda: 1, closed=False)
+        began = asyncio.get_running_loop().time()
+        keeping = asyncio.create_task(store.keep_leases())
+        await asyncio.sleep(3.5 * RENEWAL)
+        keeping.cancel()
+        assert [at - began for at in renewed] == pytest.approx([1, 2, 3], abs=0.01)
+
+    run_virtual(main)
 
 
 def error(_packed: bytes) -> Reply:

@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,13 @@ from aiohttp.web import RequestPayloadError
 from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict
+from structlog.testing import capture_logs
 
 from broker import errors
 from broker.issuers.vendor.client import Answer, CallFailed
 from broker.rules.passing import BadTarget
 from broker.telemetry.labels import PassedOutcome, Reason
+from broker.telemetry.logs import RefusalLog
 from broker.telemetry.metrics import Metrics
 from broker.testing import FakeClock
 from broker.web.auth import Client
@@ -61,6 +64,11 @@ class Vendor:
             return asyncio.run(self.passing._heeded(self.passage, answer, key))
         self.passing._remember(key, is_refused=status == 401)
         return b""
+
+    def observed(self, outcome: PassedOutcome) -> float:
+        """Return how many ended so."""
+        histogram = self.metrics.duration[outcome]
+        return sum(histogram._cells[histogram._first : histogram._sum])
 
 
 class TestThrottled:
@@ -202,3 +210,133 @@ def test_a_head_with_a_control_character_is_none(text: str) -> None:
     with pytest.raises(CallFailed):
         head_of(answer, [("A", text)], "id", chunked=False, last=False)
     assert b"a\tb" in head_of(answer, [("A", "a\tb")], "id", chunked=False, last=False)
+
+
+class TestLines:
+    """What is written of each, and counted."""
+
+    @pytest.mark.parametrize("outcome", list(PassedOutcome))
+    @pytest.mark.parametrize("vendor_id", ["", "id", "theirs"])
+    def test_each_is_one_line_with_all_that_is_known(
+        self, outcome: PassedOutcome, vendor_id: str
+    ) -> None:
+        """A warning with its reason where the vendor failed; its id where it has one of its own."""
+        vendor = Vendor()
+        made = passage(status=200, vendor_id=vendor_id, sent=3, received=4)
+        made.request = SimpleNamespace(method="PUT")  # type: ignore[assignment]
+        with capture_logs() as lines:
+            vendor.passing._note(made, outcome, "timeout", 0.0125)
+        failed = outcome in (PassedOutcome.FAILED, PassedOutcome.BROKEN)
+        expected: dict[str, object] = {
+            "event": "broker.pass_through",
+            "log_level": "warning" if failed else "info",
+            "outcome": outcome.value,
+            "request_id": "id",
+            "client": "web",
+            "method": "PUT",
+            "route": "/v1/*",
+            "status": 200,
+            "sent": 3,
+            "received": 4,
+            "duration_ms": 12.5,
+        }
+        if vendor_id == "theirs":
+            expected["vendor_request_id"] = vendor_id
+        if failed:
+            expected["reason"] = "timeout"
+        assert lines == [expected]
+        assert vendor.observed(outcome) == 1
+
+    @pytest.mark.parametrize("debug", [False, True])
+    def test_a_refusal_of_a_kind_is_one_line_a_minute(self, *, debug: bool) -> None:
+        """Each is counted; at debug each is written, too."""
+        vendor = Vendor()
+        routes: Any = SimpleNamespace(tokens=SimpleNamespace(debug=debug), refusals=RefusalLog())
+        vendor.passing._routes = routes
+        error = errors.RouteNotAllowed("no")
+        with capture_logs() as lines:
+            for _ in range(3):
+                vendor.passing._refuse(error, "/v1/*", "id", time.perf_counter())
+        assert len(lines) == (3 if debug else 1)
+        assert (lines[0]["status"], lines[0]["code"], lines[0]["route"]) == (
+            error.status,
+            error.code,
+            "/v1/*",
+        )
+        assert vendor.observed(PassedOutcome.REFUSED) == 3
+
+
+class Writer:
+    """Where a body goes; what it was told stands between the pieces."""
+
+    def __init__(self) -> None:
+        self.done: list[object] = []
+
+    def enable_chunking(self) -> None:
+        self.done.append("chunked")
+
+    async def write(self, piece: bytes) -> None:
+        self.done.append(piece)
+
+    async def write_eof(self) -> None:
+        self.done.append("end")
+
+
+@pytest.mark.parametrize("status", [200, 204, 304])
+@pytest.mark.parametrize("length", [None, "2"])
+@pytest.mark.parametrize("version", [(1, 0), (1, 1)])
+@pytest.mark.parametrize("ends", ["", "draining", "close", "unread"])
+def test_an_answer_is_framed_for_its_caller(
+    status: int, length: str | None, version: tuple[int, int], ends: str
+) -> None:
+    """By the vendor's length, in chunks, or by the connection's end; it is said which."""
+    vendor = Vendor()
+    routes: Any = SimpleNamespace(draining=ends == "draining")
+    vendor.passing._routes = routes
+    heads, writer = list[bytes](), Writer()
+    request = SimpleNamespace(
+        version=version,
+        keep_alive=ends != "close",
+        content=SimpleNamespace(is_eof=lambda: ends != "unread"),
+        transport=SimpleNamespace(write=heads.append),
+        writer=writer,
+    )
+    made = passage(status=status, limit=SimpleNamespace(reschedule=lambda _: None))
+    made.request = request  # type: ignore[assignment]
+    has_body = status == 200
+    answer: Any = Passed(status, (b"b",) if has_body else ())
+    if length is not None:
+        answer.headers["Content-Length"] = length
+    told = asyncio.run(vendor.passing._answer(made, answer, b"a" if has_body else b""))
+    chunks = has_body and length is None and version == (1, 1)
+    by_its_end = has_body and length is None and version == (1, 0)
+    pieces: list[object] = [b"a", b"b"] if has_body else []
+    assert writer.done == (["chunked", *pieces, "end"] if chunks else pieces)
+    (head,) = heads
+    last = bool(ends) or version == (1, 0) or by_its_end
+    assert (b"Connection: close" in head) is told.closes is last
+    assert (b"Transfer-Encoding: chunked" in head) is chunks
+    assert (b"Content-Length: 2" in head) is (length is not None and status != 204)
+    assert made.received == len(pieces)
+    assert made.is_begun
+    assert told.is_written
+
+
+def test_an_answer_for_who_has_left_is_not_begun_in_vain() -> None:
+    """The connection is gone: that is the caller's end, and no failure of the vendor."""
+    vendor = Vendor()
+    routes: Any = SimpleNamespace(draining=False)
+    vendor.passing._routes = routes
+    made, answer = passage(status=200), Passed(200)
+    request = SimpleNamespace(
+        version=(1, 1),
+        keep_alive=True,
+        content=SimpleNamespace(is_eof=lambda: True),
+        transport=None,
+        writer=Writer(),
+    )
+    made.request = request  # type: ignore[assignment]
+    passed: Any = answer
+    with pytest.raises(ConnectionResetError) as caught:
+        asyncio.run(vendor.passing._answer(made, passed, b""))
+    assert verdict_on(made, caught.value)[0] is PassedOutcome.LEFT
