@@ -539,6 +539,25 @@ def test_T3_the_same_token_again_is_no_storm() -> None:
     run_virtual(main)
 
 
+def test_T3_the_same_token_again_is_renewed_no_later_than_before() -> None:
+    """Its mark was drawn for its whole life; that it came again puts nothing off."""
+
+    async def main(clock: FakeClock) -> None:
+        service = Service(clock, draw=lambda: 0.0)
+        first = (await service.hand_out(visitor())).token
+        service.issuer.same = True
+        for wait in (60, 3600 - 15 * 60 - 60):
+            clock.advance(wait)
+            again = (await service.hand_out(visitor(fresh=True))).token
+            assert again.body == first.body
+            assert again.mark <= first.mark
+            service.minter.backoff.forget(visitor().key)
+        assert service.mints == 3
+        await service.settled()
+
+    run_virtual(main)
+
+
 def test_T3_a_fresh_one_that_the_vendor_does_not_have_is_the_held_one() -> None:
     """Who insists gets what there is, and may not insist faster than the key's back-off."""
 

@@ -280,6 +280,8 @@ async def test_S2_a_script_that_is_forgotten_is_sent_in_full_once(shop: Shop) ->
         ("EXECABORT whatever", Reason.OTHER),
         ("", Reason.OTHER),
         ("MOVED nonsense", Reason.CLUSTER_DOWN),
+        ("MOVED 16384 127.0.0.1:6381", Reason.CLUSTER_DOWN),
+        ("MOVED 3999 127.0.0.1:65536", Reason.CLUSTER_DOWN),
         ("ASK x y:z", Reason.CLUSTER_DOWN),
     ],
 )
@@ -296,6 +298,7 @@ def test_S1_an_error_of_the_servers_is_classified(text: str, reason: Reason) -> 
         ("MOVED 3999 127.0.0.1:6381", (3999, "127.0.0.1", 6381, False)),
         ("ASK 3999 ::1:6381", (3999, "::1", 6381, True)),
         ("MOVED 3999 :6381", (3999, "", 6381, False)),
+        ("MOVED 16383 127.0.0.1:65535", (16383, "127.0.0.1", 65535, False)),
     ],
 )
 def test_S1_a_redirection_is_read(text: str, where: tuple[int, str, int, bool]) -> None:
