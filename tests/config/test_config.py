@@ -555,6 +555,29 @@ class TestRefusals:
         told = f"admin.listen: {admin} is taken by server.listen ({data}); choose another port"
         assert [str(problem) for problem in found.problems] == [told] * clash
 
+    @pytest.mark.parametrize(
+        ("budget", "most", "lower"),
+        [
+            ({"rate": 112, "burst": 8}, 120, ""),
+            ({"rate": 113, "burst": 8}, 121, "set rate to 112 or less"),
+            ({"rate": 1, "burst": 120}, 121, "set burst below 120"),
+            ({"rate": 1, "burst": 500}, 501, "set burst below 120"),
+            ({"rate": 226, "per": "120s", "burst": 8}, 121, "set rate to 224 or less"),
+            ({"rate": 30, "burst": 8, "window": 37}, 38, "set rate to 29 or less"),
+            ({"rate": 30, "burst": 8, "window": 38}, 38, ""),
+        ],
+    )
+    def test_V10_of_a_budget_that_the_vendor_does_not_take(
+        self, budget: dict[str, object], most: int, lower: str
+    ) -> None:
+        """What is the most in a minute, and the one number that would be right."""
+        tree = {"issuer": {"kind": "upstream", "budget": budget}}
+        told = [str(problem) for problem in config.examine_tree(tree).problems]
+        assert len(told) == bool(lower)
+        for text in told:
+            assert f"are {most} calls, and the vendor takes {budget.get('window', 120)}" in text
+            assert f": {lower}, or window = {most} if" in text
+
     def test_of_routes_that_are_passed_on(self) -> None:
         """A route that is none, routes without a vendor, and clients without a route."""
         upstream = {"pass_through": ["v1/agent"]}

@@ -3,7 +3,8 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -340,3 +341,39 @@ def test_an_answer_for_who_has_left_is_not_begun_in_vain() -> None:
     with pytest.raises(ConnectionResetError) as caught:
         asyncio.run(vendor.passing._answer(made, passed, b""))
     assert verdict_on(made, caught.value)[0] is PassedOutcome.LEFT
+
+
+@pytest.mark.parametrize("status", [200, 401, 429, 500])
+@pytest.mark.parametrize("has_body", [False, True])
+def test_a_request_goes_on_with_its_id_and_is_remembered(status: int, *, has_body: bool) -> None:
+    """Its body only if it has one; the vendor's own id is kept for the log."""
+    vendor, sent = Vendor(), list[Any]()
+
+    @asynccontextmanager
+    async def send(*given: Any) -> AsyncIterator[Any]:
+        sent.append(given)
+        yield Passed(status)
+
+    async def answered(_passage: Passage, _answer: Any, first: bytes) -> bytes:
+        return first
+
+    client: Any = SimpleNamespace(send=send)
+    routes: Any = SimpleNamespace(given_id=lambda _headers: "theirs")
+    vendor.passing._client, vendor.passing._routes = client, routes
+    vendor.passing._answer = answered  # type: ignore[method-assign,assignment]
+    vendor.says(200, BAD)
+    made = passage(limit=SimpleNamespace(reschedule=lambda _: None))
+    asked = SimpleNamespace(method="PUT", raw_path="/v1/x?y", body_exists=has_body)
+    made.request = asked  # type: ignore[assignment]
+
+    async def main() -> None:
+        await vendor.passing._pass_on(made, [("A", "b")], BAD)
+
+    asyncio.run(main())
+    ((method, target, fields, body),) = sent
+    assert (method, target) == ("PUT", "/v1/x?y")
+    assert fields == [("A", "b"), ("X-Request-Id", "id"), ("Via", "1.1 embed-token-broker")]
+    assert (body is not None) is has_body
+    assert (made.status, made.vendor_id) == (status, "theirs")
+    assert (BAD in vendor.passing._accepted) is (status != 401)
+    assert len(vendor.heeded) == (status == 429)
