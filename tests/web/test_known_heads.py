@@ -133,3 +133,11 @@ def test_a_head_is_known_by_all_of_its_bytes_but_its_trace(
         assert (heads.known_in(data) is not None) is is_it
         if not asked_before:
             assert heads.known_in(first) is known
+
+
+def test_a_trace_in_a_body_is_none_of_the_head() -> None:
+    """It is the caller's data, and may be anything."""
+    body = b"\r\ntraceparent: " + TRACED + b"\r\n"
+    head = split(head_with(b"A: b") + body)
+    assert (head.at, head.trace_in(head_with(b"A: b") + body)) == (0, "")
+    assert head.compared == head_with(b"A: b")

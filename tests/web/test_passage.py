@@ -24,7 +24,7 @@ from broker.telemetry.metrics import Metrics
 from broker.testing import FakeClock
 from broker.web.auth import Client
 from broker.web.pass_through import MAX_ACCEPTED, MAX_READ, SUSPECT, Access, PassThrough
-from broker.web.passage import Passage, head_of, verdict_on
+from broker.web.passage import Passage, head_of, upload, verdict_on
 
 GOOD, BAD, NEW = (name.encode() for name in ("good", "bad", "new"))
 
@@ -377,3 +377,43 @@ def test_a_request_goes_on_with_its_id_and_is_remembered(status: int, *, has_bod
     assert (made.status, made.vendor_id) == (status, "theirs")
     assert (BAD in vendor.passing._accepted) is (status != 401)
     assert len(vendor.heeded) == (status == 429)
+
+
+class Body:
+    """What a caller sends: pieces, and then an end or a failure."""
+
+    def __init__(self, made: Passage, pieces: list[bytes], failure: Exception | None) -> None:
+        self._made, self._pieces, self._failure = made, pieces, failure
+        self.waited: list[bool] = []
+
+    async def readany(self) -> bytes:
+        self.waited.append(self._made.awaits_caller)
+        if not self._pieces and self._failure is not None:
+            raise self._failure
+        return self._pieces.pop(0) if self._pieces else b""
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_body_is_counted_as_it_goes(*, breaks: bool) -> None:
+    """While a piece is waited for the caller is late, and at no other time; a break is noted."""
+    moves = list[float]()
+    made = passage(limit=SimpleNamespace(reschedule=moves.append))
+    error = RequestPayloadError("x") if breaks else None
+    content = Body(made, [b"abc", b"de"], error)
+    asked = SimpleNamespace(content=content, headers={}, version=(1, 1), transport=None)
+    made.request = asked  # type: ignore[assignment]
+    at_vendor = list[tuple[bool, int]]()
+
+    async def main() -> None:
+        async for _ in upload(made):
+            at_vendor.append((made.awaits_caller, made.sent))
+
+    if breaks:
+        with pytest.raises(RequestPayloadError):
+            asyncio.run(main())
+    else:
+        asyncio.run(main())
+    assert at_vendor == [(False, 0), (False, 3)]
+    assert content.waited == [True, True, True]
+    assert (made.sent, made.broke_off, made.awaits_caller) == (5, breaks, breaks)
+    assert len(moves) == (2 if breaks else 3)
