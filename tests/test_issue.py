@@ -1040,6 +1040,20 @@ def test_L6_a_thousand_requests_of_one_visitor_are_the_burst() -> None:
     run_virtual(main)
 
 
+def test_G9_a_token_whose_visitor_was_ended_takes_no_room() -> None:
+    """It is dropped by the first look that finds it."""
+
+    async def main(clock: FakeClock) -> None:
+        service, request = Service(clock), visitor()
+        await service.hand_out(request)
+        await service.store.revoke_visitor(request.client, request.fingerprint)
+        assert await service.store.peek(request, request.key) is None
+        assert len(service.tokens) == 0
+        await service.settled()
+
+    run_virtual(main)
+
+
 def test_M2_a_key_in_flight_is_not_evicted() -> None:
     """A cache of one token: others come and go during a mint, its waiters all get its token."""
 

@@ -310,6 +310,18 @@ class TestMissingFiles:
         assert not missing
         assert not missing_secrets.is_missing("a\0b")
 
+    @pytest.mark.parametrize("is_here", [False, True])
+    def test_of_keys_are_made_up_only_where_there_is_none(
+        self, tmp_path: Path, *, is_here: bool
+    ) -> None:
+        """A file of keys that is here is the one that signs."""
+        file = write(tmp_path / "keys.json", "{}") if is_here else "/nowhere/keys.json"
+        tree: Tree = {"issuer": {"local": {"keys_file": file}}}
+        local = missing_secrets.fill_missing_secrets(
+            settings(tree), lambda _: Secret(secrets.token_urlsafe(48))
+        ).issuer.local
+        assert (local.keys_file == file, len(local.keys)) == (is_here, not is_here)
+
     def test_are_made_up_so_that_everything_else_is_checked(self, tmp_path: Path) -> None:
         """A secret in place of each missing file, by its setting; what is there stays."""
         tree = merged(
