@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,11 +17,12 @@ from service import AGENT, Service, belongs_to, limits, session_of, visitor
 
 from broker import errors
 from broker.issue import IssuedToken
+from broker.issuers.base import Turn
 from broker.key_backoff import CAP as BACKOFF_CAP
-from broker.model import LimitName, Outcome, TokenRequest
+from broker.model import LimitName, Minted, Outcome, TokenRequest
 from broker.pacing.pacer import BudgetPacer
 from broker.pacing.slots import Budget
-from broker.stores.base import Rejection
+from broker.stores.base import Kept, Rejection
 from broker.testing import FakeClock, run_virtual
 from broker.units import SECOND
 
@@ -537,6 +539,25 @@ def test_T3_the_same_token_again_is_no_storm() -> None:
     run_virtual(main)
 
 
+def test_T3_the_same_token_again_is_renewed_no_later_than_before() -> None:
+    """Its mark was drawn for its whole life; that it came again puts nothing off."""
+
+    async def main(clock: FakeClock) -> None:
+        service = Service(clock, draw=lambda: 0.0)
+        first = (await service.hand_out(visitor())).token
+        service.issuer.same = True
+        for wait in (60, 3600 - 15 * 60 - 60):
+            clock.advance(wait)
+            again = (await service.hand_out(visitor(fresh=True))).token
+            assert again.body == first.body
+            assert again.mark <= first.mark
+            service.minter.backoff.forget(visitor().key)
+        assert service.mints == 3
+        await service.settled()
+
+    run_virtual(main)
+
+
 def test_T3_a_fresh_one_that_the_vendor_does_not_have_is_the_held_one() -> None:
     """Who insists gets what there is, and may not insist faster than the key's back-off."""
 
@@ -711,6 +732,50 @@ def test_T8_what_expires_while_a_slow_answer_comes_is_not_sent() -> None:
         clock.advance((held.left - 65 * SECOND) / SECOND)
         service.issuer.delay = 5.0 + A_BIT
         service.issuer.fail = failing(errors.UpstreamUnavailable("down"))
+        with pytest.raises(errors.UpstreamUnavailable):
+            await service.issue(visitor())
+        await service.settled()
+
+    run_virtual(main)
+
+
+@pytest.mark.parametrize(
+    ("left", "delay", "lives"), [(3600, 0, 3600), (3600, 5, 3595), (3598, 5, 3595), (1000, 5, 1000)]
+)
+def test_T6_a_token_lives_as_long_by_both_clocks(left: int, delay: int, lives: int) -> None:
+    """A whole life from the start of its mint, or what it had left on arrival if that is less."""
+
+    async def main(clock: FakeClock) -> None:
+        service = Service(clock)
+
+        async def mint(_: TokenRequest, turn: Turn) -> Minted:
+            await turn()
+            await asyncio.sleep(delay)
+            return Minted("t", "s", 0, lifetime=left * SECOND, whole=3600 * SECOND)
+
+        service.issuer.mint = mint  # type: ignore[method-assign]
+        token = (await service.hand_out(visitor())).token
+        by_clock = token.dies_mono - clock.mono(), token.dies_wall - clock.wall()
+        assert by_clock == pytest.approx((lives * SECOND, lives * SECOND), abs=100)
+        assert token.lifetime == 3600 * SECOND
+        await service.settled()
+
+    run_virtual(main)
+
+
+def test_T8_what_expires_while_it_is_written_down_is_not_sent() -> None:
+    """A store that takes its time, as a file on a slow disk does, hands out no dead token."""
+
+    async def main(clock: FakeClock) -> None:
+        service = Service(clock)
+        keep = service.store.keep
+
+        async def late(*given: Any) -> Kept:
+            kept = await keep(*given)
+            clock.advance(service.issuer.lifetime / SECOND - 60)
+            return kept
+
+        service.store.keep = late  # type: ignore[method-assign]
         with pytest.raises(errors.UpstreamUnavailable):
             await service.issue(visitor())
         await service.settled()
@@ -971,6 +1036,20 @@ def test_L6_a_thousand_requests_of_one_visitor_are_the_burst() -> None:
         assert isinstance(await service.issue(visitor()), Rejection)
         clock.advance(100 / SECOND)
         await service.hand_out(visitor())
+
+    run_virtual(main)
+
+
+def test_G9_a_token_whose_visitor_was_ended_takes_no_room() -> None:
+    """It is dropped by the first look that finds it."""
+
+    async def main(clock: FakeClock) -> None:
+        service, request = Service(clock), visitor()
+        await service.hand_out(request)
+        await service.store.revoke_visitor(request.client, request.fingerprint)
+        assert await service.store.peek(request, request.key) is None
+        assert len(service.tokens) == 0
+        await service.settled()
 
     run_virtual(main)
 

@@ -240,13 +240,16 @@ def test_N2_a_log_that_fails_ends_no_background_task() -> None:
 @pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt])
 def test_N2_what_ends_the_process_is_let_through(end: type[BaseException]) -> None:
     """It is meant for all."""
+    background = Background()
 
     async def main(_: FakeClock) -> None:
-        Background().start(BackgroundTask.PACING, Mortal([end]).run)
+        background.start(BackgroundTask.PACING, Mortal([end]).run)
         await asyncio.sleep(1)
 
     with pytest.raises(end):
         run_virtual(main)
+    (task,) = background._tasks
+    assert type(task.exception()) is end  # asked for, or its task says so amid a later test
 
 
 async def _fail() -> None:

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from processes import Tree, good, merged, put, secret_file, secret_in, write
 from servers import write_certificates
 from test_config import alone, keys
+from web.edge import serving
 
 from broker.app import credentials, factory, missing_secrets
 from broker.app.secret_settings import secret_settings
@@ -309,6 +310,18 @@ class TestMissingFiles:
         assert not missing
         assert not missing_secrets.is_missing("a\0b")
 
+    @pytest.mark.parametrize("is_here", [False, True])
+    def test_of_keys_are_made_up_only_where_there_is_none(
+        self, tmp_path: Path, *, is_here: bool
+    ) -> None:
+        """A file of keys that is here is the one that signs."""
+        file = write(tmp_path / "keys.json", "{}") if is_here else "/nowhere/keys.json"
+        tree: Tree = {"issuer": {"local": {"keys_file": file}}}
+        local = missing_secrets.fill_missing_secrets(
+            settings(tree), lambda _: Secret(secrets.token_urlsafe(48))
+        ).issuer.local
+        assert (local.keys_file == file, len(local.keys)) == (is_here, not is_here)
+
     def test_are_made_up_so_that_everything_else_is_checked(self, tmp_path: Path) -> None:
         """A secret in place of each missing file, by its setting; what is there stays."""
         tree = merged(
@@ -514,3 +527,13 @@ def test_D7_a_key_of_its_own_is_the_only_one_that_a_state_file_is_sealed_for(
     now, also = credentials.state_file_keys(known, keys)
     assert [key.reveal() for key in now] == [sealing]
     assert len(also) == 1
+
+
+@pytest.mark.parametrize(("budget", "seconds"), [(None, 21.0), ({"max_wait": "7s"}, 28.0)])
+async def test_a_mint_has_the_time_of_its_turn_and_of_its_call(
+    budget: dict[str, str] | None, seconds: float
+) -> None:
+    """And what a back-off or a retry takes: the call itself tells first that time ran out."""
+    tree: Tree = {"issuer": {"upstream": {"timeout": "15s"}}}
+    async with serving(tree if budget is None else put(tree, "issuer.budget", budget)) as edge:
+        assert edge.app.parts.minter._timeout == seconds

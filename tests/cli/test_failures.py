@@ -207,3 +207,8 @@ def test_an_answer_that_is_no_text_is_no_matter_of_names() -> None:
     """Though Python's error is of the family of those for names that cannot be written."""
     error = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
     assert "answers, but not in JSON" in explained("http://broker.example", error, 1.0)
+
+
+def test_an_error_of_the_system_without_words_is_named() -> None:
+    """By its kind; no "None" stands where the reason would."""
+    assert explained("http://b", OSError(), 1.0) == "no way to http://b: OSError"

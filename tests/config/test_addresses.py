@@ -34,6 +34,15 @@ def test_an_address_is_read_and_shown(text: str, address: StoreAddress, shown: s
     assert address.shown == shown
 
 
+@pytest.mark.parametrize("number", [0, 1, MAX_DB])
+def test_a_database_is_any_number_that_a_server_can_have(number: int) -> None:
+    """Of a socket's, too."""
+    for text in (f"valkey://host/{number}", f"unix:///run/s?db={number}"):
+        address = parse_store_url(text)
+        assert isinstance(address, StoreAddress)
+        assert address.db == number
+
+
 def test_memory_is_no_address() -> None:
     """The default needs no server."""
     assert parse_store_url("memory://") is None

@@ -372,6 +372,23 @@ WRONG: list[tuple[str, object, str]] = [
         "x",
         "limits.agent.overrides.A1.burst: expected int, got str",
     ),
+    ("issuer.upstream.timeout", "0s", "issuer.upstream.timeout: must be longer than 0"),
+    (
+        "issuer.upstream.api_secret_files",
+        [f"/{n}" for n in range(validate.MAX_VENDOR_KEYS + 1)],
+        (
+            f"issuer.upstream.api_secret_files: more than {validate.MAX_VENDOR_KEYS}; each refused"
+            " key is tried twice a minute, and the vendor allows 30 failures"
+        ),
+    ),
+    (
+        "clients.web.agents",
+        ["a" * 65],
+        (
+            f"clients.web.agents: '{'a' * 65}' is neither \"*\" nor an agent id"
+            " (1 to 64 of A-Z a-z 0-9 _ -)"
+        ),
+    ),
     ("server.deadline", 12, f"server.deadline: {NO_UNIT}"),
     ("server.deadline", "12", f"server.deadline: {NO_UNIT}"),
     ("server.deadline", "12sec", f"server.deadline: {NO_UNIT}"),
@@ -478,6 +495,30 @@ WRONG: list[tuple[str, object, str]] = [
     ),
 ]
 
+JUST_GOOD: list[tuple[str, object]] = [
+    ("server.deadline", "1us"),
+    ("server.keep_alive", "1s"),
+    ("server.keep_alive", "1h"),
+    ("server.drain_lead", "15s"),
+    ("server.listen", "h:65535"),
+    ("server.listen", "h:0"),
+    ("store.timeout", "10ms"),
+    ("store.timeout", "2s"),
+    ("store.replicas", 1),
+    ("reuse.floor_in_outage", "5m"),
+    ("reuse.refresh_ahead", "5m"),
+    ("reuse.max_tokens", 1),
+    ("limits.max_tracked", 1000),
+    ("limits.agent.burst", 1),
+    ("limits.agent.burst", 2**31 - 1),
+    ("limits.agent.overrides.A1.burst", 1),
+    ("issuer.budget.max_wait", "1us"),
+    ("issuer.upstream.timeout", "1us"),
+    ("issuer.upstream.api_secret_files", [f"/{n}" for n in range(validate.MAX_VENDOR_KEYS)]),
+    ("clients.web.agents", ["a" * 64]),
+]
+"""Values on the good side of each bound; the defaults are drain 15 s, floors of 5 min."""
+
 
 class TestRefusals:
     @pytest.mark.parametrize(("dotted", "value", "told"), WRONG)
@@ -488,6 +529,72 @@ class TestRefusals:
         else:
             tree = put({}, dotted, value)
         assert refusal(tree) == told
+
+    @pytest.mark.parametrize(("dotted", "value"), JUST_GOOD)
+    def test_L8_begin_behind_the_bound(self, dotted: str, value: object) -> None:
+        """What a rule names as the least, or as the most, is good."""
+        assert list(config.examine_tree(put({}, dotted, value)).problems) == []
+
+    @pytest.mark.parametrize(
+        ("data", "admin", "clash"),
+        [
+            ("127.0.0.1:8080", "127.0.0.1:8080", True),
+            ("127.0.0.1:8080", "127.0.0.1:8081", False),
+            ("127.0.0.1:8080", "127.0.0.2:8080", False),
+            ("[::]:8080", "127.0.0.1:8080", True),
+            ("127.0.0.1:8080", "0.0.0.0:8080", True),
+            ("[::]:0", "[::]:0", False),
+            ("[::]:8080", "unix:/run/admin.sock", False),
+            ("unix:/run/a.sock", "unix:/run/a.sock", True),
+            ("unix:/run/a.sock", "unix:/run/b.sock", False),
+        ],
+    )
+    def test_N7_of_two_listeners_in_one_place(self, data: str, admin: str, *, clash: bool) -> None:
+        """A port of every address is taken for each of them; port 0 is never the same."""
+        found = config.examine_tree({"server": {"listen": data}, "admin": {"listen": admin}})
+        told = f"admin.listen: {admin} is taken by server.listen ({data}); choose another port"
+        assert [str(problem) for problem in found.problems] == [told] * clash
+
+    @pytest.mark.parametrize(
+        ("budget", "most", "lower"),
+        [
+            ({"rate": 112, "burst": 8}, 120, ""),
+            ({"rate": 113, "burst": 8}, 121, "set rate to 112 or less"),
+            ({"rate": 1, "burst": 120}, 121, "set burst below 120"),
+            ({"rate": 1, "burst": 500}, 501, "set burst below 120"),
+            ({"rate": 226, "per": "120s", "burst": 8}, 121, "set rate to 224 or less"),
+            ({"rate": 30, "burst": 8, "window": 37}, 38, "set rate to 29 or less"),
+            ({"rate": 30, "burst": 8, "window": 38}, 38, ""),
+        ],
+    )
+    def test_V10_of_a_budget_that_the_vendor_does_not_take(
+        self, budget: dict[str, object], most: int, lower: str
+    ) -> None:
+        """What is the most in a minute, and the one number that would be right."""
+        tree = {"issuer": {"kind": "upstream", "budget": budget}}
+        told = [str(problem) for problem in config.examine_tree(tree).problems]
+        assert len(told) == bool(lower)
+        for text in told:
+            assert f"are {most} calls, and the vendor takes {budget.get('window', 120)}" in text
+            assert f": {lower}, or window = {most} if" in text
+
+    def test_of_routes_that_are_passed_on(self) -> None:
+        """A route that is none, routes without a vendor, and clients without a route."""
+        upstream = {"pass_through": ["v1/agent"]}
+        found = config.examine_tree({"issuer": {"kind": "upstream", "upstream": upstream}})
+        (problem,) = found.problems
+        assert problem.key == "issuer.upstream.pass_through"
+        upstream = {"pass_through": ["/v1/agent/*"]}
+        (problem,) = config.examine_tree({"issuer": {"upstream": upstream}}).problems
+        assert (problem.key, "no vendor" in str(problem)) == ("issuer.upstream.pass_through", True)
+        client = {"agents": ["*"], "pass_through": True}
+        (problem,) = config.examine_tree({"clients": {"web": client}}).problems
+        assert problem.key == "clients.web.pass_through"
+        tree: Tree = {
+            "clients": {"web": client},
+            "issuer": {"kind": "upstream", "upstream": upstream},
+        }
+        assert list(config.examine_tree(tree).problems) == []
 
     def test_L8_of_a_client_limit_are_the_same(self) -> None:
         """The limit that is off by default is held to the same rules."""

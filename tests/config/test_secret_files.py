@@ -250,3 +250,18 @@ async def test_N12_a_running_broker_takes_over_what_looks_the_same(
             await until(lambda: len(broker.events("broker.reloaded")) == 1)
             assert [await caller.valid(old), await caller.valid(new)] == [False, True]
         assert broker.end() == 0
+
+
+def test_a_look_leaves_no_file_open(file: Path) -> None:
+    """Twice a second for years; a file that cannot be read is closed, too."""
+    watched = SecretFiles([str(file), str(file.parent)])
+    before = _open_files()
+    for _ in range(20):
+        rewrite(file)
+        assert watched.changed()
+    assert _open_files() == before
+
+
+def _open_files() -> int:
+    """Count what this process has open."""
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())

@@ -7,6 +7,8 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from state_files import Broker
 
 pytest.register_assert_rewrite("session_contract")
@@ -259,3 +261,29 @@ async def test_G6_what_expires_first_goes_first_in_whatever_order_it_came() -> N
     assert await opened.session_store.find(middle.session_id) is None
     assert await opened.session_store.find(late.session_id) == late
     assert len(opened.memory) == 2
+
+
+@given(
+    gaps=st.lists(
+        st.sampled_from([1, 60, MARK_LIFE // SECOND // 2, MARK_LIFE // SECOND]), max_size=12
+    ),
+    at=st.integers(0, 12),
+)
+def test_G9_an_end_is_known_for_its_whole_time(gaps: list[int], at: int) -> None:
+    """However often and whenever housekeeping looks; and not for much more than twice that."""
+
+    async def main() -> None:
+        opened = OpenedMemorySessions()
+        session = await recorded(opened)
+        marked: int | None = None
+        for number, gap in enumerate([*gaps, 1]):
+            if number == min(at, len(gaps)):
+                await opened.end(session)
+                marked = opened.clock.mono()
+            opened.clock.advance(gap)
+            for _ in range(3):
+                opened.memory.purge_expired()
+            if marked is not None and opened.clock.mono() - marked < MARK_LIFE:
+                assert opened.memory.knows_end(session.session_id)
+
+    asyncio.run(main())

@@ -855,3 +855,52 @@ def test_V10_a_slot_that_comes_in_a_pause_is_given_back_by_a_renewal() -> None:
         await pacer.close()
 
     run_virtual(scenario)
+
+
+def test_V1_a_pause_that_nobody_waits_out_is_over_at_its_end() -> None:
+    """From then on slots come as after a start: whoever comes later finds a burst."""
+
+    async def main(_: FakeClock) -> None:
+        pacer = await filled()
+        pacer.pause(5)
+        await asyncio.sleep(5 - A_BIT)
+        assert pacer.remaining == 0
+        await asyncio.sleep(SLOW.burst * SLOW.interval + 1)
+        assert pacer.remaining == SLOW.burst
+        crowd, came = Crowd(pacer), now()
+        for number in range(SLOW.burst):
+            crowd.comes(f"{number}")
+        await crowd.done()
+        assert crowd.times == pytest.approx([came] * SLOW.burst, abs=A_BIT)
+        await pacer.close()
+
+    run_virtual(main)
+
+
+class Told(LocalSlots):
+    """Slots that keep what they were told of pauses."""
+
+    def __init__(self, budget: Budget) -> None:
+        super().__init__(budget)
+        self.pauses: list[float] = []
+
+    def pause(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+
+
+def test_V1_a_pause_is_passed_on_as_it_is_and_bounded() -> None:
+    """What other replicas are told is what the vendor said, up to the longest promise."""
+
+    async def main(_: FakeClock) -> None:
+        slots = Told(SLOW)
+        pacer = BudgetPacer(SLOW, lambda _seconds: None, slots)
+        await pacer.start()
+        for seconds in (0.5, 5.0, MAX_PROMISE, 2 * MAX_PROMISE):
+            pacer.pause(seconds)
+        assert slots.pauses == [0.5, 5.0, MAX_PROMISE, MAX_PROMISE]
+        assert pacer._paused_until == now() + MAX_PROMISE
+        pacer.pause_for(1.0)  # a shorter one ends none that is longer
+        assert pacer._paused_until == now() + MAX_PROMISE
+        await pacer.close()
+
+    run_virtual(main)

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.rules import hangs
-from broker.rules.hangs import Pulse
+from broker.rules.hangs import QUIET, Pulse
 
 ROUND = 0.5
 DRAIN = 32.0
@@ -85,3 +85,17 @@ def test_N10_one_that_drains_by_itself_has_the_time_of_a_drain() -> None:
         pulse = watch(pulse, [(0.0, ROUND)])
         seconds += ROUND
     assert DRAIN <= seconds <= DRAIN + 2 * ROUND
+
+
+def test_N10_silence_counts_from_its_last_second_on() -> None:
+    """Quiet after `QUIET` seconds and not before; stuck only if it did not say that it drains."""
+    pulse = Pulse().after(7.0, 1.0, ready=True)
+    for second in range(1, int(QUIET) + 1):
+        pulse = pulse.after(7.0, 1.0, ready=True)
+        assert pulse.is_quiet is pulse.is_stuck is (second >= QUIET)
+    drains = pulse.after(0.0, 1.0, ready=True)
+    assert not drains.is_quiet
+    for _ in range(int(QUIET)):
+        drains = drains.after(0.0, 1.0, ready=True)
+    assert (drains.is_quiet, drains.is_stuck) == (True, False)
+    assert not Pulse(1.0, 2 * QUIET, ready=False).is_quiet

@@ -12,6 +12,7 @@ from state_files import Broker, end, held, mint
 
 from broker.config.schema import ConfigError
 from broker.model import TokenRequest
+from broker.sqlite.location import NEW
 
 CUTS = FLIPS = 200
 """Of random places; a minute, so they are run with what takes longer."""
@@ -179,3 +180,20 @@ async def test_D4_the_file_cut(written: Written, size: int) -> None:
         assert written.path.stat().st_size == size
     else:
         assert await written.judge(written.path) == (size > 0, 0)
+
+
+async def test_D4_a_log_that_is_left_without_its_file_is_not_taken_for_its_successor_s(
+    tmp_path: Path,
+) -> None:
+    """It is another file's: SQLite would play it back into the new one."""
+    broker = Broker(tmp_path / "state.db")
+    left = [broker.path.with_name(broker.path.name + name) for name in ("-wal", "-journal")]
+    left += [broker.path.with_name(broker.path.name + NEW + name) for name in ("", "-wal")]
+    for path in left:
+        path.write_bytes(b"nobody's")
+    request = broker.new_request()
+    async with broker.opened() as backend:
+        _, session = await mint(broker, backend, request)
+    assert not any(path.exists() for path in left)
+    async with broker.opened() as backend:
+        assert await backend.sessions.find(session.session_id) == session

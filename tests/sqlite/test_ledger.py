@@ -48,3 +48,19 @@ def test_what_is_of_use_stays(commits: list[tuple[Kind, int, int]], now: int) ->
         ledger.note(kind.number, Row(place, until, count))
     gone = {place for _, place in drained(ledger, now)}
     assert all(commits[place - 1][1] <= now for place in gone)
+
+
+@given(commits=COMMITS, gone=st.sampled_from(KINDS))
+def test_what_is_forgotten_is_not_counted(commits: list[tuple[Kind, int, int]], gone: Kind) -> None:
+    """All of one kind, and nothing of another; what comes later counts from none."""
+    ledger, rest = Ledger(50, 80), Ledger(50, 80)
+    for place, (kind, until, count) in enumerate(commits, 1):
+        ledger.note(kind.number, Row(place, until, count))
+        if kind is not gone:
+            rest.note(kind.number, Row(place, until, count))
+    assert ledger.places_of(gone) == [
+        place for place, (kind, _, _) in enumerate(commits, 1) if kind is gone
+    ]
+    ledger.forget(gone)
+    assert (ledger._counts, ledger._rows) == (rest._counts, rest._rows)
+    assert ledger.next_place == len(commits) + 1

@@ -248,6 +248,27 @@ async def test_N2_what_a_defect_keeps_out_for_ever_is_given_up(
         assert await backend.sessions.find(later.session_id) == later
 
 
+async def test_N2_an_end_that_was_given_up_is_written_when_it_is_asked_for_again(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was told to the file once, and is not in it: that it is known here does not count."""
+    request = broker.new_request()
+    async with broker.opened() as backend:
+        _, session = await mint(broker, backend, request)
+        writer = backend._slot.writer
+        assert await writer.end_written()
+        with monkeypatch.context() as patch:
+            _ = failing(writer, patch, lambda: ValueError("a defect"))
+            with pytest.raises(NotDurable):
+                await end(backend, session)
+            await until(lambda: writer.lost >= 1 and writer._waiting_ends() == 0)
+        await until(lambda: not backend.is_degraded)
+        await end(backend, session)
+    async with broker.opened() as backend:
+        assert await backend.sessions.ended(session.session_id)
+        assert await held(backend, request) is None
+
+
 @pytest.mark.parametrize("waits", [False, True])
 async def test_a_store_says_whether_it_waits(broker: Broker, *, waits: bool) -> None:
     """Who mints goes by that: what does not wait may be asked without a task."""
@@ -290,3 +311,17 @@ async def test_G9_an_end_is_in_the_file_soon_and_not_in_its_log_alone(
         await mint(broker, backend, broker.new_request())
         await end(backend, session)
         await until(lambda: not writer._is_dirty)
+
+
+async def test_the_metrics_of_the_file_say_how_it_is(broker: Broker) -> None:
+    """Each failure is counted once, however often they are brought up to date in between."""
+    async with broker.opened() as backend:
+        counter = broker.metrics.state_file.errors[FileError.FULL]
+        for failures in (2, 2, 5):
+            backend._slot.writer.failures[FileError.FULL] = failures
+            backend.publish()
+            assert counter.value == failures
+        backend._slot.writer.add_all([SessionMade(broker.session(broker.new_request()))])
+        assert await backend._slot.writer.end_written()
+        backend.publish()
+        assert broker.metrics.state_file.bytes.value == backend._slot.writer.size > 0

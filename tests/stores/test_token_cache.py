@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from broker.model import EmbedToken, Minted, TokenRequest
 from broker.stores.token_cache import FREED_AT_ONCE, SECOND_CHANCES, SLICE, TokenCache
-from broker.tables import SPARSE
+from broker.tables import PART, SPARSE
 from broker.testing import FakeClock
 from broker.wire import responses as answers_module
 from broker.wire.responses import success_body
@@ -353,3 +353,19 @@ def test_M1_a_held_token_costs_at_most_600_bytes_beyond_its_answer(clock: FakeCl
         tracemalloc.stop()
     assert len(cache) == count
     assert 300 < (allocated - answers) / count < 600
+
+
+def test_M2_room_is_made_in_each_part_in_turn(clock: FakeClock) -> None:
+    """No part of a large cache is emptied for the others; one that is empty is passed over."""
+    cache = cache_of(clock, 4 * PART)
+    parts = cache._tokens.parts
+    assert len(parts) == 4
+    token = held(clock)
+    for number in range(4 * PART):
+        cache[f"{number}"] = token
+    before, turns = cache._turn, list[int]()
+    for number in range(8):
+        cache[f"new {number}"] = token
+        turns.append(cache._turn)
+    assert turns == [(before + 1 + number) % 4 for number in range(8)]
+    assert (len(cache), cache.counts.evicted.value) == (4 * PART, 8)

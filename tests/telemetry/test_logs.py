@@ -29,9 +29,11 @@ from web.edge import (
 )
 
 from broker import errors
+from broker.config import load as config
 from broker.config.settings import LogSettings, Settings
 from broker.model import LimitName
 from broker.process.serve import loop_factory
+from broker.telemetry import log_console
 from broker.telemetry.logs import SUMMARY_INTERVAL, RefusalLog, Stamp, visitor_hash
 
 FORMS = ["json", "console"]
@@ -713,3 +715,34 @@ def test_the_route_of_this_file_is_the_real_one() -> None:
     from broker.web.router import TOKEN_PATH as REAL
 
     assert REAL == TOKEN_PATH
+
+
+def test_a_line_is_there_once_it_is_written() -> None:
+    """To a stream that is given, as a test's or a tool's: it is flushed line by line."""
+
+    class Stream(io.StringIO):
+        flushed = ""
+
+        def flush(self) -> None:
+            self.flushed = self.getvalue()
+
+    stream = Stream()
+    with logging_to(stream, settings := config.from_tree({"issuer": {"kind": "local"}})):
+        structlog.get_logger().warning("broker.store_back")
+        assert "broker.store_back" in stream.flushed
+    assert settings.log.level == "info"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.254, "0.25ms"), (9.994, "9.99ms"), (10, "10ms"), (12.6, "13ms"), ("x", "x")],
+)
+def test_a_person_reads_short_times_to_the_hundredth(value: object, shown: str) -> None:
+    """From ten milliseconds on they are whole ones."""
+    assert log_console._milliseconds(value) == shown
+
+
+@pytest.mark.parametrize(("value", "shown"), [(119, "119s"), (120, "2m"), (150, "2m"), ("x", "x")])
+def test_a_person_reads_long_times_in_minutes(value: object, shown: str) -> None:
+    """From two of them on."""
+    assert log_console._duration(value) == shown

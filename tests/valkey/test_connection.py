@@ -7,7 +7,9 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from typing import Any
 
+import aiohappyeyeballs
 import pytest
 from bad_replies import BAD
 
@@ -568,3 +570,74 @@ async def test_why_there_is_no_connection_is_told(node: Node) -> None:
 def test_a_failed_connection_has_words(error: Exception, words: str) -> None:
     """Also where the system gives none."""
     assert why(error) == words
+
+
+@pytest.mark.parametrize("where", ["follow", "talk"])
+async def test_a_connection_that_cannot_be_used_is_closed(
+    node: Node, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Its peer may be gone before anybody has asked for its name: nothing is left open."""
+    route, sockets = Route(), list[socket.socket]()
+    start = aiohappyeyeballs.start_connection
+
+    async def noted(*given: Any, **named: Any) -> socket.socket:
+        sockets.append(await start(*given, **named))
+        return sockets[-1]
+
+    def fail(*_: object) -> None:
+        raise ConnectionResetError
+
+    def make() -> RespProtocol:
+        raise ConnectionResetError
+
+    monkeypatch.setattr(aiohappyeyeballs, "start_connection", noted)
+    if where == "follow":
+        monkeypatch.setattr(route, "follow", fail)
+    with pytest.raises(ConnectionResetError):
+        await Target("127.0.0.1", node.port).connect(make, route)
+    assert [each.fileno() for each in sockets] == [-1]
+
+
+def test_an_address_that_was_of_no_use_is_tried_last() -> None:
+    """The others keep their order; the next one that is avoided takes its place."""
+    found = [(0, 0, 0, "", (f"10.0.0.{n}", 6379)) for n in range(3)]
+    route = Route()
+    assert route.order(found) == found
+    for n, order in ((0, [1, 2, 0]), (1, [0, 2, 1])):
+        route.follow(found[n][4])
+        assert route.order(found) != [found[each] for each in order]
+        route.avoid()
+        assert route.order(found) == [found[each] for each in order]
+
+
+@pytest.mark.parametrize(
+    ("said", "avoided"), [(b"", True), (b"-READONLY x\r\n", True), (None, False)]
+)
+async def test_N16_a_server_that_is_silent_or_the_wrong_one_is_tried_last(
+    node: Node, link: PipelinedConnection, said: bytes | None, *, avoided: bool
+) -> None:
+    """Of a name with several addresses; one whose connection broke may be the right one."""
+    assert await told(link.send(PING)) == [b"OK"]
+    assert link._route._avoided is None
+    node.answer = lambda _piece: said
+    await told(link.send(PING))
+    while link._talk is not None:  # noqa: ASYNC110 - the end has to arrive
+        await asyncio.sleep(0.001)
+    assert link._route._avoided == (("127.0.0.1", node.port) if avoided else None)
+
+
+async def test_the_time_of_calls_that_were_answered_ends_no_later_one(
+    node: Node, link: PipelinedConnection
+) -> None:
+    """When it is over another call may be due, which has a time of its own."""
+    assert await told(*(link.send(PING) for _ in range(3))) == [b"OK"] * 3
+    talk = link._talk
+    assert talk is not None
+    assert talk._transport is not None
+    asked, node.answer = talk._asked, lambda _piece: b""
+    later = link.send(PING)
+    while talk._asked == asked:  # noqa: ASYNC110 - turn by turn is the point
+        await asyncio.sleep(0)
+    talk._give_up(asked)  # as their timer does
+    assert not talk._transport.is_closing()
+    assert reasons(await told(later)) == {Reason.TIMEOUT}

@@ -2,17 +2,22 @@
 
 import asyncio
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shared_store_cases import limits_of
 from typing_extensions import override
 
 from broker.rules.breaker import Outcome, StoreBreaker
+from broker.stores.memory import MemoryStore
+from broker.stores.token_cache import TokenCache
 from broker.telemetry import exposition
 from broker.telemetry.cells import SharedCells
 from broker.telemetry.metrics import STORE_ERRORS, Metrics
-from broker.testing import FakeClock
+from broker.testing import FakeClock, run_virtual
 from broker.valkey.client.connection import Target
 from broker.valkey.client.errors import NoScript, Reason, Redirect, StoreFailed, error_of
 from broker.valkey.client.guarded import Operation, Question, StoreClient
@@ -20,6 +25,8 @@ from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script
 from broker.valkey.client.shapes import ANYTHING, Shape
 from broker.valkey.client.topology import Topology
+from broker.valkey.fallback import SharedStore
+from broker.valkey.leases import RENEWAL
 
 SECOND = 1_000_000
 Answer = Callable[[bytes], Reply]
@@ -169,6 +176,43 @@ async def test_successes_are_tallied_and_outweigh_single_failures(shop: Shop) ->
     assert shop.errors == {"script": 20}
 
 
+async def test_S1_a_round_of_housekeeping_tallies_successes(shop: Shop) -> None:
+    """They count for the second in which they were: they hide no failure of the next one."""
+    tokens = TokenCache(9, keep_until=lambda token: token.dies_mono, mono=shop.clock.mono)
+    limits = limits_of()
+    alone = MemoryStore(limits, tokens, shop.clock)
+    remote: Any = None  # it has nothing to be tidied
+    store = SharedStore(shop.server, remote, alone, limits, lambda: 1, closed=False)
+    for _ in range(100):
+        await shop.call()
+    store.purge_expired()
+    shop.clock.advance(5)
+    for number in range(6):
+        shop.nodes.answer = error if number % 2 else lambda _packed: b"fine"
+        await shop.call()
+    assert shop.server.is_away
+
+
+def test_S4_leases_are_renewed_every_second() -> None:
+    """For as long as the store is there; whoever owns the task ends it."""
+    renewed = list[float]()
+
+    async def renew() -> None:
+        renewed.append(asyncio.get_running_loop().time())
+
+    async def main(_: FakeClock) -> None:
+        nothing: Any = None
+        remote: Any = SimpleNamespace(leases=SimpleNamespace(renew=renew))
+        store = SharedStore(nothing, remote, nothing, limits_of(), lambda: 1, closed=False)
+        began = asyncio.get_running_loop().time()
+        keeping = asyncio.create_task(store.keep_leases())
+        await asyncio.sleep(3.5 * RENEWAL)
+        keeping.cancel()
+        assert [at - began for at in renewed] == pytest.approx([1, 2, 3], abs=0.01)
+
+    run_virtual(main)
+
+
 def error(_packed: bytes) -> Reply:
     """Fail as a script does."""
     raise error_of("ERR wrong")
@@ -236,6 +280,8 @@ async def test_S2_a_script_that_is_forgotten_is_sent_in_full_once(shop: Shop) ->
         ("EXECABORT whatever", Reason.OTHER),
         ("", Reason.OTHER),
         ("MOVED nonsense", Reason.CLUSTER_DOWN),
+        ("MOVED 16384 127.0.0.1:6381", Reason.CLUSTER_DOWN),
+        ("MOVED 3999 127.0.0.1:65536", Reason.CLUSTER_DOWN),
         ("ASK x y:z", Reason.CLUSTER_DOWN),
     ],
 )
@@ -252,6 +298,7 @@ def test_S1_an_error_of_the_servers_is_classified(text: str, reason: Reason) -> 
         ("MOVED 3999 127.0.0.1:6381", (3999, "127.0.0.1", 6381, False)),
         ("ASK 3999 ::1:6381", (3999, "::1", 6381, True)),
         ("MOVED 3999 :6381", (3999, "", 6381, False)),
+        ("MOVED 16383 127.0.0.1:65535", (16383, "127.0.0.1", 65535, False)),
     ],
 )
 def test_S1_a_redirection_is_read(text: str, where: tuple[int, str, int, bool]) -> None:

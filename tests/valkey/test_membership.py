@@ -11,6 +11,7 @@ from replica import Replica, at_given_time, opened
 from servers import StoreServer
 from shared_store_cases import limits_of
 from store_trace import Talk
+from structlog.testing import capture_logs
 
 from broker.testing import FakeClock
 from broker.valkey.client.errors import Reason, StoreFailed
@@ -353,10 +354,12 @@ async def test_a_name_that_is_taken_is_given_up(valkey: StoreServer) -> None:
         await one.fleet.beat()
         async with opened(Replica(valkey.address, limits_of(), place="same")) as other:
             await other.fleet.beat()
-            for _ in range(4):
-                await one.fleet.beat()
-                await other.fleet.beat()
+            with capture_logs() as told:
+                for _ in range(4):
+                    await one.fleet.beat()
+                    await other.fleet.beat()
             assert (one.fleet.replicas, other.fleet.replicas) == (2, 2)
+            assert [event["event"] for event in told] == ["broker.name_taken"]
 
 
 async def test_a_flushed_server_learns_of_everybody_again(valkey: StoreServer) -> None:

@@ -241,3 +241,30 @@ async def test_a_flood_is_heard_in_full_and_in_order(
     assert [message for _, message in subscriber.received] == words
     assert longest <= 2 * pubsub.AT_A_TIME
     writer.close()
+
+
+async def test_N26_each_word_that_is_expected_arrives_for_itself() -> None:
+    """One that came in time says nothing about the next one; an old word is none."""
+    heard = list[tuple[bytes, bytes]]()
+    subscription = pubsub.Subscription([b"c"], b"", lambda *told: heard.append(told))
+
+    def said(word: bytes) -> None:
+        subscription.data_received(
+            b"*3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$%d\r\n%b\r\n" % (len(word), word)
+        )
+
+    first, arrived = subscription.expect()
+    said(first)
+    assert arrived.done()
+    second, arrived = subscription.expect()
+    assert second != first
+    assert not arrived.done()
+    said(first)
+    assert not arrived.done()
+    said(second)
+    said(second)
+    assert arrived.done()
+    said(b"x")
+    assert heard == [(b"c", b"x")]
+    assert subscription.messages == 5
+    subscription.close()

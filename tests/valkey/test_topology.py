@@ -233,3 +233,43 @@ async def test_O7_every_node_is_told_the_new_password_from_its_next_connection_o
         node.pieces.clear()
         assert await link.send(GET) == b"v"
         assert node.pieces[0] == command(b"AUTH", password.encode())
+
+
+async def test_O7_a_node_that_is_met_later_is_told_the_new_password(town: Town) -> None:
+    """Also one to which no connection was open when the password changed."""
+    assert await town.get() == b"v"
+    password = secrets.token_urlsafe(16)
+    town.cluster.use_access(Access(password=Secret(password)))
+    moved = f"-MOVED 1 127.0.0.1:{town.nodes[1].port}\r\n".encode()
+    town.nodes[0].answer = lambda piece: town.told if b"SLOTS" in piece else moved
+    assert await town.get() == b"v"
+    assert town.nodes[1].pieces[0] == command(b"AUTH", password.encode())
+
+
+@pytest.mark.parametrize("said", ["-MOVED 1 127.0.0.1:{}\r\n", "-READONLY x\r\n", None])
+async def test_S1_a_node_that_is_not_the_right_one_makes_it_read_the_topology(
+    town: Town, monkeypatch: pytest.MonkeyPatch, said: str | None
+) -> None:
+    """Sent elsewhere, a replica by now, or gone: other slots may have moved, too."""
+    assert await town.get() == b"v"
+    read = asyncio.Event()
+    monkeypatch.setattr(town.cluster, "_refresh", read.set)
+    told = None if said is None else said.format(town.nodes[1].port).encode()
+    town.nodes[0].answer = lambda _piece: told
+    await town.get()
+    assert read.is_set()
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"), [("WRONGTYPE", Reason.SCRIPT), ("TRYAGAIN", Reason.CLUSTER_DOWN)]
+)
+async def test_S1_a_failure_of_one_key_says_nothing_about_its_node(
+    town: Town, monkeypatch: pytest.MonkeyPatch, said: str, reason: Reason
+) -> None:
+    """A foreign value, or a slot on its way: nothing is read anew for it."""
+    assert await town.get() == b"v"
+    read = asyncio.Event()
+    monkeypatch.setattr(town.cluster, "_refresh", read.set)
+    town.nodes[0].answer = lambda _piece: f"-{said} x\r\n".encode()
+    assert await town.get() is reason
+    assert not read.is_set()

@@ -60,3 +60,32 @@ def test_N13_an_answer_gives_up_what_is_older_than_a_connection_s_death() -> Non
         await calls.close()
 
     run_virtual(main)
+
+
+def test_N13_an_answer_says_nothing_about_calls_that_were_made_later() -> None:
+    """The vendor had read the one that it answers, however old that is, and what was before it."""
+
+    async def main(_: FakeClock) -> None:
+        calls, before, after = Calls(1.0, nobody_hears, nothing_is_read), NotedSlot(), NotedSlot()
+        read = asyncio.Event()
+
+        async def hang(_arrived: Callable[[], None]) -> Answer:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def answer(arrived: Callable[[], None]) -> Answer:
+            await read.wait()
+            arrived()
+            raise AssertionError
+
+        for send, slot in ((hang, before), (answer, NotedSlot()), (hang, after)):
+            with pytest.raises(CallFailed):
+                await calls.make(send, slot)
+        await asyncio.sleep(3 * SEEN)
+        assert not before.abandoned
+        read.set()
+        await asyncio.sleep(0.1)
+        assert (before.abandoned, after.abandoned) == (True, False)
+        await calls.close()
+
+    run_virtual(main)

@@ -19,7 +19,7 @@ from servers import free_port, write_certificates
 from broker.app import factory
 from broker.config import load as config
 from broker.config.schema import ConfigError
-from broker.issuers.vendor.egress import proxy_for
+from broker.issuers.vendor.egress import check_proxy, proxy_for
 from broker.model import Secret
 from broker.telemetry.labels import Reason
 from broker.testing import FakeVendor
@@ -387,3 +387,12 @@ def test_N14_no_repr_shows_the_password() -> None:
     settings = config.load(None, {}, tree)
     assert proxy is not None
     assert password not in repr(proxy) + repr(settings) + repr(msgspec.structs.asdict(proxy))
+
+
+def test_N14_a_setting_is_checked_where_it_is_written() -> None:
+    """A proxy, or the word for none; where it was found is said of any other."""
+    for usable in ("direct", "http://p:1", "https://u:w@p:1"):
+        check_proxy(Secret(usable), "here")
+    for bad in ("", "Direct", "p:1", "ftp://p:1", "http://p:1/x"):
+        with pytest.raises(ValueError, match=r"^here: "):
+            check_proxy(Secret(bad), "here")

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from broker.errors import Invalid, MissingAuth
-from broker.web.auth import ClientAuthenticator, secret_of
+from broker.errors import AgentNotAllowed, Invalid, MissingAuth
+from broker.web.auth import Client, ClientAuthenticator, secret_of
 
 Headers = list[tuple[str, str]]
 
@@ -344,3 +344,19 @@ class TestForwardedFor:
         said_by, _, name = (named or "local").partition(" ")
         assert said_by == "local" or str(ipaddress.ip_network(said_by.partition("%")[0]))
         assert len(name) <= 65
+
+
+@pytest.mark.parametrize(
+    ("agents", "allowed"),
+    [(None, True), (frozenset({"A1"}), True), (frozenset({"B2"}), False), (frozenset(), False)],
+)
+def test_a_client_may_use_the_agents_that_it_was_given(
+    agents: frozenset[str] | None, *, allowed: bool
+) -> None:
+    """None stands for all; an empty set is no right to any."""
+    client = Client("web", b"", agents, allow_origin=False)
+    if allowed:
+        client.require_agent("A1")
+        return
+    with pytest.raises(AgentNotAllowed):
+        client.require_agent("A1")

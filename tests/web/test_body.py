@@ -154,6 +154,15 @@ class TestEncodings:
         reply = await edge.post(bomb, headers=[("Content-Encoding", encoding)])
         assert (reply.status, reply.code) == (415, "UNSUPPORTED_TYPE")
 
+    @pytest.mark.parametrize("path", ["/v1/introspect", "/v1/revoke"])
+    async def test_O3_an_encoded_form_is_415(self, edge: Edge, path: str) -> None:
+        """A token that is asked about is read as it stands, or not at all."""
+        token = (await edge.request_token()).token
+        form = f"token={token}".encode()
+        reply = await edge.post(form, path=path, headers=[("Content-Encoding", "gzip")])
+        assert (reply.status, reply.code) == (415, "UNSUPPORTED_TYPE")
+        assert (await edge.post(form, path="/v1/introspect")).json["active"] is True
+
     async def test_identity_is_no_encoding(self, edge: Edge) -> None:
         """RFC 9110 section 8.4.1 reserves the word for "none"."""
         assert (await edge.request_token(headers=[("Content-Encoding", "Identity")])).status == 200

@@ -538,6 +538,22 @@ class TestHeads:
         await at_once([one() for _ in range(60)])
         assert _resident(running) - before < 60 * 4 * MAX_HEAD
 
+    async def test_N5_a_head_that_began_with_the_end_of_a_body_is_counted(self) -> None:
+        """As a whole, though its first bytes came in a packet with those of a body."""
+        cookies = [("Cookie", "c" * (MAX_HEAD // 3))] * 3
+        async with serving() as edge:
+            line = await edge.connect()
+            line.send(request("GET", "/livez"))
+            assert (await line.answer()).status == 200
+            (ours,) = connections(edge.app.parts.server)
+            head, end, body = edge.asking().partition(b"\r\n\r\n")
+            large = request("GET", "/livez", cookies)
+            half = len(large) // 2
+            for piece in (head + end, body + large[:half], large[half:]):
+                ours.data_received(piece)
+            assert [(await line.answer()).status for _ in range(2)] == [200, 431]
+            assert await ended(line) == b""
+
     def test_N5_the_bounds_are_those_that_are_documented(self) -> None:
         """What aiohttp is given, and what the message of a refusal says."""
         assert MAX_FIELD == 32 * 1024 < MAX_HEAD == 64 * 1024
