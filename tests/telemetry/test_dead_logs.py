@@ -94,7 +94,7 @@ class Deaf:
             "stderr": stderr,
             "env": environment(),
         }
-        if prefix or workers > 1:  # what an interpreter finds as it starts, and whose child is whose
+        if prefix or workers > 1:  # what an interpreter finds at its start; whose child is whose
             command = [*prefix, sys.executable, "-W", "error", *program]
             self.process = subprocess.Popen(command, **streams)
         else:
