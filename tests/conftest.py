@@ -16,13 +16,16 @@ from servers import (
 from structlog.dev import ConsoleRenderer, plain_traceback
 
 LONGEST = (
-    "parts/test_image.py", "parts/test_gateways.py", "fleet/test_budget_alone.py",
-    "parts/test_page.py", "parts/test_snippets.py", "parts/test_guarded_viewer.py",
-    "parts/test_wheel.py", "process/test_workers.py", "fleet/test_store_clocks.py",
-    "sqlite/test_kill.py", "process/test_hung_workers.py", "fleet/test_bad_replies.py",
-    "vendor/test_outage.py", "app/test_background.py", "parts/test_schemathesis.py",
+    "telemetry/test_dead_logs.py", "fleet/test_budget_alone.py", "parts/test_page.py",
+    "parts/test_image.py", "valkey/test_shared_stalls.py", "parts/test_snippets.py",
+    "app/test_memory.py", "vendor/test_pass_through.py", "config/test_json_schema.py",
+    "web/test_connections.py", "vendor/test_egress.py", "limits/test_buckets.py",
+    "fleet/test_store_clocks.py", "process/test_signals.py", "fleet/test_bad_replies.py",
+    "process/test_hung_workers.py", "vendor/test_budget.py", "web/test_families.py",
+    "app/test_background.py", "parts/test_wheel.py", "parts/test_gateways.py",
+    "vendor/test_outage.py", "sqlite/test_kill.py", "parts/test_page_quality.py",
 )  # fmt: skip
-"""Files that take a minute or more, whatever else runs: the run ends with none of them."""
+"""Files that take longest, by CPU and by waiting: the run ends with none of them."""
 
 ROOMS_THAT_WAIT = (
     "fleet", "parts", "vendor", "process", "sqlite", "valkey", "web", "telemetry", "cli", "app",

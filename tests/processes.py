@@ -281,27 +281,34 @@ def children_of(pid: int) -> set[int]:
 
 def wait_for(look: Callable[[], T], explain: Callable[[], str] = str) -> T:
     """Poll until `look` returns something; for processes, whose time is not ours."""
-    ends = time.monotonic() + TIMEOUT
-    while time.monotonic() < ends:
+    began = time.monotonic()
+    while time.monotonic() < began + TIMEOUT:
         found = look()
         if found:
             return found
-        time.sleep(0.01)
+        time.sleep(_pause(began))
     raise AssertionError(f"waited in vain: {explain()}")
 
 
 async def until_true(look: Callable[[], Awaitable[bool]]) -> None:
     """Wait for something that has to be asked for."""
+    began = time.monotonic()
     async with asyncio.timeout(TIMEOUT):
         while not await look():  # noqa: ASYNC110 - as below
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(_pause(began))
 
 
 async def until(look: Callable[[], bool]) -> None:
     """Wait for something that other tasks bring about."""
+    began = time.monotonic()
     async with asyncio.timeout(TIMEOUT):
         while not look():  # noqa: ASYNC110 - what is looked at is in another process
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(_pause(began))
+
+
+def _pause(began: float) -> float:
+    """Return the seconds to the next look: a tenth of the wait so far, for a look takes CPU."""
+    return min(max((time.monotonic() - began) / 10, 0.005), 0.05)
 
 
 class Executed(Broker):

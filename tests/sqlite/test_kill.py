@@ -144,7 +144,7 @@ async def test_G11_kill_at_any_moment_loses_nothing_that_was_answered(tmp_path: 
             with Broker.configured(tmp_path, tree, **SEED) as broker:
                 starts.append(broker.seconds_to_start)
                 async with Caller(broker, crowd.secret) as caller:
-                    await crowd.check(caller, vendor, most=200)
+                    await crowd.check(caller, vendor, most=50)  # what is lost stays so: see below
                     lives = [asyncio.ensure_future(crowd.live(caller)) for _ in range(20)]
                     await asyncio.sleep(random.uniform(0.0, 0.5))
                     assert await asyncio.to_thread(broker.end, signal.SIGKILL) == -signal.SIGKILL

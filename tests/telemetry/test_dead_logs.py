@@ -34,6 +34,7 @@ from processes import (
     merged,
     put,
     secret_in,
+    started,
     toml,
     wait_for,
     write,
@@ -87,13 +88,17 @@ class Deaf:
         program = ["-m", "broker", "serve", "--config", path]
         if workers > 1:
             program = [str(MEMORY_WORKERS), str(workers), path]
-        self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-W", "error", *program],
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            env=environment(PYTHONDONTWRITEBYTECODE="1"),
-        )
+        streams: dict[str, Any] = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": stdout,
+            "stderr": stderr,
+            "env": environment(),
+        }
+        if prefix or workers > 1:  # what an interpreter finds at its start; whose child is whose
+            command = [*prefix, sys.executable, "-W", "error", *program]
+            self.process = subprocess.Popen(command, **streams)
+        else:
+            self.process = started(*program, **streams)
         self._count = 0
 
     def call(
@@ -304,7 +309,8 @@ class TestEveryProcess:
     ) -> None:
         """Standard output and error both."""
         dead = dead_pipe()
-        with Deaf(tmp_path, tree, stderr=dead, stdout=dead, workers=workers) as broker:
+        streams = {"stderr": dead, "stdout": dead}
+        with Deaf(tmp_path, tree, **streams, workers=workers, prefix=("env",)) as broker:
             os.close(dead)
             lives_on(broker)
             assert broker.end() == 0
@@ -398,6 +404,7 @@ class TestWhatIsLost:
             reading.start()
             broker.mint(300)
             assert broker.metric(LOST) == 0
+            wait_for(lambda: told.count(b"broker.embed_token") == 300)  # an end does not wait long
             assert broker.end() == 0
             reading.join(TIMEOUT)
         events = [json.loads(line) for line in told.decode().splitlines()]

@@ -132,7 +132,7 @@ class Process:
                 slot = await self.paced.acquire(Priority.FIRST, "web")
                 await self.calls.make(self._vendor.call, slot)
             except (BudgetExhausted, CallFailed):
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(1.0)  # a dozen of them want six times the budget even so
 
     async def stop(self) -> None:
         """End as at SIGTERM: the visitors, the calls that are out, the budget."""
