@@ -13,12 +13,12 @@ from broker.telemetry import exposition
 from broker.telemetry.cells import SharedCells
 from broker.telemetry.metrics import STORE_ERRORS, Metrics
 from broker.testing import FakeClock
-from broker.valkey.client.connection import Target
 from broker.valkey.client.errors import NoScript, Reason, Redirect, StoreFailed, error_of
 from broker.valkey.client.guarded import Operation, Question, StoreClient
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script
 from broker.valkey.client.shapes import ANYTHING, Shape
+from broker.valkey.client.target import Target
 from broker.valkey.client.topology import Topology
 
 SECOND = 1_000_000
