@@ -17,7 +17,7 @@ visitor was ended while it was minted is neither kept nor handed out.
 
 from collections.abc import Callable
 from enum import Enum
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from msgspec import Struct
 
@@ -71,13 +71,16 @@ class Kept(Enum):
 class VisitListener(Protocol):
     """Who started a visit to a store that is elsewhere."""
 
-    def visited(self, said: Visit | Exception | None) -> None:
+    def tell(self, said: Visit | Exception | None) -> None:
         """Take what `Store.admit` returns or raises; None: nothing was done yet, call that."""
         ...
 
 
 class Store(Protocol):
     """What requests share."""
+
+    is_elsewhere: ClassVar[bool] = False
+    """Whether `visit` always says None, so that nobody has to ask it."""
 
     def visit(self, _request: TokenRequest, _now: int) -> Visit | None:
         """Do what `admit` does, if nothing of it waits; None where it does.

@@ -100,6 +100,7 @@ class TokenRoute:
         self._frame = frame
         self._authenticator = authenticator
         self._token_service = token_service
+        self._is_elsewhere = token_service.is_elsewhere
         self._metrics = metrics
         self._note_left = metrics.remaining.observe
         self._note_ended = {outcome: each.observe for outcome, each in metrics.requests.items()}
@@ -165,18 +166,17 @@ class TokenRoute:
             request = read
             if client.agents is not None:
                 client.require_agent(request.agent)
-            result = self._token_service.begin(request, now)
+            result = None if self._is_elsewhere else self._token_service.begin(request, now)
         except Exception as error:  # noqa: BLE001 - as above
             return self._failed(error, request_id, started, client, request)
         if type(result) is IssuedToken:
             return self._issued(result, request_id, started, request)
         if type(result) is Rejection:
             return self._reject(result, request_id, started, client, request)
-        begun = cast("Visit | None", result)
         waiting = _WaitingRequest(self, request, request_id, started, client, trace)
-        if begun is None and self._token_service.start_visit(request, now, waiting):
+        if result is None and self._token_service.start_visit(request, now, waiting):
             return waiting
-        return self._wait(waiting, begun, now)
+        return self._wait(waiting, cast("Visit | None", result), now)
 
     def answer_to(self, waiting: "_WaitingRequest") -> Answer | Work:
         """Answer with what the store has said to who has asked it."""
@@ -317,31 +317,12 @@ class TokenRoute:
 class _WaitingRequest(Later[Answer]):
     """A request for a token that waits: for the store's word at first."""
 
-    __slots__ = ("client", "request", "request_id", "route", "said", "started", "trace")
-
-    def __init__(
-        self,
-        route: TokenRoute,
-        request: TokenRequest,
-        request_id: str,
-        started: int,
-        client: Client,
-        trace: str,
-    ) -> None:
-        self.then = None  # as Later's own: each hit on a shared store makes one
-        self.is_told = False
-        self.route = route
-        self.request = request
-        self.request_id = request_id
-        self.started = started
-        self.client = client
-        self.trace = trace
-        self.said: Visit | Exception | None = None
-
-    def visited(self, said: Visit | Exception | None) -> None:
-        """Take the store's word; see `Asker`."""
-        self.said = said
-        self.tell()
+    route: TokenRoute
+    request: TokenRequest
+    request_id: str
+    started: int
+    client: Client
+    trace: str
 
     @override
     def outcome(self) -> Answer | Work:

@@ -334,12 +334,9 @@ class Line:
 class NotedQuestion(Question):
     """Takes note of its end."""
 
-    __slots__ = ("ends",)
-
     operation = Operation.VISIT
 
-    def __init__(self, ends: list[object]) -> None:
-        self.ends = ends
+    ends: list[object]
 
     @override
     def take(self, reply: Reply) -> None:
@@ -359,7 +356,11 @@ class Counter:
 
     def send(self) -> bool:
         """Ask one question; False where only a call can."""
-        return self.shop.server.send(NotedQuestion(self.ends), b"key", b"packed", ANYTHING)
+        server = self.shop.server
+        link = server.link(b"key")
+        if link is not None:
+            link.send_for(b"packed", ANYTHING, NotedQuestion(server, server.permit, 0.0, self.ends))
+        return link is not None
 
     def lose(self) -> None:
         """Ask, and get no answer, until the breaker stops it."""
