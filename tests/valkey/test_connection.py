@@ -109,6 +109,18 @@ async def test_calls_of_one_turn_leave_in_one_piece_and_are_answered_in_order(
     assert node.connections == 1
 
 
+async def test_who_comes_in_the_next_turn_goes_along(
+    node: Node, link: PipelinedConnection
+) -> None:
+    """Callers are read one after the other: a batch is worth a turn of the loop."""
+    await told(link.send(PING))
+    node.pieces.clear()
+    first = link.send(PING)
+    await asyncio.sleep(0)
+    assert await told(first, link.send(PING)) == [b"OK"] * 2
+    assert node.pieces == [PING * 2]
+
+
 async def test_who_comes_while_a_batch_is_out_is_the_next_batch(
     node: Node, link: PipelinedConnection
 ) -> None:

@@ -1,10 +1,11 @@
 """Calls to one node, over one connection: what gathers while one batch is out is the next batch.
 
 The client library's connections and pipelines are not used, nor its parser (see `resp`).  A call is
-put on a list; once the loop has run everybody who was ready, and nothing is due, the whole list is
-written in one piece, and replies are given out in the order of the calls.  So batches grow under
-load, and calls share what each write and each read costs the kernel.  No task, lock or stream
-stands between a reply and who waits for it, which is what most of a round trip would go into.
+put on a list; once the loop has run everybody who was ready, and those of one turn more, and
+nothing is due, the whole list is written in one piece, and replies are given out in the order of
+the calls.  So batches grow under load, and calls share what each write and each read costs the
+kernel.  No task, lock or stream stands between a reply and who waits for it, which is what most of
+a round trip would go into.
 
 Theory of operation.  The server answers in order, so the only bookkeeping is a queue of calls.
 What is not answered in time takes the connection down with it, because the replies that are still
@@ -216,7 +217,7 @@ class PipelinedConnection:
             waiter.set_exception(StoreFailed(Reason.CONNECTION))
             return
         if not self._waiting:
-            self._loop.call_soon(self._leave)
+            self._loop.call_soon(self._gather)
         self._waiting.append((packed, shape, waiter))
 
     @property
@@ -275,7 +276,15 @@ class PipelinedConnection:
     def _leave_later(self) -> None:
         """Send what has gathered, once those who were just answered have run."""
         if self._waiting:
-            self._loop.call_soon(self._leave)
+            self._loop.call_soon(self._gather)
+
+    def _gather(self) -> None:
+        """Let one more turn of the loop pass, for those who ask in it.
+
+        It costs a look at the sockets, and a batch that is written and read costs ten times that:
+        with sixteen callers that ask again when answered there are a third fewer of them.
+        """
+        self._loop.call_soon(self._leave)
 
     async def _greet(self, talk: RespProtocol) -> None:
         """Authenticate and choose the database; raises StoreFailed."""
