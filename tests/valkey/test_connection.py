@@ -109,9 +109,7 @@ async def test_calls_of_one_turn_leave_in_one_piece_and_are_answered_in_order(
     assert node.connections == 1
 
 
-async def test_who_comes_in_the_next_turn_goes_along(
-    node: Node, link: PipelinedConnection
-) -> None:
+async def test_who_comes_in_the_next_turn_goes_along(node: Node, link: PipelinedConnection) -> None:
     """Callers are read one after the other: a batch is worth a turn of the loop."""
     await told(link.send(PING))
     node.pieces.clear()
