@@ -61,7 +61,6 @@ class TokenService:
         self._policy = policy
         self._clock = clock
         self.flights: SingleFlight[EmbedToken] = SingleFlight()
-        self.is_elsewhere = store.is_elsewhere
 
     async def issue(self, request: TokenRequest, timeout: float) -> IssuedToken | Rejection:
         """Answer one request within `timeout` seconds; raises what a mint raises."""

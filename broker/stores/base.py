@@ -17,7 +17,7 @@ visitor was ended while it was minted is neither kept nor handed out.
 
 from collections.abc import Callable
 from enum import Enum
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from msgspec import Struct
 
@@ -78,9 +78,6 @@ class VisitListener(Protocol):
 
 class Store(Protocol):
     """What requests share."""
-
-    is_elsewhere: ClassVar[bool] = False
-    """Whether `visit` always says None, so that nobody has to ask it."""
 
     def visit(self, _request: TokenRequest, _now: int) -> Visit | None:
         """Do what `admit` does, if nothing of it waits; None where it does.

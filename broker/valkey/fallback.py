@@ -37,8 +37,6 @@ class SharedStore(Store):
     tells by how many a share is divided.
     """
 
-    is_elsewhere = True
-
     def __init__(
         self,
         server: StoreClient,

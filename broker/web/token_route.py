@@ -100,7 +100,6 @@ class TokenRoute:
         self._frame = frame
         self._authenticator = authenticator
         self._token_service = token_service
-        self._is_elsewhere = token_service.is_elsewhere
         self._metrics = metrics
         self._note_left = metrics.remaining.observe
         self._note_ended = {outcome: each.observe for outcome, each in metrics.requests.items()}
@@ -166,17 +165,18 @@ class TokenRoute:
             request = read
             if client.agents is not None:
                 client.require_agent(request.agent)
-            result = None if self._is_elsewhere else self._token_service.begin(request, now)
+            result = self._token_service.begin(request, now)
         except Exception as error:  # noqa: BLE001 - as above
             return self._failed(error, request_id, started, client, request)
         if type(result) is IssuedToken:
             return self._issued(result, request_id, started, request)
         if type(result) is Rejection:
             return self._reject(result, request_id, started, client, request)
+        begun = cast("Visit | None", result)
         waiting = _WaitingRequest(self, request, request_id, started, client, trace)
-        if result is None and self._token_service.start_visit(request, now, waiting):
+        if begun is None and self._token_service.start_visit(request, now, waiting):
             return waiting
-        return self._wait(waiting, cast("Visit | None", result), now)
+        return self._wait(waiting, begun, now)
 
     def answer_to(self, waiting: "_WaitingRequest") -> Answer | Work:
         """Answer with what the store has said to who has asked it."""
