@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 import structlog
+from msgspec import Struct
 from typing_extensions import override
 
 from broker.clock import sleep_unless
@@ -187,24 +188,25 @@ class Begun(Coroutine[Any, Any, T]):
         return self.send(None)
 
 
-class Later(Generic[T]):
+_NOTHING_YET = object()
+
+
+class Later(Struct, Generic[T], eq=False, kw_only=True):
     """What comes of a question that is out; no task waits for it.
 
-    Whoever asked calls `tell`, once.  Whoever has it sets `then`, which is called at that moment,
-    and may take it back until then (None: nobody wants to know).  `outcome` is what came of it, or
-    work that is still to be done for it.  Awaited, it does all of that itself.
+    Whoever asked calls `tell`, once, with what was `said`.  Whoever has it sets `then`, which is
+    called at that moment, and may take it back until then (None: nobody wants to know).  `outcome`
+    is what came of it, or work that is still to be done for it.  Awaited, it does all of that
+    itself.
     """
 
-    __slots__ = ("is_told", "then")
+    then: Callable[[], None] | None = None
+    said: Any = _NOTHING_YET
 
-    def __init__(self) -> None:
-        self.then: Callable[[], None] | None = None
-        self.is_told = False
-
-    def tell(self) -> None:
+    def tell(self, said: object = None) -> None:
         """The answer is there."""
-        self.is_told = True
-        then, self.then = self.then, None
+        self.said = said
+        then = self.then
         if then is not None:
             then()
 
@@ -214,7 +216,7 @@ class Later(Generic[T]):
 
     async def wait(self) -> T:
         """Wait in a task."""
-        if not self.is_told:
+        if self.said is _NOTHING_YET:
             told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self.then = partial(_settle, told)
             try:

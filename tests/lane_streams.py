@@ -94,9 +94,9 @@ class WaitingStore(MemoryStore):
             loop = asyncio.get_running_loop()
             loop.call_soon(self._answer_after, turns - 1, number, request, listener)
         elif not number % 13:
-            listener.visited(StoreAway() if number % 2 else None)
+            listener.tell(StoreAway() if number % 2 else None)
         else:
-            listener.visited(super().visit(request, self._clock.mono()))
+            listener.tell(super().visit(request, self._clock.mono()))
 
     @override
     async def admit(self, request: TokenRequest, key: str) -> Visit:

@@ -12,6 +12,8 @@ from contextlib import asynccontextmanager
 from functools import cache
 from hashlib import sha1
 
+from msgspec import Struct
+
 from broker.app.shared_backend import StoreConnection, StoreTarget
 from broker.config.addresses import Access, StoreAddress
 from broker.config.settings import (
@@ -27,6 +29,7 @@ from broker.pacing.slots import Budget
 from broker.stores.token_cache import TokenCache
 from broker.telemetry.metrics import STORE_ERRORS, Metrics
 from broker.testing import FakeClock
+from broker.valkey.client.connection import PipelinedConnection
 from broker.valkey.client.guarded import Operation, Question
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script, command
@@ -168,12 +171,11 @@ class Replica:
             await self.server._tasks.finish()
 
     def _go_by(self, now: Callable[[], int]) -> None:
-        run, send = self.server.run, self.server.send
+        run, link = self.server.run, self.server.link
 
-        def asked(question: Question, key: bytes, packed: bytes, shape: Shape) -> bool:
-            name, _, *rest = packed.split(b"\r\n")[2::2]  # of a visit, in which there is no CRLF
-            sha = timed(Script.VISIT)._sha
-            return send(question, key, command(name, sha, *rest, b"%d" % now()), shape)
+        def linked(key: bytes) -> TimedLink | None:
+            to = link(key)
+            return None if to is None else TimedLink(to, now)
 
         async def told(
             operation: Operation, script: Script, keys: Sequence[bytes], *arguments: bytes
@@ -181,7 +183,20 @@ class Replica:
             return await run(operation, timed(script), keys, *arguments, b"%d" % now())
 
         self.server.run = told
-        self.server.send = asked
+        self.server.link = linked
+
+
+class TimedLink(Struct):
+    """A connection whose visits go by a clock of ours."""
+
+    link: PipelinedConnection
+    now: Callable[[], int]
+
+    def send_for(self, packed: bytes, shape: Shape, question: Question) -> None:
+        """Send it, and the time."""
+        name, _, *rest = packed.split(b"\r\n")[2::2]  # of a visit, in which there is no CRLF
+        sha = timed(Script.VISIT)._sha
+        self.link.send_for(command(name, sha, *rest, b"%d" % self.now()), shape, question)
 
 
 @asynccontextmanager

@@ -29,12 +29,12 @@ from broker.stores.base import Lease
 from broker.stores.token_cache import TokenCache
 from broker.telemetry.metrics import Metrics
 from broker.units import SECOND
-from broker.valkey.client.connection import Target
 from broker.valkey.client.errors import NoScript, Reason, Redirect, StoreFailed
 from broker.valkey.client.pubsub import Subscription, subscribe
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import command
 from broker.valkey.client.shapes import ANYTHING, Shape
+from broker.valkey.client.target import Target
 from broker.valkey.client.topology import Topology
 
 TIMEOUT = 3.0

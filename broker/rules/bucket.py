@@ -106,11 +106,19 @@ def spend(full_at: int, limit: Limit, now: int) -> tuple[int, Verdict]:
 
 
 def verdict_from_wait(wait: int, limit: Limit, *, allowed: bool) -> Verdict:
-    """Return the verdict of a bucket elsewhere, which told only this; `wait` is us until full."""
-    spare = limit.burst * limit.interval - wait  # no property: each hit on a shared store asks
+    """Return the verdict of a bucket elsewhere, which told only this; `wait` is us until full.
+
+    Raises ValueError for what no bucket says: out of bounds, or a refusal that has room for one.
+    """
+    interval = limit.interval
+    spare = limit.burst * interval - wait  # no property: each hit on a shared store asks
+    if wait < 0 or spare < 0:
+        raise ValueError("a bucket out of bounds")
     if allowed:
-        return Verdict(_ALLOWED, spare // limit.interval, wait, 0, limit)
-    return Verdict(_REFUSED, 0, wait, limit.interval - spare, limit)
+        return Verdict(_ALLOWED, spare // interval, wait, 0, limit)
+    if spare >= interval:
+        raise ValueError("a bucket that would not refuse")
+    return Verdict(_REFUSED, 0, wait, interval - spare, limit)
 
 
 def peek(full_at: int, limit: Limit, now: int) -> Verdict:

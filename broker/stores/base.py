@@ -71,7 +71,7 @@ class Kept(Enum):
 class VisitListener(Protocol):
     """Who started a visit to a store that is elsewhere."""
 
-    def visited(self, said: Visit | Exception | None) -> None:
+    def tell(self, said: Visit | Exception | None) -> None:
         """Take what `Store.admit` returns or raises; None: nothing was done yet, call that."""
         ...
 

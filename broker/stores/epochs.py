@@ -77,7 +77,7 @@ class KnownEnds(Epochs):
 
     @override
     def holds(self, visitor: str, epoch: int) -> bool:
-        return epoch >= self.of(visitor)
+        return not (self._young or self._old) or epoch >= self.of(visitor)
 
     def note(self, name: bytes, epoch: int) -> None:
         """Take note of an end; of one that is no moment of ours nothing is known."""

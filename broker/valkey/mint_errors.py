@@ -94,8 +94,6 @@ class _Limited(_Told, frozen=True, tag="limited"):
     @override
     def error(self) -> errors.BrokerError:
         limit = Limit(self.burst, self.interval)
-        if not limit.depth - limit.interval < self.full_in <= limit.depth:
-            raise ValueError("a bucket that would not refuse")
         return errors.RateLimited(self.limit, verdict_from_wait(self.full_in, limit, allowed=False))
 
 

@@ -42,14 +42,11 @@ class NearCache:
         self._ends = ends
         self._origins = origins
         self._put_back = put_back
+        self.find_at, self.holds = cache.find_at, ends.holds  # without a call between
 
     def find(self, key: str) -> EmbedToken | None:
         """Return what is held under this key, whatever the server may say of it."""
         return self._cache.find(key)
-
-    def find_at(self, key: str, now: int) -> EmbedToken | None:
-        """Return the same for a caller that has just read the clock."""
-        return self._cache.find_at(key, now)
 
     def hold(self, key: str, token: EmbedToken) -> None:
         """Hold a token that the server has, too; not if its key was dropped in that moment."""

@@ -8,6 +8,7 @@ former, and begins there anew.
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from time import perf_counter
 from typing import Any
 
 import structlog
@@ -18,7 +19,6 @@ from broker.model import Clock, EmbedToken, LimitName, TokenRequest
 from broker.rules.bucket import Limit, Verdict, verdict_from_wait
 from broker.stores.base import Rejection, Visit, VisitListener
 from broker.telemetry.counts import BucketCounts
-from broker.valkey.client import shapes
 from broker.valkey.client.errors import Reason, StoreFailed
 from broker.valkey.client.guarded import Operation, Question, StoreClient
 from broker.valkey.client.packing import Packed, pack
@@ -28,6 +28,8 @@ from broker.valkey.key_names import Names, ReadyCall, VisitorKeys
 from broker.valkey.near_cache import NearCache
 
 log = structlog.get_logger()
+
+_SHAPE = Script.VISIT.shape
 
 Instead = Callable[[TokenRequest, int, StoreFailed], Visit]
 """What a visit becomes that failed at the monotonic microsecond; raises what is answered."""
@@ -79,28 +81,49 @@ class Visits:
         limits = self.limits
         if limits.client is not None:  # a second question
             return False
-        kind = limits.fingerprint
+        kind, key = limits.fingerprint, request.key
         rule, bucket = kind.met_by(request)
-        cached = self._near_cache.find_at(request.key, now)
+        cached = self._near_cache.find_at(key, now)
         names, carried = self._names.visitor(request.visitor), self._carried(kind.name, bucket)
-        version, epoch = (0, 0) if cached is None else (cached.version, cached.epoch)
-        call = names.last_call
+        server, call = self._server, names.last_call
+        link = server.link(names.epoch)
+        if link is None:
+            return False
         if (
             call is None
+            or cached is None
             or carried
-            or call.key != request.key
+            or call.key != key
             or call.rule is not rule
-            or call.version != version
-            or call.epoch != epoch
+            or call.version != cached.version
+            or call.epoch != cached.epoch
         ):
-            numbers = _numbers(rule.limit, carried, rule.dry_run)
-            keys = self._keys(request, request.key, names)
-            packed = Script.VISIT.by_name(keys, (numbers, *_known(cached)))
-            call = ReadyCall(request.key, rule, version, epoch, packed)
-            if not carried:
-                names.last_call = call
-        question = _Visit(self, request, rule, cached, listener, instead)
-        return self._server.send(question, names.epoch, call.packed, shapes.VISIT)
+            packed = self._pack(request, names, rule, carried, cached)
+        else:
+            packed = call.packed
+        began = perf_counter()
+        question = _Visit(
+            server, server.permit, began, self, request, rule, cached, listener, instead
+        )
+        link.send_for(packed, _SHAPE, question)
+        return True
+
+    def _pack(
+        self,
+        request: TokenRequest,
+        names: VisitorKeys,
+        rule: LimitRule,
+        carried: int,
+        cached: EmbedToken | None,
+    ) -> bytes:
+        """Pack a visit; kept is that of a cached token, if nothing is owed at this moment."""
+        numbers = _numbers(rule.limit, carried, rule.dry_run)
+        keys = self._keys(request, request.key, names)
+        packed = Script.VISIT.by_name(keys, (numbers, *_known(cached)))
+        if cached is not None and not carried:
+            call = ReadyCall(request.key, rule, cached.version, cached.epoch, packed)
+            names.last_call = call
+        return packed
 
     def visit_without(self, question: "_Visit", failed: StoreFailed) -> Visit:
         """Return what a failure means; raises what is answered."""
@@ -110,16 +133,26 @@ class Visits:
         self, request: TokenRequest, rule: LimitRule, cached: EmbedToken | None, reply: Reply
     ) -> Visit:
         """Return what the script said of a visit; raises StoreFailed for what it would not say."""
-        if isinstance(reply, int):
-            allowed: Any = 1
-            wait: Any = reply
-        elif isinstance(reply, list):
-            allowed, wait, *_ = reply  # numbers, by the script's shape
-        else:
-            raise StoreFailed(Reason.OTHER)
-        verdict = verdict_of(wait, rule.limit, allowed=allowed)
-        if verdict.remaining * 2 < rule.limit.burst:  # most have more, and nobody has to know
+        limit = rule.limit
+        if type(reply) is not int or cached is None:
+            return self._read_more(request, rule, cached, reply)
+        verdict = verdict_of(reply, limit, allowed=1)
+        if verdict.remaining * 2 < limit.burst:  # most have more, and nobody has to know
             self._counts.note(verdict, dry_run=rule.dry_run)
+        is_in_force = self._near_cache.holds(request.visitor, cached.epoch)
+        return Visit(verdict, None, cached if is_in_force else None)
+
+    def _read_more(
+        self, request: TokenRequest, rule: LimitRule, cached: EmbedToken | None, reply: Reply
+    ) -> Visit:
+        """Read as `read` what is not just that the request is allowed, and what is held is good."""
+        if not isinstance(reply, list):
+            raise StoreFailed(Reason.OTHER)
+        allowed: Any
+        wait: Any
+        allowed, wait, *_ = reply  # numbers, by the script's shape
+        verdict = verdict_of(wait, rule.limit, allowed=allowed)
+        self._counts.note(verdict, dry_run=rule.dry_run)
         if not verdict.allowed and not rule.dry_run:
             return Visit(verdict, Rejection(LimitName.FINGERPRINT, verdict), None)
         return Visit(verdict, None, self._near_cache.read(request, request.key, reply, cached))
@@ -141,38 +174,27 @@ class Visits:
 class _Visit(Question):
     """A visit that was asked for by a call."""
 
-    __slots__ = ("_listener", "_visits", "cached", "instead", "request", "rule")
-
     operation = Operation.VISIT
 
-    def __init__(
-        self,
-        visits: Visits,
-        request: TokenRequest,
-        rule: LimitRule,
-        cached: EmbedToken | None,
-        listener: VisitListener,
-        instead: Instead,
-    ) -> None:
-        self._visits = visits
-        self.request = request
-        self.rule = rule
-        self.cached = cached
-        self._listener = listener
-        self.instead = instead
+    visits: Visits
+    request: TokenRequest
+    rule: LimitRule
+    cached: EmbedToken | None
+    listener: VisitListener
+    instead: Instead
 
     @override
     def take(self, reply: Reply) -> None:
         said: Visit | Exception
         try:
-            said = self._visits.read(self.request, self.rule, self.cached, reply)
+            said = self.visits.read(self.request, self.rule, self.cached, reply)
         except StoreFailed as failed:
             self.fail(failed)
             return
         except Exception as error:  # noqa: BLE001 - raised where it is answered
             said = error
         try:
-            self._listener.visited(said)
+            self.listener.tell(said)
         except Exception as error:  # others' replies are behind it
             log.error("broker.defect", exc_info=error)
 
@@ -181,11 +203,11 @@ class _Visit(Question):
         said: Visit | Exception | None = None
         try:
             if error is not None:
-                said = self._visits.visit_without(self, error)
+                said = self.visits.visit_without(self, error)
         except Exception as answered:  # noqa: BLE001 - as in `take`
             said = answered
         try:
-            self._listener.visited(said)
+            self.listener.tell(said)
         except Exception as defect:  # as in `take`
             log.error("broker.defect", exc_info=defect)
 
@@ -195,14 +217,13 @@ def verdict_of(wait: int, limit: Limit, *, allowed: int) -> Verdict:
 
     Scripts count in doubles: a bucket that takes ages may be off by as little as they are.
     """
-    depth = limit.burst * limit.interval
-    if not 0 <= wait <= depth:
-        if not 0 <= wait <= int(float(depth)):
-            raise StoreFailed(Reason.OTHER, "a bucket out of bounds")
-        wait = depth
-    if not allowed and wait + limit.interval <= depth:
-        raise StoreFailed(Reason.OTHER, "a bucket out of bounds")
-    return verdict_from_wait(wait, limit, allowed=bool(allowed))
+    try:
+        return verdict_from_wait(wait, limit, allowed=bool(allowed))
+    except ValueError:
+        depth = limit.depth
+        if not depth < wait <= int(float(depth)):
+            raise StoreFailed(Reason.OTHER, "a bucket out of bounds") from None
+    return verdict_from_wait(depth, limit, allowed=bool(allowed))
 
 
 def _known(cached: EmbedToken | None) -> tuple[bytes, bytes]:

@@ -333,31 +333,12 @@ class TokenRoute:
 class _WaitingRequest(Later[Answer]):
     """A request for a token that waits: for the store's word at first."""
 
-    __slots__ = ("client", "request", "request_id", "route", "said", "started", "trace")
-
-    def __init__(
-        self,
-        route: TokenRoute,
-        request: TokenRequest,
-        request_id: str,
-        started: int,
-        client: Client,
-        trace: str,
-    ) -> None:
-        self.then = None  # as Later's own: each hit on a shared store makes one
-        self.is_told = False
-        self.route = route
-        self.request = request
-        self.request_id = request_id
-        self.started = started
-        self.client = client
-        self.trace = trace
-        self.said: Visit | Exception | None = None
-
-    def visited(self, said: Visit | Exception | None) -> None:
-        """Take the store's word; see `VisitListener`."""
-        self.said = said
-        self.tell()
+    route: TokenRoute
+    request: TokenRequest
+    request_id: str
+    started: int
+    client: Client
+    trace: str
 
     @override
     def outcome(self) -> Answer | Work:

@@ -103,7 +103,7 @@ class AwaitedVisit:
     def __init__(self) -> None:
         self.said: asyncio.Future[Visit | Exception | None] = asyncio.Future()
 
-    def visited(self, said: Visit | Exception | None) -> None:
+    def tell(self, said: Visit | Exception | None) -> None:
         self.said.set_result(said)
 
 

@@ -49,6 +49,27 @@ def schedules(draw: st.DrawFn) -> tuple[Limit, list[int]]:
     return limit, draw(st.lists(gap, min_size=1, max_size=40))
 
 
+@given(schedule=schedules())
+def test_a_verdict_is_known_from_its_wait(schedule: tuple[Limit, list[int]]) -> None:
+    """What a bucket elsewhere tells is enough."""
+    limit, gaps = schedule
+    for _, said in run(limit, gaps):
+        assert bucket.verdict_from_wait(said.full_in, limit, allowed=said.allowed) == said
+
+
+@given(limit=small_limits, beyond=st.integers(1, 10 * SECOND))
+def test_what_no_bucket_says_makes_no_verdict(limit: Limit, beyond: int) -> None:
+    """Fuller than full, emptier than empty, or a refusal with room for one."""
+    for wait, allowed in (
+        (-beyond, True),
+        (limit.depth + beyond, True),
+        (limit.depth + beyond, False),
+        (max(limit.depth - limit.interval - beyond + 1, 0), False),
+    ):
+        with pytest.raises(ValueError, match="a bucket"):
+            bucket.verdict_from_wait(wait, limit, allowed=allowed)
+
+
 def run(limit: Limit, gaps: list[int]) -> list[tuple[int, Verdict]]:
     """Ask after each gap; return each moment with its verdict."""
     full_at, now, told = NEVER_SEEN, T0, []

@@ -14,11 +14,12 @@ import pytest
 from bad_replies import BAD
 
 from broker.model import Secret
-from broker.valkey.client.connection import PipelinedConnection, RespProtocol, Route, Target
+from broker.valkey.client.connection import PipelinedConnection, RespProtocol
 from broker.valkey.client.errors import NoScript, Reason, Redirect, StoreFailed, why
 from broker.valkey.client.resp import LONGEST_REPLY, Reply
 from broker.valkey.client.scripts import command
 from broker.valkey.client.shapes import COUNTED, SPEND
+from broker.valkey.client.target import CONNECT_TIMEOUT, Route, Target
 
 TIMEOUT = 0.1
 PING = command(b"PING")
@@ -108,6 +109,16 @@ async def test_calls_of_one_turn_leave_in_one_piece_and_are_answered_in_order(
     assert await told(*(link.send(PING) for _ in range(100))) == list(range(100))
     assert node.pieces == [PING * 100]
     assert node.connections == 1
+
+
+async def test_who_comes_in_the_next_turn_goes_along(node: Node, link: PipelinedConnection) -> None:
+    """Callers are read one after the other: a batch is worth a turn of the loop."""
+    await told(link.send(PING))
+    node.pieces.clear()
+    first = link.send(PING)
+    await asyncio.sleep(0)
+    assert await told(first, link.send(PING)) == [b"OK"] * 2
+    assert node.pieces == [PING * 2]
 
 
 async def test_who_comes_while_a_batch_is_out_is_the_next_batch(
@@ -214,6 +225,39 @@ async def test_S1_who_waits_behind_a_batch_that_hangs_is_told_too(
     assert time.monotonic() - began < TIMEOUT + 1
 
 
+async def test_S1_each_batch_has_a_time_of_its_own(
+    node: Node, link: PipelinedConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One timer looks after all: batches that follow each other do not use up each other's time."""
+    await told(link.send(PING))
+    loop = asyncio.get_running_loop()
+    timers, call_later = [], loop.call_later
+    monkeypatch.setattr(
+        loop, "call_later", lambda *call: timers.append(call[1]) or call_later(*call)
+    )
+    began = time.monotonic()
+    calls = 0
+    while time.monotonic() - began < 3 * TIMEOUT:
+        assert await told(link.send(PING)) == [b"OK"]
+        calls += 1
+    ours = [each for each in timers if getattr(each, "__self__", None) is link._talk]
+    assert 1 < len(ours) < calls
+    node.answer = lambda _piece: b""
+    began = time.monotonic()
+    assert reasons(await told(link.send(PING))) == {Reason.TIMEOUT}
+    assert TIMEOUT <= time.monotonic() - began < TIMEOUT + 1
+
+
+async def test_S1_a_call_after_the_greeting_has_its_own_time(node: Node) -> None:
+    """Not the longer one in which the server had to let us in."""
+    link = PipelinedConnection(Target("127.0.0.1", node.port, password=Secret("p")), TIMEOUT)
+    node.answer = lambda piece: b"+OK\r\n" * piece.count(b"AUTH")
+    began = time.monotonic()
+    assert reasons(await told(link.send(PING))) == {Reason.TIMEOUT}
+    assert time.monotonic() - began < CONNECT_TIMEOUT - 1
+    await link.close()
+
+
 async def test_S1_nobody_listens() -> None:
     """Each call fails at once, as a connection; nothing is left behind."""
     free = await asyncio.start_server(lambda _r, _w: None, "127.0.0.1", 0)
@@ -265,6 +309,17 @@ async def test_more_replies_than_calls_end_the_connection(
     await asyncio.sleep(0.05)
     node.answer = lambda _piece: b"+c\r\n"
     assert await told(link.send(PING)) == [b"c"]
+    assert node.connections == 2
+
+
+async def test_S1_a_number_too_many_is_not_told_from_the_others(
+    node: Node, link: PipelinedConnection
+) -> None:
+    """Every number of the batch may be a neighbour's: nobody gets one."""
+    node.answer = lambda piece: b"".join(b":%d\r\n" % n for n in range(piece.count(b"*") + 1))
+    assert reasons(await told(*(link.send(PING) for _ in range(5)))) == {Reason.OTHER}
+    node.answer = lambda _piece: b":5\r\n"
+    assert await told(link.send(PING)) == [5]
     assert node.connections == 2
 
 

@@ -18,12 +18,12 @@ from broker.telemetry import exposition
 from broker.telemetry.cells import SharedCells
 from broker.telemetry.metrics import STORE_ERRORS, Metrics
 from broker.testing import FakeClock, run_virtual
-from broker.valkey.client.connection import Target
 from broker.valkey.client.errors import NoScript, Reason, Redirect, StoreFailed, error_of
 from broker.valkey.client.guarded import Operation, Question, StoreClient
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script
 from broker.valkey.client.shapes import ANYTHING, Shape
+from broker.valkey.client.target import Target
 from broker.valkey.client.topology import Topology
 from broker.valkey.fallback import SharedStore
 from broker.valkey.leases import RENEWAL
@@ -381,12 +381,9 @@ class Line:
 class NotedQuestion(Question):
     """Takes note of its end."""
 
-    __slots__ = ("ends",)
-
     operation = Operation.VISIT
 
-    def __init__(self, ends: list[object]) -> None:
-        self.ends = ends
+    ends: list[object]
 
     @override
     def take(self, reply: Reply) -> None:
@@ -406,7 +403,11 @@ class Counter:
 
     def send(self) -> bool:
         """Ask one question; False where only a call can."""
-        return self.shop.server.send(NotedQuestion(self.ends), b"key", b"packed", ANYTHING)
+        server = self.shop.server
+        link = server.link(b"key")
+        if link is not None:
+            link.send_for(b"packed", ANYTHING, NotedQuestion(server, server.permit, 0.0, self.ends))
+        return link is not None
 
     def lose(self) -> None:
         """Ask, and get no answer, until the breaker stops it."""

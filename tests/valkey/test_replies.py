@@ -28,11 +28,11 @@ from broker.stores.base import Lease, Rejection
 from broker.testing import FakeClock, run_virtual
 from broker.valkey import mint_errors
 from broker.valkey.client import shapes
-from broker.valkey.client.connection import Target
 from broker.valkey.client.errors import NoScript, Reason, Redirect, StoreFailed, error_of, number
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script
 from broker.valkey.client.shapes import ANYTHING, Shape
+from broker.valkey.client.target import Target
 from broker.valkey.client.topology import Topology, _owners_of
 from broker.valkey.membership import MOST_PARTS
 

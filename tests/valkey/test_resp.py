@@ -70,6 +70,35 @@ def test_replies_are_read_in_any_pieces(told: list[Reply], cuts: list[int]) -> N
     assert read(*(data[place : place + 1] for place in range(len(data)))) == told
 
 
+lines = st.from_regex(rb":[0-9 +_-]{0,25}", fullmatch=True) | st.integers().map(b":%d".__mod__)
+
+
+@given(data=st.lists(lines, max_size=5).map(b"\r\n".join) | st.binary(), ended=st.booleans())
+@example(data=b":1\r\n:22\r\n:-3", ended=True)
+@example(data=b":" + b"0" * 20 + b"1", ended=True)
+@example(data=b":1\r\n+2", ended=True)
+@example(data=b":1\r\n", ended=True)
+def test_numbers_are_what_is_read_one_by_one(data: bytes, ended: bool) -> None:
+    """The same bytes in one step, or none of them; then they are still all to be read."""
+    data += b"\r\n" * ended
+    reader = Reader()
+    numbers = reader.numbers(data)
+    assert not reader.is_amid
+    if numbers is not None:
+        assert numbers == read(data)
+    elif data and all(type(each) is int for each in outcome(data)):
+        assert not data.endswith(b"\r\n")
+
+
+@pytest.mark.parametrize("begun", [b":1", b"*2\r\n", b"*2\r\n:1\r\n", b"$5\r\nab"])
+def test_numbers_amid_a_reply_are_part_of_it(begun: bytes) -> None:
+    """They are read with what has begun."""
+    reader = Reader()
+    reader.feed(begun)
+    assert reader.take() is False
+    assert reader.numbers(b":1\r\n") is None
+
+
 def outcome(data: bytes) -> list[object]:
     """Return what is read until the end, or until it is found to be no replies."""
     reader, told = Reader(), list[object]()

@@ -8,7 +8,7 @@ import pytest
 from service import limits
 
 from broker.limits.policy import LimitRule
-from broker.model import LimitName, Secret, TokenRequest
+from broker.model import EmbedToken, LimitName, Secret, TokenRequest
 from broker.rules.bucket import Limit
 from broker.sealing import Seal
 from broker.stores.epochs import KnownEnds
@@ -29,9 +29,13 @@ class Server:
     def __init__(self) -> None:
         self.asked: list[bytes] = []
 
-    def send(self, _question: object, _key: bytes, packed: bytes, _shape: object) -> bool:
+    permit = 0
+
+    def link(self, _key: bytes) -> "Server":
+        return self
+
+    def send_for(self, packed: bytes, _shape: object, _question: object) -> None:
         self.asked.append(packed)
-        return True
 
 
 class Scene:
@@ -39,7 +43,9 @@ class Scene:
 
     def __init__(self) -> None:
         clock, self.server, self.owed = FakeClock(), Server(), 0
-        cache = TokenCache(10, keep_until=lambda token: token.dies_mono, mono=clock.mono)
+        self.cache = cache = TokenCache(
+            10, keep_until=lambda token: token.dies_mono, mono=clock.mono
+        )
         seal = Seal(Secret(secrets.token_urlsafe(48)))
         ends = KnownEnds(str.encode, clock.mono)
         nothing: Any = None
@@ -52,6 +58,12 @@ class Scene:
             defaultdict[LimitName, BucketCounts](BucketCounts),
             lambda *_: self.owed,
         )
+
+        self.hold(version=1)
+
+    def hold(self, **fields: int) -> None:
+        """Hold a token of this version and epoch."""
+        self.cache[REQUEST.key] = EmbedToken(b"", 10**12, 10**18, 10**12, 0, **fields)
 
     def asked(self) -> bytes:
         """Ask, and return what the server is sent."""
@@ -79,6 +91,20 @@ def test_what_was_charged_meanwhile_is_carried_and_not_kept(scene: Scene) -> Non
         assert b"\r\n%d\r\n" % owed in scene.asked()
     scene.owed = 0
     assert scene.asked() == before
+
+
+@pytest.mark.parametrize("held", [{"version": 2}, {"version": 1, "epoch": 3}])
+def test_another_token_is_asked_for_by_its_own_numbers(scene: Scene, held: dict[str, int]) -> None:
+    """The server compares them with what it has: those of the one before would not do."""
+    before = scene.asked()
+    scene.hold(**held)
+    after = scene.asked()
+    assert after != before
+    assert after.endswith(
+        b"".join(b"$1\r\n%d\r\n" % held.get(name, 0) for name in ("version", "epoch"))
+    )
+    scene.cache.discard(REQUEST.key)
+    assert scene.asked().endswith(b"$0\r\n\r\n" * 2)
 
 
 def test_other_limits_are_asked_for_at_once(scene: Scene) -> None:

@@ -18,10 +18,10 @@ import structlog
 from typing_extensions import override
 
 from broker.valkey.client import shapes
-from broker.valkey.client.connection import CONNECT_TIMEOUT, Route, Target
 from broker.valkey.client.errors import Reason, StoreFailed
 from broker.valkey.client.resp import Reader
 from broker.valkey.client.scripts import command
+from broker.valkey.client.target import CONNECT_TIMEOUT, Route, Target
 from broker.valkey.client.topology import Topology
 
 log = structlog.get_logger()

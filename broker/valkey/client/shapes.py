@@ -38,6 +38,7 @@ class Shape:
         self._command = command
         self._forms = frozenset(forms)
         self._kinds = kinds
+        self.takes_numbers = int in kinds  # asked for each visit
         self._word = word
         self._tail = tail
         self._errors: tuple[type[Exception], ...] = (StoreFailed, *errors)
@@ -75,6 +76,9 @@ class Shape:
 
 
 class _Anything(Shape):
+    def __init__(self) -> None:
+        super().__init__("any", kinds=(int,), errors=(Redirect, NoScript))
+
     @override
     def fits(self, reply: Reply) -> bool:
         return True
@@ -91,7 +95,7 @@ def _shown(kinds: Kinds, tail: Kinds = ()) -> str:
 
 _NAMES = {int: "number", bytes: "text", list: "array", _NONE: "nothing"}
 
-ANYTHING = _Anything("any", errors=(Redirect, NoScript))
+ANYTHING = _Anything()
 """For commands that a broker does not send: those of a diagnosis."""
 
 GET = Shape("GET", kinds=(bytes, _NONE))

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from broker.config.addresses import Access, StoreAddress
 from broker.valkey.client import shapes
-from broker.valkey.client.connection import PipelinedConnection, Target
+from broker.valkey.client.connection import PipelinedConnection
 from broker.valkey.client.errors import (
     SLOTS,
     TRY_AGAIN,
@@ -33,6 +33,7 @@ from broker.valkey.client.packing import Packed
 from broker.valkey.client.resp import Reply
 from broker.valkey.client.scripts import Script, ScriptKeys, command
 from broker.valkey.client.shapes import ACCEPTED, ANYTHING, Shape
+from broker.valkey.client.target import Target
 
 REDIRECTS = 3
 """How often one call follows the cluster: a slot that moves sends it on twice."""
