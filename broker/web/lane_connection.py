@@ -58,7 +58,7 @@ class LaneConnection(DataConnection):
         self._lane = lane
         self._leaving = leaving
         self._later: Later[Answer] | None = None  # the answer to `_asked`; nothing else is there
-        self._asked: _Asked | None = None
+        self._asked: _Received | None = None
         self._begun: Work | None = None  # of the message that is first in the queue
         self._written: Answer | None = None  # what it was answered with
         self._is_between = True  # the parser has read whole requests, and nothing of the next one
@@ -225,7 +225,7 @@ class LaneConnection(DataConnection):
         self._begun = later.wait()
         self._queue(asked)
 
-    def _queue(self, asked: "_Asked") -> None:
+    def _queue(self, asked: "_Received") -> None:
         """Have aiohttp's loop take this request; what it is answered with is in `_begun`."""
         waiter, begun = self._waiter, self._begun
         if waiter is not None and not waiter.done():
@@ -296,7 +296,7 @@ class LaneConnection(DataConnection):
         return ReadyAnswer(answer, is_written=is_written)
 
 
-_Asked = tuple[RawRequestMessage, StreamReader] | bytes
+_Received = tuple[RawRequestMessage, StreamReader] | bytes
 """A request as it was parsed, or one that came before as it came."""
 
 _Outcome = tuple[Sequence[Any], bool, bytes] | HttpProcessingError

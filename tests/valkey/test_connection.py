@@ -679,20 +679,3 @@ async def test_N16_a_server_that_is_silent_or_the_wrong_one_is_tried_last(
     while link._talk is not None:  # noqa: ASYNC110 - the end has to arrive
         await asyncio.sleep(0.001)
     assert link._route._avoided == (("127.0.0.1", node.port) if avoided else None)
-
-
-async def test_the_time_of_calls_that_were_answered_ends_no_later_one(
-    node: Node, link: PipelinedConnection
-) -> None:
-    """When it is over another call may be due, which has a time of its own."""
-    assert await told(*(link.send(PING) for _ in range(3))) == [b"OK"] * 3
-    talk = link._talk
-    assert talk is not None
-    assert talk._transport is not None
-    asked, node.answer = talk._asked, lambda _piece: b""
-    later = link.send(PING)
-    while talk._asked == asked:  # noqa: ASYNC110 - turn by turn is the point
-        await asyncio.sleep(0)
-    talk._give_up(asked)  # as their timer does
-    assert not talk._transport.is_closing()
-    assert reasons(await told(later)) == {Reason.TIMEOUT}
