@@ -161,7 +161,7 @@ class DurableBackend:
         metrics.bytes.set(writer.size)
         failing = self.is_degraded
         if failing and not self._failing:
-            log.error("broker.state_file_failed", reason=_reason(writer.failure))
+            log.error("broker.state_file_failed", **_why(writer.failure))
         elif self._failing and not failing:
             log.info("broker.state_file_recovered", lost=writer.lost)
         self._failing = failing
@@ -188,7 +188,7 @@ class DurableBackend:
             return
         self._spent.finish()
         if not await aside(self._slot.writer.close):
-            log.error("broker.state_file_failed", reason="it was not closed in time")
+            log.error("broker.state_file_failed", reason="slow", detail="not closed in time")
         self._lock.release()
 
     def _moment(self) -> Moment:
@@ -207,8 +207,10 @@ def _collector_at_rest() -> Iterator[None]:
             gc.enable()
 
 
-def _reason(failure: StateFileFailed | None) -> str:
-    return "slow" if failure is None else f"{failure.kind.value}: {failure}"
+def _why(failure: StateFileFailed | None) -> dict[str, str]:
+    if failure is None:
+        return {"reason": "slow", "detail": "a commit takes longer than a second"}
+    return {"reason": failure.kind.value, "detail": str(failure)}
 
 
 def _boot_id() -> str:
