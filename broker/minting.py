@@ -240,7 +240,7 @@ class Minter:
         marks = self._policy.marks(whole)
         mono_now, wall_now = self._clock.mono(), self._clock.wall()
         token = EmbedToken(
-            body=success_body(minted),
+            body=minted.body or success_body(minted),
             dies_mono=min(mono + whole, mono_now + minted.lifetime),
             dies_wall=min(wall + whole, wall_now + minted.lifetime),
             lifetime=whole,

@@ -108,7 +108,8 @@ class Minted(Struct, frozen=True):
     counted from the start of the mint; it differs where the vendor handed out an old token again,
     and 0 stands for "the same".  `expires_at` is the token's own `exp` (Unix seconds); `extra` are
     further fields of the vendor's `data` object that callers get unchanged.  `origin` names what
-    signed it, one of the issuer's `signer_ids`.
+    signed it, one of the issuer's `signer_ids`.  `body` is the ready answer, where the issuer has
+    made it with the token.
     """
 
     token: str
@@ -118,6 +119,7 @@ class Minted(Struct, frozen=True):
     whole: int = 0
     extra: Mapping[str, object] = {}
     origin: str = ""
+    body: bytes = b""
 
     @override
     def __repr__(self) -> str:
