@@ -126,12 +126,13 @@ class TokenService:
         if request.key in self.flights:
             return visit
         cached = visit.token if self._policy.enabled else None
-        made = self._minter.mint_at_once(_mint_of(request, cached), now)
+        made = self._minter.mint_at_once(request, cached, now)
         if made is None:
             return visit
         if isinstance(made, Rejection):
             return made
-        return self._handed_out(made, _MINTED, cached, visit.verdict)
+        life = made.lifetime  # all of it is left: the moment at which it began has just been read
+        return IssuedToken(made, _MINTED, life, made.dies_wall - life, visit.verdict)
 
     async def _mint(
         self,

@@ -31,6 +31,9 @@ waits bounded."""
 MOST_NOTED = 100_000
 """Spent buckets that are noted between two rounds that write them down."""
 
+NOTHING_YET = Verdict(True, 0, 0, 0, Limit(burst=1, interval=1))  # noqa: FBT003 - see Verdict
+"""Of no limit that anybody has."""
+
 SLICE = 2_000
 """What housekeeping frees before others get their turn: half a millisecond."""
 
@@ -55,6 +58,7 @@ class BucketTable:
         self._deepest = horizon
         self._rotate_at = now + horizon
         self.counts = counts or BucketCounts()
+        self._first = NOTHING_YET  # what a full bucket of one limit says is the same each time
         self._spent: dict[str, None] | None = None  # no set: the collector looks into those
 
     def take(self, key: str, limit: Limit, now: int, *, dry_run: bool = False) -> Verdict:
@@ -69,10 +73,9 @@ class BucketTable:
         part = young.parts[hash(key) & young.mask]
         full_at = part.get(key)
         if full_at is None:
-            full_at, verdict = self._take_unknown(key, limit, now)
+            verdict = self._take_unknown(key, part, limit, now)
         else:
-            full_at, verdict = spend(full_at, limit, now)
-            part[key] = full_at
+            part[key], verdict = spend(full_at, limit, now)
         if verdict.remaining * 2 < limit.burst:  # most have more, and nobody has to know
             self.counts.note(verdict, dry_run=dry_run)
             if self._spent is not None:
@@ -96,27 +99,35 @@ class BucketTable:
         full_at = self._young.get(key) or self._old.get(key) or 0
         return max(full_at - now, 0)
 
-    def _take_unknown(self, key: str, limit: Limit, now: int) -> tuple[int, Verdict]:
-        """Spend for a key that is not in the young generation."""
-        full_at = self._old.pop(key)
+    def _take_unknown(self, key: str, part: dict[str, int], limit: Limit, now: int) -> Verdict:
+        """Spend for a key that is not in the young generation, and belongs into this part of it."""
+        old = self._old
+        full_at = old.parts[hash(key) & old.mask].pop(key, None)
         if full_at is None:
-            self._swept.free(SWEEP_BATCH)
-            if self._is_full():
+            if self._swept.dicts:
+                self._swept.free(SWEEP_BATCH)
+            if self._tracked >= self._max_tracked:
                 return self._take_overflow(key, limit, now)
             full_at = self._overflow[hash(key) % OVERFLOW_BUCKETS]
             self._tracked += 1
-        full_at, verdict = spend(full_at, limit, now)
-        self._young[key] = full_at
-        return full_at, verdict
+        if full_at > now:
+            part[key], verdict = spend(full_at, limit, now)
+            return verdict
+        part[key] = now + limit.interval
+        first = self._first
+        if first.limit is not limit:
+            _, first = spend(now, limit, now)
+            self._first = first
+        return first
 
-    def _take_overflow(self, key: str, limit: Limit, now: int) -> tuple[int, Verdict]:
+    def _take_overflow(self, key: str, limit: Limit, now: int) -> Verdict:
         self.counts.overflowed.inc()
         place = hash(key) % OVERFLOW_BUCKETS
         before = self._overflow[place]
         full_at, verdict = spend(before, limit, now)
         # `spend` cuts to its own limit's depth; a deeper one may have been exhausted here
         self._overflow[place] = max(full_at, min(before, now + self._deepest))
-        return full_at, verdict
+        return verdict
 
     def _is_full(self) -> bool:
         return self._tracked >= self._max_tracked
