@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from broker.issuers.local import LIFETIME, LocalIssuer
 from broker.minting import Minter, MintRules
-from broker.model import Clock, EmbedToken, TokenRequest
+from broker.model import Clock, EmbedToken, Minted, TokenRequest
 from broker.pacing.pacer import NoPacing
 from broker.rules import reuse
 from broker.sessions.memory import MemorySessions
@@ -47,7 +47,7 @@ class LocalMinter(Minter):
     @override
     def mint_at_once(
         self, request: TokenRequest, cached: EmbedToken | None, now: int
-    ) -> EmbedToken | Rejection | None:
+    ) -> tuple[EmbedToken, Minted] | Rejection | None:
         some_failed = now < self.backoff.forgotten_at
         if some_failed and self.backoff.left(request.key):
             return None
@@ -57,14 +57,14 @@ class LocalMinter(Minter):
         except Exception:  # a defect, which is told where it is answered
             self.backoff.note_failure(request.key)
             raise
-        is_made = isinstance(made, EmbedToken)
+        is_made = not isinstance(made, Rejection)
         if some_failed and is_made:
             self.backoff.forget(request.key)
         if cached is not None:  # one that is held, and may be: a fresh one was asked for
             self._metrics.refreshes["fresh", "renewed" if is_made else "failed"].inc()
         return made
 
-    def _sign(self, request: TokenRequest, lease: Lease, now: int) -> EmbedToken:
+    def _sign(self, request: TokenRequest, lease: Lease, now: int) -> tuple[EmbedToken, Minted]:
         """Make the token, which lives from now on; a lease in memory ends by itself."""
         wall, began = self._clock.wall(), time.perf_counter()
         minted = self._signer.sign(request, wall)
@@ -82,4 +82,4 @@ class LocalMinter(Minter):
         self._records.record_at_once(self._session_of(request, minted, token, wall))
         if self._policy.enabled:
             self._memory.keep_at_once(request, request.key, token, now)
-        return token
+        return token, minted

@@ -84,7 +84,7 @@ class Minter:
 
     def mint_at_once(
         self, _request: TokenRequest, _cached: EmbedToken | None, _now: int
-    ) -> EmbedToken | Rejection | None:
+    ) -> tuple[EmbedToken, Minted] | Rejection | None:
         """Do what `mint` does, if nothing of it waits; None where it does.
 
         `_now` is the monotonic clock (us), at which the store had nothing better than `_cached`,

@@ -288,7 +288,8 @@ class TokenRoute:
     def _log_issued(
         self, issued: IssuedToken, request_id: str, seconds: float, request: TokenRequest
     ) -> None:
-        data, outcome = data_in(issued.token.body), issued.outcome
+        minted, outcome = issued.minted, issued.outcome
+        names = data_in(issued.token.body) if minted is None else minted
         write = self._mint_line.write if outcome is _MINTED else _log_reuse
         write(
             _OUTCOMES[outcome],
@@ -296,8 +297,8 @@ class TokenRoute:
             client=request.client,
             agent=request.agent,
             visitor=visitor_hash(request.fingerprint),
-            session=data.session_id,
-            token=name_of(data.token),
+            session=names.session_id,
+            token=name_of(names.token),
             left_s=issued.left // 1_000_000,
             duration_ms=round(seconds * 1_000_000) / 1000,  # `seconds` are whole microseconds
         )
