@@ -73,9 +73,17 @@ class BucketTable:
         part = young.parts[hash(key) & young.mask]
         full_at = part.get(key)
         if full_at is None:
-            verdict = self._take_unknown(key, part, limit, now)
-        else:
+            full_at = self._enter(key)
+        if full_at is None:
+            verdict = self._take_overflow(key, limit, now)
+        elif full_at > now:
             part[key], verdict = spend(full_at, limit, now)
+        else:
+            part[key] = now + limit.interval
+            verdict = self._first
+            if verdict.limit is not limit:
+                _, verdict = spend(now, limit, now)
+                self._first = verdict
         if verdict.remaining * 2 < limit.burst:  # most have more, and nobody has to know
             self.counts.note(verdict, dry_run=dry_run)
             if self._spent is not None:
@@ -99,26 +107,21 @@ class BucketTable:
         full_at = self._young.get(key) or self._old.get(key) or 0
         return max(full_at - now, 0)
 
-    def _take_unknown(self, key: str, part: dict[str, int], limit: Limit, now: int) -> Verdict:
-        """Spend for a key that is not in the young generation, and belongs into this part of it."""
-        old = self._old
-        full_at = old.parts[hash(key) & old.mask].pop(key, None)
+    def _enter(self, key: str) -> int | None:
+        """Return when the bucket is full of a key that is not in the young generation.
+
+        It is tracked from now on; None if there is no room for it.
+        """
+        mark, old = hash(key), self._old
+        full_at = old.parts[mark & old.mask].pop(key, None)
         if full_at is None:
             if self._swept.dicts:
                 self._swept.free(SWEEP_BATCH)
             if self._tracked >= self._max_tracked:
-                return self._take_overflow(key, limit, now)
-            full_at = self._overflow[hash(key) % OVERFLOW_BUCKETS]
+                return None
             self._tracked += 1
-        if full_at > now:
-            part[key], verdict = spend(full_at, limit, now)
-            return verdict
-        part[key] = now + limit.interval
-        first = self._first
-        if first.limit is not limit:
-            _, first = spend(now, limit, now)
-            self._first = first
-        return first
+            full_at = self._overflow[mark % OVERFLOW_BUCKETS]
+        return full_at
 
     def _take_overflow(self, key: str, limit: Limit, now: int) -> Verdict:
         self.counts.overflowed.inc()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from broker.issuers.keyring import LEEWAY, MAX_LIFE, BadToken, Key, Keyring
-from broker.issuers.local import MOST_ALIKE, MOST_PROVEN, LocalIssuer
+from broker.issuers.local import DRAWN, MOST_ALIKE, MOST_PROVEN, SESSION_BYTES, LocalIssuer
 from broker.model import TokenRequest
 from broker.pacing.slots import UNCOUNTED, Slot
 from broker.sessions.base import MARK_LIFE
@@ -69,6 +69,17 @@ async def test_every_claim_of_a_token(model: str | None) -> None:
     assert int(minted.session_id, 16) >= 0
     assert minted.expires_at == issued + 3600
     assert dict(minted.extra) == ({} if model is None else {"model": model})
+
+
+async def test_session_ids_that_are_drawn_together_are_given_once() -> None:
+    """Also when more are asked for than are drawn at once, by two issuers."""
+    issuers = [local(FakeClock()) for _ in range(2)]
+    visitor = TokenRequest("web", AGENT, VISITOR)
+    drawn = [
+        issuer.sign(visitor, SECOND).session_id for issuer in issuers for _ in range(3 * DRAWN)
+    ]
+    assert len(set(drawn)) == len(drawn)
+    assert {len(bytes.fromhex(one)) for one in drawn} == {SESSION_BYTES}
 
 
 _MOMENTS = st.lists(st.integers(-3 * SECOND, 3 * SECOND), min_size=1, max_size=12)
