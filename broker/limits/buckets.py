@@ -53,6 +53,7 @@ class BucketTable:
         self._tracked = 0
         self._swept = Leftovers()
         self._overflow = [0] * OVERFLOW_BUCKETS
+        self._is_shared = False  # whether an overflow bucket was ever spent from
         self._max_tracked = max_tracked
         self._horizon = horizon
         self._deepest = horizon
@@ -69,11 +70,11 @@ class BucketTable:
         """
         if now >= self._rotate_at:
             self._rotate(now)
-        young = self._young
-        part = young.parts[hash(key) & young.mask]
+        young, mark = self._young, hash(key)
+        part = young.parts[mark & young.mask]
         full_at = part.get(key)
         if full_at is None:
-            full_at = self._enter(key)
+            full_at = self._enter(key, mark)
         if full_at is None:
             verdict = self._take_overflow(key, limit, now)
         elif full_at > now:
@@ -107,12 +108,12 @@ class BucketTable:
         full_at = self._young.get(key) or self._old.get(key) or 0
         return max(full_at - now, 0)
 
-    def _enter(self, key: str) -> int | None:
-        """Return when the bucket is full of a key that is not in the young generation.
+    def _enter(self, key: str, mark: int) -> int | None:
+        """Return when the bucket is full of a key (`mark`, its hash) that is not in the young ones.
 
         It is tracked from now on; None if there is no room for it.
         """
-        mark, old = hash(key), self._old
+        old = self._old
         full_at = old.parts[mark & old.mask].pop(key, None)
         if full_at is None:
             if self._swept.dicts:
@@ -120,11 +121,12 @@ class BucketTable:
             if self._tracked >= self._max_tracked:
                 return None
             self._tracked += 1
-            full_at = self._overflow[mark % OVERFLOW_BUCKETS]
+            full_at = self._overflow[mark % OVERFLOW_BUCKETS] if self._is_shared else 0
         return full_at
 
     def _take_overflow(self, key: str, limit: Limit, now: int) -> Verdict:
         self.counts.overflowed.inc()
+        self._is_shared = True
         place = hash(key) % OVERFLOW_BUCKETS
         before = self._overflow[place]
         full_at, verdict = spend(before, limit, now)
@@ -183,6 +185,7 @@ class BucketTable:
             if self._is_full():
                 place = hash(key) % OVERFLOW_BUCKETS
                 self._overflow[place] = max(self._overflow[place], full_at)
+                self._is_shared = True
             elif wait > 0:
                 self._swept.free(SWEEP_BATCH)
                 self._tracked += self._old.pop(key) is None and key not in self._young
