@@ -17,7 +17,7 @@ limit must answer.
 
 from typing_extensions import override
 
-from broker.rules.bucket import Limit, Verdict, peek, spend
+from broker.rules.bucket import Limit, Verdict, peek, spend, verdict_from_wait
 from broker.tables import Leftovers, PartedDict
 from broker.telemetry.counts import BucketCounts
 
@@ -31,7 +31,7 @@ waits bounded."""
 MOST_NOTED = 100_000
 """Spent buckets that are noted between two rounds that write them down."""
 
-NOTHING_YET = Verdict(True, 0, 0, 0, Limit(burst=1, interval=1))  # noqa: FBT003 - see Verdict
+NOTHING_YET = verdict_from_wait(0, Limit(burst=1, interval=1), allowed=True)
 """Of no limit that anybody has."""
 
 SLICE = 2_000
