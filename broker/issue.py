@@ -20,7 +20,7 @@ from msgspec import Struct
 from broker import errors
 from broker.flight import Flight, SingleFlight, Work
 from broker.minting import Mint, Minter
-from broker.model import Clock, EmbedToken, Outcome, TokenRequest
+from broker.model import Clock, EmbedToken, Minted, Outcome, TokenRequest
 from broker.pacing.pacer import Priority
 from broker.rules import reuse
 from broker.rules.bucket import Verdict
@@ -34,7 +34,8 @@ Lead = Callable[[Flight[EmbedToken]], Work[EmbedToken]]
 class IssuedToken(Struct, frozen=True, gc=False):
     """A token for the visitor, how it came about, and the visitor's limit for the headers.
 
-    `left` are the microseconds of life that it had at the moment `wall` (Unix us).
+    `left` are the microseconds of life that it had at the moment `wall` (Unix us).  `minted` is
+    what the issuer gave, where the token was made within this request.
     """
 
     token: EmbedToken
@@ -42,6 +43,7 @@ class IssuedToken(Struct, frozen=True, gc=False):
     left: int
     wall: int
     verdict: Verdict | None
+    minted: Minted | None = None
 
 
 Answered = IssuedToken | Rejection
@@ -120,12 +122,14 @@ class TokenService:
         if request.key in self.flights:
             return visit
         cached = visit.token if self._policy.enabled else None
-        made = self._minter.mint_at_once(_mint_of(request, cached), now)
+        made = self._minter.mint_at_once(request, cached, now)
         if made is None:
             return visit
         if isinstance(made, Rejection):
             return made
-        return self._handed_out(made, _MINTED, cached, visit.verdict)
+        token, minted = made
+        life = token.lifetime  # all of it is left: the moment at which it began has just been read
+        return IssuedToken(token, _MINTED, life, token.dies_wall - life, visit.verdict, minted)
 
     async def _mint(
         self,

@@ -33,13 +33,16 @@ class _Failing(Struct):
 
 
 class KeyBackoff:
-    """What each failing key has to wait for; `draw` returns a number in [0, 1)."""
+    """What each failing key has to wait for; `draw` returns a number in [0, 1).
+
+    From the moment `forgotten_at` (monotonic microseconds) on no key is treated as a failing one.
+    """
 
     def __init__(self, clock: Clock, draw: Callable[[], float]) -> None:
         self._clock = clock
         self._draw = draw
         self._failing: TTLCache[str, _Failing] = TTLCache(KEYS, MEMORY * SECOND, timer=clock.mono)
-        self._forgotten_at = 0
+        self.forgotten_at = 0
 
     def note_failure(self, key: str) -> None:
         """Double this key's wait."""
@@ -47,11 +50,11 @@ class KeyBackoff:
         wait = full_jitter(failures, BASE, CAP, self._draw)
         now = self._clock.mono()
         self._failing[key] = _Failing(failures, now + wait)
-        self._forgotten_at = now + MEMORY * SECOND
+        self.forgotten_at = now + MEMORY * SECOND
 
     def forget(self, key: str) -> None:
         """Take note that the key's mint succeeded."""
-        if self._clock.mono() < self._forgotten_at:  # mostly nothing has failed
+        if self._clock.mono() < self.forgotten_at:  # mostly nothing has failed
             self._failing.pop(key, None)
 
     def failures(self, key: str) -> int:
@@ -62,7 +65,7 @@ class KeyBackoff:
     def left(self, key: str) -> int:
         """Microseconds until this key may be tried again; 0 for now."""
         now = self._clock.mono()
-        known = self._failing.get(key) if now < self._forgotten_at else None
+        known = self._failing.get(key) if now < self.forgotten_at else None
         return 0 if known is None else min(max(known.not_before - now, 0), CAP)
 
     async def wait(self, key: str) -> None:

@@ -13,10 +13,11 @@ from collections.abc import Callable
 
 from typing_extensions import override
 
-from broker.issuers.local import LocalIssuer
-from broker.minting import Mint, Minter, MintRules
-from broker.model import Clock, EmbedToken
+from broker.issuers.local import LIFETIME, LocalIssuer
+from broker.minting import Minter, MintRules
+from broker.model import Clock, EmbedToken, Minted, TokenRequest
 from broker.pacing.pacer import NoPacing
+from broker.rules import reuse
 from broker.sessions.memory import MemorySessions
 from broker.stores.base import Lease, Rejection
 from broker.stores.memory import MemoryStore
@@ -40,30 +41,45 @@ class LocalMinter(Minter):
         self._memory = store
         self._records = sessions
         self._signer = issuer
+        self._note_signed = metrics.duration["minted"].observe
+        self._nearest, self._window = reuse.renewal_window(rules.reuse.marks(LIFETIME))
 
     @override
-    def mint_at_once(self, mint: Mint, now: int) -> EmbedToken | Rejection | None:
-        if self.backoff.left(mint.key):
+    def mint_at_once(
+        self, request: TokenRequest, cached: EmbedToken | None, now: int
+    ) -> tuple[EmbedToken, Minted] | Rejection | None:
+        some_failed = now < self.backoff.forgotten_at
+        if some_failed and self.backoff.left(request.key):
             return None
         try:
-            lease = self._memory.lead_at_once(mint.request, now)
-            if isinstance(lease, Lease):
-                return self._sign(mint, lease, now)
+            lease = self._memory.lead_at_once(request, now)
+            made = self._sign(request, lease, now) if isinstance(lease, Lease) else lease
         except Exception:  # a defect, which is told where it is answered
-            self.backoff.note_failure(mint.key)
+            self.backoff.note_failure(request.key)
             raise
-        self._count_refresh(mint, "failed")
-        return lease
+        is_made = not isinstance(made, Rejection)
+        if some_failed and is_made:
+            self.backoff.forget(request.key)
+        if cached is not None:  # one that is held, and may be: a fresh one was asked for
+            self._metrics.refreshes["fresh", "renewed" if is_made else "failed"].inc()
+        return made
 
-    def _sign(self, mint: Mint, lease: Lease, now: int) -> EmbedToken:
-        """Make the token; a lease in memory ends by itself."""
-        request, wall, began = mint.request, self._clock.wall(), time.perf_counter()
+    def _sign(self, request: TokenRequest, lease: Lease, now: int) -> tuple[EmbedToken, Minted]:
+        """Make the token, which lives from now on; a lease in memory ends by itself."""
+        wall, began = self._clock.wall(), time.perf_counter()
         minted = self._signer.sign(request, wall)
-        self._metrics.duration["minted"].observe(time.perf_counter() - began)
-        token = self._ready(minted, now, wall, lease)
-        self.backoff.forget(mint.key)
+        self._note_signed(time.perf_counter() - began)
+        token = EmbedToken(
+            minted.body,
+            now + LIFETIME,
+            wall + LIFETIME,
+            LIFETIME,
+            self._nearest + int(self._draw() * self._window),
+            lease.fence,
+            lease.epoch,
+            minted.origin,
+        )
         self._records.record_at_once(self._session_of(request, minted, token, wall))
         if self._policy.enabled:
-            self._memory.keep_at_once(request, mint.key, token, lease)
-        self._count_refresh(mint, "renewed")
-        return token
+            self._memory.keep_at_once(request, request.key, token, now)
+        return token, minted

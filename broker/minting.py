@@ -82,10 +82,13 @@ class Minter:
         self.renewal_log = RefusalLog()
         self.backoff = KeyBackoff(clock, draw)
 
-    def mint_at_once(self, _mint: Mint, _now: int) -> EmbedToken | Rejection | None:
+    def mint_at_once(
+        self, _request: TokenRequest, _cached: EmbedToken | None, _now: int
+    ) -> tuple[EmbedToken, Minted] | Rejection | None:
         """Do what `mint` does, if nothing of it waits; None where it does.
 
-        `_now` is the monotonic clock (us), at which the store had nothing better than `_mint` says.
+        `_now` is the monotonic clock (us), at which the store had nothing better than `_cached`,
+        and from which the token lives its whole life.
         """
         return None
 
@@ -187,14 +190,14 @@ class Minter:
         self, request: TokenRequest, minted: Minted, token: EmbedToken, began: int
     ) -> Session:
         return Session(
-            session_id=minted.session_id,
-            client=request.client,
-            agent=request.agent,
-            fingerprint=request.fingerprint,
-            model=request.model or "",
-            issued=began // SECOND,
-            expires=token.dies_wall // SECOND,
-            digest=b"" if self._issuer.proves else digest_of(minted.token),
+            minted.session_id,
+            request.client,
+            request.agent,
+            request.fingerprint,
+            request.model or "",
+            began // SECOND,
+            token.dies_wall // SECOND,
+            b"" if self._issuer.proves else digest_of(minted.token),
         )
 
     def _same_again(self, key: str, cached: EmbedToken, lease: Lease) -> EmbedToken:
@@ -240,7 +243,7 @@ class Minter:
         marks = self._policy.marks(whole)
         mono_now, wall_now = self._clock.mono(), self._clock.wall()
         token = EmbedToken(
-            body=success_body(minted),
+            body=minted.body or success_body(minted),
             dies_mono=min(mono + whole, mono_now + minted.lifetime),
             dies_wall=min(wall + whole, wall_now + minted.lifetime),
             lifetime=whole,

@@ -82,9 +82,9 @@ class TokenRequest(Struct, frozen=True, gc=False):
     """Key under which this request's token is reused: client, agent, fingerprint, model."""
 
     def __post_init__(self) -> None:
-        force_setattr(self, "visitor", visitor_of(self.client, self.fingerprint))
-        key = token_key(self.client, self.agent, self.fingerprint, self.model or "")
-        force_setattr(self, "key", key)
+        client, fingerprint = self.client, self.fingerprint
+        force_setattr(self, "visitor", visitor_of(client, fingerprint))
+        force_setattr(self, "key", token_key(client, self.agent, fingerprint, self.model or ""))
 
     def sent_with(self, request_id: str, traceparent: str) -> "TokenRequest":
         """Return the same as one request asked for it, with that request's id and trace.
@@ -108,7 +108,8 @@ class Minted(Struct, frozen=True):
     counted from the start of the mint; it differs where the vendor handed out an old token again,
     and 0 stands for "the same".  `expires_at` is the token's own `exp` (Unix seconds); `extra` are
     further fields of the vendor's `data` object that callers get unchanged.  `origin` names what
-    signed it, one of the issuer's `signer_ids`.
+    signed it, one of the issuer's `signer_ids`.  `body` is the ready answer, where the issuer has
+    made it with the token.
     """
 
     token: str
@@ -118,6 +119,7 @@ class Minted(Struct, frozen=True):
     whole: int = 0
     extra: Mapping[str, object] = {}
     origin: str = ""
+    body: bytes = b""
 
     @override
     def __repr__(self) -> str:
@@ -230,7 +232,7 @@ def visitor_of(client: str, fingerprint: str) -> str:
 
 def token_key(client: str, agent: str, fingerprint: str, model: str) -> str:
     """Return the key under which a token is reused; `model` is empty for the agent's default."""
-    return SEPARATOR.join((client, agent, fingerprint, model))
+    return f"{client}{SEPARATOR}{agent}{SEPARATOR}{fingerprint}{SEPARATOR}{model}"
 
 
 def name_of(token: str) -> str:

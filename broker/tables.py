@@ -120,9 +120,14 @@ class BySecond(Generic[K]):
         slot = self._first_slot()
         return next(iter(slot[0])) if slot else None
 
+    def has_until(self, second: int) -> bool:
+        """Whether there may be a key whose second is not after this one."""
+        seconds = self._seconds
+        return bool(seconds) and seconds[0] <= second
+
     def pop_until(self, second: int) -> K | None:
         """Take out a key whose second is not after this one; None if there is no more."""
-        slot = self._first_slot()
+        slot = self._first_slot() if self.has_until(second) else None
         if not slot or self._seconds[0] > second:
             return None
         key, _ = slot[-1].popitem()
@@ -147,28 +152,28 @@ class BySecond(Generic[K]):
 
 
 class Leftovers:
-    """What was given up, and is freed a few entries at a time."""
+    """What was given up, and is freed a few entries at a time: nothing is left without `dicts`."""
 
     def __init__(self) -> None:
-        self._dicts: list[dict[object, object]] = []
+        self.dicts: list[dict[object, object]] = []
 
     def add(self, dicts: Iterable[dict[K, V]]) -> None:
         """Take over dicts that nobody uses any more."""
-        self._dicts += [each for each in dicts if each]  # type: ignore[misc]  # only ever emptied
+        self.dicts += [each for each in dicts if each]  # type: ignore[misc]  # only ever emptied
 
     def free(self, most: int) -> None:
         """Free so many entries."""
-        while most > 0 and self._dicts:
-            last = self._dicts[-1]
+        while most > 0 and self.dicts:
+            last = self.dicts[-1]
             some = min(most, len(last))
             for _ in range(some):
                 last.popitem()
             most -= some
             if not last:
-                self._dicts.pop()
+                self.dicts.pop()
 
     def __len__(self) -> int:
-        return sum(map(len, self._dicts))
+        return sum(map(len, self.dicts))
 
     @override
     def __repr__(self) -> str:
@@ -205,7 +210,8 @@ class Generations(Generic[K, V]):
         self._old.pop(key, None)
 
     def __setitem__(self, key: K, value: V) -> None:
-        self._leftovers.free(2)
+        if self._leftovers.dicts:
+            self._leftovers.free(2)
         if len(self._young) >= self._most:
             self._leftovers.add([self._old])
             self._young, self._old = {}, self._young

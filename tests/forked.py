@@ -211,7 +211,7 @@ def _become(request: Mapping[str, Any], descriptors: Sequence[int]) -> NoReturn:
     coerced = {k: v for k, v in os.environ.items() if k == "LC_CTYPE"}  # by Python, as it starts
     os.environ.clear()
     os.environ.update(coerced | request["environment"])
-    logs._hash_key[:] = os.urandom(len(logs._hash_key))  # what a process draws as it starts
+    logs.share_key(os.urandom(32))  # what a process draws as it starts
     option, *rest = request["arguments"]
     if "--workers" in rest or Path(option).name == "memory_workers.py":
         _fork_workers()

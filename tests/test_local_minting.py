@@ -32,6 +32,9 @@ from broker.telemetry.cells import MetricLayout
 from broker.telemetry.metrics import MintMetrics
 from broker.testing import FakeClock, run_virtual
 from broker.units import SECOND
+from broker.wire.responses import data_in
+
+KEY = secrets.token_bytes(32)
 
 TIGHT = limits(fingerprint=(60, 3), mints=(1, 2), agent=(60, 4))
 
@@ -48,7 +51,7 @@ class Signer:
         policy: ReusePolicy = POLICY,
     ) -> None:
         self.clock = clock
-        ring = Keyring.of({"a": secrets.token_bytes(32)}, "a")
+        ring = Keyring.of({"a": KEY}, "a")
         self.issuer = LocalIssuer(ring, "embed-token-broker", "embed", clock)
         self.tokens = TokenCache(100, lambda token: token.dies_mono, clock.mono)
         self.store = MemoryStore(limits, self.tokens, clock)
@@ -78,7 +81,12 @@ class Signer:
         assert result.verdict is not None
         token, left = result.token, result.verdict.remaining
         times = [*map(_seconds, (result.left, result.wall, token.dies_mono, token.dies_wall))]
-        return result.outcome, left, times, token.lifetime, token.mark, token.version, numbers, kept
+        held = token.lifetime, token.mark, token.version, token.epoch, token.origin
+        session = self.sessions._sessions.get(data_in(token.body).session_id)
+        assert session is not None
+        of = session.client, session.agent, session.fingerprint, session.model, session.digest
+        lives = session.expires - session.issued
+        return result.outcome, left, times, held, of, lives, numbers, kept
 
 
 def _seconds(span: int) -> int:

@@ -6,6 +6,7 @@ issuer, which takes turns, then the store, which goes by the issuer's keys; what
 
 import os
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -185,9 +186,10 @@ def add_pages(
 
 def _token_cache(given: _Given) -> TokenCache:
     marks = given.policy.marks
+    outage = lru_cache(maxsize=64)(lambda lifetime: marks(lifetime).outage)  # lives are few
     return TokenCache(
         given.settings.reuse.max_tokens,
-        keep_until=lambda token: token.dies_mono - marks(token.lifetime).outage,
+        keep_until=lambda token: token.dies_mono - outage(token.lifetime),
         mono=given.clock.mono,
         counts=given.metrics.tokens.counts,
     )

@@ -15,7 +15,7 @@ import hmac
 import re
 from base64 import urlsafe_b64decode
 from binascii import b2a_base64
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 from msgspec import Struct
@@ -54,7 +54,8 @@ _SHAPE = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{43}")
 
 _REQUIRED = ("exp", "nbf", "iss", "aud", "sub")
 
-_URLSAFE = bytes.maketrans(b"+/", b"-_")
+URLSAFE = bytes.maketrans(b"+/", b"-_")
+"""From the alphabet of base64 to that of URLs."""
 
 _decode = msgspec.json.Decoder().decode
 
@@ -137,7 +138,16 @@ class Keyring:
 
     def signing(self, now: int) -> str:
         """Return the id of the key that signs at this moment."""
-        return self._signer(now).kid
+        return self.signer(now)[0].kid
+
+    def signer(self, now: int) -> tuple[Key, int]:
+        """Return the key that signs at this moment, and the moment until which it does."""
+        until = NEVER
+        for key in reversed(self._schedule):
+            if key.signs_from <= now:
+                return key, until
+            until = key.signs_from
+        return self._schedule[0], until
 
     def sign(self, claims: Mapping[str, object], now: int) -> str:
         """Return the compact JWS of these claims.
@@ -145,13 +155,13 @@ class Keyring:
         `jwt.encode` makes an equal token, but examines the key anew for every token, which takes
         three times as long as signing it.
         """
-        key = self._signer(now)
-        signed = self._headers[key.kid] + b"." + _base64url(msgspec.json.encode(claims))
+        key, _ = self.signer(now)
+        signed = self._headers[key.kid] + b"." + base64url(msgspec.json.encode(claims))
         return f"{signed.decode()}.{_signature(signed, key)}"
 
-    def template(self, constant: Mapping[str, object]) -> "Template":
-        """Return what signs tokens that begin with these claims, which every one of them has."""
-        return Template(self._signer, self._schedule, self._headers, constant)
+    def header_of(self, key: Key) -> bytes:
+        """Return the encoded header of tokens that this key signs."""
+        return self._headers[key.kid]
 
     def verify(self, token: str, issuer: str, audience: str, now: int) -> Proof:
         """Return what a token that is good at `now` proves; raises BadToken for any other.
@@ -185,12 +195,6 @@ class Keyring:
                 break
         raise BadToken("no key fits")
 
-    def _signer(self, now: int) -> Key:
-        for key in reversed(self._schedule):
-            if key.signs_from <= now:
-                return key
-        return self._schedule[0]
-
     def _candidates(self, header: str) -> tuple[Key, ...]:
         """Keys that may have signed below this (untrusted) header, which is not one of ours."""
         fields = _json(header)
@@ -212,37 +216,6 @@ class Keyring:
         return f"Keyring(kids={sorted(self._keys)})"
 
 
-class Template:
-    """Signs tokens that differ in some claims only.
-
-    Header and constant claims are encoded once for each key.  They are hashed anew with each token:
-    an HMAC that was begun has to be copied, which takes longer.
-    """
-
-    def __init__(
-        self,
-        signer: Callable[[int], Key],
-        keys: Iterable[Key],
-        headers: Mapping[str, bytes],
-        constant: Mapping[str, object],
-    ) -> None:
-        opening = msgspec.json.encode(constant)[:-1] + b","
-        opening += b" " * (-len(opening) % 3)  # of JSON; so that base64 goes on behind it
-        self._signer = signer
-        opening = _base64url(opening)
-        self._begun = {key.kid: headers[key.kid] + b"." + opening for key in keys}
-
-    def sign(self, claims: Struct, now: int) -> str:
-        """Return the compact JWS of the constant claims and these."""
-        key = self._signer(now)
-        signed = self._begun[key.kid] + _base64url(msgspec.json.encode(claims)[1:])
-        return f"{signed.decode()}.{_signature(signed, key)}"
-
-    @override
-    def __repr__(self) -> str:
-        return f"Template(kids={sorted(self._begun)})"
-
-
 def check_key(kid: str, key: bytes) -> None:
     """Raise BadKey for a key that is too short or visibly not random."""
     if len(key) < MIN_KEY_BYTES:
@@ -259,16 +232,16 @@ def check_key(kid: str, key: bytes) -> None:
 
 def _header(kid: str | None) -> bytes:
     fields = {"alg": ALGORITHM, "typ": "JWT"} | ({} if kid is None else {"kid": kid})
-    return _base64url(msgspec.json.encode(fields))
+    return base64url(msgspec.json.encode(fields))
 
 
 def _signature(signed: bytes, key: Key) -> str:
-    return _base64url(hmac.digest(key.secret, signed, "sha256")).decode()
+    return base64url(hmac.digest(key.secret, signed, "sha256")).decode()
 
 
-def _base64url(data: bytes) -> bytes:
+def base64url(data: bytes) -> bytes:
     """Encode without padding (RFC 7515 section 2); two calls less than `base64`'s own function."""
-    return b2a_base64(data, newline=False).translate(_URLSAFE, b"=")
+    return b2a_base64(data, newline=False).translate(URLSAFE).rstrip(b"=")
 
 
 def _json(part: str) -> object:

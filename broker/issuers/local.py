@@ -4,16 +4,19 @@ Knows keys and claims.  Does not know who asks for a token, how often, or what w
 """
 
 import os
+import sys
 from collections.abc import Mapping
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import Struct
 from typing_extensions import override
 
 from broker.issuers.base import Issuer, Turn
 from broker.issuers.keyring import LIFETIME_SECONDS, BadToken, Keyring
+from broker.issuers.template import Template
 from broker.model import AGENT_ID, Clock, Minted, Session, TokenRequest
 from broker.tables import Generations
 from broker.units import SECOND
+from broker.wire.responses import AnswerTemplate
 
 MOST_PROVEN = 4096
 """Tokens in a generation, about 1.5 KB each: the visitors of some minutes."""
@@ -21,6 +24,19 @@ MOST_PROVEN = 4096
 BACKDATED_SECONDS = 5
 """`iat` and `nbf` lie this far in the past: a verifier whose clock is a little behind must not
 refuse a token that was made a moment ago."""
+
+LIFETIME = (LIFETIME_SECONDS - BACKDATED_SECONDS) * SECOND
+"""Microseconds that a token has left when it is made."""
+
+SESSION_BYTES = 16
+"""Of a session's id, at random: no two are equal, and none is guessed."""
+
+DRAWN = 64
+"""Session ids that are drawn together."""
+
+MOST_ALIKE = 1024
+"""Beginnings of tokens that are kept, by client, agent and model, about 3 KB each.  Visitors may
+make up models: a beginning that was dropped is made again in 20 us."""
 
 
 class LocalIssuer(Issuer):
@@ -33,13 +49,16 @@ class LocalIssuer(Issuer):
         self._issuer = issuer
         self._audience = audience
         self._clock = clock
+        self._drawn: list[str] = []
         self.use_keyring(keyring)
 
     def use_keyring(self, keyring: Keyring) -> None:
         """Sign and verify with other keys from now on."""
         self.keyring = keyring
-        self._signer_ids = {key.kid: self._signer_id_of(key.kid) for key in keyring.keys}
-        self._template = keyring.template({"iss": self._issuer, "aud": self._audience})
+        self._signer_ids = {
+            key.kid: sys.intern(self._signer_id_of(key.kid)) for key in keyring.keys
+        }
+        self._alike: dict[tuple[str, str, str | None], _Alike] = {}
         self._proven: Generations[str, _Known] = Generations(MOST_PROVEN)
 
     @property
@@ -69,29 +88,58 @@ class LocalIssuer(Issuer):
 
     def sign(self, request: TokenRequest, now: int) -> Minted:
         """Sign a token at this moment (Unix us), without a turn: a signature costs nobody."""
-        issued = now // SECOND - BACKDATED_SECONDS
-        expires = issued + LIFETIME_SECONDS
-        session = os.urandom(16).hex()  # as `secrets` does it, by two calls less
-        claims = _Claims(
-            sub=request.agent,
-            agent_id=request.agent,
-            fingerprint=request.fingerprint,
-            sid=session,
-            jti=session,
-            client_id=request.client,
-            iat=issued,
-            nbf=issued,
-            exp=expires,
-            model=UNSET if request.model is None else request.model,
-        )
+        alike = self._alike.get((request.client, request.agent, request.model))
+        if alike is None or not alike.since <= now < alike.until:
+            alike = self._begin(request, now)
+        session = (self._drawn or self._draw()).pop()
+        token = alike.template.sign(_Claims(request.fingerprint, session, session))
         return Minted(
-            token=self._template.sign(claims, now),
+            token=token.decode(),
             session_id=session,
-            expires_at=expires,
-            lifetime=(LIFETIME_SECONDS - BACKDATED_SECONDS) * SECOND,
-            extra={} if request.model is None else {"model": request.model},
-            origin=self._signer_ids[self.keyring.signing(now)],
+            expires_at=alike.expires_at,
+            lifetime=LIFETIME,
+            extra=alike.extra,
+            origin=alike.origin,
+            body=alike.answer.body(token, session),
         )
+
+    def _draw(self) -> list[str]:
+        """Draw session ids ahead: to ask the system for each takes a hundredth of a mint."""
+        digits = os.urandom(DRAWN * SESSION_BYTES).hex()
+        size = 2 * SESSION_BYTES
+        self._drawn = [digits[at : at + size] for at in range(0, len(digits), size)]
+        return self._drawn
+
+    def _begin(self, request: TokenRequest, now: int) -> "_Alike":
+        """Make what this second's tokens of an agent have in common, for one client and model."""
+        key, until = self.keyring.signer(now)
+        second = now // SECOND
+        issued = second - BACKDATED_SECONDS
+        expires = issued + LIFETIME_SECONDS
+        extra = {} if request.model is None else {"model": request.model}
+        claims = {
+            "iss": self._issuer,
+            "aud": self._audience,
+            "sub": request.agent,
+            "agent_id": request.agent,
+            "client_id": request.client,  # may introspect and revoke it (RFC 8693 section 4.3)
+            "iat": issued,
+            "nbf": issued,
+            "exp": expires,
+            **extra,
+        }
+        if len(self._alike) >= MOST_ALIKE:
+            self._alike.clear()
+        alike = self._alike[request.client, request.agent, request.model] = _Alike(
+            since=now,
+            until=min((second + 1) * SECOND, until),
+            expires_at=expires,
+            extra=extra,
+            origin=self._signer_ids[key.kid],
+            template=Template(key, self.keyring.header_of(key), claims),
+            answer=AnswerTemplate(expires, extra),
+        )
+        return alike
 
     @override
     def prove(self, token: str) -> Session:
@@ -122,20 +170,27 @@ class LocalIssuer(Issuer):
         return session
 
 
+class _Alike(Struct, frozen=True):
+    """What tokens have in common that one client gets for one agent and model, and its answers.
+
+    It holds from one microsecond (Unix) until another, which are of one second and of one key.
+    """
+
+    since: int
+    until: int
+    expires_at: int
+    extra: Mapping[str, object]
+    origin: str
+    template: Template
+    answer: AnswerTemplate
+
+
 class _Claims(Struct, frozen=True, gc=False):
     """What differs from token to token."""
 
-    sub: str
-    agent_id: str
     fingerprint: str
     sid: str
     jti: str
-    client_id: str
-    """Who may introspect and revoke it (RFC 8693 section 4.3)."""
-    iat: int
-    nbf: int
-    exp: int
-    model: str | UnsetType
 
 
 class _Known(Struct, frozen=True, gc=False):

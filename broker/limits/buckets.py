@@ -17,7 +17,7 @@ limit must answer.
 
 from typing_extensions import override
 
-from broker.rules.bucket import Limit, Verdict, peek, spend
+from broker.rules.bucket import Limit, Verdict, peek, spend, verdict_from_wait
 from broker.tables import Leftovers, PartedDict
 from broker.telemetry.counts import BucketCounts
 
@@ -30,6 +30,9 @@ waits bounded."""
 
 MOST_NOTED = 100_000
 """Spent buckets that are noted between two rounds that write them down."""
+
+NOTHING_YET = verdict_from_wait(0, Limit(burst=1, interval=1), allowed=True)
+"""Of no limit that anybody has."""
 
 SLICE = 2_000
 """What housekeeping frees before others get their turn: half a millisecond."""
@@ -50,11 +53,13 @@ class BucketTable:
         self._tracked = 0
         self._swept = Leftovers()
         self._overflow = [0] * OVERFLOW_BUCKETS
+        self._is_shared = False  # whether an overflow bucket was ever spent from
         self._max_tracked = max_tracked
         self._horizon = horizon
         self._deepest = horizon
         self._rotate_at = now + horizon
         self.counts = counts or BucketCounts()
+        self._first = NOTHING_YET  # what a full bucket of one limit says is the same each time
         self._spent: dict[str, None] | None = None  # no set: the collector looks into those
 
     def take(self, key: str, limit: Limit, now: int, *, dry_run: bool = False) -> Verdict:
@@ -65,14 +70,21 @@ class BucketTable:
         """
         if now >= self._rotate_at:
             self._rotate(now)
-        young = self._young
-        part = young.parts[hash(key) & young.mask]
+        young, mark = self._young, hash(key)
+        part = young.parts[mark & young.mask]
         full_at = part.get(key)
         if full_at is None:
-            full_at, verdict = self._take_unknown(key, limit, now)
+            full_at = self._enter(key, mark)
+        if full_at is None:
+            verdict = self._take_overflow(key, limit, now)
+        elif full_at > now:
+            part[key], verdict = spend(full_at, limit, now)
         else:
-            full_at, verdict = spend(full_at, limit, now)
-            part[key] = full_at
+            part[key] = now + limit.interval
+            verdict = self._first
+            if verdict.limit is not limit:
+                _, verdict = spend(now, limit, now)
+                self._first = verdict
         if verdict.remaining * 2 < limit.burst:  # most have more, and nobody has to know
             self.counts.note(verdict, dry_run=dry_run)
             if self._spent is not None:
@@ -96,27 +108,31 @@ class BucketTable:
         full_at = self._young.get(key) or self._old.get(key) or 0
         return max(full_at - now, 0)
 
-    def _take_unknown(self, key: str, limit: Limit, now: int) -> tuple[int, Verdict]:
-        """Spend for a key that is not in the young generation."""
-        full_at = self._old.pop(key)
-        if full_at is None:
-            self._swept.free(SWEEP_BATCH)
-            if self._is_full():
-                return self._take_overflow(key, limit, now)
-            full_at = self._overflow[hash(key) % OVERFLOW_BUCKETS]
-            self._tracked += 1
-        full_at, verdict = spend(full_at, limit, now)
-        self._young[key] = full_at
-        return full_at, verdict
+    def _enter(self, key: str, mark: int) -> int | None:
+        """Return when the bucket is full of a key (`mark`, its hash) that is not in the young ones.
 
-    def _take_overflow(self, key: str, limit: Limit, now: int) -> tuple[int, Verdict]:
+        It is tracked from now on; None if there is no room for it.
+        """
+        old = self._old
+        full_at = old.parts[mark & old.mask].pop(key, None)
+        if full_at is None:
+            if self._swept.dicts:
+                self._swept.free(SWEEP_BATCH)
+            if self._tracked >= self._max_tracked:
+                return None
+            self._tracked += 1
+            full_at = self._overflow[mark % OVERFLOW_BUCKETS] if self._is_shared else 0
+        return full_at
+
+    def _take_overflow(self, key: str, limit: Limit, now: int) -> Verdict:
         self.counts.overflowed.inc()
+        self._is_shared = True
         place = hash(key) % OVERFLOW_BUCKETS
         before = self._overflow[place]
         full_at, verdict = spend(before, limit, now)
         # `spend` cuts to its own limit's depth; a deeper one may have been exhausted here
         self._overflow[place] = max(full_at, min(before, now + self._deepest))
-        return full_at, verdict
+        return verdict
 
     def _is_full(self) -> bool:
         return self._tracked >= self._max_tracked
@@ -169,6 +185,7 @@ class BucketTable:
             if self._is_full():
                 place = hash(key) % OVERFLOW_BUCKETS
                 self._overflow[place] = max(self._overflow[place], full_at)
+                self._is_shared = True
             elif wait > 0:
                 self._swept.free(SWEEP_BATCH)
                 self._tracked += self._old.pop(key) is None and key not in self._young

@@ -71,8 +71,14 @@ def floors(lifetime: int, ahead: int, floor: int, outage: int) -> Floors:
 
 def renewal_mark(marks: Floors, draw: Callable[[], float]) -> int:
     """Draw the life left at which this token asks for its successor; `draw` is in [0, 1)."""
+    nearest, width = renewal_window(marks)
+    return nearest + int(draw() * width)
+
+
+def renewal_window(marks: Floors) -> tuple[int, int]:
+    """Return where a mark lies at least, in life left, and how much farther it may lie."""
     nearest = min(marks.floor + RENEWAL_LEAD, (marks.floor + marks.ahead) // 2)
-    return nearest + int(draw() * (marks.ahead - nearest))
+    return nearest, marks.ahead - nearest
 
 
 def life(left: int, mark: int, marks: Floors) -> Life:

@@ -87,22 +87,18 @@ class DurableStore(MemoryStore):
 
     @override
     async def keep(self, request: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
-        if not self.waits:
-            return self.keep_at_once(request, key, token, lease)
-        if not self._epochs.holds(request.visitor, lease.epoch):
-            return Kept.ENDED
-        self._tell_kept(request.visitor, key, token)
-        await self._settle()
-        return super().keep_at_once(request, key, token, lease)  # it may be over by now
-
-    @override
-    def keep_at_once(
-        self, request: TokenRequest, key: str, token: EmbedToken, lease: Lease
-    ) -> Kept:
-        kept = super().keep_at_once(request, key, token, lease)
-        if kept is Kept.KEPT:
+        if self.waits and self._epochs.holds(request.visitor, lease.epoch):
+            self._tell_kept(request.visitor, key, token)
+            await self._settle()
+        kept = await super().keep(request, key, token, lease)  # it may be over by now
+        if not self.waits and kept is Kept.KEPT:
             self._tell_kept(request.visitor, key, token)
         return kept
+
+    @override
+    def keep_at_once(self, request: TokenRequest, key: str, token: EmbedToken, now: int) -> None:
+        super().keep_at_once(request, key, token, now)
+        self._tell_kept(request.visitor, key, token)
 
     def _tell_kept(self, visitor: str, key: str, token: EmbedToken) -> None:
         self._ends_told.discard(visitor)

@@ -126,7 +126,8 @@ class Writer:
     def add(self, record: Other) -> None:
         """Write this soon; it is lost, counted, if as many as may wait for a disk do so already."""
         pending = self._pending
-        if len(pending) + self._in_hand - self._ends_added + self._ends_done >= self._most:
+        waiting = len(pending) + self._in_hand
+        if waiting >= self._most and waiting - self._waiting_ends() >= self._most:
             self.lost += 1
             return
         pending.append(record)

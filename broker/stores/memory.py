@@ -17,7 +17,7 @@ from broker.stores.epochs import Epochs
 from broker.stores.token_cache import TokenCache
 from broker.telemetry.counts import BucketCounts
 
-_FINGERPRINT = LimitName.FINGERPRINT
+_FINGERPRINT, _MINTS = LimitName.FINGERPRINT, LimitName.FINGERPRINT_MINTS
 
 
 class MemoryStore(Store):
@@ -54,7 +54,7 @@ class MemoryStore(Store):
             now,
             counts.get(LimitName.CLIENT),
         )
-        self._fingerprint = self.buckets[LimitName.FINGERPRINT]
+        self._fingerprint, self._mints = self.buckets[_FINGERPRINT], self.buckets[_MINTS]
         self._epochs = epochs or Epochs()
         self._fence = 0
         self._fence_floor = fence_floor
@@ -122,33 +122,31 @@ class MemoryStore(Store):
 
     def lead_at_once(self, request: TokenRequest, now: int) -> Lease | Rejection:
         """Lead without a look for a token, for who has just looked (`now`, monotonic us)."""
-        return self.charge_mint(request, now) or Lease(
-            self._next_fence(), self._epochs.of(request.visitor)
-        )
-
-    def _next_fence(self) -> int:
+        rejection = self.charge_mint(request, now)
+        if rejection is not None:
+            return rejection
         self._fence = max(self._fence + 1, self._fence_floor())
-        return self._fence
+        return Lease(self._fence, self._epochs.of(request.visitor))
 
     def charge_mint(self, request: TokenRequest, now: int) -> Rejection | None:
         """Charge the limits that only a started mint meets; None means go ahead."""
-        mints, agent = self._limits.fingerprint_mints, self._limits.agent
-        return self._charge(mints, mints.visitor_key(request), request.agent, now) or self._charge(
-            agent, request.agent, request.agent, now
-        )
+        limits, agent = self._limits, request.agent
+        rule, key = limits.fingerprint_mints.met_by(request)
+        verdict = self._mints.take(key, rule.limit, now, dry_run=rule.dry_run)
+        if not verdict.allowed and not rule.dry_run:
+            return Rejection(_MINTS, verdict)
+        return self._charge(limits.agent, agent, agent, now)
 
     @override
     async def keep(self, request: TokenRequest, key: str, token: EmbedToken, lease: Lease) -> Kept:
-        return self.keep_at_once(request, key, token, lease)
-
-    def keep_at_once(
-        self, request: TokenRequest, key: str, token: EmbedToken, lease: Lease
-    ) -> Kept:
-        """Do what `keep` does, where nothing of it waits."""
         if not self._epochs.holds(request.visitor, lease.epoch):
             return Kept.ENDED
         self.tokens[key] = token
         return Kept.KEPT
+
+    def keep_at_once(self, _request: TokenRequest, key: str, token: EmbedToken, now: int) -> None:
+        """Hold a token for reuse whose visitor was not ended meanwhile (`now`, monotonic us)."""
+        self.tokens.keep(key, token, now)
 
     @override
     async def release(self, request: TokenRequest, key: str, lease: Lease) -> bool:

@@ -96,24 +96,30 @@ class TokenCache:
 
     def __setitem__(self, key: str, token: EmbedToken) -> None:
         """Hold a token, unless it is dead; the dead make room for it before the living."""
-        now = self._mono()
-        self._leftovers.free(FREED_AT_ONCE)
-        self._expire(now, FREED_AT_ONCE)
+        self.keep(key, token, self._mono())
+
+    def keep(self, key: str, token: EmbedToken, now: int) -> None:
+        """Do the same for a caller that has just read the clock."""
+        if self._leftovers.dicts:
+            self._leftovers.free(FREED_AT_ONCE)
+        if self._due.has_until(now // SECOND):
+            self._expire(now, FREED_AT_ONCE)
         ends = self._keep_until(token)
         if now >= ends:
             self.discard(key)
             return
         self._near = max(self._near, token.dies_mono - ends)
-        part = self._tokens.part(key)
+        mark, tokens = hash(key), self._tokens
+        part = tokens.parts[mark & tokens.mask]
         old = part.get(key)
         if old is not None:
-            self._used[hash(key) % USED_CELLS] = 1
+            self._used[mark % USED_CELLS] = 1
             self._due.remove(key, self._second_of(old))
         else:
             if self._held >= self._maxsize:
                 self._make_room(now)
             self._held += 1
-            self._used[hash(key) % USED_CELLS] = 0
+            self._used[mark % USED_CELLS] = 0
         part[key] = token
         self._due.add(key, -(-ends // SECOND))
 

@@ -35,8 +35,6 @@ from broker.telemetry.streams import stderr
 SUMMARY_INTERVAL = 60_000_000
 """Microseconds: how often refusals that were not written one by one are summed up."""
 
-_hash_key = bytearray(secrets.token_bytes(32))
-
 
 def configure(settings: LogSettings, stream: TextIO | None = None) -> None:
     """Set format and level; can be called again to change them while running.
@@ -199,12 +197,11 @@ class Stamp:
 
     def now(self) -> str:
         """Return this moment, as RFC 3339 has it."""
-        now = time.time()
-        second = int(now)
+        second, rest = divmod(time.time_ns(), 1_000_000_000)
         if second != self._second:
             self._second = second
-            self._date = f"{datetime.fromtimestamp(second, tz=UTC):%Y-%m-%dT%H:%M:%S}"
-        return f"{self._date}.{int((now - second) * 1e6):06}Z"
+            self._date = f"{datetime.fromtimestamp(second, tz=UTC):%Y-%m-%dT%H:%M:%S}."
+        return f"{self._date}{str(1_000_000_000 + rest)[1:7]}Z"  # a third of the time of `:06`
 
     def __call__(self, _logger: object, _name: str, event: EventDict) -> EventDict:
         """Put it into an event."""
@@ -297,16 +294,34 @@ _WORDS = re.compile(r"(?:[\w .]|\(\))*")
 """Words up to the first sign of a value: a bracket, a quote, the end of the line."""
 
 
-def visitor_hash(fingerprint: str) -> str:
-    """Name a visitor in the log of this broker without showing the fingerprint."""
-    return blake2b(fingerprint.encode(), key=_hash_key, digest_size=6).hexdigest()
+class _VisitorNames:
+    """Names of visitors: a hash that only those who have the key can repeat."""
+
+    def __init__(self) -> None:
+        self.use(secrets.token_bytes(32))
+
+    def use(self, key: bytes) -> None:
+        """Name them with this key from now on."""
+        self.key = key
+        self._begun = blake2b(key=key, digest_size=6)
+
+    def hash_of(self, fingerprint: str) -> str:
+        """Name a visitor in the log of this broker without showing the fingerprint."""
+        begun = self._begun.copy()
+        begun.update(fingerprint.encode())
+        return begun.hexdigest()
+
+
+_visitors = _VisitorNames()
+
+visitor_hash = _visitors.hash_of
 
 
 def share_key(key: bytes | None = None) -> bytes:
     """Return the key that names visitors; with one given, use that: all workers use the same."""
     if key is not None:
-        _hash_key[:] = key
-    return bytes(_hash_key)
+        _visitors.use(key)
+    return _visitors.key
 
 
 class RefusalLog:

@@ -6,14 +6,20 @@ most values need no escape.  Whatever is not so goes the ordinary way, as does e
 log is not JSON, or is read by somebody else (a test's capture).
 """
 
-import re
+from functools import lru_cache
 
+import msgspec
 import structlog
 
 from broker.telemetry.logs import Stamp, json_lines
 
-_PLAIN = re.compile(r"[ !#-\[\]-~]*")
-"""What JSON writes as it is: printable ASCII without the quote and the backslash."""
+_text_of = lru_cache(maxsize=1024)(repr)
+"""Of a duration, in whole microseconds: under load there are some hundred, at 1.5 us each."""
+
+_encode = msgspec.json.Encoder().encode
+
+_DELETE = "\x7f"
+"""The only sign of ASCII that msgspec writes as it is and `logs` does not."""
 
 
 class MintLine:
@@ -40,7 +46,7 @@ class MintLine:
         """Write it; the values are those of the line."""
         lines = self._lines
         texts = f"{outcome}{request_id}{client}{agent}{visitor}{session}{token}"
-        if lines is None or not lines.is_in_use or _PLAIN.fullmatch(texts) is None:
+        if lines is None or not lines.is_in_use or not _is_plain(texts):
             self._log.info(
                 "broker.embed_token",
                 outcome=outcome,
@@ -58,6 +64,11 @@ class MintLine:
                 f'{{"event": "broker.embed_token", "outcome": "{outcome}",'
                 f' "request_id": "{request_id}", "client": "{client}", "agent": "{agent}",'
                 f' "visitor": "{visitor}", "session": "{session}", "token": "{token}",'
-                f' "left_s": {left_s}, "duration_ms": {duration_ms!r}, "level": "info",'
+                f' "left_s": {left_s}, "duration_ms": {_text_of(duration_ms)}, "level": "info",'
                 f' "timestamp": "{self._stamp.now()}"}}\n'
             )
+
+
+def _is_plain(text: str) -> bool:
+    """Whether JSON writes this as it is: in ASCII, and no longer than it is."""
+    return text.isascii() and len(_encode(text)) == len(text) + 2 and _DELETE not in text

@@ -7,7 +7,7 @@ What has to wait, for its body or for its token, comes back as a coroutine that 
 calls ended.  Each step is written once: the same calls answer what was waited for.
 """
 
-from typing import Protocol, TypedDict, cast
+from typing import Protocol, cast
 
 import structlog
 from typing_extensions import override
@@ -39,21 +39,12 @@ _CACHE_STATUS = {
     Outcome.COALESCED: "Cache-Status: embed-token-broker; fwd=miss; collapsed\r\n",
 }
 
+_OUTCOMES = {outcome: outcome.value for outcome in _CACHE_STATUS}
+
 _MINTED, _LIMITED = Outcome.MINTED, Outcome.LIMITED
 
 _COUNTED = frozenset({Outcome.SHED, Outcome.INVALID, Outcome.UNAUTHORIZED, Outcome.FORBIDDEN})
 """Outcomes that anybody can cause in any number: one a minute is written, the rest counted."""
-
-
-class _IssuedFields(TypedDict):
-    request_id: str
-    client: str
-    agent: str
-    visitor: str
-    session: str
-    token: str
-    left_s: int
-    duration_ms: float
 
 
 class Frame(Protocol):
@@ -313,21 +304,20 @@ class TokenRoute:
     def _log_issued(
         self, issued: IssuedToken, request_id: str, seconds: float, request: TokenRequest
     ) -> None:
-        data = data_in(issued.token.body)
-        fields: _IssuedFields = {
-            "request_id": request_id,
-            "client": request.client,
-            "agent": request.agent,
-            "visitor": visitor_hash(request.fingerprint),
-            "session": data.session_id,
-            "token": name_of(data.token),
-            "left_s": issued.left // 1_000_000,
-            "duration_ms": round(seconds * 1000, 3),
-        }
-        if issued.outcome is _MINTED:
-            self._mint_line.write("minted", **fields)
-        else:
-            log.debug("broker.embed_token", outcome=issued.outcome.value, **fields)
+        minted, outcome = issued.minted, issued.outcome
+        names = data_in(issued.token.body) if minted is None else minted
+        write = self._mint_line.write if outcome is _MINTED else _log_reuse
+        write(
+            _OUTCOMES[outcome],
+            request_id=request_id,
+            client=request.client,
+            agent=request.agent,
+            visitor=visitor_hash(request.fingerprint),
+            session=names.session_id,
+            token=name_of(names.token),
+            left_s=issued.left // 1_000_000,
+            duration_ms=round(seconds * 1_000_000) / 1000,  # `seconds` are whole microseconds
+        )
 
 
 class _WaitingRequest(Later[Answer]):
@@ -343,6 +333,10 @@ class _WaitingRequest(Later[Answer]):
     @override
     def outcome(self) -> Answer | Work:
         return self.route.answer_to(self)
+
+
+def _log_reuse(outcome: str, **fields: object) -> None:
+    log.debug("broker.embed_token", outcome=outcome, **fields)
 
 
 def _log_failure(

@@ -15,7 +15,6 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from msgspec import Struct
 
 from broker.issuers.keyring import (
     MAX_LIFE,
@@ -497,38 +496,3 @@ def test_G7_a_ring_shows_names_never_keys() -> None:
     assert repr(TWO) == "Keyring(kids=['2026-01', '2026-02'])"
     assert repr(Key("a", KEY)) == "Key('a')"
     assert f"{TWO}" == repr(TWO)
-
-
-@given(
-    st.dictionaries(st.text(min_size=1, max_size=9), st.text(max_size=40), min_size=1, max_size=3),
-    st.text(max_size=40),
-    st.integers(1, 3),
-)
-def test_what_a_template_signs_is_what_a_library_makes_of_the_claims(
-    constant: dict[str, str], varying: str, count: int
-) -> None:
-    """Header and constant claims are encoded once; every key signs by its own, wherever it is."""
-    names = [f"key{number}" for number in range(count)]
-    keys = {name: secrets.token_bytes(32) for name in names}
-    ring = Keyring.of(keys, names[-1])
-    template = ring.template(constant)
-    for _ in range(2):
-        token = template.sign(_Varying(unlike_others=varying, exp=9), 0)
-        claims = jwt.decode(
-            token,
-            keys[names[-1]],
-            ["HS256"],
-            options={"verify_exp": False, "verify_aud": False}
-            | dict.fromkeys(
-                ("verify_iat", "verify_nbf", "verify_sub", "verify_jti", "verify_iss"), False
-            ),
-        )
-        assert claims == {**constant, "unlike_others": varying, "exp": 9}
-        header = ring.sign({}, 0).partition(".")[0]
-        assert token.partition(".")[0] == header
-    assert repr(template) == f"Template(kids={names})"
-
-
-class _Varying(Struct):
-    unlike_others: str
-    exp: int

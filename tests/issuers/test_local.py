@@ -7,14 +7,18 @@ import time
 
 import jwt
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from broker.issuers.keyring import LEEWAY, MAX_LIFE, BadToken, Key, Keyring
-from broker.issuers.local import MOST_PROVEN, LocalIssuer
+from broker.issuers.local import DRAWN, MOST_ALIKE, MOST_PROVEN, SESSION_BYTES, LocalIssuer
 from broker.model import TokenRequest
 from broker.pacing.slots import UNCOUNTED, Slot
 from broker.sessions.base import MARK_LIFE
 from broker.testing import FakeClock
 from broker.units import SECOND
+from broker.wire.responses import success_body
 
 ISSUER, AUDIENCE = "embed-token-broker", "embed"
 AGENT, VISITOR = "A78WKV4515", "D3adBeef-0001"
@@ -67,6 +71,62 @@ async def test_every_claim_of_a_token(model: str | None) -> None:
     assert dict(minted.extra) == ({} if model is None else {"model": model})
 
 
+async def test_session_ids_that_are_drawn_together_are_given_once() -> None:
+    """Also when more are asked for than are drawn at once, by two issuers."""
+    issuers = [local(FakeClock()) for _ in range(2)]
+    visitor = TokenRequest("web", AGENT, VISITOR)
+    drawn = [
+        issuer.sign(visitor, SECOND).session_id for issuer in issuers for _ in range(3 * DRAWN)
+    ]
+    assert len(set(drawn)) == len(drawn)
+    assert {len(bytes.fromhex(one)) for one in drawn} == {SESSION_BYTES}
+
+
+_MOMENTS = st.lists(st.integers(-3 * SECOND, 3 * SECOND), min_size=1, max_size=12)
+
+_REQUESTS = st.builds(
+    TokenRequest,
+    st.sampled_from(["web", "app"]),
+    st.sampled_from([AGENT, "B2"]),
+    st.sampled_from(["d3adbeef", "0badcafe", 'a "quoted" one', "\\", "é", "x" * 256]),
+    st.sampled_from([None, "essence", '"token":"', "a\\", "é"]),
+)
+
+
+@given(_MOMENTS, st.lists(_REQUESTS, min_size=1, max_size=4), st.booleans())
+def test_tokens_of_one_second_share_what_they_have_in_common_and_no_more(
+    moments: list[int], requests: list[TokenRequest], turns: bool
+) -> None:
+    """Whoever asks, in whatever order, when the clock steps, and to the moment of a key's turn."""
+    turn = 1_800_000_000 * SECOND + 400_000
+    keys = [Key("old", secrets.token_bytes(32))]
+    if turns:
+        keys.append(Key("new", secrets.token_bytes(32), signs_from=turn))
+    issuer = LocalIssuer(Keyring(keys), ISSUER, AUDIENCE, FakeClock())
+    for number, away in enumerate(moments):
+        now, request = turn + away, requests[number % len(requests)]
+        minted = issuer.sign(request, now)
+        signer = keys[-1] if now >= turn else keys[0]
+        jwt.api_jws.decode_complete(minted.token, signer.secret, ["HS256"])
+        assert part(minted.token, 0).get("kid") == (signer.kid if turns else None)
+        claims, issued = part(minted.token, 1), now // SECOND - 5
+        assert (claims["iat"], claims["nbf"], claims["exp"]) == (issued, issued, issued + 3600)
+        assert (claims["sub"], claims["agent_id"]) == (request.agent, request.agent)
+        assert (claims["client_id"], claims["fingerprint"]) == (request.client, request.fingerprint)
+        assert claims["sid"] == claims["jti"] == minted.session_id
+        assert claims.get("model") == request.model
+        assert minted.origin.endswith(Keyring(keys).name_of(signer.kid))
+        assert minted.body == success_body(replace(minted, body=b""))
+
+
+def test_G6_what_tokens_have_in_common_is_kept_for_so_many() -> None:
+    """A visitor can make models up."""
+    issuer = local(FakeClock())
+    for number in range(MOST_ALIKE + 10):
+        issuer.sign(TokenRequest("web", AGENT, VISITOR, f"m{number}"), 1_800_000_000 * SECOND)
+        assert len(issuer._alike) <= MOST_ALIKE
+
+
 async def test_the_life_told_never_ends_after_the_token_s_own() -> None:
     """Counted from the start of the mint, also late in a second, it is over by `exp`."""
     for fraction in (0, 1, 500_000, 999_999):
@@ -111,7 +171,7 @@ async def test_T6_a_token_is_good_at_once_and_for_verifiers_that_are_behind() ->
     clock.step_wall(4)  # the signer is ahead, that is, the verifier is behind
     minted = await local(clock, ring).mint(TokenRequest("web", AGENT, VISITOR), no_budget)
     jwt.decode(
-        minted.token, ring._signer(0).secret, algorithms=["HS256"], audience=AUDIENCE, issuer=ISSUER
+        minted.token, ring.keys[0].secret, algorithms=["HS256"], audience=AUDIENCE, issuer=ISSUER
     )
 
 

@@ -290,7 +290,7 @@ def test_L7_memory_of_a_flood_is_bounded_through_rotations() -> None:
     for number in range(100_000):
         buckets.take(f"stranger{number}", FAST, T0 + number * 100)
         if number % 500 == 0:
-            dicts = (*buckets._young.parts, *buckets._old.parts, *buckets._swept._dicts)
+            dicts = (*buckets._young.parts, *buckets._old.parts, *buckets._swept.dicts)
             assert len(buckets) <= 1000
             assert len(buckets._swept) <= 1000
             sizes.append(sum(map(sys.getsizeof, (*dicts, buckets._overflow))))
