@@ -60,7 +60,7 @@ class LocalMinter(Minter):
         is_made = not isinstance(made, Rejection)
         if some_failed and is_made:
             self.backoff.forget(request.key)
-        if cached is not None:  # one that is held, and may be: a fresh one was asked for
+        if cached is not None:  # and not handed out: `fresh` was asked for
             self._metrics.refreshes["fresh", "renewed" if is_made else "failed"].inc()
         return made
 

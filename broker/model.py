@@ -20,7 +20,9 @@ SEPARATOR = "\x1f"
 models printable, client names checked at load.  So two keys are equal only if every part is."""
 
 
-AGENT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+LONGEST_AGENT = 64
+
+AGENT_ID = re.compile(rf"[A-Za-z0-9_-]{{1,{LONGEST_AGENT}}}")
 """Agent codes look like A78WKV4515 today; older ones do not, so this is kept loose."""
 
 AGENT_RULE = "1 to 64 of A-Z a-z 0-9 _ -"

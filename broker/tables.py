@@ -152,7 +152,7 @@ class BySecond(Generic[K]):
 
 
 class Leftovers:
-    """What was given up, and is freed a few entries at a time: nothing is left without `dicts`."""
+    """What was given up, and is freed a few entries at a time; `dicts` is empty when all is."""
 
     def __init__(self) -> None:
         self.dicts: list[dict[object, object]] = []

@@ -204,9 +204,9 @@ class Later(Struct, Generic[T], eq=False, kw_only=True):
     said: Any = _NOTHING_YET
 
     def tell(self, said: object = None) -> None:
-        """The answer is there."""
+        """The answer is there; never before whoever began to ask has returned."""
         self.said = said
-        then = self.then
+        then, self.then = self.then, None
         if then is not None:
             then()
 

@@ -186,7 +186,7 @@ def add_pages(
 
 def _token_cache(given: _Given) -> TokenCache:
     marks = given.policy.marks
-    outage = lru_cache(maxsize=64)(lambda lifetime: marks(lifetime).outage)  # lives are few
+    outage = lru_cache(maxsize=64)(lambda lifetime: marks(lifetime).outage)  # spares two calls
     return TokenCache(
         given.settings.reuse.max_tokens,
         keep_until=lambda token: token.dies_mono - outage(token.lifetime),

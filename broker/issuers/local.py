@@ -35,7 +35,7 @@ DRAWN = 64
 """Session ids that are drawn together."""
 
 MOST_ALIKE = 1024
-"""Beginnings of tokens that are kept, by client, agent and model, about 3 KB each.  Visitors may
+"""Beginnings of tokens that are kept, by client, agent and model, about 1.5 KB each.  Visitors may
 make up models: a beginning that was dropped is made again in 20 us."""
 
 
@@ -191,6 +191,10 @@ class _Claims(Struct, frozen=True, gc=False):
     fingerprint: str
     sid: str
     jti: str
+
+    @override
+    def __repr__(self) -> str:
+        return "_Claims()"
 
 
 class _Known(Struct, frozen=True, gc=False):

@@ -5,7 +5,6 @@ with can be hashed ahead of them.  So the claims that differ stand last, and the
 before them ends with a whole group of base64.
 """
 
-from binascii import b2a_base64
 from collections.abc import Mapping
 from hashlib import sha256
 
@@ -13,7 +12,7 @@ import msgspec
 from msgspec import Struct
 from typing_extensions import override
 
-from broker.issuers.keyring import URLSAFE, Key, base64url
+from broker.issuers.keyring import Key, base64url
 
 _encode = msgspec.json.Encoder().encode
 
@@ -42,7 +41,7 @@ class Template:
 
     def sign(self, claims: Struct) -> bytes:
         """Return the compact JWS of the claims that all have and these."""
-        rest = b2a_base64(_encode(claims)[1:], newline=False).translate(URLSAFE).rstrip(b"=")
+        rest = base64url(_encode(claims)[1:])
         inner, outer = self._inner.copy(), self._outer.copy()
         inner.update(rest)
         outer.update(inner.digest())

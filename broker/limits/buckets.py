@@ -53,7 +53,7 @@ class BucketTable:
         self._tracked = 0
         self._swept = Leftovers()
         self._overflow = [0] * OVERFLOW_BUCKETS
-        self._is_shared = False  # whether an overflow bucket was ever spent from
+        self._is_shared = False  # whether anything was ever put into an overflow bucket
         self._max_tracked = max_tracked
         self._horizon = horizon
         self._deepest = horizon
@@ -118,7 +118,7 @@ class BucketTable:
         if full_at is None:
             if self._swept.dicts:
                 self._swept.free(SWEEP_BATCH)
-            if self._tracked >= self._max_tracked:
+            if self._is_full():
                 return None
             self._tracked += 1
             full_at = self._overflow[mark % OVERFLOW_BUCKETS] if self._is_shared else 0

@@ -56,7 +56,7 @@ class Floors(Struct, frozen=True, gc=False):
     """Below this the token is not handed out at all."""
 
 
-@lru_cache(maxsize=1024)  # a mint asks four times, and lives are few
+@lru_cache(maxsize=1024)  # a mint by the vendor asks three times, and lives are few
 def floors(lifetime: int, ahead: int, floor: int, outage: int) -> Floors:
     """Fit the configured marks to a token of `lifetime`.
 

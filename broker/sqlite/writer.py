@@ -126,7 +126,7 @@ class Writer:
     def add(self, record: Other) -> None:
         """Write this soon; it is lost, counted, if as many as may wait for a disk do so already."""
         pending = self._pending
-        waiting = len(pending) + self._in_hand
+        waiting = len(pending) + self._in_hand  # ends, which are not meant, seldom matter
         if waiting >= self._most and waiting - self._waiting_ends() >= self._most:
             self.lost += 1
             return

@@ -43,6 +43,9 @@ LINGER = 0.02
 does each change between it and the event loop, so that one turn for all takes three quarters off
 the price of a line under load.  A line that comes alone is written at once."""
 
+FULL = 0.005
+"""Seconds in which a reader makes room, where it has little: else each line would be a write."""
+
 FLUSH = 0.5
 """Seconds that the end of a process waits for what can still be written."""
 
@@ -189,7 +192,7 @@ class LineWriter:
         poll = select.poll()
         poll.register(self._descriptor, select.POLLOUT)
         poll.poll(RECHECK)
-        _linger()
+        time.sleep(FULL)
 
     @override
     def __repr__(self) -> str:

@@ -1,7 +1,8 @@
-"""What the head of a token request says, beside its secret."""
+"""What a token request says: its head, beside the secret, and its body."""
 
 from msgspec import Struct
 from multidict import istr
+from typing_extensions import override
 
 from broker.model import TokenRequest
 from broker.web import body
@@ -24,6 +25,10 @@ class KnownCall(Struct, frozen=True, gc=False):
 
     caller: Caller
     request: TokenRequest
+
+    @override
+    def __repr__(self) -> str:
+        return f"KnownCall(agent={self.request.agent!r})"
 
 
 def caller_of(request: Request, client: Client) -> Caller:

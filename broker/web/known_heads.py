@@ -106,6 +106,10 @@ class KnownHead(Struct, frozen=True):
     given_id: str
     facts: object
 
+    @override
+    def __repr__(self) -> str:
+        return f"KnownHead({self.message.method}, {self.size} bytes)"
+
 
 class KnownHeads(Generations[bytes, KnownHead]):
     """Heads by their bytes."""

@@ -42,6 +42,10 @@ class Answer(Struct, gc=False):
     closes: bool = False
     is_written: bool = False
 
+    @override
+    def __repr__(self) -> str:
+        return f"Answer({self.status}, {len(self.body)} bytes)"
+
 
 async def outcome_of(answer: Answer | Awaitable[Answer]) -> Answer:
     """Return an answer that a handler gives now, or later."""

@@ -12,6 +12,7 @@ from aiohttp.http import RawRequestMessage
 from aiohttp.web_request import BaseRequest
 from msgspec import Struct
 from multidict import CIMultiDictProxy
+from typing_extensions import override
 
 from broker.tasks import Later
 from broker.web.response import Answer
@@ -50,6 +51,10 @@ class WholeRequest(Struct, gc=False):
         if peer is None:
             return None
         return str(peer[0]) if isinstance(peer, list | tuple) else str(peer)
+
+    @override
+    def __repr__(self) -> str:
+        return f"WholeRequest({self.message.method}, {len(self.body)} bytes)"
 
 
 Request = BaseRequest | WholeRequest

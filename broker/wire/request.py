@@ -14,7 +14,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from typing_extensions import override
 
 from broker.errors import BrokerError, Invalid, MissingParam
-from broker.model import AGENT_ID, AGENT_RULE, TokenRequest
+from broker.model import AGENT_ID, AGENT_RULE, LONGEST_AGENT, TokenRequest
 
 MAX_BODY = 8 * 1024
 """Bytes: a request has two short fields; whatever is longer is a mistake or an attack."""
@@ -117,7 +117,7 @@ def parse(
         raise MissingParam("agent_id: required; send the agent's code")
     if fingerprint is UNSET:
         raise MissingParam("fingerprint: required; send a stable per-device hex string")
-    if not _is_agent(agent):
+    if len(agent) > LONGEST_AGENT or not _is_agent(agent):
         raise Invalid(
             f"agent_id: must be {AGENT_RULE}; send the agent's code as the vendor shows it"
         )

@@ -198,3 +198,14 @@ def test_errors_are_what_they_mean() -> None:
     assert first == b"OK"
     assert isinstance(second, NoScript)
     assert isinstance(third, StoreFailed)
+
+
+@pytest.mark.parametrize("line", [b"1_0", b" 5", b"5 ", b"5\n", b"+5", b"", b"--5", b"1" * 21])
+def test_S1_what_only_python_takes_for_a_number_is_none(line: bytes) -> None:
+    """Whoever writes so is no server: as a number, as a length, by itself or among others."""
+    assert Reader().numbers(b":1\r\n:" + line + b"\r\n") is None
+    for data in (b":" + line + b"\r\n", b"$" + line + b"\r\n12345\r\n", b"*" + line + b"\r\n"):
+        reader = Reader()
+        reader.feed(data)
+        with pytest.raises(StoreFailed):
+            reader.take()

@@ -297,6 +297,8 @@ class TestTaken:
             assert (await line.answer()).status == 200
         assert parts.server._lane is not None
         assert parts.server._lane.find_request(edge.asking(fingerprint)) is not None
+        known = parts.server._lane.find_request(edge.asking(fingerprint))
+        assert not re.search(f"{fingerprint}|{edge.secret}", repr(known))
         (client,) = {each.name: each for each in parts.authenticator._clients.values()}.values()
         parts.authenticator.use_clients([structs.replace(client, agents=frozenset({"other"}))])
         for _ in range(3):

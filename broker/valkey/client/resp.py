@@ -42,6 +42,9 @@ _EMPTY = (_NOTHING, b"0")
 _DIGITS = 20
 """Of a number of 64 bits, its sign included."""
 
+_OF_NUMBERS = b"0123456789-:\r\n"
+"""What replies that are numbers are made of."""
+
 
 class Reader:
     """What one connection has brought, and how far that is read."""
@@ -69,7 +72,11 @@ class Reader:
             return None
         lines = data[1:-2].split(_NEXT_NUMBER)
         try:
-            if data.count(_END) == len(lines) and max(map(len, lines)) <= _DIGITS:
+            if (
+                data.count(b"\r") == data.count(b"\n") == len(lines)
+                and max(map(len, lines)) <= _DIGITS
+                and not data.translate(None, _OF_NUMBERS)  # else `int` would take 1_0, too
+            ):
                 return [*map(int, lines)]
         except ValueError:
             pass
@@ -144,9 +151,16 @@ class Reader:
             raise ValueError("too long")
 
 
+def _integer(line: bytes) -> int:
+    """Read a number; raises ValueError, also for what only Python takes for one (`1_0`, ` 1`)."""
+    if len(line) > _DIGITS or not line.removeprefix(b"-").isdigit():
+        raise ValueError("no number")
+    return int(line)
+
+
 def _count(line: bytes, most: int) -> int:
     """Read a length; raises ValueError."""
-    if len(line) > _DIGITS or not 0 <= (count := int(line)) <= most:
+    if not 0 <= (count := _integer(line)) <= most:
         raise ValueError("no length")
     return count
 
@@ -159,8 +173,8 @@ def _text(data: bytes, start: int, stop: int) -> bytes:
 
 def _plain(kind: int, line: bytes, begun: Sequence[object]) -> Reply | Exception:
     """Read what is one line; raises ValueError, also for an error within an array."""
-    if kind == _NUMBER and len(line) <= _DIGITS:
-        return int(line)
+    if kind == _NUMBER:
+        return _integer(line)
     if kind == _STATUS:
         return line
     if kind == _ERROR and not begun:
