@@ -98,7 +98,11 @@ def examine_tree(tree: Mapping[str, Any]) -> Examined:
     with suppress(ValueError):  # it is among the problems
         upstream = replace(upstream, base_url=normal_base_url(upstream.base_url))
     settings = replace(settings, issuer=replace(settings.issuer, upstream=upstream))
-    return Examined(settings, problems + broken, left_out)
+    # a list that has something wrong twice is told once
+    told: dict[str, ConfigError] = {}
+    for problem in problems + broken:
+        told.setdefault(str(problem), problem)
+    return Examined(settings, list(told.values()), left_out)
 
 
 def follows_from(problem: ConfigError, keys: Iterable[str]) -> bool:

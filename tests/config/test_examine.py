@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as profile
 from hypothesis import strategies as st
 from processes import Tree, merged
@@ -33,6 +33,7 @@ changes = st.dictionaries(
 
 @profile(max_examples=300, deadline=None)
 @given(changes=changes)
+@example(changes={"issuer.upstream.pass_through": ["", ""]})
 def test_any_tree_is_examined_to_its_end(changes: Tree) -> None:
     """Settings come of it whatever is in it, and the loader raises the first problem, if any."""
     tree = merged({}, changes)
