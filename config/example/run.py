@@ -65,7 +65,8 @@ def main() -> None:
     def ended(*_: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, ended)
+    for number in (signal.SIGTERM, signal.SIGINT):  # also where a script that started it ignores it
+        signal.signal(number, ended)
     with ExitStack() as stack:
         try:
             _run(stack, any_port=any_port)

@@ -24,12 +24,16 @@ INSTALL = 300.0
 """Seconds in which the packages are there, the first time."""
 
 
+IN_A_SCRIPT = """trap '' INT; exec "$0" "$@" """
+"""Starts a command as a script's `command &` does: SIGINT is ignored, as for all that it starts."""
+
+
 class Example:
     """`config/example/run`, and what it wrote so far."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [ROOT / "config" / "example" / "run", "--any-port"],
+            ["sh", "-c", IN_A_SCRIPT, ROOT / "config" / "example" / "run", "--any-port"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
