@@ -287,8 +287,13 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """Connect, with transactions of our own making; opened in one thread, used in another."""
-    return sqlite3.connect(path, timeout=BUSY, isolation_level=None, check_same_thread=False)
+    """Connect, with transactions of our own making; opened in one thread, used in another.
+
+    Nothing is put aside elsewhere: the state's folder may be all that can be written to.
+    """
+    connection = sqlite3.connect(path, timeout=BUSY, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA temp_store = MEMORY")
+    return connection
 
 
 @contextlib.contextmanager
