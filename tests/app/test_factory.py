@@ -213,6 +213,14 @@ class TestSecretsInFiles:
         with pytest.raises(ConfigError, match=f"^{variable}: not a key: "):
             factory.check(settings(tree), {variable: f" {secrets.token_urlsafe(24)}"})
 
+    def test_of_two_keys_in_the_environment_the_one_by_the_usual_name_counts(
+        self, tmp_path: Path
+    ) -> None:
+        """The old name may still hold a key that is not good any more: it is never shown."""
+        relay = settings(put(good(tmp_path), "issuer.kind", "upstream"))
+        given = {name: secrets.token_urlsafe(24) for name in config.VENDOR_VARIABLES}
+        assert credentials.vendor_keys(relay, given) == [Secret(given["BITHUMAN_API_SECRET"])]
+
 
 class TestLimits:
     def test_have_the_defaults_as_buckets(self) -> None:

@@ -7,8 +7,10 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,6 +32,7 @@ from processes import (
     write,
 )
 
+from broker.cli import probe
 from broker.cli.main import main
 from broker.config.environment import misspelt
 
@@ -300,6 +303,26 @@ class TestListeners:
             for section, url in (("server", broker.url), ("admin", broker.admin_url)):
                 taken = put(tree, f"{section}.listen", url.removeprefix("http://"))
                 assert check(taken) == (0, [])
+
+    def test_another_server_that_says_it_is_well_is_no_broker(
+        self, check: Check, tree: Tree
+    ) -> None:
+        """69: many a server has the same words at /livez, but its answers have no request id."""
+
+        class Other(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(probe.ALIVE)))
+                self.end_headers()
+                self.wfile.write(probe.ALIVE)
+
+            def log_message(self, *_: object) -> None:
+                """Say nothing."""
+
+        with HTTPServer(("127.0.0.1", 0), Other) as server:
+            threading.Thread(target=server.handle_request, daemon=True).start()
+            code, (line,) = check(put(tree, "server.listen", f"127.0.0.1:{server.server_port}"))
+        assert (code, "in use; stop the other process" in line) == (69, True)
 
     def test_both_listeners_at_one_address(self, check: Check, tree: Tree) -> None:
         """Also if one of them is everywhere."""

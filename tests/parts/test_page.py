@@ -169,6 +169,25 @@ class TestOneTag:
         for label in ("One", "Two"):
             expect(visit.page.get_by_role("button", name=label)).to_have_count(1)
 
+    def test_what_was_removed_can_be_mounted_again(self, site: Website, visit: Visit) -> None:
+        """The page of an application comes and goes; each time there is one button that works."""
+        page = visit.page
+        page.goto(site.show(site.tag()))
+        button = page.get_by_role("button", name=LABEL)
+        button.wait_for()
+        page.evaluate(
+            """() => {
+              const tag = document.querySelector("script");
+              window.mounted = () => EmbedBroker.mount(tag, tag.dataset);
+            }"""
+        )
+        page.evaluate("mounted().remove()")
+        assert button.count() == 0
+        page.evaluate("void mounted()")
+        assert button.count() == 1
+        talk(page)
+        connected(page)
+
     def test_a_running_call_is_never_loaded_again(self, site: Website, visit: Visit) -> None:
         """Not by another click, another token, or a new attribute: its window stays the same."""
         page = visit.page
@@ -459,6 +478,20 @@ class TestTrouble:
         connected(page)
         assert len(site.asked) == 2
 
+    def test_closed_and_opened_while_it_waits_it_is_one_frame(
+        self, site: Website, visit: Visit
+    ) -> None:
+        """The token that comes is for both openings, and the one that was closed plays no more."""
+        site.prepared.append(refusal(429, "RATE_LIMITED", 1))
+        page = self.opened(site, visit)
+        expect(page.get_by_role("status")).to_have_text("The avatar is busy. Next try in 1 s.")
+        page.get_by_role("button", name="Close").click()
+        talk(page)
+        page.locator("iframe").first.wait_for()
+        assert page.locator("iframe").count() == 1
+        connected(page)
+        assert len(site.asked) == 2
+
     def test_a_second_refusal_is_left_to_the_visitor(self, site: Website, visit: Visit) -> None:
         """Two requests and no third; until `Retry-After` has passed the button does nothing."""
         site.prepared += [refusal(429, "RATE_LIMITED", 1), refusal(429, "RATE_LIMITED", 2)]
@@ -482,6 +515,17 @@ class TestTrouble:
         expect(page.get_by_role("button", name="Try again")).to_be_disabled()
         page.wait_for_timeout(1500)
         assert len(site.asked) == 1
+
+    @pytest.mark.parametrize(("seconds", "is_waited_out"), [(30, True), (31, False)])
+    def test_half_a_minute_is_the_longest_wait_for_a_second_try(
+        self, site: Website, visit: Visit, seconds: int, *, is_waited_out: bool
+    ) -> None:
+        """Of what is longer the page is told that nobody tries again."""
+        site.prepared.append(refusal(503, "SERVICE_UNAVAILABLE", seconds))
+        page = self.opened(site, visit)
+        said = f"The avatar is busy. Next try in {seconds} s."
+        expect(page.get_by_role("status")).to_have_text(said)
+        assert self.told(page) == [["SERVICE_UNAVAILABLE", 503, is_waited_out]]
 
     def test_a_wait_stays_a_wait_for_who_opens_again(self, site: Website, visit: Visit) -> None:
         """The button that was enabled for the last opening is not for this one."""

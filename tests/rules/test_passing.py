@@ -157,6 +157,12 @@ def test_connection_takes_nothing_away_that_the_request_is_made_of(named: str) -
         to_the_vendor([("Connection", f"close, {named}"), ("api-secret", "x")])
 
 
+def test_an_answer_keeps_its_length_whatever_connection_names() -> None:
+    """Without it nobody could tell where the answer ends, and the next one begins."""
+    fields = [("Connection", "close, Content-Length, X-A"), ("Content-Length", "2"), ("X-A", "1")]
+    assert to_the_caller(fields) == [("Content-Length", "2")]
+
+
 @pytest.mark.parametrize(
     "route",
     ["", "/", "/*", "v1/*", "/v1/*/x", "/v1/../x", "/v1/./x", "/v1//x", "/v1/x*", "/v1/%41"],

@@ -923,6 +923,16 @@ class TestThrottled:
         assert (await house.answered("GET", "/v1/agents"))[0] == 429
         assert house.paused_for > 0
 
+    async def test_a_key_that_is_good_no_more_is_heeded_no_more(self, house: Passing) -> None:
+        """What it was accepted for is over with its first refusal: a 429 may be for that one."""
+        unauthorized = faults.error(Refusal.UNAUTHORIZED)
+        limited = faults.error(Refusal.RATE_LIMITED, retry_after="7")
+        for fault, status in ((None, 200), (unauthorized, 401), (limited, 429)):
+            if fault is not None:
+                house.vendor.fail(fault, path="/v1/agents", times=1)
+            assert (await house.answered("GET", "/v1/agents"))[0] == status
+        assert house.paused_for == 0
+
 
 def resident() -> int:
     """Bytes of memory that this process has."""

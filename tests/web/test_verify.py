@@ -86,6 +86,11 @@ class TestAnswers:
             assert reply.header("WWW-Authenticate") == "Bearer"
             assert told(reply) == {}
 
+    async def test_an_empty_header_beside_a_good_token_is_no_second_one(self, edge: Edge) -> None:
+        """A proxy sends it that fills it from a variable without a value."""
+        bearer = ("Authorization", f"Bearer {await token_of(edge)}")
+        assert (await verify(edge, bearer, ("X-Embed-Token", ""))).status == 200
+
     async def test_O2_a_bad_token_is_401_and_says_why_without_quoting_it(self, edge: Edge) -> None:
         """Damaged, foreign, random, empty parts, far too long for a token."""
         good = await token_of(edge)
