@@ -111,6 +111,15 @@ def test_T7_a_token_that_is_dead_on_arrival_is_not_held(clock: FakeClock, lifeti
     assert (len(cache), cache.counts.evicted.value, cache.counts.expired.value) == (1, 0, 0)
 
 
+def test_T7_what_is_dead_on_arrival_replaces_what_was_held(clock: FakeClock) -> None:
+    """The older token of the same key is not handed out again."""
+    cache = cache_of(clock)
+    cache["key"] = held(clock)
+    cache["key"] = held(clock, 0)
+    assert cache.find("key") is None
+    assert len(cache) == 0
+
+
 def test_M2_at_capacity_overwriting_evicts_nobody(clock: FakeClock) -> None:
     """A renewal takes the place of its own predecessor, ten times over."""
     cache = cache_of(clock, maxsize=3)
