@@ -334,6 +334,26 @@ def test_V11_the_time_told_is_true_and_bounded() -> None:
         assert due - A_BIT <= wait <= min(due * (1 + JITTER) + A_BIT, MAX_PROMISE)
 
 
+def test_N13_who_waits_for_the_end_of_a_call_is_woken_when_calls_are_abandoned() -> None:
+    """Nothing else may come: the calls that made no room are owed from then on."""
+
+    async def main(_clock: FakeClock) -> None:
+        slots = LocalSlots(SLOW)
+        await slots.start()
+        await asyncio.sleep(SLOW.depth + 1)
+        for _ in range(SLOW.burst):
+            assert await slots.take(lambda: 1)
+        waiting = asyncio.create_task(slots.take(lambda: 1))
+        await asyncio.sleep(SLOW.depth)
+        assert not waiting.done()
+        for _ in range(SLOW.burst):
+            slots.abandon()
+        async with asyncio.timeout(10 * SLOW.depth):
+            assert await waiting
+
+    run_virtual(main)
+
+
 def test_V11_an_abandoned_place_is_not_wasted() -> None:
     """Those behind move up, and the pace stays what it was."""
 

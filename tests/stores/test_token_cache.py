@@ -87,6 +87,19 @@ def test_G11_what_is_restored_is_held_as_if_it_had_come_one_by_one(clock: FakeCl
     assert len(here) == 0
 
 
+def test_T8_a_short_token_does_not_keep_a_long_one_beyond_its_floor(clock: FakeClock) -> None:
+    """Floors differ: one that came later, with a smaller floor, says nothing of those before."""
+    cache = TokenCache(
+        100, keep_until=lambda token: token.dies_mono - token.lifetime // 60, mono=clock.mono
+    )
+    cache["long"] = held(clock)
+    cache["short"] = held(clock, 60 * SECOND)
+    clock.advance(3540 - 0.000_001)
+    assert cache.find("long") is not None
+    clock.advance(0.000_001)
+    assert cache.find("long") is None
+
+
 @pytest.mark.parametrize("lifetime", [0, 1, SECOND, OUTAGE])
 def test_T7_a_token_that_is_dead_on_arrival_is_not_held(clock: FakeClock, lifetime: int) -> None:
     """It is no error, takes no room and pushes nobody out."""
@@ -96,6 +109,15 @@ def test_T7_a_token_that_is_dead_on_arrival_is_not_held(clock: FakeClock, lifeti
     assert cache.find("other") is None
     assert cache.find("key") is living
     assert (len(cache), cache.counts.evicted.value, cache.counts.expired.value) == (1, 0, 0)
+
+
+def test_T7_what_is_dead_on_arrival_replaces_what_was_held(clock: FakeClock) -> None:
+    """The older token of the same key is not handed out again."""
+    cache = cache_of(clock)
+    cache["key"] = held(clock)
+    cache["key"] = held(clock, 0)
+    assert cache.find("key") is None
+    assert len(cache) == 0
 
 
 def test_M2_at_capacity_overwriting_evicts_nobody(clock: FakeClock) -> None:
