@@ -293,13 +293,12 @@ class TestCheck:
 
     def test_notes_secret_files_that_are_elsewhere(self, tmp_path: Path, tree: Tree) -> None:
         """A configuration is checked where it is written; its secrets are where it runs."""
-        tree = put(tree, "clients.web.secret_file", "/nowhere/web")
+        settings = ("clients.web.secret_file", "issuer.local.keys.one.secret_file")
+        tree = merged(tree, dict.fromkeys(settings, "/nowhere/x"))
         done = run("check", "--config", write(tmp_path / "broker.toml", toml(tree)))
         assert (done.returncode, done.stdout) == (0, b"configuration ok\n")
-        assert done.stderr == (
-            b"note: clients.web.secret_file: /nowhere/web is not here; it must be where the broker"
-            b" runs\n"
-        )
+        told = "/nowhere/x is not here; it must be where the broker runs"
+        assert done.stderr.decode() == "".join(f"note: {key}: {told}\n" for key in settings)
 
     def test_notes_what_the_environment_overrides(self, path: str, tmp_path: Path) -> None:
         """Whoever edits the file sees no other sign that this key of it does not count."""
@@ -339,7 +338,8 @@ class TestCheck:
 
     def test_sees_other_errors_beside_a_missing_file(self, tmp_path: Path, tree: Tree) -> None:
         """A note must not hide that a key is weak or that nobody may ask."""
-        away = put(tree, "issuer.local.keys.one.secret_file", "/nowhere/one")
+        files = ("clients.web.secret_file", "issuer.local.keys.one.secret_file")
+        away = merged(tree, dict.fromkeys(files, "/nowhere/x"))
         done = run("check", "--config", write(tmp_path / "f", toml(put(away, "clients", {}))))
         assert (done.returncode, done.stdout) == (78, b"")
         assert done.stderr.startswith(b"broker: clients: nobody may ask for tokens")
