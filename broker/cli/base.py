@@ -19,7 +19,7 @@ from typing_extensions import override
 from broker.config.schema import ConfigError, duration
 from broker.config.settings import Duration, Settings
 from broker.exit_codes import EX_CONFIG, EX_OK, EX_USAGE
-from broker.telemetry.streams import complain
+from broker.telemetry.streams import complain, one_line
 
 if TYPE_CHECKING:
     from broker.config import load as config
@@ -173,7 +173,8 @@ def _overview(parser: Parser, _arguments: argparse.Namespace) -> int:
     On standard error, and no success: a script that runs `broker $COMMAND` with nothing in it has
     not done what it was for.
     """
-    complain(parser.format_help().removesuffix("\n"))
+    for line in parser.format_help().splitlines():
+        complain(line)
     return EX_USAGE
 
 
@@ -215,8 +216,3 @@ def overridden(arguments: argparse.Namespace) -> dict[str, str]:
     from broker.config import load as config
 
     return config.overridden(config.find_file(arguments.config, os.environ), os.environ)
-
-
-def one_line(error: object) -> str:
-    """Escape what would end the line or move the cursor: names in a file may hold anything."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))

@@ -5,10 +5,10 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
-from broker.cli.base import Commands, one_line, span
+from broker.cli.base import Commands, span
 from broker.config.schema import ConfigError
 from broker.exit_codes import EX_CONFIG, EX_OK, EX_UNAVAILABLE
-from broker.telemetry.streams import complain, stderr, stdout
+from broker.telemetry.streams import complain, one_line, stderr, stdout
 
 if TYPE_CHECKING:
     from broker.testing import FakeVendor

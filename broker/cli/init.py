@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from broker.cli.base import Commands, one_line
+from broker.cli.base import Commands
 from broker.exit_codes import EX_NO, EX_OK, EX_USAGE
 from broker.model import Secret
 from broker.telemetry.streams import complain, stderr, tell
@@ -95,20 +95,21 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         answers = _answers(arguments)
     except KeyboardInterrupt:  # not at once: what is typed unseen would stay so for the shell
-        complain("\nbroker init: interrupted; nothing was written")
+        complain("")
+        complain("broker init: interrupted; nothing was written")
         stderr.flush()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
         raise
     except Unanswered as error:
-        complain(f"broker init: {one_line(error)}")
+        complain(f"broker init: {error}")
         return EX_USAGE
     finally:
         signal.signal(signal.SIGINT, before)
     there = answers.there()
     if there and not arguments.force:
         complain(
-            f"broker init: {one_line(there[0])} is there already; --force writes configuration and"
+            f"broker init: {there[0]} is there already; --force writes configuration and"
             " unit anew and keeps secrets, --folder writes elsewhere"
         )
         return EX_NO
@@ -117,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
             tell(line)
     except OSError as error:
         where, why = error.filename or answers.folder, error.strerror or "error"
-        complain(f"broker init: cannot write {one_line(where)}: {why}; --folder writes elsewhere")
+        complain(f"broker init: cannot write {where}: {why}; --folder writes elsewhere")
         return EX_NO
     tell(first_files.next_steps(answers))
     for note in first_files.hidden(answers):

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from broker.cli.base import Commands, one_line, settings_of, span
+from broker.cli.base import Commands, settings_of, span
 from broker.config.schema import ConfigError
 from broker.config.settings import Settings
 from broker.exit_codes import EX_NO, EX_OK
@@ -96,7 +96,7 @@ def run_rotate(arguments: argparse.Namespace) -> int:
     try:
         lines = rotate(settings_of(arguments), after, drop_old=arguments.drop_old)
     except CannotRotate as error:
-        complain(f"broker: {one_line(error)}")
+        complain(f"broker: {error}")
         return EX_NO
     tell("\n".join(lines))
     return EX_OK

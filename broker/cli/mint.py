@@ -198,7 +198,7 @@ async def _request_token(url: str, secret: str, body: dict[str, str]) -> str:
         detail = answer.get("error")
         reason = str(detail.get("message") if isinstance(detail, dict) else response.status)
         kind = Refused if response.status < HTTPStatus.INTERNAL_SERVER_ERROR else CannotMint
-        raise kind(f"{url} refused: {reason.encode('unicode_escape').decode()}")
+        raise kind(f"{url} refused: {reason}")
     if not is_token(data["token"]):
         raise CannotMint(f"{url} answered something else than a token")
     return str(data["token"])

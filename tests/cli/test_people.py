@@ -103,6 +103,28 @@ class TestTypos:
         assert done.stderr.count(b"\n") == 1
 
 
+RED = "\x1b[31m"
+
+
+@pytest.mark.parametrize(
+    ("typed", "code"),
+    [
+        (["mint", "A1", "--fingerprint", "9f86d081", "--url", f"http://127.0.0.1:1/{RED}"], 69),
+        (["mint", "A1", "--fingerprint", "9f86d081", "--url", f"unix:/nowhere/{RED}"], 69),
+        (["keys", "generate", "--out", f"/nowhere/{RED}\nx"], 1),
+        (["healthcheck", "--admin-listen", f"unix:/nowhere/{RED}"], 1),
+        (["check", "--config", f"/nowhere/{RED}"], 78),
+    ],
+    ids=lambda typed: " ".join(typed[:2]) if isinstance(typed, list) else "",
+)
+def test_no_message_moves_the_cursor(typed: list[str], code: int) -> None:
+    """Whatever a name holds: it is escaped, in one line."""
+    done = run(*typed, BROKER_API_SECRET=secrets.token_urlsafe(24))
+    assert (done.returncode, done.stderr.count(b"\n")) == (code, 1)
+    assert b"\x1b" not in done.stderr
+    assert rb"\x1b[31m" in done.stderr
+
+
 class Silent(NamedTuple):
     """A server that takes connections and says nothing; `asked` once there was one."""
 
