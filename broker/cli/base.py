@@ -185,6 +185,21 @@ def settings_of(arguments: argparse.Namespace, flags: Mapping[str, Any] | None =
     return config.sound(examined(arguments, flags))
 
 
+def signing_settings_of(arguments: argparse.Namespace, instead: str) -> Settings:
+    """Load those of a command that works with keys of one's own; raises ConfigError.
+
+    `instead` is what to do where the vendor signs.  Keys that a relay's file has all the same do
+    not count: the vendor's viewer takes no token of theirs.
+    """
+    settings = settings_of(arguments)
+    if settings.issuer.kind == "upstream":
+        raise ConfigError(
+            'issuer.kind: is "upstream", so this configuration relays, and the vendor signs;'
+            f" {instead}"
+        )
+    return settings
+
+
 def examined(
     arguments: argparse.Namespace, flags: Mapping[str, Any] | None = None
 ) -> "config.Examined":

@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from broker.cli.base import NOTHING_CONFIGURED, Commands, settings_of
+from broker.cli.base import NOTHING_CONFIGURED, Commands, signing_settings_of
 from broker.config.schema import ConfigError
 from broker.config.settings import Settings
 from broker.exit_codes import EX_NO, EX_OK, EX_UNAVAILABLE, EX_USAGE
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _settings(arguments: argparse.Namespace) -> Settings:
     try:
-        return settings_of(arguments)
+        return signing_settings_of(arguments, "ask the running broker with --url")
     except ConfigError as error:
         if str(error) != NOTHING_CONFIGURED:
             raise

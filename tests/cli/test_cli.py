@@ -405,7 +405,8 @@ class TestKeysGenerate:
             path.mkdir()
         done = run("keys", "generate", "--out", str(path))
         assert (done.returncode, done.stdout) == (1, b"")
-        assert done.stderr == f"broker: cannot write {path}: File exists\n".encode()
+        told = "something is there, and nothing is written over it: name another file"
+        assert done.stderr == f"broker: cannot write {path}: {told}\n".encode()
         assert kept.read_text(encoding="utf-8") == "mine"
         assert kind == "folder" or path.read_text(encoding="utf-8") == "mine"
 
@@ -509,6 +510,30 @@ class TestMintAndVerify:
             found[token] = (done.returncode, done.stderr.decode())
             assert bool(done.stdout) == (done.returncode == 0)
         assert found == told
+
+    @pytest.mark.parametrize(
+        ("command", "remedy"),
+        [
+            (f"mint {AGENT} --fingerprint {VISITOR}", "ask the running broker with --url"),
+            ("verify", "ask the running broker at /v1/embed-tokens/verify"),
+            ("keys list", "there are no keys here"),
+            ("keys rotate", "there are no keys here"),
+        ],
+    )
+    @pytest.mark.parametrize("how", ["file", "variable", "keys"])
+    def test_a_relay_has_no_key_for_it(
+        self, tmp_path: Path, tree: Tree, command: str, remedy: str, how: str
+    ) -> None:
+        """Whatever keys are in its file: the vendor's viewer takes no token of theirs."""
+        relay = put(tree, "issuer.kind", "upstream")
+        if how == "file":
+            relay = put(relay, "issuer.local", {})
+        key = {"BITHUMAN_API_SECRET": secrets.token_urlsafe(24), "HOME": str(tmp_path)}
+        config = ["--config", write(tmp_path / "relay.toml", toml(relay))]
+        done = run(*command.split(), *(config if how != "variable" else ()), **key)
+        assert (done.returncode, done.stdout) == (78, b"")
+        told = 'issuer.kind: is "upstream", so this configuration relays, and the vendor signs'
+        assert done.stderr.decode() == f"broker: {told}; {remedy}\n"
 
     def test_reads_bytes_that_are_no_text(self, path: str) -> None:
         """Whatever comes in on standard input is at worst no token."""
