@@ -111,6 +111,22 @@ class TestControl:
             assert (await caller.mint(path="/v1/agent/generate")).status == 200
         assert CONTROL_PATH not in {call.path for call in open_vendor.journal.records}
 
+    async def test_the_latest_is_met_whatever_was_set_at_the_start(self, open_vendor, new_caller):
+        """One for so many calls first, and what was there before it again afterwards."""
+        open_vendor.fail(fault_named("refuse=500"))
+        async with new_caller(open_vendor) as caller:
+            await control(open_vendor, "POST", json.dumps({"fault": "refuse=503"}))
+            assert (await caller.mint()).status == 503
+            for code in (429, 402):
+                order = {"fault": f"refuse={code}", "times": 1}
+                await control(open_vendor, "POST", json.dumps(order))
+            assert [(await caller.mint()).status for _ in range(3)] == [429, 402, 503]
+            _, told = await control(open_vendor, "GET")
+        assert told["set"] == [
+            {"fault": "503 SERVICE_UNAVAILABLE", "left": None, "met": 2},
+            {"fault": "500 INTERNAL_ERROR", "left": None, "met": 0},
+        ]
+
     @pytest.mark.parametrize(
         "content",
         [
