@@ -463,7 +463,7 @@ class TestStoreAcl:
     def test_a_name_that_would_be_more_than_a_name_is_refused(self, user: str) -> None:
         """It would be read as rules."""
         done = run("store", "acl", "--user", user)
-        assert (done.returncode, done.stdout) == (78, b"")
+        assert (done.returncode, done.stdout) == (64, b"")
         assert b"--user" in done.stderr
 
 

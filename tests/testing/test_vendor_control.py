@@ -240,7 +240,7 @@ async def test_the_command_fails_on_command_and_tells_no_secret(tmp_path) -> Non
     assert re.fullmatch(r"GET    /v1/agents  200  [0-9.]+ ms", lines[1])
 
 
-@pytest.mark.parametrize(("fault", "code"), [("nothing", 78), ("slow", 78), ("help", 0)])
+@pytest.mark.parametrize(("fault", "code"), [("nothing", 64), ("slow", 64), ("help", 0)])
 async def test_the_flag_is_checked_before_anything_listens(tmp_path, fault, code) -> None:
     """One line that says what there is; `help` lists it."""
     process = await asyncio.create_subprocess_exec(
