@@ -159,10 +159,8 @@ async def test_a_redirect(vendor: FakeVendor) -> None:
 async def test_nobody_listens(vendor: FakeVendor) -> None:
     """One line, with a remedy: on this machine no firewall is in the way."""
     await vendor.refuse_connections()
-    assert lines(await examined(vendor)) == [
-        f"problem  {vendor.url}: no connection: nothing listens there; is it started, and is the"
-        " port right?"
-    ]
+    told = "no connection: nothing listens there; is it started, and is the port right?"
+    assert lines(await examined(vendor)) == [f"problem  {vendor.url}: {told}"]
 
 
 async def test_nobody_answers(vendor: FakeVendor) -> None:
