@@ -3,7 +3,7 @@
 For `--dev`, and for checking a configuration away from where it runs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,29 @@ from broker.app import factory
 from broker.config.settings import KeySettings, Settings, StoreSettings
 from broker.model import Secret
 
+_UNUSED = {"local": "issuer.upstream.", "upstream": "issuer.local."}
+"""What no start reads, by the kind of the issuer."""
+
 
 def missing_files(settings: Settings) -> list[tuple[str, str]]:
-    """Return the files of secrets and certificates that are not on this machine."""
-    return [(name, file) for name, file in factory.watched_files(settings) if is_missing(file)]
+    """Return the files of secrets and certificates that a start reads and that are not here."""
+    used = _used(settings, factory.watched_files(settings))
+    return [(name, file) for name, file in used if is_missing(file)]
+
+
+def are_elsewhere(settings: Settings) -> bool:
+    """Whether files are missing because the broker runs on another machine.
+
+    There is no folder of any secret then.  Where there is one, a file that is not in it was
+    forgotten or is misspelt.  Certificates say nothing: `/etc/ssl` is everywhere.
+    """
+    folders = {Path(file).parent for _, file in _used(settings, factory.secret_files(settings))}
+    return all(is_missing(str(folder)) for folder in folders) and bool(missing_files(settings))
+
+
+def _used(settings: Settings, files: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    unused = _UNUSED[settings.issuer.kind]
+    return [(name, file) for name, file in files if not name.startswith(unused)]
 
 
 def is_missing(file: str) -> bool:

@@ -19,7 +19,7 @@ from typing_extensions import override
 from broker.config.schema import ConfigError, duration
 from broker.config.settings import Duration, Settings
 from broker.exit_codes import EX_CONFIG, EX_OK, EX_USAGE
-from broker.telemetry.streams import complain
+from broker.telemetry.streams import complain, one_line
 
 if TYPE_CHECKING:
     from broker.config import load as config
@@ -173,7 +173,8 @@ def _overview(parser: Parser, _arguments: argparse.Namespace) -> int:
     On standard error, and no success: a script that runs `broker $COMMAND` with nothing in it has
     not done what it was for.
     """
-    complain(parser.format_help().removesuffix("\n"))
+    for line in parser.format_help().splitlines():
+        complain(line)
     return EX_USAGE
 
 
@@ -182,6 +183,21 @@ def settings_of(arguments: argparse.Namespace, flags: Mapping[str, Any] | None =
     from broker.config import load as config
 
     return config.sound(examined(arguments, flags))
+
+
+def signing_settings_of(arguments: argparse.Namespace, instead: str) -> Settings:
+    """Load those of a command that works with keys of one's own; raises ConfigError.
+
+    `instead` is what to do where the vendor signs.  Keys that a relay's file has all the same do
+    not count: the vendor's viewer takes no token of theirs.
+    """
+    settings = settings_of(arguments)
+    if settings.issuer.kind == "upstream":
+        raise ConfigError(
+            'issuer.kind: is "upstream", so this configuration relays, and the vendor signs;'
+            f" {instead}"
+        )
+    return settings
 
 
 def examined(
@@ -215,8 +231,3 @@ def overridden(arguments: argparse.Namespace) -> dict[str, str]:
     from broker.config import load as config
 
     return config.overridden(config.find_file(arguments.config, os.environ), os.environ)
-
-
-def one_line(error: object) -> str:
-    """Escape what would end the line or move the cursor: names in a file may hold anything."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))

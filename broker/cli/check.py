@@ -40,8 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
 def examine(arguments: argparse.Namespace) -> tuple[int, list[Finding]]:
     """Return the exit code and every finding, problems first; raises ConfigError for the file.
 
-    Where secret files are absent the broker runs elsewhere: then they are made up, and nothing is
-    tried on this machine but a write where its state file is to be, of which a failure is a note.
+    Where neither a secret file is here nor its folder the broker runs elsewhere: then secrets are
+    made up, and nothing is tried on this machine but a write where its state file is to be, of
+    which a failure is a note.
     """
     from broker.cli import preflight
 

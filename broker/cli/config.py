@@ -4,11 +4,11 @@ import argparse
 import os
 
 from broker.cli import example
-from broker.cli.base import Commands, one_line, overridden, settings_of
+from broker.cli.base import Commands, overridden, settings_of
 from broker.config import schema
 from broker.config.settings import Settings
 from broker.exit_codes import EX_OK
-from broker.telemetry.streams import tell
+from broker.telemetry.streams import one_line, tell
 
 
 def add(commands: Commands) -> None:

@@ -1,6 +1,7 @@
 """Examines the way to the vendor: one cheap call per key, and no token."""
 
 from http import HTTPStatus
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Struct
@@ -8,6 +9,7 @@ from msgspec import Struct
 from broker.cli.finding import Finding, Level
 from broker.clock import SystemClock
 from broker.config.settings import Settings
+from broker.config.validate import is_loopback
 from broker.issuers.vendor.client import Answer, CallFailed, VendorClient
 from broker.issuers.vendor.egress import Proxy
 from broker.issuers.vendor.headers import vendor_date
@@ -33,6 +35,10 @@ _REMEDIES = {
 }
 
 
+NOTHING_LISTENS = "no connection: nothing listens there; is it started, and is the port right?"
+"""Where the vendor is on this machine: one for tests, or a proxy of one's own."""
+
+
 class _Reply(Struct):
     valid: bool = False
 
@@ -47,7 +53,7 @@ async def examine(settings: Settings, keys: list[Secret], proxy: Proxy | None) -
             try:
                 answer = await client.validate(key)
             except CallFailed as failed:
-                remedy = _REMEDIES.get(failed.reason, f"the call failed: {failed.reason.value}")
+                remedy = _remedy(failed.reason, upstream.base_url)
                 return [*findings, Finding(Level.PROBLEM, upstream.base_url, remedy)]
             if number == 1:
                 findings += [_reached(upstream.base_url, answer), _skew(answer)]
@@ -55,6 +61,12 @@ async def examine(settings: Settings, keys: list[Secret], proxy: Proxy | None) -
     finally:
         await client.close()
     return findings
+
+
+def _remedy(reason: Reason, base_url: str) -> str:
+    if reason is Reason.CONNECT and is_loopback(urlsplit(base_url).hostname or ""):
+        return NOTHING_LISTENS
+    return _REMEDIES.get(reason, f"the call failed: {reason.value}")
 
 
 def _through(proxy: Proxy) -> Finding:

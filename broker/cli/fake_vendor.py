@@ -5,10 +5,9 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
-from broker.cli.base import Commands, one_line, span
-from broker.config.schema import ConfigError
-from broker.exit_codes import EX_CONFIG, EX_OK, EX_UNAVAILABLE
-from broker.telemetry.streams import complain, stderr, stdout
+from broker.cli.base import Commands, Parser, span
+from broker.exit_codes import EX_OK, EX_UNAVAILABLE
+from broker.telemetry.streams import complain, one_line, stderr, stdout
 
 if TYPE_CHECKING:
     from broker.testing import FakeVendor
@@ -26,7 +25,7 @@ def add(commands: Commands) -> None:
         text,
         run,
         example="--latency 300ms --fault slow=2s",
-        codes={EX_UNAVAILABLE: "cannot listen there", EX_CONFIG: "--listen is no address"},
+        codes={EX_UNAVAILABLE: "cannot listen there"},
         needs_config=False,
     )
     parser.add_argument(
@@ -59,6 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     from broker.testing import VendorSettings, faults, serve_forever
     from broker.testing.vendor.named import NAMED, BadFault, fault_named
 
+    parser: Parser = arguments.parser
     if "help" in arguments.fault:
         for name, (form, text, _) in NAMED.items():
             stdout.write(f"{name + form:22} {text}\n")
@@ -66,13 +66,13 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         where = parse_address(arguments.listen)
     except ValueError as error:
-        raise ConfigError(f"--listen: {error}") from None
+        parser.error(f"argument --listen: {error}")
     if isinstance(where, str):
-        raise ConfigError("--listen: the fake vendor needs HOST:PORT")
+        parser.error("argument --listen: the fake vendor needs HOST:PORT")
     try:
         set_first = [fault_named(text) for text in arguments.fault]
     except BadFault as error:
-        raise ConfigError(f"--fault: {error}") from None
+        parser.error(f"argument --fault: {error}")
     secret = os.environ.get("BITHUMAN_API_SECRET") or secrets.token_urlsafe(24)
 
     def introduce(vendor: "FakeVendor") -> None:

@@ -7,8 +7,8 @@ import msgspec
 from msgspec import Struct
 from typing_extensions import override
 
-from broker.cli.base import one_line
 from broker.config.schema import ConfigError
+from broker.telemetry.streams import one_line
 
 
 class Level(Enum):

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from broker.cli.base import Commands, one_line
+from broker.cli.base import Commands
 from broker.config.settings import AdminSettings
 from broker.exit_codes import EX_NO, EX_OK
 from broker.telemetry.streams import complain, tell
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     file = config.find_file(arguments.config, os.environ)
     problem = probe.check(where(arguments.admin_listen, os.environ, file))
     if problem:
-        complain(f"broker: {one_line(problem)}")
+        complain(f"broker: {problem}")
         return EX_NO
     if sys.stdout.isatty():  # an engine asks every few seconds, and keeps what it is told
         tell("ready")

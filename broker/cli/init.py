@@ -9,10 +9,11 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from broker.cli.base import Commands, one_line
+from broker.cli.base import Commands
 from broker.exit_codes import EX_NO, EX_OK, EX_USAGE
 from broker.model import Secret
 from broker.telemetry.streams import complain, stderr, tell
@@ -95,20 +96,21 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         answers = _answers(arguments)
     except KeyboardInterrupt:  # not at once: what is typed unseen would stay so for the shell
-        complain("\nbroker init: interrupted; nothing was written")
+        complain("")
+        complain("broker init: interrupted; nothing was written")
         stderr.flush()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
         raise
     except Unanswered as error:
-        complain(f"broker init: {one_line(error)}")
+        complain(f"broker init: {error}")
         return EX_USAGE
     finally:
         signal.signal(signal.SIGINT, before)
     there = answers.there()
     if there and not arguments.force:
         complain(
-            f"broker init: {one_line(there[0])} is there already; --force writes configuration and"
+            f"broker init: {there[0]} is there already; --force writes configuration and"
             " unit anew and keeps secrets, --folder writes elsewhere"
         )
         return EX_NO
@@ -117,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
             tell(line)
     except OSError as error:
         where, why = error.filename or answers.folder, error.strerror or "error"
-        complain(f"broker init: cannot write {one_line(where)}: {why}; --folder writes elsewhere")
+        complain(f"broker init: cannot write {where}: {why}; --folder writes elsewhere")
         return EX_NO
     tell(first_files.next_steps(answers))
     for note in first_files.hidden(answers):
@@ -134,14 +136,13 @@ def _answers(arguments: argparse.Namespace) -> "Answers":
     from broker.cli import first_files
     from broker.config import load as config
 
-    kind = arguments.kind or _asked("--kind", f"{' or '.join(KINDS)}?", KINDS[0])
-    if kind not in KINDS:
-        raise Unanswered(f"{kind!r} is no kind: say {' or '.join(KINDS)}")
+    kind = arguments.kind or _asked("--kind", f"{' or '.join(KINDS)}?", _no_kind, KINDS[0])
     if kind != "relay" and (arguments.vendor_key_file or arguments.base_url):
         raise Unanswered("--vendor-key-file and --base-url are for a relay; a signer asks nobody")
-    agent = arguments.agent or _asked("--agent", "agent your backend may ask for (* for all)?")
-    if not AGENT.fullmatch(agent):
-        raise Unanswered(f"{agent!r} is no agent: 1 to 64 letters, digits, _ and -; or * for all")
+    question = "agent your backend may ask for (* for all)?"
+    agent = arguments.agent or _asked("--agent", question, _no_agent)
+    if wrong := _no_agent(agent):
+        raise Unanswered(wrong)
     folder = Path(arguments.folder).absolute()
     if not FOLDER.fullmatch(str(folder)):
         raise Unanswered(f"--folder: {folder} has more than letters, digits and /._+@-")
@@ -160,17 +161,36 @@ def _answers(arguments: argparse.Namespace) -> "Answers":
     return replace(answers, vendor_key=_vendor_key(arguments.vendor_key_file))
 
 
-def _asked(flag: str, question: str, default: str = "") -> str:
-    """Return the answer of somebody at a terminal."""
+def _no_kind(answer: str) -> str:
+    """Say why this is no answer, "" if it is one."""
+    return "" if answer in KINDS else f"{answer!r} is no kind: say {' or '.join(KINDS)}"
+
+
+def _no_agent(answer: str) -> str:
+    told = f"{answer!r} is no agent: 1 to 64 letters, digits, _ and -; or * for all"
+    return "" if AGENT.fullmatch(answer) else told
+
+
+def _no_key(answer: str) -> str:
+    told = "the vendor's key must be one word of printable ASCII"
+    return "" if KEY.fullmatch(answer) else told
+
+
+def _asked(flag: str, question: str, wrong: Callable[[str], str], default: str = "") -> str:
+    """Return the answer of somebody at a terminal, who is told what is `wrong` and asked again."""
     if not sys.stdin.isatty():
         raise Unanswered(f"{flag} is missing; on a terminal it would be asked for")
     shown = f"{question} [{default}] " if default else f"{question} "
-    stderr.flush()
-    print(shown, end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
-    if not line:
-        raise Unanswered(f"no answer; {flag} says it, too")
-    return line.strip() or default
+    while True:
+        stderr.flush()
+        print(shown, end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            raise Unanswered(f"no answer; {flag} says it, too")
+        answer = line.strip() or default
+        if not (told := wrong(answer)):
+            return answer
+        complain(told)
 
 
 def _vendor_key(file: str | None) -> Secret:
@@ -188,15 +208,20 @@ def _vendor_key(file: str | None) -> Secret:
     else:
         raise Unanswered("--vendor-key-file is missing; on a terminal the key would be asked for")
     key = text.strip()
-    if not KEY.fullmatch(key):
-        raise Unanswered("the vendor's key must be one word of printable ASCII")
+    if wrong := _no_key(key):
+        raise Unanswered(wrong)
     return Secret(key)
 
 
 def _typed_unseen(prompt: str) -> str:
     import getpass
 
-    try:
-        return getpass.getpass(prompt)
-    except EOFError:
-        raise Unanswered("no key; --vendor-key-file names a file with it") from None
+    while True:
+        stderr.flush()
+        try:
+            key = getpass.getpass(prompt)
+        except EOFError:
+            raise Unanswered("no key; --vendor-key-file names a file with it") from None
+        if not (told := _no_key(key.strip())):
+            return key
+        complain(told)

@@ -4,19 +4,24 @@ No secret is ever printed but one that was just made.
 """
 
 import argparse
+import math
 import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from broker.cli.base import Commands, one_line, settings_of, span
+from broker.cli.base import Commands, signing_settings_of, span
 from broker.config.schema import ConfigError
-from broker.config.settings import Settings
+from broker.config.settings import Duration, Settings
 from broker.exit_codes import EX_NO, EX_OK
 from broker.telemetry.streams import complain, tell
 
 if TYPE_CHECKING:
     from broker.issuers.keyfile import Entry
+
+
+NO_KEYS = "there are no keys here"
+"""Of a relay."""
 
 
 class CannotRotate(Exception):
@@ -78,6 +83,10 @@ def run_generate(arguments: argparse.Namespace) -> int:
         except OSError:  # half a key looks like a whole one
             Path(arguments.out).unlink(missing_ok=True)
             raise
+    except FileExistsError:
+        told = "something is there, and nothing is written over it: name another file"
+        complain(f"broker: cannot write {arguments.out}: {told}")
+        return EX_NO
     except OSError as error:
         complain(f"broker: cannot write {arguments.out}: {error.strerror}")
         return EX_NO
@@ -86,24 +95,32 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
 def run_list(arguments: argparse.Namespace) -> int:
     """Print a line for each key."""
-    tell("\n".join(listing(settings_of(arguments))))
+    tell("\n".join(listing(signing_settings_of(arguments, NO_KEYS))))
     return EX_OK
 
 
 def run_rotate(arguments: argparse.Namespace) -> int:
     """Add a key, and print all."""
-    after = arguments.after.us // 1_000_000
+    settings = signing_settings_of(arguments, NO_KEYS)
     try:
-        lines = rotate(settings_of(arguments), after, drop_old=arguments.drop_old)
+        lines = rotate(settings, arguments.after, drop_old=arguments.drop_old)
     except CannotRotate as error:
-        complain(f"broker: {one_line(error)}")
+        complain(f"broker: {error}")
         return EX_NO
     tell("\n".join(lines))
     return EX_OK
 
 
-def rotate(settings: Settings, after: int, *, drop_old: bool) -> list[str]:
-    """Add a key that signs `after` seconds from now; returns the lines that say so.
+def delay(span: Duration, moment: float) -> int:
+    """Return how many seconds after that of `moment` (Unix) the span is over: never sooner.
+
+    The file has whole seconds.
+    """
+    return math.ceil(moment + span.seconds) - int(moment) if span.us else 0
+
+
+def rotate(settings: Settings, after: Duration, *, drop_old: bool) -> list[str]:
+    """Add a key that signs `after` from now; returns the lines that say so.
 
     `drop_old` is for a key that somebody has seen: the new one signs at once, and whatever the old
     ones signed is not good any more.
@@ -121,10 +138,11 @@ def rotate(settings: Settings, after: int, *, drop_old: bool) -> list[str]:
             "issuer.local.keys_file: not set; `broker keys rotate` edits that file, keys of"
             " [issuer.local.keys] are yours to edit"
         )
-    now, secret = int(time.time()), secrets.token_urlsafe(32)
+    moment, secret = time.time(), secrets.token_urlsafe(32)
+    now, seconds = int(moment), delay(after, moment)
 
     def change(entries: "list[Entry]") -> "list[Entry]":
-        return keyfile.rotated([] if drop_old else entries, now, after, secret)
+        return keyfile.rotated([] if drop_old else entries, now, seconds, secret)
 
     try:
         entries = keyfile.edit(Path(local.keys_file), change)

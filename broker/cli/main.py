@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _look_at_certificates(os.environ)
         return run(arguments)
     except ConfigError as error:
-        complain(f"broker: {base.one_line(error)}")
+        complain(f"broker: {error}")
         return EX_CONFIG
 
 

@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from broker.cli.base import NOTHING_CONFIGURED, Commands, settings_of
+from broker.cli.base import NOTHING_CONFIGURED, Commands, signing_settings_of
 from broker.config.schema import ConfigError
 from broker.config.settings import Settings
 from broker.exit_codes import EX_NO, EX_OK, EX_UNAVAILABLE, EX_USAGE
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _settings(arguments: argparse.Namespace) -> Settings:
     try:
-        return settings_of(arguments)
+        return signing_settings_of(arguments, "ask the running broker with --url")
     except ConfigError as error:
         if str(error) != NOTHING_CONFIGURED:
             raise
@@ -198,7 +198,7 @@ async def _request_token(url: str, secret: str, body: dict[str, str]) -> str:
         detail = answer.get("error")
         reason = str(detail.get("message") if isinstance(detail, dict) else response.status)
         kind = Refused if response.status < HTTPStatus.INTERNAL_SERVER_ERROR else CannotMint
-        raise kind(f"{url} refused: {reason.encode('unicode_escape').decode()}")
+        raise kind(f"{url} refused: {reason}")
     if not is_token(data["token"]):
         raise CannotMint(f"{url} answered something else than a token")
     return str(data["token"])

@@ -28,7 +28,7 @@ def configuration(
 ) -> Iterator[Finding]:
     """Yield what is wrong with the configuration itself.
 
-    `is_here`: it is that of this machine, so secret files that are absent are a problem.
+    `is_here`: it is that of this machine, so files that are absent are a problem.
     """
     from broker.app import factory
 
@@ -58,8 +58,10 @@ def missing_files(settings: Settings) -> list[tuple[str, str]]:
 
 
 def runs_here(settings: Settings, environ: Mapping[str, str]) -> bool:
-    """Whether the broker of this configuration runs here: all its files are, or it is its unit."""
-    return bool(environ.get(CREDENTIALS)) or not missing_files(settings)
+    """Whether the broker of this configuration runs here: its secrets are, or it is its unit."""
+    from broker.app import missing_secrets
+
+    return bool(environ.get(CREDENTIALS)) or not missing_secrets.are_elsewhere(settings)
 
 
 def state_file(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from broker.cli.base import Commands, overridden, settings_of
+from broker.config.environment import misspelt
 from broker.config.settings import Settings
 from broker.exit_codes import EX_OK, EX_UNAVAILABLE
 
@@ -86,6 +87,7 @@ def _serve(
     if not (dev and settings.issuer.kind == "upstream"):  # its signing key was made up, not given
         _note_unused({one.key: one.text for one in preflight.unused_keys(settings, os.environ)})
     _note_replaced(replaced())
+    _note_misspelt()
     return serve(settings, loaded_again, dev=dev)
 
 
@@ -95,6 +97,14 @@ def _note_unused(keys: dict[str, str]) -> None:
 
     for key, reason in keys.items():
         structlog.get_logger().warning("broker.key_unused", key=key, reason=reason)
+
+
+def _note_misspelt() -> None:
+    """Tell which variables are not read for want of an underscore."""
+    import structlog
+
+    for name, right in misspelt(os.environ):
+        structlog.get_logger().warning("broker.variable_not_read", variable=name, write=right)
 
 
 def _note_replaced(variables: dict[str, str]) -> None:

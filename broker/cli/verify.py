@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from broker.cli.base import Commands, settings_of
+from broker.cli.base import Commands, signing_settings_of
 from broker.exit_codes import EX_NO, EX_OK
 from broker.telemetry.streams import complain, tell
 
@@ -29,7 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
     from broker.config.files import MAX_FILE
     from broker.issuers.keyring import BadToken
 
-    settings = settings_of(arguments)
+    instead = "ask the running broker at /v1/embed-tokens/verify"
+    settings = signing_settings_of(arguments, instead)
     if sys.stdin.isatty():
         complain("paste the token, then Enter and Ctrl-D")
     local = settings.issuer.local

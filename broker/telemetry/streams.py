@@ -210,12 +210,18 @@ stdout, stderr = LineWriter(1), LineWriter(2)
 """Those of this process; nothing that serves requests writes to the descriptors itself."""
 
 
-def complain(text: str) -> None:
-    """Say something to the person who started this, on standard error; never raises or waits."""
+def one_line(text: object) -> str:
+    """Escape what would end the line or move the cursor: names in a file may hold anything."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def complain(text: object) -> None:
+    """Say one line to the person who started this, on standard error; never raises or waits."""
+    line = one_line(text)
     if sys.stderr is sys.__stderr__:
-        stderr.write(f"{text}\n")
+        stderr.write(f"{line}\n")
     elif sys.stderr is not None:  # this process is a guest's: a test, somebody's script
-        print(text, file=sys.stderr)
+        print(line, file=sys.stderr)
 
 
 def tell(text: str) -> None:

@@ -302,6 +302,16 @@ class TestMissingFiles:
             ("store.encryption_key_file", "/nowhere/key"),
         ]
 
+    @pytest.mark.parametrize(
+        ("kind", "missing"),
+        [("local", "issuer.local.keys_file"), ("upstream", "issuer.upstream.proxy_file")],
+    )
+    def test_are_those_of_the_issuer_that_is_in_use(self, kind: str, missing: str) -> None:
+        """Nobody reads the other one's."""
+        local, upstream = {"keys_file": "/nowhere/keys"}, {"proxy_file": "/nowhere/proxy"}
+        tree: Tree = {"issuer": {"kind": kind, "local": local, "upstream": upstream}}
+        assert [name for name, _ in missing_secrets.missing_files(settings(tree))] == [missing]
+
     def test_are_not_those_that_may_not_be_seen(self, tmp_path: Path) -> None:
         """A closed folder hides whether the file is there: reading it says what is wrong."""
         folder = tmp_path / "closed"

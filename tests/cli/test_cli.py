@@ -293,13 +293,12 @@ class TestCheck:
 
     def test_notes_secret_files_that_are_elsewhere(self, tmp_path: Path, tree: Tree) -> None:
         """A configuration is checked where it is written; its secrets are where it runs."""
-        tree = put(tree, "clients.web.secret_file", "/nowhere/web")
+        settings = ("clients.web.secret_file", "issuer.local.keys.one.secret_file")
+        tree = merged(tree, dict.fromkeys(settings, "/nowhere/x"))
         done = run("check", "--config", write(tmp_path / "broker.toml", toml(tree)))
         assert (done.returncode, done.stdout) == (0, b"configuration ok\n")
-        assert done.stderr == (
-            b"note: clients.web.secret_file: /nowhere/web is not here; it must be where the broker"
-            b" runs\n"
-        )
+        told = "/nowhere/x is not here; it must be where the broker runs"
+        assert done.stderr.decode() == "".join(f"note: {key}: {told}\n" for key in settings)
 
     def test_notes_what_the_environment_overrides(self, path: str, tmp_path: Path) -> None:
         """Whoever edits the file sees no other sign that this key of it does not count."""
@@ -339,7 +338,8 @@ class TestCheck:
 
     def test_sees_other_errors_beside_a_missing_file(self, tmp_path: Path, tree: Tree) -> None:
         """A note must not hide that a key is weak or that nobody may ask."""
-        away = put(tree, "issuer.local.keys.one.secret_file", "/nowhere/one")
+        files = ("clients.web.secret_file", "issuer.local.keys.one.secret_file")
+        away = merged(tree, dict.fromkeys(files, "/nowhere/x"))
         done = run("check", "--config", write(tmp_path / "f", toml(put(away, "clients", {}))))
         assert (done.returncode, done.stdout) == (78, b"")
         assert done.stderr.startswith(b"broker: clients: nobody may ask for tokens")
@@ -405,7 +405,8 @@ class TestKeysGenerate:
             path.mkdir()
         done = run("keys", "generate", "--out", str(path))
         assert (done.returncode, done.stdout) == (1, b"")
-        assert done.stderr == f"broker: cannot write {path}: File exists\n".encode()
+        told = "something is there, and nothing is written over it: name another file"
+        assert done.stderr == f"broker: cannot write {path}: {told}\n".encode()
         assert kept.read_text(encoding="utf-8") == "mine"
         assert kind == "folder" or path.read_text(encoding="utf-8") == "mine"
 
@@ -462,7 +463,7 @@ class TestStoreAcl:
     def test_a_name_that_would_be_more_than_a_name_is_refused(self, user: str) -> None:
         """It would be read as rules."""
         done = run("store", "acl", "--user", user)
-        assert (done.returncode, done.stdout) == (78, b"")
+        assert (done.returncode, done.stdout) == (64, b"")
         assert b"--user" in done.stderr
 
 
@@ -509,6 +510,30 @@ class TestMintAndVerify:
             found[token] = (done.returncode, done.stderr.decode())
             assert bool(done.stdout) == (done.returncode == 0)
         assert found == told
+
+    @pytest.mark.parametrize(
+        ("command", "remedy"),
+        [
+            (f"mint {AGENT} --fingerprint {VISITOR}", "ask the running broker with --url"),
+            ("verify", "ask the running broker at /v1/embed-tokens/verify"),
+            ("keys list", "there are no keys here"),
+            ("keys rotate", "there are no keys here"),
+        ],
+    )
+    @pytest.mark.parametrize("how", ["file", "variable", "keys"])
+    def test_a_relay_has_no_key_for_it(
+        self, tmp_path: Path, tree: Tree, command: str, remedy: str, how: str
+    ) -> None:
+        """Whatever keys are in its file: the vendor's viewer takes no token of theirs."""
+        relay = put(tree, "issuer.kind", "upstream")
+        if how == "file":
+            relay = put(relay, "issuer.local", {})
+        key = {"BITHUMAN_API_SECRET": secrets.token_urlsafe(24), "HOME": str(tmp_path)}
+        config = ["--config", write(tmp_path / "relay.toml", toml(relay))]
+        done = run(*command.split(), *(config if how != "variable" else ()), **key)
+        assert (done.returncode, done.stdout) == (78, b"")
+        told = 'issuer.kind: is "upstream", so this configuration relays, and the vendor signs'
+        assert done.stderr.decode() == f"broker: {told}; {remedy}\n"
 
     def test_reads_bytes_that_are_no_text(self, path: str) -> None:
         """Whatever comes in on standard input is at worst no token."""

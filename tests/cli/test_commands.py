@@ -154,6 +154,19 @@ class TestServe:
         assert [event["key"] for event in told if event["event"] == "broker.key_unused"] == unused
         assert len(served.settings) == 1
 
+    @pytest.mark.parametrize("dev", [False, True])
+    def test_a_variable_that_is_not_read_is_told(
+        self, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, dev: bool
+    ) -> None:
+        """With the name that would be: who sets a limit that is none sees no other sign."""
+        monkeypatch.setenv("BROKER_SERVER_LISTEN", "127.0.0.1:1")
+        with capture_logs() as told:
+            serve.run(of_serve(config=write(tmp_path / "b.toml", toml(good(tmp_path))), dev=dev))
+        event = {"event": "broker.variable_not_read", "log_level": "warning"}
+        names = {"variable": "BROKER_SERVER_LISTEN", "write": "BROKER_SERVER__LISTEN"}
+        assert told == [{**event, **names}]
+        assert len(served.settings) == 1
+
     def test_the_folder_of_the_default_file_is_made(self, served: Served, tmp_path: Path) -> None:
         """For its owner only; no other folder is."""
         default = state_folder.default_path({"HOME": str(tmp_path)})

@@ -327,6 +327,31 @@ class TestOnATerminal:
         assert settings["clients"]["web"]["agents"] == [AGENT]
         assert run("check", "--config", str(folder / "broker.toml")).returncode == 0
 
+    def test_it_asks_again_after_an_answer_that_cannot_be(
+        self, terminal: Terminal, folder: Path
+    ) -> None:
+        """And says why; what was right is kept."""
+        key = secrets.token_urlsafe(24)
+        kind, agent = "relay or signer? [relay] ", "agent your backend may ask for (* for all)? "
+        unseen = "the vendor's key (it is not shown): "
+        for question, answer, told in (
+            (kind, "relai", f"'relai' is no kind: say relay or signer\n{kind}"),
+            (kind, "relay", agent),
+            (agent, "", f"'' is no agent: 1 to 64 letters, digits, _ and -; or * for all\n{agent}"),
+            (agent, "*", unseen),
+            (
+                unseen,
+                "two words",
+                f"the vendor's key must be one word of printable ASCII\n{unseen}",
+            ),
+        ):
+            terminal.wait_for(question)
+            terminal.type(f"{answer}\n")
+            terminal.wait_for(told)
+        terminal.type(f"{key}\n")
+        assert terminal.wait() == 0
+        assert (folder / "secrets" / "vendor").read_text(encoding="utf-8") == f"{key}\n"
+
     @pytest.mark.parametrize("answered", [0, 1, 2])
     @pytest.mark.parametrize("key", [CONTROL_C, CONTROL_D])
     def test_whoever_gives_up_leaves_nothing_behind(

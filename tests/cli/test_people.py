@@ -90,6 +90,10 @@ class TestTypos:
             ("completion bsh", "broker completion: no SHELL 'bsh': did you mean bash?; see"),
             ("config example gatewy", "broker config example: no NAME 'gatewy': did you mean ga"),
             ("keys rotate --after 10", "broker keys rotate: argument --after: a duration needs a"),
+            ("fake-vendor --fault slo", "broker fake-vendor: argument --fault: no fault is called"),
+            ("fake-vendor --listen 8091", "broker fake-vendor: argument --listen: expected"),
+            ("fake-vendor --listen unix:/s", "broker fake-vendor: argument --listen: the fake v"),
+            ("store acl --user a\tb", "broker store acl: argument --user: a name without blanks"),
             ("fake-vendor --latency 0.3", "broker fake-vendor: argument --latency: a duration ne"),
             ("mint \x1b[31m", "broker mint: the following arguments are required: --fingerprint"),
             ("\x1b[31m", "broker: no command '\\x1b[31m': there is serve, "),
@@ -101,6 +105,28 @@ class TestTypos:
         assert (done.returncode, done.stdout) == (64, b"")
         assert done.stderr.decode().startswith(told)
         assert done.stderr.count(b"\n") == 1
+
+
+RED = "\x1b[31m"
+
+
+@pytest.mark.parametrize(
+    ("typed", "code"),
+    [
+        (["mint", "A1", "--fingerprint", "9f86d081", "--url", f"http://127.0.0.1:1/{RED}"], 69),
+        (["mint", "A1", "--fingerprint", "9f86d081", "--url", f"unix:/nowhere/{RED}"], 69),
+        (["keys", "generate", "--out", f"/nowhere/{RED}\nx"], 1),
+        (["healthcheck", "--admin-listen", f"unix:/nowhere/{RED}"], 1),
+        (["check", "--config", f"/nowhere/{RED}"], 78),
+    ],
+    ids=lambda typed: " ".join(typed[:2]) if isinstance(typed, list) else "",
+)
+def test_no_message_moves_the_cursor(typed: list[str], code: int) -> None:
+    """Whatever a name holds: it is escaped, in one line."""
+    done = run(*typed, BROKER_API_SECRET=secrets.token_urlsafe(24))
+    assert (done.returncode, done.stderr.count(b"\n")) == (code, 1)
+    assert b"\x1b" not in done.stderr
+    assert rb"\x1b[31m" in done.stderr
 
 
 class Silent(NamedTuple):

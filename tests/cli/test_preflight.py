@@ -469,6 +469,65 @@ class TestVariables:
         assert check(tree, **{name: value}) == (78, [f"broker: {name}: {told}"])
 
 
+class TestAbsentFiles:
+    """Which of them say that the broker runs elsewhere, and which that something is wrong here."""
+
+    @pytest.mark.parametrize("kind", ["local", "upstream"])
+    def test_of_the_issuer_that_is_not_in_use_do_not_matter(
+        self, check: Check, tree: Tree, relay: Tree, tmp_path: Path, kind: str
+    ) -> None:
+        """Nobody reads them: all is tried as on any machine, and there is one note of each."""
+        absent = {
+            "local": put(tree, "issuer.upstream.api_secret_files", ["/nowhere/vendor"]),
+            "upstream": put(relay, "issuer.local.keys_file", "/nowhere/keys.json"),
+        }[kind]
+        code, (line,) = check(absent)
+        assert (code, "not used, because issuer.kind is" in line) == (0, True)
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            taken = put(absent, "server.listen", f"127.0.0.1:{other.getsockname()[1]}")
+            code, (first, _) = check(taken)
+        assert (code, first.split(": ")[1]) == (69, "server.listen")
+        code, (first, _) = check(put(absent, "store.url", f"sqlite://{tmp_path}/no/state.db"))
+        assert (code, first.split(": ")[1]) == (78, "store.url")
+
+    @pytest.mark.parametrize(
+        "file",
+        ["{folder}/adminn", "{folder}/secret/admin", "/nowhere/admin"],
+        ids=["file", "folder", "root"],
+    )
+    def test_beside_one_that_is_here_are_problems(
+        self, check: Check, tree: Tree, tmp_path: Path, file: str
+    ) -> None:
+        """A typo: the start would end with 78."""
+        path = file.format(folder=tmp_path)
+        told = f"broker: admin.secret_file: cannot read {path}: No such file or directory"
+        assert check(put(tree, "admin.secret_file", path)) == (78, [told])
+
+    def test_in_a_folder_that_is_here_are_problems(
+        self, check: Check, tree: Tree, tmp_path: Path
+    ) -> None:
+        """All of them were forgotten; what is public says nothing, and any machine has it."""
+        folder = tmp_path / "secrets"
+        away = merged(
+            tree,
+            {
+                "clients.web.secret_file": f"{folder}/web",
+                "issuer.local.keys.one.secret_file": f"{folder}/one",
+                "store": {
+                    "url": "valkeys://h",
+                    "encryption_key_file": f"{folder}/key",
+                    "tls_ca_file": f"{tmp_path}/ca.pem",
+                },
+            },
+        )
+        code, lines = check(away)
+        assert (code, len(lines)) == (0, 4)
+        assert all(line.endswith("is not here; it must be where the broker runs") for line in lines)
+        folder.mkdir()
+        code, lines = check(away)
+        assert (code, {line.partition(":")[0] for line in lines}) == (78, {"broker"})
+
+
 class TestCredentials:
     """Secrets that a unit hands over: `ExecStartPre=broker check` sees what the start will see."""
 

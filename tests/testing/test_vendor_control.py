@@ -111,6 +111,22 @@ class TestControl:
             assert (await caller.mint(path="/v1/agent/generate")).status == 200
         assert CONTROL_PATH not in {call.path for call in open_vendor.journal.records}
 
+    async def test_the_latest_is_met_whatever_was_set_at_the_start(self, open_vendor, new_caller):
+        """One for so many calls first, and what was there before it again afterwards."""
+        open_vendor.fail(fault_named("refuse=500"))
+        async with new_caller(open_vendor) as caller:
+            await control(open_vendor, "POST", json.dumps({"fault": "refuse=503"}))
+            assert (await caller.mint()).status == 503
+            for code in (429, 402):
+                order = {"fault": f"refuse={code}", "times": 1}
+                await control(open_vendor, "POST", json.dumps(order))
+            assert [(await caller.mint()).status for _ in range(3)] == [429, 402, 503]
+            _, told = await control(open_vendor, "GET")
+        assert told["set"] == [
+            {"fault": "503 SERVICE_UNAVAILABLE", "left": None, "met": 2},
+            {"fault": "500 INTERNAL_ERROR", "left": None, "met": 0},
+        ]
+
     @pytest.mark.parametrize(
         "content",
         [
@@ -224,7 +240,7 @@ async def test_the_command_fails_on_command_and_tells_no_secret(tmp_path) -> Non
     assert re.fullmatch(r"GET    /v1/agents  200  [0-9.]+ ms", lines[1])
 
 
-@pytest.mark.parametrize(("fault", "code"), [("nothing", 78), ("slow", 78), ("help", 0)])
+@pytest.mark.parametrize(("fault", "code"), [("nothing", 64), ("slow", 64), ("help", 0)])
 async def test_the_flag_is_checked_before_anything_listens(tmp_path, fault, code) -> None:
     """One line that says what there is; `help` lists it."""
     process = await asyncio.create_subprocess_exec(

@@ -4,7 +4,7 @@
     POST    {"fault": "slow=2s", "times": 3, "path": "/v1/agents"}: the last two may be left out
     DELETE  nothing any more
 
-What is refused is told in the vendor's envelope.
+Which of several is met, says `plan`.  What is refused is told in the vendor's envelope.
 Open where `Server.open_control` was called, which `broker fake-vendor` does.  Without a secret, so
 over loopback only, wherever the vendor listens, and never for a page: a request with an `Origin` is
 refused.

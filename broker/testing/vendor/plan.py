@@ -2,6 +2,9 @@
 
 Faults wait in the order in which they were set, and a call meets the first one that is meant for
 it: two that are set for one call each meet two calls, in that order.
+
+A fault for every call of a path, and for good, is what stands until another word: it is met where
+no other is, and of several the latest, or nothing that is set after it could ever be met.
 """
 
 from collections.abc import Callable
@@ -36,6 +39,12 @@ class Aim:
         self.path = path
         self.where = where
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it is meant for whatever comes, on its path."""
+        conditions = (self.agent, self.fingerprint, self.model, self.where)
+        return all(condition is None for condition in conditions)
+
     def hits(self, call: Call) -> bool:
         """Whether this call is meant."""
         return (
@@ -55,6 +64,7 @@ class Planned:
 
     def __init__(self, fault: Fault, aim: Aim, times: int | None) -> None:
         self.fault = fault
+        self.stands = times is None and aim.is_open
         self.left = times
         self.met = 0
         self._aim = aim
@@ -89,7 +99,7 @@ class Planned:
 
 
 class Plan:
-    """The faults that are set."""
+    """The faults that are set, in the order in which they are tried."""
 
     def __init__(self) -> None:
         self._planned: list[Planned] = []
@@ -97,7 +107,8 @@ class Plan:
     def add(self, fault: Fault, aim: Aim, times: int | None) -> Planned:
         """Set a fault for these calls; `times` None: for all of them."""
         planned = Planned(fault, aim, times)
-        self._planned.append(planned)
+        waiting = sum(not each.stands for each in self._planned)
+        self._planned.insert(waiting, planned)  # at their end, or as the first of those that stand
         return planned
 
     def meet(self, call: Call) -> Fault:

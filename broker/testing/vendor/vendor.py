@@ -132,7 +132,8 @@ class FakeVendor:
         """Let the next `times` calls (None: all) that fit every condition meet this fault.
 
         Ends by itself, by `stop()`, at the end of a `with` block, or by `heal`.  Of several
-        faults for one call the one that was set first is met.
+        faults for one call the one that was set first is met; one without `times` and conditions
+        only where there is no other, and of those the latest.
         """
         aim = Aim(agent=agent, fingerprint=fingerprint, model=model, path=path, where=where)
         return self._plan.add(fault, aim, times)
