@@ -17,8 +17,8 @@ APPLICATION = 0x45544231
 TABLE = "embed_token_broker_log"
 """The table of records; its name stands in the first page, too."""
 
-HEAD = 65536
-"""Bytes of the largest first page that SQLite makes: the table's name stands at the end of ours."""
+HEAD = 4096
+"""Bytes of the first page."""
 
 _MAGIC = b"SQLite format 3\x00"
 _VERSIONS_AT = slice(18, 20)

@@ -25,9 +25,8 @@ from broker.telemetry.labels import FileError
 SCHEMA = 1
 """Version of what is written; a file of a later one is refused, not guessed at."""
 
-PAGE = 32768
-"""Bytes of a page: a row of many tokens has 80 KB, and each page of it costs two system calls, so
-SQLite's own 4 KB would cost eight times as many.  A file that has other pages keeps them."""
+PAGE = 4096
+"""Bytes of a page, SQLite's own default: with larger ones a mint costs as much."""
 
 BUSY = 2.0
 """Seconds that another program may look at the file."""

@@ -72,9 +72,8 @@ END_WAIT = 5.0
 CLOSING = 5.0
 """Seconds that the end of the process waits for the last commit."""
 
-IN_ROW = {MINTS: 64, ENDS: 500, BUCKETS: 20}
-"""Records of a row: 80 KB of tokens, 10,000 buckets.  Beyond 128 KB the C library gives memory back
-to the kernel at once, and each row would have it zeroed anew: a quarter of a row's cost."""
+IN_ROW = {MINTS: 500, ENDS: 500, BUCKETS: 20}
+"""Records of a row: about a megabyte of tokens, 10,000 buckets."""
 
 PROBE = 500
 """Records of the first commit after one that failed: to seal all of them for each try would take
@@ -83,7 +82,7 @@ the interpreter's time from requests."""
 MOST_DEFECTS = 2
 """Defects in a row after which what could not be written is given up."""
 
-DROPPED_AT_ONCE, FREED_AT_ONCE = 50, 32
+DROPPED_AT_ONCE, FREED_AT_ONCE = 50, 256
 """Rows, and pages, that a round gives back before it looks whether somebody waits."""
 
 WAITING_ENDS = 100_000
