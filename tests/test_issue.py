@@ -131,6 +131,35 @@ def test_F3_all_leave_while_the_mint_queues_and_its_place_goes_on() -> None:
     run_virtual(main)
 
 
+def test_F3_all_leave_while_a_second_try_queues_and_it_is_given_up() -> None:
+    """As while the first one does: the call that would be made next is for nobody."""
+
+    async def main(clock: FakeClock) -> None:
+        pacer = await queueing()
+        service = Service(clock, pacer=pacer)
+        calls = 0
+
+        async def mint(_: TokenRequest, turn: Turn) -> Minted:
+            nonlocal calls
+            await turn()
+            calls += 1
+            await turn()
+            calls += 1
+            return Minted("t", "s", 0, lifetime=HOUR * SECOND)
+
+        service.issuer.mint = mint  # type: ignore[method-assign]
+        leaver = service.begin(visitor())
+        await asyncio.sleep(1.5)
+        assert (calls, pacer.depth) == (1, 1)
+        leaver.cancel()
+        await asyncio.sleep(5)
+        assert (calls, pacer.depth) == (1, 0)
+        await pacer.close()
+        await service.settled()
+
+    run_virtual(main)
+
+
 def test_F3_all_leave_around_the_tick_of_the_slot_and_it_is_not_wasted() -> None:
     """Whichever turn of the loop they leave in, before, between and after grant and wake-up.
 

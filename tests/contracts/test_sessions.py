@@ -167,6 +167,15 @@ async def test_G6_ends_of_the_time_before_are_a_client_s_still() -> None:
     assert await ends() == 2  # as if it had ended all four by now
 
 
+async def test_G9_a_token_that_was_told_twice_is_its_later_session_s() -> None:
+    """A vendor repeats a token under another session: what is forgotten is the first one alone."""
+    opened = OpenedMemorySessions()
+    first = await recorded(opened, token="t", fingerprint="f")
+    later = await recorded(opened, token="t", fingerprint="f")
+    await opened.session_store.forget(first)
+    assert await opened.session_store.find_token(later.digest) == later
+
+
 async def test_M1_what_is_over_is_given_back() -> None:
     """Records when they expire; ends when no token of theirs can live, not a moment earlier."""
     opened = OpenedMemorySessions()

@@ -283,7 +283,9 @@ def test_V1_a_pause_holds_everybody_and_leaves_no_burst(till: Till) -> None:
     reserved, wait, free, paused = till.reserve()
     assert (reserved, free, paused) == (0, 0, 60 * SECOND)
     assert wait == 60 * SECOND + INTERVAL
-    till.now += 60 * SECOND
+    till.now += 20 * SECOND
+    assert till.reserve()[3] == 40 * SECOND, "who asks does not end it"
+    till.now += 40 * SECOND
     assert till.reserve() == [1, INTERVAL, 0, 0]
 
 
