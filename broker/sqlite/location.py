@@ -54,8 +54,9 @@ class Lock:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             handle = os.open(self._path, flags, 0o600)
-        except OSError as error:
-            raise ConfigError(_cannot(self._path, error)) from None
+        except OSError as error:  # one that is not there cannot be given to anybody
+            at_fault = self._path if os.path.lexists(self._path) else self._path.parent
+            raise ConfigError(_cannot(at_fault, error)) from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

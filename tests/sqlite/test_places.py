@@ -3,8 +3,9 @@
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from processes import good, merged, run, toml, until, write
@@ -12,6 +13,7 @@ from state_files import Broker, end, held, looked, mint
 
 from broker.config.schema import ConfigError
 from broker.errors import NotDurable
+from broker.sqlite.location import examine
 from broker.telemetry.labels import FileError
 
 OTHER_USER = 65_534
@@ -83,12 +85,37 @@ def test_D1_check_only_notes_it_where_secrets_are_not_here_either(tmp_path: Path
     assert b"note: store.url: there is no folder" in done.stderr
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 async def test_D1_a_folder_that_may_not_be_written(broker: Broker) -> None:
-    """Said by who owns it and what to do."""
-    broker.path.parent.chmod(0o500)
-    assert "give it to the broker's user" in await refused(broker)
-    broker.path.parent.chmod(0o700)
+    """The folder is named, whose rights are at fault, and who it must be given to."""
+    async with broker.opened():
+        pass  # what is imported by then need not be read by another user
+    with closed_folder() as folder:
+        broker.path, user = folder / "state.db", os.geteuid()
+        assert user != 0
+        said = await refused(broker)
+        assert said.startswith(
+            f"store.url: cannot write to {folder}: Permission denied;"
+            f" give it to the broker's user (chown {user}, chmod u+rwx), "
+        )
+        with pytest.raises(ConfigError) as examined:
+            examine(broker.path, {})
+        assert str(examined.value) == said
+        assert list(folder.iterdir()) == []
+
+
+@contextmanager
+def closed_folder() -> Iterator[Path]:
+    """Make a folder that may be looked into and not written, also by those who run as root."""
+    with TemporaryDirectory(dir="/tmp") as name:  # everybody may go there
+        folder, before = Path(name), os.geteuid()
+        folder.chmod(0o555)
+        if before == 0:
+            os.seteuid(OTHER_USER)
+        try:
+            yield folder
+        finally:
+            os.seteuid(before)
+            folder.chmod(0o700)
 
 
 async def test_D5_a_link_in_its_place(broker: Broker, tmp_path: Path) -> None:
