@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,13 @@ from msgspec.structs import replace
 from broker.limits.policy import LimitPolicy, LimitRule, Limits
 from broker.model import EmbedToken, LimitName, Secret, Session, TokenRequest
 from broker.rules.bucket import Limit
+from broker.sealing import Box
+from broker.sqlite import data_key
 from broker.sqlite.backend import DurableBackend, FileSettings
-from broker.sqlite.opening import Keys
+from broker.sqlite.location import WAL, require_usable
+from broker.sqlite.opening import PURPOSE, Keys
+from broker.sqlite.records import WrittenRecord, unseal
+from broker.sqlite.state_file import StateFile
 from broker.stores.base import Kept, Lease
 from broker.stores.token_cache import TokenCache
 from broker.telemetry.metrics import Metrics
@@ -150,3 +155,35 @@ def looked(backend: DurableBackend) -> None:
     while backend.tell_buckets():
         pass
     backend.publish()
+
+
+def copied(path: Path, name: str = "crashed") -> Path:
+    """Copy file and log as they are: what a kill would leave.
+
+    Both of one moment: the writer may take the log into the file between two readings.
+    """
+    target, suffixes = path.with_name(f"{name}.db"), ("", WAL)
+
+    def read() -> list[bytes]:
+        return [path.with_name(path.name + suffix).read_bytes() for suffix in suffixes]
+
+    while (content := read()) != read():
+        pass
+    for suffix, part in zip(suffixes, content, strict=True):
+        target.with_name(target.name + suffix).write_bytes(part)
+    return target
+
+
+def records_in(path: Path, *keys: Secret) -> Iterator[WrittenRecord]:
+    """Yield what is written, the newest row first; of a copy, where a process has the file."""
+    file = StateFile.open(path, require_usable(path))
+    try:
+        key = data_key.unwrapped(file.keys(), keys)
+        assert key is not None
+        box = Box(key, PURPOSE)
+        for place, kind, sealed in file.rows():
+            batch = unseal(box, place, kind, sealed)
+            assert batch is not None
+            yield from batch.records
+    finally:
+        file.close()
