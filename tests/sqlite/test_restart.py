@@ -1,21 +1,24 @@
 """What a file gives back: what was handed out, what was ended, what was spent; real files."""
 
 import asyncio
+import secrets
+import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from processes import until
-from state_files import AGENT, HOUR, Broker, a_key, end, held, looked, mint, wide_limits
+from state_files import HOUR, Broker, a_key, copied, end, held, looked, mint, wide_limits
 from structlog.testing import capture_logs
 
 from broker.config.schema import ConfigError
 from broker.limits.buckets import BucketTable
-from broker.model import LimitName
+from broker.model import LimitName, TokenRequest
 from broker.rules.bucket import Limit
 from broker.sqlite.records import BUCKETS, BucketsSpent
 from broker.sqlite.spent_buckets import SLICE, SpentBuckets
@@ -53,10 +56,10 @@ async def test_G11_a_token_is_in_the_file_before_it_is_handed_out(broker: Broker
     request, other = broker.new_request(), broker.new_request()
     async with broker.opened() as backend:
         token, session = await mint(broker, backend, request)
-        minted = copied(broker, "minted")
+        minted = copied(broker.path, "minted")
         _, ended = await mint(broker, backend, other)
         await end(backend, ended)
-        after = copied(broker, "ended")
+        after = copied(broker.path, "ended")
     broker.path = minted
     async with broker.opened() as backend:
         assert await held(backend, request) == token.body
@@ -207,7 +210,7 @@ async def test_V12_a_spent_bucket_stays_spent(broker: Broker, stop: str) -> None
         if stop == "crash":
             looked(backend)
             await backend.store.revoke_visitor("nobody", "at all")  # waits for the commit
-            crashed = copied(broker)
+            crashed = copied(broker.path)
     if stop == "crash":
         broker.path = crashed
     broker.clock.advance(60)
@@ -218,23 +221,6 @@ async def test_V12_a_spent_bucket_stays_spent(broker: Broker, stop: str) -> None
         assert verdicts[1].limit is LimitName.FINGERPRINT
         again = [(await backend.store.admit(fresh, fresh.key)).rejection for _ in range(4)]
         assert again == [None] * 4, "less than half spent: full after a restart"
-
-
-def copied(broker: Broker, name: str = "crashed") -> Path:
-    """Copy file and log as they are: what a kill would leave.
-
-    Both of one moment: the writer may take the log into the file between two readings.
-    """
-    target, suffixes = broker.path.with_name(f"{name}.db"), ("", "-wal")
-
-    def read() -> list[bytes]:
-        return [broker.path.with_name(broker.path.name + it).read_bytes() for it in suffixes]
-
-    while (content := read()) != read():
-        pass
-    for suffix, part in zip(suffixes, content, strict=True):
-        target.with_name(target.name + suffix).write_bytes(part)
-    return target
 
 
 @pytest.mark.parametrize("most", [1, 60, 100_000])
@@ -281,7 +267,7 @@ async def test_V12_a_full_list_of_spent_buckets_takes_others_when_they_are_full_
             await backend.store.admit(after, after.key)
         looked(backend)
         await backend.store.revoke_visitor("nobody", "at all")  # waits for the commit
-        crashed = copied(broker)
+        crashed = copied(broker.path)
     broker.path = crashed
     async with broker.opened() as backend:
         assert (await backend.store.admit(after, after.key)).rejection is not None
@@ -303,7 +289,7 @@ async def test_V12_what_was_spent_while_the_disk_hung_is_told_afterwards(
         broker.clock.advance(1)
         looked(backend)
         await backend.store.revoke_visitor("nobody", "at all")  # waits for the commit
-        crashed = copied(broker)
+        crashed = copied(broker.path)
     broker.path = crashed
     async with broker.opened() as backend:
         assert (await backend.store.admit(request, request.key)).rejection is not None
@@ -402,7 +388,7 @@ async def test_D7_keys_that_change_while_it_runs(broker: Broker) -> None:
         token, _ = await mint(broker, backend, request)
         backend.use_keys([second])
         await backend.store.revoke_visitor("nobody", "at all")
-        crashed = copied(broker)
+        crashed = copied(broker.path)
     broker.path, broker.keys = crashed, (second,)
     async with broker.opened() as backend:
         assert await held(backend, request) == token.body
@@ -430,12 +416,12 @@ async def test_D7_keys_that_change_twice_while_nothing_can_be_written(
                 looked(backend)
             assert [event["event"] for event in logged].count(said) == 1
             assert backend.is_degraded
-            crashed = copied(broker)
+            crashed = copied(broker.path)
         await until(lambda: not backend.is_degraded)
         with capture_logs() as logged:
             looked(backend)
         assert said not in [event["event"] for event in logged]
-        written = copied(broker, "written")
+        written = copied(broker.path, "written")
     for broker.path, key in ((crashed, first), (written, third)):
         broker.keys = (key,)
         async with broker.opened() as backend:
@@ -584,19 +570,54 @@ async def test_a_newer_schema_is_left_alone(broker: Broker) -> None:
     assert broker.path.read_bytes() == before
 
 
-async def test_O1_nothing_of_it_can_be_read(broker: Broker) -> None:
-    """Neither token, fingerprint, client nor agent, in any file of the folder."""
-    request = broker.new_request("feedfacecafebeef" * 2)
+async def test_O1_nothing_of_it_can_be_read(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Neither token, session, fingerprint, client, agent nor key, in anything that is written.
+
+    File, log and temporary files, deleted ones, too, are read at each statement.
+    """
+    connect, seen = sqlite3.connect, dict[str, set[bytes]]()
+
+    class Watched(sqlite3.Connection):
+        def __init__(self, *arguments: Any, **how: Any) -> None:
+            super().__init__(*arguments, **how)
+            self.set_trace_callback(lambda _statement: look(tmp_path, seen))
+
+    monkeypatch.setattr(sqlite3, "connect", partial(connect, factory=Watched))
+    client, agent, fingerprint, model, signer = (f"{it}-{secrets.token_hex(16)}" for it in "cafms")
+    request = TokenRequest(client, agent, fingerprint, model)
+    broker.limits, broker.signers = wide_limits(Limit(2, 3600 * SECOND)), frozenset({signer})
     async with broker.opened() as backend:
-        token, session = await mint(broker, backend, request)
+        for _ in range(2):
+            await backend.store.admit(request, request.key)
+        looked(backend)
+        token, session = await mint(broker, backend, request, origin=signer)
         await end(backend, session)
-        await mint(broker, backend, request)
-        written = b"".join(path.read_bytes() for path in broker.path.parent.iterdir())
-    written += b"".join(path.read_bytes() for path in broker.path.parent.iterdir())
-    assert token.body not in written
-    for canary in (request.fingerprint, session.session_id, AGENT):
-        assert canary.encode() not in written
+        again, _ = await mint(broker, backend, request, origin=signer)
+        look(tmp_path, seen)
+    async with broker.opened() as backend:
+        assert await held(backend, request) == again.body
+        assert (await backend.store.admit(request, request.key)).rejection is not None
+        look(tmp_path, seen)
+    assert {"state.db", "state.db-wal", "state.db.new"} <= set(seen)
+    written = b"".join(content for contents in seen.values() for content in contents)
+    key = backend._slot.writer._data_key
+    bodies = [token.body, again.body, session.digest]
+    names = [client, agent, fingerprint, model, session.session_id, signer]
+    names += [each.reveal() for each in (key, *broker.keys)]
+    for canary in bodies + [name.encode() for name in names]:
+        assert canary not in written
     assert broker.path.stat().st_mode & 0o777 == 0o600
+
+
+def look(folder: Path, seen: dict[str, set[bytes]]) -> None:
+    """Read what is in a folder, and SQLite's temporary files, which have no name any more."""
+    for handle in (*Path("/proc/self/fd").iterdir(), *folder.iterdir()):
+        with suppress(FileNotFoundError):  # it was closed, or taken away, meanwhile
+            path = handle.readlink() if handle.is_symlink() else handle
+            if path.parent == folder or path.name.startswith("etilqs_"):
+                seen.setdefault(path.name, set()).add(handle.read_bytes())
 
 
 async def test_G6_what_waits_for_a_disk_that_hangs_is_bounded(broker: Broker) -> None:
