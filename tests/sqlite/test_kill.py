@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import pytest
 from processes import (
     AGENT,
+    TIMEOUT,
     Broker,
     Caller,
     Tree,
@@ -21,9 +21,13 @@ from processes import (
     merged,
     secret_file,
     secret_in,
+    until,
     write,
 )
+from state_files import copied, records_in
 
+from broker.model import Secret
+from broker.sqlite.records import TokenRow
 from broker.testing import FakeVendor, VendorSettings
 
 KILLS = 50
@@ -185,11 +189,14 @@ async def test_G11_one_kill(tmp_path: Path) -> None:
                 assert await caller.metric("broker_state_file_bytes") > 0
 
 
-async def test_G11_a_local_issuer_loses_the_last_50_ms_at_most(tmp_path: Path) -> None:
+def local(folder: Path) -> Tree:
+    """A broker that signs itself, with a file."""
+    return merged(good(folder), {"store.url": f"sqlite://{folder / 'state.db'}"})
+
+
+async def test_G11_an_end_takes_what_a_local_issuer_signed_before_it_along(tmp_path: Path) -> None:
     """Tokens that were answered a moment earlier are there again; AGENT's end is, too."""
-    tree: dict[str, Any] = merged(
-        good(tmp_path), {"store.url": f"sqlite://{tmp_path / 'state.db'}"}
-    )
+    tree = local(tmp_path)
     secret = secret_in(tree["clients"]["web"]["secret_file"])
     visitors = [secrets.token_hex(8) for _ in range(30)]
     with Broker.configured(tmp_path, tree) as broker:
@@ -206,3 +213,39 @@ async def test_G11_a_local_issuer_loses_the_last_50_ms_at_most(tmp_path: Path) -
             assert await verified(caller, tokens[1]) == 200
             again = [await caller.token(visitor, agent=AGENT) for visitor in visitors[1:]]
             assert again == tokens[1:]
+
+
+BEHIND = 50_000
+"""Microseconds that the file is behind at most, while no other program has the processor."""
+
+
+async def test_G11_a_local_issuer_loses_the_last_50_ms_at_most(tmp_path: Path) -> None:
+    """Nobody waits for the file, and it tells itself how old a token was when it was written.
+
+    Each token comes alone, so that no other's commit takes it along.  A busy machine delays any of
+    them, so one that was written in time is enough; nothing that the file has is lost to a kill.
+    """
+    tree = local(tmp_path)
+    secret, signing = (
+        secret_in(keys["secret_file"])
+        for keys in (tree["clients"]["web"], tree["issuer"]["local"]["keys"]["one"])
+    )
+    tokens: dict[str, str] = {}
+    with Broker.configured(tmp_path, tree) as broker:
+        async with Caller(broker, secret) as caller, asyncio.timeout(TIMEOUT):
+            while min(ages := ages_in(tmp_path / "state.db", signing), default=BEHIND + 1) > BEHIND:
+                visitor = secrets.token_hex(8)
+                tokens[visitor] = await caller.token(visitor)
+                await until(lambda: len(ages_in(tmp_path / "state.db", signing)) == len(tokens))
+        assert await asyncio.to_thread(broker.end, signal.SIGKILL) == -signal.SIGKILL
+    assert min(ages) >= 0
+    with Broker.configured(tmp_path, tree) as broker:
+        assert broker.events("broker.state_file_opened")[0]["tokens"] == len(tokens)
+        async with Caller(broker, secret) as caller:
+            assert {each: await caller.token(each) for each in tokens} == tokens
+
+
+def ages_in(file: Path, signing: str) -> list[int]:
+    """Return the microseconds that each token in the file had been there when it was written."""
+    records = records_in(copied(file), Secret(signing.encode().hex()))
+    return [row.lifetime - row.left for row in records if isinstance(row, TokenRow)]
