@@ -182,8 +182,7 @@ async def test_N14_its_407_and_its_502_are_named(
             assert (status, answer["error"]["code"]) == (502, "UPSTREAM_UNAVAILABLE")
             assert answer["error"]["message"].endswith(f": {reason}")
             assert set(await counted(broker)) == {reason}
-            await until(lambda: bool(broker.events("broker.embed_token")))
-            (failed,) = broker.events("broker.embed_token")
+            (failed,) = broker.logged("broker.embed_token", 1)
             assert failed["reason"] == reason
         assert remedy in await site.doctor(path)
     assert site.vendor.journal.calls == []
